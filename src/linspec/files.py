@@ -1,0 +1,80 @@
+"""Writing that loses nothing: aside first, then renamed, one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from linspec.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def replace_dir(target: Path) -> Iterator[Path]:
+    """Yield an empty directory beside `target`; rename it over `target` when the block succeeds.
+
+    On any error, Ctrl-C included, the half-written directory is removed and `target` stays as it
+    was. Raises CheckpointError when the disk refuses.
+    """
+    target = Path(target)
+    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _swap(aside, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write {target}: {error.strerror or error}. Nothing there was changed; "
+            "free some space or choose another directory."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_text(target: Path, text: str) -> None:
+    """Write a text file aside, then rename it over `target`."""
+    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"could not write {target}: {error.strerror or error}") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold `directory` for one writer; raises CheckpointError if another process holds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{directory} is in use by another linspec process; wait for it to end or choose "
+                "another --out directory"
+            ) from error
+        yield
+
+
+def cache_dir() -> Path:
+    """Where derived data is kept between runs: $LINSPEC_CACHE, else the user's cache directory."""
+    root = os.environ.get("LINSPEC_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "linspec"

@@ -1,0 +1,134 @@
+"""The shape of a decoder: every switch that tells one model family from another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from linspec.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixerConfig:
+    """Which mixer a layer uses, and its sizes.
+
+    group: tokens per group of the grouped linear mixers.
+    taps: causal convolution taps over values; 0 means no convolution.
+    window: tokens that the `window` mixer sees, the current one included.
+    """
+
+    name: str = "softmax"
+    group: int = 64
+    taps: int = 0
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ConfigError(f"group size must be 1 or more, got {self.group}")
+        if self.taps < 0:
+            raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
+        if self.name == "window" and self.window < 1:
+            raise ConfigError(
+                f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is 'default', 'linear' or 'llama3'."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ConfigError(
+                f"rope scaling {self.kind!r} is not supported; supported: default, linear, llama3"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Everything needed to build a decoder.
+
+    Widths are in features, `max_positions` in tokens. `mixers` has one entry for each layer.
+    `family` remembers which Hugging Face family the weights came from, for saving back.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    mixers: tuple[MixerConfig, ...] = ()
+    family: str = "llama"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = True
+    positions: str = "rope"
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    max_positions: int = 2048
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mixers:
+            object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
+        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if len(self.mixers) != self.layers:
+            raise ConfigError(f"{len(self.mixers)} mixers given for {self.layers} layers")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
+            )
+        if self.norm not in ("rms", "layer"):
+            raise ConfigError(f"norm must be 'rms' or 'layer', got {self.norm!r}")
+        if self.positions not in ("rope", "learned"):
+            raise ConfigError(f"positions must be 'rope' or 'learned', got {self.positions!r}")
+
+    @property
+    def linear(self) -> bool:
+        """True when no layer keeps a cache that grows with the context."""
+        return all(m.name != "softmax" for m in self.mixers)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest sequence in tokens, or None when only memory bounds it."""
+        if self.positions == "learned" or not self.linear:
+            return self.max_positions
+        return None
+
+    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> DecoderConfig:
+        """The same decoder with other mixers."""
+        return replace(self, mixers=mixers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
+        """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
+        fields = dict(data)
+        try:
+            fields["mixers"] = tuple(MixerConfig(**m) for m in fields.get("mixers", ()))
+            fields["rope"] = RopeConfig(**fields.get("rope", {}))
+            fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
+            return cls(**fields)
+        except TypeError as error:
+            raise ConfigError(f"not a decoder configuration: {error}") from error

@@ -1,0 +1,1 @@
+def save_model(*a, **k): raise NotImplementedError

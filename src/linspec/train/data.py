@@ -1,0 +1,175 @@
+"""Text in, token windows out: files, folders, jsonl, datasets directories and the embedded corpus.
+
+    documents = load_documents(["stdlib"], split="train")
+    stream = tokenize(documents, tokenizer, eos_id=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from linspec.errors import InputError
+from linspec.files import cache_dir
+
+Split = Literal["train", "heldout", "all"]
+
+# One file (or record) in this many is held out, chosen by the hash of its bytes.
+HELD_OUT_SHARE = 20
+
+
+def is_held_out(content: bytes) -> bool:
+    """True for about one content in HELD_OUT_SHARE, the same ones on every machine."""
+    digest = hashlib.sha256(content).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+
+
+def load_documents(
+    sources: Sequence[str | Path], split: Split = "all", field: str = "text"
+) -> list[str]:
+    """Every document of `sources` that belongs to `split`, in a stable order.
+
+    A source is 'stdlib' (the Python standard library's source on this machine), a text file, a
+    folder of text files, a .jsonl file (one document per line, under `field`) or a Hugging Face
+    datasets directory. Raises InputError for a missing, empty or non-UTF-8 source.
+    """
+    documents: list[str] = []
+    for source in sources:
+        found = [text for text in _read(source, field) if text.strip()]
+        if not found:
+            raise InputError(f"{source}: no text found; --data needs at least one non-empty file")
+        kept = [t for t in found if split == "all" or is_held_out(t.encode()) == (split == "heldout")]
+        documents += kept
+    if not documents:
+        raise InputError(
+            f"{', '.join(map(str, sources))}: no document falls into the {split!r} split; give more "
+            "files, or use the whole of it"
+        )
+    return documents
+
+
+def _read(source: str | Path, field: str) -> Iterator[str]:
+    if str(source) == "stdlib":
+        return _read_stdlib()
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a file, a folder or 'stdlib'")
+    if path.is_dir():
+        is_dataset = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
+        return _read_dataset(path, field) if is_dataset else _read_folder(path)
+    return _read_jsonl(path, field) if path.suffix == ".jsonl" else iter([_read_text(path)])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out"
+        ) from error
+
+
+def _read_folder(path: Path) -> Iterator[str]:
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        if file.suffix == ".jsonl":
+            raise InputError(f"{file}: name .jsonl files one by one, so that --field applies")
+        yield _read_text(file)
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number} is not JSON: {error.msg}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise InputError(f"{path}:{number} has no text under {field!r}; it has: {keys}. Use --field")
+        yield record[field]
+
+
+def _read_dataset(path: Path, field: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{path} is a datasets directory: pip install 'linspec[data]'") from error
+    loaded: Any = datasets.load_from_disk(str(path))
+    parts = loaded.values() if isinstance(loaded, dict) else [loaded]
+    for part in parts:
+        if field not in part.column_names:
+            raise InputError(f"{path} has no column {field!r}; it has: {', '.join(part.column_names)}")
+        yield from part[field]
+
+
+def _read_stdlib() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
+        for name in sorted(files):
+            if name.endswith(".py"):
+                try:
+                    yield (Path(folder) / name).read_bytes().decode("utf-8")
+                except UnicodeDecodeError:
+                    # a handful of the standard library's own tests are in other encodings
+                    continue
+
+
+def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarray:
+    """All documents as one stream of token ids, each closed by `eos_id`; cached on disk.
+
+    `tokenizer` is a transformers fast tokenizer. The cache key covers texts and vocabulary.
+    """
+    documents = list(documents)
+    backend = tokenizer.backend_tokenizer
+    key = hashlib.sha256(backend.to_str().encode())
+    for text in documents:
+        key.update(hashlib.sha256(text.encode()).digest())
+    path = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    pieces = [
+        np.asarray([*encoded.ids, eos_id], dtype=np.int32)
+        for encoded in backend.encode_batch(documents, add_special_tokens=False)
+    ]
+    stream = np.concatenate(pieces)
+    _store(path, stream)
+    return stream
+
+
+def _store(path: Path, stream: np.ndarray) -> None:
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(aside, stream)
+        aside.replace(path)
+    except OSError:
+        # the cache only saves time: a full or read-only disk must not stop the work
+        aside.unlink(missing_ok=True)
+
+
+class Windows:
+    """Random windows of a token stream: the same for the same seed and step, so resuming is exact."""
+
+    def __init__(self, stream: np.ndarray, context: int, seed: int) -> None:
+        if len(stream) < 2:
+            raise InputError(f"{len(stream)} tokens of data are too few to train on; give more text")
+        self.stream, self.seed = stream, seed
+        self.context = min(context, len(stream) - 1)
+
+    def batch(self, step: int, rows: int, context: int | None = None) -> torch.Tensor:
+        """Token ids [rows, context + 1]; position t predicts position t + 1."""
+        context = min(context or self.context, len(self.stream) - 1)
+        rng = np.random.default_rng([self.seed, step])
+        starts = rng.integers(0, len(self.stream) - context, size=rows)
+        picked = np.stack([self.stream[s : s + context + 1] for s in starts])
+        return torch.from_numpy(picked.astype(np.int64))

@@ -1,0 +1,141 @@
+"""Train the embedded softmax teacher from nothing: `linspec pretrain --recipe embedded`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from linspec.errors import ConfigError
+from linspec.files import exclusive, replace_dir, replace_text
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.hub import save_model
+from linspec.train.data import Windows, load_documents, tokenize
+from linspec.train.loop import TrainConfig, Trainer
+from linspec.train.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context)."""
+
+    model: DecoderConfig
+    train: TrainConfig
+    sources: tuple[str, ...] = ("stdlib",)
+    tokens_per_step: int = 8192
+    stages: tuple[tuple[float, int], ...] = ((1.0, 1024),)
+
+
+def _embedded() -> Recipe:
+    return Recipe(
+        model=DecoderConfig(
+            vocab_size=4096,
+            width=256,
+            layers=6,
+            heads=4,
+            kv_heads=2,
+            head_width=64,
+            mlp_width=688,
+            max_positions=1024,
+            eos_ids=(0,),
+            bos_id=0,
+        ),
+        train=TrainConfig(
+            steps=2200,
+            lr=3e-3,
+            muon_lr=5e-3,
+            warmup=100,
+            decay=0.4,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            compile=True,
+            seed=1,
+        ),
+        stages=((0.85, 512), (0.15, 1024)),
+    )
+
+
+RECIPES = {"embedded": _embedded}
+
+
+def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> None:
+    """Small normal weights; projections back into the residual stream shrink with depth."""
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            continue
+        std = 0.02
+        if name.endswith(("mixer.o.weight", "mlp.down.weight")):
+            std /= (2 * layers) ** 0.5
+        with torch.no_grad():
+            weight.normal_(0.0, std, generator=generator)
+
+
+def next_token_loss(model: Decoder, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of batch [B, T + 1]."""
+    logits = model(batch[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def context_at(step: int, recipe: Recipe) -> int:
+    """Training context of `step`: later stages are longer."""
+    done = 0.0
+    for share, context in recipe.stages:
+        done += share
+        if step < done * recipe.train.steps:
+            return context
+    return recipe.stages[-1][1]
+
+
+def pretrain(
+    out: Path, *, recipe: str = "embedded", resume: bool = False, steps: int | None = None
+) -> Path:
+    """Train `recipe` into the model directory `out`; returns it.
+
+    `steps` overrides the recipe's length. Killed at any moment, the same call with `resume` goes on
+    from the last saved state. Raises ConfigError for an unknown recipe.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    plan = RECIPES[recipe]()
+    if steps is not None:
+        plan = replace(plan, train=replace(plan.train, steps=steps))
+    out = Path(out)
+    with exclusive(out):
+        documents = load_documents(plan.sources, "train")
+        tokenizer = _tokenizer(documents, plan, out, resume)
+        model = Decoder(plan.model)
+        generator = torch.Generator().manual_seed(plan.train.seed)
+        initialize(model, plan.model.layers, generator)
+        windows = Windows(tokenize(documents, tokenizer, 0), plan.stages[-1][1], plan.train.seed)
+
+        def batch(step: int) -> torch.Tensor:
+            context = context_at(step, plan)
+            return windows.batch(step, plan.tokens_per_step // context, context)
+
+        trainer = Trainer(
+            model, lambda ids: next_token_loss(model, ids), batch, plan.train, out, label="pretrain"
+        )
+        log = trainer.run(resume=resume)
+        save_model(model, tokenizer, out, dtype=torch.bfloat16)
+        replace_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    return out
+
+
+def _tokenizer(
+    documents: list[str], plan: Recipe, out: Path, resume: bool
+) -> PreTrainedTokenizerFast:
+    """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
+    folder = out / "training-tokenizer"
+    if resume and folder.exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer = train_tokenizer(documents, plan.model.vocab_size)
+    with replace_dir(folder) as aside:
+        tokenizer.save_pretrained(aside)
+    return tokenizer
