@@ -1,3 +1,6 @@
+"""Mixers: one file each, registered by name."""
+
+from linspec.mixers import aug, global_, grouped, local, relu, softmax, window
 from linspec.mixers.base import MIXERS, Mixer
-from linspec.mixers import softmax as _softmax
-__all__ = ["MIXERS", "Mixer"]
+
+__all__ = ["MIXERS", "Mixer", "aug", "global_", "grouped", "local", "relu", "softmax", "window"]

@@ -1,13 +1,33 @@
-"""What every mixer shares: projections, rotary positions, the causal convolution over values."""
+"""What every mixer shares: projections, the two forms, the causal convolution over values.
+
+A mixer is one function in two forms. The *full form* (`forward`) sees a whole sequence, is parallel
+over time and differentiable. The *step form* (`step`) sees the new nodes of a step against the
+committed state of their slots. Both compute
+
+    o_t = finish(sum_s weight(t, s) v_s  +  α q_t S)  +  sum_{j < W} c_j v_{t-j}
+
+where the weights run over the rows that the state keeps, S sums the closed groups, and the last term
+is the causal depthwise convolution (one kernel of W taps per query head, shared by its channels),
+which is here once, for every mixer.
+A new mixer says which features q and k become, how products become weights, and how large its rows
+are; see CONTRIBUTING.md for a worked example.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from linspec.mixers.blocks import convolve
 from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.rope import rotate
 from linspec.registry import Registry
+from linspec.state import Layout, RowSpec, RowState
+
+if TYPE_CHECKING:
+    from linspec.models.step import Segment
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -18,7 +38,9 @@ class Mixer(nn.Module):
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
         super().__init__()
         self.config, self.mixer = config, mixer
-        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.repeats = config.heads // config.kv_heads
+        self.head_width = config.head_width
         q_width, kv_width = self.heads * self.head_width, self.kv_heads * self.head_width
         self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
@@ -27,25 +49,166 @@ class Mixer(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
+        if mixer.taps:
+            # zero taps: a converted checkpoint starts without the convolution and learns it
+            self.taps = nn.Parameter(torch.zeros(self.heads, mixer.taps))
 
-    def project(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [B, T, D] -> q [B, H, T, K], k and v [B, Hkv, T, K]."""
-        q, k, v = (
-            p(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for p in (self.q, self.k, self.v)
-        )
+    # ---- what a mixer defines
+
+    def row_spec(self) -> RowSpec:
+        """Sizes of the rows this mixer keeps."""
+        raise NotImplementedError
+
+    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries and keys become before they are multiplied: [..., K] -> [..., K']."""
+        return q, k
+
+    def row_values(self, v: torch.Tensor) -> torch.Tensor:
+        """What values become before they are kept as rows: [..., V] -> [..., V']."""
+        return v
+
+    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Weights of rows from q·k products [R, Hkv, rep, N, C] under `layout`."""
+        raise NotImplementedError
+
+    def sum_scale(self) -> torch.Tensor | float | None:
+        """Factor on the term of the closed groups; None when the mixer keeps no sums."""
+        return None
+
+    def finish(self, o: torch.Tensor) -> torch.Tensor:
+        """Last touch on outputs [..., V'] -> [..., V] before the convolution, such as a denominator."""
+        return o
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and row values v [B, Hkv, T, V'].
+
+        sums [B, Hkv, K', V'] are the groups closed before the sequence. Returns [B, H, T, V'].
+        """
+        raise NotImplementedError
+
+    # ---- the two forms
+
+    def project(
+        self, x: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_width)) for p in (self.q, self.k, self.v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        return q, k, v
+        q, k = self.features(q, k)
+        return q, k, self.row_values(v)
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The full form: [B, T, D] -> [B, T, D], parallel over time, differentiable."""
-        q, k, v = self.project(x, rope)
-        return self.o(self.mix(q, k, v).transpose(1, 2).flatten(2))
+        """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
+        return self.o(self._full(q, k, v).transpose(1, 2).flatten(2))
 
-    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    def _full(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lead: torch.Tensor | None = None,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`mix`, finished, plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
+        o = self.finish(self.mix(q, k, v, sums))
+        if self.mixer.taps:
+            o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
+        return o
+
+    def step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        """The step form: x [M, D], all new nodes of all segments packed -> [M, D]."""
+        packed = self.project(x, rope)
+        outputs = []
+        for segment in segments:
+            q, k, v = (segment.unpack(t).transpose(1, 2) for t in packed)
+            form = self._step_long if segment.long else self._step_nodes
+            outputs.append(segment.pack(form(q, k, v, segment, state, layer).transpose(1, 2)))
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self.o(mixed.flatten(1))
+
+    def _step_nodes(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segment: Segment,
+        state: RowState,
+        layer: int,
+    ) -> torch.Tensor:
+        """A few nodes a row, any tree: one masked product over the rows of each slot."""
+        state.stage(layer, segment.start, segment.lengths, k, v)
+        layout = segment.layout(state)
+        slots, width = segment.slots, layout.columns.shape[1]
+        keys = state.keys[layer, slots, :, :width]
+        values = state.values[layer, slots, :, : state.spec.lead + width]
+        # the queries of all heads that share a key, as rows of one product
+        q = q.unflatten(1, (self.kv_heads, self.repeats)).flatten(2, 3)
+        weights = self.weights((q @ keys.mT).unflatten(2, (self.repeats, -1)), layout)
+        o = weights.flatten(2, 3) @ values[:, :, state.spec.lead :]
+        scale = self.sum_scale()
+        if scale is not None:
+            wide = state.sums.dtype
+            o = o + (scale * (q.to(wide) @ state.sums[layer, slots])).to(o.dtype)
+        o = self.finish(o)
+        if self.mixer.taps:
+            kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
+            o = o + kernel @ values[..., : self.head_width]
+        return o.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+
+    def _tap_weights(self, layout: Layout, lead: int) -> torch.Tensor:
+        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
+        count = self.mixer.taps
+        distance = layout.memo(("taps", count, lead), lambda: tap_distances(layout, count, lead))
+        # [H, W + 1]: a zero tap for everything out of reach
+        taps = torch.nn.functional.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
+        return taps[:, :, distance].movedim(2, 0)
+
+    def _step_long(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segment: Segment,
+        state: RowState,
+        layer: int,
+    ) -> torch.Tensor:
+        """Long chains (prefill): the full form from each origin on, with the state before it."""
+        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
+        bases = [state.lengths[s] - state.origins[s] for s in segment.slot_range]
+        aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
+        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+            aligned[i, :, base : base + n] = q[i, :, :n]
+        lead = state.spec.lead
+        sums = state.sums[layer, segment.slots] if state.spec.sums else None
+        o = self._full(aligned, keys, values[:, :, lead:], values[:, :, :lead], sums)
+        out = o.new_zeros(*q.shape[:3], o.shape[3])
+        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+            out[i, :, :n] = o[i, :, base : base + n]
+        return out
+
+
+def tap_distances(layout: Layout, taps: int, lead: int) -> torch.Tensor:
+    """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
+
+    A node's window is itself and its nearest ancestors; past the root it reads committed rows.
+    """
+    before = torch.arange(-lead, 0, device=layout.columns.device).expand(len(layout.columns), -1)
+    columns = torch.cat((before, layout.columns), dim=1)
+    visible = torch.nn.functional.pad(layout.visible, (lead, 0), value=True)
+    distance = layout.offsets[:, :, None] - columns[:, None, :]
+    return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)
 
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")

@@ -6,11 +6,46 @@ import torch
 import torch.nn.functional as F
 
 from linspec.mixers.base import MIXERS, Mixer
+from linspec.state import Layout, RowSpec
 
 
-@MIXERS.register("softmax", summary="causal softmax attention", paper="Vaswani et al. 2017, arXiv 1706.03762")
+@MIXERS.register(
+    "softmax",
+    summary="causal softmax attention",
+    paper="Vaswani et al. 2017, arXiv 1706.03762",
+    state="2·T·d per KV head",
+)
 class Softmax(Mixer):
-    def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Every token attends to all tokens before it."""
+
+    def row_spec(self) -> RowSpec:
+        return RowSpec(
+            kv_heads=self.kv_heads,
+            key_width=self.head_width,
+            value_width=self.head_width,
+            lead=max(0, self.mixer.taps - 1),
+            window=self.mixer.window,
+        )
+
+    def mask(self, layout: Layout) -> torch.Tensor | None:
+        """Which rows each node attends to, [R, N, C]; None for all of them."""
+        return None if layout.plain else layout.visible
+
+    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
+        scores = products.float() if products.dtype.itemsize < 4 else products
+        scores = scores * self.head_width**-0.5
+        mask = self.mask(layout)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+        return scores.softmax(-1).to(products.dtype)
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
+            q, k, v, is_causal=True, enable_gqa=self.repeats > 1
         )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, ContextOverflow
 from linspec.mixers import MIXERS
 from linspec.mixers.base import Rope
 from linspec.models.config import DecoderConfig
+from linspec.models.padding import from_left, to_left
 from linspec.models.rope import Rotary
+from linspec.models.step import Feed, Segment, depths, segments_of
+from linspec.state import DecoderState, RowState
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -63,6 +69,26 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
+    def step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        """The step form over packed nodes [M, D]."""
+        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, state, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step computed for the nodes whose logits were asked for.
+
+    hidden [P, D] are final normalised hidden states, logits [P, vocab]; `rows[i]` says which of the P
+    belong to feed i.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    rows: list[slice]
+
 
 class Decoder(nn.Module):
     """Token ids in, logits out. `forward` is the full form, `step` the inference form."""
@@ -88,11 +114,79 @@ class Decoder(nn.Module):
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
         else:
-            rope = self.rotary(positions, x.dtype)
+            cos, sin = self.rotary(positions, x.dtype)
+            rope = cos[:, None], sin[:, None]
         for block in self.blocks:
             x = block(x, rope)
         return self.norm(x)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, vocab] of ids [B, T]."""
-        return self.head(self.hidden(ids))
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, T, vocab] of ids [B, T]; `mask` [B, T] is true at real tokens.
+
+        Rows may be padded at either end; logits at padding mean nothing.
+        """
+        if mask is None:
+            return self.head(self.hidden(ids))
+        ids, shifts = to_left(ids, mask)
+        return self.head(from_left(self.hidden(ids), shifts))
+
+    def new_state(self, slots: int = 1) -> DecoderState:
+        """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
+        weight = self.embed.weight
+        specs = [block.mixer.row_spec() for block in self.blocks]
+        return DecoderState(specs, slots, dtype=weight.dtype, device=weight.device)
+
+    @torch.inference_mode()
+    def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
+        """Run new tokens of several slots against their committed state and stage them there.
+
+        Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
+        accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
+        the model's longest position.
+        """
+        places = [self._positions(feed, state) for feed in feeds]
+        segments = segments_of(feeds, state)
+        for feed in feeds:
+            state.reserve(feed.slot, len(feed.tokens))
+        device = self.embed.weight.device
+        ids = torch.tensor([t for feed in feeds for t in feed.tokens], device=device)
+        positions = torch.tensor([p for place in places for p in place], device=device)
+        x, rope = self.embed(ids), None
+        if self.config.positions == "learned":
+            x = x + self.embed_positions(positions)
+        else:
+            cos, sin = self.rotary(positions, x.dtype)
+            rope = cos[:, None], sin[:, None]
+        for block, (part, layer) in zip(self.blocks, state.layers, strict=True):
+            x = block.step(x, rope, segments, part, layer)
+        for segment in segments:
+            for slot, parents in zip(segment.slot_range, segment.parents, strict=True):
+                state.record(slot, parents)
+        return self._outputs(x, feeds)
+
+    def _positions(self, feed: Feed, state: DecoderState) -> list[int]:
+        start = state.length(feed.slot)
+        if feed.parents is None:
+            places = list(range(start, start + len(feed.tokens)))
+        else:
+            places = [start + d for d in depths(feed.parents, state.staged(feed.slot))]
+        limit = self.config.position_limit
+        if limit is not None and max(places, default=0) >= limit:
+            raise ContextOverflow(
+                f"position {max(places)} is beyond this model's {limit} positions; shorten the prompt or "
+                "max_tokens, or linearize the model: linear mixers have no such limit"
+            )
+        return places
+
+    def _outputs(self, x: torch.Tensor, feeds: Sequence[Feed]) -> StepOutput:
+        rows, wanted, first = [], [], 0
+        for feed in feeds:
+            count = len(feed.tokens)
+            keep = range(first if feed.all_logits else first + count - 1, first + count)
+            rows.append(slice(len(wanted), len(wanted) + len(keep)))
+            wanted += keep
+            first += count
+        if len(wanted) < first:
+            x = x[torch.tensor(wanted, device=x.device)]
+        hidden = self.norm(x)
+        return StepOutput(hidden, self.head(hidden), rows)

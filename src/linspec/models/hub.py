@@ -1,1 +1,317 @@
-def save_model(*a, **k): raise NotImplementedError
+"""Model directories: ordinary Hugging Face ones and linspec's own, loaded and saved.
+
+    model = load_model("path/to/llama")
+    tokenizer = load_tokenizer("path/to/llama")
+    save_model(model, tokenizer, Path("copy"), dtype=torch.bfloat16)
+
+linspec's own format has `model_type` "linspec", the decoder's configuration under the key
+`decoder`, and weights under the decoder's own names. It is written only for what no ordinary
+format can say. Nothing is downloaded, no pickle is opened and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from linspec.errors import CheckpointError, ConfigError
+from linspec.models import families
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.families import Family, Tensors
+from linspec.models.weights import (
+    INDEX,
+    SHARD_BYTES,
+    cast,
+    read_json,
+    read_shapes,
+    read_tensors,
+    weight_files,
+    write_tensors,
+)
+
+EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory of `source`: a path, or the name of a model that ships with linspec."""
+    if isinstance(source, str) and source in EMBEDDED:
+        folder = Path(str(importlib.resources.files("linspec") / "embedded" / EMBEDDED[source]))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{source} is not part of this installation ({folder} is missing); install linspec "
+                "again, or give the path of a model directory"
+            )
+        return folder
+    folder = Path(source)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{source} is not a directory; give the path of a model directory or one of "
+            f"{', '.join(EMBEDDED)}. linspec downloads nothing by itself"
+        )
+    return folder
+
+
+def load_config(source: str | Path) -> DecoderConfig:
+    """The decoder configuration of a model directory, without its weights."""
+    return _read_config(resolve(source))[0]
+
+
+def load_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The decoder in `source`, in evaluation mode.
+
+    Raises CheckpointError when a file is missing, damaged or does not fit the others, and
+    UnsupportedModel when the checkpoint is sound but of a kind that linspec does not know.
+    """
+    folder = resolve(source)
+    config, family = _read_config(folder)
+    files = weight_files(folder)
+    model = _skeleton(config, folder)
+    expected = _named(_own_tensors(model), family, config)
+    tensors = read_tensors(files, _match(expected, read_shapes(files), family, folder), dtype)
+    if family is not None:
+        tensors = family.to_ours(tensors, config.layers)
+    _fill(model, tensors)
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `source`; raises CheckpointError if it has none that can be read."""
+    folder = resolve(source)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"no tokenizer in {folder}: none of {', '.join(TOKENIZER_FILES)} is there. "
+            "Copy the tokenizer files of the original model into it"
+        )
+    # tokenizer.json says everything itself; the Auto class would look for a class by model_type
+    whole = (folder / "tokenizer.json").exists()
+    loader = PreTrainedTokenizerFast if whole else AutoTokenizer
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # the tokenizers library raises bare Exception for a malformed tokenizer.json
+    except Exception as error:
+        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DecoderConfig) -> None:
+    """Raises CheckpointError if the tokenizer can produce ids that the model cannot embed."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {size} entries but the model embeds {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def save_model(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write a model directory and return its path.
+
+    An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
+    format. `dtype` converts the weights, None keeps them as they are. `extra_files` are texts to
+    lie beside the model. Other files in `out` stay. Until the last moment `out` is untouched: a
+    failure while writing, Ctrl-C included, leaves it as it was. Raises CheckpointError.
+    """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.config)
+    family = families.family_of(model.config)
+    tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    config = _config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
+    with _aside(Path(out)) as aside:
+        write_tensors(_named(tensors, family, model.config), aside, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        _write_json(aside / "generation_config.json", families.write_ids(model.config))
+        for name, text in (extra_files or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
+        _write_json(aside / "config.json", config)
+    return Path(out)
+
+
+def _read_config(folder: Path) -> tuple[DecoderConfig, Family | None]:
+    """The configuration and the family of the format on disk, None for linspec's own."""
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"no config.json in {folder}: not a model directory, or one whose saving was cut off"
+        )
+    data = read_json(folder / "config.json")
+    if data.get("model_type") == "linspec":
+        return _read_own_config(data, folder), None
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        given = read_json(generation)
+        data |= {key: given[key] for key in GENERATION_IDS if given.get(key) is not None}
+    return families.read_config(data), families.family_named(data.get("model_type"))
+
+
+def _read_own_config(data: Mapping[str, Any], folder: Path) -> DecoderConfig:
+    try:
+        return DecoderConfig.from_dict(data["decoder"])
+    except (ConfigError, KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no sound 'decoder' entry: {error}"
+        ) from error
+
+
+def _skeleton(config: DecoderConfig, folder: Path) -> Decoder:
+    """The decoder without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot build the model of {folder}: {error}") from error
+
+
+def _own_tensors(model: Decoder) -> Tensors:
+    """The state dict; a tied head is stored once, as the embedding."""
+    tensors = dict(model.state_dict())
+    if model.config.tied_embeddings:
+        del tensors["head.weight"]
+    return tensors
+
+
+def _named(tensors: Tensors, family: Family | None, config: DecoderConfig) -> Tensors:
+    return tensors if family is None else family.to_theirs(tensors, config.layers)
+
+
+def _match(
+    expected: Tensors, found: Mapping[str, tuple[int, ...]], family: Family | None, folder: Path
+) -> dict[str, str]:
+    """Names on disk to expected names; raises CheckpointError unless each has its tensor."""
+    names: dict[str, str] = {}
+    strange: list[str] = []
+    for name, shape in found.items():
+        target = _target(name, expected, family)
+        if target is None:
+            strange += [] if _ignored(name, family) else [name]
+        elif shape != tuple(expected[target].shape):
+            raise CheckpointError(
+                f"{name} in {folder} has shape {list(shape)}, config.json asks for "
+                f"{list(expected[target].shape)}; config.json and weights are of different models"
+            )
+        else:
+            names[name] = target
+    missing = sorted(set(expected) - set(names.values()))
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of {len(expected)} tensors: {_some(missing)}; "
+            "the checkpoint is incomplete or config.json is of another model"
+        )
+    if strange:
+        raise CheckpointError(
+            f"{folder} has {len(strange)} tensors that the model of config.json does not have: "
+            f"{_some(strange)}; leaving them out would change the model"
+        )
+    return names
+
+
+def _target(name: str, expected: Tensors, family: Family | None) -> str | None:
+    if name in expected:
+        return name
+    full = f"{family.prefix}{name}" if family else name
+    return full if full in expected else None
+
+
+def _ignored(name: str, family: Family | None) -> bool:
+    """Constants that old checkpoints carry, and the copy of a tied embedding."""
+    return family is not None and name.endswith((*family.ignored, "lm_head.weight"))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _fill(model: Decoder, tensors: Tensors) -> None:
+    """Give the skeleton its tensors; afterwards nothing in it is without memory."""
+    if model.config.tied_embeddings:
+        tensors = tensors | {"head.weight": tensors["embed.weight"]}
+    model.load_state_dict(tensors, assign=True)
+    if model.config.tied_embeddings:
+        model.head.weight = model.embed.weight
+    bare = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not bare, f"buffers must be persistent to be loaded: {bare}"
+
+
+def _config_file(config: DecoderConfig, family: Family | None) -> dict[str, Any]:
+    if family is not None:
+        return families.write_config(family, config)
+    return {
+        "model_type": "linspec",
+        "architectures": ["LinspecForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied_embeddings,
+        **families.write_ids(config),
+        "decoder": config.to_dict(),
+    }
+
+
+def _dtype_name(tensors: Tensors) -> str:
+    return str(tensors["embed.weight"].dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """An empty directory beside `out`; its files move into `out` when the block succeeds."""
+    target = out.resolve()
+    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+        yield aside
+        _publish(aside, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not write {out}: {error}; free some space or choose another directory"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: Path, target: Path) -> None:
+    """Rename every file into `target`, config.json last: without it the directory is no model."""
+    if not target.exists():
+        aside.rename(target)
+        return
+    (target / "config.json").unlink(missing_ok=True)
+    for old in (target / INDEX, *target.glob("model*.safetensors")):
+        old.unlink(missing_ok=True)
+    for new in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        place = target / new.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        new.replace(place)
+
+
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,0 +1,25 @@
+"""Augmented linear attention (You et al. 2024): grouped attention with a masked convolution."""
+
+from __future__ import annotations
+
+from linspec.errors import ConfigError
+from linspec.mixers.base import MIXERS
+from linspec.mixers.grouped import Grouped
+from linspec.models.config import DecoderConfig, MixerConfig
+
+
+@MIXERS.register(
+    "aug",
+    summary="grouped attention + causal depthwise convolution over values",
+    paper="You et al. 2024, arXiv 2406.07368",
+    state="d² + 2·G·d + (W-1)·d per KV head",
+)
+class Aug(Grouped):
+    """o_t = local(t) + α q̂_t S_g(t) + sum_j c_j v_{t-j}, one kernel c per query head."""
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        if mixer.taps < 1:
+            raise ConfigError(
+                f"mixer 'aug' needs convolution taps, got {mixer.taps}; use 32, or mixer 'grouped'"
+            )
+        super().__init__(config, mixer)

@@ -1,0 +1,56 @@
+"""Block forms that the full forms share: weights inside blocks, a banded convolution over values."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def split(x: torch.Tensor, block: int) -> torch.Tensor:
+    """[..., T, D] -> [..., T/block, block, D], padded with zeros at the end."""
+    short = -x.shape[-2] % block
+    return F.pad(x, (0, 0, 0, short)).unflatten(-2, (-1, block))
+
+
+def band(taps: torch.Tensor, block: int) -> torch.Tensor:
+    """Causal convolution inside a block as a matrix: taps [H, W] -> [H, block, W - 1 + block].
+
+    Column c stands for the value c - (W - 1) tokens after the start of the block.
+    """
+    count = taps.shape[1]
+    row = torch.arange(block, device=taps.device)[:, None]
+    column = torch.arange(count - 1 + block, device=taps.device)
+    distance = row + count - 1 - column
+    inside = (distance >= 0) & (distance < count)
+    return F.pad(taps, (0, 1))[:, torch.where(inside, distance, count)]
+
+
+def windows(v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int) -> torch.Tensor:
+    """Values of every block with the `before` values ahead of it.
+
+    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block, V]; lead [B, Hkv, before, V] precedes v.
+    """
+    short = -v.shape[2] % block
+    v = F.pad(v, (0, 0, before if lead is None else 0, short))
+    if lead is not None:
+        v = torch.cat((lead, v), dim=2)
+    return v.unfold(2, before + block, block).mT
+
+
+def convolve(
+    v: torch.Tensor, taps: torch.Tensor, repeats: int, lead: torch.Tensor | None, block: int = 64
+) -> torch.Tensor:
+    """Causal depthwise convolution, one kernel per query head: [B, Hkv, T, V] -> [B, H, T, V].
+
+    You et al. 2024 (arXiv 2406.07368), section 4.1: the taps on future tokens do not exist at all,
+    so nothing can train them back in.
+    """
+    kernel = band(taps, block).unflatten(0, (-1, repeats)).flatten(1, 2)  # [Hkv, rep * block, .]
+    o = kernel[:, None].to(v.dtype) @ windows(v, lead, taps.shape[1] - 1, block)
+    return join(o, repeats, v.shape[2])
+
+
+def join(o: torch.Tensor, repeats: int, time: int) -> torch.Tensor:
+    """[B, Hkv, n, rep * block, V] -> [B, H, T, V], padding dropped."""
+    o = o.unflatten(3, (repeats, -1)).transpose(2, 3)  # [B, Hkv, rep, n, block, V]
+    return o.flatten(3, 4).flatten(1, 2)[:, :, :time]

@@ -1,0 +1,30 @@
+"""FLASH-global attention (Hua et al. 2022): a linear sum over earlier groups, own group unseen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from linspec.mixers.base import MIXERS
+from linspec.mixers.linear import GroupedLinear
+from linspec.models.config import DecoderConfig, MixerConfig
+
+
+@MIXERS.register(
+    "global",
+    summary="linear attention over earlier groups only",
+    paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
+    state="d² + 2·G·d per KV head",
+)
+class Global(GroupedLinear):
+    """o_t = α q̂_t S_g(t); α starts at 1, as nothing else carries information."""
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        self.alpha = nn.Parameter(torch.ones(()))
+
+    def sum_scale(self) -> torch.Tensor | float | None:
+        return self.alpha
+
+    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
+        return None

@@ -1,0 +1,28 @@
+"""Grouped linear attention (You et al. 2024): local weights plus a learned share of a linear sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from linspec.mixers.base import MIXERS
+from linspec.mixers.linear import GroupedLinear
+from linspec.models.config import DecoderConfig, MixerConfig
+
+
+@MIXERS.register(
+    "grouped",
+    summary="local attention + α · linear attention over earlier groups",
+    paper="You et al. 2024, arXiv 2406.07368",
+    state="d² + 2·G·d per KV head",
+)
+class Grouped(GroupedLinear):
+    """o_t = local(t) + α q̂_t S_g(t), α a scalar learned per layer."""
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def sum_scale(self) -> torch.Tensor | float | None:
+        return self.alpha

@@ -1,0 +1,18 @@
+"""FLASH-local attention (Hua et al. 2022): squared-ReLU weights inside a group, nothing across."""
+
+from __future__ import annotations
+
+from linspec.mixers.base import MIXERS
+from linspec.mixers.linear import GroupedLinear
+
+
+@MIXERS.register(
+    "local",
+    summary="relu(q·k)² inside a group of tokens",
+    paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
+    state="2·G·d per KV head",
+)
+class Local(GroupedLinear):
+    """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s."""
+
+    summed = False

@@ -1,0 +1,135 @@
+"""One inference step: the new tokens of several sequences, packed for the linear layers.
+
+All new nodes of all rows form one [M, D] matrix; mixers see them by *segment*, a run of neighbouring
+slots with the same form, as dense [R, N, ...] tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from linspec.errors import ConfigError
+from linspec.state import STAGE_ROWS, DecoderState, Layout, RowState
+from linspec.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """New tokens of one slot.
+
+    parents: index of each token's parent among the slot's staged nodes (those of earlier steps come
+    first), -1 for the last committed token. None means a chain from the last committed token.
+    all_logits: False asks for the logits of the last token only.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    parents: Sequence[int] | None = None
+    all_logits: bool = True
+
+    @classmethod
+    def tree(cls, slot: int, tree: TokenTree) -> Feed:
+        """The feed that verifies a whole tree."""
+        return cls(slot, tree.tokens, tree.parents)
+
+
+@dataclass
+class Segment:
+    """Neighbouring slots whose new nodes the mixers see as one dense group."""
+
+    start: int
+    lengths: list[int]
+    parents: list[Sequence[int]]
+    long: bool
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.start, self.start + len(self.lengths))
+
+    @property
+    def slot_range(self) -> range:
+        return range(self.start, self.start + len(self.lengths))
+
+    @cached_property
+    def nodes(self) -> int:
+        """Most new nodes of one row."""
+        return max(self.lengths)
+
+    @cached_property
+    def index(self) -> torch.Tensor | None:
+        """Places of the packed nodes among the dense ones; None when they are the same."""
+        if all(n == self.nodes for n in self.lengths):
+            return None
+        rows = [torch.arange(n) + i * self.nodes for i, n in enumerate(self.lengths)]
+        return torch.cat(rows)
+
+    first: int = 0  # of this segment's nodes in the packed matrix
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[M, H, K] -> this segment's [R, N, H, K], zero where a row has fewer nodes."""
+        mine = packed[self.first : self.first + sum(self.lengths)]
+        if self.index is not None:
+            dense = mine.new_zeros(len(self.lengths) * self.nodes, *mine.shape[1:])
+            mine = dense.index_copy(0, self.index.to(mine.device), mine)
+        return mine.unflatten(0, (len(self.lengths), self.nodes))
+
+    def pack(self, dense: torch.Tensor) -> torch.Tensor:
+        """The inverse of `unpack`."""
+        flat = dense.flatten(0, 1)
+        return flat if self.index is None else flat[self.index.to(flat.device)]
+
+    def layout(self, state: RowState) -> Layout:
+        """Who sees whom, for a segment of trees; computed once for all layers of `state`."""
+        if id(state) not in self._layouts:
+            self._layouts[id(state)] = state.layout(self.start, self.parents)
+        return self._layouts[id(state)]
+
+    def __post_init__(self) -> None:
+        self._layouts: dict[int, Layout] = {}
+
+
+def segments_of(feeds: Sequence[Feed], state: DecoderState) -> list[Segment]:
+    """Group feeds (in order of their slots) into segments; raises ConfigError on a malformed feed."""
+    segments: list[Segment] = []
+    first = 0
+    for feed in feeds:
+        count, parents = len(feed.tokens), _parents(feed, state)
+        long = count > STAGE_ROWS
+        last = segments[-1] if segments else None
+        if last is None or last.long != long or last.slots.stop != feed.slot:
+            last = Segment(feed.slot, [], [], long, first)
+            segments.append(last)
+        last.lengths.append(count)
+        last.parents.append(parents)
+        first += count
+    return segments
+
+
+def _parents(feed: Feed, state: DecoderState) -> Sequence[int]:
+    count, staged = len(feed.tokens), len(state.staged(feed.slot))
+    if count == 0:
+        raise ConfigError(f"slot {feed.slot} was fed no tokens; leave it out of the step")
+    if feed.parents is None:
+        if staged:
+            raise ConfigError(f"slot {feed.slot} has staged nodes: name the parents of new ones")
+        return range(-1, count - 1)
+    if count > STAGE_ROWS and any(p != i - 1 for i, p in enumerate(feed.parents)):
+        raise ConfigError(
+            f"a tree of {count} nodes is too large: trees hold {STAGE_ROWS} nodes, chains any number"
+        )
+    for i, parent in enumerate(feed.parents):
+        if not -1 <= parent < staged + i:
+            raise ConfigError(f"node {i} of slot {feed.slot} has parent {parent}, which is not before it")
+    return feed.parents
+
+
+def depths(parents: Sequence[int], staged: Sequence[int]) -> list[int]:
+    """Depth of each new node, given the parents of nodes staged before."""
+    found: list[int] = []
+    for parent in (*staged, *parents):
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found[len(staged) :]

@@ -1,0 +1,406 @@
+"""State as a transaction: stage new rows beside the committed ones, then commit a path or drop all.
+
+All mixers here remember rows of keys and values, some also a running sum over closed groups. The
+rows of one slot lie in one buffer, oldest first: committed rows, then staged rows. Staging writes
+behind the committed rows and never into them; committing a chain only moves the border between the
+two, committing a path of a tree first gathers its rows to the front. Rejected rows are simply
+overwritten later, so they cost nothing and nothing is ever rolled back.
+
+Positions inside a slot are counted from its *origin*, the absolute position of buffer row 0.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from linspec.errors import StateError
+from linspec.tree import ancestor_matrix
+
+# Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
+STAGE_ROWS = 64
+_LAYOUTS_KEPT = 512
+_LAYOUT_COLUMNS_KEPT = 1024
+
+Snapshot = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who sees whom in one step, for the rows of one segment. Shared by all layers of a state.
+
+    offsets [R, N]: position of each new node, counted from the row's origin.
+    columns [R, C]: position of each buffer row, likewise; visible [R, N, C]: committed rows and a
+    node's own ancestors. `plain` says that every column is visible to every node.
+    """
+
+    offsets: torch.Tensor
+    columns: torch.Tensor
+    visible: torch.Tensor
+    plain: bool
+    _memo: dict[Any, Any] = field(default_factory=dict)
+
+    def memo(self, key: Any, build: Callable[[], Any]) -> Any:
+        """`build()` once per layout: mixers keep their masks here."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpec:
+    """Sizes of the rows of one kind of mixer; layers with equal specs share one `RowState`.
+
+    kv_heads, key_width, value_width: of one row. lead: value rows kept before the origin (for the
+    convolution). group: close groups of this many rows into a running sum; 0 keeps rows.
+    sums: whether closed groups are summed at all (`local` forgets them). window: keep this many
+    rows; 0 keeps all.
+    """
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    lead: int = 0
+    group: int = 0
+    sums: bool = False
+    window: int = 0
+
+
+class RowState:
+    """Committed and staged rows of `layers` layers and `slots` sequences."""
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        spec: RowSpec,
+        layers: int,
+        slots: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.spec, self.layers = spec, layers
+        rows = self._resting_rows() + STAGE_ROWS
+        options = {"dtype": dtype, "device": device}
+        shape = (layers, slots, spec.kv_heads)
+        self.keys = torch.zeros(*shape, rows, spec.key_width, **options)
+        self.values = torch.zeros(*shape, spec.lead + rows, spec.value_width, **options)
+        # sums over thousands of tokens lose their small terms below float32
+        wide = torch.promote_types(dtype, torch.float32)
+        sums = (slots if spec.sums else 0, spec.kv_heads, spec.key_width, spec.value_width)
+        self.sums = torch.zeros(layers, *sums, dtype=wide, device=device)
+        self.lengths = [0] * slots
+        self.origins = [0] * slots
+        self.parents: list[list[int]] = [[] for _ in range(slots)]
+        self.long: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+
+    def _resting_rows(self) -> int:
+        """Most committed rows that stay in the buffer between rounds."""
+        if self.spec.group:
+            return self.spec.group
+        return 2 * self.spec.window if self.spec.window else STAGE_ROWS
+
+    # ---- staging
+
+    def reserve(self, slot: int, new: int) -> None:
+        """Make room for `new` more staged rows in `slot`."""
+        self._ensure(self._next_row(slot) + new)
+
+    def _ensure(self, rows: int) -> None:
+        """Buffers double, so that a cache that grows token by token is copied rarely."""
+        have = self.keys.shape[3]
+        if rows <= have:
+            return
+        more = max(rows, 2 * have) - have
+        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+
+    def layout(self, start: int, parents: Sequence[Sequence[int]]) -> Layout:
+        """Layout of new nodes with `parents` (indices into each slot's staged rows) from slot `start`."""
+        rows = []
+        for slot, new in enumerate(parents, start):
+            base = self.lengths[slot] - self.origins[slot]
+            rows.append((base, (*self.parents[slot], *new), len(new)))
+        key = tuple(rows)
+        found = self._layouts.get(key)
+        if found is None:
+            found = build_layout(rows, self.keys.device)
+            if found.columns.shape[1] <= _LAYOUT_COLUMNS_KEPT:
+                self._layouts[key] = found
+                if len(self._layouts) > _LAYOUTS_KEPT:
+                    self._layouts.popitem(last=False)
+        return found
+
+    def stage(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write new rows k, v [R, Hkv, N, .] of slots start.. behind what each has staged."""
+        firsts = [self._next_row(start + i) for i in range(len(lengths))]
+        lead = self.spec.lead
+        if len(set(firsts)) == 1 and len(set(lengths)) == 1:
+            rows = slice(firsts[0], firsts[0] + lengths[0])
+            slots = slice(start, start + len(lengths))
+            self.keys[layer, slots, :, rows] = k
+            self.values[layer, slots, :, lead + rows.start : lead + rows.stop] = v
+            return
+        for i, (first, n) in enumerate(zip(firsts, lengths, strict=True)):
+            self.keys[layer, start + i, :, first : first + n] = k[i, :, :n]
+            self.values[layer, start + i, :, lead + first : lead + first + n] = v[i, :, :n]
+
+    def _next_row(self, slot: int) -> int:
+        return self.lengths[slot] - self.origins[slot] + len(self.parents[slot])
+
+    def stage_long(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage chains of any length; returns keys and values from each origin on.
+
+        Keys are [R, Hkv, C, .], values [R, Hkv, lead + C, .]: committed rows, then the new ones,
+        then zeros.
+        """
+        lead, slots = self.spec.lead, range(start, start + len(lengths))
+        base = [self.lengths[s] - self.origins[s] for s in slots]
+        longest = max(b + n for b, n in zip(base, lengths, strict=True))
+        keys = k.new_zeros(len(lengths), k.shape[1], longest, k.shape[3])
+        values = v.new_zeros(len(lengths), v.shape[1], lead + longest, v.shape[3])
+        for i, (slot, b, n) in enumerate(zip(slots, base, lengths, strict=True)):
+            keys[i, :, :b] = self.keys[layer, slot, :, :b]
+            keys[i, :, b : b + n] = k[i, :, :n]
+            values[i, :, : lead + b] = self.values[layer, slot, :, : lead + b]
+            values[i, :, lead + b : lead + b + n] = v[i, :, :n]
+            self.long.setdefault(slot, []).append((keys[i], values[i]))
+        return keys, values
+
+    def record(self, slot: int, parents: Sequence[int]) -> None:
+        """Record the tree structure of rows that every layer has just staged."""
+        self.parents[slot] += parents
+
+    # ---- committing
+
+    @torch.inference_mode()
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Fold the staged rows of `path` in, in order, and drop every other staged row."""
+        if slot in self.long:
+            self._commit_long(slot, len(path))
+        else:
+            if any(node != i for i, node in enumerate(path)):
+                self._gather(slot, path)
+            self.lengths[slot] += len(path)
+            self._settle(slot)
+        self.drop(slot)
+
+    def drop(self, slot: int) -> None:
+        """Forget everything staged in `slot`."""
+        self.parents[slot] = []
+        self.long.pop(slot, None)
+
+    def _gather(self, slot: int, path: Sequence[int]) -> None:
+        first = self.lengths[slot] - self.origins[slot]
+        index = torch.tensor(path, device=self.keys.device)
+        for rows, at in ((self.keys, first), (self.values, self.spec.lead + first)):
+            rows[:, slot, :, at : at + len(path)] = rows[:, slot].index_select(2, index + at)
+
+    def _settle(self, slot: int) -> None:
+        """Close full groups, or let go of rows that left the window."""
+        rows = self.lengths[slot] - self.origins[slot]
+        gone = 0
+        if self.spec.group:
+            gone = rows // self.spec.group * self.spec.group
+        elif self.spec.window and rows > self._resting_rows():
+            gone = rows - self.spec.window
+        if not gone:
+            return
+        lead = self.spec.lead
+        keys, values = self.keys[:, slot], self.values[:, slot]
+        if self.spec.sums:
+            self._add(slot, keys[:, :, :gone], values[:, :, lead : lead + gone])
+        keys[:, :, : rows - gone] = keys[:, :, gone:rows].clone()
+        values[:, :, : lead + rows - gone] = values[:, :, gone : lead + rows].clone()
+        self.origins[slot] += gone
+
+    def _add(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        wide = self.sums.dtype
+        self.sums[:, slot] += keys.to(wide).transpose(-1, -2) @ values.to(wide)
+
+    def _commit_long(self, slot: int, count: int) -> None:
+        """As `commit` for rows that were staged aside: sum what closes, keep the tail."""
+        layers = self.long[slot]
+        rows = self.lengths[slot] - self.origins[slot] + count
+        gone = 0
+        if self.spec.group:
+            gone = rows // self.spec.group * self.spec.group
+        elif self.spec.window:
+            gone = max(0, rows - self.spec.window)
+        self._ensure(rows - gone)
+        lead = self.spec.lead
+        for layer, (keys, values) in enumerate(layers):
+            if self.spec.sums and gone:
+                wide = self.sums.dtype
+                closed = keys[:, :gone].to(wide), values[:, lead : lead + gone].to(wide)
+                self.sums[layer, slot] += closed[0].transpose(-1, -2) @ closed[1]
+            self.keys[layer, slot, :, : rows - gone] = keys[:, gone:rows]
+            self.values[layer, slot, :, : lead + rows - gone] = values[:, gone : lead + rows]
+        self.lengths[slot] += count
+        self.origins[slot] += gone
+
+    # ---- slots
+
+    @torch.inference_mode()
+    def reset(self, slot: int) -> None:
+        """Make `slot` an empty sequence."""
+        self.drop(slot)
+        self.lengths[slot] = self.origins[slot] = 0
+        if self.spec.sums:
+            self.sums[:, slot] = 0
+        self.values[:, slot, :, : self.spec.lead] = 0
+
+    @torch.inference_mode()
+    def snapshot(self, slot: int) -> Snapshot:
+        """Copy of all committed rows and sums of `slot`."""
+        rows = self.lengths[slot] - self.origins[slot]
+        copy = {
+            "keys": self.keys[:, slot, :, :rows].clone(),
+            "values": self.values[:, slot, :, : self.spec.lead + rows].clone(),
+            "where": torch.tensor([self.lengths[slot], self.origins[slot]]),
+        }
+        if self.spec.sums:
+            copy["sums"] = self.sums[:, slot].clone()
+        return copy
+
+    @torch.inference_mode()
+    def restore(self, slot: int, copy: Snapshot) -> None:
+        """Make `slot` what `snapshot` saw; raises StateError if the copy is of another model."""
+        keys, values = copy["keys"], copy["values"]
+        if keys.shape[:2] != (self.layers, self.spec.kv_heads) or keys.shape[3] != self.keys.shape[4]:
+            raise StateError(
+                f"a snapshot of shape {tuple(keys.shape)} does not fit a state of {self.layers} "
+                f"layers, {self.spec.kv_heads} heads and width {self.spec.key_width}"
+            )
+        self.reset(slot)
+        self.reserve(slot, keys.shape[2])
+        self.lengths[slot], self.origins[slot] = copy["where"].tolist()
+        self.keys[:, slot, :, : keys.shape[2]] = keys
+        self.values[:, slot, :, : values.shape[2]] = values
+        if self.spec.sums:
+            self.sums[:, slot] = copy["sums"]
+
+    def bytes(self, slot: int) -> int:
+        """Bytes that the committed part of `slot` needs; constant for grouped mixers."""
+        spec = self.spec
+        rows = self.lengths[slot]
+        if spec.group or spec.window:
+            rows = spec.group or min(rows, spec.window)
+        row_bytes = (spec.key_width * rows + spec.value_width * (rows + spec.lead)) * self.keys.element_size()
+        sums = self.sums[:, 0].numel() * self.sums.element_size() if spec.sums else 0
+        return self.layers * spec.kv_heads * row_bytes + sums
+
+
+def build_layout(
+    rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch.device
+) -> Layout:
+    """Layout of rows given as (committed rows, parents of all staged rows, how many are new)."""
+    count, nodes = len(rows), max(new for *_, new in rows)
+    width = max(base + len(parents) for base, parents, _ in rows)
+    offsets = torch.zeros(count, nodes, dtype=torch.long)
+    columns = torch.arange(width).repeat(count, 1)
+    visible = torch.zeros(count, nodes, width, dtype=torch.bool)
+    for i, (base, parents, new) in enumerate(rows):
+        total = base + len(parents)
+        seen = ancestor_matrix(parents)
+        depths = base + seen.sum(1) - 1
+        offsets[i, :new] = depths[len(parents) - new :]
+        columns[i, base:total] = depths
+        visible[i, :new, :base] = True
+        visible[i, :new, base:total] = seen[len(parents) - new :]
+    plain = bool(visible.all())
+    return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
+
+
+class DecoderState:
+    """What a whole decoder remembers of up to `slots` sequences: one RowState per kind of layer."""
+
+    def __init__(
+        self,
+        specs: Sequence[RowSpec],
+        slots: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        kinds = list(dict.fromkeys(specs))
+        self.parts = [
+            RowState(kind, specs.count(kind), slots, dtype=dtype, device=device) for kind in kinds
+        ]
+        seen = [0] * len(kinds)
+        # layer -> (its state, its index there)
+        self.layers: list[tuple[RowState, int]] = []
+        for spec in specs:
+            part = kinds.index(spec)
+            self.layers.append((self.parts[part], seen[part]))
+            seen[part] += 1
+        self.slots = slots
+
+    def length(self, slot: int) -> int:
+        """Committed tokens of `slot`."""
+        return self.parts[0].lengths[slot]
+
+    def staged(self, slot: int) -> list[int]:
+        """Parents of the staged nodes of `slot`."""
+        return self.parts[0].parents[slot]
+
+    def reserve(self, slot: int, new: int) -> None:
+        """Make room for `new` more staged nodes in `slot`."""
+        for part in self.parts:
+            part.reserve(slot, new)
+
+    def record(self, slot: int, parents: Sequence[int]) -> None:
+        """Note the parents of nodes that a step has staged in every layer."""
+        for part in self.parts:
+            part.record(slot, parents)
+
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Fold the staged nodes of `path` into `slot`; drops the rest. Raises StateError on a bad path."""
+        parents = self.staged(slot)
+        before = -1
+        for node in path:
+            if not 0 <= node < len(parents) or parents[node] != before:
+                raise StateError(
+                    f"{list(path)} is not a path from the root of the {len(parents)} staged nodes"
+                )
+            before = node
+        for part in self.parts:
+            part.commit(slot, path)
+
+    def drop(self, slot: int) -> None:
+        """Forget what `slot` has staged."""
+        for part in self.parts:
+            part.drop(slot)
+
+    def reset(self, slot: int) -> None:
+        """Make `slot` an empty sequence."""
+        for part in self.parts:
+            part.reset(slot)
+
+    def snapshot(self, slot: int) -> list[Snapshot]:
+        """A copy of the committed state of `slot`, for prefix caches, pre-emption and beams."""
+        return [part.snapshot(slot) for part in self.parts]
+
+    def restore(self, slot: int, copy: Sequence[Snapshot]) -> None:
+        """Make `slot` what `snapshot` saw; raises StateError if the copy is of another model."""
+        if len(copy) != len(self.parts):
+            raise StateError(f"a snapshot of {len(copy)} parts does not fit {len(self.parts)}")
+        for part, piece in zip(self.parts, copy, strict=True):
+            part.restore(slot, piece)
+
+    def fork(self, source: int, target: int) -> None:
+        """Make `target` a copy of the committed state of `source`."""
+        self.restore(target, self.snapshot(source))
+
+    def bytes(self, slot: int) -> int:
+        """Bytes of the committed state of `slot`."""
+        return sum(part.bytes(slot) for part in self.parts)

@@ -1,0 +1,114 @@
+"""What every verifier returns and the walk that the exact ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from linspec.errors import InputError
+from linspec.registry import Registry
+from linspec.sampling import Sampler
+from linspec.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model itself: temperature 1, no penalty, no bias.
+
+    top: the likeliest tokens with their log-probabilities, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The part of a tree that a verifier keeps, and the token it adds.
+
+    path: accepted nodes from the root (always node 0) down.
+    token: the bonus token; it becomes the root of the next round.
+    logprobs: one entry per emitted token, None when the request does not ask for them.
+    """
+
+    path: tuple[int, ...]
+    token: int
+    logprobs: tuple[TokenLogprob, ...] | None
+
+    def emitted(self, tree: TokenTree) -> tuple[int, ...]:
+        """The round's new tokens: the accepted drafts, then the bonus token."""
+        return (*path_tokens(tree, self.path), self.token)
+
+
+class Verifier(Protocol):
+    """The rule that turns a tree and the target's logits into a path and one bonus token.
+
+    lossless: whether the output has exactly the target's distribution.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
+        """Judge `tree` by `logits` [N, V]; the sampler's history ends with the tree's root."""
+        ...
+
+
+VERIFIERS: Registry[type[Verifier]] = Registry("verifier")
+
+Rule = Callable[[int, tuple[int, ...]], int]
+"""(node, draft tokens on the path to it) -> the token that follows the node."""
+
+
+def walk(tree: TokenTree, logits: Tensor, sampler: Sampler, rule: Rule) -> Accepted:
+    """Go down from the root while a child carries the token that `rule` decides on."""
+    check_rows(tree, logits)
+    path = [0]
+    while True:
+        token = rule(path[-1], path_tokens(tree, path))
+        child = child_with(tree, path[-1], token)
+        if child is None:
+            return conclude(tree, logits, sampler, tuple(path), token)
+        path.append(child)
+
+
+def conclude(
+    tree: TokenTree, logits: Tensor, sampler: Sampler, path: tuple[int, ...], token: int
+) -> Accepted:
+    """The accepted path and bonus token, with log-probabilities if the request asks for them."""
+    top = sampler.params.logprobs
+    if top is None:
+        return Accepted(path, token, None)
+    rows = logits[list(path)].float().log_softmax(-1)
+    emitted = (*path_tokens(tree, path), token)
+    return Accepted(path, token, tuple(map(token_logprob, rows, emitted, [top] * len(path))))
+
+
+def token_logprob(row: Tensor, token: int, top: int) -> TokenLogprob:
+    """The entry of `token` in a row [V] of log-probabilities, with its `top` best alternatives."""
+    best = row.topk(min(top, row.shape[-1]))
+    alternatives = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return TokenLogprob(token, float(row[token]), tuple(alternatives))
+
+
+def path_tokens(tree: TokenTree, path: Sequence[int]) -> tuple[int, ...]:
+    """Draft tokens on a path from the root; the root's own token is history already."""
+    return tuple(tree.tokens[node] for node in path[1:])
+
+
+def child_with(tree: TokenTree, node: int, token: int) -> int | None:
+    """The first child of `node` that carries `token`."""
+    return next((c for c in tree.children[node] if tree.tokens[c] == token), None)
+
+
+def check_rows(tree: TokenTree, logits: Tensor) -> None:
+    """Raise InputError unless there is one row of logits per node."""
+    if logits.ndim != 2 or logits.shape[0] != len(tree):
+        raise InputError(
+            f"verifying a tree of {len(tree)} nodes needs logits [{len(tree)}, vocab], "
+            f"got {list(logits.shape)}"
+        )

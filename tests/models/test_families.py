@@ -1,0 +1,275 @@
+"""Every family against transformers' own implementation, on tiny random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from linspec.errors import CheckpointError, InputError, UnsupportedModel
+from linspec.models.config import DecoderConfig, MixerConfig
+from linspec.models.families import FAMILIES, family_of, read_config, write_config
+from linspec.models.hub import load_config, load_model, save_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+
+Maker = Callable[[], PreTrainedModel]
+MODELS: dict[str, Maker] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "llama-tied-biased": lambda: LlamaForCausalLM(
+        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    ),
+    "llama-wide-heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=12)),
+    "llama-gelu": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh")),
+    "llama-rope-llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+    "llama-rope-linear": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LINEAR)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen2-window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+    "qwen3-biased-window": lambda: Qwen3ForCausalLM(
+        Qwen3Config(
+            **SIZES,
+            head_dim=16,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "gpt2-untied-inner": lambda: GPT2LMHeadModel(
+        GPT2Config(**GPT2, tie_word_embeddings=False, n_inner=40, activation_function="relu")
+    ),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def make(name: str) -> PreTrainedModel:
+    """A random model in which no norm is one and no bias is zero."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.15)
+    return model
+
+
+def save(name: str, folder: Path, **options: Any) -> PreTrainedModel:
+    model = make(name)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def tokens(rows: int = 2, length: int = 23) -> torch.Tensor:
+    return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@every_model
+@torch.no_grad()
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    theirs = save(name, tmp_path)
+    ids = tokens()
+    assert_close(load_model(tmp_path)(ids), theirs(ids).logits)
+
+
+@every_model
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padded_rows_equal_transformers(name: str, side: str, tmp_path: Path) -> None:
+    theirs = save(name, tmp_path)
+    ids = tokens(rows=3)
+    lengths = torch.tensor([23, 9, 1])[:, None]
+    time = torch.arange(23)
+    mask = time < lengths if side == "right" else time >= 23 - lengths
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    expected = theirs(ids, attention_mask=mask.long(), position_ids=positions).logits
+    assert_close(load_model(tmp_path)(ids, mask)[mask], expected[mask])
+
+
+@torch.no_grad()
+def test_row_padded_at_both_ends_equals_the_row_alone(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    model, ids = load_model(tmp_path), tokens(rows=1, length=10)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0, 0]])
+    torch.testing.assert_close(model(ids, mask)[:, 2:7], model(ids[:, 2:7]))
+
+
+def test_mask_with_gaps_or_of_other_shape_is_refused(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    model, ids = load_model(tmp_path), tokens(rows=1, length=4)
+    with pytest.raises(InputError, match="row 0 has padding between"):
+        model(ids, torch.tensor([[1, 0, 1, 1]]))
+    with pytest.raises(InputError, match="shape"):
+        model(ids, torch.ones(1, 5))
+
+
+@every_model
+@torch.no_grad()
+def test_saving_back_gives_transformers_the_same_model(name: str, tmp_path: Path) -> None:
+    theirs = save(name, tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs"), None, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert type(again) is type(theirs)
+    assert again.state_dict().keys() == theirs.state_dict().keys()
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[key]), key
+    assert torch.equal(again.eval()(tokens()).logits, theirs(tokens()).logits)
+    assert load_config(tmp_path / "ours") == load_config(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_sharded_and_headless_checkpoints(name: str, tmp_path: Path) -> None:
+    theirs = make(name)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="12KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert_close(load_model(tmp_path / "sharded")(tokens()), theirs(tokens()).logits)
+
+
+@torch.no_grad()
+def test_original_gpt2_names_without_prefix(tmp_path: Path) -> None:
+    theirs = make("gpt2")
+    theirs.transformer.save_pretrained(tmp_path)
+    assert_close(load_model(tmp_path)(tokens()), theirs(tokens()).logits)
+
+
+@pytest.mark.parametrize("rope", [LLAMA3, LINEAR])
+def test_old_and_new_rope_styles_mean_the_same(rope: dict[str, Any]) -> None:
+    base = {"model_type": "llama", **SIZES}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    old = base | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    oldest = old | {"rope_scaling": {"type": scaling.pop("rope_type"), **scaling}}
+    new = read_config(base | {"rope_parameters": dict(rope)})
+    assert read_config(old) == read_config(oldest) == new
+    assert new.rope.kind == rope["rope_type"]
+    assert new.rope.theta == rope["rope_theta"]
+
+
+def test_written_config_reads_the_same_with_old_keys_only() -> None:
+    config = read_config({"model_type": "llama", **SIZES, "rope_parameters": dict(LLAMA3)})
+    written = write_config(FAMILIES["llama"], config)
+    del written["rope_parameters"]
+    assert read_config(written) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "'dynamic'.*llama3"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"hidden_act": "mish"}, "'mish'.*gelu_new"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"model_type": "smollm3"}, "smollm3.*no position embedding"),
+        ({"model_type": "mamba"}, "'mamba'.*llama, mistral, qwen2, qwen3, gpt2"),
+        ({"model_type": None}, "None is not supported"),
+        ({"model_type": ["llama"]}, "not supported"),
+        (
+            {"model_type": "qwen2", "layer_types": ["chunked_attention"] * 3},
+            "layer types|layer_types",
+        ),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+    ],
+)
+def test_unsupported_configs_name_the_reason(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_config({"model_type": "llama", **SIZES} | change)
+    assert isinstance(error.value, UnsupportedModel) or "layer_types" in change
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_key_value_heads": 3}])
+def test_contradicting_configs_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="not a sound llama config"):
+        read_config({"model_type": "llama", **SIZES} | change)
+
+
+def test_sliding_layers_without_a_window_are_refused() -> None:
+    data = {"model_type": "qwen2", **SIZES, "layer_types": ["sliding_attention"] * 3}
+    with pytest.raises(UnsupportedModel, match="sliding_attention with use_sliding_window"):
+        read_config(data)
+
+
+def test_end_tokens_come_from_generation_config_first(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 7}))
+    (tmp_path / "generation_config.json").unlink()
+    assert load_config(tmp_path).eos_ids == (7,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 7], "pad_token_id": 3}')
+    config = load_config(tmp_path)
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (1, (9, 7), 3)
+
+
+TINY = DecoderConfig(
+    vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_width=8, mlp_width=48
+)
+WINDOW = MixerConfig(name="window", window=4)
+
+
+def test_ordinary_format_only_for_what_it_can_say() -> None:
+    def said(**changes: Any) -> bool:
+        fields = TINY.to_dict() | changes
+        return family_of(DecoderConfig.from_dict(fields)) is not None
+
+    def mixed(*mixers: MixerConfig) -> list[dict[str, Any]]:
+        return DecoderConfig(**{**_fields(), "mixers": mixers}).to_dict()["mixers"]
+
+    assert said()
+    assert said(mixers=mixed(MixerConfig(group=16), MixerConfig()))
+    assert said(family="mistral", mixers=mixed(WINDOW, WINDOW))
+    assert said(family="qwen2", qkv_bias=True, mixers=mixed(MixerConfig(), WINDOW))
+    assert not said(mixers=mixed(WINDOW, WINDOW))
+    assert not said(family="mistral", mixers=mixed(WINDOW, MixerConfig()))
+    assert not said(mixers=mixed(MixerConfig(taps=4), MixerConfig()))
+    assert not said(mixers=mixed(MixerConfig(name="relu"), MixerConfig()))
+    assert not said(qk_norm=True)
+    assert not said(gated_mlp=False)
+    assert not said(family="gpt2")
+    assert not said(family="other")
+
+
+def _fields() -> dict[str, Any]:
+    return {field: getattr(TINY, field) for field in TINY.to_dict()}
