@@ -7,6 +7,7 @@ than renaming, because it stores weights transposed and q, k, v fused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,27 @@ from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.models.config import DecoderConfig, MixerConfig, RopeConfig
 
 Tensors = dict[str, torch.Tensor]
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+ROPE_FIELDS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_positions",
+    },
+}
+LAYER_TYPES = {"softmax": "full_attention", "window": "sliding_attention"}
+REFUSED = {"smollm3": "some of its layers have no position embedding"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +106,8 @@ def read_config(data: Mapping[str, Any]) -> DecoderConfig:
             "the checkpoint is quantized; linspec reads float weights only. Use the original "
             "checkpoint, or dequantize it with transformers and save it again"
         )
-    fields = {key: value for key, value in data.items() if key not in ("model_type", "auto_map")}
+    # a copy: transformers completes nested settings in place
+    fields = {key: deepcopy(data[key]) for key in data if key not in ("model_type", "auto_map")}
     try:
         return family.read(AutoConfig.for_model(family.name, **fields))
     except (ConfigError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -176,11 +199,8 @@ def _write_rope(rope: RopeConfig) -> dict[str, Any]:
     """In the style of transformers 5 and in that of older readers, which mean the same."""
     fields = {theirs: getattr(rope, ours) for theirs, ours in ROPE_FIELDS[rope.kind].items()}
     scaling = {"rope_type": rope.kind, **fields}
-    return {
-        "rope_parameters": {"rope_theta": rope.theta, **scaling},
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling if fields else None,
-    }
+    written = {"rope_parameters": {"rope_theta": rope.theta, **scaling}, "rope_theta": rope.theta}
+    return written | ({"rope_scaling": scaling} if fields else {})
 
 
 def _read_gated(hf: PreTrainedConfig, **switches: Any) -> DecoderConfig:
@@ -326,27 +346,6 @@ def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
     }
 
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-ROPE_FIELDS: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_position_embeddings": "original_max_positions",
-    },
-}
-LAYER_TYPES = {"softmax": "full_attention", "window": "sliding_attention"}
-REFUSED = {"smollm3": "some of its layers have no position embedding"}
 
 LLAMA_RULES = (
     Rule("model.embed_tokens", ("embed",)),

@@ -41,6 +41,7 @@ from linspec.models.weights import (
 )
 
 EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -168,7 +169,7 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, Family | None]:
 def _read_own_config(data: Mapping[str, Any], folder: Path) -> DecoderConfig:
     try:
         return DecoderConfig.from_dict(data["decoder"])
-    except (ConfigError, KeyError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} has no sound 'decoder' entry: {error}"
         ) from error
@@ -312,6 +313,3 @@ def _publish(aside: Path, target: Path) -> None:
         if place.is_dir():
             shutil.rmtree(place)
         new.replace(place)
-
-
-GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -69,7 +69,7 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
+                for name in sorted(file.keys()):
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
@@ -84,7 +84,7 @@ def read_tensors(
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
+                for name in sorted(file.keys()):
                     if name in names:
                         tensors[names[name]] = cast(file.get_tensor(name), dtype)
         except (SafetensorError, OSError) as error:

@@ -85,7 +85,8 @@ def conclude(
         return Accepted(path, token, None)
     rows = logits[list(path)].float().log_softmax(-1)
     emitted = (*path_tokens(tree, path), token)
-    return Accepted(path, token, tuple(map(token_logprob, rows, emitted, [top] * len(path))))
+    entries = (token_logprob(row, t, top) for row, t in zip(rows, emitted, strict=True))
+    return Accepted(path, token, tuple(entries))
 
 
 def token_logprob(row: Tensor, token: int, top: int) -> TokenLogprob:

@@ -1,0 +1,135 @@
+"""A smaller model drafts (Leviathan et al. 2023; Chen et al. 2023), also the linearized student.
+
+The draft model keeps its own state of every running sequence. It stages one draft after another and,
+once the target has judged them, commits the accepted ones. When its state is linear, drafting costs
+the same at any context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from linspec.drafters.base import DRAFTERS, ChainDrafter
+from linspec.errors import DrafterError
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.step import Feed
+from linspec.row import Row
+from linspec.tree import TokenTree, chain
+
+
+@DRAFTERS.register(
+    "draft-model",
+    summary="a smaller model with the same tokenizer drafts a chain",
+    paper="Leviathan et al. 2023, arXiv 2211.17192",
+    needs="a model directory: draft-model:DIR",
+)
+class DraftModel(ChainDrafter):
+    """Chains from a second decoder: its likeliest tokens, or samples when the request samples.
+
+    Raises DrafterError when the vocabularies differ.
+    """
+
+    name = "draft-model"
+
+    def __init__(self, model: Decoder, target: DecoderConfig, slots: int) -> None:
+        super().__init__()
+        if model.config.vocab_size != target.vocab_size:
+            raise DrafterError(
+                f"the draft model has {model.config.vocab_size} tokens, the target "
+                f"{target.vocab_size}: both must share one tokenizer"
+            )
+        self.model = model
+        self.state = model.new_state(slots)
+        self._fed: dict[int, int] = {}
+        self._generators: dict[int, torch.Generator] = {}
+
+    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+        order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+        self._catch_up([rows[i] for i in order])
+        drafts: list[list[int]] = [[row.root] for row in rows]
+        laws: list[dict[int, torch.Tensor]] = [{} for _ in rows]
+        for depth in range(max(budgets)):
+            live = [i for i in order if depth < budgets[i] and self._has_room(rows[i], depth)]
+            if not live:
+                break
+            feeds = [Feed(rows[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
+            logits = self.model.step(feeds, self.state).logits
+            for i, scores in zip(live, logits, strict=True):
+                token, law = self._pick(rows[i], scores, drafts[i][1:])
+                drafts[i].append(token)
+                if law is not None:
+                    laws[i][depth] = law
+        return [
+            TokenTree(tree.tokens, tree.parents, law)
+            for tree, law in zip(map(chain, drafts), laws, strict=True)
+        ]
+
+    def _catch_up(self, rows: Sequence[Row]) -> None:
+        """Commit what the target has decided since the last draft, all but the root."""
+        feeds = []
+        for row in rows:
+            slot, known = row.slot, self._fed.get(row.slot, 0)
+            if known == 0:
+                self.state.reset(slot)
+            self.state.drop(slot)
+            missing = row.tokens[known:-1]
+            if missing:
+                feeds.append(Feed(slot, missing, all_logits=False))
+            self._fed[slot] = len(row.tokens) - 1
+        if feeds:
+            self.model.step(feeds, self.state)
+            for feed in feeds:
+                self.state.commit(feed.slot, range(len(feed.tokens)))
+
+    def _has_room(self, row: Row, depth: int) -> bool:
+        limit = self.model.config.position_limit
+        return limit is None or len(row.tokens) + depth <= limit
+
+    def _pick(
+        self, row: Row, scores: torch.Tensor, drafted: list[int]
+    ) -> tuple[int, torch.Tensor | None]:
+        """The next draft and, when it was sampled, the distribution it came from."""
+        if row.sampler.greedy:
+            return int(row.sampler.scores(scores, drafted).argmax()), None
+        law = row.sampler.probabilities(scores, drafted)
+        generator = self._generators.get(row.slot)
+        if generator is None:
+            # drafts must not share random numbers with the verifier that judges them
+            seed = row.params.seed
+            generator = torch.Generator()
+            generator.manual_seed(seed ^ 0x5EED) if seed is not None else generator.seed()
+            self._generators[row.slot] = generator
+        return int(torch.multinomial(law.cpu(), 1, generator=generator)), law
+
+    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+        super().observe(row, tree, path)
+        staged = len(self.state.staged(row.slot))
+        keep = path[: min(len(path), staged)]
+        self.state.commit(row.slot, keep)
+        self._fed[row.slot] += len(keep)
+
+    def release(self, slot: int) -> None:
+        self._fed.pop(slot, None)
+        self._generators.pop(slot, None)
+
+
+@DRAFTERS.register(
+    "student",
+    summary="the linearized student drafts for its softmax teacher, lossless for the teacher",
+    paper="You et al. 2024, arXiv 2406.07368; Leviathan et al. 2023, arXiv 2211.17192",
+    needs="a linearized copy of the target: student:DIR",
+)
+class Student(DraftModel):
+    """A draft model whose drafting cost does not grow with the context."""
+
+    name = "student"
+
+    def __init__(self, model: Decoder, target: DecoderConfig, slots: int) -> None:
+        if not model.config.linear:
+            raise DrafterError(
+                "the student still has softmax layers; linearize it, or use it as 'draft-model'"
+            )
+        super().__init__(model, target, slots)

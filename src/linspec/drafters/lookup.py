@@ -1,0 +1,55 @@
+"""Prompt lookup (Saxena 2023): draft what followed the last few tokens when they came before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from linspec.drafters.base import DRAFTERS, ChainDrafter
+from linspec.row import Row
+
+
+@DRAFTERS.register(
+    "prompt-lookup",
+    summary="copies what followed the same n-gram earlier in the prompt and output",
+    paper="Saxena 2023, prompt lookup decoding",
+    needs="nothing",
+)
+class PromptLookup(ChainDrafter):
+    """Drafts the continuation of the latest earlier match of the longest suffix n-gram.
+
+    The index of n-grams is kept per slot and grows with the sequence, so that drafting costs the same
+    at any context.
+    """
+
+    name = "prompt-lookup"
+
+    def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
+        super().__init__()
+        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+        self._ends: dict[int, dict[tuple[int, ...], int]] = {}
+        self._indexed: dict[int, int] = {}
+
+    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
+        return [self._continue(row, budget) for row, budget in zip(rows, budgets, strict=True)]
+
+    def _continue(self, row: Row, budget: int) -> list[int]:
+        ends = self._index(row)
+        for size in range(self.max_ngram, self.min_ngram - 1, -1):
+            end = ends.get(tuple(row.tokens[-size:]))
+            if end is not None:
+                return row.tokens[end : end + budget]
+        return []
+
+    def _index(self, row: Row) -> dict[tuple[int, ...], int]:
+        """Where each n-gram last ended, before the very end of the sequence."""
+        ends = self._ends.setdefault(row.slot, {})
+        done = self._indexed.get(row.slot, 0)
+        for end in range(done, len(row.tokens)):
+            for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
+                ends[tuple(row.tokens[end - size : end])] = end
+        self._indexed[row.slot] = max(done, len(row.tokens))
+        return ends
+
+    def release(self, slot: int) -> None:
+        self._ends.pop(slot, None)
+        self._indexed.pop(slot, None)

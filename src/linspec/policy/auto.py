@@ -1,0 +1,114 @@
+"""Choose the tree that maximises tokens per second (goodput, Liu et al. 2024, arXiv 2406.14066).
+
+A tree of n drafts is worth (1 + accepted(n)) / (step(n + 1) + draft). The step's cost comes from a
+curve measured on this machine and model, corrected by the rounds as they run; the accepted tokens from
+the drafter's own estimate, corrected per request. 0 drafts is a candidate like any other, so a drafter
+that does not pay is switched off; it is tried again at growing intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from linspec.drafters.base import Drafter
+from linspec.policy.base import POLICIES, RoundTimes
+from linspec.policy.costs import CostCurve
+from linspec.row import Row
+
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
+_FORGET = 0.9
+_PRIOR = 1.0
+# speculation has to promise this much more than plain decoding before it is used
+_MARGIN = 1.03
+_REPLAN_ROUNDS = 8
+_FIRST_PATIENCE, _LAST_PATIENCE = 16, 512
+
+
+@dataclass(slots=True)
+class _Record:
+    """What one request's drafts brought, against what was expected of them."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+    budget: int = 0
+    age: int = _REPLAN_ROUNDS
+    idle: int = 0
+    patience: int = _FIRST_PATIENCE
+
+    def ratio(self) -> float:
+        return (self.accepted + _PRIOR) / (self.expected + _PRIOR)
+
+
+@POLICIES.register(
+    "auto",
+    summary="the tree with the most tokens per second by a measured cost curve, 0 nodes included",
+    paper="Liu et al. 2024 (SmartSpec), arXiv 2406.14066",
+)
+class Auto:
+    """Budgets that maximise predicted goodput of the whole batch."""
+
+    name = "auto"
+
+    def __init__(self, costs: CostCurve) -> None:
+        self.costs = costs
+        self._records: dict[int, _Record] = {}
+        self._drift = 1.0
+        self._draft_seconds = 0.0
+        self._drafts_seen = 0
+
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
+        records = [self._records.setdefault(row.slot, _Record()) for row in rows]
+        if any(record.age >= _REPLAN_ROUNDS for record in records):
+            self._choose(records, drafter)
+        budgets = []
+        for record in records:
+            record.age += 1
+            budgets.append(record.budget or self._probe(record))
+        return budgets
+
+    def _choose(self, records: list[_Record], drafter: Drafter) -> None:
+        """Best (size of tree, rows that get one): rows with the best record come first."""
+        ranked = sorted(records, key=_Record.ratio, reverse=True)
+        plain = len(ranked) / self._step(len(ranked))
+        best, best_nodes, best_rows = plain * _MARGIN, 0, 0
+        for nodes in (n for n in CANDIDATES if n <= drafter.max_nodes):
+            gain, tokens = drafter.expected(nodes), float(len(ranked))
+            for rows, record in enumerate(ranked, 1):
+                tokens += record.ratio() * gain
+                seconds = self._step(len(ranked) + rows * nodes) + self._draft_seconds
+                if tokens / seconds > best:
+                    best, best_nodes, best_rows = tokens / seconds, nodes, rows
+        for rank, record in enumerate(ranked):
+            record.age = 0
+            record.budget = best_nodes if rank < best_rows else 0
+
+    def _probe(self, record: _Record) -> int:
+        """A small tree once in a while, so that a drafter can earn its place back."""
+        record.idle += 1
+        if record.idle < record.patience:
+            return 0
+        record.idle, record.patience = 0, min(2 * record.patience, _LAST_PATIENCE)
+        return 4
+
+    def _step(self, nodes: int) -> float:
+        return self._drift * self.costs(nodes)
+
+    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
+        record = self._records.get(row.slot)
+        if record is None or not drafted:
+            return
+        record.accepted = _FORGET * record.accepted + accepted
+        record.expected = _FORGET * record.expected + expected
+        if accepted and not record.budget:
+            record.patience, record.age = _FIRST_PATIENCE, _REPLAN_ROUNDS
+
+    def observe_round(self, times: RoundTimes) -> None:
+        self._drift = 0.95 * self._drift + 0.05 * times.step / self.costs(times.nodes)
+        if times.draft:
+            self._drafts_seen += 1
+            weight = max(0.1, 1 / self._drafts_seen)
+            self._draft_seconds += weight * (times.draft - self._draft_seconds)
+
+    def release(self, slot: int) -> None:
+        self._records.pop(slot, None)

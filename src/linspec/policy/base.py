@@ -1,0 +1,45 @@
+"""Who decides, before a round, how many draft nodes each row gets. 0 is legal and truly plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from linspec.drafters.base import Drafter
+from linspec.registry import Registry
+from linspec.row import Row
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTimes:
+    """Seconds of one round: drafting, the target's step over `nodes` packed nodes, in total."""
+
+    draft: float
+    step: float
+    nodes: int
+
+
+class Policy(Protocol):
+    """Budgets of draft nodes, one per row and round."""
+
+    name: ClassVar[str]
+
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
+        """Most draft nodes for each row's next tree."""
+        ...
+
+    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
+        """One row's outcome."""
+        ...
+
+    def observe_round(self, times: RoundTimes) -> None:
+        """One round's timing; rounds that carry prefill are not reported."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The request in `slot` has ended."""
+        ...
+
+
+POLICIES: Registry[type[Policy]] = Registry("policy")

@@ -1,0 +1,103 @@
+"""What a step of 1…64 nodes costs: measured once per machine and model, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from linspec.files import cache_dir
+from linspec.models.decoder import Decoder
+from linspec.models.step import Feed
+from linspec.state import DecoderState
+
+MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
+_REPEATS = 7
+_CONTEXT = 48
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of one step by the number of its nodes; straight lines between measured points."""
+
+    seconds: Mapping[int, float]
+
+    def __call__(self, nodes: int) -> float:
+        points = sorted(self.seconds)
+        if nodes in self.seconds:
+            return self.seconds[nodes]
+        if len(points) == 1:
+            return self.seconds[points[0]]
+        right = min(max(bisect_left(points, nodes), 1), len(points) - 1)
+        a, b = points[right - 1], points[right]
+        slope = (self.seconds[b] - self.seconds[a]) / (b - a)
+        return max(self.seconds[a] + slope * (nodes - a), 1e-9)
+
+
+def measure(model: Decoder, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+    """Time steps of a chain of draft nodes after a short context; medians, cost forced to rise."""
+    state = model.new_state()
+    context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
+    model.step([Feed(0, [0] * context, all_logits=False)], state)
+    state.commit(0, range(context))
+    limit = model.config.position_limit
+    found: dict[int, float] = {}
+    floor = 0.0
+    for nodes in MEASURED_NODES:
+        if limit is not None and context + nodes > limit:
+            break
+        floor = found[nodes] = max(floor, _median_step(model, state, nodes, clock))
+    return CostCurve(found)
+
+
+def _median_step(
+    model: Decoder, state: DecoderState, nodes: int, clock: Callable[[], float]) -> float:
+    times = []
+    for _ in range(_REPEATS + 2):
+        began = clock()
+        model.step([Feed(0, [0] * nodes)], state)
+        if model.embed.weight.is_cuda:
+            torch.cuda.synchronize()
+        times.append(clock() - began)
+        state.drop(0)
+    return sorted(times[2:])[_REPEATS // 2]
+
+
+def load_or_measure(model: Decoder) -> CostCurve:
+    """The curve of this model's shape on this machine, from disk when it was measured before."""
+    path = _cache_path(model)
+    try:
+        stored = json.loads(path.read_text())
+        return CostCurve({int(n): float(s) for n, s in stored.items()})
+    except (OSError, ValueError):
+        pass
+    curve = measure(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(curve.seconds)))
+    except OSError:
+        # a read-only home only means measuring again next time
+        pass
+    return curve
+
+
+def _cache_path(model: Decoder) -> Path:
+    weight = model.embed.weight
+    facts = (
+        json.dumps(model.config.to_dict(), sort_keys=True),
+        str(weight.dtype),
+        str(weight.device),
+        platform.processor() or platform.machine(),
+        torch.__version__,
+        str(torch.get_num_threads()),
+        model.form,
+    )
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+    return cache_dir() / "costs" / f"{key}.json"

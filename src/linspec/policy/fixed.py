@@ -1,0 +1,34 @@
+"""A fixed budget of draft nodes, as most engines use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from linspec.drafters.base import Drafter
+from linspec.errors import ConfigError
+from linspec.policy.base import POLICIES, RoundTimes
+from linspec.row import Row
+
+
+@POLICIES.register("fixed", summary="the same number of draft nodes every round", paper="-")
+class Fixed:
+    """Always `nodes` draft nodes."""
+
+    name = "fixed"
+
+    def __init__(self, nodes: int) -> None:
+        if nodes < 0:
+            raise ConfigError(f"draft nodes must be 0 (plain decoding) or more, got {nodes}")
+        self.nodes = nodes
+
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
+        return [min(self.nodes, drafter.max_nodes)] * len(rows)
+
+    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
+        pass
+
+    def observe_round(self, times: RoundTimes) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
