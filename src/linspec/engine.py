@@ -57,9 +57,10 @@ class Engine:
         self.scheduler = Scheduler(slots, prefill_tokens)
         self.state = model.new_state(slots)
         self.clock = clock
+        self._requests = 0
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a prompt of token ids; rows come back from `step` in the order they run.
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        """Queue a prompt of token ids; returns the number that its row carries as `request`.
 
         Raises InputError for an empty prompt or foreign token ids, ContextOverflow for a prompt that
         leaves no room for one new token.
@@ -76,9 +77,12 @@ class Engine:
 
         def place(slot: int) -> Row:
             self.state.reset(slot)
-            return Row(slot, sampler, list(prompt), len(prompt))
+            return Row(request, slot, sampler, list(prompt), len(prompt))
 
+        self._requests += 1
+        request = self._requests
         self.scheduler.submit(place)
+        return request
 
     @property
     def busy(self) -> bool:

@@ -57,10 +57,11 @@ class Stats:
 class Row:
     """A request in a slot.
 
-    tokens: prompt and output; once the prompt is processed the last one is the root of the next tree,
+    request: number of the request. tokens: prompt and output; once the prompt is processed the last one is the root of the next tree,
     decided but not committed. hidden: the final hidden state [D] at the last committed token.
     """
 
+    request: int
     slot: int
     sampler: Sampler
     tokens: list[int]

@@ -23,6 +23,7 @@ class Detokenizer:
         self._shown = self._decode(self._window)
         self.full = ""
         self._released = 0
+        self.stopped = False
 
     def _decode(self, tokens: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -47,8 +48,8 @@ class Detokenizer:
             if (at := self.full.find(stop, max(0, begin - len(stop) + 1))) >= 0
         ]
         if found:
-            self.full = self.full[: min(found)]
-        return bool(found)
+            self.full, self.stopped = self.full[: min(found)], True
+        return self.stopped
 
     def finish(self) -> None:
         """No more tokens: an incomplete last character is shown as it is."""

@@ -1,0 +1,63 @@
+"""Drafters: one file each, registered by name; `make_drafter` reads the names that users write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from linspec.drafters import draft_model, lookup, medusa
+from linspec.drafters.base import DRAFTERS, Drafter
+from linspec.drafters.draft_model import DraftModel
+from linspec.drafters.heads import load_heads
+from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.medusa import Medusa
+from linspec.errors import ConfigError, DrafterError
+from linspec.models.decoder import Decoder
+from linspec.models.hub import EMBEDDED, load_model
+
+__all__ = ["DRAFTERS", "Drafter", "draft_model", "lookup", "make_drafter", "medusa"]
+
+
+def make_drafter(
+    drafter: str | Drafter, model: Decoder, source: Path | None, slots: int
+) -> Drafter | None:
+    """The drafter that NAME or NAME:DIR stands for; None for 'none'.
+
+    Without DIR, 'medusa' looks in the model's own directory and 'student' takes the embedded student
+    for the embedded teacher. Raises ConfigError for an unknown name, DrafterError for a misfit.
+    """
+    if isinstance(drafter, Drafter):
+        return drafter
+    name, _, where = drafter.partition(":")
+    if name == "none":
+        return None
+    if name == "prompt-lookup":
+        return PromptLookup()
+    if name == "medusa":
+        return _medusa(where, model, source)
+    if name in ("draft-model", "student"):
+        kind = DRAFTERS[name]
+        assert issubclass(kind, DraftModel)
+        weight = model.embed.weight
+        small = load_model(_draft_source(name, where, source), dtype=weight.dtype, device=str(weight.device))
+        small.prepare()
+        return kind(small, model.config, slots)
+    raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")
+
+
+def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
+    folder = Path(where) if where else source / "medusa" if source else None
+    if folder is None or not folder.exists():
+        raise DrafterError(
+            f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL`, or name "
+            "their directory: medusa:DIR"
+        )
+    heads, accuracies = load_heads(folder, model)
+    return Medusa(heads, accuracies)
+
+
+def _draft_source(name: str, where: str, source: Path | None) -> str:
+    if where:
+        return where
+    if name == "student" and source is not None and source.name == EMBEDDED["embedded-softmax"]:
+        return "embedded-aug"
+    raise DrafterError(f"drafter {name!r} needs a model directory: --drafter {name}:DIR")

@@ -1,0 +1,216 @@
+"""The public way in: prompts to text.
+
+    llm = LLM("embedded-aug", drafter="medusa")
+    print(llm.generate("def fibonacci(n):")[0].text)
+    for piece in llm.stream("class Stack:"):
+        print(piece.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linspec.drafters import make_drafter
+from linspec.drafters.base import Drafter
+from linspec.engine import Emitted, Engine
+from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.models.decoder import Decoder
+from linspec.models.hub import load_model, load_tokenizer, resolve
+from linspec.policy import make_policy
+from linspec.policy.base import Policy
+from linspec.row import Row, Stats
+from linspec.sampling import SamplingParams
+from linspec.text import Detokenizer
+from linspec.verify import VERIFIERS
+from linspec.verify.base import TokenLogprob
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One finished request.
+
+    finish_reason: 'stop' (end of sequence or stop string) or 'length'. tokens_per_s counts generated
+    tokens over the seconds of the steps after the prompt was read.
+    """
+
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    stats: Stats
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
+        seconds = self.stats.decode_seconds
+        return (len(self.token_ids) - 1) / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of request `index`; `done` is set on its last piece."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    done: Generation | None
+
+
+class _Request:
+    """Collects what the engine emits for one prompt."""
+
+    def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], params: SamplingParams):
+        self.index, self.prompt, self.params = index, prompt, params
+        self.text = Detokenizer(tokenizer, prompt, params.stop)
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+
+    def take(self, emitted: Emitted) -> Piece:
+        """Add a round's tokens, up to a stop string."""
+        before, finished = len(self.tokens), emitted.finished
+        for token in emitted.tokens:
+            self.tokens.append(token)
+            if self.text.push(token):
+                finished = "stop"
+                break
+        if emitted.accepted.logprobs is not None:
+            self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
+        if finished and not self.text.stopped:
+            self.text.finish()
+        piece = self.text.release(last=finished is not None)
+        done = self._result(emitted.row, finished) if finished else None
+        return Piece(self.index, piece, tuple(self.tokens[before:]), done)
+
+    def _result(self, row: Row, reason: str) -> Generation:
+        return Generation(
+            prompt_tokens=row.prompt_length,
+            token_ids=tuple(self.tokens),
+            text=self.text.full,
+            finish_reason=reason,
+            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
+            stats=row.stats,
+        )
+
+
+class LLM:
+    """A model with its tokenizer, a drafter, a verifier and a policy.
+
+    model: a directory, 'embedded-softmax', 'embedded-aug', or a Decoder (then give `tokenizer`).
+    drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a Drafter.
+    verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical' (lossy).
+    policy: 'auto', a number of draft nodes, or a Policy.
+    max_batch: sequences that run at once. Raises CheckpointError, DrafterError or ConfigError before
+    any long work.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Decoder,
+        *,
+        tokenizer: Any = None,
+        drafter: str | Drafter = "none",
+        verifier: str = "lossless",
+        policy: str | int | Policy = "auto",
+        max_batch: int = 8,
+        prefill_tokens: int = 512,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        source = None if isinstance(model, Decoder) else resolve(model)
+        if isinstance(model, Decoder):
+            self.model = model
+        else:
+            self.model = load_model(model, dtype=dtype, device=device)
+            tokenizer = tokenizer or load_tokenizer(model)
+        if tokenizer is None:
+            raise ConfigError("a Decoder needs its tokenizer: LLM(model, tokenizer=...)")
+        self.tokenizer = tokenizer
+        self.model.prepare()
+        made = make_drafter(drafter, self.model, source, max_batch)
+        self.engine = Engine(
+            self.model,
+            verifier=VERIFIERS[verifier](),
+            drafter=made,
+            policy=make_policy(policy, self.model) if made is not None else None,
+            slots=max_batch,
+            prefill_tokens=prefill_tokens,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode."""
+        if not isinstance(prompt, str):
+            ids = list(prompt)
+        else:
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise InputError(f"the prompt is not valid text: {error.reason}") from error
+            ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise InputError("the prompt is empty; give at least one token")
+        return ids
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Generation]:
+        """Finish every prompt; results in the order of the prompts."""
+        done = {piece.index: piece.done for piece in self.stream(prompts, params) if piece.done}
+        return [done[i] for i in sorted(done)]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Piece]:
+        """Pieces of text as they are decided, of all prompts as they come.
+
+        Leaving the loop early (or Ctrl-C) cancels what is left.
+        """
+        requests = self._requests(prompts, params)
+        limit = self.model.config.position_limit
+        for request in requests:
+            if limit is not None and len(request.prompt) > limit:
+                raise ContextOverflow(
+                    f"prompt {request.index} has {len(request.prompt)} tokens, this model takes "
+                    f"{limit}; shorten it, or linearize the model: linear mixers have no such limit"
+                )
+        by_row = {
+            self.engine.submit(request.prompt, request.params): request for request in requests
+        }
+        try:
+            while self.engine.busy:
+                for emitted in self.engine.step():
+                    piece = by_row[emitted.row.request].take(emitted)
+                    if piece.done:
+                        self.engine.retire(emitted.row)
+                    yield piece
+        finally:
+            self.engine.cancel()
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Request]:
+        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        if not len(prompts):
+            raise InputError("no prompts were given")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+        return [
+            _Request(i, self.tokenizer, self.encode(prompt), each)
+            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))  # type: ignore[arg-type]
+        ]
