@@ -26,8 +26,6 @@ STAGE_ROWS = 64
 _LAYOUTS_KEPT = 512
 _LAYOUT_COLUMNS_KEPT = 1024
 
-Snapshot = dict[str, torch.Tensor]
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -70,6 +68,18 @@ class RowSpec:
     window: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The committed rows and sums of one slot: keys [L, Hkv, C, .], values [L, Hkv, lead + C, .]."""
+
+    spec: RowSpec
+    length: int
+    origin: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    sums: torch.Tensor | None
+
+
 class RowState:
     """Committed and staged rows of `layers` layers and `slots` sequences."""
 
@@ -108,7 +118,9 @@ class RowState:
     # ---- staging
 
     def reserve(self, slot: int, new: int) -> None:
-        """Make room for `new` more staged rows in `slot`."""
+        """Make room for `new` more staged rows in `slot`; longer chains are staged aside."""
+        if new > STAGE_ROWS:
+            return
         self._ensure(self._next_row(slot) + new)
 
     def _ensure(self, rows: int) -> None:
@@ -255,39 +267,44 @@ class RowState:
         """Make `slot` an empty sequence."""
         self.drop(slot)
         self.lengths[slot] = self.origins[slot] = 0
+        # rows left behind are multiplied by zero weights, which would keep a NaN alive
+        for rows in (self.keys, self.values):
+            rows[:, slot] = 0
         if self.spec.sums:
             self.sums[:, slot] = 0
-        self.values[:, slot, :, : self.spec.lead] = 0
 
     @torch.inference_mode()
     def snapshot(self, slot: int) -> Snapshot:
         """Copy of all committed rows and sums of `slot`."""
         rows = self.lengths[slot] - self.origins[slot]
-        copy = {
-            "keys": self.keys[:, slot, :, :rows].clone(),
-            "values": self.values[:, slot, :, : self.spec.lead + rows].clone(),
-            "where": torch.tensor([self.lengths[slot], self.origins[slot]]),
-        }
-        if self.spec.sums:
-            copy["sums"] = self.sums[:, slot].clone()
-        return copy
+        return Snapshot(
+            spec=self.spec,
+            length=self.lengths[slot],
+            origin=self.origins[slot],
+            keys=self.keys[:, slot, :, :rows].clone(),
+            values=self.values[:, slot, :, : self.spec.lead + rows].clone(),
+            sums=self.sums[:, slot].clone() if self.spec.sums else None,
+        )
+
+    def check(self, copy: Snapshot) -> None:
+        """Raise StateError if `copy` is of another model."""
+        if copy.spec != self.spec or len(copy.keys) != self.layers:
+            raise StateError(
+                f"a snapshot of {len(copy.keys)} layers of {copy.spec} does not fit a state of "
+                f"{self.layers} layers of {self.spec}"
+            )
 
     @torch.inference_mode()
     def restore(self, slot: int, copy: Snapshot) -> None:
         """Make `slot` what `snapshot` saw; raises StateError if the copy is of another model."""
-        keys, values = copy["keys"], copy["values"]
-        if keys.shape[:2] != (self.layers, self.spec.kv_heads) or keys.shape[3] != self.keys.shape[4]:
-            raise StateError(
-                f"a snapshot of shape {tuple(keys.shape)} does not fit a state of {self.layers} "
-                f"layers, {self.spec.kv_heads} heads and width {self.spec.key_width}"
-            )
+        self.check(copy)
         self.reset(slot)
-        self.reserve(slot, keys.shape[2])
-        self.lengths[slot], self.origins[slot] = copy["where"].tolist()
-        self.keys[:, slot, :, : keys.shape[2]] = keys
-        self.values[:, slot, :, : values.shape[2]] = values
-        if self.spec.sums:
-            self.sums[:, slot] = copy["sums"]
+        self._ensure(copy.keys.shape[2])
+        self.lengths[slot], self.origins[slot] = copy.length, copy.origin
+        self.keys[:, slot, :, : copy.keys.shape[2]] = copy.keys
+        self.values[:, slot, :, : copy.values.shape[2]] = copy.values
+        if copy.sums is not None:
+            self.sums[:, slot] = copy.sums
 
     def bytes(self, slot: int) -> int:
         """Bytes that the committed part of `slot` needs; constant for grouped mixers."""
@@ -353,6 +370,10 @@ class DecoderState:
         """Parents of the staged nodes of `slot`."""
         return self.parts[0].parents[slot]
 
+    def staged_aside(self, slot: int) -> bool:
+        """Whether `slot` has staged a long chain, which nothing can be staged behind."""
+        return slot in self.parts[0].long
+
     def reserve(self, slot: int, new: int) -> None:
         """Make room for `new` more staged nodes in `slot`."""
         for part in self.parts:
@@ -394,6 +415,9 @@ class DecoderState:
         """Make `slot` what `snapshot` saw; raises StateError if the copy is of another model."""
         if len(copy) != len(self.parts):
             raise StateError(f"a snapshot of {len(copy)} parts does not fit {len(self.parts)}")
+        # all before any: a half restored slot would be neither the old nor the new
+        for part, piece in zip(self.parts, copy, strict=True):
+            part.check(piece)
         for part, piece in zip(self.parts, copy, strict=True):
             part.restore(slot, piece)
 

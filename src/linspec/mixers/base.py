@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from linspec.kernels.linear import fuse
 from linspec.mixers.blocks import convolve
 from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.rope import rotate
@@ -45,7 +46,8 @@ class Mixer(nn.Module):
         self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.o = nn.Linear(q_width, config.width, bias=config.out_bias)
+        self.o: nn.Module = nn.Linear(q_width, config.width, bias=config.out_bias)
+        self.qkv: nn.Module | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
@@ -98,13 +100,25 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_width)) for p in (self.q, self.k, self.v))
+        q, k, v = self._split_heads(x)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k = self.features(q, k)
         return q, k, self.row_values(v)
+
+    def _split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.qkv is None:
+            return tuple(p(x).unflatten(-1, (-1, self.head_width)) for p in (self.q, self.k, self.v))
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_width))
+        return heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+
+    def prepare(self) -> None:
+        """Replace the projections by their inference form: one product for q, k and v."""
+        self.qkv = fuse((self.q, self.k, self.v))
+        self.o = fuse((self.o,))
+        del self.q, self.k, self.v
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""

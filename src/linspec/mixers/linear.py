@@ -10,6 +10,7 @@ tree count as summed for the nodes behind the border, exactly as they will after
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from linspec.mixers.base import Mixer
 from linspec.mixers.blocks import join, split
@@ -107,5 +108,6 @@ def exclusive_sums(
     """Sum of kᵀv over the groups before each group, float32 or wider: [B, Hkv, n, K, V]."""
     products = keys.mT @ values
     products = products.to(torch.promote_types(products.dtype, torch.float32))
-    sums = products.cumsum(2) - products
+    # shifted, not subtracted: rounding would let a group see itself
+    sums = F.pad(products.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))
     return sums if start is None else sums + start[:, :, None].to(sums.dtype)

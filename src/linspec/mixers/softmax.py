@@ -24,7 +24,6 @@ class Softmax(Mixer):
             key_width=self.head_width,
             value_width=self.head_width,
             lead=max(0, self.mixer.taps - 1),
-            window=self.mixer.window,
         )
 
     def mask(self, layout: Layout) -> torch.Tensor | None:

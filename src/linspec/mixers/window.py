@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.softmax import Softmax
-from linspec.state import Layout
+from linspec.state import Layout, RowSpec
 
 
 @MIXERS.register(
@@ -18,6 +20,9 @@ from linspec.state import Layout
 )
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""
+
+    def row_spec(self) -> RowSpec:
+        return replace(super().row_spec(), window=self.mixer.window)
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         size = self.mixer.window

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError, ContextOverflow
+from linspec.kernels.linear import fuse
 from linspec.mixers import MIXERS
 from linspec.mixers.base import Rope
 from linspec.models.config import DecoderConfig
@@ -48,7 +49,21 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
+        self.gate_up: nn.Module | None = None
+
+    def prepare(self) -> None:
+        """Replace the layers by their inference form: one product for gate and up."""
+        if self.gated:
+            self.gate_up = fuse((self.gate, self.up))
+            del self.gate, self.up
+        else:
+            self.up = fuse((self.up,))
+        self.down = fuse((self.down,))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up)
         if self.gated:
             return self.down(self.activation(self.gate(x)) * self.up(x))
         return self.down(self.activation(self.up(x)))
@@ -106,6 +121,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
+        self.prepared = False
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1."""
@@ -130,6 +146,22 @@ class Decoder(nn.Module):
         ids, shifts = to_left(ids, mask)
         return self.head(from_left(self.hidden(ids), shifts))
 
+    def prepare(self) -> Decoder:
+        """Turn this decoder into its inference form, in place; returns it.
+
+        Projections of the same input become one product, with weights prepacked where that pays. The
+        full form still works; training and saving do not. Calling it again changes nothing.
+        """
+        if self.prepared:
+            return self
+        self.eval().requires_grad_(False)
+        for block in self.blocks:
+            block.mixer.prepare()
+            block.mlp.prepare()
+        self.head = fuse((self.head,))
+        self.prepared = True
+        return self
+
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
         weight = self.embed.weight
@@ -144,8 +176,8 @@ class Decoder(nn.Module):
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
         """
-        places = [self._positions(feed, state) for feed in feeds]
         segments = segments_of(feeds, state)
+        places = [self._positions(feed, state) for feed in feeds]
         for feed in feeds:
             state.reserve(feed.slot, len(feed.tokens))
         device = self.embed.weight.device

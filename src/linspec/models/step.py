@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, StateError
 from linspec.state import STAGE_ROWS, DecoderState, Layout, RowState
 from linspec.tree import TokenTree
 
@@ -94,6 +94,9 @@ class Segment:
 
 def segments_of(feeds: Sequence[Feed], state: DecoderState) -> list[Segment]:
     """Group feeds (in order of their slots) into segments; raises ConfigError on a malformed feed."""
+    slots = [feed.slot for feed in feeds]
+    if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
+        raise ConfigError(f"slots {slots} are not different slots of a state of {state.slots}")
     segments: list[Segment] = []
     first = 0
     for feed in feeds:
@@ -113,13 +116,20 @@ def _parents(feed: Feed, state: DecoderState) -> Sequence[int]:
     count, staged = len(feed.tokens), len(state.staged(feed.slot))
     if count == 0:
         raise ConfigError(f"slot {feed.slot} was fed no tokens; leave it out of the step")
+    if state.staged_aside(feed.slot):
+        raise StateError(
+            f"slot {feed.slot} has staged a chain of {staged} tokens; commit it before staging more"
+        )
     if feed.parents is None:
         if staged:
             raise ConfigError(f"slot {feed.slot} has staged nodes: name the parents of new ones")
         return range(-1, count - 1)
-    if count > STAGE_ROWS and any(p != i - 1 for i, p in enumerate(feed.parents)):
+    if len(feed.parents) != count:
+        raise ConfigError(f"slot {feed.slot} was fed {count} tokens and {len(feed.parents)} parents")
+    if count > STAGE_ROWS and (staged or any(p != i - 1 for i, p in enumerate(feed.parents))):
         raise ConfigError(
-            f"a tree of {count} nodes is too large: trees hold {STAGE_ROWS} nodes, chains any number"
+            f"a tree of {staged + count} nodes is too large: {STAGE_ROWS} nodes can be staged at once, "
+            "or a longer chain from the last committed token"
         )
     for i, parent in enumerate(feed.parents):
         if not -1 <= parent < staged + i:

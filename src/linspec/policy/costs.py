@@ -97,7 +97,7 @@ def _cache_path(model: Decoder) -> Path:
         platform.processor() or platform.machine(),
         torch.__version__,
         str(torch.get_num_threads()),
-        model.form,
+        str(model.prepared),
     )
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     return cache_dir() / "costs" / f"{key}.json"

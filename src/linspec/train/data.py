@@ -1,7 +1,7 @@
 """Text in, token windows out: files, folders, jsonl, datasets directories and the embedded corpus.
 
-    documents = load_documents(["stdlib"], split="train")
-    stream = tokenize(documents, tokenizer, eos_id=0)
+documents = load_documents(["stdlib"], split="train")
+stream = tokenize(documents, tokenizer, eos_id=0)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from linspec.errors import InputError
 from linspec.files import cache_dir
+from linspec.models.config import DecoderConfig
 
 Split = Literal["train", "heldout", "all"]
 
@@ -46,7 +47,9 @@ def load_documents(
         found = [text for text in _read(source, field) if text.strip()]
         if not found:
             raise InputError(f"{source}: no text found; --data needs at least one non-empty file")
-        kept = [t for t in found if split == "all" or is_held_out(t.encode()) == (split == "heldout")]
+        kept = [
+            t for t in found if split == "all" or is_held_out(t.encode()) == (split == "heldout")
+        ]
         documents += kept
     if not documents:
         raise InputError(
@@ -54,6 +57,27 @@ def load_documents(
             "files, or use the whole of it"
         )
     return documents
+
+
+def train_and_heldout(
+    sources: Sequence[str | Path], field: str = "text"
+) -> tuple[list[str], list[str]]:
+    """Documents to train on and documents never to train on, both non-empty.
+
+    The split is by the hash of each document; where that leaves one side empty (a single file), the
+    end of every document is held out instead. Raises InputError like `load_documents`.
+    """
+    documents = load_documents(sources, "all", field)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in documents:
+        parts[is_held_out(text.encode())].append(text)
+    if all(parts):
+        return parts
+    cuts = [len(text) - max(1, len(text) // HELD_OUT_SHARE) for text in documents]
+    return (
+        [text[:cut] for text, cut in zip(documents, cuts, strict=True)],
+        [text[cut:] for text, cut in zip(documents, cuts, strict=True)],
+    )
 
 
 def _read(source: str | Path, field: str) -> Iterator[str]:
@@ -94,7 +118,9 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             raise InputError(f"{path}:{number} is not JSON: {error.msg}") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise InputError(f"{path}:{number} has no text under {field!r}; it has: {keys}. Use --field")
+            raise InputError(
+                f"{path}:{number} has no text under {field!r}; it has: {keys}. Use --field"
+            )
         yield record[field]
 
 
@@ -107,7 +133,9 @@ def _read_dataset(path: Path, field: str) -> Iterator[str]:
     parts = loaded.values() if isinstance(loaded, dict) else [loaded]
     for part in parts:
         if field not in part.column_names:
-            raise InputError(f"{path} has no column {field!r}; it has: {', '.join(part.column_names)}")
+            raise InputError(
+                f"{path} has no column {field!r}; it has: {', '.join(part.column_names)}"
+            )
         yield from part[field]
 
 
@@ -124,6 +152,15 @@ def _read_stdlib() -> Iterator[str]:
                     continue
 
 
+def end_of_text(tokenizer: Any, config: DecoderConfig) -> int:
+    """The token that closes a document; raises InputError when neither side names one."""
+    known = (tokenizer.eos_token_id, *config.eos_ids)
+    found = next((token for token in known if token is not None), None)
+    if found is None:
+        raise InputError("neither the tokenizer nor the model names an end-of-text token")
+    return int(found)
+
+
 def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarray:
     """All documents as one stream of token ids, each closed by `eos_id`; cached on disk.
 
@@ -136,7 +173,8 @@ def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarra
         key.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="r")
+        stored: np.ndarray = np.load(path, mmap_mode="r")
+        return stored
     pieces = [
         np.asarray([*encoded.ids, eos_id], dtype=np.int32)
         for encoded in backend.encode_batch(documents, add_special_tokens=False)
@@ -158,18 +196,23 @@ def _store(path: Path, stream: np.ndarray) -> None:
 
 
 class Windows:
-    """Random windows of a token stream: the same for the same seed and step, so resuming is exact."""
+    """Random windows of a token stream: the same for the same seed and step, so resuming is exact.
 
-    def __init__(self, stream: np.ndarray, context: int, seed: int) -> None:
+    Processes that train together each give their index as `process` and see windows of their own.
+    """
+
+    def __init__(self, stream: np.ndarray, context: int, seed: int, *, process: int = 0) -> None:
         if len(stream) < 2:
-            raise InputError(f"{len(stream)} tokens of data are too few to train on; give more text")
-        self.stream, self.seed = stream, seed
+            raise InputError(
+                f"{len(stream)} tokens of data are too few to train on; give more text"
+            )
+        self.stream, self.seed, self.process = stream, seed, process
         self.context = min(context, len(stream) - 1)
 
     def batch(self, step: int, rows: int, context: int | None = None) -> torch.Tensor:
         """Token ids [rows, context + 1]; position t predicts position t + 1."""
         context = min(context or self.context, len(self.stream) - 1)
-        rng = np.random.default_rng([self.seed, step])
+        rng = np.random.default_rng([self.seed, step, self.process])
         starts = rng.integers(0, len(self.stream) - context, size=rows)
         picked = np.stack([self.stream[s : s + context + 1] for s in starts])
         return torch.from_numpy(picked.astype(np.int64))

@@ -1,28 +1,45 @@
 """The training loop that pretraining, linearization and drafter training share.
 
 Batches are a function of (seed, step), so a run that is killed and resumed sees exactly the data it
-would have seen. The state of a run lives in `out/training/`: one safetensors file with the trained
-weights and the optimizers' moments, one JSON file with the step, replaced as a whole.
+would have seen. The state of a run lives in one folder (`out/training/` for a run of one stage): one
+safetensors file with the trained weights and the optimizers' moments, one JSON file with the step,
+replaced as a whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
-from linspec.errors import ConfigError, TrainingError
+from linspec.errors import CheckpointError, ConfigError, TrainingError
 from linspec.files import replace_dir
 from linspec.progress import Progress
+from linspec.train.run import make_accelerator
+
+log = logging.getLogger(__name__)
+
+# Steps run before deciding on compilation; the last of them is timed.
+_PROBE_STEPS = 3
+# Compiling costs about 20 s and makes a step 1.4 times as fast: below this many seconds it is a loss.
+_COMPILE_PAYS_AFTER = 150.0
 
 LossFn = Callable[[torch.Tensor], torch.Tensor]
 BatchFn = Callable[[int], torch.Tensor]
@@ -35,7 +52,9 @@ class TrainConfig:
     steps: optimizer steps. warmup: steps of linear rise. decay: share of the steps, at the end, over
     which the learning rate falls linearly to zero. save_every: seconds between checkpoints.
     muon_lr: when set, 2-D weights of the blocks use Muon with this rate, the rest AdamW with `lr`.
+    lr_factors: (end of a weight's name, factor on `lr`) pairs; such weights never use Muon.
     precision: 'auto' computes in bfloat16 where the processor has fast bfloat16, else float32.
+    compile: compile the step where there is a C++ compiler and enough steps are left to pay for it.
     """
 
     steps: int
@@ -47,8 +66,9 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 0
+    lr_factors: tuple[tuple[str, float], ...] = ()
     precision: str = "auto"
-    compile: bool = False
+    compile: bool = True
     save_every: float = 120.0
     log_every: int = 10
 
@@ -69,7 +89,7 @@ def schedule(step: int, config: TrainConfig) -> float:
 def fast_bfloat16(device: torch.device) -> bool:
     """True when bfloat16 matrix products are quicker than float32 on `device`."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type != "cpu":
         return False
     # without these instructions bfloat16 products are emulated, several times slower than float32
@@ -77,14 +97,24 @@ def fast_bfloat16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
+def lr_factor(name: str, config: TrainConfig) -> float:
+    """Factor on the learning rate of the weight called `name`."""
+    return next((factor for end, factor in config.lr_factors if name.endswith(end)), 1.0)
+
+
 def make_optimizers(
     named: Mapping[str, nn.Parameter], config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in named.items():
-        use_muon = config.muon_lr is not None and weight.ndim == 2 and "embed" not in name and "head" not in name
-        (matrices if use_muon else rest).append(weight)
+        factor, is_matrix = lr_factor(name, config), weight.ndim >= 2
+        outside = factor != 1.0 or weight.ndim != 2 or "embed" in name or "head" in name
+        if config.muon_lr is None or outside:
+            rest.setdefault((is_matrix, factor), []).append(weight)
+        else:
+            matrices.append(weight)
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
@@ -96,20 +126,49 @@ def make_optimizers(
             )
         )
     if rest:
-        decayed = [w for w in rest if w.ndim >= 2]
-        plain = [w for w in rest if w.ndim < 2]
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
+            {
+                "params": weights,
+                "lr": config.lr * factor,
+                "weight_decay": config.weight_decay if is_matrix else 0.0,
+            }
+            for (is_matrix, factor), weights in sorted(
+                rest.items(), key=lambda item: (not item[0][0], item[0][1])
+            )
         ]
-        optimizers.append(
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-        )
+        optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas))
     return optimizers
 
 
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C was pressed; the second Ctrl-C stops at once.
+
+    A step that is cut in two leaves half of the weights updated, so the first one waits for its end.
+    """
+    pressed = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Trainer:
-    """Runs `loss_fn(batch_fn(step))` for every step and keeps a resumable state in `out`."""
+    """Runs `loss_fn(batch_fn(step))` for every step and keeps a resumable state in `folder`.
+
+    With several processes `batch_fn` gives each its own windows; gradients are averaged and the main
+    process writes.
+    """
 
     def __init__(
         self,
@@ -117,20 +176,20 @@ class Trainer:
         loss_fn: LossFn,
         batch_fn: BatchFn,
         config: TrainConfig,
-        out: Path,
+        folder: Path,
         *,
         label: str,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.config, self.out, self.label = config, Path(out), label
-        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.config, self.folder, self.label = config, Path(folder), label
+        self.accelerator = accelerator or make_accelerator()
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.named:
             raise TrainingError(f"{label}: nothing to train, every weight is frozen")
         self.optimizers = make_optimizers(self.named, config)
         self.base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
-        self.loss_fn = torch.compile(loss_fn) if config.compile else loss_fn
-        self.batch_fn = batch_fn
+        self.loss_fn, self.batch_fn = loss_fn, batch_fn
+        self._compiled: LossFn | None = None
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -143,25 +202,58 @@ class Trainer:
         """
         if resume:
             self.load()
-        saved_at = started = time.monotonic()
-        before = self.seconds
-        with Progress(self.label, total=self.config.steps, start=self.step) as progress:
-            try:
-                while self.step < self.config.steps:
-                    loss, tokens = self._train_step()
-                    self.step += 1
-                    self.tokens += tokens
-                    now = time.monotonic()
-                    self.seconds = before + now - started
-                    self._record(loss, progress)
-                    if now - saved_at > self.config.save_every:
-                        self.save()
-                        saved_at = now
-            except KeyboardInterrupt:
-                self.save()
-                raise
+            if self.step >= self.config.steps:
+                return self.log
+        else:
+            # a full or read-only disk shows now, not after minutes of work
+            self.save()
+        with (
+            Progress(self.label, total=self.config.steps, start=self.step) as progress,
+            deferred_interrupt() as interrupted,
+        ):
+            self._run_steps(progress, interrupted)
         self.save()
         return self.log
+
+    def _run_steps(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
+        saved_at = began = time.monotonic()
+        before, first = self.seconds, self.step
+        while self.step < self.config.steps:
+            step_began = time.monotonic()
+            loss, tokens = self._train_step()
+            now = time.monotonic()
+            self.step += 1
+            self.tokens += tokens
+            self.seconds = before + now - began
+            self._record(loss, progress)
+            if self.step - first == _PROBE_STEPS:
+                self._consider_compiling(now - step_began)
+            if interrupted():
+                self.save()
+                raise KeyboardInterrupt
+            if now - saved_at > self.config.save_every:
+                self.save()
+                saved_at = now
+
+    def _consider_compiling(self, step_seconds: float) -> None:
+        left = (self.config.steps - self.step) * step_seconds
+        if not self.config.compile or left < _COMPILE_PAYS_AFTER:
+            return
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            log.info("%s: steps are not compiled: no C++ compiler found", self.label)
+            return
+        log.info("%s: compiling the step: about %.0f s are left", self.label, left)
+        self._compiled = torch.compile(self.loss_fn)
+
+    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
+        if self._compiled is None:
+            return self.loss_fn(batch)
+        try:
+            return self._compiled(batch)
+        except TorchDynamoException as error:
+            log.warning("%s: steps are not compiled: %s", self.label, str(error).split("\n")[0])
+            self._compiled = None
+            return self.loss_fn(batch)
 
     def _train_step(self) -> tuple[float, int]:
         factor = schedule(self.step, self.config)
@@ -172,13 +264,8 @@ class Trainer:
         with torch.autocast(
             self.accelerator.device.type, torch.bfloat16, enabled=self._use_bfloat16()
         ):
-            loss = self.loss_fn(batch)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"{self.label}: the loss became {value} at step {self.step}; lower --lr or look at "
-                f"the data. The last good state is in {self.out / 'training'}"
-            )
+            loss = self._loss(batch)
+        value = self._finite(loss)
         self.accelerator.backward(loss)
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(list(self.named.values()), self.config.clip)
@@ -186,6 +273,16 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return value, batch[:, 1:].numel() * self.accelerator.num_processes
+
+    def _finite(self, loss: torch.Tensor) -> float:
+        """The loss, averaged over the processes so that all of them stop together."""
+        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{self.label}: the loss became {value} at step {self.step}; lower --lr or look at "
+                f"the data. The last good state is in {self.folder}"
+            )
+        return value
 
     def _average_gradients(self) -> None:
         """Data parallelism without a wrapper: loss functions call submodules, not `forward`."""
@@ -205,20 +302,18 @@ class Trainer:
         progress.update(self.step, f"loss {loss:.4f}  {rate:,.0f} tok/s")
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self.log.append(
-                {"step": self.step, "loss": round(loss, 5), "tokens": self.tokens, "seconds": round(self.seconds, 1)}
+                {
+                    "step": self.step,
+                    "loss": round(loss, 5),
+                    "tokens": self.tokens,
+                    "seconds": round(self.seconds, 1),
+                }
             )
 
     def save(self) -> None:
-        """Replace `out/training` by the current state."""
+        """Replace `folder` by the current state."""
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.named.items()}
-        for i, optimizer in enumerate(self.optimizers):
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {
-                    f"moment.{i}.{index}.{key}": torch.as_tensor(value).contiguous()
-                    for key, value in moments.items()
-                }
         meta = {
             "step": self.step,
             "tokens": self.tokens,
@@ -226,16 +321,36 @@ class Trainer:
             "log": self.log,
             "config": asdict(self.config),
         }
-        with replace_dir(self.out / "training") as folder:
-            save_file(tensors, folder / "state.safetensors")
-            (folder / "state.json").write_text(json.dumps(meta))
+        with replace_dir(self.folder) as aside:
+            try:
+                save_file(self._state_tensors(), aside / "state.safetensors")
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"could not write {self.folder}: {error}. The state before is still there"
+                ) from error
+            (aside / "state.json").write_text(json.dumps(meta), encoding="utf-8")
+
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.named.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {
+                    f"moment.{i}.{index}.{key}": torch.as_tensor(value).contiguous()
+                    for key, value in moments.items()
+                }
+        return tensors
+
+    @property
+    def has_state(self) -> bool:
+        """True when `folder` holds a state to resume from."""
+        return (self.folder / "state.json").exists()
 
     def load(self) -> None:
-        """Continue from `out/training`; raises TrainingError when there is nothing to continue."""
-        folder = self.out / "training"
-        if not (folder / "state.json").exists():
-            raise TrainingError(f"nothing to resume in {self.out}; run without --resume first")
-        meta = json.loads((folder / "state.json").read_text())
+        """Continue from `folder`; raises TrainingError when there is nothing to continue."""
+        folder = self.folder
+        if not self.has_state:
+            raise TrainingError(f"nothing to resume in {folder}; run without --resume first")
+        meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
         saved = {k.removeprefix("weight.") for k in tensors if k.startswith("weight.")}
         if saved != set(self.named):
@@ -262,3 +377,8 @@ def mean_loss(log: Iterable[Mapping[str, float]], last: int = 10) -> float:
     """Mean of the last `last` logged losses, in nats."""
     tail = [entry["loss"] for entry in log][-last:]
     return sum(tail) / len(tail)
+
+
+def log_lines(log: Iterable[Mapping[str, float | str]]) -> str:
+    """A log as the text of a .jsonl file."""
+    return "".join(json.dumps(entry) + "\n" for entry in log)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from linspec.errors import ConfigError
-from linspec.files import exclusive, replace_dir, replace_text
+from linspec.files import replace_dir
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
 from linspec.train.data import Windows, load_documents, tokenize
-from linspec.train.loop import TrainConfig, Trainer
+from linspec.train.loop import TrainConfig, Trainer, log_lines
+from linspec.train.run import locked, make_accelerator
 from linspec.train.tokenizer import train_tokenizer
 
 
@@ -48,14 +48,13 @@ def _embedded() -> Recipe:
             bos_id=0,
         ),
         train=TrainConfig(
-            steps=2200,
+            steps=1800,
             lr=3e-3,
             muon_lr=5e-3,
             warmup=100,
             decay=0.4,
             weight_decay=0.1,
             betas=(0.9, 0.95),
-            compile=True,
             seed=1,
         ),
         stages=((0.85, 512), (0.15, 1024)),
@@ -106,36 +105,51 @@ def pretrain(
     plan = RECIPES[recipe]()
     if steps is not None:
         plan = replace(plan, train=replace(plan.train, steps=steps))
-    out = Path(out)
-    with exclusive(out):
+    out, accelerator = Path(out), make_accelerator()
+    with locked(out, accelerator):
         documents = load_documents(plan.sources, "train")
-        tokenizer = _tokenizer(documents, plan, out, resume)
+        tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
         model = Decoder(plan.model)
         generator = torch.Generator().manual_seed(plan.train.seed)
         initialize(model, plan.model.layers, generator)
-        windows = Windows(tokenize(documents, tokenizer, 0), plan.stages[-1][1], plan.train.seed)
+        model.to(accelerator.device)
+        stream = tokenize(documents, tokenizer, 0)
+        windows = Windows(
+            stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index
+        )
 
         def batch(step: int) -> torch.Tensor:
             context = context_at(step, plan)
             return windows.batch(step, plan.tokens_per_step // context, context)
 
         trainer = Trainer(
-            model, lambda ids: next_token_loss(model, ids), batch, plan.train, out, label="pretrain"
+            model,
+            lambda ids: next_token_loss(model, ids),
+            batch,
+            plan.train,
+            out / "training",
+            label="pretrain",
+            accelerator=accelerator,
         )
         log = trainer.run(resume=resume)
-        save_model(model, tokenizer, out, dtype=torch.bfloat16)
-        replace_text(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+        if accelerator.is_main_process:
+            save_model(
+                model, tokenizer, out, torch.bfloat16, extra_files={"log.jsonl": log_lines(log)}
+            )
+        accelerator.wait_for_everyone()
     return out
 
 
 def _tokenizer(
-    documents: list[str], plan: Recipe, out: Path, resume: bool
+    documents: list[str], plan: Recipe, out: Path, resume: bool, accelerator: Accelerator
 ) -> PreTrainedTokenizerFast:
     """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
     folder = out / "training-tokenizer"
     if resume and folder.exists():
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+        kept: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        return kept
     tokenizer = train_tokenizer(documents, plan.model.vocab_size)
-    with replace_dir(folder) as aside:
-        tokenizer.save_pretrained(aside)
+    if accelerator.is_main_process:
+        with replace_dir(folder) as aside:
+            tokenizer.save_pretrained(aside)
     return tokenizer

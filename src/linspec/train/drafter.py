@@ -1,0 +1,215 @@
+"""Train a drafter for a model: its backbone stays frozen, only the heads learn.
+
+train_drafter("student", kind="medusa")     # into student/medusa
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from linspec.drafters.heads import CONFIG_FILE, HeadsConfig, MedusaHeads, fingerprint, save_heads
+from linspec.errors import ConfigError, InputError
+from linspec.models.decoder import Decoder
+from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer
+from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.loop import TrainConfig, Trainer, mean_loss
+from linspec.train.run import make_accelerator, training_run
+
+KINDS = ("medusa",)
+# Ranks whose accuracy is measured for each head: no published tree uses more.
+RANKS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterConfig:
+    """How to train Medusa heads.
+
+    heads, blocks, hidden, shared_head: see HeadsConfig. tokens: of text to train on; context: tokens
+    of a window; batch_tokens: tokens of a step. decay: weight of head k's loss is decay^k (the paper's
+    0.8). calibration_tokens: held-out tokens on which accuracies are measured.
+    """
+
+    heads: int = 4
+    blocks: int = 1
+    hidden: int = 0
+    shared_head: bool = True
+    tokens: int = 1_000_000
+    context: int = 512
+    batch_tokens: int = 4096
+    lr: float = 1e-3
+    decay: float = 0.8
+    calibration_tokens: int = 65_536
+    precision: str = "auto"
+    save_every: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "blocks", "tokens", "batch_tokens", "calibration_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.context <= self.heads:
+            raise ConfigError(f"context must exceed the {self.heads} heads, got {self.context}")
+
+    @property
+    def rows(self) -> int:
+        """Windows of a step."""
+        return max(1, self.batch_tokens // self.context)
+
+    @property
+    def training(self) -> TrainConfig:
+        """Settings of the training loop."""
+        return TrainConfig(
+            steps=max(1, round(self.tokens / (self.rows * self.context))),
+            lr=self.lr,
+            precision=self.precision,
+            save_every=self.save_every,
+            seed=self.seed,
+        )
+
+
+def train_drafter(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    kind: str = "medusa",
+    data: Sequence[str | Path] = ("stdlib",),
+    field: str = "text",
+    config: DrafterConfig | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train and calibrate heads for the model directory `model`; returns where they are.
+
+    out: MODEL/medusa if None. Calibration measures, on text held out of `data`, how often each head's
+    rank-i guess is right. Killed at any moment, the same call with `resume` goes on; heads that were in
+    `out` before stay until the new ones are whole.
+
+    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the loss
+    is not finite or there is nothing to resume.
+    """
+    config = config or DrafterConfig()
+    if kind not in KINDS:
+        raise ConfigError(f"cannot train a drafter of kind {kind!r}; known: {', '.join(KINDS)}")
+    out = _place(model, out, kind)
+    target, tokenizer = load_model(model), load_tokenizer(model)
+    check_tokenizer(tokenizer, target.config)
+    plan = {
+        "target": fingerprint(target),
+        "data": [str(d) for d in data],
+        "field": field,
+        "config": asdict(config),
+    }
+    accelerator = make_accelerator()
+    with training_run(out, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            eos = end_of_text(tokenizer, target.config)
+            train, heldout = (tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field))
+            target.to(accelerator.device).requires_grad_(False)
+            heads, log = _train(target, train, config, folder, accelerator, resume)
+            if accelerator.is_main_process:
+                heads.accuracies = calibrate(
+                    target, heads, heldout, context=config.context, tokens=config.calibration_tokens
+                )
+                facts = {
+                    "plan": plan,
+                    "loss": round(mean_loss(log), 5),
+                    "tokens": log[-1]["tokens"],
+                }
+                save_heads(heads, target, out, facts=facts)
+    return out
+
+
+def _place(model: str | Path, out: str | Path | None, kind: str) -> Path:
+    if out is not None:
+        return Path(out)
+    if str(model) in EMBEDDED:
+        raise ConfigError(f"{model} ships with linspec and cannot be written to; give --out")
+    return Path(model) / kind
+
+
+def _train(
+    target: Decoder,
+    stream: np.ndarray,
+    config: DrafterConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    resume: bool,
+) -> tuple[MedusaHeads, list[dict[str, float]]]:
+    shape = HeadsConfig(
+        width=target.config.width,
+        vocab_size=target.config.vocab_size,
+        heads=config.heads,
+        blocks=config.blocks,
+        hidden=config.hidden,
+        shared_head=config.shared_head,
+    )
+    heads = MedusaHeads(shape, target.head)
+    heads.initialize(torch.Generator().manual_seed(config.seed))
+    heads.to(accelerator.device)
+    windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    _check_length(windows.context, config.heads)
+    trainer = Trainer(
+        heads,
+        partial(heads_loss, target, heads, decay=config.decay),
+        lambda step: windows.batch(step, config.rows),
+        config.training,
+        folder / "heads",
+        label="train heads",
+        accelerator=accelerator,
+    )
+    return heads, trainer.run(resume=resume and trainer.has_state)
+
+
+def _check_length(context: int, heads: int) -> None:
+    if context <= heads:
+        raise InputError(f"{context} tokens of data are too few for {heads} heads; give more text")
+
+
+def heads_loss(
+    target: Decoder, heads: MedusaHeads, batch: torch.Tensor, decay: float
+) -> torch.Tensor:
+    """Σ_k decay^k · CE of head k on the token k + 1 places on; batch [B, T + 1]."""
+    with torch.no_grad():
+        hidden = target.hidden(batch[:, :-1])
+    features = heads.features(hidden)
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    for k in range(1, heads.config.heads + 1):
+        logits = heads.logits(features[:, :-k, k - 1], k - 1)
+        labels = batch[:, 1 + k :]
+        loss = loss + decay**k * F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    return loss
+
+
+@torch.inference_mode()
+def calibrate(
+    target: Decoder, heads: MedusaHeads, stream: np.ndarray, *, context: int, tokens: int
+) -> list[list[float]]:
+    """a_k(i): the share of positions of `stream` where head k's rank-i guess is the token to come.
+
+    Measured on consecutive windows of `context` tokens, `tokens` in all; RANKS columns, or fewer for a
+    tiny vocabulary.
+    """
+    length = min(len(stream), max(tokens, context))
+    context = min(context, length)
+    _check_length(context - 1, heads.config.heads)
+    ranks = min(RANKS, heads.config.vocab_size)
+    device = target.embed.weight.device
+    hits = torch.zeros(heads.config.heads, ranks, dtype=torch.long)
+    seen = torch.zeros(heads.config.heads, 1, dtype=torch.long)
+    for start in range(0, length - context + 1, context):
+        ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
+        ids = ids[None].to(device)
+        features = heads.features(target.hidden(ids))
+        for k in range(1, heads.config.heads + 1):
+            guesses = heads.logits(features[:, : -k - 1, k - 1], k - 1).topk(ranks).indices
+            right = guesses == ids[:, 1 + k :, None]
+            hits[k - 1] += right.sum((0, 1)).cpu()
+            seen[k - 1] += right.shape[1]
+    return [[round(rate, 5) for rate in row] for row in (hits / seen).tolist()]

@@ -1,0 +1,60 @@
+"""Finetune: the whole student learns from the text and from the teacher's distribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from linspec.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LORA_TARGETS = ("q", "k", "v", "o")
+
+
+def finetune_loss(
+    student: Decoder, batch: torch.Tensor, teacher: Decoder | None = None, kl_weight: float = 0.0
+) -> torch.Tensor:
+    """Mean cross-entropy of batch [B, T + 1] plus kl_weight · KL(teacher ‖ student), in nats."""
+    ids, labels = batch[:, :-1], batch[:, 1:].flatten()
+    log_probs = student(ids).flatten(0, 1).float().log_softmax(-1)
+    loss = F.nll_loss(log_probs, labels)
+    if teacher is None or kl_weight == 0:
+        return loss
+    with torch.no_grad():
+        wanted = teacher(ids).flatten(0, 1).float().log_softmax(-1)
+    return loss + kl_weight * F.kl_div(log_probs, wanted, log_target=True, reduction="batchmean")
+
+
+def add_lora(student: Decoder, rank: int, alpha: int, seed: int) -> PeftModel:
+    """Low-rank adapters (Hu et al. 2021) on the projections of `student`, changed in place.
+
+    Everything else is frozen but what You et al. 2024 train in full: the embeddings, the norms and
+    the mixers' own parameters.
+    """
+    # peft takes seconds to import
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(student, config)
+    for name, weight in adapted.named_parameters():
+        if trained_in_full(name):
+            weight.requires_grad_(True)
+    return adapted
+
+
+def trained_in_full(name: str) -> bool:
+    """True for the weights that stay trainable beside the adapters."""
+    *_, module, last = ("", *name.split("."))
+    return last in ("alpha", "taps") or "norm" in module or module.startswith("embed")
+
+
+def merge_lora(adapted: PeftModel) -> Decoder:
+    """The decoder with its adapters folded into plain weights."""
+    merged: Decoder = adapted.merge_and_unload()
+    return merged.requires_grad_(True)

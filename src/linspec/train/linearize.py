@@ -1,0 +1,332 @@
+"""Linearize: a softmax checkpoint in, a checkpoint with other mixers out.
+
+Stage 1, *transfer*, matches each new mixer to the teacher's; stage 2, *finetune*, trains the student
+on text and on the teacher's distribution. Both resume from where they were killed.
+
+    linearize("embedded-softmax", "student", mixer="aug")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from linspec.errors import CheckpointError, ConfigError
+from linspec.mixers import MIXERS
+from linspec.models.config import DecoderConfig, MixerConfig
+from linspec.models.decoder import Decoder
+from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
+from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.finetune import add_lora, finetune_loss, merge_lora
+from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.run import make_accelerator, training_run
+from linspec.train.transfer import Transfer
+
+RECORD = "linearize.json"
+DEFAULT_TAPS = 32
+DEFAULT_WINDOW = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearizeConfig:
+    """How long and how to train.
+
+    tokens: of both stages together; transfer_share: of them for stage 1. context: tokens of a window;
+    batch_tokens: tokens of a step. lr: of finetuning; transfer_lr: of stage 1; muon_lr: when set, the
+    blocks' matrices use Muon in finetuning. mixer_lr_factor: on the rate of α and taps, which start at
+    zero and have far to go. kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0
+    trains all weights, else adapters of this rank.
+    """
+
+    tokens: int = 2_600_000
+    transfer_share: float = 0.1
+    context: int = 1024
+    batch_tokens: int = 8192
+    lr: float = 1e-3
+    transfer_lr: float = 1e-3
+    muon_lr: float | None = None
+    mixer_lr_factor: float = 5.0
+    warmup: int = 10
+    kl_weight: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    precision: str = "auto"
+    save_every: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 <= self.transfer_share <= 1:
+            raise ConfigError(f"transfer_share must be in 0..1, got {self.transfer_share}")
+        for name in ("kl_weight", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def rows(self) -> int:
+        """Windows of a step."""
+        return max(1, self.batch_tokens // self.context)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of both stages."""
+        return max(1, round(self.tokens / (self.rows * self.context)))
+
+    def stage(self, steps: int, *, transfer: bool) -> TrainConfig:
+        """Settings of the training loop for one stage."""
+        return TrainConfig(
+            steps=steps,
+            lr=self.transfer_lr if transfer else self.lr,
+            muon_lr=None if transfer or self.lora_rank else self.muon_lr,
+            warmup=self.warmup,
+            lr_factors=(("alpha", self.mixer_lr_factor), ("taps", self.mixer_lr_factor)),
+            precision=self.precision,
+            save_every=self.save_every,
+            seed=self.seed,
+        )
+
+
+def linearize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    mixer: str | MixerConfig = "aug",
+    group: int = 64,
+    taps: int | None = None,
+    window: int | None = None,
+    keep_softmax: Sequence[int] = (),
+    data: Sequence[str | Path] = ("stdlib",),
+    field: str = "text",
+    config: LinearizeConfig | None = None,
+    resume: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Train `source` with other mixers into the model directory `out`; returns it.
+
+    mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
+    MixerConfig. keep_softmax: layers that keep the mixer they have. A mixer that changes nothing
+    trains the teacher on (see `continue_training`). data, field: see `load_documents`; what is held
+    out of it is not trained on. dtype: of the saved weights, None for that of `source`. Killed at any
+    moment, the same call with `resume` goes on from the last saved state.
+
+    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the loss
+    is not finite or there is nothing to resume.
+    """
+    config = config or LinearizeConfig()
+    wanted = make_mixer(mixer, group=group, taps=taps, window=window)
+    out = Path(out)
+    if out.resolve() == resolve(source).resolve():
+        raise ConfigError(f"{out} is the source itself; choose another --out directory")
+    teacher, tokenizer = load_model(source), load_tokenizer(source)
+    check_tokenizer(tokenizer, teacher.config)
+    mixers = student_mixers(teacher.config, wanted, keep_softmax)
+    _check_context(teacher.config.with_mixers(mixers), config.context)
+    plan = {
+        "source": str(source),
+        "mixers": [asdict(m) for m in mixers],
+        "data": [str(d) for d in data],
+        "field": field,
+        "config": asdict(config),
+    }
+    accelerator = make_accelerator()
+    with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
+            student = with_mixers(teacher, mixers)
+            stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
+            logs = stages.run()
+            if accelerator.is_main_process:
+                files = _records(plan, logs, sum(p.numel() for p in student.parameters()))
+                kind = dtype or stored_dtype(source)
+                save_model(stages.student, tokenizer, out, kind, extra_files=files)
+    return out
+
+
+def continue_training(
+    source: str | Path,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path] = ("stdlib",),
+    field: str = "text",
+    config: LinearizeConfig | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train `source` on with its own mixers, on cross-entropy alone, into `out`; returns it.
+
+    The control of a linearization: what the same tokens do for the teacher.
+    """
+    layers = range(load_model(source).config.layers)
+    return linearize(
+        source, out, keep_softmax=layers, data=data, field=field, config=config, resume=resume
+    )
+
+
+def make_mixer(
+    mixer: str | MixerConfig, *, group: int = 64, taps: int | None = None, window: int | None = None
+) -> MixerConfig:
+    """The configuration of a mixer by name; raises ConfigError for an unknown one."""
+    if isinstance(mixer, MixerConfig):
+        MIXERS.entry(mixer.name)
+        return mixer
+    MIXERS.entry(mixer)
+    if taps is None:
+        taps = DEFAULT_TAPS if mixer == "aug" else 0
+    if window is None:
+        window = DEFAULT_WINDOW if mixer == "window" else 0
+    return MixerConfig(name=mixer, group=group, taps=taps, window=window)
+
+
+def student_mixers(
+    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int]
+) -> tuple[MixerConfig, ...]:
+    """`wanted` in every layer but those of `keep`, which stay as they are."""
+    keep = set(keep)
+    strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
+    if strange:
+        raise ConfigError(f"no layer {strange[0]}: layers are 0..{config.layers - 1}")
+    # `softmax` has no group: its size must not make two equal mixers differ
+    if wanted.name == "softmax" and not wanted.taps:
+        wanted = MixerConfig()
+    return tuple(m if i in keep else wanted for i, m in enumerate(config.mixers))
+
+
+def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
+    """A student with the teacher's weights; what only its mixers have starts at its own init."""
+    student = Decoder(teacher.config.with_mixers(mixers))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student
+
+
+def changed_layers(teacher: DecoderConfig, student: DecoderConfig) -> list[int]:
+    """Layers whose mixers differ."""
+    pairs = zip(teacher.mixers, student.mixers, strict=True)
+    return [layer for layer, (old, new) in enumerate(pairs) if old != new]
+
+
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """The dtype of a model directory's weights as its config.json gives it, else float32."""
+    data = json.loads((resolve(source) / "config.json").read_text(encoding="utf-8"))
+    name = data.get("dtype") or data.get("torch_dtype") or "float32"
+    found = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"{source}: config.json names an unknown dtype {name!r}")
+    return found
+
+
+def _check_context(config: DecoderConfig, context: int) -> None:
+    if context > config.max_positions:
+        raise ConfigError(
+            f"a training context of {context} tokens is beyond the teacher's {config.max_positions} "
+            "positions; choose a shorter --context"
+        )
+
+
+def _windows(
+    data: Sequence[str | Path],
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: DecoderConfig,
+    config: LinearizeConfig,
+    accelerator: Accelerator,
+) -> Windows:
+    texts, _ = train_and_heldout(data, field)
+    stream = tokenize(texts, tokenizer, end_of_text(tokenizer, model))
+    return Windows(stream, config.context, config.seed, process=accelerator.process_index)
+
+
+def _records(
+    plan: dict[str, Any], logs: dict[str, list[dict[str, float]]], size: int
+) -> dict[str, str]:
+    """The files that say what was done: linearize.json and log.jsonl."""
+    done = {
+        "plan": plan,
+        "parameters": size,
+        "tokens": {stage: log[-1]["tokens"] for stage, log in logs.items()},
+        "seconds": {stage: log[-1]["seconds"] for stage, log in logs.items()},
+        "losses": {stage: round(mean_loss(log), 5) for stage, log in logs.items()},
+    }
+    lines: list[dict[str, float | str]] = [
+        {"stage": stage, **entry} for stage, log in logs.items() for entry in log
+    ]
+    return {RECORD: json.dumps(done, indent=2) + "\n", "log.jsonl": log_lines(lines)}
+
+
+class _Stages:
+    """The two stages of one linearization; `student` is what they train."""
+
+    def __init__(
+        self,
+        teacher: Decoder,
+        student: Decoder,
+        windows: Windows,
+        config: LinearizeConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        resume: bool,
+    ) -> None:
+        device = accelerator.device
+        self.teacher, self.student = teacher.to(device).requires_grad_(False), student.to(device)
+        self.windows, self.config, self.folder = windows, config, folder
+        self.accelerator, self.resume = accelerator, resume
+        self.changed = changed_layers(teacher.config, student.config)
+
+    def run(self) -> dict[str, list[dict[str, float]]]:
+        """Both stages; returns the log of each."""
+        share = self.config.transfer_share if self.changed else 0.0
+        transfer = round(share * self.config.steps)
+        logs = {}
+        if transfer:
+            logs["transfer"] = self._transfer(transfer)
+        if self.config.steps > transfer:
+            logs["finetune"] = self._finetune(self.config.steps - transfer)
+        return logs
+
+    def _transfer(self, steps: int) -> list[dict[str, float]]:
+        with Transfer(self.teacher, self.student, self.changed) as transfer:
+            train = self.config.stage(steps, transfer=True)
+            return self._train("transfer", transfer.parameters(), transfer.loss, train)
+
+    def _finetune(self, steps: int) -> list[dict[str, float]]:
+        # a student with the teacher's own mixers has nothing to learn from it
+        teacher = self.teacher if self.changed else None
+        loss = partial(
+            finetune_loss, self.student, teacher=teacher, kl_weight=self.config.kl_weight
+        )
+        train = self.config.stage(steps, transfer=False)
+        if not self.config.lora_rank:
+            return self._train("finetune", self.student, loss, train)
+        adapted = add_lora(
+            self.student, self.config.lora_rank, self.config.lora_alpha, self.config.seed
+        )
+        log = self._train("finetune", adapted, loss, train)
+        self.student = merge_lora(adapted)
+        return log
+
+    def _train(
+        self, stage: str, module: nn.Module, loss: LossFn, train: TrainConfig
+    ) -> list[dict[str, float]]:
+        trainer = Trainer(
+            module,
+            loss,
+            partial(self._batch, offset=0 if stage == "transfer" else self.config.steps),
+            train,
+            self.folder / stage,
+            label=stage,
+            accelerator=self.accelerator,
+        )
+        return trainer.run(resume=self.resume and trainer.has_state)
+
+    def _batch(self, step: int, *, offset: int) -> torch.Tensor:
+        """Windows of a step; stages do not share theirs."""
+        return self.windows.batch(offset + step, self.config.rows)

@@ -1,0 +1,89 @@
+"""One training run in one output directory: a lock, what was asked for, and resuming.
+
+While a run is under way `out/training/` holds `plan.json` (what was asked for) and a folder of state
+for each stage. When the run is done its result carries the plan and `out/training/` is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from linspec.errors import TrainingError
+from linspec.files import exclusive, replace_text
+
+Plan = Mapping[str, Any]
+
+
+def make_accelerator() -> Accelerator:
+    """The processes and the device of this run: a GPU if there is one, else the CPU."""
+    return Accelerator(cpu=not torch.cuda.is_available())
+
+
+@contextlib.contextmanager
+def locked(out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold `out` for this run; raises CheckpointError if another run holds it."""
+    with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def training_run(
+    out: Path, plan: Plan, record: str, *, resume: bool, accelerator: Accelerator
+) -> Iterator[Path | None]:
+    """Yield the folder for the stages' states, or None when the run asked for is already done.
+
+    record: name of the JSON file in `out` that a finished run leaves, with its plan under "plan".
+    Raises TrainingError when there is nothing to resume or what is there was asked for differently.
+    """
+    plan = json.loads(json.dumps(plan))
+    folder = out / "training"
+    if resume and not out.is_dir():
+        raise TrainingError(f"nothing to resume in {out}; run without --resume first")
+    with locked(out, accelerator):
+        if resume and _is_done(out, plan, folder, record):
+            yield None
+            return
+        if accelerator.is_main_process and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            replace_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        yield folder
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_done(out: Path, plan: Plan, folder: Path, record: str) -> bool:
+    if (folder / "plan.json").exists():
+        _check_same(_read(folder / "plan.json"), plan, out)
+        return False
+    if not (out / record).exists():
+        raise TrainingError(f"nothing to resume in {out}; run without --resume first")
+    _check_same(_read(out / record).get("plan", {}), plan, out)
+    return True
+
+
+def _check_same(before: Plan, now: Plan, out: Path) -> None:
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            raise TrainingError(
+                f"the run in {out} was started with {key} = {before.get(key)}, now it is "
+                f"{now.get(key)}; resume with the same settings or use another --out"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read {path}: {error}") from error
+    return data if isinstance(data, dict) else {}

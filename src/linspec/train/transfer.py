@@ -1,0 +1,78 @@
+"""Transfer: every new mixer learns to give what the teacher's mixer gave for the same input.
+
+The teacher runs once; its mixers' inputs and outputs are all that is needed, so the layers train at
+the same time and no gradient passes through the stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from linspec.mixers import Mixer
+from linspec.models.decoder import Decoder
+
+
+class Transfer:
+    """The loss of the transfer stage; a context manager, as it listens in on the teacher.
+
+    layers: those whose mixers are trained. Only they get gradients.
+    """
+
+    def __init__(self, teacher: Decoder, student: Decoder, layers: Sequence[int]) -> None:
+        self.teacher, self.student, self.layers = teacher, student, tuple(layers)
+        self._seen: dict[int, tuple[tuple[Any, ...], torch.Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        self._hooks = [
+            mixer_of(self.teacher, layer).register_forward_hook(self._listener(layer))
+            for layer in self.layers
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def _listener(self, layer: int) -> Any:
+        def listen(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            self._seen[layer] = (inputs, output)
+
+        return listen
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        """Mean over layers of the squared error relative to the teacher's mean square."""
+        with torch.no_grad():
+            self.teacher.hidden(batch[:, :-1])
+        errors = []
+        for layer in self.layers:
+            inputs, wanted = self._seen[layer]
+            given = mixer_of(self.student, layer)(*inputs).float()
+            errors.append(relative_error(given, wanted.float()))
+        return torch.stack(errors).mean()
+
+    def parameters(self) -> nn.ModuleDict:
+        """The mixers in training, as one module."""
+        return nn.ModuleDict({str(i): mixer_of(self.student, i) for i in self.layers})
+
+
+def mixer_of(model: Decoder, layer: int) -> Mixer:
+    """The mixer of one layer."""
+    mixer = model.blocks[layer].mixer
+    assert isinstance(mixer, Mixer)
+    return mixer
+
+
+def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over mean square: 0 is perfect, 1 is no better than silence."""
+    return (given - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)

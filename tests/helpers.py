@@ -1,0 +1,181 @@
+"""Tiny random decoders, random trees and the slow way to the same logits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from linspec.mixers import MIXERS
+from linspec.models.config import DecoderConfig, MixerConfig
+from linspec.models.decoder import Decoder
+from linspec.models.step import Feed
+from linspec.state import DecoderState, Snapshot
+from linspec.tree import TokenTree
+
+VOCAB = 31
+GROUP = 4
+WINDOW = 5
+TAPS = 3
+
+# every mixer as it comes, and with a convolution shorter and longer than a group
+MIXER_NAMES = tuple(name for name in MIXERS.names() if not name.startswith("test"))
+CASES = [(name, taps) for name in MIXER_NAMES for taps in (0, TAPS, GROUP + 3)]
+CASES = [(name, taps) for name, taps in CASES if taps or name != "aug"]
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> MixerConfig:
+    if taps is None:
+        taps = TAPS if name == "aug" else 0
+    window = WINDOW if name == "window" else 0
+    return MixerConfig(name=name, group=group, taps=taps, window=window)
+
+
+def tiny_config(
+    *mixers: MixerConfig,
+    kv_heads: int = 2,
+    qk_norm: bool = False,
+    positions: str = "rope",
+    max_positions: int = 4096,
+) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=VOCAB,
+        width=16,
+        layers=len(mixers),
+        heads=4,
+        kv_heads=kv_heads,
+        head_width=4,
+        mlp_width=16,
+        mixers=mixers,
+        qk_norm=qk_norm,
+        positions=positions,
+        max_positions=max_positions,
+    )
+
+
+def tiny_model(
+    *mixers: str | MixerConfig,
+    taps: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    **switches: object,
+) -> Decoder:
+    """A random decoder with one layer for each of `mixers`, two layers if only one is named."""
+    named = [mixer_config(m, taps) if isinstance(m, str) else m for m in mixers]
+    config = tiny_config(*(named * 2 if len(named) == 1 else named), **switches)  # type: ignore[arg-type]
+    return randomise(Decoder(config), seed).to(device, dtype)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Every parameter random: α and taps start at zero, and zeros would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else 1.0
+            parameter.copy_(noise * scale if parameter.dim() else noise.abs() + 0.3)
+    return model.eval()
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(count)]
+
+
+def random_tree(rng: random.Random, nodes: int, *, reach: int | None = None) -> TokenTree:
+    """Random topology; a small `reach` takes parents among the newest nodes and so makes deep trees."""
+    parents = [-1]
+    for node in range(1, nodes):
+        parents.append(rng.randrange(0 if reach is None else max(0, node - reach), node))
+    return TokenTree(tuple(rng.randrange(VOCAB) for _ in parents), tuple(parents))
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int = 12) -> TokenTree:
+    nodes = draw(st.integers(1, max_nodes))
+    reach = draw(st.sampled_from((1, 2, max_nodes)))
+    return random_tree(random.Random(draw(st.integers(0, 2**20))), nodes, reach=reach)
+
+
+def path_tokens(tree: TokenTree, node: int) -> list[int]:
+    return [tree.tokens[n] for n in tree.path_to(node)]
+
+
+@torch.no_grad()
+def full_logits(model: Decoder, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits after each of `texts` by the full form, [len(texts), vocab]. None may be empty."""
+    longest = max(map(len, texts))
+    device = model.embed.weight.device
+    # causal: what stands behind a text cannot change its logits
+    ids = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts], device=device)
+    ends = torch.tensor([len(t) - 1 for t in texts], device=device)
+    return model(ids)[torch.arange(len(texts), device=device), ends]
+
+
+def tree_logits(model: Decoder, prompt: Sequence[int], tree: TokenTree) -> torch.Tensor:
+    """Logits of every node of `tree` by the full form along its path."""
+    return full_logits(model, [[*prompt, *path_tokens(tree, n)] for n in range(len(tree))])
+
+
+def feed(model: Decoder, state: DecoderState, tokens: Sequence[int], slot: int = 0) -> torch.Tensor:
+    """Step and commit a chain (nothing if there are no tokens); its logits."""
+    if not tokens:
+        return torch.empty(0, VOCAB)
+    logits = model.step([Feed(slot, tokens)], state).logits
+    state.commit(slot, range(len(tokens)))
+    return logits
+
+
+def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
+    """A state with one slot for each of `prompts`."""
+    state = model.new_state(len(prompts))
+    for slot, prompt in enumerate(prompts):
+        feed(model, state, prompt, slot)
+    return state
+
+
+def remembered(model: Decoder, state: DecoderState, slot: int = 0) -> list[dict[str, torch.Tensor]]:
+    """What `slot` remembers that can matter: a window keeps up to `window` more rows than it needs."""
+    found = []
+    for part, copy in zip(state.parts, state.snapshot(slot), strict=True):
+        rows = copy.keys.shape[2]
+        useful = min(rows, part.spec.window) if part.spec.window else rows
+        lead = part.spec.lead
+        found.append(
+            {
+                "length": torch.tensor(copy.length),
+                "keys": copy.keys[:, :, rows - useful :],
+                "values": copy.values[:, :, rows - useful : rows + lead],
+                "sums": copy.sums if copy.sums is not None else torch.empty(0),
+            }
+        )
+    return found
+
+
+def assert_close(actual: object, expected: object, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def assert_same_bytes(actual: Sequence[Snapshot], expected: Sequence[Snapshot]) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.length, a.origin) == (b.length, b.origin)
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+        assert (a.sums is None) == (b.sums is None)
+        if a.sums is not None and b.sums is not None:
+            assert torch.equal(a.sums, b.sums)

@@ -1,0 +1,148 @@
+"""What holds for every mixer's forms: causality, and that the proofs notice forms that are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import (
+    CASES,
+    GROUP,
+    VOCAB,
+    WINDOW,
+    assert_close,
+    mixer_config,
+    prefilled,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+    tree_logits,
+)
+
+import linspec.mixers.base
+from linspec.errors import ConfigError
+from linspec.mixers.linear import GroupedLinear
+from linspec.models.config import MixerConfig
+from linspec.models.decoder import Decoder
+from linspec.models.step import Feed
+from linspec.state import DecoderState, Layout
+from linspec.tree import TokenTree, chain
+
+LARGE = 1e-3
+SUMMED = ("global", "grouped", "aug", "relu")
+
+
+def changes(model: Decoder, length: int = 2 * GROUP + 3) -> list[float]:
+    """Entry t: how much a change of token t + 1 moves the hidden states up to t."""
+    ids = torch.tensor([random_tokens(length)])
+    moved = []
+    with torch.no_grad():
+        before = model.hidden(ids)
+        for t in range(length - 1):
+            other = ids.clone()
+            other[0, t + 1] = (ids[0, t + 1] + 1) % VOCAB
+            after = model.hidden(other)
+            moved.append(float((after - before)[0, : t + 1].abs().max()))
+            assert float((after - before)[0, t + 1].abs().max()) > LARGE
+    return moved
+
+
+def bare(name: str, taps: int, dtype: torch.dtype = torch.float64) -> Decoder:
+    return tiny_model(mixer_config(name, taps), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "taps"), CASES)
+def test_the_future_does_not_change_a_single_bit(name: str, taps: int, dtype: torch.dtype) -> None:
+    assert max(changes(bare(name, taps, dtype))) == 0.0
+
+
+@pytest.mark.parametrize(("name", "taps"), [case for case in CASES if case[1]])
+def test_a_centred_convolution_would_be_noticed(
+    name: str, taps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    causal = linspec.mixers.base.convolve
+
+    def centred(
+        v: torch.Tensor, kernel: torch.Tensor, repeats: int, lead: torch.Tensor | None
+    ) -> torch.Tensor:
+        ahead = torch.nn.functional.pad(v[:, :, taps // 2 :], (0, 0, 0, taps // 2))
+        return causal(ahead, kernel, repeats, lead)
+
+    monkeypatch.setattr(linspec.mixers.base, "convolve", centred)
+    assert max(changes(bare(name, taps))) > LARGE
+
+
+def verified(model: Decoder, state: DecoderState, tree: TokenTree) -> torch.Tensor:
+    """Logits of the nodes of `tree`; nothing stays staged."""
+    logits = model.step([Feed.tree(0, tree)], state).logits
+    state.drop(0)
+    return logits
+
+
+def without_groups_closed_in_the_tree(
+    groups: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]],
+) -> Callable[..., tuple[torch.Tensor | None, None]]:
+    """The short-cut of the published code: nodes past a border see only sums already committed."""
+
+    def short_cut(self: GroupedLinear, layout: Layout) -> tuple[torch.Tensor | None, None]:
+        return groups(self, layout)[0], None
+
+    return short_cut
+
+
+@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("offset", range(GROUP))
+def test_dropping_the_closing_group_at_a_border_would_be_noticed(
+    name: str, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = bare(name, 3), random_tokens(GROUP + offset)
+    tree, state = chain(random_tokens(GROUP + 2, seed=1)), prefilled(model, prompt)
+    expected = tree_logits(model, prompt, tree)
+    assert_close(verified(model, state, tree), expected)
+    # layouts remember their groups
+    for part in state.parts:
+        part._layouts.clear()
+    wrong = without_groups_closed_in_the_tree(GroupedLinear._groups)
+    monkeypatch.setattr(GroupedLinear, "_groups", wrong)
+    found = verified(model, state, tree)
+    border = GROUP - offset
+    assert_close(found[:border], expected[:border])
+    assert (found - expected)[border:].abs().amax(1).min() > LARGE
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "local", "group": 0}, "group size must be 1 or more, got 0"),
+        ({"name": "local", "taps": -1}, "taps must be 0 or more, got -1"),
+        ({"name": "window"}, "needs a window of 1 or more tokens, got 0"),
+    ],
+)
+def test_sizes_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MixerConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_aug_needs_taps() -> None:
+    with pytest.raises(ConfigError, match="'aug' needs convolution taps, got 0"):
+        Decoder(tiny_config(MixerConfig(name="aug", taps=0)))
+
+
+def test_an_unknown_mixer_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"unknown mixer 'mamba'; known: aug, .*softmax"):
+        Decoder(tiny_config(MixerConfig(name="mamba")))
+
+
+def test_a_window_set_on_a_softmax_layer_does_not_shorten_its_memory() -> None:
+    """It once did: the full form saw every token, the cache kept `window` of them."""
+    model = tiny_model(MixerConfig(name="softmax", window=WINDOW))
+    tokens = random_tokens(6 * WINDOW)
+    state = model.new_state()
+    for token in tokens[:-1]:
+        model.step([Feed(0, [token])], state)
+        state.commit(0, [0])
+    logits = model.step([Feed(0, tokens[-1:])], state).logits
+    with torch.no_grad():
+        assert_close(logits[0], model(torch.tensor([tokens]))[0, -1])

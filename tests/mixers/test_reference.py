@@ -1,0 +1,91 @@
+"""Full forms against the reference, which is the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import CASES, DEVICES, GROUP, TAPS, assert_close, mixer_config, randomise, tiny_config
+
+from linspec.errors import ConfigError
+from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.reference import REFERENCES, reference
+from linspec.models.config import RopeConfig
+from linspec.models.rope import Rotary
+
+LENGTHS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 3)
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+def make(name: str, taps: int, device: str = "cpu", **switches: object) -> Mixer:
+    mixer = mixer_config(name, taps)
+    config = tiny_config(mixer, **switches)  # type: ignore[arg-type]
+    made = randomise(MIXERS[name](config, mixer), seed=1).to(device, torch.float64)
+    assert isinstance(made, Mixer)
+    return made
+
+
+def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, Rope]:
+    x = torch.randn(
+        length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(length)
+    )
+    return x.to(device), Rotary(RopeConfig(), 4)(torch.arange(length, device=device), torch.float64)
+
+
+def full(mixer: Mixer, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+    spread = None if rope is None else (rope[0][:, None], rope[1][:, None])
+    return mixer(x[None], spread)[0]
+
+
+def test_every_registered_mixer_has_a_reference() -> None:
+    assert set(MIXERS.names()) == set(REFERENCES)
+
+
+def test_a_mixer_without_a_reference_is_named() -> None:
+    mixer = make("local", 0)
+    object.__setattr__(mixer.mixer, "name", "unheard-of")
+    with pytest.raises(ConfigError, match="unheard-of"):
+        reference(mixer, *inputs(2))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "taps"), CASES)
+@pytest.mark.parametrize(
+    "switches", [{}, {"kv_heads": 4, "qk_norm": True}, {"kv_heads": 1}], ids=str
+)
+@torch.no_grad()
+def test_full_form_equals_reference(
+    name: str, taps: int, switches: dict[str, object], device: str
+) -> None:
+    mixer = make(name, taps, device, **switches)
+    for length in LENGTHS:
+        x, rope = inputs(length, device)
+        assert_close(full(mixer, x, rope), reference(mixer, x, rope))
+
+
+@pytest.mark.parametrize(("name", "taps"), CASES)
+@torch.no_grad()
+def test_without_rope(name: str, taps: int) -> None:
+    mixer, (x, _) = make(name, taps), inputs(2 * GROUP + 3)
+    assert_close(full(mixer, x, None), reference(mixer, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "taps"), [(n, 70) for n in MIXERS.names()])
+@torch.no_grad()
+def test_long_sequences_and_kernels_longer_than_a_block(name: str, taps: int) -> None:
+    mixer, (x, rope) = make(name, taps), inputs(200)
+    assert_close(full(mixer, x, rope), reference(mixer, x, rope))
+
+
+@pytest.mark.parametrize("name", MIXERS.names())
+def test_gradients_equal_those_of_the_reference(name: str) -> None:
+    mixer, (x, rope) = make(name, TAPS), inputs(2 * GROUP + 3)
+    gradients = []
+    for form in (full, reference):
+        mixer.zero_grad()
+        form(mixer, x, rope).square().sum().backward()
+        gradients.append(
+            {n: p.grad.clone() for n, p in mixer.named_parameters() if p.grad is not None}
+        )
+    assert gradients[0].keys() == dict(mixer.named_parameters()).keys()
+    assert_close(*gradients, atol=1e-8)

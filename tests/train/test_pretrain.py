@@ -1,0 +1,94 @@
+"""Pretraining: the recipe runs, learns, resumes and saves a model that loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from linspec.errors import CheckpointError, ConfigError
+from linspec.files import exclusive
+from linspec.models.decoder import Decoder
+from linspec.models.hub import load_model, load_tokenizer
+from linspec.train import pretrain as module
+from linspec.train.loop import TrainConfig, Trainer
+from linspec.train.pretrain import Recipe, context_at, pretrain
+
+
+@pytest.fixture(autouse=True)
+def tiny_recipe(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Callable[..., Decoder]
+) -> Recipe:
+    recipe = Recipe(
+        model=tiny_teacher(290).config,
+        train=TrainConfig(
+            steps=20,
+            lr=1e-2,
+            warmup=2,
+            precision="float32",
+            compile=False,
+            save_every=0.0,
+            log_every=1,
+        ),
+        sources=(str(corpus),),
+        tokens_per_step=256,
+        stages=((0.5, 32), (0.5, 64)),
+    )
+    monkeypatch.setattr(module, "RECIPES", {"tiny": lambda: recipe})
+    return recipe
+
+
+def test_pretraining_learns_and_saves(tmp_path: Path) -> None:
+    out = pretrain(tmp_path / "m", recipe="tiny")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["tokens"] == 20 * 256
+    model, tokenizer = load_model(out), load_tokenizer(out)
+    ids = torch.tensor([tokenizer.encode("the old fox")])
+    assert model(ids).shape == (1, ids.shape[1], 290)
+
+
+def test_killed_pretraining_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Callable[..., None]
+) -> None:
+    whole = pretrain(tmp_path / "whole", recipe="tiny")
+    step = Trainer._train_step
+
+    def killed(self: Trainer) -> Any:
+        if self.step == 11:
+            raise RuntimeError("killed")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(tmp_path / "cut", recipe="tiny")
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    cut = pretrain(tmp_path / "cut", recipe="tiny", resume=True)
+    assert_same(load_model(whole), load_model(cut))
+
+
+def test_output_in_use(tmp_path: Path) -> None:
+    with exclusive(tmp_path / "m"), pytest.raises(CheckpointError, match="in use"):
+        pretrain(tmp_path / "m", recipe="tiny")
+
+
+def test_unknown_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'x'; known: tiny"):
+        pretrain(tmp_path / "m", recipe="x")
+
+
+def test_context_grows_by_stage(tiny_recipe: Recipe) -> None:
+    assert [context_at(step, tiny_recipe) for step in (0, 9, 10, 19)] == [32, 32, 64, 64]
+    longer = replace(tiny_recipe, stages=((1.0, 32),))
+    assert context_at(20, longer) == 32
+
+
+def test_embedded_recipe_is_of_the_promised_size() -> None:
+    model = module._embedded().model
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    assert 4e6 < sum(p.numel() for p in decoder.parameters()) < 6e6
