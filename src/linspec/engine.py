@@ -108,7 +108,12 @@ class Engine:
         for row, count in batch.prefilling:
             emitted += self._prefilled(row, count, output, places[row.slot])
         nodes = sum(len(feed.tokens) for feed in feeds)
-        self._account(batch.decoding, batch.prefilling, RoundTimes(drafted - began, stepped - drafted, nodes), began)
+        self._account(
+            batch.decoding,
+            batch.prefilling,
+            RoundTimes(drafted - began, stepped - drafted, nodes),
+            began,
+        )
         for item in emitted:
             if item.finished:
                 self._retire(item.row)
@@ -139,7 +144,9 @@ class Engine:
     def _room(self, row: Row) -> int:
         """Draft tokens that could still be emitted or fit the model's positions."""
         limit = self.model.config.position_limit
-        places = row.remaining - 1 if limit is None else min(row.remaining - 1, limit - len(row.tokens))
+        places = (
+            row.remaining - 1 if limit is None else min(row.remaining - 1, limit - len(row.tokens))
+        )
         return 0 if places < 1 else self._nodes_for(places)
 
     def _nodes_for(self, places: int) -> int:
@@ -220,5 +227,3 @@ class Engine:
             self.drafter.release(row.slot)
         if self.policy is not None:
             self.policy.release(row.slot)
-
-

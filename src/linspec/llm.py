@@ -1,9 +1,9 @@
 """The public way in: prompts to text.
 
-    llm = LLM("embedded-aug", drafter="medusa")
-    print(llm.generate("def fibonacci(n):")[0].text)
-    for piece in llm.stream("class Stack:"):
-        print(piece.text, end="", flush=True)
+llm = LLM("embedded-aug", drafter="medusa")
+print(llm.generate("def fibonacci(n):")[0].text)
+for piece in llm.stream("class Stack:"):
+    print(piece.text, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a Decoder needs its tokenizer: LLM(model, tokenizer=...)")
         self.tokenizer = tokenizer
-        self.model.prepare()
         made = make_drafter(drafter, self.model, source, max_batch)
+        self.model.prepare()
         self.engine = Engine(
             self.model,
             verifier=VERIFIERS[verifier](),
@@ -184,10 +184,15 @@ class LLM:
                     f"prompt {request.index} has {len(request.prompt)} tokens, this model takes "
                     f"{limit}; shorten it, or linearize the model: linear mixers have no such limit"
                 )
-        by_row = {
-            self.engine.submit(request.prompt, request.params): request for request in requests
-        }
+        if self.engine.busy:
+            raise ConfigError(
+                "this LLM is still streaming another call; finish or close that one first, or give "
+                "all prompts in one call"
+            )
+        by_row: dict[int, _Request] = {}
         try:
+            for request in requests:
+                by_row[self.engine.submit(request.prompt, request.params)] = request
             while self.engine.busy:
                 for emitted in self.engine.step():
                     piece = by_row[emitted.row.request].take(emitted)

@@ -29,9 +29,7 @@ class Registry(Generic[T]):
         self.axis = axis
         self._entries: dict[str, Entry[T]] = {}
 
-    def register(
-        self, name: str, *, summary: str, paper: str, **facts: str
-    ) -> Callable[[T], T]:
+    def register(self, name: str, *, summary: str, paper: str, **facts: str) -> Callable[[T], T]:
         """Decorator that files a class or function under `name`."""
 
         def add(value: T) -> T:
@@ -41,6 +39,10 @@ class Registry(Generic[T]):
             return value
 
         return add
+
+    def forget(self, name: str) -> None:
+        """Remove `name`; for plug-ins that live only for a while, such as a test's."""
+        del self._entries[name]
 
     def __getitem__(self, name: str) -> T:
         return self.entry(name).value

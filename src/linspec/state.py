@@ -12,41 +12,19 @@ Positions inside a slot are counted from its *origin*, the absolute position of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from linspec.errors import StateError
-from linspec.tree import ancestor_matrix
+from linspec.layout import Layout, build_layout
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
 _LAYOUTS_KEPT = 512
 _LAYOUT_COLUMNS_KEPT = 1024
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Who sees whom in one step, for the rows of one segment. Shared by all layers of a state.
-
-    offsets [R, N]: position of each new node, counted from the row's origin.
-    columns [R, C]: position of each buffer row, likewise; visible [R, N, C]: committed rows and a
-    node's own ancestors. `plain` says that every column is visible to every node.
-    """
-
-    offsets: torch.Tensor
-    columns: torch.Tensor
-    visible: torch.Tensor
-    plain: bool
-    _memo: dict[Any, Any] = field(default_factory=dict)
-
-    def memo(self, key: Any, build: Callable[[], Any]) -> Any:
-        """`build()` once per layout: mixers keep their masks here."""
-        if key not in self._memo:
-            self._memo[key] = build()
-        return self._memo[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +73,10 @@ class RowState:
     ) -> None:
         self.spec, self.layers = spec, layers
         rows = self._resting_rows() + STAGE_ROWS
-        options = {"dtype": dtype, "device": device}
+        like = torch.zeros((), dtype=dtype, device=device)
         shape = (layers, slots, spec.kv_heads)
-        self.keys = torch.zeros(*shape, rows, spec.key_width, **options)
-        self.values = torch.zeros(*shape, spec.lead + rows, spec.value_width, **options)
+        self.keys = like.new_zeros(*shape, rows, spec.key_width)
+        self.values = like.new_zeros(*shape, spec.lead + rows, spec.value_width)
         # sums over thousands of tokens lose their small terms below float32
         wide = torch.promote_types(dtype, torch.float32)
         sums = (slots if spec.sums else 0, spec.kv_heads, spec.key_width, spec.value_width)
@@ -312,30 +290,11 @@ class RowState:
         rows = self.lengths[slot]
         if spec.group or spec.window:
             rows = spec.group or min(rows, spec.window)
-        row_bytes = (spec.key_width * rows + spec.value_width * (rows + spec.lead)) * self.keys.element_size()
+        row_bytes = (
+            spec.key_width * rows + spec.value_width * (rows + spec.lead)
+        ) * self.keys.element_size()
         sums = self.sums[:, 0].numel() * self.sums.element_size() if spec.sums else 0
         return self.layers * spec.kv_heads * row_bytes + sums
-
-
-def build_layout(
-    rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch.device
-) -> Layout:
-    """Layout of rows given as (committed rows, parents of all staged rows, how many are new)."""
-    count, nodes = len(rows), max(new for *_, new in rows)
-    width = max(base + len(parents) for base, parents, _ in rows)
-    offsets = torch.zeros(count, nodes, dtype=torch.long)
-    columns = torch.arange(width).repeat(count, 1)
-    visible = torch.zeros(count, nodes, width, dtype=torch.bool)
-    for i, (base, parents, new) in enumerate(rows):
-        total = base + len(parents)
-        seen = ancestor_matrix(parents)
-        depths = base + seen.sum(1) - 1
-        offsets[i, :new] = depths[len(parents) - new :]
-        columns[i, base:total] = depths
-        visible[i, :new, :base] = True
-        visible[i, :new, base:total] = seen[len(parents) - new :]
-    plain = bool(visible.all())
-    return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
 
 
 class DecoderState:

@@ -53,9 +53,10 @@ class Detokenizer:
 
     def finish(self) -> None:
         """No more tokens: an incomplete last character is shown as it is."""
-        text = self._decode(self._window)
+        text, begin = self._decode(self._window), len(self.full)
         self.full += text[len(self._shown) :]
         self._shown = text
+        self._cut_at_stop(begin)
 
     def release(self, last: bool = False) -> str:
         """Text that has become certain since the last call; everything when `last`."""

@@ -109,13 +109,17 @@ def saved(tmp_path: Path, model: Decoder) -> Path:
 
 def test_heads_of_another_shape_name_both_sides(saved: Path) -> None:
     other = make_model(replace(CONFIG, vocab_size=50))
-    with pytest.raises(DrafterError, match="another model: width 16 and vocabulary 40.*16 and 50"):
+    with pytest.raises(
+        DrafterError, match=r"another model: width 16 and vocabulary 40.*16 and vocabulary 50"
+    ):
         load_heads(saved, other)
 
 
 def test_heads_of_another_model_name_both_fingerprints(saved: Path, model: Decoder) -> None:
     other = make_model(CONFIG, seed=1)
-    message = f"another model: fingerprint {fingerprint(model)}, this model has {fingerprint(other)}"
+    message = (
+        f"another model: fingerprint {fingerprint(model)}, this model has {fingerprint(other)}"
+    )
     with pytest.raises(DrafterError, match=message):
         load_heads(saved, other)
 

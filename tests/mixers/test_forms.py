@@ -26,7 +26,8 @@ from linspec.mixers.linear import GroupedLinear
 from linspec.models.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.step import Feed
-from linspec.state import DecoderState, Layout
+from linspec.layout import Layout
+from linspec.state import DecoderState
 from linspec.tree import TokenTree, chain
 
 LARGE = 1e-3

@@ -10,10 +10,9 @@ from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.reference import REFERENCES, reference
 from linspec.models.config import RopeConfig
-from linspec.models.rope import Rotary
+from linspec.models.rope import Rotary, inverse_frequencies
 
 LENGTHS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 3)
-Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def make(name: str, taps: int, device: str = "cpu", **switches: object) -> Mixer:
@@ -24,16 +23,19 @@ def make(name: str, taps: int, device: str = "cpu", **switches: object) -> Mixer
     return made
 
 
-def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, Rope]:
+def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Random x [T, D] and the rotary angles [T, K/2] of positions 0..T-1, in float32 as in `Rotary`."""
     x = torch.randn(
         length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(length)
     )
-    return x.to(device), Rotary(RopeConfig(), 4)(torch.arange(length, device=device), torch.float64)
+    angles = torch.arange(length)[:, None] * inverse_frequencies(RopeConfig(), 4)
+    return x.to(device), angles.to(device)
 
 
-def full(mixer: Mixer, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
-    spread = None if rope is None else (rope[0][:, None], rope[1][:, None])
-    return mixer(x[None], spread)[0]
+def full(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None) -> torch.Tensor:
+    positions = torch.arange(len(x), device=x.device)
+    rope = None if angles is None else Rotary(RopeConfig(), 4)(positions, x.dtype)
+    return mixer(x[None], rope)[0]
 
 
 def test_every_registered_mixer_has_a_reference() -> None:
@@ -58,8 +60,8 @@ def test_full_form_equals_reference(
 ) -> None:
     mixer = make(name, taps, device, **switches)
     for length in LENGTHS:
-        x, rope = inputs(length, device)
-        assert_close(full(mixer, x, rope), reference(mixer, x, rope))
+        x, angles = inputs(length, device)
+        assert_close(full(mixer, x, angles), reference(mixer, x, angles))
 
 
 @pytest.mark.parametrize(("name", "taps"), CASES)
@@ -73,17 +75,17 @@ def test_without_rope(name: str, taps: int) -> None:
 @pytest.mark.parametrize(("name", "taps"), [(n, 70) for n in MIXERS.names()])
 @torch.no_grad()
 def test_long_sequences_and_kernels_longer_than_a_block(name: str, taps: int) -> None:
-    mixer, (x, rope) = make(name, taps), inputs(200)
-    assert_close(full(mixer, x, rope), reference(mixer, x, rope))
+    mixer, (x, angles) = make(name, taps), inputs(200)
+    assert_close(full(mixer, x, angles), reference(mixer, x, angles))
 
 
 @pytest.mark.parametrize("name", MIXERS.names())
 def test_gradients_equal_those_of_the_reference(name: str) -> None:
-    mixer, (x, rope) = make(name, TAPS), inputs(2 * GROUP + 3)
+    mixer, (x, angles) = make(name, TAPS), inputs(2 * GROUP + 3)
     gradients = []
     for form in (full, reference):
         mixer.zero_grad()
-        form(mixer, x, rope).square().sum().backward()
+        form(mixer, x, angles).square().sum().backward()
         gradients.append(
             {n: p.grad.clone() for n, p in mixer.named_parameters() if p.grad is not None}
         )

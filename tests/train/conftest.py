@@ -16,7 +16,21 @@ from linspec.models.hub import save_model
 from linspec.train.pretrain import initialize
 from linspec.train.tokenizer import train_tokenizer
 
-WORDS = "the old fox sees a red dog near my big house and runs home at once".split()
+WORDS = (
+    "the",
+    "old",
+    "fox",
+    "sees",
+    "a",
+    "red",
+    "dog",
+    "near",
+    "my",
+    "big",
+    "house",
+    "and",
+    "runs",
+)
 
 
 def make_text(seed: int, words: int = 400) -> str:
@@ -30,7 +44,9 @@ def make_text(seed: int, words: int = 400) -> str:
 
 
 @pytest.fixture(autouse=True)
-def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def private_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 

@@ -64,7 +64,9 @@ def test_loss_goes_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("muon", [None, 1e-2])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path: Path, muon: float | None) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
+    tmp_path: Path, muon: float | None
+) -> None:
     config = TrainConfig(
         steps=12, lr=1e-2, muon_lr=muon, precision="float32", compile=False, save_every=0.0
     )

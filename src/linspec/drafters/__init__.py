@@ -38,7 +38,9 @@ def make_drafter(
         kind = DRAFTERS[name]
         assert issubclass(kind, DraftModel)
         weight = model.embed.weight
-        small = load_model(_draft_source(name, where, source), dtype=weight.dtype, device=str(weight.device))
+        small = load_model(
+            _draft_source(name, where, source), dtype=weight.dtype, device=str(weight.device)
+        )
         small.prepare()
         return kind(small, model.config, slots)
     raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")
@@ -51,8 +53,10 @@ def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
             f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL`, or name "
             "their directory: medusa:DIR"
         )
-    heads, accuracies = load_heads(folder, model)
-    return Medusa(heads, accuracies)
+    heads = load_heads(folder, model)
+    # heads are matched to the plain weights; they run on the prepared output layer
+    heads.bind(model.prepare().head)
+    return Medusa(heads)
 
 
 def _draft_source(name: str, where: str, source: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): what they compute and how they are kept on disk.
+"""Medusa heads (Cai et al. 2024, arXiv 2401.10774): what they compute, how they lie on disk.
 
 Head k (1-based) sees the final normalised hidden state at position t, whose next token t+1 is the
 model's own business, and guesses token t+1+k. A drafter directory holds `drafter.json` (shape,
@@ -34,9 +34,9 @@ CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 class HeadsConfig:
     """The shape of a set of heads.
 
-    width, vocab_size: of the target. blocks: residual blocks of each head. hidden: 0 for the paper's
-    block x + silu(Wx + b), else the inner width of a block x + W2 silu(W1 x + b). shared_head: reuse
-    the target's output matrix instead of a trained copy for each head.
+    width, vocab_size: of the target. blocks: residual blocks of each head. hidden: 0 for the
+    paper's block x + silu(Wx + b), else the inner width of a block x + W2 silu(W1 x + b).
+    shared_head: reuse the target's output matrix instead of a trained copy for each head.
     """
 
     width: int
@@ -84,12 +84,13 @@ class HeadBlock(nn.Module):
 class MedusaHeads(nn.Module):
     """All heads of one target. Untrained, every head repeats the target's own next-token guess.
 
-    head: the target's output layer, which shared heads use as it is (it is not part of this module's
-    weights). accuracies[k][i]: how often, on held-out text, the rank-i guess of head k+1 was right.
+    head: the target's output layer, which shared heads use as it is (it is not part of this
+    module's weights). accuracies[k][i]: how often, on held-out text, the rank-i guess of head k+1
+    was right.
     """
 
     def __init__(
-        self, config: HeadsConfig, head: nn.Linear, accuracies: Sequence[Sequence[float]] = ()
+        self, config: HeadsConfig, head: nn.Module, accuracies: Sequence[Sequence[float]] = ()
     ) -> None:
         super().__init__()
         self.config = config
@@ -98,8 +99,12 @@ class MedusaHeads(nn.Module):
         # in a tuple, so that the target's weights are not registered as this module's
         self._target = (head,)
         if not config.shared_head:
-            copies = head.weight.detach()[None].repeat(config.heads, 1, 1)
+            copies = head.get_parameter("weight").detach()[None].repeat(config.heads, 1, 1)
             self.out = nn.Parameter(copies)
+
+    def bind(self, head: nn.Module) -> None:
+        """Use `head` as the target's output layer, such as its prepared form."""
+        self._target = (head,)
 
     def initialize(self, generator: torch.Generator) -> None:
         """Make untrained heads ready for training."""
@@ -116,26 +121,28 @@ class MedusaHeads(nn.Module):
 
     def logits(self, features: torch.Tensor, head: int) -> torch.Tensor:
         """Logits [..., vocab] of one head (0-based) from its features [..., D]."""
-        weight = self._target[0].weight if self.config.shared_head else self.out[head]
-        return F.linear(features, weight)
+        if self.config.shared_head:
+            return self._target[0](features)
+        return F.linear(features, self.out[head])
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of all heads: hidden [..., D] -> [..., heads, vocab]."""
         features = self.features(hidden)
         if self.config.shared_head:
-            return F.linear(features, self._target[0].weight)
+            return self._target[0](features)
         return torch.einsum("...kd,kvd->...kv", features, self.out)
 
 
 def fingerprint(model: Decoder) -> str:
-    """A short hash of the model's shape and of its last weights, the same in every dtype and place."""
+    """A short hash of the model's shape and last weights, the same in every dtype and place."""
     config = model.config
     shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
     mixers = [[m.name, m.group, m.taps, m.window] for m in config.mixers]
     digest = hashlib.sha256(json.dumps([shape, mixers]).encode())
     last = model.blocks[-1]
     assert isinstance(last, Block)
-    for weight in (model.head.weight, model.norm.get_parameter("weight"), last.mlp.down.weight):
+    parts: list[nn.Module] = [model.head, model.norm, last.mlp.down]
+    for weight in (part.get_parameter("weight") for part in parts):
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -205,7 +212,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DrafterError(
-            f"no drafter in {folder}: {CONFIG_FILE} is missing; train one with linspec train-drafter"
+            f"no drafter in {folder}: {CONFIG_FILE} is missing; train one: linspec train-drafter"
         ) from error
     except (OSError, ValueError) as error:
         raise DrafterError(f"cannot read {path}: {error}") from error
@@ -229,12 +236,12 @@ def _check_target(
     made, given = (config.width, config.vocab_size), (model.config.width, model.config.vocab_size)
     if made != given:
         raise DrafterError(
-            f"the drafter in {folder} was trained for another model: width {made[0]} and vocabulary "
-            f"{made[1]}, this model has width {given[0]} and vocabulary {given[1]}"
+            f"the drafter in {folder} was trained for another model: width {made[0]} and "
+            f"vocabulary {made[1]}, this model has width {given[0]} and vocabulary {given[1]}"
         )
     ours = fingerprint(model)
     if data.get("target") != ours:
         raise DrafterError(
             f"the drafter in {folder} was trained for another model: fingerprint "
-            f"{data.get('target')}, this model has {ours}; train one for it with linspec train-drafter"
+            f"{data.get('target')}, this model has {ours}; train its own: linspec train-drafter"
         )

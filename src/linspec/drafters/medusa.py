@@ -28,8 +28,8 @@ class Medusa(Drafter):
 
     name = "medusa"
 
-    def __init__(self, heads: MedusaHeads, accuracies: Sequence[Sequence[float]]) -> None:
-        self.heads = heads
+    def __init__(self, heads: MedusaHeads) -> None:
+        self.heads, accuracies = heads, heads.accuracies
         self.max_nodes = STAGE_ROWS - 1
         self._paths = best_first(accuracies, self.max_nodes)
         index = {path: node for node, path in enumerate(self._paths, 1)}

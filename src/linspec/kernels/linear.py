@@ -7,7 +7,6 @@ verification needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +50,15 @@ class PackedLinear(nn.Module):
         return out
 
 
-def fuse(linears: Sequence[nn.Linear]) -> nn.Module:
+def fuse(*linears: nn.Module) -> nn.Module:
     """One inference layer that returns the outputs of `linears` side by side."""
-    first = linears[0]
-    weight = torch.cat([layer.weight.detach() for layer in linears])
+    plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
+    assert len(plain) == len(linears), "only plain linear layers can be fused"
+    first = plain[0]
+    weight = torch.cat([layer.weight.detach() for layer in plain])
     bias = None
     if first.bias is not None:
-        bias = torch.cat([layer.bias.detach() for layer in linears])
+        bias = torch.cat([layer.bias.detach() for layer in plain])
     if pick_kernel(weight).name == "onednn-packed":
         return PackedLinear(weight, bias)
     layer = nn.Linear(

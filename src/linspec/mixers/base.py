@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from linspec.kernels.linear import fuse
+from linspec.layout import Layout
 from linspec.mixers.blocks import convolve
 from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.rope import rotate
 from linspec.registry import Registry
-from linspec.state import Layout, RowSpec, RowState
+from linspec.state import RowSpec, RowState
 
 if TYPE_CHECKING:
     from linspec.models.step import Segment
@@ -61,9 +62,12 @@ class Mixer(nn.Module):
         """Sizes of the rows this mixer keeps."""
         raise NotImplementedError
 
-    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What queries and keys become before they are multiplied: [..., K] -> [..., K']."""
-        return q, k
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What queries and keys become before they are multiplied: [..., H + Hkv, K] -> [..., K'].
+
+        Queries of all heads come first, so that a map of their own can tell them from keys.
+        """
+        return x
 
     def row_values(self, v: torch.Tensor) -> torch.Tensor:
         """What values become before they are kept as rows: [..., V] -> [..., V']."""
@@ -100,24 +104,25 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
-        q, k, v = self._split_heads(x)
+        heads = self._projections(x).unflatten(-1, (-1, self.head_width))
+        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = both.split((self.heads, self.kv_heads), dim=-2)
+            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k = self.features(q, k)
+            both = rotate(both, *rope)
+        q, k = self.features(both).split((self.heads, self.kv_heads), dim=-2)
         return q, k, self.row_values(v)
 
-    def _split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.qkv is None:
-            return tuple(p(x).unflatten(-1, (-1, self.head_width)) for p in (self.q, self.k, self.v))
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_width))
-        return heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+    def _projections(self, x: torch.Tensor) -> torch.Tensor:
+        if self.qkv is not None:
+            return self.qkv(x)
+        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
     def prepare(self) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
-        self.qkv = fuse((self.q, self.k, self.v))
-        self.o = fuse((self.o,))
+        self.qkv = fuse(self.q, self.k, self.v)
+        self.o = fuse(self.o)
         del self.q, self.k, self.v
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:

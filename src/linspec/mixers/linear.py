@@ -12,9 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from linspec.layout import Layout
 from linspec.mixers.base import Mixer
 from linspec.mixers.blocks import join, split
-from linspec.state import Layout, RowSpec
+from linspec.state import RowSpec
 
 # ‖x‖ below this is treated as this: padding rows are all zero and must stay zero
 NORM_FLOOR = 1e-6
@@ -44,8 +45,8 @@ class GroupedLinear(Mixer):
         """Weights of visible rows of a node's own group; None when it does not see its group."""
         return products.relu().square()
 
-    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return unit(q), unit(k)
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return unit(x)
 
     # ---- step form
 

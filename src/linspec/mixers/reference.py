@@ -1,6 +1,6 @@
 """The specification of every mixer: plain torch, one sequence, a loop over time, straight from the equations.
 
-    out = reference(mixer, x, rope)    # x [T, D] -> [T, D]; what mixer(x[None], rope)[0] must equal
+    out = reference(mixer, x, angles)    # x [T, D] -> [T, D]; what mixer(x[None], rope)[0] must equal
 
 Nothing here is fast and nothing is shared with the fast forms. `REFERENCES` has one function for each
 registered mixer, for a single head: q, k [T, K] and v [T, V] -> [T, V].
@@ -97,10 +97,8 @@ REFERENCES: dict[str, Head] = {
 }
 
 
-def reference(
-    mixer: Mixer, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> torch.Tensor:
-    """What `mixer` must compute for one sequence x [T, D]; rope holds cos and sin, [T, K] each.
+def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
+    """What `mixer` must compute for one sequence x [T, D]; angles [T, K/2] are the rotary ones.
 
     Raises ConfigError for a mixer that has no entry in `REFERENCES`.
     """
@@ -110,7 +108,7 @@ def reference(
     heads = []
     for head in range(mixer.heads):
         shared = head // (mixer.heads // mixer.kv_heads)
-        q, k, v = _project(mixer, x, head, shared, rope)
+        q, k, v = _project(mixer, x, head, shared, angles)
         o = REFERENCES[name](q, k, v, mixer)
         if mixer.mixer.taps:
             o = o + convolution(v, mixer.get_parameter("taps")[head])
@@ -123,7 +121,7 @@ def _project(
     x: torch.Tensor,
     head: int,
     shared: int,
-    rope: tuple[torch.Tensor, torch.Tensor] | None,
+    angles: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query of one head, and key and value of the head that it shares with others: [T, K] each."""
     width = mixer.head_width
@@ -133,8 +131,8 @@ def _project(
     if mixer.config.qk_norm:
         q = _rms_norm(q, mixer.q_norm.weight, mixer.config.norm_eps)
         k = _rms_norm(k, mixer.k_norm.weight, mixer.config.norm_eps)
-    if rope is not None:
-        q, k = _turn(q, *rope), _turn(k, *rope)
+    if angles is not None:
+        q, k = _turn(q, angles), _turn(k, angles)
     return q, k, v
 
 
@@ -158,9 +156,9 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return x / (x.square().mean(1, keepdim=True) + eps).sqrt() * weight
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _turn(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Feature pair (i, i + K/2) as a complex number, turned by the angle of its position."""
     half = x.shape[1] // 2
     real, imaginary = x[:, :half], x[:, half:]
-    cos, sin = cos[:, :half], sin[:, :half]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), dim=1)

@@ -30,8 +30,8 @@ class Relu(GroupedLinear):
     def row_spec(self) -> RowSpec:
         return replace(super().row_spec(), value_width=self.head_width + 1)
 
-    def features(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return q.relu(), k.relu()
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
 
     def row_values(self, v: torch.Tensor) -> torch.Tensor:
         return F.pad(v, (0, 1), value=1.0)

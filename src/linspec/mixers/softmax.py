@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer
-from linspec.state import Layout, RowSpec
+from linspec.state import RowSpec
 
 
 @MIXERS.register(
@@ -45,6 +46,4 @@ class Softmax(Mixer):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.repeats > 1
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.repeats > 1)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from linspec.layout import Layout
 from linspec.mixers.base import MIXERS
 from linspec.mixers.softmax import Softmax
-from linspec.state import Layout, RowSpec
+from linspec.state import RowSpec
 
 
 @MIXERS.register(
@@ -44,6 +45,4 @@ class Window(Softmax):
         at = torch.arange(q.shape[2], device=q.device)
         distance = at[:, None] - at
         mask = (distance >= 0) & (distance < self.mixer.window)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=self.repeats > 1
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.repeats > 1)

@@ -87,7 +87,15 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if not self.mixers:
             object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width"):
+        for name in (
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if len(self.mixers) != self.layers:

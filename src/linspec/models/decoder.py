@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import nn
 
 from linspec.errors import ConfigError, ContextOverflow
 from linspec.kernels.linear import fuse
-from linspec.mixers import MIXERS
+from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
 from linspec.models.config import DecoderConfig
 from linspec.models.padding import from_left, to_left
@@ -19,7 +20,7 @@ from linspec.models.rope import Rotary
 from linspec.models.step import Feed, Segment, depths, segments_of
 from linspec.state import DecoderState, RowState
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -45,20 +46,20 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated_mlp
         if self.gated:
-            self.gate = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+            self.gate: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down: nn.Module = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
         self.gate_up: nn.Module | None = None
 
     def prepare(self) -> None:
         """Replace the layers by their inference form: one product for gate and up."""
         if self.gated:
-            self.gate_up = fuse((self.gate, self.up))
+            self.gate_up = fuse(self.gate, self.up)
             del self.gate, self.up
         else:
-            self.up = fuse((self.up,))
-        self.down = fuse((self.down,))
+            self.up = fuse(self.up)
+        self.down = fuse(self.down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_up is not None:
@@ -76,7 +77,7 @@ class Block(nn.Module):
         super().__init__()
         mixer = config.mixers[layer]
         self.mixer_norm = make_norm(config)
-        self.mixer = MIXERS[mixer.name](config, mixer)
+        self.mixer: Mixer = MIXERS[mixer.name](config, mixer)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
@@ -123,6 +124,11 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.prepared = False
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
+
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1."""
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -130,9 +136,8 @@ class Decoder(nn.Module):
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
         else:
-            cos, sin = self.rotary(positions, x.dtype)
-            rope = cos[:, None], sin[:, None]
-        for block in self.blocks:
+            rope = self.rotary(positions, x.dtype)
+        for block in self.layers:
             x = block(x, rope)
         return self.norm(x)
 
@@ -155,17 +160,17 @@ class Decoder(nn.Module):
         if self.prepared:
             return self
         self.eval().requires_grad_(False)
-        for block in self.blocks:
+        for block in self.layers:
             block.mixer.prepare()
             block.mlp.prepare()
-        self.head = fuse((self.head,))
+        self.head = fuse(self.head)
         self.prepared = True
         return self
 
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
         weight = self.embed.weight
-        specs = [block.mixer.row_spec() for block in self.blocks]
+        specs = [block.mixer.row_spec() for block in self.layers]
         return DecoderState(specs, slots, dtype=weight.dtype, device=weight.device)
 
     @torch.inference_mode()
@@ -187,9 +192,8 @@ class Decoder(nn.Module):
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
         else:
-            cos, sin = self.rotary(positions, x.dtype)
-            rope = cos[:, None], sin[:, None]
-        for block, (part, layer) in zip(self.blocks, state.layers, strict=True):
+            rope = self.rotary(positions, x.dtype)
+        for block, (part, layer) in zip(self.layers, state.layers, strict=True):
             x = block.step(x, rope, segments, part, layer)
         for segment in segments:
             for slot, parents in zip(segment.slot_range, segment.parents, strict=True):
@@ -211,7 +215,9 @@ class Decoder(nn.Module):
         return places
 
     def _outputs(self, x: torch.Tensor, feeds: Sequence[Feed]) -> StepOutput:
-        rows, wanted, first = [], [], 0
+        rows: list[slice] = []
+        wanted: list[int] = []
+        first = 0
         for feed in feeds:
             count = len(feed.tokens)
             keep = range(first if feed.all_logits else first + count - 1, first + count)

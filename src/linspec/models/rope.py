@@ -30,7 +30,7 @@ def _llama3(freq: torch.Tensor, config: RopeConfig) -> torch.Tensor:
 
 
 class Rotary(torch.nn.Module):
-    """Turns positions into the (cos, sin) pair that `rotate` takes."""
+    """Turns positions into the pair of factors that `rotate` takes."""
 
     def __init__(self, config: RopeConfig, head_width: int) -> None:
         super().__init__()
@@ -40,14 +40,17 @@ class Rotary(torch.nn.Module):
     def forward(
         self, positions: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of shape positions.shape + [K]; angles are taken in float32 or wider."""
+        """(cos, ∓sin), each of shape positions.shape + [1, K], for all heads of a position.
+
+        The sign of the second belongs to the halves that `rotate` swaps. Angles are float32.
+        """
         freq = inverse_frequencies(self.config, self.head_width).to(positions.device)
         angle = positions[..., None].float() * freq
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        cos, sin = angle.cos(), angle.sin()
+        factors = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return factors[0].to(dtype)[..., None, :], factors[1].to(dtype)[..., None, :]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x turned by its position's angles; halves are paired as in Llama checkpoints."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -13,7 +13,8 @@ from functools import cached_property
 import torch
 
 from linspec.errors import ConfigError, StateError
-from linspec.state import STAGE_ROWS, DecoderState, Layout, RowState
+from linspec.layout import Layout
+from linspec.state import STAGE_ROWS, DecoderState, RowState
 from linspec.tree import TokenTree
 
 
@@ -125,7 +126,9 @@ def _parents(feed: Feed, state: DecoderState) -> Sequence[int]:
             raise ConfigError(f"slot {feed.slot} has staged nodes: name the parents of new ones")
         return range(-1, count - 1)
     if len(feed.parents) != count:
-        raise ConfigError(f"slot {feed.slot} was fed {count} tokens and {len(feed.parents)} parents")
+        raise ConfigError(
+            f"slot {feed.slot} was fed {count} tokens and {len(feed.parents)} parents"
+        )
     if count > STAGE_ROWS and (staged or any(p != i - 1 for i, p in enumerate(feed.parents))):
         raise ConfigError(
             f"a tree of {staged + count} nodes is too large: {STAGE_ROWS} nodes can be staged at once, "
@@ -133,7 +136,9 @@ def _parents(feed: Feed, state: DecoderState) -> Sequence[int]:
         )
     for i, parent in enumerate(feed.parents):
         if not -1 <= parent < staged + i:
-            raise ConfigError(f"node {i} of slot {feed.slot} has parent {parent}, which is not before it")
+            raise ConfigError(
+                f"node {i} of slot {feed.slot} has parent {parent}, which is not before it"
+            )
     return feed.parents
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from linspec.drafters.base import Drafter
-from linspec.policy.base import POLICIES, RoundTimes
+from linspec.policy.base import POLICIES, Policy, RoundTimes
 from linspec.policy.costs import CostCurve
 from linspec.row import Row
 
@@ -45,7 +45,7 @@ class _Record:
     summary="the tree with the most tokens per second by a measured cost curve, 0 nodes included",
     paper="Liu et al. 2024 (SmartSpec), arXiv 2406.14066",
 )
-class Auto:
+class Auto(Policy):
     """Budgets that maximise predicted goodput of the whole batch."""
 
     name = "auto"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from linspec.drafters.base import Drafter
 from linspec.registry import Registry
@@ -20,26 +21,23 @@ class RoundTimes:
     nodes: int
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """Budgets of draft nodes, one per row and round."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
         """Most draft nodes for each row's next tree."""
-        ...
 
     def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
         """One row's outcome."""
-        ...
 
     def observe_round(self, times: RoundTimes) -> None:
         """One round's timing; rounds that carry prefill are not reported."""
-        ...
 
     def release(self, slot: int) -> None:
         """The request in `slot` has ended."""
-        ...
 
 
 POLICIES: Registry[type[Policy]] = Registry("policy")

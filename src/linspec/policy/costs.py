@@ -58,7 +58,8 @@ def measure(model: Decoder, clock: Callable[[], float] = time.perf_counter) -> C
 
 
 def _median_step(
-    model: Decoder, state: DecoderState, nodes: int, clock: Callable[[], float]) -> float:
+    model: Decoder, state: DecoderState, nodes: int, clock: Callable[[], float]
+) -> float:
     times = []
     for _ in range(_REPEATS + 2):
         began = clock()

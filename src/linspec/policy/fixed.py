@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError
-from linspec.policy.base import POLICIES, RoundTimes
+from linspec.policy.base import POLICIES, Policy
 from linspec.row import Row
 
 
 @POLICIES.register("fixed", summary="the same number of draft nodes every round", paper="-")
-class Fixed:
+class Fixed(Policy):
     """Always `nodes` draft nodes."""
 
     name = "fixed"
@@ -23,12 +23,3 @@ class Fixed:
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
         return [min(self.nodes, drafter.max_nodes)] * len(rows)
-
-    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
-        pass
-
-    def observe_round(self, times: RoundTimes) -> None:
-        pass
-
-    def release(self, slot: int) -> None:
-        pass

@@ -6,6 +6,7 @@ stream = tokenize(documents, tokenizer, eos_id=0)
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,8 +54,8 @@ def load_documents(
         documents += kept
     if not documents:
         raise InputError(
-            f"{', '.join(map(str, sources))}: no document falls into the {split!r} split; give more "
-            "files, or use the whole of it"
+            f"{', '.join(map(str, sources))}: no document falls into the {split!r} split; give "
+            "more files, or use the whole of it"
         )
     return documents
 
@@ -192,7 +193,8 @@ def _store(path: Path, stream: np.ndarray) -> None:
         aside.replace(path)
     except OSError:
         # the cache only saves time: a full or read-only disk must not stop the work
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 class Windows:

@@ -32,9 +32,9 @@ RANKS = 10
 class DrafterConfig:
     """How to train Medusa heads.
 
-    heads, blocks, hidden, shared_head: see HeadsConfig. tokens: of text to train on; context: tokens
-    of a window; batch_tokens: tokens of a step. decay: weight of head k's loss is decay^k (the paper's
-    0.8). calibration_tokens: held-out tokens on which accuracies are measured.
+    heads, blocks, hidden, shared_head: see HeadsConfig. tokens: of text to train on; context:
+    tokens of a window; batch_tokens: tokens of a step. decay: weight of head k's loss is decay^k
+    (the paper's 0.8). calibration_tokens: held-out tokens on which accuracies are measured.
     """
 
     heads: int = 4
@@ -87,12 +87,12 @@ def train_drafter(
 ) -> Path:
     """Train and calibrate heads for the model directory `model`; returns where they are.
 
-    out: MODEL/medusa if None. Calibration measures, on text held out of `data`, how often each head's
-    rank-i guess is right. Killed at any moment, the same call with `resume` goes on; heads that were in
-    `out` before stay until the new ones are whole.
+    out: MODEL/medusa if None. Calibration measures, on text held out of `data`, how often each
+    head's rank-i guess is right. Killed at any moment, the same call with `resume` goes on; heads
+    that were in `out` before stay until the new ones are whole.
 
-    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the loss
-    is not finite or there is nothing to resume.
+    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
+    loss is not finite or there is nothing to resume.
     """
     config = config or DrafterConfig()
     if kind not in KINDS:
@@ -193,8 +193,8 @@ def calibrate(
 ) -> list[list[float]]:
     """a_k(i): the share of positions of `stream` where head k's rank-i guess is the token to come.
 
-    Measured on consecutive windows of `context` tokens, `tokens` in all; RANKS columns, or fewer for a
-    tiny vocabulary.
+    Measured on consecutive windows of `context` tokens, `tokens` in all; RANKS columns, or fewer
+    for a tiny vocabulary.
     """
     length = min(len(stream), max(tokens, context))
     context = min(context, length)

@@ -1,7 +1,7 @@
 """Linearize: a softmax checkpoint in, a checkpoint with other mixers out.
 
-Stage 1, *transfer*, matches each new mixer to the teacher's; stage 2, *finetune*, trains the student
-on text and on the teacher's distribution. Both resume from where they were killed.
+Stage 1, *transfer*, matches each new mixer to the teacher's; stage 2, *finetune*, trains the
+student on text and on the teacher's distribution. Both resume from where they were killed.
 
     linearize("embedded-softmax", "student", mixer="aug")
 """
@@ -40,11 +40,11 @@ DEFAULT_WINDOW = 64
 class LinearizeConfig:
     """How long and how to train.
 
-    tokens: of both stages together; transfer_share: of them for stage 1. context: tokens of a window;
-    batch_tokens: tokens of a step. lr: of finetuning; transfer_lr: of stage 1; muon_lr: when set, the
-    blocks' matrices use Muon in finetuning. mixer_lr_factor: on the rate of α and taps, which start at
-    zero and have far to go. kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0
-    trains all weights, else adapters of this rank.
+    tokens: of both stages together; transfer_share: of them for stage 1. context: tokens of a
+    window; batch_tokens: tokens of a step. lr: of finetuning; transfer_lr: of stage 1; muon_lr:
+    when set, the blocks' matrices use Muon in finetuning. mixer_lr_factor: on the rate of α and
+    taps, which start at zero and have far to go. kl_weight: of KL(teacher ‖ student) beside the
+    cross-entropy. lora_rank: 0 trains all weights, else adapters of this rank.
     """
 
     tokens: int = 2_600_000
@@ -117,11 +117,11 @@ def linearize(
     mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
     MixerConfig. keep_softmax: layers that keep the mixer they have. A mixer that changes nothing
     trains the teacher on (see `continue_training`). data, field: see `load_documents`; what is held
-    out of it is not trained on. dtype: of the saved weights, None for that of `source`. Killed at any
-    moment, the same call with `resume` goes on from the last saved state.
+    out of it is not trained on. dtype: of the saved weights, None for that of `source`. Killed at
+    any moment, the same call with `resume` goes on from the last saved state.
 
-    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the loss
-    is not finite or there is nothing to resume.
+    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
+    loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
     wanted = make_mixer(mixer, group=group, taps=taps, window=window)
@@ -227,8 +227,8 @@ def stored_dtype(source: str | Path) -> torch.dtype:
 def _check_context(config: DecoderConfig, context: int) -> None:
     if context > config.max_positions:
         raise ConfigError(
-            f"a training context of {context} tokens is beyond the teacher's {config.max_positions} "
-            "positions; choose a shorter --context"
+            f"a training context of {context} tokens is beyond the teacher's "
+            f"{config.max_positions} positions; choose a shorter --context"
         )
 
 

@@ -1,9 +1,9 @@
 """The training loop that pretraining, linearization and drafter training share.
 
 Batches are a function of (seed, step), so a run that is killed and resumed sees exactly the data it
-would have seen. The state of a run lives in one folder (`out/training/` for a run of one stage): one
-safetensors file with the trained weights and the optimizers' moments, one JSON file with the step,
-replaced as a whole.
+would have seen. The state of a run lives in one folder (`out/training/` for a run of one stage):
+one safetensors file with the trained weights and the optimizers' moments, one JSON file with the
+step, replaced as a whole.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 # Steps run before deciding on compilation; the last of them is timed.
 _PROBE_STEPS = 3
-# Compiling costs about 20 s and makes a step 1.4 times as fast: below this many seconds it is a loss.
+# Compiling costs about 20 s and makes a step 1.4 times as fast: it must save more than it costs.
 _COMPILE_PAYS_AFTER = 150.0
 
 LossFn = Callable[[torch.Tensor], torch.Tensor]
@@ -49,8 +49,8 @@ BatchFn = Callable[[int], torch.Tensor]
 class TrainConfig:
     """How long and how fast to train.
 
-    steps: optimizer steps. warmup: steps of linear rise. decay: share of the steps, at the end, over
-    which the learning rate falls linearly to zero. save_every: seconds between checkpoints.
+    steps: optimizer steps. warmup: steps of linear rise. decay: share of the steps, at the end,
+    over which the learning rate falls linearly to zero. save_every: seconds between checkpoints.
     muon_lr: when set, 2-D weights of the blocks use Muon with this rate, the rest AdamW with `lr`.
     lr_factors: (end of a weight's name, factor on `lr`) pairs; such weights never use Muon.
     precision: 'auto' computes in bfloat16 where the processor has fast bfloat16, else float32.
@@ -105,7 +105,7 @@ def lr_factor(name: str, config: TrainConfig) -> float:
 def make_optimizers(
     named: Mapping[str, nn.Parameter], config: TrainConfig
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest."""
+    """AdamW for all, or Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for the rest."""
     matrices: list[nn.Parameter] = []
     rest: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in named.items():
@@ -144,7 +144,8 @@ def make_optimizers(
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether Ctrl-C was pressed; the second Ctrl-C stops at once.
 
-    A step that is cut in two leaves half of the weights updated, so the first one waits for its end.
+    A step that is cut in two leaves half of the weights updated, so the first one waits for its
+    end.
     """
     pressed = threading.Event()
 
@@ -166,8 +167,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 class Trainer:
     """Runs `loss_fn(batch_fn(step))` for every step and keeps a resumable state in `folder`.
 
-    With several processes `batch_fn` gives each its own windows; gradients are averaged and the main
-    process writes.
+    With several processes `batch_fn` gives each its own windows; gradients are averaged and the
+    main process writes.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """One training run in one output directory: a lock, what was asked for, and resuming.
 
-While a run is under way `out/training/` holds `plan.json` (what was asked for) and a folder of state
-for each stage. When the run is done its result carries the plan and `out/training/` is gone.
+While a run is under way `out/training/` holds `plan.json` (what was asked for) and a folder of
+state for each stage. When the run is done its result carries the plan and `out/training/` is gone.
 """
 
 from __future__ import annotations

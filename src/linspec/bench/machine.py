@@ -1,0 +1,122 @@
+"""What a speed was measured on: `linspec info`, and the first lines of every bench."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linspec.errors import ConfigError
+from linspec.kernels.linear import pick_kernel
+from linspec.train.loop import fast_bfloat16
+
+_BANDWIDTH_BYTES = 2**28
+
+
+def machine(*, bandwidth: bool = False) -> dict[str, Any]:
+    """Facts about this machine; `bandwidth` adds the measured GB/s of reading memory."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "ram_gb": round(_ram_bytes() / 2**30, 1),
+        "os": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    if bandwidth:
+        facts["read_gb_per_s"] = round(read_bandwidth(), 1)
+    return facts
+
+
+def info() -> dict[str, Any]:
+    """What `linspec info` prints: versions, devices and the kernels that will be used."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernel = pick_kernel(torch.zeros(1, device=device))
+    return {
+        "version": package_version("linspec"),
+        "torch": torch.__version__,
+        "device": device,
+        "kernels": {"linear": {"name": kernel.name, "reason": kernel.reason}},
+        "threads": torch.get_num_threads(),
+        "fast_bfloat16": fast_bfloat16(torch.device(device)),
+        "python": platform.python_version(),
+        "transformers": package_version("transformers"),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+    }
+
+
+def package_version(name: str) -> str:
+    """Installed version of a package, 'unknown' for a source tree that is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many threads; None leaves its choice. Raises ConfigError below 1."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"threads must be 1 or more, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def pick_device(name: str) -> str:
+    """The device for 'cpu', 'cuda' or 'auto'; raises ConfigError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or auto") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or auto")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device can be used here; leave out --device, or use --device cpu")
+    return name
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _ram_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def read_bandwidth() -> float:
+    """GB/s at which all threads read a buffer that no cache holds; best of three."""
+    data = torch.ones(_BANDWIDTH_BYTES // 4)
+    best = 0.0
+    for _ in range(4):
+        began = time.perf_counter()
+        data.sum()
+        best = max(best, _BANDWIDTH_BYTES / (time.perf_counter() - began) / 1e9)
+    return best

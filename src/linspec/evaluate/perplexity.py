@@ -1,0 +1,175 @@
+"""Bits per byte and perplexity of a model on documents.
+
+    model, tokenizer = load_model("embedded-aug"), load_tokenizer("embedded-aug")
+    score = evaluate(model, tokenizer, held_out_documents(["stdlib"]))
+    print(score.bits_per_byte)
+
+Softmax and linear models are measured by the same protocol, so that their figures compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from linspec.errors import ConfigError, InputError
+from linspec.models.decoder import Decoder
+from linspec.progress import Progress
+from linspec.train.data import end_of_text, load_documents
+
+# Tokens of one batch of windows, and logits that exist at once: what bounds the memory.
+_BATCH_TOKENS = 8192
+_LOGITS = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model predicts text.
+
+    bits_per_byte: bits that all tokens cost, per byte of UTF-8 text; it compares over tokenizers.
+    perplexity: per token. tokens and bytes: how many were predicted.
+    """
+
+    bits_per_byte: float
+    perplexity: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Inputs and targets are neighbours in `ids`; the last `scored` targets count."""
+
+    ids: Sequence[int]
+    scored: int
+
+
+def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[str]:
+    """What `linspec eval` measures on: held-out files of 'stdlib', all documents of other sources."""
+    documents: list[str] = []
+    for source in data:
+        split = "heldout" if str(source) == "stdlib" else "all"
+        documents += load_documents([source], "heldout" if split == "heldout" else "all", field)
+    return documents
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Decoder,
+    tokenizer: Any,
+    documents: Iterable[str],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    limit_bytes: int | None = None,
+    rows: int | None = None,
+    bf16: bool = False,
+) -> Score:
+    """The score of `model` on `documents`.
+
+    Every token of a document is predicted once. A document is cut into windows of `context` tokens
+    (default: the model's `max_positions`) that start `stride` apart (default: half a window), so that
+    a token sees at least context - stride tokens before it where the document has them; the first token
+    is predicted from the end-of-text token. limit_bytes takes documents in order and cuts the last
+    one between characters. rows: windows of a batch. bf16: compute in bfloat16, float32 if False.
+    Raises ConfigError for impossible sizes and InputError when there is nothing to predict.
+    """
+    context = context or model.config.max_positions
+    stride = stride or max(1, context // 2)
+    _check_sizes(model, context, stride, limit_bytes)
+    texts = list(_limited(documents, limit_bytes))
+    first = end_of_text(tokenizer, model.config)
+    encoded = _encode(tokenizer, texts)
+    tokens, size = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
+    if not tokens:
+        raise InputError("there is no text to evaluate on; give a file that is not empty")
+    windows = [w for ids in encoded if ids for w in _windows([first, *ids], context, stride)]
+    # equal lengths side by side: little padding
+    windows.sort(key=lambda window: len(window.ids), reverse=True)
+    nats = _nats(model, windows, rows or max(1, _BATCH_TOKENS // context), bf16, tokens)
+    per_token = nats / tokens
+    perplexity = math.exp(per_token) if per_token < 700 else math.inf
+    return Score(nats / math.log(2) / size, perplexity, tokens, size)
+
+
+def _check_sizes(model: Decoder, context: int, stride: int, limit_bytes: int | None) -> None:
+    limit = model.config.position_limit
+    if context < 1 or (limit is not None and context > limit):
+        raise ConfigError(
+            f"context must be 1 or more and at most this model's {limit} positions, got {context}"
+        )
+    if not 1 <= stride <= context:
+        raise ConfigError(f"stride must be from 1 to the context of {context}, got {stride}")
+    if limit_bytes is not None and limit_bytes < 1:
+        raise ConfigError(f"limit_bytes must be 1 or more, got {limit_bytes}")
+
+
+def _limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+    """Documents until `limit` bytes are reached."""
+    left = math.inf if limit is None else limit
+    for text in documents:
+        if left <= 0:
+            return
+        content = text.encode()
+        if len(content) > left:
+            # a character that the cut goes through is left out
+            text = content[: int(left)].decode("utf-8", errors="ignore")
+        left -= len(content)
+        yield text
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def _windows(ids: Sequence[int], context: int, stride: int) -> Iterator[_Window]:
+    """Windows of a sequence; its first token is given, every other one is scored once."""
+    done = 1
+    for start in range(0, len(ids), stride):
+        end = min(start + context + 1, len(ids))
+        if end > done:
+            yield _Window(ids[start:end], end - done)
+            done = end
+
+
+def _nats(
+    model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, tokens: int
+) -> float:
+    """Negative log-likelihood of all scored tokens."""
+    total, done = 0.0, 0
+    device = model.embed.weight.device
+    with Progress("eval", tokens) as progress:
+        for begin in range(0, len(windows), rows):
+            batch = windows[begin : begin + rows]
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                total += _batch_nats(model, batch, device)
+            done += sum(window.scored for window in batch)
+            progress.update(done, f"{total / done / math.log(2):.3f} bits per token")
+    return total
+
+
+def _batch_nats(model: Decoder, batch: Sequence[_Window], device: torch.device) -> float:
+    longest = max(len(window.ids) for window in batch) - 1
+    # causal: what stands behind a window cannot change its logits
+    ids = torch.tensor(
+        [[*w.ids[:-1], *[0] * (longest + 1 - len(w.ids))] for w in batch], device=device
+    )
+    hidden = model.hidden(ids)
+    picked = [hidden[i, len(w.ids) - 1 - w.scored : len(w.ids) - 1] for i, w in enumerate(batch)]
+    states = torch.cat(picked)
+    targets = torch.tensor([t for w in batch for t in w.ids[-w.scored :]], device=device)
+    size = max(1, _LOGITS // model.config.vocab_size)
+    nats = 0.0
+    for part, wanted in zip(states.split(size), targets.split(size), strict=True):
+        losses = F.cross_entropy(model.head(part).float(), wanted, reduction="none")
+        nats += float(losses.double().sum())
+    return nats

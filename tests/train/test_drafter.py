@@ -1,0 +1,204 @@
+"""Drafter training: heads learn, the backbone does not, and calibration counts what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
+
+from linspec.drafters.heads import HeadsConfig, MedusaHeads, load_heads
+from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
+from linspec.files import exclusive
+from linspec.models.decoder import Decoder
+from linspec.models.hub import load_model, save_model
+from linspec.train import drafter as module
+from linspec.train.drafter import DrafterConfig, calibrate, heads_loss, train_drafter
+from linspec.train.loop import Trainer
+
+SHORT = DrafterConfig(
+    heads=3,
+    tokens=16 * 256,
+    context=64,
+    batch_tokens=256,
+    lr=1e-2,
+    calibration_tokens=512,
+    precision="float32",
+    save_every=0.0,
+)
+
+
+def run(model: Path, out: Path, corpus: Path, **options: Any) -> Path:
+    return train_drafter(model, out, **({"config": SHORT, "data": [corpus]} | options))
+
+
+def random_heads(model: Decoder, count: int = 3) -> MedusaHeads:
+    shape = HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size, heads=count)
+    heads = MedusaHeads(shape, model.head)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in heads.parameters():
+            weight.normal_(0, 0.3, generator=generator)
+    return heads
+
+
+def test_trained_heads_load_with_their_accuracies(
+    teacher_dir: Path, tmp_path: Path, corpus: Path
+) -> None:
+    out = run(teacher_dir, tmp_path / "d", corpus)
+    heads = load_heads(out, load_model(teacher_dir))
+    assert len(heads.accuracies) == 3 and all(len(row) == 10 for row in heads.accuracies)
+    assert all(0 <= sum(row) <= 1.001 for row in heads.accuracies)
+    assert heads.blocks[0].bias.abs().sum() > 0
+    assert sorted(p.name for p in out.iterdir()) == ["drafter.json", "drafter.safetensors"]
+
+
+def test_default_place_is_inside_the_model(
+    tmp_path: Path,
+    corpus: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tiny_teacher: Callable[..., Decoder],
+) -> None:
+    model = save_model(tiny_teacher(), tokenizer, tmp_path / "m")
+    assert train_drafter(model, data=[corpus], config=SHORT) == model / "medusa"
+    load_heads(model / "medusa", load_model(model))
+
+
+def test_heads_learn_and_the_backbone_stays(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = []
+    finish = Trainer.run
+
+    def spy(self: Trainer, **options: Any) -> Any:
+        logs.append(finish(self, **options))
+        return logs[-1]
+
+    monkeypatch.setattr(Trainer, "run", spy)
+    run(teacher_dir, tmp_path / "d", corpus, config=replace(SHORT, tokens=100 * 256))
+    losses = [entry["loss"] for entry in logs[0]]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_loss_gives_no_gradient_to_the_backbone(tiny_teacher: Callable[..., Decoder]) -> None:
+    model = tiny_teacher().requires_grad_(False)
+    heads = random_heads(model)
+    batch = torch.randint(0, 290, (2, 20))
+    heads_loss(model, heads, batch, 0.8).backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in heads.parameters())
+
+
+def test_loss_is_the_papers_weighted_sum(tiny_teacher: Callable[..., Decoder]) -> None:
+    model = tiny_teacher()
+    heads, batch = random_heads(model), torch.randint(0, 290, (2, 20))
+    with torch.no_grad():
+        logits = heads(model.hidden(batch))
+        expected = torch.zeros(())
+        for k in (1, 2, 3):
+            pairs = [(b, t) for b in range(2) for t in range(19 - k)]
+            given = torch.stack([logits[b, t, k - 1] for b, t in pairs])
+            wanted = torch.tensor([int(batch[b, t + 1 + k]) for b, t in pairs])
+            expected += 0.8**k * F.cross_entropy(given, wanted)
+        torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
+
+
+def test_calibration_equals_a_brute_force_count(tiny_teacher: Callable[..., Decoder]) -> None:
+    model = tiny_teacher()
+    heads, stream = random_heads(model), np.random.default_rng(0).integers(0, 8, 90)
+    # a model that prefers the tokens of the stream, so that there is something to count
+    with torch.no_grad():
+        model.embed.weight[:8] *= 3
+    counted = calibrate(model, heads, stream, context=20, tokens=60)
+    for k in (1, 2, 3):
+        hits, seen = [0] * 10, 0
+        for start in (0, 20, 40):
+            window = torch.from_numpy(stream[start : start + 20])
+            with torch.no_grad():
+                logits = heads(model.hidden(window[None]))[0, :, k - 1]
+            for t in range(20 - k - 1):
+                seen += 1
+                order = logits[t].argsort(descending=True)[:10].tolist()
+                if int(window[t + 1 + k]) in order:
+                    hits[order.index(int(window[t + 1 + k]))] += 1
+        assert sum(hits) > 0
+        assert counted[k - 1] == pytest.approx([h / seen for h in hits], abs=1e-5)
+
+
+@pytest.mark.parametrize("kill_at", [0, 7])
+def test_killed_training_resumes_bit_for_bit(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    whole = run(teacher_dir, tmp_path / "whole", corpus)
+    step = Trainer._train_step
+
+    def killed(self: Trainer) -> Any:
+        if self.step == kill_at:
+            raise RuntimeError("killed")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "_train_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(teacher_dir, tmp_path / "cut", corpus)
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    cut = run(teacher_dir, tmp_path / "cut", corpus, resume=True)
+    for name in ("drafter.json", "drafter.safetensors"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+
+
+def test_old_heads_stay_until_the_new_ones_are_whole(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(teacher_dir, tmp_path / "d", corpus)
+    before = (out / "drafter.safetensors").read_bytes()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointError("could not write: No space left on device")
+
+    other = replace(SHORT, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_heads", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            run(teacher_dir, out, corpus, config=other)
+    assert (out / "drafter.safetensors").read_bytes() == before
+    load_heads(out, load_model(teacher_dir))
+    run(teacher_dir, out, corpus, config=other, resume=True)
+    assert (out / "drafter.safetensors").read_bytes() != before
+
+
+def test_finished_training_resumes_at_once(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run(teacher_dir, tmp_path / "d", corpus)
+    monkeypatch.setattr(Trainer, "_train_step", None)
+    assert run(teacher_dir, out, corpus, resume=True) == out
+    with pytest.raises(TrainingError, match="started with config"):
+        run(teacher_dir, out, corpus, config=replace(SHORT, seed=1), resume=True)
+
+
+def test_heads_refuse_another_model(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, tiny_teacher: Callable[..., Decoder]
+) -> None:
+    out = run(teacher_dir, tmp_path / "d", corpus)
+    with pytest.raises(DrafterError, match="trained for another model"):
+        load_heads(out, tiny_teacher(seed=1))
+
+
+def test_bad_input_is_refused(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="kind 'eagle'; known: medusa"):
+        run(teacher_dir, tmp_path / "d", corpus, kind="eagle")
+    with pytest.raises(ConfigError, match="give --out"):
+        train_drafter("embedded-aug")
+    with exclusive(tmp_path / "d"), pytest.raises(CheckpointError, match="in use"):
+        run(teacher_dir, tmp_path / "d", corpus)
+    with pytest.raises(ConfigError, match="context must exceed the 4 heads"):
+        DrafterConfig(context=4)
+    (tmp_path / "tiny.txt").write_text("hi")
+    with pytest.raises(InputError, match="too few"):
+        run(teacher_dir, tmp_path / "d", tmp_path / "tiny.txt")
