@@ -98,7 +98,7 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def random_tree(rng: random.Random, nodes: int, *, reach: int | None = None) -> TokenTree:
-    """Random topology; a small `reach` takes parents among the newest nodes and so makes deep trees."""
+    """Random topology; a small `reach` takes parents among the newest nodes, for deep trees."""
     parents = [-1]
     for node in range(1, nodes):
         parents.append(rng.randrange(0 if reach is None else max(0, node - reach), node))
@@ -150,7 +150,7 @@ def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
 
 
 def remembered(model: Decoder, state: DecoderState, slot: int = 0) -> list[dict[str, torch.Tensor]]:
-    """What `slot` remembers that can matter: a window keeps up to `window` more rows than it needs."""
+    """What `slot` remembers that matters: a window keeps up to `window` rows too many."""
     found = []
     for part, copy in zip(state.parts, state.snapshot(slot), strict=True):
         rows = copy.keys.shape[2]

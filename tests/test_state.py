@@ -200,7 +200,7 @@ def test_a_step_of_one_row_reads_only_rows_that_were_written(layers: Layers, len
 def test_a_sequence_that_ended_in_nan_leaves_no_trace_in_a_ragged_batch(
     layers: Layers, how: str
 ) -> None:
-    """Short rows of a ragged batch multiply rows they do not see by zero, so those must be finite."""
+    """Short rows of a ragged batch weigh rows they do not see with 0; those must be finite."""
     model = tiny_model(*layers)
     state = prefilled(model, [], random_tokens(GROUP + 2))
     copy = state.snapshot(0)
@@ -238,7 +238,7 @@ def allocated(state: DecoderState) -> int:
 
 @pytest.mark.parametrize("name", [name for name in MIXER_NAMES if name != "softmax"])
 def test_allocated_memory_does_not_grow_with_the_context(name: str) -> None:
-    """It once did: room for a long prefill was made in the buffers, which the prefill does not use."""
+    """It once did: a long prefill made room in the buffers, which it does not use."""
     model = tiny_model(name)
     state = model.new_state(2)
     before = allocated(state)

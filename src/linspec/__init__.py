@@ -1,0 +1,86 @@
+"""linspec: checkpoint in, fast model out.
+
+    from linspec import LLM
+    print(LLM("embedded-aug").generate("def fibonacci(n):")[0].text)
+
+Names are imported when they are first used. After `import linspec`, transformers' AutoConfig and
+AutoModelForCausalLM read linspec's own checkpoints.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from linspec.announce import announce
+
+if TYPE_CHECKING:
+    from linspec.errors import LinspecError
+    from linspec.llm import LLM, Generation, Piece
+    from linspec.models.hub import load_model, load_tokenizer, save_model
+    from linspec.sampling import SamplingParams
+    from linspec.train.drafter import train_drafter
+    from linspec.train.linearize import linearize
+    from linspec.train.pretrain import pretrain
+    from linspec.tree import TokenTree
+
+    __version__: str
+
+__all__ = [
+    "LLM",
+    "Generation",
+    "LinspecError",
+    "Piece",
+    "SamplingParams",
+    "TokenTree",
+    "__version__",
+    "linearize",
+    "load_model",
+    "load_tokenizer",
+    "pretrain",
+    "save_model",
+    "train_drafter",
+]
+
+_HOMES = {
+    "LLM": "linspec.llm",
+    "Generation": "linspec.llm",
+    "LinspecError": "linspec.errors",
+    "Piece": "linspec.llm",
+    "SamplingParams": "linspec.sampling",
+    "TokenTree": "linspec.tree",
+    "linearize": "linspec.train.linearize",
+    "load_model": "linspec.models.hub",
+    "load_tokenizer": "linspec.models.hub",
+    "pretrain": "linspec.train.pretrain",
+    "save_model": "linspec.models.hub",
+    "train_drafter": "linspec.train.drafter",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        found: Any = _version()
+    elif name in _HOMES:
+        found = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'linspec' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("linspec")
+    except PackageNotFoundError:
+        # a source tree on the path that was never installed
+        return "0+unknown"
+
+
+announce()

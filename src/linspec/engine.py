@@ -108,12 +108,9 @@ class Engine:
         for row, count in batch.prefilling:
             emitted += self._prefilled(row, count, output, places[row.slot])
         nodes = sum(len(feed.tokens) for feed in feeds)
-        self._account(
-            batch.decoding,
-            batch.prefilling,
-            RoundTimes(drafted - began, stepped - drafted, nodes),
-            began,
-        )
+        drafts = max((len(tree) - 1 for tree in trees), default=0)
+        times = RoundTimes(drafted - began, stepped - drafted, nodes, drafts)
+        self._account(batch.decoding, batch.prefilling, times, began)
         for item in emitted:
             if item.finished:
                 self._retire(item.row)

@@ -1,4 +1,4 @@
-"""What holds for every mixer's forms: causality, and that the proofs notice forms that are wrong."""
+"""What holds for every mixer's forms: causality, and that the proofs notice wrong forms."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from helpers import (
 
 import linspec.mixers.base
 from linspec.errors import ConfigError
+from linspec.layout import Layout
 from linspec.mixers.linear import GroupedLinear
 from linspec.models.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.step import Feed
-from linspec.layout import Layout
 from linspec.state import DecoderState
 from linspec.tree import TokenTree, chain
 

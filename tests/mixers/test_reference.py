@@ -24,7 +24,7 @@ def make(name: str, taps: int, device: str = "cpu", **switches: object) -> Mixer
 
 
 def inputs(length: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Random x [T, D] and the rotary angles [T, K/2] of positions 0..T-1, in float32 as in `Rotary`."""
+    """Random x [T, D] and rotary angles [T, K/2] of positions 0..T-1, float32 as in `Rotary`."""
     x = torch.randn(
         length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(length)
     )

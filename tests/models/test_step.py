@@ -36,7 +36,7 @@ from linspec.state import STAGE_ROWS, DecoderState
 from linspec.tree import TokenTree, ancestor_matrix, chain, from_paths
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
-# branches of depth 2, 5 and 2 * GROUP + 2: from every offset the longest crosses two borders or more
+# from every offset the longest branch, 2 * GROUP + 2 deep, crosses two borders or more
 BRANCHES = from_paths(
     1, [(2, 3), (2, 4, 5, 6, 7), (8, *range(2 * GROUP + 1)), (8, 0, 5), (9,), (8, 0, 1, 9, 9)]
 )
@@ -163,7 +163,7 @@ def test_part_of_a_long_chain_can_be_committed(layers: Layers) -> None:
 def stage_randomly(
     model: Decoder, state: DecoderState, text: list[int], rng: random.Random
 ) -> list[int]:
-    """Stage a random forest over one to three steps, checking logits; tokens of the staged nodes."""
+    """Stage a random forest in one to three steps, checking logits; the staged tokens."""
     tokens: list[int] = []
     for _ in range(rng.randint(1, 3)):
         count = rng.randint(1, 5)

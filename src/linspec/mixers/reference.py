@@ -1,9 +1,10 @@
-"""The specification of every mixer: plain torch, one sequence, a loop over time, straight from the equations.
+"""The specification of every mixer: plain torch, one sequence, a loop over time.
 
-    out = reference(mixer, x, angles)    # x [T, D] -> [T, D]; what mixer(x[None], rope)[0] must equal
+    out = reference(mixer, x, angles)    # [T, D]; what mixer(x[None], rope)[0] must equal
 
-Nothing here is fast and nothing is shared with the fast forms. `REFERENCES` has one function for each
-registered mixer, for a single head: q, k [T, K] and v [T, V] -> [T, V].
+Straight from the equations: nothing here is fast, and nothing is shared with the fast forms.
+`REFERENCES` has one function for each registered mixer, for a single head: q, k [T, K] and
+v [T, V] -> [T, V].
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> 
 
 
 def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
-    """o_t = φ(q_t) S_t / (φ(q_t)·z_t + ε), S_t and z_t the sums of φ(k_s) v_sᵀ and φ(k_s), φ = relu."""
+    """o_t = φ(q_t) S_t / (φ(q_t)·z_t + ε): S_t sums φ(k_s) v_sᵀ, z_t sums φ(k_s), φ = relu."""
     q, k = q.relu(), k.relu()
     out = []
     state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
@@ -113,7 +114,7 @@ def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None)
         if mixer.mixer.taps:
             o = o + convolution(v, mixer.get_parameter("taps")[head])
         heads.append(o)
-    return mixer.o(torch.cat(heads, dim=1))  # type: ignore[no-any-return]
+    return mixer.o(torch.cat(heads, dim=1))
 
 
 def _project(

@@ -21,7 +21,10 @@ _FORGET = 0.9
 _PRIOR = 1.0
 # speculation has to promise this much more than plain decoding before it is used
 _MARGIN = 1.03
+# a new request is looked at again after 1, 2, 4 and from then on every 8 rounds
 _REPLAN_ROUNDS = 8
+# drafts of a first plan; later ones may double what was tried, whose cost is then known
+_FIRST_NODES = 8
 _FIRST_PATIENCE, _LAST_PATIENCE = 16, 512
 
 
@@ -29,15 +32,54 @@ _FIRST_PATIENCE, _LAST_PATIENCE = 16, 512
 class _Record:
     """What one request's drafts brought, against what was expected of them."""
 
+    prior: float = 1.0
     accepted: float = 0.0
     expected: float = 0.0
     budget: int = 0
-    age: int = _REPLAN_ROUNDS
+    age: int = 1
+    wait: int = 1
     idle: int = 0
     patience: int = _FIRST_PATIENCE
 
     def ratio(self) -> float:
-        return (self.accepted + _PRIOR) / (self.expected + _PRIOR)
+        return (self.accepted + _PRIOR * self.prior) / (self.expected + _PRIOR)
+
+    def add(self, accepted: float, expected: float) -> None:
+        self.accepted = _FORGET * self.accepted + accepted
+        self.expected = _FORGET * self.expected + expected
+
+
+@dataclass(slots=True)
+class _DraftCost:
+    """Seconds of drafting n nodes, a + b·n: a line through the rounds so far, old ones fading."""
+
+    weight: float = 0.0
+    nodes: float = 0.0
+    squares: float = 0.0
+    seconds: float = 0.0
+    products: float = 0.0
+    slope: float = 0.0
+    largest: int = 0
+
+    def observe(self, nodes: int, seconds: float) -> None:
+        self.largest = max(self.largest, nodes)
+        self.weight = _FORGET * self.weight + 1
+        self.nodes = _FORGET * self.nodes + nodes
+        self.squares = _FORGET * self.squares + nodes * nodes
+        self.seconds = _FORGET * self.seconds + seconds
+        self.products = _FORGET * self.products + nodes * seconds
+        mean = self.nodes / self.weight
+        variance = self.squares / self.weight - mean * mean
+        # rounds of one size say nothing about the slope: keep what is known of it
+        if variance > 0.5:
+            both = self.products / self.weight - mean * self.seconds / self.weight
+            self.slope = max(0.0, both / variance)
+
+    def __call__(self, nodes: int) -> float:
+        if not self.weight:
+            return 0.0
+        mean = self.seconds / self.weight
+        return max(0.0, mean + self.slope * (nodes - self.nodes / self.weight))
 
 
 @POLICIES.register(
@@ -53,13 +95,15 @@ class Auto(Policy):
     def __init__(self, costs: CostCurve) -> None:
         self.costs = costs
         self._records: dict[int, _Record] = {}
+        self._overall = _Record()
         self._drift = 1.0
-        self._draft_seconds = 0.0
-        self._drafts_seen = 0
+        self._draft = _DraftCost()
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
-        records = [self._records.setdefault(row.slot, _Record()) for row in rows]
-        if any(record.age >= _REPLAN_ROUNDS for record in records):
+        # a new request starts from what the drafter brought in others
+        prior = self._overall.ratio()
+        records = [self._records.setdefault(row.slot, _Record(prior)) for row in rows]
+        if any(record.age >= record.wait for record in records):
             self._choose(records, drafter)
         budgets = []
         for record in records:
@@ -72,15 +116,16 @@ class Auto(Policy):
         ranked = sorted(records, key=_Record.ratio, reverse=True)
         plain = len(ranked) / self._step(len(ranked))
         best, best_nodes, best_rows = plain * _MARGIN, 0, 0
-        for nodes in (n for n in CANDIDATES if n <= drafter.max_nodes):
+        most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self._draft.largest))
+        for nodes in (n for n in CANDIDATES if n <= most):
             gain, tokens = drafter.expected(nodes), float(len(ranked))
             for rows, record in enumerate(ranked, 1):
                 tokens += record.ratio() * gain
-                seconds = self._step(len(ranked) + rows * nodes) + self._draft_seconds
+                seconds = self._step(len(ranked) + rows * nodes) + self._draft(nodes)
                 if tokens / seconds > best:
                     best, best_nodes, best_rows = tokens / seconds, nodes, rows
         for rank, record in enumerate(ranked):
-            record.age = 0
+            record.age, record.wait = 0, min(2 * record.wait, _REPLAN_ROUNDS)
             record.budget = best_nodes if rank < best_rows else 0
 
     def _probe(self, record: _Record) -> int:
@@ -98,17 +143,15 @@ class Auto(Policy):
         record = self._records.get(row.slot)
         if record is None or not drafted:
             return
-        record.accepted = _FORGET * record.accepted + accepted
-        record.expected = _FORGET * record.expected + expected
+        record.add(accepted, expected)
+        self._overall.add(accepted, expected)
         if accepted and not record.budget:
             record.patience, record.age = _FIRST_PATIENCE, _REPLAN_ROUNDS
 
     def observe_round(self, times: RoundTimes) -> None:
         self._drift = 0.95 * self._drift + 0.05 * times.step / self.costs(times.nodes)
-        if times.draft:
-            self._drafts_seen += 1
-            weight = max(0.1, 1 / self._drafts_seen)
-            self._draft_seconds += weight * (times.draft - self._draft_seconds)
+        if times.drafts:
+            self._draft.observe(times.drafts, times.draft)
 
     def release(self, slot: int) -> None:
         self._records.pop(slot, None)

@@ -14,11 +14,15 @@ from linspec.row import Row
 
 @dataclass(frozen=True, slots=True)
 class RoundTimes:
-    """Seconds of one round: drafting, the target's step over `nodes` packed nodes, in total."""
+    """Seconds of one round: drafting, and the target's step over `nodes` packed nodes of all rows.
+
+    drafts: draft nodes of the largest tree; 0 when nothing was drafted.
+    """
 
     draft: float
     step: float
     nodes: int
+    drafts: int = 0
 
 
 class Policy(ABC):

@@ -1,0 +1,104 @@
+"""How long each part of the demo may take; the only place with its sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from linspec.train.loop import fast_bfloat16
+
+Clock = Callable[[], float]
+
+_PROBE_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Seconds of every part, and the sizes that fit into them on two slow cores.
+
+    total: of everything; `other` is what loading, tokenizing and drawing take of it. The token
+    counts of training follow from the speed of the first steps, within `least` and `most`.
+    eval_bytes, prompts, new_tokens and contexts are upper bounds: a slow machine does fewer.
+    """
+
+    total: float
+    linearize: float
+    heads: float
+    evaluate: float
+    generate: float
+    speed: float
+    other: float
+    context: int = 512
+    batch_tokens: int = 4096
+    heads_context: int = 256
+    heads_batch_tokens: int = 2048
+    least: int = 8_192
+    most: int = 2_000_000
+    calibration_tokens: int = 16_384
+    eval_bytes: int = 200_000
+    prompts: int = 8
+    prompt_tokens: int = 192
+    new_tokens: int = 128
+    shown_tokens: int = 160
+    shown_nodes: int = 12
+    shown_rounds: int = 4
+    contexts: tuple[int, ...] = (256, 1024, 4096, 8192)
+    speed_tokens: int = 48
+    speed_repeats: int = 3
+
+
+FULL = Budget(total=320, linearize=120, heads=55, evaluate=25, generate=45, speed=40, other=35)
+QUICK = Budget(
+    total=78,
+    linearize=22,
+    heads=12,
+    evaluate=7,
+    generate=11,
+    speed=8,
+    other=18,
+    context=256,
+    batch_tokens=2048,
+    calibration_tokens=8_192,
+    eval_bytes=60_000,
+    prompts=4,
+    new_tokens=64,
+    shown_tokens=96,
+    shown_rounds=3,
+    contexts=(256, 1024, 4096),
+    speed_tokens=24,
+    speed_repeats=1,
+)
+
+
+def training_tokens(seconds: float, tokens_per_s: float, budget: Budget) -> int:
+    """Tokens that fit into `seconds` at the measured speed, within the budget's bounds."""
+    return max(budget.least, min(budget.most, int(seconds * tokens_per_s)))
+
+
+def training_speed(
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    weights: Iterable[nn.Parameter],
+    vocab_size: int,
+    rows: int,
+    context: int,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """Tokens per second of the quickest of a few steps without their update; gradients are dropped."""
+    weights = list(weights)
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randint(vocab_size, (rows, context + 1), generator=generator)
+    bfloat16 = fast_bfloat16(batch.device)
+    times = []
+    for _ in range(_PROBE_STEPS):
+        began = clock()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            value = loss(batch)
+        torch.autograd.backward(value)
+        times.append(clock() - began)
+        for weight in weights:
+            weight.grad = None
+    return rows * context / max(min(times), 1e-9)

@@ -1,0 +1,244 @@
+"""The demo's course: teacher, student, heads, quality, decoding, speed, page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from linspec.bench.machine import machine
+from linspec.demo import budget as budgets
+from linspec.demo.budget import Budget
+from linspec.demo.measure import (
+    NONE,
+    ContextSpeed,
+    Lane,
+    Scores,
+    decode_lanes,
+    pick_prompts,
+    score_models,
+    speed_at_contexts,
+    state_bytes,
+)
+from linspec.demo.page import Evidence, headline, make_report, make_table
+from linspec.demo.result import SHIPPED, STUDENT, SWAPPED, TEACHER, Decoded, DemoResult
+from linspec.demo.screen import Echo, Screen
+from linspec.demo.showcase import Showcase, show
+from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
+from linspec.demo.work import Work
+from linspec.drafters.heads import fingerprint
+from linspec.errors import InputError
+from linspec.files import exclusive
+from linspec.llm import LLM
+from linspec.models.decoder import Decoder
+from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.report.html import write_report
+from linspec.train.data import train_and_heldout
+
+PHASES = ("load", "linearize", "heads", "quality", "decode", "speed", "report")
+
+
+def run_demo(
+    *,
+    out: Path,
+    quick: bool = False,
+    teacher: str | Path = "embedded-softmax",
+    student: str | Path | None = "embedded-aug",
+    data: Sequence[str | Path] = ("stdlib",),
+    seed: int = 0,
+    echo: Echo | None = None,
+) -> DemoResult:
+    """Run the demo and write `out/report.html`; returns what was measured.
+
+    quick: under 90 seconds instead of six minutes. student: a linear model to show beside the one
+    made here, None for none. echo: takes the lines of the demo; None prints them to standard error.
+    Ctrl-C loses nothing: trained models lie in `out`, and the same call goes on from there. Raises
+    CheckpointError or InputError before any long work.
+    """
+    out = Path(out)
+    with exclusive(out):
+        demo = _Demo(out, quick, teacher, student, data, seed, Screen(echo))
+        try:
+            return demo.run()
+        except KeyboardInterrupt:
+            demo.screen.say(f"stopped. What was trained is in {out}: the same command goes on.")
+            raise
+
+
+class _Demo:
+    """One run; the methods after `run` are its phases."""
+
+    def __init__(
+        self,
+        out: Path,
+        quick: bool,
+        teacher: str | Path,
+        student: str | Path | None,
+        data: Sequence[str | Path],
+        seed: int,
+        screen: Screen,
+    ) -> None:
+        self.out, self.quick, self.seed, self.screen = out, quick, seed, screen
+        self.source, self.shipped = teacher, student
+        self.data = tuple(data)
+        self.budget: Budget = budgets.QUICK if quick else budgets.FULL
+
+    def run(self) -> DemoResult:
+        """All phases, in order."""
+        self._load()
+        linearize_tokens = self._linearize()
+        heads_tokens = self._heads()
+        scores = self._quality()
+        showcase, decoded = self._decode()
+        speed = self._speed()
+        result = self._result(scores, decoded, linearize_tokens, heads_tokens)
+        return self._report(result, self._evidence(scores, showcase, speed))
+
+    def _announce(self, text: str) -> None:
+        self._phase = getattr(self, "_phase", 0) + 1
+        self.screen.step(self._phase, len(PHASES), text)
+
+    def _load(self) -> None:
+        began = time.monotonic()
+        self._announce(f"load the teacher, {self.source}")
+        self.teacher: Decoder = load_model(self.source)
+        self.tokenizer: Any = load_tokenizer(self.source)
+        check_tokenizer(self.tokenizer, self.teacher.config)
+        if self.shipped is not None:
+            resolve(self.shipped)
+        self.documents = shuffled(train_and_heldout(self.data)[1], self.seed)
+        self.prompts = pick_prompts(
+            self.tokenizer, self.documents, self.budget.prompts, self.budget.prompt_tokens
+        )
+        if not self.prompts:
+            raise InputError("the held-out documents give no prompt; give longer text")
+        plan = {
+            "teacher": fingerprint(self.teacher),
+            "data": [str(source) for source in self.data],
+            "seed": self.seed,
+            "budget": asdict(self.budget),
+        }
+        self.work = Work(self.out / ("quick" if self.quick else "full"), plan)
+        if self.work.resumed:
+            self.screen.say(f"going on with {self.work.folder}; remove it to start anew")
+        self.parameters = sum(weight.numel() for weight in self.teacher.parameters())
+        self.work.took("load", time.monotonic() - began)
+
+    def _linearize(self) -> int:
+        self._announce("linearize it: softmax attention becomes aug")
+        with self.work.phase("linearize", resumable=True):
+            return make_student(
+                self.work, self.budget, self.source, self.teacher, self.data, self.seed
+            )
+
+    def _heads(self) -> int:
+        self._announce("train Medusa heads for the student")
+        with self.work.phase("heads", resumable=True):
+            return make_heads(self.work, self.budget, self.data, self.seed)
+
+    def _quality(self) -> Scores:
+        self._announce("bits per byte on held-out files")
+        with self.work.phase("quality", resumable=True):
+            models = {
+                TEACHER: lambda: self.teacher,
+                SWAPPED: lambda: swapped(self.teacher),
+                STUDENT: lambda: load_model(self.work.student),
+            }
+            if (shipped := self.shipped) is not None:
+                models[SHIPPED] = lambda: load_model(shipped)
+            scores = score_models(models, self.tokenizer, self.documents, self.budget, self.work)
+        for model, bits in scores.bits_per_byte.items():
+            self.screen.say(f"{model}: {bits:.3f} bits per byte")
+        return scores
+
+    def _decode(self) -> tuple[Showcase, list[Decoded]]:
+        self._announce("generate from held-out prompts, plain and speculative")
+        with self.work.phase("decode"):
+            lanes = self._lanes()
+            showcase = show(self.work.student, self.prompts[0], self.budget, self.screen)
+            deadline = self._deadline(self.budget.generate, self.budget.speed)
+            decoded = decode_lanes(lanes, self.prompts, self.budget.new_tokens, deadline)
+        return showcase, decoded
+
+    def _lanes(self) -> list[Lane]:
+        student = str(self.work.student)
+        wanted = [
+            (STUDENT, student, (NONE, "prompt-lookup", "medusa")),
+            (TEACHER, self.source, (NONE, f"student:{student}")),
+        ]
+        if self.shipped is not None:
+            wanted.append((SHIPPED, self.shipped, (NONE, *_shipped_drafters(self.shipped))))
+        return [
+            Lane(model, drafter.partition(":")[0], LLM(source, drafter=drafter, max_batch=1))
+            for model, source, drafters in wanted
+            for drafter in drafters
+        ]
+
+    def _speed(self) -> ContextSpeed:
+        self._announce("speed against context")
+        with self.work.phase("speed"):
+            deadline = self._deadline(self.budget.speed, 0.0)
+            return speed_at_contexts(
+                self.source, self.work.student, self.data, self.budget, deadline
+            )
+
+    def _deadline(self, seconds: float, later: float) -> float:
+        """When a phase that may take `seconds` must end, `later` seconds being kept for others."""
+        left = self.budget.total - self.work.spent - later - self.budget.other / 3
+        return time.monotonic() + min(seconds, max(left, 0.0))
+
+    def _result(
+        self, scores: Scores, decoded: list[Decoded], linearize_tokens: int, heads_tokens: int
+    ) -> DemoResult:
+        bits, phases = scores.bits_per_byte, self.work.seconds
+        return DemoResult(
+            teacher_bits_per_byte=bits[TEACHER],
+            student_bits_per_byte=bits[STUDENT],
+            swapped_bits_per_byte=bits[SWAPPED],
+            shipped_student_bits_per_byte=bits.get(SHIPPED),
+            lossless=all(row.lossless for row in decoded),
+            rows=tuple(row for row in decoded if row.model == STUDENT),
+            comparison=tuple(row for row in decoded if row.model != STUDENT),
+            state_bytes={
+                TEACHER: state_bytes(self.teacher),
+                STUDENT: state_bytes(load_model(self.work.student)),
+            },
+            linearize_tokens=linearize_tokens,
+            heads_tokens=heads_tokens,
+            parameters=self.parameters,
+            seconds=round(sum(phases.values()), 1),
+            phases=phases,
+            machine=machine(),
+            report=self.out / "report.html",
+        )
+
+    def _evidence(self, scores: Scores, showcase: Showcase, speed: ContextSpeed) -> Evidence:
+        return Evidence(
+            log=training_log(self.work.student),
+            speed=speed,
+            showcase=showcase,
+            eval_bytes=scores.bytes,
+            prompts=len(self.prompts),
+            prompt_tokens=self.budget.prompt_tokens,
+            new_tokens=self.budget.new_tokens,
+        )
+
+    def _report(self, result: DemoResult, evidence: Evidence) -> DemoResult:
+        self._announce(f"write {result.report}")
+        command = "linspec demo --quick" if self.quick else "linspec demo"
+        with self.work.phase("report"):
+            write_report(make_report(result, evidence, command), result.report)
+        phases = self.work.seconds
+        result = replace(result, phases=phases, seconds=round(sum(phases.values()), 1))
+        self.screen.table(make_table(result), f"linspec demo, {result.seconds:.0f} s")
+        self.screen.say(headline(result))
+        self.screen.say(f"report: {result.report}")
+        return result
+
+
+def _shipped_drafters(model: str | Path) -> tuple[str, ...]:
+    return (
+        ("prompt-lookup", "medusa") if (resolve(model) / "medusa").is_dir() else ("prompt-lookup",)
+    )

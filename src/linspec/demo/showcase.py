@@ -1,0 +1,90 @@
+"""One generation to look at: streamed token by token, its trees kept for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from linspec.demo.budget import Budget
+from linspec.demo.screen import Screen
+from linspec.llm import LLM
+from linspec.report.data import Round, Sample, Span, make_round, token_texts
+from linspec.sampling import Sampler, SamplingParams
+from linspec.tree import TokenTree
+from linspec.verify.base import Accepted, Verifier
+
+
+class Recorder:
+    """A verifier that keeps what it was shown and what it decided."""
+
+    name: ClassVar[str] = "recorder"
+    lossless: ClassVar[bool] = True
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+        self.seen: list[tuple[TokenTree, Accepted]] = []
+
+    def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
+        """Judge as the verifier inside does."""
+        accepted = self.verifier.accept(tree, logits, sampler)
+        self.seen.append((tree, accepted))
+        return accepted
+
+
+@dataclass(frozen=True, slots=True)
+class Showcase:
+    """A coloured text and the trees of some of its rounds."""
+
+    sample: Sample
+    rounds: tuple[Round, ...]
+
+
+def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -> Showcase:
+    """Generate behind `prompt` with trees of a fixed size, on the screen as it comes."""
+    llm = LLM(student, drafter="medusa", policy=budget.shown_nodes, max_batch=1)
+    recorder = Recorder(llm.engine.verifier)
+    llm.engine.verifier = recorder
+    params = SamplingParams(max_tokens=budget.shown_tokens, ignore_eos=True)
+    text = llm.tokenizer.decode(list(prompt))
+    screen.prompt(text)
+    spans: list[Span] = []
+    tokens = list(prompt)
+    for number, piece in enumerate(llm.stream([list(prompt)], params)):
+        tree, accepted = recorder.seen[-1]
+        texts = token_texts(llm.tokenizer, piece.token_ids, tokens)
+        for at, part in enumerate(texts):
+            drafted = at < len(accepted.path) - 1
+            spans.append(Span(part, drafted, number))
+            screen.drafted(part, accepted=drafted)
+        tokens += piece.token_ids
+    screen.end()
+    caption = (
+        f"{len(tokens) - len(prompt)} tokens in {len(recorder.seen)} steps of the model, greedy, "
+        f"trees of {budget.shown_nodes} drafts by the heads trained in this run."
+    )
+    return Showcase(
+        Sample(text, tuple(spans), caption), _pick_rounds(llm, recorder, budget.shown_rounds)
+    )
+
+
+def _pick_rounds(llm: LLM, recorder: Recorder, count: int) -> tuple[Round, ...]:
+    """Rounds of the typical kinds: the best, the worst, and some in between, in their order."""
+    drafted = [i for i, (tree, _) in enumerate(recorder.seen) if len(tree) > 1]
+    ranked = sorted(drafted, key=lambda i: len(recorder.seen[i][1].path), reverse=True)
+    if len(ranked) > count:
+        last = len(ranked) - 1
+        ranked = [ranked[round(k * last / max(1, count - 1))] for k in range(count)]
+    found = []
+    for i in sorted(set(ranked)):
+        tree, accepted = recorder.seen[i]
+        kept = len(accepted.path) - 1
+        caption = (
+            f"Round {i}: {len(tree) - 1} drafts, {kept} accepted; with the bonus token "
+            f"{kept + 1} {'token' if kept == 0 else 'tokens'} in one step."
+        )
+        found.append(make_round(llm.tokenizer, tree, accepted, caption))
+    return tuple(found)
