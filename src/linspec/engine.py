@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from linspec.drafters.base import Drafter
 from linspec.errors import ContextOverflow, InputError
 from linspec.models.decoder import Decoder, StepOutput
@@ -62,8 +60,8 @@ class Engine:
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt of token ids; returns the number that its row carries as `request`.
 
-        Raises InputError for an empty prompt or foreign token ids, ContextOverflow for a prompt that
-        leaves no room for one new token.
+        Raises InputError for an empty prompt or foreign token ids, ContextOverflow for a prompt
+        that leaves no room for one new token.
         """
         if not prompt:
             raise InputError("the prompt has no tokens; give at least one")

@@ -9,9 +9,9 @@ for piece in llm.stream("class Stack:"):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,8 +36,8 @@ Prompt = str | Sequence[int]
 class Generation:
     """One finished request.
 
-    finish_reason: 'stop' (end of sequence or stop string) or 'length'. tokens_per_s counts generated
-    tokens over the seconds of the steps after the prompt was read.
+    finish_reason: 'stop' (end of sequence or stop string) or 'length'. tokens_per_s counts
+    generated tokens over the seconds of the steps after the prompt was read.
     """
 
     prompt_tokens: int
@@ -52,6 +52,34 @@ class Generation:
         """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
         seconds = self.stats.decode_seconds
         return (len(self.token_ids) - 1) / seconds if seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        stats = self.stats
+        found: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "tokens_per_round": stats.tokens_per_round,
+            "tokens_per_s": self.tokens_per_s,
+            "rounds": stats.rounds,
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "acceptance": stats.acceptance,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+        }
+        if self.logprobs is not None:
+            found["logprobs"] = [asdict(each) for each in self.logprobs]
+        return found
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
+            f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +132,10 @@ class LLM:
     """A model with its tokenizer, a drafter, a verifier and a policy.
 
     model: a directory, 'embedded-softmax', 'embedded-aug', or a Decoder (then give `tokenizer`).
-    drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a Drafter.
-    verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical' (lossy).
-    policy: 'auto', a number of draft nodes, or a Policy.
-    max_batch: sequences that run at once. Raises CheckpointError, DrafterError or ConfigError before
-    any long work.
+    drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
+    Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
+    (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
+    once. Raises CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(
@@ -207,8 +234,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Request]:
-        if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        prompts = _as_list(prompts)
         if not len(prompts):
             raise InputError("no prompts were given")
         if params is None or isinstance(params, SamplingParams):
@@ -217,5 +243,14 @@ class LLM:
             raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
         return [
             _Request(i, self.tokenizer, self.encode(prompt), each)
-            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))  # type: ignore[arg-type]
+            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, as text or token ids, is a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))

@@ -12,8 +12,8 @@ _PARTIAL = "\ufffd"
 class Detokenizer:
     """Turns one request's token stream into text, piece by piece.
 
-    `push` takes one token; `text` is what may be shown so far. A tail that could still become a stop
-    string, or a character whose bytes are not complete, is held back until it is decided.
+    `push` takes one token; `text` is what may be shown so far. A tail that could still become a
+    stop string, or a character whose bytes are not complete, is held back until it is decided.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:

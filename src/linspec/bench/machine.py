@@ -82,7 +82,9 @@ def pick_device(name: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or auto")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no CUDA device can be used here; leave out --device, or use --device cpu")
+        raise ConfigError(
+            "no CUDA device can be used here; leave out --device, or use --device cpu"
+        )
     return name
 
 

@@ -4,8 +4,8 @@
     for row in result.rows:
         print(row.context, row.mode, row.tokens_per_s)
 
-Only decoding is timed: the context is read once and restored for every repeat. Modes take turns within
-a repeat, so that a busy machine is busy for all of them.
+Only decoding is timed: the context is read once and restored for every repeat. Modes take turns
+within a repeat, so that a busy machine is busy for all of them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ _CHARACTERS_PER_TOKEN = 16
 class SpeedRow:
     """One mode at one context.
 
-    tokens_per_s and ms_per_token: from the median repeat, batch 1, one emitted token being one token.
-    state_bytes: what the target remembers of the context. tokens_per_round: accepted drafts plus the
-    bonus token, averaged over rounds; 1.0 is plain. spread: (slowest - fastest) / median of the repeats.
+    tokens_per_s and ms_per_token: from the median repeat, batch 1, one emitted token being one
+    token. state_bytes: what the target remembers of the context. tokens_per_round: accepted drafts
+    plus the bonus token, averaged over rounds; 1.0 is plain. spread: (slowest - fastest) / median
+    of the repeats.
     """
 
     context: int
@@ -73,7 +74,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
-    """A context that has been read: its tokens and the first new one, its state, its last hidden state."""
+    """A context that has been read, with the first new token; its state and last hidden state."""
 
     tokens: list[int]
     snapshot: list[Snapshot]

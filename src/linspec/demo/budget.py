@@ -87,7 +87,7 @@ def training_speed(
     context: int,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Tokens per second of the quickest of a few steps without their update; gradients are dropped."""
+    """Tokens per second of the quickest of a few steps, which leave the weights as they are."""
     weights = list(weights)
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(vocab_size, (rows, context + 1), generator=generator)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from linspec.bench.speed import SpeedRow
 from linspec.demo.measure import NONE, ContextSpeed
-from linspec.demo.result import SHIPPED, STUDENT, TEACHER, Decoded, DemoResult
+from linspec.demo.result import SHIPPED, STUDENT, SWAPPED, TEACHER, Decoded, DemoResult
 from linspec.demo.showcase import Showcase
 from linspec.report.data import Bar, Bars, Chart, Report, Series, Table, Tile
 from linspec.report.plots import format_value
@@ -18,6 +18,7 @@ DRAFTERS = {
     "medusa": "Medusa",
     "student": "student drafts",
 }
+COLOURS = {TEACHER: 1, SWAPPED: 2, STUDENT: 3, SHIPPED: 4}
 COLUMNS = {TEACHER: "teacher", STUDENT: "student of this run", SHIPPED: "shipped student"}
 
 
@@ -163,12 +164,12 @@ def _plots(result: DemoResult, evidence: Evidence) -> tuple[Chart | Bars, ...]:
 
 def _bits_bars(result: DemoResult, evidence: Evidence) -> Bars:
     bars = [
-        Bar("teacher", result.teacher_bits_per_byte, "teacher"),
-        Bar("mixers swapped", result.swapped_bits_per_byte, "swapped"),
-        Bar("this run", result.student_bits_per_byte, "student"),
+        Bar("teacher", result.teacher_bits_per_byte, COLOURS[TEACHER]),
+        Bar("mixers swapped", result.swapped_bits_per_byte, COLOURS[SWAPPED]),
+        Bar("this run", result.student_bits_per_byte, COLOURS[STUDENT]),
     ]
     if result.shipped_student_bits_per_byte is not None:
-        bars.append(Bar("shipped", result.shipped_student_bits_per_byte, "student"))
+        bars.append(Bar("shipped", result.shipped_student_bits_per_byte, COLOURS[SHIPPED]))
     return Bars(
         title="Bits per byte on held-out files",
         x_label="bits per byte, less is better",
@@ -187,7 +188,7 @@ def _loss_chart(log: Sequence[tuple[float, float]]) -> Chart:
         title="Training the student",
         x_label="training tokens",
         y_label="loss in nats",
-        series=(Series("loss", tuple(tokens), tuple(losses)),),
+        series=(Series("loss", tuple(tokens), tuple(losses), colour=COLOURS[STUDENT]),),
         x_unit="tokens",
         note="Cross-entropy plus the divergence from the teacher, of single batches.",
     )
@@ -200,7 +201,7 @@ def _speed_chart(speed: ContextSpeed) -> Chart:
         for mode in modes:
             how = DRAFTERS.get(mode.partition(":")[0], mode)
             rows = [row for row in speed.rows[model] if row.mode == mode]
-            series.append(_context_line(f"{name}, {how}", rows, dashed=mode != "plain"))
+            series.append(_context_line(f"{name}, {how}", rows, mode != "plain", COLOURS[model]))
     return Chart(
         title="Milliseconds per token against context",
         x_label="tokens of context",
@@ -216,22 +217,24 @@ def _speed_chart(speed: ContextSpeed) -> Chart:
     )
 
 
-def _context_line(label: str, rows: Sequence[SpeedRow], *, dashed: bool) -> Series:
+def _context_line(label: str, rows: Sequence[SpeedRow], dashed: bool, colour: int) -> Series:
     contexts = tuple(float(row.context) for row in rows)
-    return Series(label, contexts, tuple(row.ms_per_token for row in rows), dashed)
+    return Series(label, contexts, tuple(row.ms_per_token for row in rows), dashed, colour)
 
 
 def _state_chart(result: DemoResult) -> Chart:
-    def line(label: str, sizes: Mapping[int, int]) -> Series:
-        return Series(label, tuple(map(float, sizes)), tuple(map(float, sizes.values())))
+    def line(label: str, model: str) -> Series:
+        sizes = result.state_bytes[model]
+        contexts, found = tuple(map(float, sizes)), tuple(map(float, sizes.values()))
+        return Series(label, contexts, found, colour=COLOURS[model])
 
     return Chart(
         title="State of one sequence",
         x_label="tokens of context",
         y_label="bytes",
         series=(
-            line("teacher: keys and values", result.state_bytes[TEACHER]),
-            line("student", result.state_bytes[STUDENT]),
+            line("teacher: keys and values", TEACHER),
+            line("student", STUDENT),
         ),
         x_unit="tokens",
         y_unit="bytes",
@@ -246,9 +249,9 @@ def _drafted(result: DemoResult) -> list[Decoded]:
 
 
 def _round_bars(result: DemoResult) -> Bars:
-    bars = [Bar("plain", 1.0, NONE)]
+    bars = [Bar("plain", 1.0, 5)]
     bars += [
-        Bar(f"{row.model}: {DRAFTERS[row.drafter]}", row.tokens_per_round, row.drafter)
+        Bar(f"{row.model}: {DRAFTERS[row.drafter]}", row.tokens_per_round, COLOURS[row.model])
         for row in sorted(_drafted(result), key=lambda r: list(COLUMNS).index(r.model))
     ]
     return Bars(
@@ -268,7 +271,8 @@ def _acceptance_chart(result: DemoResult) -> Chart:
             f"{row.model}: {DRAFTERS[row.drafter]}",
             tuple(float(depth) for depth in range(1, len(row.acceptance[:_DEEPEST]) + 1)),
             row.acceptance[:_DEEPEST],
-            dashed=row.model != STUDENT,
+            dashed=row.drafter != "medusa",
+            colour=COLOURS[row.model],
         )
         for row in _drafted(result)
         if row.acceptance and (row.model == STUDENT or row.drafter in ("student", "medusa"))

@@ -34,8 +34,8 @@ class DemoResult:
     """Everything measured.
 
     swapped_bits_per_byte: the teacher's weights with linear mixers, before any training. rows: the
-    student made by this demo; comparison: the teacher and the shipped student. state_bytes: bytes of
-    one sequence by model and context. phases: seconds of each part.
+    student made by this demo; comparison: the teacher and the shipped student. state_bytes: bytes
+    of one sequence by model and context. phases: seconds of each part.
     """
 
     teacher_bits_per_byte: float

@@ -54,7 +54,7 @@ def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -
     spans: list[Span] = []
     tokens = list(prompt)
     for number, piece in enumerate(llm.stream([list(prompt)], params)):
-        tree, accepted = recorder.seen[-1]
+        _, accepted = recorder.seen[-1]
         texts = token_texts(llm.tokenizer, piece.token_ids, tokens)
         for at, part in enumerate(texts):
             drafted = at < len(accepted.path) - 1

@@ -6,7 +6,6 @@ import json
 import random
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -107,8 +106,7 @@ def _heads_speed(student: Path, budget: Budget) -> float:
     heads.initialize(torch.Generator().manual_seed(0))
     loss = partial(heads_loss, target, heads, decay=defaults.decay)
     rows = max(1, budget.heads_batch_tokens // budget.heads_context)
-    weights = chain(heads.parameters())
-    return training_speed(loss, weights, config.vocab_size, rows, budget.heads_context)
+    return training_speed(loss, heads.parameters(), config.vocab_size, rows, budget.heads_context)
 
 
 def training_log(student: Path) -> list[tuple[float, float]]:

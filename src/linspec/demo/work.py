@@ -1,4 +1,4 @@
-"""The demo's directory: what is done, what it cost, so that a second run goes on where one stopped."""
+"""The demo's directory: what is done and what it cost, so that a stopped run can go on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Proof that a drafter changes nothing: greedy output token for token, samples by a chi-square test.
+"""Proof that a drafter changes nothing: greedy output by tokens, samples by a chi-square test.
 
-    report = verify("embedded-aug", "medusa")
-    assert report.lossless_greedy and report.sampling_p_value > 0.001
+report = verify("embedded-aug", "medusa")
+assert report.lossless_greedy and report.sampling_p_value > 0.001
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ class Report:
     where the two best logits are less than 1e-4 apart, so that float32 rounding decides. near_ties
     counts those and `ties` lists them; behind one the rest of that output is not compared.
     first_divergence: the first difference that is not a near tie. tokens: how many were compared.
-    sampling_p_value: probability of samples this far from the exact distribution, if they follow it;
-    None when no sampling was tested.
-    tokens_per_round: of the greedy runs with the drafter.
+    sampling_p_value: probability of samples this far from the exact distribution, if they follow
+    it; None when no sampling was tested. tokens_per_round: of the greedy runs with the drafter.
     """
 
     lossless_greedy: bool
@@ -99,10 +98,10 @@ def verify(
 ) -> Report:
     """Compare decoding with `drafter` to plain decoding, at batch 1 and in ragged batches of 8.
 
-    prompts: pieces of held-out text of different lengths, each continued by `tokens` tokens. policy:
-    a fixed number of draft nodes, so that drafts are verified even where they do not pay. draws:
-    samples at temperature 1 for the test of the distribution, 0 leaves it out. Raises what LLM raises,
-    InputError when the data hold too little text.
+    prompts: pieces of held-out text of different lengths, each continued by `tokens` tokens.
+    policy: a fixed number of draft nodes, so that drafts are verified even where they do not pay.
+    draws: samples at temperature 1 for the test of the distribution, 0 leaves it out. Raises what
+    LLM raises, InputError when the data hold too little text.
     """
     if prompts < 1 or tokens < 1 or draws < 0:
         raise ConfigError(
@@ -213,8 +212,9 @@ def divergence(
 def sampling_p_value(llm: LLM, prompts: Sequence[Sequence[int]], draws: int) -> float:
     """Chi-square goodness of fit of sampled continuations against their exact distribution.
 
-    A continuation is three tokens at temperature 1 among the four likeliest each: 64 outcomes, whose
-    probabilities are computed by the model's full form. The statistics of several prompts add up.
+    A continuation is three tokens at temperature 1 among the four likeliest each: 64 outcomes,
+    whose probabilities are computed by the model's full form. The statistics of several prompts add
+    up.
     """
     statistic, freedom = 0.0, 0
     chosen = [tuple(p[:_SAMPLED_PROMPT_TOKENS]) for p in prompts[:_SAMPLED_PROMPTS]]

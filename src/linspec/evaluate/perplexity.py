@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 
 from linspec.errors import ConfigError, InputError
 from linspec.models.decoder import Decoder
+from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
 from linspec.progress import Progress
-from linspec.train.data import end_of_text, load_documents
+from linspec.train.data import Split, end_of_text, load_documents
 
 # Tokens of one batch of windows, and logits that exist at once: what bounds the memory.
 _BATCH_TOKENS = 8192
@@ -41,6 +42,10 @@ class Score:
     tokens: int
     bytes: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class _Window:
@@ -51,12 +56,31 @@ class _Window:
 
 
 def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[str]:
-    """What `linspec eval` measures on: held-out files of 'stdlib', all documents of other sources."""
+    """What `linspec eval` measures on: held-out files of 'stdlib', all of other sources."""
     documents: list[str] = []
     for source in data:
-        split = "heldout" if str(source) == "stdlib" else "all"
-        documents += load_documents([source], "heldout" if split == "heldout" else "all", field)
+        split: Split = "heldout" if str(source) == "stdlib" else "all"
+        documents += load_documents([source], split, field)
     return documents
+
+
+def evaluate_source(
+    model: str | Path,
+    data: Sequence[str | Path] = ("stdlib",),
+    *,
+    field: str = "text",
+    limit_bytes: int | None = None,
+    context: int | None = None,
+    bf16: bool = False,
+    device: str = "cpu",
+) -> Score:
+    """The score of a model directory on `data`; see `evaluate`, `load_model`, `load_documents`."""
+    decoder, tokenizer = load_model(model, device=device), load_tokenizer(model)
+    check_tokenizer(tokenizer, decoder.config)
+    documents = held_out_documents(data, field)
+    return evaluate(
+        decoder, tokenizer, documents, context=context, limit_bytes=limit_bytes, bf16=bf16
+    )
 
 
 @torch.inference_mode()
@@ -74,11 +98,12 @@ def evaluate(
     """The score of `model` on `documents`.
 
     Every token of a document is predicted once. A document is cut into windows of `context` tokens
-    (default: the model's `max_positions`) that start `stride` apart (default: half a window), so that
-    a token sees at least context - stride tokens before it where the document has them; the first token
-    is predicted from the end-of-text token. limit_bytes takes documents in order and cuts the last
-    one between characters. rows: windows of a batch. bf16: compute in bfloat16, float32 if False.
-    Raises ConfigError for impossible sizes and InputError when there is nothing to predict.
+    (default: the model's `max_positions`) that start `stride` apart (default: half a window), so
+    that a token sees at least context - stride tokens before it where the document has them; the
+    first token is predicted from the end-of-text token. limit_bytes takes documents in order and
+    cuts the last one between characters. rows: windows of a batch. bf16: compute in bfloat16,
+    float32 if False. Raises ConfigError for impossible sizes and InputError when there is nothing
+    to predict.
     """
     context = context or model.config.max_positions
     stride = stride or max(1, context // 2)
@@ -141,9 +166,7 @@ def _windows(ids: Sequence[int], context: int, stride: int) -> Iterator[_Window]
             done = end
 
 
-def _nats(
-    model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, tokens: int
-) -> float:
+def _nats(model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, tokens: int) -> float:
     """Negative log-likelihood of all scored tokens."""
     total, done = 0.0, 0
     device = model.embed.weight.device

@@ -163,7 +163,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.mixer.prepare()
             block.mlp.prepare()
-        self.head = fuse(self.head)
+        self.add_module("head", fuse(self.head))
         self.prepared = True
         return self
 

@@ -31,17 +31,17 @@ from linspec.state import DecoderState
 
 IGNORED_LABEL = -100
 UNCROPPABLE = (
-    "linear state cannot be cropped: it sums tokens and keeps no history. Assisted generation, prompt "
-    "lookup and everything else that takes tokens back need linspec.LLM(..., drafter=...), or "
-    "generate() without assistant_model and prompt_lookup_num_tokens"
+    "linear state cannot be cropped: it sums tokens and keeps no history, so generate() cannot take "
+    "drafted tokens back. Leave assistant_model and prompt_lookup_num_tokens out, or speculate with "
+    "linspec.LLM(..., drafter=...)"
 )
 
 
 class LinspecCache(Cache):
     """The decoder state of one batch, one slot a row.
 
-    It is bound to a model by the first call that gets it. It can be copied (`copy.deepcopy`) to go on
-    from one prompt several times; it cannot be cropped.
+    It is bound to a model by the first call that gets it. It can be copied (`copy.deepcopy`) to go
+    on from one prompt several times; it cannot be cropped.
     """
 
     is_croppable = False
@@ -54,7 +54,7 @@ class LinspecCache(Cache):
         self.columns = 0
 
     def bind(self, decoder: Decoder, rows: int) -> DecoderState:
-        """The state, made on first use; raises StateError if it is of another model or batch size."""
+        """The state, made on first use; raises StateError for another model or batch size."""
         if self.state is None:
             self.state, self.shape = decoder.new_state(rows), decoder.config
         if self.shape != decoder.config:
@@ -158,14 +158,15 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = LinspecConfig
     main_input_name = "input_ids"
+    decoder: Decoder
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
     _no_split_modules = ("Block",)
 
     def __init__(self, config: LinspecConfig) -> None:
         super().__init__(config)
         decoder = Decoder(config.decoder_config())
-        # both hold the same modules, by the same names: the names on disk are the decoder's, and what
-        # replaces a module here (peft, resizing) replaces it there
+        # both hold the same modules by the same names: the names on disk are the decoder's, and
+        # what replaces a module here (peft, resizing) replaces it there
         self._modules = decoder._modules
         self.__dict__["decoder"] = decoder
         self.post_init()
@@ -229,8 +230,9 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits [B, T, vocab] of input_ids [B, T]; logits at padding mean nothing.
 
         past_key_values or use_cache=True: run the inference form and commit; nothing is
-        differentiable then. labels: as input_ids, -100 where no loss is wanted; they need the full form.
-        logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps all.
+        differentiable then. labels: as input_ids, -100 where no loss is wanted; they need the full
+        form. logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps
+        all.
         """
         if past_key_values is None and use_cache:
             past_key_values = LinspecCache()
@@ -253,7 +255,7 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             ids, shifts = to_left(ids, real)
             hidden = from_left(self.decoder.hidden(ids), shifts)
-        return self.head(hidden[:, _kept(keep)])
+        return self.decoder.head(hidden[:, _kept(keep)])
 
     def _step(
         self,
@@ -262,18 +264,18 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         cache: LinspecCache,
         keep: int | torch.Tensor,
     ) -> torch.Tensor:
-        """Run the real tokens of each row, commit them, and put their logits in the padded places."""
+        """Run and commit the real tokens of each row; their logits in the padded places."""
         state = cache.bind(self.decoder, len(ids))
         wanted = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         only_last = isinstance(keep, int) and keep == 1 and bool(wanted[:, -1].all())
         tokens = [row[mine].tolist() for row, mine in zip(ids, wanted, strict=True)]
         feeds = [Feed(i, row, all_logits=not only_last) for i, row in enumerate(tokens) if row]
-        logits = _run(self.decoder, feeds, state) if feeds else self.head.weight.new_zeros(0, 1)
+        logits = _run(self.decoder, feeds, state) if feeds else None
         cache.columns += ids.shape[1]
-        if only_last:
+        if only_last and logits is not None:
             return logits[:, None].clone()
-        padded = logits.new_zeros(*ids.shape, self.shape.vocab_size)
-        if feeds:
+        padded = self.decoder.embed.weight.new_zeros(*ids.shape, self.shape.vocab_size)
+        if logits is not None:
             padded[wanted] = logits
         return padded[:, _kept(keep)]
 
@@ -302,14 +304,14 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         generation_mode: GenerationMode,
         *sizes: int,
     ) -> None:
-        """Called once by generate(): refuse what this model cannot do, then put an empty cache in place."""
+        """Called once by generate(): refuse what cannot be done, then put an empty cache in place."""
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted or getattr(generation_config, "is_assistant", False):
             raise StateError(UNCROPPABLE)
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ConfigError(
-                f"cache_implementation {generation_config.cache_implementation!r} is not for linspec "
-                "models, which bring their own cache; leave it out"
+                f"cache_implementation {generation_config.cache_implementation!r} is not for "
+                "linspec models, which bring their own cache; leave it out"
             )
         _check_prompts(model_kwargs.get("attention_mask"))
         given = model_kwargs.get("past_key_values")
@@ -351,13 +353,13 @@ def _check_request(
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None):
             raise ConfigError(
-                f"linspec models have no {name.removeprefix('output_')} to return; leave {name} out, or "
-                "use the decoder itself: linspec.load_model(...)"
+                f"linspec models have no {name.removeprefix('output_')} to return; leave {name} out, "
+                "or use the decoder itself: linspec.load_model(...)"
             )
     if cache is not None and not isinstance(cache, LinspecCache):
         raise StateError(
-            f"a linspec model cannot use a {type(cache).__name__}; leave past_key_values out, or pass "
-            "linspec.models.hf.LinspecCache()"
+            f"a linspec model cannot use a {type(cache).__name__}; leave past_key_values out, or "
+            "pass linspec.models.hf.LinspecCache()"
         )
     if cache is not None and labels is not None:
         raise ConfigError("labels need the differentiable form; leave use_cache and the cache out")
@@ -380,8 +382,8 @@ def _real(
         )
     ):
         raise InputError(
-            f"attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)} "
-            f"after {past} columns; it must have one column for each"
+            f"attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}"
+            f" after {past} columns; it must have one column for each"
         )
     real = mask[:, -ids.shape[1] :].bool()
     return None if bool(real.all()) else real
@@ -400,8 +402,8 @@ def _check_positions(
         counted = counted + torch.tensor(starts, device=counted.device)[:, None]
     if bool(((positions != counted) & rows).any()):
         raise InputError(
-            "position_ids must count the real tokens of each row from 0; several texts packed into one "
-            "row would see each other, so give each its own row"
+            "position_ids must count the real tokens of each row from 0; several texts packed into "
+            "one row would see each other, so give each its own row"
         )
 
 

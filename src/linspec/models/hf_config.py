@@ -19,12 +19,12 @@ from linspec.models.config import DecoderConfig
 class LinspecConfig(PreTrainedConfig):
     """Configuration of a linspec checkpoint.
 
-    decoder: the whole shape of the model, as `DecoderConfig.to_dict` gives it. The other fields repeat
-    parts of it under transformers' names and follow it when they disagree.
+    decoder: the whole shape of the model, as `DecoderConfig.to_dict` gives it. The other fields
+    repeat parts of it under transformers' names and follow it when they disagree.
     """
 
     model_type = "linspec"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     decoder: dict[str, Any] | None = None
     vocab_size: int | None = None
@@ -53,8 +53,8 @@ class LinspecConfig(PreTrainedConfig):
         """The decoder's configuration; raises ConfigError if there is none or it is not sound."""
         if self.decoder is None:
             raise ConfigError(
-                "a LinspecConfig needs decoder=...: pass DecoderConfig(...).to_dict(), or read it with "
-                "AutoConfig.from_pretrained from a directory that linspec saved"
+                "a LinspecConfig needs decoder=...: pass DecoderConfig(...).to_dict(), or read it "
+                "with AutoConfig.from_pretrained from a directory that linspec saved"
             )
         return DecoderConfig.from_dict(self.decoder)
 

@@ -1,9 +1,9 @@
 """Choose the tree that maximises tokens per second (goodput, Liu et al. 2024, arXiv 2406.14066).
 
 A tree of n drafts is worth (1 + accepted(n)) / (step(n + 1) + draft). The step's cost comes from a
-curve measured on this machine and model, corrected by the rounds as they run; the accepted tokens from
-the drafter's own estimate, corrected per request. 0 drafts is a candidate like any other, so a drafter
-that does not pay is switched off; it is tried again at growing intervals.
+curve measured on this machine and model, corrected by the rounds as they run; the accepted tokens
+from the drafter's own estimate, corrected per request. 0 drafts is a candidate like any other, so a
+drafter that does not pay is switched off; it is tried again at growing intervals.
 """
 
 from __future__ import annotations

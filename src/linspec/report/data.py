@@ -1,6 +1,7 @@
 """What a report shows, as plain values: numbers, texts, trees. Nothing here knows how it is drawn.
 
-chart = Chart(title="Speed", x_label="context", y_label="ms", series=(Series("plain", (1, 2), (3, 4)),))
+lines = (Series("plain", (128, 2048), (3.1, 3.2)),)
+chart = Chart(title="Speed", x_label="context", y_label="ms per token", series=lines)
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ Unit = Literal["plain", "bytes", "tokens"]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: points in the order of x. `dashed` lines are drawn dashed."""
+    """A line: points in the order of x. colour: one of the page's 1..5, 0 for the next in turn."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     dashed: bool = False
+    colour: int = 0
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -48,11 +50,11 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar; `group` decides its colour."""
+    """One bar in one of the page's colours 1..5."""
 
     label: str
     value: float
-    group: str = ""
+    colour: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,7 +74,7 @@ def _lines(chart: Chart) -> Any:
         axes.plot(
             line.x,
             line.y,
-            color=_SERIES[i % SERIES_COLOURS],
+            color=_colour(line.colour or i + 1),
             marker=marker,
             linestyle="--" if line.dashed else "-",
             label=line.label,
@@ -87,6 +87,10 @@ def _lines(chart: Chart) -> Any:
             loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, borderaxespad=0
         )
     return figure
+
+
+def _colour(number: int) -> str:
+    return _SERIES[(number - 1) % SERIES_COLOURS]
 
 
 def _label_axes(axes: Any, chart: Chart) -> None:
@@ -109,13 +113,12 @@ def _label_axes(axes: Any, chart: Chart) -> None:
 
 def _bars(bars: Bars) -> Any:
     figure, axes = _figure(0.75 + _BAR_INCHES * len(bars.bars))
-    groups = list(dict.fromkeys(bar.group for bar in bars.bars))
     places = range(len(bars.bars))
     drawn = axes.barh(
         places,
         [bar.value for bar in bars.bars],
         height=0.62,
-        color=[_SERIES[groups.index(bar.group) % SERIES_COLOURS] for bar in bars.bars],
+        color=[_colour(bar.colour) for bar in bars.bars],
     )
     labels = [f"{bar.value:,.{bars.digits}f}" for bar in bars.bars]
     axes.bar_label(drawn, labels=labels, padding=4, color=_TEXT)

@@ -42,7 +42,9 @@ def render_round(round_: Round) -> str:
     columns = _columns(nodes)
     width = columns[-1] + _MARGIN - _GAP
     height = (max(node.row for node in nodes) + 1) * _ROW - (_ROW - _HEIGHT) + 2 * _MARGIN
-    parts = [_edge(nodes[node.parent], node, columns) for node in nodes if node.parent >= 0]
+    # rejected edges first: the accepted path is drawn over what they share with it
+    drawn = sorted((n for n in nodes if n.parent >= 0), key=lambda n: n.kind != "rejected")
+    parts = [_edge(nodes[node.parent], node, columns) for node in drawn]
     parts += [_box(node, columns) for node in nodes]
     label = f"{len(round_.texts) - 1} draft tokens, {len(round_.path) - 1} accepted"
     return (

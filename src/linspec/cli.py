@@ -1,0 +1,412 @@
+"""The command line: one verb per goal. Each verb parses and calls a function that can be imported.
+
+linspec generate embedded-aug --prompt 'def add(a, b):' --drafter medusa
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linspec.console import (
+    RESUME,
+    given,
+    guarded,
+    numbers,
+    place_on,
+    print_facts,
+    print_json,
+    print_speed,
+    print_table,
+    quiet_stdout,
+    read_prompt,
+    report_written,
+    say,
+)
+from linspec.options import (
+    BatchTokens,
+    Context,
+    Data,
+    Device,
+    DrafterName,
+    Field,
+    Json,
+    Model,
+    Order,
+    Rate,
+    Resume,
+    Threads,
+    Tokens,
+)
+
+app = typer.Typer(
+    name="linspec",
+    help="Checkpoint in, fast model out: linear attention and lossless tree speculation.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command(epilog="Example: linspec demo --quick --out demo")
+@guarded("give the same command to go on with what is trained")
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under 90 seconds.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the report and the model go.")] = Path(
+        "linspec-demo"
+    ),
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Linearize the embedded model, train its drafter, race it against plain decoding; report."""
+    place_on("cpu", threads)
+    with quiet_stdout(as_json):
+        from linspec.demo import run_demo
+
+        result = run_demo(out=out, quick=quick)
+    if as_json:
+        print_json(result.to_json())
+
+
+@app.command(epilog="Example: linspec pretrain --recipe embedded --out teacher")
+@guarded(RESUME)
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "embedded",
+    resume: Resume = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small softmax model from nothing on the standard library's source."""
+    from linspec.errors import ConfigError
+    from linspec.train import pretrain as library
+
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps must be 1 or more, got {steps}")
+    place_on("cpu", threads)
+    with quiet_stdout():
+        library.pretrain(out, recipe=recipe, resume=resume, steps=steps)
+    report_written(out, as_json)
+
+
+@app.command(epilog="Example: linspec linearize embedded-softmax --mixer aug --out student")
+@guarded(RESUME)
+def linearize(
+    source: Model,
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 64,
+    taps: Annotated[
+        int | None,
+        typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
+    ] = None,
+    keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
+    data: Data = None,
+    field: Field = "text",
+    tokens: Tokens = None,
+    transfer_share: Annotated[
+        float | None, typer.Option(help="Share of them that matches the teacher by layer.")
+    ] = None,
+    context: Context = None,
+    batch_tokens: BatchTokens = None,
+    lr: Rate = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="Weight of the KL to the teacher.")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="0 trains all weights.")] = None,
+    seed: Order = None,
+    resume: Resume = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Replace a checkpoint's softmax attention by linear mixers and train it back to quality."""
+    from linspec.train.linearize import LinearizeConfig
+    from linspec.train.linearize import linearize as library
+
+    place_on("cpu", threads)
+    config = LinearizeConfig(
+        **given(
+            tokens=tokens,
+            transfer_share=transfer_share,
+            context=context,
+            batch_tokens=batch_tokens,
+            lr=lr,
+            kl_weight=kl_weight,
+            lora_rank=lora_rank,
+            seed=seed,
+        )
+    )
+    with quiet_stdout():
+        library(
+            source,
+            out,
+            mixer=mixer,
+            group=group,
+            taps=taps,
+            window=window,
+            keep_softmax=numbers(keep_softmax, "--keep-softmax"),
+            data=_sources(data),
+            field=field,
+            config=config,
+            resume=resume,
+        )
+    report_written(out, as_json)
+
+
+@app.command("train-drafter", epilog="Example: linspec train-drafter student --kind medusa")
+@guarded(RESUME)
+def train_drafter(
+    model: Model,
+    kind: Annotated[str, typer.Option(help="Kind of drafter.")] = "medusa",
+    out: Annotated[
+        Path | None, typer.Option(help="Where it goes.", show_default="MODEL/medusa")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Medusa heads.")] = None,
+    data: Data = None,
+    field: Field = "text",
+    tokens: Tokens = None,
+    context: Context = None,
+    batch_tokens: BatchTokens = None,
+    lr: Rate = None,
+    seed: Order = None,
+    resume: Resume = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train and calibrate heads that draft for a model; its own weights stay as they are."""
+    from linspec.train.drafter import DrafterConfig
+    from linspec.train.drafter import train_drafter as library
+
+    place_on("cpu", threads)
+    config = DrafterConfig(
+        **given(
+            heads=heads, tokens=tokens, context=context, batch_tokens=batch_tokens, lr=lr, seed=seed
+        )
+    )
+    with quiet_stdout():
+        written = library(
+            model, out, kind=kind, data=_sources(data), field=field, config=config, resume=resume
+        )
+    report_written(written, as_json)
+
+
+@app.command(
+    epilog="Example: linspec generate embedded-aug --prompt 'class Stack:' --drafter medusa"
+)
+@guarded()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; - is stdin.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among k tokens; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among this mass.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of text.")
+    ] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Equal seeds, equal text.", show_default="random")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities, and of the K likeliest.")
+    ] = None,
+    drafter: DrafterName = "none",
+    policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
+    verifier: Annotated[
+        str, typer.Option(help="lossless, greedy or typical (lossy).")
+    ] = "lossless",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text; streams it to stdout as it is decided."""
+    from linspec.llm import LLM
+    from linspec.sampling import SamplingParams
+
+    text = read_prompt(prompt, prompt_file)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )
+    place = place_on(device, threads)
+    with quiet_stdout():
+        llm = LLM(
+            model, drafter=drafter, policy=policy, verifier=verifier, max_batch=1, device=place
+        )
+    if as_json:
+        with quiet_stdout():
+            result = llm.generate(text, params)[0]
+        print_json(result.to_json())
+        return
+    for piece in llm.stream(text, params):
+        print(piece.text, end="", flush=True)
+        if piece.done:
+            print(flush=True)
+            say(piece.done.summary())
+
+
+@app.command("eval", epilog="Example: linspec eval embedded-aug --data stdlib --limit-bytes 100000")
+@guarded()
+def evaluate(
+    model: Model,
+    data: Data = None,
+    field: Field = "text",
+    limit_bytes: Annotated[int | None, typer.Option(help="Stop after this much text.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
+    from linspec.evaluate.perplexity import evaluate_source
+
+    place = place_on(device, threads)
+    with quiet_stdout():
+        score = evaluate_source(
+            model,
+            _sources(data),
+            field=field,
+            limit_bytes=limit_bytes,
+            context=context,
+            bf16=bf16,
+            device=place,
+        )
+    print_json(score.to_json()) if as_json else print_facts(score.to_json())
+
+
+@app.command(epilog="Example: linspec verify embedded-aug --drafter medusa")
+@guarded()
+def verify(
+    model: Model,
+    drafter: DrafterName = "none",
+    prompts: Annotated[int, typer.Option(help="Prompts, from held-out text.")] = 64,
+    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 128,
+    draws: Annotated[int, typer.Option(help="Samples for the test of the distribution.")] = 2000,
+    policy: Annotated[str, typer.Option(help="Number of draft tokens, or auto.")] = "12",
+    data: Data = None,
+    seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check that a drafter changes nothing: greedy token for token, samples by a chi-square test.
+
+    Exits with 1 when greedy output differs by more than near ties (logits closer than 1e-4).
+    """
+    from linspec.evaluate.lossless import verify as library
+
+    place = place_on(device, threads)
+    with quiet_stdout():
+        report = library(
+            model,
+            drafter,
+            prompts=prompts,
+            tokens=tokens,
+            draws=draws,
+            policy=policy,
+            data=_sources(data),
+            device=place,
+            seed=seed,
+        )
+    print_json(report.to_json()) if as_json else print_facts(report.to_json())
+    if not report.lossless_greedy:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: linspec bench embedded-aug --contexts 128,2048,8192 --drafter medusa")
+@guarded()
+def bench(
+    model: Model,
+    contexts: Annotated[str, typer.Option(help="Tokens before decoding, by commas.")] = "128,1024",
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="A drafter beside plain decoding; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded in a repeat.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Repeats after a warm-up; the median counts.")] = 5,
+    policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
+    data: Data = None,
+    bandwidth: Annotated[
+        bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
+    ] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time decoding after long and short contexts, plain and with drafters, in one run."""
+    from linspec.bench.speed import bench as library
+
+    place = place_on(device, threads)
+    with quiet_stdout():
+        result = library(
+            model,
+            numbers(contexts, "--contexts"),
+            drafter or (),
+            tokens=tokens,
+            repeats=repeats,
+            policy=policy,
+            data=_sources(data),
+            device=place,
+            bandwidth=bandwidth,
+        ).to_json()
+    if as_json:
+        print_json(result)
+        return
+    print_speed(result)
+
+
+@app.command(epilog="Example: linspec info --json")
+@guarded()
+def info(threads: Threads = None, as_json: Json = False) -> None:
+    """Versions, devices and the kernels that will be used, with the reason."""
+    from linspec.bench.machine import info as library
+
+    place_on("cpu", threads)
+    facts = library()
+    print_json(facts) if as_json else print_facts(facts)
+
+
+@app.command("list", epilog="Example: linspec list")
+@guarded()
+def list_plugins(as_json: Json = False) -> None:
+    """Every mixer, drafter, verifier and policy, with the paper it comes from."""
+    from linspec.plugins import catalogue
+
+    found = catalogue()
+    if as_json:
+        print_json(found)
+        return
+    for axis, entries in found.items():
+        print_table(
+            axis,
+            ("name", "summary", "paper"),
+            [[e["name"], e["summary"], e["paper"]] for e in entries],
+        )
+
+
+def main() -> None:
+    """Entry point of the `linspec` command."""
+    app()

@@ -1,0 +1,35 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A directory, embedded-softmax or embedded-aug.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", envvar="LINSPEC_THREADS", show_default="all")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+DrafterName = Annotated[
+    str,
+    typer.Option(help="none, prompt-lookup, medusa[:DIR], draft-model:DIR or student[:DIR]."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(help="stdlib, a text file, a folder, a .jsonl file or a datasets directory."),
+]
+Field = Annotated[str, typer.Option(help="Where the text is in .jsonl and datasets.")]
+Tokens = Annotated[int | None, typer.Option(help="Training tokens.")]
+Context = Annotated[int | None, typer.Option(help="Tokens of a window.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a step.")]
+Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
+Order = Annotated[int | None, typer.Option("--seed", help="Order of the data.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last saved state in the output.")
+]
+
+
+def _sources(data: list[str] | None) -> list[str]:
+    return data or ["stdlib"]

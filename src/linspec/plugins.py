@@ -1,0 +1,28 @@
+"""All registries at one place: what `linspec list` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linspec.drafters import DRAFTERS
+from linspec.mixers import MIXERS
+from linspec.policy import POLICIES
+from linspec.registry import Registry
+from linspec.verify import VERIFIERS
+
+
+def catalogue() -> dict[str, list[dict[str, str]]]:
+    """Name, summary, paper and further facts of every plug-in, by axis."""
+    axes: dict[str, Registry[Any]] = {
+        "mixers": MIXERS,
+        "drafters": DRAFTERS,
+        "verifiers": VERIFIERS,
+        "policies": POLICIES,
+    }
+    return {
+        axis: [
+            {"name": entry.name, "summary": entry.summary, "paper": entry.paper, **entry.facts}
+            for entry in registry
+        ]
+        for axis, registry in axes.items()
+    }
