@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from linspec.announce import announce
+from linspec.announce import announce as _announce
 
 if TYPE_CHECKING:
     from linspec.errors import LinspecError
@@ -83,4 +83,4 @@ def _version() -> str:
         return "0+unknown"
 
 
-announce()
+_announce()

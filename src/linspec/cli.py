@@ -24,6 +24,7 @@ from linspec.console import (
     read_prompt,
     report_written,
     say,
+    sources,
 )
 from linspec.options import (
     BatchTokens,
@@ -154,7 +155,7 @@ def linearize(
             taps=taps,
             window=window,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
-            data=_sources(data),
+            data=sources(data),
             field=field,
             config=config,
             resume=resume,
@@ -194,7 +195,7 @@ def train_drafter(
     )
     with quiet_stdout():
         written = library(
-            model, out, kind=kind, data=_sources(data), field=field, config=config, resume=resume
+            model, out, kind=kind, data=sources(data), field=field, config=config, resume=resume
         )
     report_written(written, as_json)
 
@@ -288,7 +289,7 @@ def evaluate(
     with quiet_stdout():
         score = evaluate_source(
             model,
-            _sources(data),
+            sources(data),
             field=field,
             limit_bytes=limit_bytes,
             context=context,
@@ -328,7 +329,7 @@ def verify(
             tokens=tokens,
             draws=draws,
             policy=policy,
-            data=_sources(data),
+            data=sources(data),
             device=place,
             seed=seed,
         )
@@ -368,7 +369,7 @@ def bench(
             tokens=tokens,
             repeats=repeats,
             policy=policy,
-            data=_sources(data),
+            data=sources(data),
             device=place,
             bandwidth=bandwidth,
         ).to_json()

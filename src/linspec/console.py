@@ -140,6 +140,11 @@ def place_on(device: str, threads: int | None) -> str:
     return pick_device(device)
 
 
+def sources(data: list[str] | None) -> list[str]:
+    """What --data names; the standard library when it is left out."""
+    return data or ["stdlib"]
+
+
 def given(**settings: Any) -> dict[str, Any]:
     """The settings that the user gave; the rest keep the defaults of the library."""
     return {name: value for name, value in settings.items() if value is not None}

@@ -57,8 +57,9 @@ class Stats:
 class Row:
     """A request in a slot.
 
-    request: number of the request. tokens: prompt and output; once the prompt is processed the last one is the root of the next tree,
-    decided but not committed. hidden: the final hidden state [D] at the last committed token.
+    request: the engine's number of the request. tokens: prompt and output; once the prompt is
+    processed the last one is the root of the next tree, decided but not committed. hidden: the final
+    hidden state [D] at the last committed token.
     """
 
     request: int

@@ -36,7 +36,9 @@ class TokenTree:
                 f"{len(self.tokens)} tokens and {len(self.parents)} parents"
             )
         if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
-            raise ConfigError(f"parents must be topological with -1 for the root, got {self.parents}")
+            raise ConfigError(
+                f"parents must be topological with -1 for the root, got {self.parents}"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -15,7 +15,6 @@ from helpers import VOCAB, mixer_config, random_tokens, randomise, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-import linspec
 from linspec.engine import Engine
 from linspec.errors import CheckpointError, ConfigError, ContextOverflow, InputError, StateError
 from linspec.models.decoder import Decoder
@@ -28,8 +27,9 @@ from linspec.verify.lossless import LosslessVerifier
 
 PAD, EOS = 0, 3
 MODELS = {"aug": ("aug", "aug"), "mixed": ("softmax", "aug", "window"), "relu": ("relu", "relu")}
-# one token, an odd few, and more than can be staged in place
-PROMPTS = [random_tokens(n, seed=n) for n in (1, 7, STAGE_ROWS + 7)]
+
+# one token, an odd few, and more than can be staged in place; transformers takes a PAD for padding
+PROMPTS = [[t for t in random_tokens(99, seed=n) if t != PAD][:n] for n in (1, 7, STAGE_ROWS + 7)]
 Saved = Callable[..., tuple[Decoder, Any]]
 
 
@@ -243,6 +243,8 @@ def test_every_weight_gets_a_gradient(saved: Saved) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
+# peft asks transformers for a name that is going away
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 def test_lora_adapters_train_and_generate(saved: Saved) -> None:
     peft = pytest.importorskip("peft")
     _, model = saved("aug", "softmax")
@@ -375,10 +377,11 @@ def test_foreign_caches_are_refused(saved: Saved) -> None:
 def test_prompts_that_cannot_be_continued_are_refused(saved: Saved) -> None:
     _, model = saved("aug")
     ids = torch.tensor([[1, 2, 0], [4, 5, 6]])
+    right, nothing = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[0, 0, 0], [1, 1, 1]])
     with pytest.raises(InputError, match="padding_side='left'"):
-        model.generate(ids, attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))
+        model.generate(ids, attention_mask=right, max_new_tokens=2)
     with pytest.raises(InputError, match="all padding"):
-        model.generate(ids, attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]]))
+        model.generate(ids, attention_mask=nothing, max_new_tokens=2)
 
 
 def test_what_would_be_ignored_is_refused(saved: Saved) -> None:
@@ -437,8 +440,3 @@ def test_interrupted_step_stages_nothing(saved: Saved, monkeypatch: pytest.Monke
     again = model(ids, past_key_values=cache).logits
     whole = model(torch.cat((ids, ids), dim=1)).logits[:, ids.shape[1] :]
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-10)
-
-
-def test_the_package_registers_itself() -> None:
-    assert linspec.announce is not None
-    assert AutoConfig.for_model("linspec").model_type == "linspec"

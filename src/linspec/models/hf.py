@@ -31,9 +31,9 @@ from linspec.state import DecoderState
 
 IGNORED_LABEL = -100
 UNCROPPABLE = (
-    "linear state cannot be cropped: it sums tokens and keeps no history, so generate() cannot take "
-    "drafted tokens back. Leave assistant_model and prompt_lookup_num_tokens out, or speculate with "
-    "linspec.LLM(..., drafter=...)"
+    "linear state cannot be cropped: it sums tokens and keeps no history, so generate() cannot "
+    "take drafted tokens back. Leave assistant_model and prompt_lookup_num_tokens out, or "
+    "speculate with linspec.LLM(..., drafter=...)"
 )
 
 
@@ -304,7 +304,7 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         generation_mode: GenerationMode,
         *sizes: int,
     ) -> None:
-        """Called once by generate(): refuse what cannot be done, then put an empty cache in place."""
+        """Called once by generate(): refuse what cannot be done, then put an empty cache there."""
         assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted or getattr(generation_config, "is_assistant", False):
             raise StateError(UNCROPPABLE)
@@ -353,8 +353,8 @@ def _check_request(
     for name in ("output_attentions", "output_hidden_states"):
         if kwargs.pop(name, None):
             raise ConfigError(
-                f"linspec models have no {name.removeprefix('output_')} to return; leave {name} out, "
-                "or use the decoder itself: linspec.load_model(...)"
+                f"linspec models have no {name.removeprefix('output_')} to return; leave {name} "
+                "out, or use the decoder itself: linspec.load_model(...)"
             )
     if cache is not None and not isinstance(cache, LinspecCache):
         raise StateError(

@@ -34,13 +34,13 @@ class Policy(ABC):
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
         """Most draft nodes for each row's next tree."""
 
-    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:  # noqa: B027
+    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
         """One row's outcome."""
 
-    def observe_round(self, times: RoundTimes) -> None:  # noqa: B027
+    def observe_round(self, times: RoundTimes) -> None:
         """One round's timing; rounds that carry prefill are not reported."""
 
-    def release(self, slot: int) -> None:  # noqa: B027
+    def release(self, slot: int) -> None:
         """The request in `slot` has ended."""
 
 

@@ -101,9 +101,12 @@ def _rounds(rounds: tuple[Round, ...]) -> str:
     explained = (
         "<p>The heads draft a tree, the model reads the whole tree in one step, and the path "
         "that agrees with what the model itself would say is kept. "
-        "· is a space, ↵ the end of a line.</p>"
+        "· is a space, ·×8 eight of them, ↵ the end of a line.</p>"
     )
-    return f"<section><h2>Rounds, token by token</h2>{explained}{legend}{_join(figures)}</section>"
+    return (
+        f"<section><h2>Rounds, token by token</h2>{explained}{legend}"
+        f'<div class="rounds">{_join(figures)}</div></section>'
+    )
 
 
 def _sample(sample: Sample) -> str:

@@ -42,11 +42,10 @@ th { font-weight: 600; }
 tbody th { font-weight: 400; }
 th:first-child { text-align: left; }
 tbody tr:last-child > * { border-bottom: 0; }
-.plots { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
+.plots, .rounds { display: grid; align-items: start; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure > svg { display: block; width: 100%; height: auto; max-width: 560px; }
 figcaption { color: var(--muted); font-size: .88rem; margin-top: 6px; }
-.round { margin-bottom: 14px; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 .tree text, .sample, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 .tree text { font-size: 13px; fill: var(--text); white-space: pre; }
@@ -56,14 +55,13 @@ svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif
 .tree .root rect { stroke: var(--text); stroke-width: 2; }
 .tree .accepted rect { fill: var(--good-soft); stroke: var(--good); stroke-width: 2; }
 .tree .bonus rect { fill: var(--bonus-soft); stroke: var(--bonus); stroke-width: 2; stroke-dasharray: 5 3; }
-.tree .rejected text { fill: var(--off); text-decoration: line-through; }
+.tree .rejected text { fill: var(--off); }
 .legend { font-size: .88rem; }
 .key { display: inline-block; padding: 1px 8px; margin: 0 6px 6px 0; border-radius: 5px; border: 1px solid var(--off-line); }
 .key.root { border: 2px solid var(--text); }
 .key.accepted { border: 2px solid var(--good); }
 .key.bonus { border: 2px dashed var(--bonus); }
 .key.prompt, .key.rejected { color: var(--off); }
-.key.rejected { text-decoration: line-through; }
 .accepted { background: var(--good-soft); }
 .bonus { background: var(--bonus-soft); }
 .sample {
@@ -86,5 +84,6 @@ footer dd { display: inline; margin: 0; color: var(--text); }
   th, td { padding: 6px 8px; font-size: .9rem; }
   .tile b { font-size: 1.35rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
+  .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
 }
 """

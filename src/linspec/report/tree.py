@@ -5,6 +5,7 @@ The accepted path runs straight along the top row, rejected branches hang below 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from html import escape
 
@@ -14,6 +15,7 @@ _CHARACTER, _PADDING = 8.0, 9.0
 _HEIGHT, _ROW, _GAP = 26.0, 34.0, 30.0
 _LONGEST = 14
 _MARGIN = 4.0
+_SPACES = re.compile(" {3,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,8 @@ class _Node:
 
 def visible(text: str) -> str:
     """A token's text with its white space made visible, shortened to fit a box."""
-    if text and not text.strip(" "):
-        return "·" if len(text) == 1 else f"·×{len(text)}"
-    shown = text.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    shown = _SPACES.sub(lambda run: f"·×{len(run[0])}", text).replace(" ", "·")
+    shown = shown.replace("\r", "␍").replace("\n", "↵").replace("\t", "⇥")
     shown = "".join(c if c.isprintable() else "�" for c in shown) or "∅"
     return shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…"
 

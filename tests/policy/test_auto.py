@@ -1,0 +1,137 @@
+"""The automatic policy on simulated machines: rounds cost what a curve says, drafters what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from linspec.drafters.base import ChainDrafter
+from linspec.errors import ConfigError
+from linspec.policy.auto import Auto
+from linspec.policy.base import RoundTimes
+from linspec.policy.costs import CostCurve
+from linspec.policy.fixed import Fixed
+from linspec.tree import chain
+
+# one row for 1 ms, eight for 1.2 ms, then each further one a tenth: a machine that verifies cheaply
+CHEAP = CostCurve({1: 1.0e-3, 8: 1.2e-3, 64: 7.0e-3})
+# every node costs as much as the first
+DEAR = CostCurve({1: 1.0e-3, 64: 64.0e-3})
+
+
+class Simulated(ChainDrafter):
+    """A chain drafter whose first `right` drafts of a round are accepted."""
+
+    name = "test-simulated"
+
+    def __init__(self, right: Callable[[int], int]) -> None:
+        super().__init__()
+        self.right = right
+
+    def draft(self, rows: Sequence[Any], budgets: Sequence[int]) -> list[list[int]]:
+        raise NotImplementedError
+
+
+def simulate(
+    drafter: Simulated,
+    costs: CostCurve,
+    *,
+    rounds: int,
+    draft: Callable[[int], float] = lambda nodes: 0.0,
+    policy: Auto | None = None,
+    rows: int = 1,
+) -> tuple[int, float, int, list[int]]:
+    """(emitted tokens, seconds, draft nodes, budgets of the first row)."""
+    policy = policy or Auto(costs)
+    slots: list[Any] = [SimpleNamespace(slot=i) for i in range(rows)]
+    tokens, seconds, nodes, budgets = 0, 0.0, 0, []
+    for turn in range(rounds):
+        plan = policy.plan(slots, drafter)
+        budgets.append(plan[0])
+        times = RoundTimes(
+            draft=draft(max(plan)) if max(plan) else 1e-6,
+            step=costs(rows + sum(plan)),
+            nodes=rows + sum(plan),
+            drafts=max(plan),
+        )
+        for row, budget in zip(slots, plan, strict=True):
+            accepted = min(budget, drafter.right(turn))
+            if budget:
+                policy.observe(row, budget, accepted, drafter.expected(budget))
+                drafter.observe(row, chain(range(budget + 1)), range(accepted + 1))
+            tokens += accepted + 1
+        policy.observe_round(times)
+        seconds += times.draft + times.step
+        nodes += sum(plan)
+    for row in slots:
+        policy.release(row.slot)
+    return tokens, seconds, nodes, budgets
+
+
+def plain_seconds(costs: CostCurve, tokens: int, rows: int = 1) -> float:
+    return tokens / rows * costs(rows)
+
+
+@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+def test_a_hopeless_drafter_is_switched_off(costs: CostCurve) -> None:
+    tokens, seconds, nodes, budgets = simulate(Simulated(lambda turn: 0), costs, rounds=1000)
+    assert nodes <= 0.05 * tokens
+    assert seconds <= 1.03 * plain_seconds(costs, tokens)
+    assert budgets[-1] == 0
+
+
+def test_what_one_request_taught_the_next_one_knows() -> None:
+    policy, drafter = Auto(CHEAP), Simulated(lambda turn: 0)
+    simulate(drafter, CHEAP, rounds=200, policy=policy)
+    nodes = sum(simulate(drafter, CHEAP, rounds=15, policy=policy)[2] for _ in range(20))
+    assert nodes <= 0.05 * 20 * 15
+
+
+def test_a_perfect_drafter_gets_large_trees() -> None:
+    tokens, seconds, _, budgets = simulate(Simulated(lambda turn: 99), CHEAP, rounds=300)
+    assert budgets[-1] >= 32
+    assert seconds < 0.25 * plain_seconds(CHEAP, tokens)
+
+
+def test_a_draft_of_two_good_tokens_gets_a_small_tree() -> None:
+    _, _, _, budgets = simulate(Simulated(lambda turn: 2), CHEAP, rounds=300)
+    assert sorted(budgets[-50:])[25] in (2, 3, 4)
+
+
+def test_drafts_that_cost_more_than_they_bring_are_left_out() -> None:
+    """A draft model as slow as its target: right every time, and still a loss."""
+    tokens, seconds, _, budgets = simulate(
+        Simulated(lambda turn: 99), CHEAP, rounds=1500, draft=lambda nodes: 1.3e-3 * nodes
+    )
+    assert budgets[-1] in (0, 4)
+    assert seconds <= 1.05 * plain_seconds(CHEAP, tokens)
+
+
+def test_a_cheap_draft_model_is_used_at_the_depth_that_pays() -> None:
+    tokens, seconds, _, budgets = simulate(
+        Simulated(lambda turn: 4), CHEAP, rounds=600, draft=lambda nodes: 0.15e-3 * nodes
+    )
+    assert sorted(budgets[-50:])[25] in (3, 4, 6)
+    assert seconds < 0.6 * plain_seconds(CHEAP, tokens)
+
+
+def test_a_drafter_earns_its_place_back() -> None:
+    drafter = Simulated(lambda turn: 99 if turn > 300 else 0)
+    assert simulate(drafter, CHEAP, rounds=1200)[3][-1] >= 8
+
+
+def test_rows_of_a_batch_are_planned_together() -> None:
+    tokens, seconds, nodes, _ = simulate(Simulated(lambda turn: 0), CHEAP, rounds=400, rows=6)
+    assert nodes <= 0.08 * tokens
+    assert seconds <= 1.05 * plain_seconds(CHEAP, tokens, rows=6)
+
+
+def test_fixed_budgets() -> None:
+    drafter = Simulated(lambda turn: 0)
+    assert Fixed(5).plan([None, None], drafter) == [5, 5]  # type: ignore[list-item]
+    assert Fixed(500).plan([None], drafter) == [drafter.max_nodes]  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="0"):
+        Fixed(-1)
