@@ -253,7 +253,7 @@ def test_a_softmax_model_ends_at_its_last_position(drafter: str | None) -> None:
     )
     # the last token needs no position of its own
     assert [row.emitted for row in rows] == [6, 1]
-    with pytest.raises(ContextOverflow, match="21 tokens.*20"):
+    with pytest.raises(ContextOverflow, match=r"21 tokens.*20"):
         decode(model, [random_tokens(21)], SamplingParams())
 
 

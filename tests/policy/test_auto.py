@@ -1,4 +1,4 @@
-"""The automatic policy on simulated machines: rounds cost what a curve says, drafters what they say."""
+"""The automatic policy on simulated machines: a round costs what a curve says."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def plain_seconds(costs: CostCurve, tokens: int, rows: int = 1) -> float:
 @pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
 def test_a_hopeless_drafter_is_switched_off(costs: CostCurve) -> None:
     tokens, seconds, nodes, budgets = simulate(Simulated(lambda turn: 0), costs, rounds=1000)
-    assert nodes <= 0.05 * tokens
+    assert nodes <= 0.06 * tokens
     assert seconds <= 1.03 * plain_seconds(costs, tokens)
     assert budgets[-1] == 0
 

@@ -27,6 +27,7 @@ STATE_CONTEXTS = (1024, 8192, 32768)
 _SIGNATURE = re.compile(r"^ *def .*:\n", re.M)
 _CHARACTERS_BEFORE = 1200
 _LEAST_PROMPTS = 2
+_LEAST_CONTEXTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +195,16 @@ def speed_at_contexts(
 ) -> ContextSpeed:
     """Milliseconds per token of both models, plain and speculative, as far as the time allows.
 
-    The teacher's limit of positions is lifted: its speed there is real, its text means nothing.
+    Two contexts are always measured: one point is no curve. The teacher's limit of positions is
+    lifted: its speed there is real, its text means nothing.
     """
     tokenizer = load_tokenizer(teacher)
     rows: dict[str, list[SpeedRow]] = {TEACHER: [], STUDENT: []}
     note, took, before = "", 0.0, 0
-    for context in budget.contexts:
+    for at, context in enumerate(budget.contexts):
         # reading a context costs its length at the least
         expected = took * context / before if before else 0.0
-        if clock() + expected > deadline:
+        if at >= _LEAST_CONTEXTS and clock() + expected > deadline:
             note = f"The time was up before {context} tokens of context."
             break
         began = clock()

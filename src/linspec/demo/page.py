@@ -12,12 +12,15 @@ from linspec.demo.showcase import Showcase
 from linspec.report.data import Bar, Bars, Chart, Report, Series, Table, Tile
 from linspec.report.plots import format_value
 
+PROMPT_LOOKUP = "prompt-lookup"
 DRAFTERS = {
     NONE: "plain",
-    "prompt-lookup": "prompt lookup",
+    PROMPT_LOOKUP: "prompt lookup",
     "medusa": "Medusa",
     "student": "student drafts",
 }
+# deepest draft that the acceptance chart shows
+_DEEPEST = 8
 COLOURS = {TEACHER: 1, SWAPPED: 2, STUDENT: 3, SHIPPED: 4}
 COLUMNS = {TEACHER: "teacher", STUDENT: "student of this run", SHIPPED: "shipped student"}
 
@@ -151,14 +154,13 @@ def _tiles(result: DemoResult) -> tuple[Tile, ...]:
 def _plots(result: DemoResult, evidence: Evidence) -> tuple[Chart | Bars, ...]:
     speed = [_speed_chart(evidence.speed)] if any(evidence.speed.rows.values()) else []
     loss = [_loss_chart(evidence.log)] if evidence.log else []
-    acceptance = _acceptance_chart(result)
     return (
         _bits_bars(result, evidence),
         *loss,
         *speed,
         _state_chart(result),
         _round_bars(result),
-        *([acceptance] if acceptance.series else []),
+        _acceptance_chart(result, evidence.showcase),
     )
 
 
@@ -265,18 +267,12 @@ def _round_bars(result: DemoResult) -> Bars:
     )
 
 
-def _acceptance_chart(result: DemoResult) -> Chart:
-    series = [
-        Series(
-            f"{row.model}: {DRAFTERS[row.drafter]}",
-            tuple(float(depth) for depth in range(1, len(row.acceptance[:_DEEPEST]) + 1)),
-            row.acceptance[:_DEEPEST],
-            dashed=row.drafter != "medusa",
-            colour=COLOURS[row.model],
-        )
-        for row in _drafted(result)
-        if row.acceptance and (row.model == STUDENT or row.drafter in ("student", "medusa"))
-    ]
+def _acceptance_chart(result: DemoResult, showcase: Showcase) -> Chart:
+    rows = [row for row in _drafted(result) if row.model == STUDENT or row.drafter != PROMPT_LOOKUP]
+    lines = {(row.model, row.drafter): row.acceptance for row in rows if row.acceptance}
+    # where the policy did not draft, the showcase did: its trees have a fixed size
+    lines.setdefault((STUDENT, "medusa"), showcase.acceptance)
+    series = [_depth_line(*key, rates) for key, rates in lines.items() if rates]
     return Chart(
         title="Acceptance by depth",
         x_label="depth of the draft",
@@ -287,7 +283,11 @@ def _acceptance_chart(result: DemoResult) -> Chart:
     )
 
 
-_DEEPEST = 8
+def _depth_line(model: str, drafter: str, rates: Sequence[float]) -> Series:
+    rates = tuple(rates[:_DEEPEST])
+    depths = tuple(float(depth) for depth in range(1, len(rates) + 1))
+    label = f"{model}: {DRAFTERS[drafter]}"
+    return Series(label, depths, rates, drafter != "medusa", COLOURS[model])
 
 
 def _notes(result: DemoResult, evidence: Evidence) -> tuple[str, ...]:

@@ -37,10 +37,11 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class Showcase:
-    """A coloured text and the trees of some of its rounds."""
+    """A coloured text, the trees of some of its rounds, its acceptance by depth."""
 
     sample: Sample
     rounds: tuple[Round, ...]
+    acceptance: tuple[float, ...]
 
 
 def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -> Showcase:
@@ -53,6 +54,7 @@ def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -
     screen.prompt(text)
     spans: list[Span] = []
     tokens = list(prompt)
+    acceptance: tuple[float, ...] = ()
     for number, piece in enumerate(llm.stream([list(prompt)], params)):
         _, accepted = recorder.seen[-1]
         texts = token_texts(llm.tokenizer, piece.token_ids, tokens)
@@ -61,14 +63,15 @@ def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -
             spans.append(Span(part, drafted, number))
             screen.drafted(part, accepted=drafted)
         tokens += piece.token_ids
+        if piece.done is not None:
+            acceptance = tuple(piece.done.stats.acceptance)
     screen.end()
     caption = (
         f"{len(tokens) - len(prompt)} tokens in {len(recorder.seen)} steps of the model, greedy, "
         f"trees of {budget.shown_nodes} drafts by the heads trained in this run."
     )
-    return Showcase(
-        Sample(text, tuple(spans), caption), _pick_rounds(llm, recorder, budget.shown_rounds)
-    )
+    rounds = _pick_rounds(llm, recorder, budget.shown_rounds)
+    return Showcase(Sample(text, tuple(spans), caption), rounds, acceptance)
 
 
 def _pick_rounds(llm: LLM, recorder: Recorder, count: int) -> tuple[Round, ...]:

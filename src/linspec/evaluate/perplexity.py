@@ -105,8 +105,8 @@ def evaluate(
     float32 if False. Raises ConfigError for impossible sizes and InputError when there is nothing
     to predict.
     """
-    context = context or model.config.max_positions
-    stride = stride or max(1, context // 2)
+    context = model.config.max_positions if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
     _check_sizes(model, context, stride, limit_bytes)
     texts = list(_limited(documents, limit_bytes))
     first = end_of_text(tokenizer, model.config)

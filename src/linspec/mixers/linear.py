@@ -23,7 +23,7 @@ NORM_FLOOR = 1e-6
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x / ‖x‖ over the last dimension."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_FLOOR)
 
 
 class GroupedLinear(Mixer):

@@ -24,7 +24,7 @@ _MARGIN = 1.03
 # a new request is looked at again after 1, 2, 4 and from then on every 8 rounds
 _REPLAN_ROUNDS = 8
 # drafts of a first plan; later ones may double what was tried, whose cost is then known
-_FIRST_NODES = 8
+_FIRST_NODES = 4
 _FIRST_PATIENCE, _LAST_PATIENCE = 16, 512
 
 
@@ -38,6 +38,7 @@ class _Record:
     budget: int = 0
     age: int = 1
     wait: int = 1
+    whole: bool = False
     idle: int = 0
     patience: int = _FIRST_PATIENCE
 
@@ -96,6 +97,7 @@ class Auto(Policy):
         self.costs = costs
         self._records: dict[int, _Record] = {}
         self._overall = _Record()
+        self._hope = True
         self._drift = 1.0
         self._draft = _DraftCost()
 
@@ -116,22 +118,34 @@ class Auto(Policy):
         ranked = sorted(records, key=_Record.ratio, reverse=True)
         plain = len(ranked) / self._step(len(ranked))
         best, best_nodes, best_rows = plain * _MARGIN, 0, 0
+        self._hope = False
         most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self._draft.largest))
         for nodes in (n for n in CANDIDATES if n <= most):
             gain, tokens = drafter.expected(nodes), float(len(ranked))
             for rows, record in enumerate(ranked, 1):
-                tokens += record.ratio() * gain
+                tokens += min(record.ratio() * gain, nodes)
                 seconds = self._step(len(ranked) + rows * nodes) + self._draft(nodes)
+                self._hope |= (len(ranked) + rows * nodes) / seconds > plain * _MARGIN
                 if tokens / seconds > best:
                     best, best_nodes, best_rows = tokens / seconds, nodes, rows
         for rank, record in enumerate(ranked):
             record.age, record.wait = 0, min(2 * record.wait, _REPLAN_ROUNDS)
-            record.budget = best_nodes if rank < best_rows else 0
+            record.budget = self._stretched(record, best_nodes, most) if rank < best_rows else 0
+            if record.budget:
+                record.idle, record.patience = 0, _FIRST_PATIENCE
+            record.whole = True
+
+    def _stretched(self, record: _Record, nodes: int, most: int) -> int:
+        """`nodes`, or a size never tried yet when smaller trees were accepted whole."""
+        larger = next((n for n in CANDIDATES if n > nodes), nodes)
+        untried = self._draft.largest < larger <= most
+        return larger if untried and record.whole and record.budget else nodes
 
     def _probe(self, record: _Record) -> int:
         """A small tree once in a while, so that a drafter can earn its place back."""
         record.idle += 1
-        if record.idle < record.patience:
+        # when not even perfect drafts would pay, only the costs are looked at again
+        if record.idle < (record.patience if self._hope else _LAST_PATIENCE):
             return 0
         record.idle, record.patience = 0, min(2 * record.patience, _LAST_PATIENCE)
         return 4
@@ -145,6 +159,7 @@ class Auto(Policy):
             return
         record.add(accepted, expected)
         self._overall.add(accepted, expected)
+        record.whole &= accepted == drafted
         if accepted and not record.budget:
             record.patience, record.age = _FIRST_PATIENCE, _REPLAN_ROUNDS
 

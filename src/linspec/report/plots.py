@@ -51,7 +51,7 @@ def render(plot: Chart | Bars) -> str:
         figure = _bars(plot) if isinstance(plot, Bars) else _lines(plot)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _embed(out.getvalue(), plot.title)
+    return _embed(out.getvalue(), plot.title, salt)
 
 
 def _figure(height: float) -> tuple[Any, Any]:
@@ -146,7 +146,7 @@ def format_value(value: float, unit: Unit) -> str:
 
 
 def _tokens(value: float) -> str:
-    if value >= 1024 and value % 1024 == 0:
+    if value % 1024 == 0 and value % 1000:
         return f"{value / 1024:g}k"
     return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
 
@@ -159,12 +159,14 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} GB"
 
 
-def _embed(svg: str, title: str) -> str:
-    """Only the <svg> element: sized by the page, coloured by its variables, named for readers."""
+def _embed(svg: str, title: str, salt: str) -> str:
+    """Only the <svg> element: sized and coloured by the page, its ids its own."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for reference in ('id="', "url(#", 'href="#'):
+        svg = svg.replace(reference, f"{reference}s{salt}-")
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     name = re.sub(r"[<>&\"]", " ", title)

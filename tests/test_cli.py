@@ -1,0 +1,324 @@
+"""The command line as scripts see it: JSON keys, exit codes, a clean stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import model_dir
+from typer.testing import CliRunner, Result
+
+from linspec.cli import app
+from linspec.train.drafter import DrafterConfig
+from linspec.train.linearize import LinearizeConfig
+
+VERBS = (
+    "demo",
+    "pretrain",
+    "linearize",
+    "train-drafter",
+    "generate",
+    "eval",
+    "verify",
+    "bench",
+    "info",
+    "list",
+)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LINSPEC_DEBUG", raising=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(4):
+        (folder / f"{i}.txt").write_text(f"abcd end {i} the end\n" * 30)
+    return folder
+
+
+def run(*args: object, stdin: bytes | str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args], input=stdin)
+
+
+def run_json(*args: object, stdin: bytes | str | None = None) -> dict[str, Any]:
+    result = run(*args, "--json", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    # one object on one line, and nothing else
+    assert result.stdout.count("\n") == 1
+    data: dict[str, Any] = json.loads(result.stdout)
+    return data
+
+
+def fails(*args: object, stdin: bytes | str | None = None) -> str:
+    """The one line of a linspec error."""
+    result = run(*args, stdin=stdin)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_teaches_with_an_example(verb: str) -> None:
+    result = run(verb, "--help")
+    assert result.exit_code == 0
+    assert f"Example: linspec {verb}" in result.output
+
+
+def test_the_overview_names_every_verb() -> None:
+    result = run("--help")
+    assert all(re.search(rf"^\s+{verb}\s", result.output, re.M) for verb in VERBS)
+
+
+@pytest.mark.parametrize("args", [("nonsense",), ("generate",), ("eval", "x", "--nonsense")])
+def test_wrong_usage_is_2(args: tuple[str, ...]) -> None:
+    assert run(*args).exit_code == 2
+
+
+def test_generate() -> None:
+    args = ("generate", model_dir("aug"), "--prompt", "abcd", "--max-tokens", 7, "--temperature", 0)
+    data = run_json(*args, "--drafter", "prompt-lookup", "--seed", 1)
+    assert {"text", "token_ids", "tokens_per_round", "tokens_per_s", "rounds"} <= set(data)
+    assert len(data["token_ids"]) == 7
+    assert data["finish_reason"] == "length"
+    plain = run(*args)
+    assert plain.exit_code == 0
+    assert plain.stdout == data["text"] + "\n"
+    assert "7 tokens" in plain.stderr
+
+
+def test_prompts_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
+    text = "naïve € text"
+    file = tmp_path / "prompt.txt"
+    file.write_text(text, encoding="utf-8")
+    base = ("generate", model_dir("aug"), "--max-tokens", 5)
+    expected = run_json(*base, "--prompt", text)["token_ids"]
+    assert run_json(*base, "--prompt-file", file)["token_ids"] == expected
+    assert run_json(*base, "--prompt", "-", stdin=text.encode())["token_ids"] == expected
+
+
+def test_generate_options_reach_the_sampler() -> None:
+    base = ("generate", model_dir("aug"), "--prompt", "abcd", "--max-tokens", 12)
+    sampled = (*base, "--temperature", 1, "--top-k", 9, "--top-p", 0.9, "--repetition-penalty", 1.2)
+    first, again, other = (run_json(*sampled, "--seed", s)["token_ids"] for s in (1, 1, 2))
+    assert first == again != other
+    free = run_json(*base)
+    cut = run_json(*base, "--stop", free["text"][4:6], "--stop", "never there")
+    assert cut["text"] == free["text"][: free["text"].find(free["text"][4:6])]
+    assert cut["finish_reason"] == "stop"
+    logprobs = run_json(*base, "--logprobs", 2)["logprobs"]
+    assert len(logprobs) == 12 and len(logprobs[0]["top"]) == 2
+
+
+def test_eval(data: Path) -> None:
+    found = run_json("eval", model_dir("aug"), "--data", data, "--limit-bytes", 500)
+    assert {"bits_per_byte", "perplexity", "tokens"} <= set(found)
+    assert found["bytes"] == 500
+    assert "bits_per_byte" in run("eval", model_dir("aug"), "--data", data).stdout
+    assert run_json("eval", model_dir("softmax"), "--limit-bytes", 2000)["bytes"] == 2000
+
+
+def test_verify(data: Path) -> None:
+    args = ("--prompts", 3, "--tokens", 10, "--draws", 40, "--data", data)
+    found = run_json("verify", model_dir("aug"), "--drafter", "prompt-lookup", *args)
+    keys = {"lossless_greedy", "prompts", "tokens", "sampling_p_value", "first_divergence"}
+    assert keys <= set(found)
+    assert found["lossless_greedy"] is True
+    assert found["first_divergence"] is None
+
+
+def test_bench(data: Path) -> None:
+    args = ("--tokens", 8, "--repeats", 1, "--data", data, "--contexts")
+    found = run_json("bench", model_dir("softmax"), "--drafter", "prompt-lookup", *args, "16,999")
+    assert {"machine", "rows"} <= set(found)
+    keys = {"context", "mode", "tokens_per_s", "ms_per_token", "state_bytes"}
+    assert all(keys <= set(row) for row in found["rows"])
+    assert [row["mode"] for row in found["rows"]] == ["plain", "prompt-lookup"]
+    assert found["skipped"][0]["context"] == 999
+    people = run("bench", model_dir("softmax"), *args, "16,999")
+    assert "plain" in people.stdout and "skipped context 999" in people.stderr
+
+
+def test_info() -> None:
+    found = run_json("info")
+    assert {"version", "torch", "device", "kernels", "threads"} <= set(found)
+    assert "torch" in run("info").stdout
+    before = torch.get_num_threads()
+    try:
+        assert run_json("info", "--threads", 1)["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_list() -> None:
+    found = run_json("list")
+    assert set(found) == {"mixers", "drafters", "verifiers", "policies"}
+    for entries in found.values():
+        assert all({"name", "paper", "summary"} <= set(entry) for entry in entries)
+    names = {axis: [entry["name"] for entry in entries] for axis, entries in found.items()}
+    assert {"softmax", "aug", "local", "grouped"} <= set(names["mixers"])
+    assert {"medusa", "prompt-lookup", "student"} <= set(names["drafters"])
+    assert "arXiv" in run("list").stdout
+
+
+def test_linearize_and_train_a_drafter(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "student"
+    short = ("--data", data, "--tokens", 64, "--context", 16, "--batch-tokens", 32)
+    args = (model_dir("softmax"), "--out", out, "--group", 8, "--taps", 4, *short)
+    assert run_json("linearize", *args) == {"out": str(out)}
+    found = run_json("train-drafter", out, "--heads", 2, *short)
+    assert found == {"out": str(out / "medusa")}
+    result = run_json("generate", out, "--prompt", "abcd", "--drafter", "medusa", "--policy", 3)
+    assert len(result["token_ids"]) >= 1
+
+
+def test_training_options_are_those_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("linspec.train.linearize.linearize", lambda *a, **k: seen.update(k))
+    run_json("linearize", "x", "--out", "y", "--keep-softmax", "0,2", "--lr", 0.5, "--resume")
+    assert seen["config"] == LinearizeConfig(lr=0.5)
+    assert (seen["keep_softmax"], seen["resume"], seen["mixer"]) == ([0, 2], True, "aug")
+    monkeypatch.setattr("linspec.train.drafter.train_drafter", lambda *a, **k: seen.update(k))
+    run_json("train-drafter", "x", "--heads", 3, "--data", "a", "--data", "b")
+    assert seen["config"] == DrafterConfig(heads=3)
+    assert seen["data"] == ["a", "b"]
+
+
+def test_demo_calls_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Answer:
+        def to_json(self) -> dict[str, Any]:
+            return {"lossless": True, "rows": [], "seconds": float("nan")}
+
+    def fake(**settings: Any) -> Answer:
+        print("noise of a library")
+        assert settings["quick"] and settings["out"] == tmp_path
+        return Answer()
+
+    monkeypatch.setattr("linspec.demo.run_demo", fake)
+    found = run_json("demo", "--quick", "--out", tmp_path)
+    assert found == {"lossless": True, "rows": [], "seconds": None}
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "verify", "bench", "train-drafter"])
+def test_a_missing_model(verb: str) -> None:
+    prompt = ("--prompt", "x") if verb == "generate" else ()
+    assert "not a directory" in fails(verb, "/nowhere", *prompt)
+
+
+def test_a_directory_of_pickles(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((model_dir("softmax") / name).read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert "safetensors" in fails("generate", tmp_path, "--prompt", "x")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--prompt", ""), "prompt is empty"),
+        (("--prompt", "-"), "prompt is empty"),
+        ((), "give one of --prompt"),
+        (("--prompt", "x", "--prompt-file", "y"), "give one of --prompt"),
+        (("--prompt-file", "/nowhere.txt"), "cannot read"),
+        (("--prompt", "x", "--max-tokens", "0"), "max_tokens must be 1 or more, got 0"),
+        (("--prompt", "x", "--max-tokens", "-1"), "max_tokens must be 1 or more, got -1"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--prompt", "x", "--drafter", "nonsense"), "unknown drafter 'nonsense'"),
+        (("--prompt", "x", "--drafter", "medusa"), "no Medusa heads"),
+        (("--prompt", "x", "--verifier", "nonsense"), "unknown verifier"),
+        (("--prompt", "x", "--drafter", "prompt-lookup", "--policy", "x"), "unknown policy"),
+        (("--prompt", "x", "--device", "nonsense"), "device"),
+        (("--prompt", "x", "--threads", "0"), "threads"),
+        (("--prompt", "a" * 400), "256"),
+    ],
+)
+def test_bad_requests(args: tuple[str, ...], message: str) -> None:
+    assert message in fails("generate", model_dir("softmax"), *args)
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "latin.txt"
+    file.write_bytes("é".encode("latin-1"))
+    assert "not UTF-8" in fails("generate", model_dir("aug"), "--prompt-file", file)
+    assert "not UTF-8" in fails("generate", model_dir("aug"), "--prompt", "-", stdin=b"\xff")
+    assert "not UTF-8" in fails("eval", model_dir("aug"), "--data", file)
+
+
+def test_bad_training_requests(tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "out"
+    base = ("linearize", model_dir("softmax"), "--out", out, "--data", data)
+    assert "unknown mixer 'nonsense'" in fails(*base, "--mixer", "nonsense")
+    assert "--keep-softmax" in fails(*base, "--keep-softmax", "x")
+    assert "layers are 0..1" in fails(*base, "--keep-softmax", "7")
+    assert "nothing to resume" in fails(*base, "--resume", "--context", 16)
+    assert "tokens" in fails(*base, "--tokens", 0)
+    assert "unknown recipe" in fails("pretrain", "--out", out, "--recipe", "nonsense")
+    assert "--steps" in fails("pretrain", "--out", out, "--steps", 0)
+    assert "cannot train" in fails("train-drafter", model_dir("aug"), "--kind", "nonsense")
+    assert not out.exists()
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    assert "no text" in fails("eval", model_dir("aug"), "--data", tmp_path)
+
+
+def test_an_error_keeps_stdout_clean_with_json() -> None:
+    assert "got 0" in fails(
+        "generate", model_dir("aug"), "--prompt", "x", "--max-tokens", 0, "--json"
+    )
+
+
+def test_a_divergence_is_reported_and_exits_with_1(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linspec.evaluate.lossless import Divergence, Report
+
+    report = Report(False, 1, 3, None, Divergence(0, 3, 1, 2, 0.5), 0, (), 1.0)
+    monkeypatch.setattr("linspec.evaluate.lossless.verify", lambda *a, **k: report)
+    result = run("verify", model_dir("aug"), "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["first_divergence"]["position"] == 3
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linspec.train.pretrain.pretrain", interrupted)
+    result = run("pretrain", "--out", "x")
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    monkeypatch.setattr("linspec.evaluate.perplexity.evaluate_source", interrupted)
+    assert run("eval", "x").exit_code == 130
+
+
+def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINSPEC_DEBUG", "1")
+    result = run("eval", "/nowhere")
+    assert result.exception is not None and "/nowhere" in str(result.exception)
+
+
+def test_the_real_process_keeps_stdout_for_the_answer() -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", "from linspec.cli import main; main()"),
+            *("generate", str(model_dir("aug")), "--prompt", "abcd", "--max-tokens", "3", "--json"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(json.loads(done.stdout)["token_ids"]) == 3

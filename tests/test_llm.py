@@ -1,0 +1,199 @@
+"""Prompts in, text out: strings, streams, several requests at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import model_dir, text_model, tiny_tokenizer
+from helpers import full_logits
+
+from linspec.errors import CheckpointError, ConfigError, ContextOverflow, DrafterError, InputError
+from linspec.llm import LLM
+from linspec.sampling import SamplingParams
+
+PROMPTS = ["ab cd end", "def f(x):", "é", "the end " * 4, "abcd" * 9]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path))
+
+
+def make(mixer: str = "aug", drafter: str = "none", **settings: object) -> LLM:
+    settings = {"policy": 5, "max_batch": 3} | settings
+    return LLM(model_dir(mixer), drafter=drafter, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def plain() -> LLM:
+    return make()
+
+
+def test_more_prompts_than_slots_come_back_in_order(plain: LLM) -> None:
+    params = [SamplingParams(max_tokens=n) for n in (3, 20, 7, 1, 12)]
+    together = plain.generate(PROMPTS, params)
+    for prompt, each, result in zip(PROMPTS, params, together, strict=True):
+        alone = plain.generate(prompt, each)[0]
+        assert (result.token_ids, result.text) == (alone.token_ids, alone.text)
+        assert len(result.token_ids) == each.max_tokens
+        assert result.finish_reason == "length"
+        assert result.prompt_tokens == len(tiny_tokenizer()(prompt)["input_ids"])
+
+
+@pytest.mark.parametrize("drafter", ["prompt-lookup", "draft-model", "student"])
+@pytest.mark.parametrize("mixer", ["aug", "softmax"])
+def test_greedy_text_is_the_same_with_every_drafter(mixer: str, drafter: str) -> None:
+    where = {"draft-model": f":{model_dir('softmax', 1)}", "student": f":{model_dir('aug', 1)}"}
+    params = SamplingParams(max_tokens=25)
+    expected = make(mixer).generate(PROMPTS, params)
+    results = make(mixer, drafter + where.get(drafter, "")).generate(PROMPTS, params)
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+    assert [r.text for r in results] == [r.text for r in expected]
+
+
+def test_the_automatic_policy_changes_no_token() -> None:
+    params = SamplingParams(max_tokens=25)
+    itself = f"draft-model:{model_dir('aug')}"
+    results = make("aug", itself, policy="auto").generate(PROMPTS, params)
+    assert [r.token_ids for r in results] == [r.token_ids for r in make().generate(PROMPTS, params)]
+
+
+def test_pieces_add_up_to_the_result() -> None:
+    llm = make("aug", f"draft-model:{model_dir('aug')}")
+    texts, tokens, results = {}, {}, {}
+    for piece in llm.stream(PROMPTS, SamplingParams(max_tokens=30)):
+        texts[piece.index] = texts.get(piece.index, "") + piece.text
+        tokens[piece.index] = tokens.get(piece.index, ()) + piece.token_ids
+        if piece.done:
+            results[piece.index] = piece.done
+    assert sorted(results) == list(range(len(PROMPTS)))
+    for index, result in results.items():
+        assert texts[index] == result.text
+        assert tokens[index] == result.token_ids
+
+
+@pytest.mark.parametrize("drafter", ["none", f"draft-model:{model_dir('aug')}"])
+def test_stop_strings_across_tokens_and_drafts(drafter: str) -> None:
+    llm = make("aug", drafter)
+    free = llm.generate(PROMPTS[0], SamplingParams(max_tokens=40, ignore_eos=True))[0]
+    # a stop string that begins inside one token and ends inside a later one
+    stop = free.text[9:12]
+    assert len(stop) == 3
+    shown, result = "", None
+    for piece in llm.stream(PROMPTS[0], SamplingParams(max_tokens=40, stop=(stop, "never"))):
+        shown += piece.text
+        assert stop not in shown
+        assert free.text[: free.text.find(stop)].startswith(shown)
+        result = piece.done
+    assert result is not None
+    assert shown == result.text == free.text[: free.text.find(stop)]
+    assert result.finish_reason == "stop"
+    assert result.token_ids == free.token_ids[: len(result.token_ids)]
+    assert len(result.token_ids) < 40
+    assert not llm.engine.busy
+
+
+def test_end_of_sequence_ends_the_text(plain: LLM) -> None:
+    params = SamplingParams(max_tokens=30, logit_bias={0: 1000.0})
+    result = plain.generate("abcd", params)[0]
+    assert (result.token_ids, result.text, result.finish_reason) == ((0,), "", "stop")
+
+
+def test_seeds_do_not_depend_on_the_batch() -> None:
+    llm = make("softmax", f"draft-model:{model_dir('aug', 2)}")
+    params = [SamplingParams(max_tokens=15, temperature=1.0, seed=s) for s in range(5)]
+    together = llm.generate(PROMPTS, params)
+    for prompt, each, result in zip(PROMPTS, params, together, strict=True):
+        assert llm.generate(prompt, each)[0].token_ids == result.token_ids
+
+
+@pytest.mark.parametrize("drafter", ["none", f"draft-model:{model_dir('aug')}"])
+def test_logprobs_are_those_of_the_full_form(drafter: str) -> None:
+    result = make("aug", drafter).generate("ab cd", SamplingParams(max_tokens=12, logprobs=3))[0]
+    assert result.logprobs is not None and len(result.logprobs) == len(result.token_ids)
+    prompt = tiny_tokenizer()("ab cd")["input_ids"]
+    texts = [[*prompt, *result.token_ids[:n]] for n in range(len(result.token_ids))]
+    rows = full_logits(text_model("aug"), texts).log_softmax(-1)
+    for row, token, entry in zip(rows, result.token_ids, result.logprobs, strict=True):
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+        assert len(entry.top) == 3 and entry.top[0][0] == token
+        values = torch.tensor([value for _, value in entry.top])
+        torch.testing.assert_close(values, row.topk(3).values, rtol=0, atol=1e-4)
+
+
+def test_leaving_a_stream_early_frees_the_engine(plain: LLM) -> None:
+    for piece in plain.stream(PROMPTS, SamplingParams(max_tokens=30)):
+        assert piece.done is None
+        break
+    assert not plain.engine.busy
+    expected = make().generate(PROMPTS[1], SamplingParams(max_tokens=9))
+    again = plain.generate(PROMPTS[1], SamplingParams(max_tokens=9))
+    assert again[0].token_ids == expected[0].token_ids
+
+
+def test_a_second_stream_at_the_same_time_is_refused(plain: LLM) -> None:
+    first = plain.stream(PROMPTS, SamplingParams(max_tokens=5))
+    next(first)
+    with pytest.raises(ConfigError, match="still streaming"):
+        plain.generate(PROMPTS[0])
+    assert sum(piece.done is not None for piece in first) == len(PROMPTS)
+
+
+def test_a_bad_request_among_good_ones_leaves_nothing_behind(plain: LLM) -> None:
+    with pytest.raises(InputError, match="9999"):
+        plain.generate([[1, 2], [9999]])
+    with pytest.raises(InputError, match="logit_bias"):
+        plain.generate(["ab", "cd"], [SamplingParams(), SamplingParams(logit_bias={9999: 1.0})])
+    assert not plain.engine.busy
+
+
+def test_prompts_that_cannot_be_used(plain: LLM) -> None:
+    for prompts in ("", [], [""], [[]]):
+        with pytest.raises(InputError):
+            plain.generate(prompts)
+    with pytest.raises(InputError, match="not valid text"):
+        plain.generate("\udcff")
+    with pytest.raises(ConfigError, match="2 sampling parameters for 1"):
+        plain.generate("ab", [SamplingParams()] * 2)
+
+
+def test_a_prompt_beyond_the_softmax_limit() -> None:
+    long = [5] * 257
+    with pytest.raises(ContextOverflow, match=r"257 tokens.*256.*linearize"):
+        make("softmax").generate(long)
+    assert len(make("aug").generate(long, SamplingParams(max_tokens=3))[0].token_ids) == 3
+
+
+def test_a_decoder_needs_its_tokenizer() -> None:
+    with pytest.raises(ConfigError, match="tokenizer"):
+        LLM(text_model("aug"))
+    llm = LLM(text_model("aug"), tokenizer=tiny_tokenizer())
+    assert llm.generate("ab", SamplingParams(max_tokens=4))[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"drafter": "nonsense"}, ConfigError),
+        ({"drafter": "medusa"}, DrafterError),
+        ({"drafter": "draft-model"}, DrafterError),
+        ({"drafter": "draft-model:/nowhere"}, CheckpointError),
+        ({"drafter": f"student:{model_dir('softmax')}"}, DrafterError),
+        ({"verifier": "nonsense"}, ConfigError),
+        ({"drafter": "prompt-lookup", "policy": "nonsense"}, ConfigError),
+        ({"max_batch": 0}, ConfigError),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make(**settings)  # type: ignore[arg-type]
+
+
+def test_a_result_as_json(plain: LLM) -> None:
+    data = plain.generate("ab", SamplingParams(max_tokens=4, logprobs=1))[0].to_json()
+    assert {"text", "token_ids", "tokens_per_round", "tokens_per_s", "rounds"} <= set(data)
+    assert (data["rounds"], data["tokens_per_round"]) == (3, 1.0)
+    assert [entry["token"] for entry in data["logprobs"]] == data["token_ids"]
