@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,9 +76,14 @@ def tiny_model(
     device: str = "cpu",
     **switches: object,
 ) -> Decoder:
-    """A random decoder with one layer for each of `mixers`, two layers if only one is named."""
+    """A random decoder with one layer for each of `mixers`.
+
+    If only one is named there are two layers of it, the second with its groups shifted.
+    """
     named = [mixer_config(m, taps) if isinstance(m, str) else m for m in mixers]
-    config = tiny_config(*(named * 2 if len(named) == 1 else named), **switches)  # type: ignore[arg-type]
+    if len(named) == 1:
+        named.append(replace(named[0], shift=named[0].group - 1))
+    config = tiny_config(*named, **switches)  # type: ignore[arg-type]
     return randomise(Decoder(config), seed).to(device, dtype)
 
 

@@ -35,6 +35,8 @@ class Layout:
 
 def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch.device) -> Layout:
     """Layout of rows given as (committed rows, parents of all staged rows, how many are new)."""
+    if len(rows) == 1 and rows[0][1] == (-1,):
+        return _plain_layout(rows[0][0], device)
     count, nodes = len(rows), max(new for *_, new in rows)
     width = max(base + len(parents) for base, parents, _ in rows)
     offsets = torch.zeros(count, nodes, dtype=torch.long)
@@ -50,3 +52,9 @@ def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch
         visible[i, :new, base:total] = seen[len(parents) - new :]
     plain = bool(visible.all())
     return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
+
+
+def _plain_layout(base: int, device: torch.device) -> Layout:
+    """One node after `base` committed rows: the step that plain decoding takes over and over."""
+    columns = torch.arange(base + 1, device=device)[None]
+    return Layout(columns[:, -1:], columns, torch.ones_like(columns[None], dtype=torch.bool), True)

@@ -211,11 +211,7 @@ class LLM:
                     f"prompt {request.index} has {len(request.prompt)} tokens, this model takes "
                     f"{limit}; shorten it, or linearize the model: linear mixers have no such limit"
                 )
-        if self.engine.busy:
-            raise ConfigError(
-                "this LLM is still streaming another call; finish or close that one first, or give "
-                "all prompts in one call"
-            )
+        self._check_idle()
         by_row: dict[int, _Request] = {}
         try:
             for request in requests:
@@ -228,6 +224,13 @@ class LLM:
                     yield piece
         finally:
             self.engine.cancel()
+
+    def _check_idle(self) -> None:
+        if self.engine.busy:
+            raise ConfigError(
+                "this LLM is still streaming another call; finish or close that one first, or give "
+                "all prompts in one call"
+            )
 
     def _requests(
         self,

@@ -23,7 +23,8 @@ from linspec.layout import Layout, build_layout
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
-_LAYOUTS_KEPT = 512
+Layouts = OrderedDict[tuple[Any, ...], Layout]
+_LAYOUTS_KEPT = 1024
 _LAYOUT_COLUMNS_KEPT = 1024
 
 
@@ -32,7 +33,8 @@ class RowSpec:
     """Sizes of the rows of one kind of mixer; layers with equal specs share one `RowState`.
 
     kv_heads, key_width, value_width: of one row. lead: value rows kept before the origin (for the
-    convolution). group: close groups of this many rows into a running sum; 0 keeps rows.
+    convolution). group: close groups of this many rows into a running sum; 0 keeps rows. shift: rows
+    that the first group is short of; they exist as zeros, which weigh nothing.
     sums: whether closed groups are summed at all (`local` forgets them). window: keep this many
     rows; 0 keeps all.
     """
@@ -42,6 +44,7 @@ class RowSpec:
     value_width: int
     lead: int = 0
     group: int = 0
+    shift: int = 0
     sums: bool = False
     window: int = 0
 
@@ -70,6 +73,7 @@ class RowState:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        layouts: Layouts | None = None,
     ) -> None:
         self.spec, self.layers = spec, layers
         rows = self._resting_rows() + STAGE_ROWS
@@ -82,10 +86,10 @@ class RowState:
         sums = (slots if spec.sums else 0, spec.kv_heads, spec.key_width, spec.value_width)
         self.sums = torch.zeros(layers, *sums, dtype=wide, device=device)
         self.lengths = [0] * slots
-        self.origins = [0] * slots
+        self.origins = [-spec.shift] * slots
         self.parents: list[list[int]] = [[] for _ in range(slots)]
         self.long: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._layouts: OrderedDict[Any, Layout] = OrderedDict()
+        self._layouts: Layouts = OrderedDict() if layouts is None else layouts
 
     def _resting_rows(self) -> int:
         """Most committed rows that stay in the buffer between rounds."""
@@ -244,7 +248,7 @@ class RowState:
     def reset(self, slot: int) -> None:
         """Make `slot` an empty sequence."""
         self.drop(slot)
-        self.lengths[slot] = self.origins[slot] = 0
+        self.lengths[slot], self.origins[slot] = 0, -self.spec.shift
         # rows left behind are multiplied by zero weights, which would keep a NaN alive
         for rows in (self.keys, self.values):
             rows[:, slot] = 0
@@ -309,8 +313,11 @@ class DecoderState:
         device: torch.device | str = "cpu",
     ) -> None:
         kinds = list(dict.fromkeys(specs))
+        # a layout depends on the offset in a buffer and on the tree, not on what the rows hold
+        layouts: Layouts = OrderedDict()
         self.parts = [
-            RowState(kind, specs.count(kind), slots, dtype=dtype, device=device) for kind in kinds
+            RowState(kind, specs.count(kind), slots, dtype=dtype, device=device, layouts=layouts)
+            for kind in kinds
         ]
         seen = [0] * len(kinds)
         # layer -> (its state, its index there)

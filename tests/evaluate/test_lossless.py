@@ -46,12 +46,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_lossless_drafters_pass(mixer: str, drafter: str, data: Path) -> None:
     where = {"draft-model": f":{model_dir('softmax', 1)}", "student": f":{model_dir('aug', 1)}"}
     report = verify(
-        model_dir(mixer), drafter + where.get(drafter, ""), prompts=6, tokens=20, draws=80,
+        model_dir(mixer), drafter + where.get(drafter, ""), prompts=4, tokens=12, draws=40,
         data=[data],
     )  # fmt: skip
     assert report.lossless_greedy
     assert report.first_divergence is None
-    assert (report.prompts, report.tokens) == (6, 2 * 6 * 20)
+    assert (report.prompts, report.tokens) == (4, 2 * 4 * 12)
     assert report.sampling_p_value is not None and report.sampling_p_value > 1e-3
     assert report.to_json()["first_divergence"] is None
 
@@ -81,7 +81,7 @@ def test_a_broken_verifier_is_caught(data: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_samples_of_the_wrong_distribution_are_caught() -> None:
     class Sly(DraftModel):
-        """Hides what it drew from: its draws are then taken for certain."""
+        """Says that it drew from a sharper distribution than it did."""
 
         def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
             trees = super().propose(rows, budgets)
@@ -92,11 +92,11 @@ def test_samples_of_the_wrong_distribution_are_caught() -> None:
 
     model = text_model("aug")
     prompts = [tiny_tokenizer()("abcd end the")["input_ids"]]
-    honest = DraftModel(text_model("softmax", seed=1), model.config, 8)
-    sly = Sly(text_model("softmax", seed=1), model.config, 8)
+    honest = DraftModel(model, model.config, 8)
+    sly = Sly(model, model.config, 8)
     p = [
         sampling_p_value(
-            LLM(model, tokenizer=tiny_tokenizer(), drafter=drafter, policy=4), prompts, 1200
+            LLM(model, tokenizer=tiny_tokenizer(), drafter=drafter, policy=4), prompts, 600
         )
         for drafter in (honest, sly)
     ]
@@ -140,7 +140,7 @@ def test_chi_square_is_the_textbook_one() -> None:
 
 def test_rare_outcomes_share_a_bin() -> None:
     exact = {(0,): 0.9, **{(i,): 0.01 for i in range(1, 11)}}
-    counts = Counter({(0,): 90, (3,): 10})
+    counts = Counter({(0,): 90, (3,): 5, (8,): 5})
     assert chi_square(counts, exact) == (pytest.approx(0.0, abs=1e-9), 3)
 
 

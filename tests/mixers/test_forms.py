@@ -50,7 +50,9 @@ def changes(model: Decoder, length: int = 2 * GROUP + 3) -> list[float]:
 
 
 def bare(name: str, taps: int, dtype: torch.dtype = torch.float64) -> Decoder:
-    return tiny_model(mixer_config(name, taps), dtype=dtype)
+    """Two equal layers: groups of both end at the same places."""
+    mixer = mixer_config(name, taps)
+    return tiny_model(mixer, mixer, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

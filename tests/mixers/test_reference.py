@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import CASES, DEVICES, GROUP, TAPS, assert_close, mixer_config, randomise, tiny_config
@@ -61,6 +63,17 @@ def test_full_form_equals_reference(
     mixer = make(name, taps, device, **switches)
     for length in LENGTHS:
         x, angles = inputs(length, device)
+        assert_close(full(mixer, x, angles), reference(mixer, x, angles))
+
+
+@pytest.mark.parametrize("shift", range(1, GROUP))
+@pytest.mark.parametrize("name", ["local", "global", "grouped", "aug", "relu"])
+@torch.no_grad()
+def test_groups_that_begin_before_the_sequence(name: str, shift: int) -> None:
+    mixer = make(name, TAPS)
+    mixer.mixer = replace(mixer.mixer, shift=shift)
+    for length in LENGTHS:
+        x, angles = inputs(length)
         assert_close(full(mixer, x, angles), reference(mixer, x, angles))
 
 

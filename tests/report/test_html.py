@@ -211,6 +211,7 @@ def test_white_space_is_visible(text: str, shown: str) -> None:
         (256, "tokens", "256"),
         (512_000, "tokens", "512k"),
         (100_000, "tokens", "100k"),
+        (1_250_000, "tokens", "1.25M"),
         (790_000, "bytes", "790 kB"),
         (6_291_456, "bytes", "6.29 MB"),
         (2.5e9, "bytes", "2.5 GB"),

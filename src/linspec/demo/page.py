@@ -21,8 +21,10 @@ DRAFTERS = {
 }
 # deepest draft that the acceptance chart shows
 _DEEPEST = 8
+# logged batches behind a point of the smooth loss curve
+_SMOOTHED = 5
 COLOURS = {TEACHER: 1, SWAPPED: 2, STUDENT: 3, SHIPPED: 4}
-COLUMNS = {TEACHER: "teacher", STUDENT: "student of this run", SHIPPED: "shipped student"}
+COLUMNS = {TEACHER: "teacher", STUDENT: "this student", SHIPPED: "shipped student"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ def make_table(result: DemoResult) -> Table:
         if any(found):
             rows.append((f"{name}: tokens/s", *map(_speed, found)))
             if drafter != NONE:
-                rows.append((f"{name}: tokens per round", *map(_per_round, found)))
+                rows.append((f"{name}: tokens/round", *map(_per_round, found)))
     for context in result.state_bytes[TEACHER]:
         sizes = (result.state_bytes[TEACHER if m == TEACHER else STUDENT][context] for m in models)
         cells = (format_value(size, "bytes") for size in sizes)
@@ -190,10 +192,19 @@ def _loss_chart(log: Sequence[tuple[float, float]]) -> Chart:
         title="Training the student",
         x_label="training tokens",
         y_label="loss in nats",
-        series=(Series("loss", tuple(tokens), tuple(losses), colour=COLOURS[STUDENT]),),
+        series=(
+            Series("single batches", tokens, losses, dashed=True, colour=2),
+            Series(f"mean of {_SMOOTHED}", tokens, _smooth(losses), colour=COLOURS[STUDENT]),
+        ),
         x_unit="tokens",
-        note="Cross-entropy plus the divergence from the teacher, of single batches.",
+        note="Cross-entropy plus the divergence from the teacher.",
     )
+
+
+def _smooth(values: Sequence[float]) -> tuple[float, ...]:
+    """The mean of every value and those before it, _SMOOTHED in all."""
+    windows = (values[max(0, end - _SMOOTHED) : end] for end in range(1, len(values) + 1))
+    return tuple(sum(window) / len(window) for window in windows)
 
 
 def _speed_chart(speed: ContextSpeed) -> Chart:
@@ -276,6 +287,7 @@ def _acceptance_chart(result: DemoResult, showcase: Showcase) -> Chart:
     return Chart(
         title="Acceptance by depth",
         x_label="depth of the draft",
+        x_unit="count",
         y_label="share accepted",
         series=tuple(series),
         y_from_zero=True,
@@ -296,8 +308,8 @@ def _notes(result: DemoResult, evidence: Evidence) -> tuple[str, ...]:
     notes = [
         f"Linearized on {result.linearize_tokens:,} tokens, heads trained on "
         f"{result.heads_tokens:,}; the time decides how many. Time: {phases}.",
-        f"Speed: {evidence.prompts} held-out prompts of up to {evidence.prompt_tokens} tokens, up "
-        f"to {evidence.new_tokens} new tokens each, batch 1, greedy, float32; the seconds of "
+        f"Speed: up to {evidence.prompts} held-out prompts of up to {evidence.prompt_tokens} tokens, "
+        f"{evidence.new_tokens} new tokens each, batch 1, greedy, float32; the seconds of "
         "reading the prompt are not counted. The drafters took turns on each prompt.",
         "Lossless: the output with drafts is that of plain decoding, token for token.",
         "Tokens per round: accepted drafts and the bonus token, averaged over rounds.",

@@ -28,7 +28,7 @@ from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
 from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
 from linspec.demo.work import Work
-from linspec.drafters.heads import fingerprint
+from linspec.drafters.heads import fingerprint, load_heads
 from linspec.errors import InputError
 from linspec.files import exclusive
 from linspec.llm import LLM
@@ -107,7 +107,7 @@ class _Demo:
         self.tokenizer: Any = load_tokenizer(self.source)
         check_tokenizer(self.tokenizer, self.teacher.config)
         if self.shipped is not None:
-            resolve(self.shipped)
+            _check_shipped(self.shipped)
         self.documents = shuffled(train_and_heldout(self.data)[1], self.seed)
         self.prompts = pick_prompts(
             self.tokenizer, self.documents, self.budget.prompts, self.budget.prompt_tokens
@@ -236,6 +236,12 @@ class _Demo:
         self.screen.say(headline(result))
         self.screen.say(f"report: {result.report}")
         return result
+
+
+def _check_shipped(model: str | Path) -> None:
+    """Load what will be shown beside the student, so that a misfit shows now, not after minutes."""
+    if "medusa" in _shipped_drafters(model):
+        load_heads(resolve(model) / "medusa", load_model(model))
 
 
 def _shipped_drafters(model: str | Path) -> tuple[str, ...]:

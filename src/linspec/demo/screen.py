@@ -73,7 +73,7 @@ class Screen:
         """A table, its first column naming the rows."""
         shown = RichTable(title=title, title_justify="left")
         for i, name in enumerate(table.columns):
-            shown.add_column(name, justify="left" if i == 0 else "right")
+            shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for row in table.rows:
             shown.add_row(*map(Text, row))
         self.console.print(shown)

@@ -71,12 +71,14 @@ def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -
         f"trees of {budget.shown_nodes} drafts by the heads trained in this run."
     )
     rounds = _pick_rounds(llm, recorder, budget.shown_rounds)
-    return Showcase(Sample(text, tuple(spans), caption), rounds, acceptance)
+    return Showcase(Sample(text.lstrip("\n"), tuple(spans), caption), rounds, acceptance)
 
 
 def _pick_rounds(llm: LLM, recorder: Recorder, count: int) -> tuple[Round, ...]:
     """Rounds of the typical kinds: the best, the worst, and some in between, in their order."""
-    drafted = [i for i, (tree, _) in enumerate(recorder.seen) if len(tree) > 1]
+    # the last trees of a request are cut to the tokens that are left
+    full = max(len(tree) for tree, _ in recorder.seen)
+    drafted = [i for i, (tree, _) in enumerate(recorder.seen) if 1 < len(tree) == full]
     ranked = sorted(drafted, key=lambda i: len(recorder.seen[i][1].path), reverse=True)
     if len(ranked) > count:
         last = len(ranked) - 1

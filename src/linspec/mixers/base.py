@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from linspec.kernels.linear import fuse
@@ -127,8 +128,10 @@ class Mixer(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
-        return self.o(self._full(q, k, v).transpose(1, 2).flatten(2))
+        # a shifted layer's first group begins before the sequence, with rows that weigh nothing
+        shift = self.row_spec().shift
+        q, k, v = (F.pad(t.transpose(1, 2), (0, 0, shift, 0)) for t in self.project(x, rope))
+        return self.o(self._full(q, k, v)[:, :, shift:].transpose(1, 2).flatten(2))
 
     def _full(
         self,
@@ -191,7 +194,7 @@ class Mixer(nn.Module):
         count = self.mixer.taps
         distance = layout.memo(("taps", count, lead), lambda: tap_distances(layout, count, lead))
         # [H, W + 1]: a zero tap for everything out of reach
-        taps = torch.nn.functional.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
+        taps = F.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
         return taps[:, :, distance].movedim(2, 0)
 
     def _step_long(
@@ -225,7 +228,7 @@ def tap_distances(layout: Layout, taps: int, lead: int) -> torch.Tensor:
     """
     before = torch.arange(-lead, 0, device=layout.columns.device).expand(len(layout.columns), -1)
     columns = torch.cat((before, layout.columns), dim=1)
-    visible = torch.nn.functional.pad(layout.visible, (lead, 0), value=True)
+    visible = F.pad(layout.visible, (lead, 0), value=True)
     distance = layout.offsets[:, :, None] - columns[:, None, :]
     return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)
 

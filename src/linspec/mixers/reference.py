@@ -36,10 +36,11 @@ def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> t
 def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
     """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, where x̂ = x / ‖x‖."""
     q, k = _unit(q), _unit(k)
-    group, out = mixer.mixer.group, []
+    group, shift, out = mixer.mixer.group, mixer.mixer.shift, []
     for t in range(len(q)):
+        first = max(0, (t + shift) // group * group - shift)
         o = torch.zeros_like(v[0])
-        for s in range(t // group * group, t + 1):
+        for s in range(first, t + 1):
             o = o + (q[t] @ k[s]).relu() ** 2 * v[s]
         out.append(o)
     return torch.stack(out)
@@ -48,10 +49,10 @@ def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> to
 def global_(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
     """o_t = α q̂_t S, S the sum of k̂_s v_sᵀ over all groups before t's own."""
     q, k = _unit(q), _unit(k)
-    group, out = mixer.mixer.group, []
+    group, shift, out = mixer.mixer.group, mixer.mixer.shift, []
     state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
     for t in range(len(q)):
-        if t % group == 0:
+        if (t + shift) % group == 0:
             for s in range(t - group, t):
                 state = state + torch.outer(k[s], v[s]) if s >= 0 else state
         out.append(mixer.get_parameter("alpha") * (q[t] @ state))

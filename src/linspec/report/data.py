@@ -14,7 +14,7 @@ from linspec.errors import ConfigError
 from linspec.tree import TokenTree
 from linspec.verify.base import Accepted
 
-Unit = Literal["plain", "bytes", "tokens"]
+Unit = Literal["plain", "count", "bytes", "tokens"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,16 +94,17 @@ def _colour(number: int) -> str:
 
 
 def _label_axes(axes: Any, chart: Chart) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.tick_params(length=0)
     axes.set_axisbelow(True)
+    if chart.x_unit == "count":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if chart.log_x:
         axes.set_xticks(sorted({x for line in chart.series for x in line.x}))
-    if chart.log_x:
         axes.xaxis.set_minor_locator(NullLocator())
     if chart.log_y:
         axes.yaxis.set_minor_locator(NullLocator())
@@ -146,6 +147,8 @@ def format_value(value: float, unit: Unit) -> str:
 
 
 def _tokens(value: float) -> str:
+    if value >= 1_000_000:
+        return f"{value / 1e6:.3g}M"
     if value % 1024 == 0 and value % 1000:
         return f"{value / 1024:g}k"
     return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers import MIXERS
+from linspec.mixers.linear import GroupedLinear
 from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
@@ -107,6 +108,7 @@ def linearize(
     group: int = DEFAULT_GROUP,
     taps: int | None = None,
     window: int | None = None,
+    stagger: bool = True,
     keep_softmax: Sequence[int] = (),
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
@@ -117,7 +119,7 @@ def linearize(
     """Train `source` with other mixers into the model directory `out`; returns it.
 
     mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
-    MixerConfig. keep_softmax: layers that keep the mixer they have. A mixer that changes nothing
+    MixerConfig. stagger: shift the groups of every other layer by half a group. keep_softmax: layers that keep the mixer they have. A mixer that changes nothing
     trains the teacher on (see `continue_training`). data, field: see `load_documents`; what is held
     out of it is not trained on. dtype: of the saved weights, None for that of `source`. Killed at
     any moment, the same call with `resume` goes on from the last saved state.
@@ -132,7 +134,7 @@ def linearize(
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
-    mixers = student_mixers(teacher.config, wanted, keep_softmax)
+    mixers = student_mixers(teacher.config, wanted, keep_softmax, stagger=stagger)
     _check_context(teacher.config.with_mixers(mixers), config.context)
     plan = {
         "source": str(source),
@@ -194,9 +196,14 @@ def make_mixer(
 
 
 def student_mixers(
-    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int]
+    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int], *, stagger: bool = False
 ) -> tuple[MixerConfig, ...]:
-    """`wanted` in every layer but those of `keep`, which stay as they are."""
+    """`wanted` in every layer but those of `keep`, which stay as they are.
+
+    A token at the start of a group sees next to nothing of its past in that layer. With `stagger`
+    every other layer's groups begin half a group earlier, as the windows of Liu et al. 2021 (Swin)
+    do, so that no token is at the start of a group in all layers.
+    """
     keep = set(keep)
     strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
     if strange:
@@ -204,7 +211,13 @@ def student_mixers(
     # `softmax` has no group: its size must not make two equal mixers differ
     if wanted.name == "softmax" and not wanted.taps:
         wanted = MixerConfig()
-    return tuple(m if i in keep else wanted for i, m in enumerate(config.mixers))
+    shifted = wanted
+    if stagger and issubclass(MIXERS[wanted.name], GroupedLinear):
+        shifted = replace(wanted, shift=wanted.group // 2)
+    return tuple(
+        mixer if layer in keep else shifted if layer % 2 else wanted
+        for layer, mixer in enumerate(config.mixers)
+    )
 
 
 def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
