@@ -12,7 +12,7 @@ import typer
 
 from linspec.console import (
     RESUME,
-    given,
+    configure,
     guarded,
     numbers,
     place_on,
@@ -102,7 +102,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 64,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 256,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -110,6 +110,9 @@ def linearize(
     window: Annotated[
         int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
     ] = None,
+    stagger: Annotated[
+        bool, typer.Option(help="Shift the groups of every other layer by half a group.")
+    ] = True,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
     data: Data = None,
     field: Field = "text",
@@ -134,18 +137,7 @@ def linearize(
     from linspec.train.linearize import linearize as library
 
     place_on("cpu", threads)
-    config = LinearizeConfig(
-        **given(
-            tokens=tokens,
-            transfer_share=transfer_share,
-            context=context,
-            batch_tokens=batch_tokens,
-            lr=lr,
-            kl_weight=kl_weight,
-            lora_rank=lora_rank,
-            seed=seed,
-        )
-    )
+    config = configure(LinearizeConfig, locals())
     with quiet_stdout():
         library(
             source,
@@ -154,6 +146,7 @@ def linearize(
             group=group,
             taps=taps,
             window=window,
+            stagger=stagger,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             data=sources(data),
             field=field,
@@ -188,11 +181,7 @@ def train_drafter(
     from linspec.train.drafter import train_drafter as library
 
     place_on("cpu", threads)
-    config = DrafterConfig(
-        **given(
-            heads=heads, tokens=tokens, context=context, batch_tokens=batch_tokens, lr=lr, seed=seed
-        )
-    )
+    config = configure(DrafterConfig, locals())
     with quiet_stdout():
         written = library(
             model, out, kind=kind, data=sources(data), field=field, config=config, resume=resume
@@ -239,17 +228,7 @@ def generate(
     from linspec.sampling import SamplingParams
 
     text = read_prompt(prompt, prompt_file)
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        logprobs=logprobs,
-        ignore_eos=ignore_eos,
-    )
+    params = configure(SamplingParams, locals())
     place = place_on(device, threads)
     with quiet_stdout():
         llm = LLM(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from linspec.errors import ConfigError, InputError, LinspecError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C")
 
 RESUME = "give the same command with --resume to go on"
 AGAIN = "nothing was changed; give the same command again"
@@ -145,9 +147,14 @@ def sources(data: list[str] | None) -> list[str]:
     return data or ["stdlib"]
 
 
-def given(**settings: Any) -> dict[str, Any]:
-    """The settings that the user gave; the rest keep the defaults of the library."""
-    return {name: value for name, value in settings.items() if value is not None}
+def configure(kind: Callable[..., C], options: Mapping[str, Any]) -> C:
+    """The configuration `kind` of those options that it knows and the user gave.
+
+    What was not given (None) keeps the default of the library.
+    """
+    names = inspect.signature(kind).parameters
+    chosen = {name: options[name] for name in names if options.get(name) is not None}
+    return kind(**chosen)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

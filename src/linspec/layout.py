@@ -35,8 +35,8 @@ class Layout:
 
 def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch.device) -> Layout:
     """Layout of rows given as (committed rows, parents of all staged rows, how many are new)."""
-    if len(rows) == 1 and rows[0][1] == (-1,):
-        return _plain_layout(rows[0][0], device)
+    if len(rows) == 1:
+        return _single_layout(*rows[0], device)
     count, nodes = len(rows), max(new for *_, new in rows)
     width = max(base + len(parents) for base, parents, _ in rows)
     offsets = torch.zeros(count, nodes, dtype=torch.long)
@@ -54,7 +54,16 @@ def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch
     return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
 
 
-def _plain_layout(base: int, device: torch.device) -> Layout:
-    """One node after `base` committed rows: the step that plain decoding takes over and over."""
-    columns = torch.arange(base + 1, device=device)[None]
-    return Layout(columns[:, -1:], columns, torch.ones_like(columns[None], dtype=torch.bool), True)
+def _single_layout(
+    base: int, parents: tuple[int, ...], new: int, device: torch.device
+) -> Layout:
+    """As `build_layout` for one row, in few operators: batch 1 takes this path every round."""
+    seen = ancestor_matrix(parents)
+    depths = base + seen.sum(1) - 1
+    columns = torch.cat((torch.arange(base), depths))
+    visible = torch.nn.functional.pad(seen[len(parents) - new :], (base, 0), value=True)
+    offsets = depths[len(parents) - new :]
+    plain = len(parents) == 1
+    return Layout(
+        offsets[None].to(device), columns[None].to(device), visible[None].to(device), plain
+    )

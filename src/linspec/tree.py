@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -78,13 +78,15 @@ class TokenTree:
         return tuple(reversed(path))
 
 
-def ancestor_matrix(parents: Sequence[int]) -> torch.Tensor:
-    """[N, N] bool of self-or-ancestor relations for topologically ordered parents."""
-    rows = torch.eye(len(parents), dtype=torch.bool)
+@lru_cache(maxsize=256)
+def ancestor_matrix(parents: tuple[int, ...]) -> torch.Tensor:
+    """[N, N] bool of self-or-ancestor relations for topologically ordered parents; do not write to it."""
+    rows: list[list[bool]] = []
     for node, parent in enumerate(parents):
-        if parent >= 0:
-            rows[node] |= rows[parent]
-    return rows
+        row = [False] * len(parents) if parent < 0 else rows[parent][:]
+        row[node] = True
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.bool).view(len(parents), len(parents))
 
 
 def root_only(token: int) -> TokenTree:

@@ -173,7 +173,7 @@ def stage_randomly(
         new = random_tokens(count, seed=rng.randrange(2**20))
         logits = model.step([Feed(0, new, parents)], state).logits
         tokens += new
-        seen = ancestor_matrix(state.staged(0))
+        seen = ancestor_matrix(tuple(state.staged(0)))
         paths = [[*text, *(tokens[n] for n in row.nonzero().flatten().tolist())] for row in seen]
         assert_close(logits, full_logits(model, paths[-count:]))
     return tokens
@@ -191,7 +191,7 @@ def round_randomly(
     if rng.random() < 0.2:
         state.drop(0)
         return []
-    row = ancestor_matrix(state.staged(0))[rng.randrange(len(tokens))]
+    row = ancestor_matrix(tuple(state.staged(0)))[rng.randrange(len(tokens))]
     path = row.nonzero().flatten().tolist()
     path = path[: rng.randint(0, len(path))] if rng.random() < 0.3 else path
     state.commit(0, path)

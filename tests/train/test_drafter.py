@@ -99,12 +99,13 @@ def test_loss_is_the_papers_weighted_sum(tiny_teacher: Callable[..., Decoder]) -
     model = tiny_teacher()
     heads, batch = random_heads(model), torch.randint(0, 290, (2, 20))
     with torch.no_grad():
-        logits = heads(model.hidden(batch))
+        hidden = model.hidden(batch[:, :-1])
+        logits, chosen = heads(hidden), model.head(hidden).argmax(-1)
         expected = torch.zeros(())
         for k in (1, 2, 3):
             pairs = [(b, t) for b in range(2) for t in range(19 - k)]
             given = torch.stack([logits[b, t, k - 1] for b, t in pairs])
-            wanted = torch.tensor([int(batch[b, t + 1 + k]) for b, t in pairs])
+            wanted = torch.tensor([int(chosen[b, t + k]) for b, t in pairs])
             expected += 0.8**k * F.cross_entropy(given, wanted)
         torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
 
@@ -121,12 +122,13 @@ def test_calibration_equals_a_brute_force_count(tiny_teacher: Callable[..., Deco
         for start in (0, 20, 40):
             window = torch.from_numpy(stream[start : start + 20])
             with torch.no_grad():
-                logits = heads(model.hidden(window[None]))[0, :, k - 1]
-            for t in range(20 - k - 1):
+                hidden = model.hidden(window[None])
+                logits, chosen = heads(hidden)[0, :, k - 1], model.head(hidden)[0].argmax(-1)
+            for t in range(20 - k):
                 seen += 1
                 order = logits[t].argsort(descending=True)[:10].tolist()
-                if int(window[t + 1 + k]) in order:
-                    hits[order.index(int(window[t + 1 + k]))] += 1
+                if int(chosen[t + k]) in order:
+                    hits[order.index(int(chosen[t + k]))] += 1
         assert sum(hits) > 0
         assert counted[k - 1] == pytest.approx([h / seen for h in hits], abs=1e-5)
 

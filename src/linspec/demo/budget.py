@@ -22,7 +22,7 @@ class Budget:
 
     total: of everything; `other` is what loading, tokenizing and drawing take of it. The token
     counts of training follow from the speed of the first steps, within `least` and `most`.
-    eval_bytes, prompts, new_tokens and contexts are upper bounds: a slow machine does fewer.
+    eval_piece: characters of one file that are evaluated. eval_bytes, prompts, new_tokens and contexts are upper bounds: a slow machine does fewer.
     """
 
     total: float
@@ -40,6 +40,7 @@ class Budget:
     most: int = 2_000_000
     calibration_tokens: int = 16_384
     eval_bytes: int = 200_000
+    eval_piece: int = 8_000
     prompts: int = 8
     prompt_tokens: int = 192
     new_tokens: int = 128

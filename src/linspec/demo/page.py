@@ -180,7 +180,7 @@ def _bits_bars(result: DemoResult, evidence: Evidence) -> Bars:
         bars=tuple(bars),
         digits=3,
         note=(
-            f"{evidence.eval_bytes:,} bytes that no training saw. “Mixers swapped” has the "
+            f"{evidence.eval_bytes:,} bytes that no training saw, pieces of many files. “Mixers swapped” has the "
             "teacher's weights and linear attention, untrained."
         ),
     )

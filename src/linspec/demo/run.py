@@ -16,6 +16,7 @@ from linspec.demo.measure import (
     ContextSpeed,
     Lane,
     Scores,
+    cut,
     decode_lanes,
     pick_prompts,
     score_models,
@@ -148,7 +149,8 @@ class _Demo:
             }
             if (shipped := self.shipped) is not None:
                 models[SHIPPED] = lambda: load_model(shipped)
-            scores = score_models(models, self.tokenizer, self.documents, self.budget, self.work)
+            pieces = cut(self.documents, self.budget.eval_piece, self.seed)
+            scores = score_models(models, self.tokenizer, pieces, self.budget, self.work)
         for model, bits in scores.bits_per_byte.items():
             self.screen.say(f"{model}: {bits:.3f} bits per byte")
         return scores

@@ -86,7 +86,7 @@ class MedusaHeads(nn.Module):
 
     head: the target's output layer, which shared heads use as it is (it is not part of this
     module's weights). accuracies[k][i]: how often, on held-out text, the rank-i guess of head k+1
-    was right.
+    was what the target chose.
     """
 
     def __init__(

@@ -50,6 +50,7 @@ class Mixer(nn.Module):
         self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.o: nn.Module = nn.Linear(q_width, config.width, bias=config.out_bias)
         self.qkv: nn.Module | None = None
+        self.reach: torch.Tensor | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
@@ -123,6 +124,8 @@ class Mixer(nn.Module):
     def prepare(self) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
         self.qkv = fuse(self.q, self.k, self.v)
+        if self.mixer.taps:
+            self.reach = self._padded_taps().detach()
         self.o = fuse(self.o)
         del self.q, self.k, self.v
 
@@ -193,9 +196,12 @@ class Mixer(nn.Module):
         """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
         count = self.mixer.taps
         distance = layout.memo(("taps", count, lead), lambda: tap_distances(layout, count, lead))
-        # [H, W + 1]: a zero tap for everything out of reach
-        taps = F.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
+        taps = self._padded_taps() if self.reach is None else self.reach
         return taps[:, :, distance].movedim(2, 0)
+
+    def _padded_taps(self) -> torch.Tensor:
+        """[Hkv, rep, W + 1]: a zero tap for everything out of reach."""
+        return F.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
 
     def _step_long(
         self,

@@ -12,6 +12,7 @@ from torch import nn
 
 from linspec.errors import ConfigError, ContextOverflow
 from linspec.kernels.linear import fuse
+from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
 from linspec.models.config import DecoderConfig
@@ -84,6 +85,12 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
+
+    def prepare(self) -> None:
+        """Replace every part by its inference form."""
+        self.mixer.prepare()
+        self.mlp.prepare()
+        self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
 
     def step(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
@@ -161,8 +168,8 @@ class Decoder(nn.Module):
             return self
         self.eval().requires_grad_(False)
         for block in self.layers:
-            block.mixer.prepare()
-            block.mlp.prepare()
+            block.prepare()
+        self.norm = prepare_norm(self.norm)
         self.add_module("head", fuse(self.head))
         self.prepared = True
         return self

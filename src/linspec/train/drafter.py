@@ -37,14 +37,14 @@ class DrafterConfig:
     (the paper's 0.8). calibration_tokens: held-out tokens on which accuracies are measured.
     """
 
-    heads: int = 4
+    heads: int = 3
     blocks: int = 1
-    hidden: int = 0
+    hidden: int = 512
     shared_head: bool = True
-    tokens: int = 1_000_000
+    tokens: int = 1_500_000
     context: int = 512
     batch_tokens: int = 4096
-    lr: float = 1e-3
+    lr: float = 5e-3
     decay: float = 0.8
     calibration_tokens: int = 65_536
     precision: str = "auto"
@@ -175,14 +175,19 @@ def _check_length(context: int, heads: int) -> None:
 def heads_loss(
     target: Decoder, heads: MedusaHeads, batch: torch.Tensor, decay: float
 ) -> torch.Tensor:
-    """Σ_k decay^k · CE of head k on the token k + 1 places on; batch [B, T + 1]."""
+    """Σ_k decay^k · CE of head k on the target's own choice k + 1 places on; batch [B, T + 1].
+
+    The target's choice (its argmax after the text so far) is what a draft is verified against; the
+    text's own token is often one that no drafter could guess.
+    """
     with torch.no_grad():
         hidden = target.hidden(batch[:, :-1])
+        chosen = target.head(hidden).argmax(-1)
     features = heads.features(hidden)
     loss = hidden.new_zeros((), dtype=torch.float32)
     for k in range(1, heads.config.heads + 1):
         logits = heads.logits(features[:, :-k, k - 1], k - 1)
-        labels = batch[:, 1 + k :]
+        labels = chosen[:, k:]
         loss = loss + decay**k * F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
     return loss
 
@@ -191,7 +196,7 @@ def heads_loss(
 def calibrate(
     target: Decoder, heads: MedusaHeads, stream: np.ndarray, *, context: int, tokens: int
 ) -> list[list[float]]:
-    """a_k(i): the share of positions of `stream` where head k's rank-i guess is the token to come.
+    """a_k(i): the share of positions of `stream` where head k's rank-i guess is the target's choice.
 
     Measured on consecutive windows of `context` tokens, `tokens` in all; RANKS columns, or fewer
     for a tiny vocabulary.
@@ -206,10 +211,12 @@ def calibrate(
     for start in range(0, length - context + 1, context):
         ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
         ids = ids[None].to(device)
-        features = heads.features(target.hidden(ids))
+        hidden = target.hidden(ids)
+        chosen = target.head(hidden).argmax(-1)
+        features = heads.features(hidden)
         for k in range(1, heads.config.heads + 1):
-            guesses = heads.logits(features[:, : -k - 1, k - 1], k - 1).topk(ranks).indices
-            right = guesses == ids[:, 1 + k :, None]
+            guesses = heads.logits(features[:, :-k, k - 1], k - 1).topk(ranks).indices
+            right = guesses == chosen[:, k:, None]
             hits[k - 1] += right.sum((0, 1)).cpu()
             seen[k - 1] += right.shape[1]
     return [[round(rate, 5) for rate in row] for row in (hits / seen).tolist()]
