@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,9 +17,9 @@ import torch
 from linspec.demo import DemoResult, run_demo, training
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget, training_speed, training_tokens
-from linspec.demo.measure import pick_prompts, state_bytes
+from linspec.demo.measure import cut, pick_prompts, state_bytes
 from linspec.demo.work import Work
-from linspec.errors import CheckpointError, InputError
+from linspec.errors import CheckpointError, DrafterError, InputError
 from linspec.files import exclusive
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -193,6 +194,20 @@ def test_shipped_student_is_shown_beside(
     shipped = [row.drafter for row in result.comparison if row.model == "shipped student"]
     assert shipped == ["none", "prompt-lookup", "medusa"]
     assert "shipped student" in Page(result.report.read_text()).text
+    foreign = tmp_path / "foreign"
+    shutil.copytree(made, foreign)
+    config = foreign / "medusa" / "drafter.json"
+    config.write_text(config.read_text().replace('"target": "', '"target": "0'))
+    with pytest.raises(DrafterError, match="another model"):
+        run(out=tmp_path / "third", student=foreign)
+    assert not (tmp_path / "third" / "quick").exists()
+
+
+def test_pieces_of_documents_are_cut_at_random() -> None:
+    documents = ["abcdefghij" * 10, "short"]
+    pieces = cut(documents, 20, seed=0)
+    assert [len(piece) for piece in pieces] == [20, 5]
+    assert pieces[0] in documents[0] and pieces == cut(documents, 20, seed=0)
 
 
 def test_interrupted_demo_goes_on(

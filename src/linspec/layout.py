@@ -54,9 +54,7 @@ def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch
     return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
 
 
-def _single_layout(
-    base: int, parents: tuple[int, ...], new: int, device: torch.device
-) -> Layout:
+def _single_layout(base: int, parents: tuple[int, ...], new: int, device: torch.device) -> Layout:
     """As `build_layout` for one row, in few operators: batch 1 takes this path every round."""
     seen = ancestor_matrix(parents)
     depths = base + seen.sum(1) - 1

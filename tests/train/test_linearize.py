@@ -277,7 +277,7 @@ def test_control_has_no_teacher_in_its_loss(
 
 
 def test_mixers_by_name() -> None:
-    assert make_mixer("aug") == MixerConfig(name="aug", group=64, taps=32)
+    assert make_mixer("aug") == MixerConfig(name="aug", group=256, taps=32)
     assert make_mixer("local", group=16) == MixerConfig(name="local", group=16)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64

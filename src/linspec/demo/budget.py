@@ -22,7 +22,8 @@ class Budget:
 
     total: of everything; `other` is what loading, tokenizing and drawing take of it. The token
     counts of training follow from the speed of the first steps, within `least` and `most`.
-    eval_piece: characters of one file that are evaluated. eval_bytes, prompts, new_tokens and contexts are upper bounds: a slow machine does fewer.
+    eval_piece: characters of one file that are evaluated. eval_bytes, prompts, new_tokens and
+    contexts are upper bounds: a slow machine does fewer.
     """
 
     total: float
@@ -54,9 +55,9 @@ class Budget:
 
 FULL = Budget(total=320, linearize=120, heads=55, evaluate=25, generate=45, speed=40, other=35)
 QUICK = Budget(
-    total=78,
-    linearize=22,
-    heads=12,
+    total=80,
+    linearize=26,
+    heads=13,
     evaluate=7,
     generate=11,
     speed=8,

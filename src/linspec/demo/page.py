@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from linspec.bench.speed import SpeedRow
 from linspec.demo.measure import NONE, ContextSpeed
-from linspec.demo.result import SHIPPED, STUDENT, SWAPPED, TEACHER, Decoded, DemoResult
+from linspec.demo.result import SHIPPED, STUDENT, TEACHER, Decoded, DemoResult
 from linspec.demo.showcase import Showcase
 from linspec.report.data import Bar, Bars, Chart, Report, Series, Table, Tile
 from linspec.report.plots import format_value
@@ -23,7 +23,7 @@ DRAFTERS = {
 _DEEPEST = 8
 # logged batches behind a point of the smooth loss curve
 _SMOOTHED = 5
-COLOURS = {TEACHER: 1, SWAPPED: 2, STUDENT: 3, SHIPPED: 4}
+COLOURS = {TEACHER: 1, STUDENT: 3, SHIPPED: 4}
 COLUMNS = {TEACHER: "teacher", STUDENT: "this student", SHIPPED: "shipped student"}
 
 
@@ -84,7 +84,8 @@ def _lossless(result: DemoResult, model: str) -> str:
 def headline(result: DemoResult) -> str:
     """What happened, in one sentence with its numbers."""
     worse = result.student_bits_per_byte / result.teacher_bits_per_byte - 1
-    minutes = result.phases.get("linearize", 0.0) / 60
+    seconds = result.phases.get("linearize", 0.0)
+    took = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
     kept = f"{abs(worse):.1%} {'more' if worse >= 0 else 'fewer'} bits per byte"
     far = max(result.state_bytes[TEACHER])
     ratio = result.state_bytes[TEACHER][far] / result.state_bytes[STUDENT][far]
@@ -93,11 +94,11 @@ def headline(result: DemoResult) -> str:
     if medusa is not None and speed is not None:
         decoding = (
             f" With Medusa heads it decodes {medusa.tokens_per_round:.2f} tokens per round, "
-            f"{speed:.2f} times as fast as plain decoding, "
+            f"at {speed:.2f} times the speed of plain decoding, "
         )
         decoding += "and every token is the same." if result.lossless else "but NOT losslessly."
     return (
-        f"In {minutes:.1f} minutes of training on this machine a softmax transformer of "
+        f"In {took} of training on this machine a softmax transformer of "
         f"{result.parameters / 1e6:.1f}M parameters became a linear-attention model with {kept} "
         f"than its teacher ({result.student_bits_per_byte:.3f} against "
         f"{result.teacher_bits_per_byte:.3f}) and a state that does not grow: at "
@@ -169,7 +170,6 @@ def _plots(result: DemoResult, evidence: Evidence) -> tuple[Chart | Bars, ...]:
 def _bits_bars(result: DemoResult, evidence: Evidence) -> Bars:
     bars = [
         Bar("teacher", result.teacher_bits_per_byte, COLOURS[TEACHER]),
-        Bar("mixers swapped", result.swapped_bits_per_byte, COLOURS[SWAPPED]),
         Bar("this run", result.student_bits_per_byte, COLOURS[STUDENT]),
     ]
     if result.shipped_student_bits_per_byte is not None:
@@ -180,22 +180,24 @@ def _bits_bars(result: DemoResult, evidence: Evidence) -> Bars:
         bars=tuple(bars),
         digits=3,
         note=(
-            f"{evidence.eval_bytes:,} bytes that no training saw, pieces of many files. “Mixers swapped” has the "
-            "teacher's weights and linear attention, untrained."
+            f"{evidence.eval_bytes:,} bytes that no training saw, pieces of many files. The teacher "
+            "with its mixers swapped and nothing trained would need "
+            f"{result.swapped_bits_per_byte:.3f}."
         ),
     )
 
 
 def _loss_chart(log: Sequence[tuple[float, float]]) -> Chart:
     tokens, losses = zip(*log, strict=True)
+    series: tuple[Series, ...] = (Series("single batches", tokens, losses, dashed=True, colour=2),)
+    if len(log) >= 3 * _SMOOTHED:
+        mean = Series(f"mean of {_SMOOTHED}", tokens, _smooth(losses), colour=COLOURS[STUDENT])
+        series = (*series, mean)
     return Chart(
         title="Training the student",
         x_label="training tokens",
         y_label="loss in nats",
-        series=(
-            Series("single batches", tokens, losses, dashed=True, colour=2),
-            Series(f"mean of {_SMOOTHED}", tokens, _smooth(losses), colour=COLOURS[STUDENT]),
-        ),
+        series=series,
         x_unit="tokens",
         note="Cross-entropy plus the divergence from the teacher.",
     )

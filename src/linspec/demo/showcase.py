@@ -75,14 +75,13 @@ def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -
 
 
 def _pick_rounds(llm: LLM, recorder: Recorder, count: int) -> tuple[Round, ...]:
-    """Rounds of the typical kinds: the best, the worst, and some in between, in their order."""
+    """The best rounds and one of the worst, in their order."""
     # the last trees of a request are cut to the tokens that are left
     full = max(len(tree) for tree, _ in recorder.seen)
     drafted = [i for i, (tree, _) in enumerate(recorder.seen) if 1 < len(tree) == full]
     ranked = sorted(drafted, key=lambda i: len(recorder.seen[i][1].path), reverse=True)
     if len(ranked) > count:
-        last = len(ranked) - 1
-        ranked = [ranked[round(k * last / max(1, count - 1))] for k in range(count)]
+        ranked = [*ranked[: count - 1], ranked[-1]]
     found = []
     for i in sorted(set(ranked)):
         tree, accepted = recorder.seen[i]

@@ -3,8 +3,9 @@
 The five linear mixers of the core differ in their feature map, in how products inside a group become
 weights, and in whether closed groups are summed; everything else is here once. With group size G and
 g(t) = t // G, S_g sums k_s v_sᵀ over all earlier groups (float32). Groups are those of the absolute
-position (plus the layer's shift), so a token tree may cross one or several borders: rows of a group that closes inside the
-tree count as summed for the nodes behind the border, exactly as they will after the commit.
+position (plus the layer's shift), so a token tree may cross one or several borders: rows of a group
+that closes inside the tree count as summed for the nodes behind the border, exactly as they will
+after the commit.
 """
 
 from __future__ import annotations

@@ -119,10 +119,11 @@ def linearize(
     """Train `source` with other mixers into the model directory `out`; returns it.
 
     mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
-    MixerConfig. stagger: shift the groups of every other layer by half a group. keep_softmax: layers that keep the mixer they have. A mixer that changes nothing
-    trains the teacher on (see `continue_training`). data, field: see `load_documents`; what is held
-    out of it is not trained on. dtype: of the saved weights, None for that of `source`. Killed at
-    any moment, the same call with `resume` goes on from the last saved state.
+    MixerConfig. stagger: shift the groups of every other layer by half a group. keep_softmax: layers
+    that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
+    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
+    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
+    with `resume` goes on from the last saved state.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
