@@ -199,8 +199,8 @@ def test_bad_input_is_refused(teacher_dir: Path, tmp_path: Path, corpus: Path) -
         train_drafter("embedded-aug")
     with exclusive(tmp_path / "d"), pytest.raises(CheckpointError, match="in use"):
         run(teacher_dir, tmp_path / "d", corpus)
-    with pytest.raises(ConfigError, match="context must exceed the 4 heads"):
-        DrafterConfig(context=4)
+    with pytest.raises(ConfigError, match="context must exceed the 3 heads"):
+        DrafterConfig(context=3)
     (tmp_path / "tiny.txt").write_text("hi")
     with pytest.raises(InputError, match="too few"):
         run(teacher_dir, tmp_path / "d", tmp_path / "tiny.txt")
