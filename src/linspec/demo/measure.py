@@ -205,9 +205,8 @@ def speed_at_contexts(
     """Milliseconds per token of both models, plain and speculative, as far as the time allows.
 
     Two contexts are always measured: one point is no curve. The teacher's limit of positions is
-    lifted: its speed there is real, its text means nothing.
+    lifted: its speed there is real, its text means nothing, so that nothing drafts for it there.
     """
-    tokenizer = load_tokenizer(teacher)
     rows: dict[str, list[SpeedRow]] = {TEACHER: [], STUDENT: []}
     note, took = "", 0.0
     for at, context in enumerate(budget.contexts):
@@ -216,26 +215,41 @@ def speed_at_contexts(
             note = f"The time was up before {context} tokens of context."
             break
         began = clock()
-        long = load_model(teacher)
-        wanted = max(long.config.max_positions, context + budget.speed_tokens + 64)
-        long.config = replace(long.config, max_positions=wanted)
         try:
-            for model, source, drafter in (
-                (TEACHER, long, f"student:{student}"),
-                (STUDENT, student, "medusa"),
-            ):
-                measured = bench(
-                    source,
-                    [context],
-                    [drafter],
-                    tokenizer=tokenizer,
-                    tokens=budget.speed_tokens,
-                    repeats=budget.speed_repeats,
-                    data=data,
-                )
-                rows[model] += measured.rows
+            rows[TEACHER] += _teacher_speed(teacher, student, context, data, budget)
+            rows[STUDENT] += _speed(student, context, ["medusa"], None, data, budget)
         except LinspecError as error:
             note = f"Speed at {context} tokens of context was not measured: {error}"
             break
         took = clock() - began
     return ContextSpeed({model: tuple(found) for model, found in rows.items()}, note)
+
+
+def _teacher_speed(
+    teacher: str | Path, student: Path, context: int, data: Sequence[str | Path], budget: Budget
+) -> tuple[SpeedRow, ...]:
+    model = load_model(teacher)
+    needed, limit = context + budget.speed_tokens, model.config.max_positions
+    drafters = [f"student:{student}"] if needed <= limit else []
+    model.config = replace(model.config, max_positions=max(limit, needed))
+    return _speed(model, context, drafters, load_tokenizer(teacher), data, budget)
+
+
+def _speed(
+    model: Decoder | Path,
+    context: int,
+    drafters: Sequence[str],
+    tokenizer: Any,
+    data: Sequence[str | Path],
+    budget: Budget,
+) -> tuple[SpeedRow, ...]:
+    measured = bench(
+        model,
+        [context],
+        drafters,
+        tokenizer=tokenizer,
+        tokens=budget.speed_tokens,
+        repeats=budget.speed_repeats,
+        data=data,
+    )
+    return measured.rows
