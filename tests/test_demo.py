@@ -190,7 +190,8 @@ def test_shipped_student_is_shown_beside(
     assert first.shipped_student_bits_per_byte is None
     made = tmp_path / "demo" / "quick" / "student"
     result, _ = run(out=tmp_path / "other", student=made)
-    assert result.shipped_student_bits_per_byte == pytest.approx(first.student_bits_per_byte)
+    # trained alike and measured on the same text of the same run: how much that is depends on speed
+    assert result.shipped_student_bits_per_byte == pytest.approx(result.student_bits_per_byte)
     shipped = [row.drafter for row in result.comparison if row.model == "shipped student"]
     assert shipped == ["none", "prompt-lookup", "medusa"]
     assert "shipped student" in Page(result.report.read_text()).text

@@ -29,6 +29,8 @@ _SIGNATURE = re.compile(r"^ *def .*:\n", re.M)
 _CHARACTERS_BEFORE = 1200
 _LEAST_PROMPTS = 2
 _LEAST_CONTEXTS = 2
+# how much longer the next context is believed to take than the last one
+_GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +212,8 @@ def speed_at_contexts(
     rows: dict[str, list[SpeedRow]] = {TEACHER: [], STUDENT: []}
     note, took = "", 0.0
     for at, context in enumerate(budget.contexts):
-        # what does not depend on the context outweighs its reading at all but the longest
-        if at >= _LEAST_CONTEXTS and clock() + 2 * took > deadline:
+        # reading with softmax attention costs more than the context grows
+        if at >= _LEAST_CONTEXTS and clock() + _GROWTH * took > deadline:
             note = f"The time was up before {context} tokens of context."
             break
         began = clock()
