@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from linspec.models.config import DecoderConfig
+from linspec.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
 

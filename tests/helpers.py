@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers import MIXERS
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.state import DecoderState, Snapshot
+from linspec.step import Feed
 from linspec.tree import TokenTree
 
 VOCAB = 31

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers import MIXERS
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
+from linspec.step import Feed
 from linspec.tree import TokenTree
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"

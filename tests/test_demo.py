@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from linspec.config import DecoderConfig
 from linspec.demo import DemoResult, run_demo, training
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget, training_speed, training_tokens
@@ -21,7 +22,6 @@ from linspec.demo.measure import cut, pick_prompts, state_bytes
 from linspec.demo.work import Work
 from linspec.errors import CheckpointError, DrafterError, InputError
 from linspec.files import exclusive
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
 from linspec.train.pretrain import initialize
@@ -304,7 +304,7 @@ def test_prompts_end_behind_a_signature(softmax: Path) -> None:
 
 def test_state_bytes_are_those_of_a_state(softmax: Path) -> None:
     from linspec.models.hub import load_model
-    from linspec.models.step import Feed
+    from linspec.step import Feed
 
     model = load_model(softmax)
     state = model.new_state(1)

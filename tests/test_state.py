@@ -22,8 +22,8 @@ from helpers import (
 
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.state import STAGE_ROWS, DecoderState, RowSpec, RowState
+from linspec.step import Feed
 from linspec.tree import from_paths
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from linspec.drafters.base import Drafter
 from linspec.errors import ContextOverflow, InputError
 from linspec.models.decoder import Decoder, StepOutput
-from linspec.models.step import Feed
 from linspec.policy.base import Policy, RoundTimes
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
 from linspec.scheduler import Scheduler
+from linspec.step import Feed
 from linspec.tree import TokenTree, root_only
 from linspec.verify.base import Accepted, Verifier
 

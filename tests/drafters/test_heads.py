@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.drafters.heads import HeadsConfig, MedusaHeads, fingerprint, load_heads, save_heads
 from linspec.errors import ConfigError, DrafterError
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
 
 CONFIG = DecoderConfig(

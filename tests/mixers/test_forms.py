@@ -21,13 +21,13 @@ from helpers import (
 )
 
 import linspec.mixers.base
+from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.layout import Layout
 from linspec.mixers.linear import GroupedLinear
-from linspec.models.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.state import DecoderState
+from linspec.step import Feed
 from linspec.tree import TokenTree, chain
 
 LARGE = 1e-3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import CASES, DEVICES, GROUP, TAPS, assert_close, mixer_config, randomise, tiny_config
 
+from linspec.config import RopeConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.reference import REFERENCES, reference
-from linspec.models.config import RopeConfig
-from linspec.models.rope import Rotary, inverse_frequencies
+from linspec.rope import Rotary, inverse_frequencies
 
 LENGTHS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 3)
 

@@ -24,8 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, InputError, UnsupportedModel
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.families import FAMILIES, family_of, read_config, write_config
 from linspec.models.hub import load_config, load_model, save_model
 

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.mixers import MIXERS
 from linspec.mixers.softmax import Softmax
 from linspec.models import hub
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import (
     check_tokenizer,

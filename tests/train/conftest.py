@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from linspec.models.config import DecoderConfig
+from linspec.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
 from linspec.train.pretrain import initialize

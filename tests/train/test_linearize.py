@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
+from linspec.config import MixerConfig
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
 from linspec.files import exclusive
-from linspec.models.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
@@ -389,7 +389,7 @@ def test_merged_lora_gives_the_same_logits(tiny_teacher: Callable[..., Decoder])
 
 SCRIPT = """
 import sys
-from linspec.models.config import MixerConfig
+from linspec.config import MixerConfig
 from linspec.train.linearize import LinearizeConfig, linearize
 config = LinearizeConfig(tokens=8 * 256, context=64, batch_tokens=256, precision="float32")
 linearize(sys.argv[1], sys.argv[2], data=[sys.argv[3]], config=config,

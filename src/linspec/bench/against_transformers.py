@@ -21,7 +21,7 @@ import torch
 from linspec.bench.machine import machine
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model
-from linspec.models.step import Feed
+from linspec.step import Feed
 
 # 12 layers of width 768 with 12 heads, feed-forward 2048, vocabulary 32,000, tied: 109.5M parameters
 SHAPE_110M: dict[str, Any] = {

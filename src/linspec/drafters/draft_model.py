@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from linspec.config import DecoderConfig
 from linspec.drafters.base import DRAFTERS, ChainDrafter
 from linspec.errors import DrafterError
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.row import Row
+from linspec.step import Feed
 from linspec.tree import TokenTree, chain
 
 

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from linspec.config import MixerConfig
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.files import replace_text
-from linspec.models.config import MixerConfig
 from linspec.train.linearize import LinearizeConfig, linearize
 
 # You et al. 2024, table 14: local, what each addition brings, and both together

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.grouped import Grouped
-from linspec.models.config import DecoderConfig, MixerConfig
 
 
 @MIXERS.register(

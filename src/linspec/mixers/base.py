@@ -21,16 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.kernels.linear import fuse
 from linspec.layout import Layout
 from linspec.mixers.blocks import convolve
-from linspec.models.config import DecoderConfig, MixerConfig
-from linspec.models.rope import rotate
 from linspec.registry import Registry
+from linspec.rope import rotate
 from linspec.state import RowSpec, RowState
 
 if TYPE_CHECKING:
-    from linspec.models.step import Segment
+    from linspec.step import Segment
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import GroupedLinear
-from linspec.models.config import DecoderConfig, MixerConfig
 
 
 @MIXERS.register(

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.config import DecoderConfig
 from linspec.errors import ConfigError, ContextOverflow
 from linspec.kernels.linear import fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
-from linspec.models.config import DecoderConfig
 from linspec.models.padding import from_left, to_left
-from linspec.models.rope import Rotary
-from linspec.models.step import Feed, Segment, depths, segments_of
+from linspec.rope import Rotary
 from linspec.state import DecoderState, RowState
+from linspec.step import Feed, Segment, depths, segments_of
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

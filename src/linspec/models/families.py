@@ -15,8 +15,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from linspec.config import DecoderConfig, MixerConfig, RopeConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
-from linspec.models.config import DecoderConfig, MixerConfig, RopeConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -21,13 +21,13 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError, InputError, StateError
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hf_config import LinspecConfig
 from linspec.models.padding import from_left, to_left
-from linspec.models.step import Feed
 from linspec.state import DecoderState
+from linspec.step import Feed
 
 IGNORED_LABEL = -100
 UNCROPPABLE = (

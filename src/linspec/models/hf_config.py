@@ -12,8 +12,8 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from linspec.config import DecoderConfig
 from linspec.errors import ConfigError
-from linspec.models.config import DecoderConfig
 
 
 class LinspecConfig(PreTrainedConfig):

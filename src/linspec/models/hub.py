@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError
 from linspec.models import families
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.families import Family, Tensors
 from linspec.models.weights import (

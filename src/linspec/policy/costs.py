@@ -15,8 +15,8 @@ import torch
 
 from linspec.files import cache_dir
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.state import DecoderState
+from linspec.step import Feed
 
 MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
 _LEAST_REPEATS, _REPEATS = 3, 20

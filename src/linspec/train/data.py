@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from linspec.config import DecoderConfig
 from linspec.errors import InputError
 from linspec.files import cache_dir
-from linspec.models.config import DecoderConfig
 
 Split = Literal["train", "heldout", "all"]
 

@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers import MIXERS
 from linspec.mixers.linear import GroupedLinear
-from linspec.models.config import DecoderConfig, MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout

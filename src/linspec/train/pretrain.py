@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from linspec.config import DecoderConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
 from linspec.train.data import Windows, load_documents, tokenize

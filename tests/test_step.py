@@ -31,8 +31,8 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, ContextOverflow, StateError
 from linspec.models.decoder import Decoder
-from linspec.models.step import Feed
 from linspec.state import STAGE_ROWS, DecoderState
+from linspec.step import Feed
 from linspec.tree import TokenTree, ancestor_matrix, chain, from_paths
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from linspec.models.config import RopeConfig
+from linspec.config import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_width: int) -> torch.Tensor:
