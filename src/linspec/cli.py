@@ -102,7 +102,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 256,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 128,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -110,9 +110,20 @@ def linearize(
     window: Annotated[
         int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
     ] = None,
-    stagger: Annotated[
-        bool, typer.Option(help="Shift the groups of every other layer by half a group.")
-    ] = True,
+    span: Annotated[
+        int | None,
+        typer.Option(
+            help="Groups seen exactly, the open one included.",
+            show_default="2 for local, grouped, aug",
+        ),
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of tokens seen exactly: own or softmax.",
+            show_default="softmax for local, grouped, aug",
+        ),
+    ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
     data: Data = None,
     field: Field = "text",
@@ -146,7 +157,8 @@ def linearize(
             group=group,
             taps=taps,
             window=window,
-            stagger=stagger,
+            span=span,
+            kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             data=sources(data),
             field=field,

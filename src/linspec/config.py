@@ -7,30 +7,34 @@ from typing import Any
 
 from linspec.errors import ConfigError
 
+KERNELS = ("own", "softmax")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixerConfig:
     """Which mixer a layer uses, and its sizes.
 
-    group: tokens per group of the grouped linear mixers. shift: tokens that the first group is short
-    of, so that groups of different layers can end at different positions.
+    group: tokens per group of the grouped linear mixers. span: groups that a token sees exactly, its
+    own open one included; earlier ones it sees as a sum. kernel: how the exact part weighs tokens,
+    'own' for the mixer's own weights or 'softmax' for those of the pretrained model.
     taps: causal convolution taps over values; 0 means no convolution.
     window: tokens that the `window` mixer sees, the current one included.
     """
 
     name: str = "softmax"
     group: int = 64
-    shift: int = 0
+    span: int = 1
+    kernel: str = "own"
     taps: int = 0
     window: int = 0
 
     def __post_init__(self) -> None:
         if self.group < 1:
             raise ConfigError(f"group size must be 1 or more, got {self.group}")
-        if not 0 <= self.shift < self.group:
-            raise ConfigError(
-                f"a shift must be in 0..{self.group - 1} for groups of {self.group}, got {self.shift}"
-            )
+        if self.span < 1:
+            raise ConfigError(f"span must be 1 or more groups, got {self.span}")
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.taps < 0:
             raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
         if self.name == "window" and self.window < 1:

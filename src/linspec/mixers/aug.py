@@ -15,7 +15,7 @@ from linspec.mixers.grouped import Grouped
     state="d² + 2·G·d + (W-1)·d per KV head",
 )
 class Aug(Grouped):
-    """o_t = local(t) + α q̂_t S_g(t) + sum_j c_j v_{t-j}, one kernel c per query head."""
+    """o_t = local(t) + α q̂_t S_t + sum_j c_j v_{t-j}, one kernel c per query head."""
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
         if mixer.taps < 1:

@@ -1,9 +1,17 @@
-"""Block forms that the full forms share: weights inside blocks, a banded convolution over values."""
+"""What several mixers share: softmax weights, sequences in blocks, a banded convolution."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+def masked_softmax(scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension where `seen` is true (everywhere if None), float32 or wider inside."""
+    wide = scores.float() if scores.dtype.itemsize < 4 else scores
+    if seen is not None:
+        wide = wide.masked_fill(~seen, float("-inf"))
+    return wide.softmax(-1).to(scores.dtype)
 
 
 def split(x: torch.Tensor, block: int) -> torch.Tensor:

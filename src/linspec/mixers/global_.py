@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import GroupedLinear
 
@@ -20,6 +21,11 @@ class Global(GroupedLinear):
     """o_t = α q̂_t S_g(t); α starts at 1, as nothing else carries information."""
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        if mixer.span > 1 or mixer.kernel != "own":
+            raise ConfigError(
+                f"mixer 'global' sees no group exactly: span {mixer.span} and kernel "
+                f"{mixer.kernel!r} mean nothing to it; leave them out, or use mixer 'grouped'"
+            )
         super().__init__(config, mixer)
         self.alpha = nn.Parameter(torch.ones(()))
 

@@ -17,7 +17,7 @@ from linspec.mixers.linear import GroupedLinear
     state="d² + 2·G·d per KV head",
 )
 class Grouped(GroupedLinear):
-    """o_t = local(t) + α q̂_t S_g(t), α a scalar learned per layer."""
+    """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)

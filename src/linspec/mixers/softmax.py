@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.blocks import masked_softmax
 from linspec.state import RowSpec
 
 
@@ -32,12 +33,9 @@ class Softmax(Mixer):
         return None if layout.plain else layout.visible
 
     def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
-        scores = products.float() if products.dtype.itemsize < 4 else products
-        scores = scores * self.head_width**-0.5
         mask = self.mask(layout)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        return scores.softmax(-1).to(products.dtype)
+        seen = None if mask is None else mask[:, None, None]
+        return masked_softmax(products * self.head_width**-0.5, seen)
 
     def mix(
         self,

@@ -177,8 +177,14 @@ class Decoder(nn.Module):
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
         weight = self.embed.weight
-        specs = [block.mixer.row_spec() for block in self.layers]
-        return DecoderState(specs, slots, dtype=weight.dtype, device=weight.device)
+        mixers = [block.mixer for block in self.layers]
+        return DecoderState(
+            [mixer.row_spec() for mixer in mixers],
+            slots,
+            dtype=weight.dtype,
+            device=weight.device,
+            summed_keys=[mixer.summed_keys for mixer in mixers],
+        )
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:

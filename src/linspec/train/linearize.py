@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers import MIXERS
-from linspec.mixers.linear import GroupedLinear
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
@@ -33,8 +32,7 @@ from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
-# FLASH's group (Hua et al. 2022): it followed the embedded teacher closer than the 64 of You et al.
-DEFAULT_GROUP = 256
+DEFAULT_GROUP = 128
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 
@@ -108,7 +106,8 @@ def linearize(
     group: int = DEFAULT_GROUP,
     taps: int | None = None,
     window: int | None = None,
-    stagger: bool = True,
+    span: int | None = None,
+    kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
@@ -118,8 +117,8 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
-    MixerConfig. stagger: shift the groups of every other layer by half a group. keep_softmax: layers
+    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
+    `make_mixer` for what None means), or a MixerConfig. keep_softmax: layers
     that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
@@ -129,13 +128,13 @@ def linearize(
     loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
-    wanted = make_mixer(mixer, group=group, taps=taps, window=window)
+    wanted = make_mixer(mixer, group=group, span=span, kernel=kernel, taps=taps, window=window)
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
-    mixers = student_mixers(teacher.config, wanted, keep_softmax, stagger=stagger)
+    mixers = student_mixers(teacher.config, wanted, keep_softmax)
     _check_context(teacher.config.with_mixers(mixers), config.context)
     plan = {
         "source": str(source),
@@ -181,30 +180,39 @@ def make_mixer(
     mixer: str | MixerConfig,
     *,
     group: int = DEFAULT_GROUP,
+    span: int | None = None,
+    kernel: str | None = None,
     taps: int | None = None,
     window: int | None = None,
 ) -> MixerConfig:
-    """The configuration of a mixer by name; raises ConfigError for an unknown one."""
+    """The configuration of a mixer by name; raises ConfigError for an unknown one.
+
+    Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
+    with one, a token at the start of a group would see nothing of its past exactly.
+    """
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
         return mixer
     MIXERS.entry(mixer)
+    near = mixer in ("local", "grouped", "aug")
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
         window = DEFAULT_WINDOW if mixer == "window" else 0
-    return MixerConfig(name=mixer, group=group, taps=taps, window=window)
+    return MixerConfig(
+        name=mixer,
+        group=group,
+        span=span if span is not None else 2 if near else 1,
+        kernel=kernel if kernel is not None else "softmax" if near else "own",
+        taps=taps,
+        window=window,
+    )
 
 
 def student_mixers(
-    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int], *, stagger: bool = False
+    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int]
 ) -> tuple[MixerConfig, ...]:
-    """`wanted` in every layer but those of `keep`, which stay as they are.
-
-    A token at the start of a group sees next to nothing of its past in that layer. With `stagger`
-    every other layer's groups begin half a group earlier, as the windows of Liu et al. 2021 (Swin)
-    do, so that no token is at the start of a group in all layers.
-    """
+    """`wanted` in every layer but those of `keep`, which stay as they are."""
     keep = set(keep)
     strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
     if strange:
@@ -212,13 +220,7 @@ def student_mixers(
     # `softmax` has no group: its size must not make two equal mixers differ
     if wanted.name == "softmax" and not wanted.taps:
         wanted = MixerConfig()
-    shifted = wanted
-    if stagger and issubclass(MIXERS[wanted.name], GroupedLinear):
-        shifted = replace(wanted, shift=wanted.group // 2)
-    return tuple(
-        mixer if layer in keep else shifted if layer % 2 else wanted
-        for layer, mixer in enumerate(config.mixers)
-    )
+    return tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
 
 
 def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
