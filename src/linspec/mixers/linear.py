@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.layout import Layout
-from linspec.mixers.base import Mixer
+from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.state import RowSpec
 
@@ -65,6 +65,11 @@ class GroupedLinear(Mixer):
         return None
 
     # ---- what follows from it
+
+    def _native_groups(self, alpha: float) -> NativeForm:
+        """The C form of weights that are this class's own."""
+        mixer = self.mixer
+        return NativeForm(0, mixer.group, mixer.span, not self.exact, alpha)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.exact else self.feature_map(x)

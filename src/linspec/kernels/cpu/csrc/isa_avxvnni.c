@@ -1,5 +1,6 @@
 /* AVX2 with the 256-bit dot product of recent client processors. */
-#if defined(__x86_64__) && defined(LS_HAVE_AVXVNNI)
+#include "kernels.h"
+#ifdef LS_HAVE_AVXVNNI
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
 #else

@@ -16,6 +16,7 @@
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_GROUP 32  /* inputs that share a scale in int4 weights */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
+#define LS_MIX_FLOATS 20
 #define LS_ABI 1     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
@@ -42,16 +43,23 @@ typedef struct {
     float *scales;
 } ls_rows;
 
-/* Attention of the new nodes of one slot over its rows, one layer; see attention.inc.h. */
+/* One mixer over the rows of one slot; see attention.inc.h. */
 typedef struct {
     int32_t heads, kv_heads, width; /* width of a head */
     int32_t base;                   /* committed rows that every node sees */
     int32_t staged, nodes;          /* staged rows after this step; new nodes, the last of them */
     int32_t window;                 /* nearest rows that a node sees; 0 is all */
-    int64_t kv_stride;              /* floats between the kv heads of the buffers */
-    const float *keys, *values;     /* [kv_heads][rows][width] */
-    const uint64_t *ancestors;      /* [staged]: bit i says that staged row i is seen */
-} ls_attend;
+    int32_t group, span;            /* rows of a group, groups within reach; group 0 is all rows */
+    int32_t squares;                /* weights relu(q.k)^2 of unit features instead of a softmax */
+    int32_t taps;                   /* of the convolution over values; the rows before the first one
+                                       lie before `values` */
+    float alpha;                    /* factor on the sums */
+    const float *kernel;            /* [heads][taps] */
+    int64_t key_stride, value_stride; /* floats from one kv head to the next */
+    const float *keys, *values;       /* [kv_heads][rows][width] */
+    const float *sums;                /* [kv_heads][width][width], null without */
+    const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
+} ls_mixer;
 
 /* What becomes of the sums of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,
  * plus what is in y if `add`. Null pointers stand for ones and zeros. */
@@ -82,12 +90,18 @@ typedef struct {
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, float *y);
     /* y = silu(gate) * up */
     void (*silu_mul)(const float *gate, const float *up, int width, float *y);
-    /* q [nodes][heads * width] of kv head `head` -> out, same layout; scratch: ls_attend_scratch() */
-    void (*attend)(const ls_attend *a, int head, const float *q, int64_t q_stride, float *out,
-                   int64_t out_stride, float *scratch);
+    /* x / |x| in place */
+    void (*unit)(float *x, int width);
+    /* what the queries of kv head `head` read: q, out [nodes][stride], heads side by side;
+     * scratch: LS_MIX_FLOATS floats for every node and query head of a kv head */
+    void (*mix)(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *out,
+                int64_t out_stride, float *scratch);
 } ls_ops;
 
 extern const ls_ops ls_ops_portable;
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define LS_HAVE_AVXVNNI
+#endif
 #if defined(__x86_64__)
 extern const ls_ops ls_ops_avx2, ls_ops_avx512;
 #ifdef LS_HAVE_AVXVNNI
