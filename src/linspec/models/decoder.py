@@ -136,6 +136,8 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.prepared = False
         self.native: NativeStep | None = None
+        # fingerprint of the plain weights, kept when these are gone
+        self.identity: str | None = None
 
     @property
     def layers(self) -> list[Block]:
