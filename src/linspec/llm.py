@@ -136,7 +136,8 @@ class LLM:
     drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
-    once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU only). Raises CheckpointError, DrafterError or ConfigError before any long work.
+    once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU
+    only). Raises CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(

@@ -31,7 +31,9 @@ def layer(kind: str, outputs: int, inputs: int, *, bias: bool = False) -> Native
         packed = pack.pack_int4(*quantize_int4(weight))
         return NativeLinear(INT4, outputs, inputs, packed, None, extra)
     dtype = torch.float32 if kind == "f32" else torch.bfloat16
-    return NativeLinear(KINDS[kind], outputs, inputs, pack.pack_floats(weight.to(dtype)), None, extra)
+    return NativeLinear(
+        KINDS[kind], outputs, inputs, pack.pack_floats(weight.to(dtype)), None, extra
+    )
 
 
 def reference(made: NativeLinear, x: torch.Tensor) -> torch.Tensor:

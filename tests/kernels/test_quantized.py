@@ -47,7 +47,9 @@ def test_drafters_come_along(small: Path) -> None:
     plain = LLM(small)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     for prompt in ("def area(", "import os\n\n\nclass"):
-        assert llm.generate(prompt, params)[0].token_ids == plain.generate(prompt, params)[0].token_ids
+        assert (
+            llm.generate(prompt, params)[0].token_ids == plain.generate(prompt, params)[0].token_ids
+        )
 
 
 @pytest.mark.parametrize("bits", [8, 4])

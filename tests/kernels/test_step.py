@@ -55,7 +55,9 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         # one slot stages twice, both are verified together
         made.step([Feed(0, ids[70:73].tolist())], state)
         for _ in range(3):
-            new = [Feed(0, [7, 8], [1, 3]) if len(state.staged(0)) == 3 else Feed(0, [7, 8], [-1, 0])]
+            new = [
+                Feed(0, [7, 8], [1, 3]) if len(state.staged(0)) == 3 else Feed(0, [7, 8], [-1, 0])
+            ]
             new.append(Feed(1, ids[: len(TREE)].tolist(), TREE))
             output = made.step(new, state)
             outputs += [output.hidden, output.logits]
@@ -97,3 +99,19 @@ def test_prompts_beside_trees_change_nothing(library: ctypes.CDLL) -> None:
     assert torch.equal(both.logits[both.rows[1]], alone.logits)
     assert [part.stop - part.start for part in both.rows] == [90, 3, 1]
     assert both.logits.shape == (94, 97)
+
+
+def test_a_new_state_in_the_place_of_an_old_one(library: ctypes.CDLL) -> None:
+    """Sums were read from where those of a freed state had been, as keys and values had not moved."""
+    made = model("aug")
+    prompt = [index * 7 % 97 for index in range(30)]
+    kept = []
+    for _ in range(12):
+        state = made.new_state(1 + len(kept) % 2)
+        made.step([Feed(0, prompt)], state)
+        state.commit(0, range(len(prompt)))
+        logits = made.step([Feed(0, [1])], state).logits
+        # keeps some buffers alive, so that the next state is spread over old holes
+        kept.append((logits, state.parts[0].sums if len(kept) % 3 else None))
+        del state
+    assert all(torch.equal(logits, kept[0][0]) for logits, _ in kept)

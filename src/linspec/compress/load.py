@@ -20,7 +20,9 @@ def load_plain(source: str | Path) -> Decoder:
     """The model in `source`; raises ConfigError if it is quantised already."""
     model = load_model(source)
     if model.prepared:
-        raise ConfigError(f"{source} is quantised already; quantise the model that it was made from")
+        raise ConfigError(
+            f"{source} is quantised already; quantise the model that it was made from"
+        )
     return model
 
 

@@ -21,7 +21,12 @@ def passes(library: ctypes.CDLL) -> bool:
     x[:, 0] = 127
     expected = (x @ small.T).float()
     return all(
-        bool((native.linear(library, pack.struct(kind, *parts), x.float(), 1)[:, :OUTPUTS] == expected).all())
+        bool(
+            (
+                native.linear(library, pack.struct(kind, *parts), x.float(), 1)[:, :OUTPUTS]
+                == expected
+            ).all()
+        )
         for kind, parts in _packings(small)
     )
 

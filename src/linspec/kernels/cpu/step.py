@@ -95,7 +95,7 @@ class NativeStep:
         for block, layer in zip(model.layers, self._layers, strict=True):
             _describe(block, layer)
         self._decoder = self._describe_decoder()
-        self._state: tuple[int, ...] = ()
+        self._state: tuple[tuple[int, torch.Size], ...] = ()
         self._space = torch.empty(0, dtype=torch.uint8)
         self._tables = (torch.empty(0), torch.empty(0))
 
@@ -157,8 +157,12 @@ class NativeStep:
 
     def _bind(self, state: DecoderState) -> None:
         """Tell the C side where the state's buffers are, which move as caches grow."""
-        at = tuple(part.keys.data_ptr() for part in state.parts)
-        at += tuple(part.values.data_ptr() for part in state.parts)
+        # sizes too: a new state may lie where an old one was
+        at = tuple(
+            (rows.data_ptr(), rows.shape)
+            for part in state.parts
+            for rows in (part.keys, part.values, part.sums)
+        )
         if at == self._state:
             return
         self._state = at

@@ -16,7 +16,7 @@
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_GROUP 32  /* inputs that share a scale in int4 weights */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
-#define LS_MIX_FLOATS 20
+#define LS_MIX_FLOATS 28
 #define LS_ABI 1     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
