@@ -69,7 +69,7 @@ def fuse(*linears: nn.Module) -> nn.Module:
     weight, bias = joined(linears)
     kernel = pick_kernel(weight)
     if kernel.name.startswith("linspec-"):
-        return NativeLinear(F32, *weight.shape, pack.pack_floats(weight), None, bias)
+        return NativeLinear(F32, *_sizes(weight), pack.pack_floats(weight), None, bias)
     if kernel.name == "onednn-packed":
         return PackedLinear(weight, bias)
     layer = nn.Linear(
@@ -86,9 +86,15 @@ def joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor |
     plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
     assert len(plain) == len(linears), "only plain linear layers can be fused"
     weight = torch.cat([layer.weight.detach() for layer in plain])
-    if plain[0].bias is None:
-        return weight, None
-    return weight, torch.cat([layer.bias.detach() for layer in plain])
+    bias = None
+    if plain[0].bias is not None:
+        bias = torch.cat([layer.bias.detach() for layer in plain])
+    return weight, bias
+
+
+def _sizes(weight: torch.Tensor) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return weight.shape[0], weight.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +116,9 @@ class Quantizer:
         bias = None if bias is None else bias.float()
         if self.bits == 8:
             parts = pack.pack_int8(*quantize_int8(weight))
-            return NativeLinear(INT8, *weight.shape, *parts, bias)
+            return NativeLinear(INT8, *_sizes(weight), *parts, bias)
         packed = pack.pack_int4(*quantize_int4(weight, self.moments.get(linears[0])))
-        return NativeLinear(INT4, *weight.shape, packed, None, bias)
+        return NativeLinear(INT4, *_sizes(weight), packed, None, bias)
 
 
 @dataclass(frozen=True, slots=True)

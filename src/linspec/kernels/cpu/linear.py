@@ -73,21 +73,18 @@ class NativeLinear(nn.Module):
 
     def struct(self) -> native.LinearStruct:
         """What the C side needs to know; valid as long as this layer's tensors stay."""
-        if self._struct is None:
+        packed = cast(torch.Tensor, self.packed)
+        # weights that are loaded later replace the first ones
+        if self._struct is None or self._struct.weights != packed.data_ptr():
             self._struct = pack.struct(
                 self.kind,
-                cast(torch.Tensor, self.packed),
+                packed,
                 self.scales,
                 outputs=self.out_features,
                 inputs=self.in_features,
                 bias=self.bias,
             )
         return self._struct
-
-    def _apply(self, fn: object, recurse: bool = True) -> NativeLinear:
-        # tensors may move
-        self._struct = None
-        return cast(NativeLinear, super()._apply(fn, recurse))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         library = load().library
