@@ -102,7 +102,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 128,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 256,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -129,7 +129,11 @@ def linearize(
     field: Field = "text",
     tokens: Tokens = None,
     transfer_share: Annotated[
-        float | None, typer.Option(help="Share of them that matches the teacher by layer.")
+        float | None,
+        typer.Option(
+            help="Share of them that matches the teacher by layer.",
+            show_default="0.4, or 0 with kernel softmax",
+        ),
     ] = None,
     context: Context = None,
     batch_tokens: BatchTokens = None,

@@ -278,12 +278,22 @@ def test_control_has_no_teacher_in_its_loss(
 
 def test_mixers_by_name() -> None:
     assert make_mixer("aug") == MixerConfig(
-        name="aug", group=128, span=2, kernel="softmax", taps=32
+        name="aug", group=256, span=2, kernel="softmax", taps=32
     )
     assert make_mixer("relu", group=16) == MixerConfig(name="relu", group=16)
-    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=128)
+    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=256)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64
+
+
+def test_a_student_next_to_its_teacher_is_finetuned_gently() -> None:
+    close = LinearizeConfig().completed([make_mixer("aug")])
+    far = LinearizeConfig().completed([make_mixer("aug", kernel="own")])
+    assert close.transfer_share == 0
+    assert far.transfer_share == 0.4
+    assert close.lr is not None and far.lr is not None and close.lr < far.lr
+    given = LinearizeConfig(transfer_share=0.3, lr=1e-3)
+    assert given.completed([make_mixer("aug")]) == given
 
 
 def test_softmax_equals_softmax_whatever_the_group(tiny_teacher: Callable[..., Decoder]) -> None:

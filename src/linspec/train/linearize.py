@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
-DEFAULT_GROUP = 128
+DEFAULT_GROUP = 256
+# measured in docs/results/core.md
+CLOSE_LR = 3e-4
+FAR_LR, FAR_TRANSFER = 2e-3, 0.4
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 
@@ -41,18 +44,19 @@ DEFAULT_WINDOW = 64
 class LinearizeConfig:
     """How long and how to train.
 
-    tokens: of both stages together; transfer_share: of them for stage 1. context: tokens of a
-    window; batch_tokens: tokens of a step. lr: of finetuning; transfer_lr: of stage 1; muon_lr:
-    when set, the blocks' matrices use Muon in finetuning. mixer_lr_factor: on the rate of α and
-    taps, which start at zero and have far to go. kl_weight: of KL(teacher ‖ student) beside the
-    cross-entropy. lora_rank: 0 trains all weights, else adapters of this rank.
+    tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
+    need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
+    transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
+    mixer_lr_factor: on the rate of α and taps, which start at zero and have far to go. kl_weight: of
+    KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights, else adapters of
+    this rank.
     """
 
     tokens: int = 2_200_000
-    transfer_share: float = 0.4
+    transfer_share: float | None = None
     context: int = 1024
     batch_tokens: int = 4096
-    lr: float = 2e-3
+    lr: float | None = None
     transfer_lr: float = 5e-3
     muon_lr: float | None = None
     mixer_lr_factor: float = 10.0
@@ -68,7 +72,7 @@ class LinearizeConfig:
         for name in ("tokens", "context", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.transfer_share <= 1:
+        if self.transfer_share is not None and not 0 <= self.transfer_share <= 1:
             raise ConfigError(f"transfer_share must be in 0..1, got {self.transfer_share}")
         for name in ("kl_weight", "lora_rank"):
             if getattr(self, name) < 0:
@@ -84,8 +88,23 @@ class LinearizeConfig:
         """Optimizer steps of both stages."""
         return max(1, round(self.tokens / (self.rows * self.context)))
 
+    def completed(self, changed: Iterable[MixerConfig]) -> LinearizeConfig:
+        """With a share and a rate that suit these mixers, where none was given.
+
+        Mixers that keep the teacher's weights for the tokens within reach start next to it: a
+        transfer would be time lost and a high rate would only move them away.
+        """
+        close = all(mixer.kernel == "softmax" for mixer in changed)
+        share, lr = (0.0, CLOSE_LR) if close else (FAR_TRANSFER, FAR_LR)
+        return replace(
+            self,
+            transfer_share=share if self.transfer_share is None else self.transfer_share,
+            lr=lr if self.lr is None else self.lr,
+        )
+
     def stage(self, steps: int, *, transfer: bool) -> TrainConfig:
-        """Settings of the training loop for one stage."""
+        """Settings of the training loop for one stage of a completed configuration."""
+        assert self.lr is not None
         return TrainConfig(
             steps=steps,
             lr=self.transfer_lr if transfer else self.lr,
@@ -135,6 +154,8 @@ def linearize(
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
+    changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
+    config = config.completed([mixers[layer] for layer in changed])
     _check_context(teacher.config.with_mixers(mixers), config.context)
     plan = {
         "source": str(source),
@@ -306,7 +327,7 @@ class _Stages:
     def run(self) -> dict[str, list[dict[str, float]]]:
         """Both stages; returns the log of each."""
         share = self.config.transfer_share if self.changed else 0.0
-        transfer = round(share * self.config.steps)
+        transfer = round((share or 0.0) * self.config.steps)
         logs = {}
         if transfer:
             logs["transfer"] = self._transfer(transfer)
