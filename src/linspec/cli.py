@@ -102,7 +102,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 256,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 64,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -113,10 +113,14 @@ def linearize(
     span: Annotated[
         int | None,
         typer.Option(
-            help="Groups seen exactly, the open one included.",
-            show_default="2 for local, grouped, aug",
+            help="Groups that every layer sees exactly, the open one included.",
+            show_default="by --rows for local, grouped, aug",
         ),
     ] = None,
+    rows: Annotated[
+        int,
+        typer.Option(help="Tokens seen exactly, mean of the layers; each gets what it needs."),
+    ] = 384,
     kernel: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +166,7 @@ def linearize(
             taps=taps,
             window=window,
             span=span,
+            rows=rows,
             kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             data=sources(data),

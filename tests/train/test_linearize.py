@@ -277,11 +277,9 @@ def test_control_has_no_teacher_in_its_loss(
 
 
 def test_mixers_by_name() -> None:
-    assert make_mixer("aug") == MixerConfig(
-        name="aug", group=256, span=2, kernel="softmax", taps=32
-    )
+    assert make_mixer("aug") == MixerConfig(name="aug", group=64, span=2, kernel="softmax", taps=32)
     assert make_mixer("relu", group=16) == MixerConfig(name="relu", group=16)
-    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=256)
+    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=64)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64
 

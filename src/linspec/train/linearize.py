@@ -22,17 +22,22 @@ from transformers import PreTrainedTokenizerBase
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError
+from linspec.files import replace_text
 from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.reach import spans_by_need
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
-DEFAULT_GROUP = 256
+DEFAULT_GROUP = 64
+DEFAULT_ROWS = 384
+# windows of text on which the layers are measured
+REACH_WINDOWS = 8
 # measured in docs/results/core.md
 CLOSE_LR = 3e-4
 FAR_LR, FAR_TRANSFER = 2e-3, 0.4
@@ -126,6 +131,7 @@ def linearize(
     taps: int | None = None,
     window: int | None = None,
     span: int | None = None,
+    rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
     data: Sequence[str | Path] = ("stdlib",),
@@ -137,11 +143,13 @@ def linearize(
     """Train `source` with other mixers into the model directory `out`; returns it.
 
     mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
-    `make_mixer` for what None means), or a MixerConfig. keep_softmax: layers
-    that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
-    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
-    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
-    with `resume` goes on from the last saved state.
+    `make_mixer` for what None means), or a MixerConfig. rows: with kernel softmax and no span given,
+    tokens that a layer sees exactly in the mean; measured on the teacher, layers that need to see
+    far get more of them (see `spans_by_need`). keep_softmax: layers that keep the mixer they have. A
+    mixer that changes nothing trains the teacher on (see `continue_training`). data, field: see
+    `load_documents`; what is held out of it is not trained on. dtype: of the saved weights, None for
+    that of `source`. Killed at any moment, the same call with `resume` goes on from the last saved
+    state.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
@@ -157,9 +165,12 @@ def linearize(
     changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
     config = config.completed([mixers[layer] for layer in changed])
     _check_context(teacher.config.with_mixers(mixers), config.context)
+    free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
+    by_need = free and bool(changed)
     plan = {
         "source": str(source),
         "mixers": [asdict(m) for m in mixers],
+        "rows": rows if by_need else None,
         "data": [str(d) for d in data],
         "field": field,
         "config": asdict(config),
@@ -168,6 +179,8 @@ def linearize(
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
+            if by_need:
+                mixers = _with_spans(teacher, mixers, changed, windows, rows, folder)
             student = with_mixers(teacher, mixers)
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
@@ -265,6 +278,27 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"{source}: config.json names an unknown dtype {name!r}")
     return found
+
+
+def _with_spans(
+    teacher: Decoder,
+    mixers: tuple[MixerConfig, ...],
+    layers: Sequence[int],
+    windows: Windows,
+    rows: int,
+    folder: Path,
+) -> tuple[MixerConfig, ...]:
+    """`mixers` with the spans that `layers` need; measured once for a run that is resumed."""
+    file = folder / "spans.json"
+    if not file.exists():
+        batch = windows.batch(0, REACH_WINDOWS)
+        found = spans_by_need(teacher, mixers[layers[0]], layers, batch, rows)
+        replace_text(file, json.dumps([found.get(i) for i in range(len(mixers))]))
+    spans = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(
+        mixer if span is None else replace(mixer, span=span)
+        for mixer, span in zip(mixers, spans, strict=True)
+    )
 
 
 def _check_context(config: DecoderConfig, context: int) -> None:
