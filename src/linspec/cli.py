@@ -111,12 +111,12 @@ def linearize(
         int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
     ] = None,
     span: Annotated[
-        int | None,
+        str,
         typer.Option(
-            help="Groups that every layer sees exactly, the open one included.",
+            help="Groups seen exactly, the open one included: 2, or one for each layer.",
             show_default="by --rows for local, grouped, aug",
         ),
-    ] = None,
+    ] = "",
     rows: Annotated[
         int,
         typer.Option(help="Tokens seen exactly, mean of the layers; each gets what it needs."),
@@ -157,6 +157,7 @@ def linearize(
 
     place_on("cpu", threads)
     config = configure(LinearizeConfig, locals())
+    chosen = numbers(span, "--span")
     with quiet_stdout():
         library(
             source,
@@ -165,7 +166,7 @@ def linearize(
             group=group,
             taps=taps,
             window=window,
-            span=span,
+            span=chosen[0] if len(chosen) == 1 else chosen or None,
             rows=rows,
             kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),

@@ -433,3 +433,10 @@ def test_two_processes_train_one_model(teacher_dir: Path, tmp_path: Path, corpus
     record = json.loads((tmp_path / "s" / "linearize.json").read_text())
     assert sum(record["tokens"].values()) == 2 * 8 * 256
     load_model(tmp_path / "s")
+
+
+def test_spans_may_be_given_for_each_layer(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    out = run(teacher_dir, tmp_path / "s", corpus, mixer="aug", group=8, span=[1, 3])
+    assert [mixer.span for mixer in load_config(out).mixers] == [1, 3]
+    with pytest.raises(ConfigError, match="3 spans given for 2 layers"):
+        run(teacher_dir, tmp_path / "t", corpus, mixer="aug", span=[1, 2, 3])

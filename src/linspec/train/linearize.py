@@ -130,7 +130,7 @@ def linearize(
     group: int = DEFAULT_GROUP,
     taps: int | None = None,
     window: int | None = None,
-    span: int | None = None,
+    span: int | Sequence[int] | None = None,
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
@@ -143,25 +143,28 @@ def linearize(
     """Train `source` with other mixers into the model directory `out`; returns it.
 
     mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
-    `make_mixer` for what None means), or a MixerConfig. rows: with kernel softmax and no span given,
-    tokens that a layer sees exactly in the mean; measured on the teacher, layers that need to see
-    far get more of them (see `spans_by_need`). keep_softmax: layers that keep the mixer they have. A
-    mixer that changes nothing trains the teacher on (see `continue_training`). data, field: see
-    `load_documents`; what is held out of it is not trained on. dtype: of the saved weights, None for
-    that of `source`. Killed at any moment, the same call with `resume` goes on from the last saved
-    state.
+    `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
+    with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
+    the teacher, layers that need to see far get more of them (see `spans_by_need`). keep_softmax:
+    layers that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
+    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
+    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
+    with `resume` goes on from the last saved state.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
-    wanted = make_mixer(mixer, group=group, span=span, kernel=kernel, taps=taps, window=window)
+    one_span = span if isinstance(span, int) else None
+    wanted = make_mixer(mixer, group=group, span=one_span, kernel=kernel, taps=taps, window=window)
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
+    if isinstance(span, Sequence):
+        mixers = spread(mixers, span, keep_softmax)
     changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
     config = config.completed([mixers[layer] for layer in changed])
     _check_context(teacher.config.with_mixers(mixers), config.context)
@@ -293,11 +296,20 @@ def _with_spans(
     if not file.exists():
         batch = windows.batch(0, REACH_WINDOWS)
         found = spans_by_need(teacher, mixers[layers[0]], layers, batch, rows)
-        replace_text(file, json.dumps([found.get(i) for i in range(len(mixers))]))
+        replace_text(file, json.dumps([found.get(i, 1) for i in range(len(mixers))]))
     spans = json.loads(file.read_text(encoding="utf-8"))
+    return spread(mixers, spans, set(range(len(mixers))) - set(layers))
+
+
+def spread(
+    mixers: tuple[MixerConfig, ...], spans: Sequence[int], keep: Iterable[int] = ()
+) -> tuple[MixerConfig, ...]:
+    """`mixers` with a span for each layer; those of `keep` stay as they are."""
+    if len(spans) != len(mixers):
+        raise ConfigError(f"{len(spans)} spans given for {len(mixers)} layers; give one for each")
     return tuple(
-        mixer if span is None else replace(mixer, span=span)
-        for mixer, span in zip(mixers, spans, strict=True)
+        mixer if layer in keep else replace(mixer, span=span)
+        for layer, (mixer, span) in enumerate(zip(mixers, spans, strict=True))
     )
 
 
