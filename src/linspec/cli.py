@@ -129,6 +129,9 @@ def linearize(
         ),
     ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
+    softmax_layers: Annotated[
+        int, typer.Option(help="How many more stay: those that need to see far most.")
+    ] = 0,
     data: Data = None,
     field: Field = "text",
     tokens: Tokens = None,
@@ -170,6 +173,7 @@ def linearize(
             rows=rows,
             kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
+            softmax_layers=softmax_layers,
             data=sources(data),
             field=field,
             config=config,

@@ -29,7 +29,7 @@ from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, reso
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
-from linspec.train.reach import spans_by_need
+from linspec.train.reach import Reach, measure_reach
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
@@ -134,6 +134,7 @@ def linearize(
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
+    softmax_layers: int = 0,
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
     config: LinearizeConfig | None = None,
@@ -145,8 +146,9 @@ def linearize(
     mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
     `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
     with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
-    the teacher, layers that need to see far get more of them (see `spans_by_need`). keep_softmax:
-    layers that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
+    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
+    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see
+    far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state.
@@ -170,10 +172,15 @@ def linearize(
     _check_context(teacher.config.with_mixers(mixers), config.context)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
     by_need = free and bool(changed)
+    if not 0 <= softmax_layers < max(1, len(changed)):
+        raise ConfigError(
+            f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got {softmax_layers}"
+        )
     plan = {
         "source": str(source),
         "mixers": [asdict(m) for m in mixers],
         "rows": rows if by_need else None,
+        "softmax_layers": softmax_layers,
         "data": [str(d) for d in data],
         "field": field,
         "config": asdict(config),
@@ -182,8 +189,16 @@ def linearize(
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            if by_need:
-                mixers = _with_spans(teacher, mixers, changed, windows, rows, folder)
+            if by_need or softmax_layers:
+                mixers = _by_need(
+                    teacher,
+                    mixers,
+                    changed,
+                    windows,
+                    folder,
+                    rows=rows if by_need else None,
+                    softmax_layers=softmax_layers,
+                )
             student = with_mixers(teacher, mixers)
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
@@ -283,22 +298,37 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     return found
 
 
-def _with_spans(
+def _by_need(
     teacher: Decoder,
     mixers: tuple[MixerConfig, ...],
     layers: Sequence[int],
     windows: Windows,
-    rows: int,
     folder: Path,
+    *,
+    rows: int | None,
+    softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
-    """`mixers` with the spans that `layers` need; measured once for a run that is resumed."""
-    file = folder / "spans.json"
+    """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
+
+    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    """
+    file = folder / "reach.json"
     if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS)
-        found = spans_by_need(teacher, mixers[layers[0]], layers, batch, rows)
-        replace_text(file, json.dumps([found.get(i, 1) for i in range(len(mixers))]))
-    spans = json.loads(file.read_text(encoding="utf-8"))
-    return spread(mixers, spans, set(range(len(mixers))) - set(layers))
+        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
+        measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
+        replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
+    spans, losses = json.loads(file.read_text(encoding="utf-8"))
+    reach = Reach(spans, dict(zip(layers, losses, strict=True)))
+    kept = reach.neediest(softmax_layers)
+    found = list(mixers)
+    for layer in kept:
+        found[layer] = teacher.config.mixers[layer]
+    rest = reach.without(kept)
+    if rows is not None:
+        groups = len(rest.losses) * rows // mixers[layers[0]].group
+        for layer, span in rest.spans_by_need(groups).items():
+            found[layer] = replace(found[layer], span=span)
+    return tuple(found)
 
 
 def spread(
