@@ -247,6 +247,7 @@ def make_mixer(
         return mixer
     MIXERS.entry(mixer)
     near = mixer in ("local", "grouped", "aug")
+    reach = near or mixer in ("hedgehog",)
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
@@ -254,7 +255,7 @@ def make_mixer(
     return MixerConfig(
         name=mixer,
         group=group,
-        span=span if span is not None else 2 if near else 1,
+        span=span if span is not None else 2 if reach else 1,
         kernel=kernel if kernel is not None else "softmax" if near else "own",
         taps=taps,
         window=window,
