@@ -18,6 +18,7 @@ from linspec.console import (
     place_on,
     print_facts,
     print_json,
+    print_measured,
     print_speed,
     print_table,
     quiet_stdout,
@@ -283,25 +284,68 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall from far above instead.")
+    ] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --recall: the model to compare with.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="With --recall: tokens of the texts.")
+    ] = "512,1024,2048,4096",
+    samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
+    seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Measure perplexity along long texts instead.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="With --by-position: tokens of a text.")] = 32768,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
-    from linspec.evaluate.perplexity import evaluate_source
+    from linspec.errors import ConfigError
 
-    place = place_on(device, threads)
-    with quiet_stdout():
-        score = evaluate_source(
-            model,
-            sources(data),
-            field=field,
-            limit_bytes=limit_bytes,
-            context=context,
-            bf16=bf16,
-            device=place,
-        )
-    print_json(score.to_json()) if as_json else print_facts(score.to_json())
+    if recall and by_position:
+        raise ConfigError("give one of --recall and --by-position, not both")
+    place, text = place_on(device, threads), sources(data)
+    if recall:
+        from linspec.evaluate.recall import evaluate_recall
+
+        with quiet_stdout():
+            found = evaluate_recall(
+                model,
+                teacher=teacher,
+                data=text,
+                field=field,
+                lengths=numbers(lengths, "--lengths"),
+                samples=samples,
+                seeds=seeds,
+                device=place,
+            ).to_json()
+        print_json(found) if as_json else print_measured("recall", found, "cells")
+    elif by_position:
+        from linspec.evaluate.positions import by_position as measure
+
+        with quiet_stdout():
+            drift = measure(
+                model, data=text, field=field, length=length, context=context, device=place
+            ).to_json()
+        print_json(drift) if as_json else print_measured("perplexity", drift, "stretches")
+    else:
+        from linspec.evaluate.perplexity import evaluate_source
+
+        with quiet_stdout():
+            score = evaluate_source(
+                model,
+                text,
+                field=field,
+                limit_bytes=limit_bytes,
+                context=context,
+                bf16=bf16,
+                device=place,
+            ).to_json()
+        print_json(score) if as_json else print_facts(score)
 
 
 @app.command(epilog="Example: linspec verify embedded-aug --drafter medusa")
