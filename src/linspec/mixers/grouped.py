@@ -14,7 +14,9 @@ from linspec.mixers.linear import GroupedLinear
     "grouped",
     summary="local attention + α · linear attention over earlier groups",
     paper="You et al. 2024, arXiv 2406.07368",
-    state="d² + 2·G·d per KV head",
+    state="d² + 2·n·G·d per KV head",
+    direction="causal",
+    cost="(2·n·G + d)·d per token",
 )
 class Grouped(GroupedLinear):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
@@ -27,5 +29,5 @@ class Grouped(GroupedLinear):
     def native_form(self) -> NativeForm | None:
         return self._native_groups(float(self.alpha)) if type(self) is Grouped else None
 
-    def sum_scale(self) -> torch.Tensor | float | None:
+    def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

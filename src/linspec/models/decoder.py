@@ -204,7 +204,7 @@ class Decoder(nn.Module):
             slots,
             dtype=self.dtype,
             device=self.embed.weight.device,
-            summed_keys=[mixer.summed_keys for mixer in mixers],
+            folds=[mixer.fold for mixer in mixers],
         )
 
     @torch.inference_mode()
