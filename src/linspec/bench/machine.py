@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from linspec.errors import ConfigError
+from linspec.kernels.cpu.library import load
 from linspec.kernels.linear import pick_kernel
 from linspec.train.loop import fast_bfloat16
 
@@ -39,12 +40,15 @@ def machine(*, bandwidth: bool = False) -> dict[str, Any]:
 def info() -> dict[str, Any]:
     """What `linspec info` prints: versions, devices and the kernels that will be used."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel = pick_kernel(torch.zeros(1, device=device))
+    kernel, native = pick_kernel(torch.zeros(1, device=device)), load()
     return {
         "version": package_version("linspec"),
         "torch": torch.__version__,
         "device": device,
-        "kernels": {"linear": {"name": kernel.name, "reason": kernel.reason}},
+        "kernels": {
+            "linear": {"name": kernel.name, "reason": kernel.reason},
+            "native": {"name": native.name, "reason": native.reason},
+        },
         "threads": torch.get_num_threads(),
         "fast_bfloat16": fast_bfloat16(torch.device(device)),
         "python": platform.python_version(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def load() -> Found:
 
 
 def _none(reason: str) -> Found:
+    # said once, as `load` is called once
+    logging.getLogger("linspec").warning("CPU kernels: torch's own are used, as %s", reason)
     return Found(None, "torch", reason)
 
 

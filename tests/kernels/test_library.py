@@ -1,0 +1,90 @@
+"""How the compiled kernels are found, chosen, and done without."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from linspec.errors import ConfigError
+from linspec.kernels.cpu import check, library
+from linspec.kernels.linear import PackedLinear, fuse, pick_kernel
+
+SOURCES = Path(library.__file__).parent / "csrc"
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """`load` looks again, and forgets what it found when the test is over."""
+    library.load.cache_clear()
+    yield
+    library.load.cache_clear()
+
+
+def test_without_the_extension_torch_is_used_and_said_once(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "_path", lambda: None)
+    with caplog.at_level(logging.WARNING, "linspec"):
+        kernels = [pick_kernel(torch.zeros(1)) for _ in range(3)]
+    assert len(caplog.records) == 1 and "the extension was not built" in caplog.text
+    assert not kernels[0].name.startswith("linspec-")
+    assert "not built" in kernels[0].reason
+    plain = torch.nn.Linear(8, 4)
+    fused = fuse(plain)
+    assert isinstance(fused, PackedLinear)
+    torch.testing.assert_close(fused(torch.ones(3, 8)), plain(torch.ones(3, 8)))
+
+
+def test_a_library_that_computes_wrongly_is_not_used(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linspec.kernels.cpu.library import load
+
+    monkeypatch.setattr(check, "passes", lambda found: False)
+    assert load().library is None
+    assert load().reason.endswith("failed its self-test")
+
+
+def test_the_switch_turns_the_kernels_off(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, "off")
+    assert library.load() == library.Found(None, "torch", "LINSPEC_CPU_KERNELS=off")
+
+
+def test_the_switch_names_an_instruction_set(
+    fresh: None, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(library.SWITCH, isa)
+    assert library.load().name == isa
+
+
+def test_an_unknown_instruction_set_is_refused(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from linspec.kernels.cpu.library import SWITCH, load
+
+    monkeypatch.setenv(SWITCH, "avx9")
+    with pytest.raises(ConfigError, match=r"avx9 cannot be used here.*portable"):
+        load()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_plain_c_stays_within_its_memory(tmp_path: Path) -> None:
+    """The portable kernels under the address and undefined-behaviour sanitizers."""
+    program = tmp_path / "sanitize"
+    sources = [str(path) for path in SOURCES.glob("*.c")]
+    driver = Path(__file__).parent / "sanitize.c"
+    flags = ["-O1", "-g", "-std=gnu11", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build = ["cc", *flags, *checks, str(driver), *sources, "-o", str(program), "-lm"]
+    if subprocess.run(build, capture_output=True).returncode:
+        pytest.skip("this compiler has no sanitizers")
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
