@@ -15,6 +15,7 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
-from linspec.kernels.linear import fuse
+from linspec.kernels.linear import Fuse
 from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve
 from linspec.registry import Registry
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
     from linspec.step import Segment
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NativeForm:
+    """A mixer's step as `csrc/attention.inc.h` knows it.
+
+    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
+    of unit features instead of a softmax. alpha: factor on the sums.
+    """
+
+    window: int = 0
+    group: int = 0
+    span: int = 1
+    squares: bool = False
+    alpha: float = 0.0
 
 
 class Mixer(nn.Module):
@@ -133,6 +149,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def native_form(self) -> NativeForm | None:
+        """What the C library needs to compute the step form; None when it cannot."""
+        return None
+
     # ---- the two forms
 
     def project(
@@ -157,13 +177,16 @@ class Mixer(nn.Module):
             return self.qkv(x)
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
         self.qkv = fuse(self.q, self.k, self.v)
-        if self.mixer.taps:
-            self.reach = self._padded_taps().detach()
         self.o = fuse(self.o)
         del self.q, self.k, self.v
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        if self.mixer.taps:
+            self.reach = self._padded_taps().detach()
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
