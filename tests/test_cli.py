@@ -25,6 +25,7 @@ VERBS = (
     "train-drafter",
     "generate",
     "eval",
+    "study",
     "verify",
     "bench",
     "info",
