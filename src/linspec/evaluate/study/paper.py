@@ -38,6 +38,33 @@ def _place(table: str, name: str, *places: tuple[str, str]) -> Callable[[Results
     return find
 
 
+def _in_one_cell(
+    table: str, row: str, column: str, first: str, second: str
+) -> Callable[[Results], Pair | None]:
+    """Two figures at one place of a table."""
+
+    def find(results: Results) -> Pair | None:
+        pair = results.mean(table, row, column, first), results.mean(table, row, column, second)
+        return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+
+    return find
+
+
+def _medusa(row: str) -> Callable[[Results], Pair | None]:
+    names = ("medusa_tokens_per_s", "plain_tokens_per_s")
+    return _in_one_cell("speculation", row, "all", *names)
+
+
+def _models(context: int, figure: str) -> Callable[[Results], Pair | None]:
+    """A figure of aug and of softmax at one context."""
+
+    def find(results: Results) -> Pair | None:
+        found = results.of("latency", str(context), "both")
+        return (found[0]["aug"][figure], found[0]["softmax"][figure]) if found else None
+
+    return find
+
+
 def _local(first: str, second: str) -> Callable[[Results], Pair | None]:
     return _place("quality", "perplexity", ("local", first), ("local", second))
 
@@ -107,6 +134,36 @@ CLAIMS = (
         (2.4, 6.7),
         _place("design", "train_loss", ("α from 0", AUG), ("α from 1", AUG)),
         "α stays fixed at 1 there, it is learned here",
+    ),
+    *(
+        Claim(
+            f"prefill of {context:,} tokens, aug / softmax",
+            "T4, LLaMA-2-7B, ms on a GPU",
+            paper,
+            _models(context, "prefill_ms"),
+            "another model, another machine",
+        )
+        for context, paper in (
+            (2048, (275.2, 302.3)),
+            (4096, (529.8, 812.6)),
+            (8192, (1029.7, 2355.0)),
+        )
+    ),
+    *(
+        Claim(
+            f"tokens/s with Medusa / plain, {row}",
+            "T8, LLaMA-2-7B, MT-Bench",
+            paper,
+            _medusa(row),
+            "the paper recomputes its state at every step of plain decoding, which makes it slow",
+        )
+        for row, paper in (("local, plain", (63.3, 32.3)), ("local, aug", (50.7, 25.9)))
+    ),
+    Claim(
+        "one tree step / its candidates one by one, aug",
+        "T9, LLaMA-2-7B, FLASH, ms",
+        (49.7, 137.2),
+        _in_one_cell("speculation", "local, aug", "all", "tree_ms", "candidates_ms"),
     ),
 )
 
