@@ -22,12 +22,22 @@ GROUP = 4
 WINDOW = 5
 TAPS = 3
 
-# every mixer as it comes, and with a convolution shorter and longer than a group
-# "aug:softmax" is aug with the kernel softmax
-EXACT = ("local:softmax", "grouped:softmax", "aug:softmax")
+# "aug:softmax" is aug with the kernel softmax; the linear mixers in the grouped arrangement
+EXACT = (
+    "local:softmax",
+    "grouped:softmax",
+    "aug:softmax",
+    "relu:softmax",
+    "relu:relu2",
+    "hedgehog:softmax",
+)
 MIXER_NAMES = (*(name for name in MIXERS.names() if not name.startswith("test")), *EXACT)
-CASES = [(name, taps) for name in MIXER_NAMES for taps in (0, TAPS, GROUP + 3)]
+# every mixer as it comes, and some with a convolution shorter and longer than a group: it is the
+# same code for all of them
+WITH_TAPS = ("softmax", "window", "local", "global", "grouped", "aug", "relu", "aug:softmax")
+CASES = [(name, taps) for name in WITH_TAPS for taps in (0, TAPS, GROUP + 3)]
 CASES = [(name, taps) for name, taps in CASES if taps or not name.startswith("aug")]
+CASES += [(name, TAPS) for name in MIXER_NAMES if name not in WITH_TAPS]
 
 DEVICES = [
     "cpu",

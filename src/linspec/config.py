@@ -7,7 +7,7 @@ from typing import Any
 
 from linspec.errors import ConfigError
 
-KERNELS = ("own", "softmax")
+KERNELS = ("own", "softmax", "relu2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,8 @@ class MixerConfig:
 
     group: tokens per group of the grouped linear mixers. span: groups that a token sees exactly, its
     own open one included; earlier ones it sees as a sum. kernel: how the exact part weighs tokens,
-    'own' for the mixer's own weights or 'softmax' for those of the pretrained model.
+    'own' for the mixer's own weights, 'softmax' for those of the pretrained model, 'relu2' for
+    relu(q̂·k̂)²; the latter two make any linear mixer grouped, with a learned share α of its sum.
     taps: causal convolution taps over values; 0 means no convolution.
     window: tokens that the `window` mixer sees, the current one included.
     """

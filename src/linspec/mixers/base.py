@@ -4,7 +4,7 @@ A mixer is one function in two forms. The *full form* (`forward`) sees a whole s
 over time and differentiable. The *step form* (`step`) sees the new nodes of a step against the
 committed state of their slots. Both compute
 
-    o_t = finish(sum_s weight(t, s) v_s  +  beyond_t)  +  sum_{j < W} c_j v_{t-j}
+    o_t = combine(sum_s weight(t, s) v_s, beyond_t)  +  sum_{j < W} c_j v_{t-j}
 
 where the weights run over the rows that the state keeps, `beyond` is what a mixer makes of groups
 whose rows are gone, and the last term is the causal depthwise convolution (one kernel of W taps per
@@ -27,7 +27,7 @@ from linspec.layout import Layout
 from linspec.mixers.blocks import convolve
 from linspec.registry import Registry
 from linspec.rope import rotate
-from linspec.state import RowSpec, RowState
+from linspec.state import RowSpec, RowState, add_products
 
 if TYPE_CHECKING:
     from linspec.step import Segment
@@ -90,20 +90,24 @@ class Mixer(nn.Module):
         """Step form on features: what nodes with queries q read from the rows and sums of their slots.
 
         q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as `RowState`
-        keeps them -> [R, Hkv, rep, N, V'].
+        keeps them -> [R, Hkv, rep, N, V].
         """
         # the queries of all heads that share a key, as rows of one product
         products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
         weights = self.weights(products, layout)
         return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
 
+    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+        """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
+        return None
+
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """What keys become when their group closes into a sum: [..., Hkv, C, K'] -> [..., Hkv, C, S]."""
+        """What row keys become when their group closes into a sum: [.., Hkv, C, K'] -> [.., Hkv, C, S]."""
         return k
 
-    def finish(self, o: torch.Tensor) -> torch.Tensor:
-        """Last touch on outputs [..., V'] -> [..., V] before the convolution, such as a denominator."""
-        return o
+    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums [Hkv, S, Z] after rows of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
+        return add_products(sums, self.summed_keys(keys), values)
 
     def mix(
         self,
@@ -114,7 +118,7 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and row values v [B, Hkv, T, V'].
 
-        sums [B, Hkv, K', V'] are the groups closed before the sequence. Returns [B, H, T, V'].
+        sums [B, Hkv, S, Z] are the groups closed before the sequence. Returns [B, H, T, V].
         """
         raise NotImplementedError
 
@@ -129,9 +133,12 @@ class Mixer(nn.Module):
         if self.config.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=-2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        gates = self.row_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
         q, k = self.features(both).split((self.heads, self.kv_heads), dim=-2)
+        if gates is not None:
+            k = torch.cat((k, gates), dim=-1)
         return q, k, self.row_values(v)
 
     def _projections(self, x: torch.Tensor) -> torch.Tensor:
@@ -160,8 +167,8 @@ class Mixer(nn.Module):
         lead: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`mix`, finished, plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
-        o = self.finish(self.mix(q, k, v, sums))
+        """`mix` plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
+        o = self.mix(q, k, v, sums)
         if self.mixer.taps:
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
@@ -196,7 +203,7 @@ class Mixer(nn.Module):
         values = state.values[layer, slots, :, : state.spec.lead + width]
         sums = state.sums[layer, slots] if state.spec.sum_width else None
         q = q.unflatten(1, (self.kv_heads, self.repeats))
-        o = self.finish(self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums))
+        o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
         if self.mixer.taps:
             kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
             o = o + (kernel @ values[..., : self.head_width]).unflatten(2, o.shape[2:4])

@@ -1,18 +1,22 @@
 """Grouped linear attention: exact for the last few groups, a running sum over the groups before.
 
-The linear mixers of the core differ in their feature map, in how products of rows within reach become
-weights, and in whether closed groups are summed; everything else is here once. With group size G,
+The linear mixers differ in their feature map, in how products of rows within reach become weights,
+and in what is made of the sum over closed groups; everything else is here once. With group size G,
 g(t) = t // G and a span of n groups, the rows within reach of t are those of the groups
 g(t) - n + 1 .. g(t), and S_t sums φ(k_s) v_sᵀ over all groups before them (float32). Groups are those
 of the absolute position, so a token tree may cross one or several borders: rows of a group that
 closes inside the tree count as summed for the nodes behind the border, exactly as they will after the
 commit.
+
+A kernel other than the mixer's own puts it in the *grouped arrangement*: the kernel's weights within
+reach, plus α times what the mixer makes of the closed groups alone.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.layout import Layout
@@ -30,14 +34,26 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 class GroupedLinear(Mixer):
-    """Base of the grouped mixers: a feature map, weights within reach, a scale on the sum."""
+    """Base of the grouped mixers: a feature map, weights within reach, a share of the sum.
+
+    `summed`: closed groups are summed. `wide`: features are wider than keys, so rows keep keys as
+    they are. `apart`: the mixer's own weights within reach are not products of the summed features.
+    """
 
     summed = True
+    wide = False
+    apart = False
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
-        # with the pretrained weights within reach, rows keep the keys that these weights need
-        self.exact = mixer.kernel == "softmax"
+        self.arranged = mixer.kernel != "own"
+        # one map serves rows within reach and sums
+        self.one_map = not (self.arranged or self.apart)
+        self.raw = self.wide or not self.one_map
+        if self.arranged and self.summed:
+            # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (You et al.
+            # 2024, fig. 6b)
+            self.alpha = nn.Parameter(torch.zeros(()))
 
     def row_spec(self) -> RowSpec:
         return RowSpec(
@@ -47,41 +63,77 @@ class GroupedLinear(Mixer):
             lead=max(0, self.mixer.taps - 1),
             group=self.mixer.group,
             span=self.mixer.span,
-            sum_width=self.head_width if self.summed else 0,
+            sum_width=self.sum_width() if self.summed else 0,
         )
 
     # ---- what a grouped mixer defines
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
-        """φ of queries and keys [..., K] -> [..., K]."""
+        """φ of queries and keys alike: [..., K] -> [..., S]."""
         return unit(x)
 
+    def sum_width(self) -> int:
+        """S, how many features keys have in the sums."""
+        return self.head_width
+
     def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
-        """Weights of rows within reach from φ(q)·φ(k); None when the mixer does not see them."""
+        """Own weights of rows within reach from products of features; None if they are not seen."""
         return products.relu().square()
 
-    def sum_scale(self) -> torch.Tensor | float | None:
-        """Factor on the sum over closed groups; None when the mixer keeps no sums."""
-        return None
+    def sum_scale(self) -> torch.Tensor | float:
+        """Factor on what closed groups give."""
+        return self.alpha if self.arranged else 1.0
+
+    def finish(self, o: torch.Tensor) -> torch.Tensor:
+        """Last touch on weighted sums of row values [..., V'] -> [..., V], such as a denominator."""
+        return o
 
     # ---- what follows from it
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.exact else self.feature_map(x)
+        return x if self.raw else self.feature_map(x)
 
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return self.feature_map(k) if self.exact else k
+        return self.feature_map(k) if self.raw else k
 
     def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
-        """What queries become before they read the sums."""
-        return self.feature_map(q) if self.exact else q
+        """What queries become before they read the sums: [.., Hkv, rep, N, K'] -> [.., S]."""
+        return self.feature_map(q) if self.raw else q
 
-    def near(self, products: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor | None:
-        """Weights of rows from q·k products; `seen` is false at rows out of reach, None if all count."""
-        if self.exact:
+    def near_queries(self, q: torch.Tensor) -> torch.Tensor:
+        """What queries become before they meet rows within reach: [.., Hkv, rep, N, K'] -> [.., .]."""
+        return self.summed_queries(q) if self.one_map else self.near_features(q)
+
+    def near_keys(self, k: torch.Tensor) -> torch.Tensor:
+        """What row keys become before the queries within their reach meet them."""
+        return self.summed_keys(k) if self.one_map else self.near_features(k)
+
+    def near_features(self, x: torch.Tensor) -> torch.Tensor:
+        """What queries and keys become within reach, where those are not the summed features."""
+        return unit(x) if self.mixer.kernel == "relu2" else x
+
+    def near_weights(
+        self, products: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Weights of rows from products; `seen` is false at rows out of reach, None if all count."""
+        if self.mixer.kernel == "softmax":
             return masked_softmax(products * self.head_width**-0.5, seen)
-        weights = self.in_group(products)
+        weights = products.relu().square() if self.arranged else self.in_group(products)
         return weights if weights is None or seen is None else weights.masked_fill(~seen, 0.0)
+
+    def combine(self, near: torch.Tensor | None, far: torch.Tensor | None) -> torch.Tensor:
+        """Outputs [..., V] from the value sums [..., V'] within reach and over closed groups.
+
+        None where there is no such part; one of them is there.
+        """
+        if near is None or far is None:
+            both = self.sum_scale() * far if far is not None else near
+        elif self.arranged:
+            return near[..., : self.head_width] + self.sum_scale() * self.finish(far)
+        else:
+            both = near + self.sum_scale() * far
+        assert both is not None
+        return self.finish(both)
 
     # ---- step form
 
@@ -93,19 +145,40 @@ class GroupedLinear(Mixer):
         layout: Layout,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        key = ("group", self.mixer.group, self.mixer.span)
-        near, beyond = layout.memo(key, lambda: self._groups(layout))
+        near, beyond = self.groups(layout)
+        nodes = self.near_queries(q)
+        products = (nodes.flatten(2, 3) @ self.near_keys(keys).mT).unflatten(2, q.shape[2:4])
+        weights = self.near_weights(products, near)
+        o = None if weights is None else weights.flatten(2, 3) @ values
+        far = None
+        if sums is not None:
+            summed = nodes if self.one_map else self.summed_queries(q)
+            far = self._far_rows(summed, keys, values, beyond, sums)
+        return self.combine(o, far).unflatten(2, q.shape[2:4])
+
+    def _far_rows(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        beyond: torch.Tensor | None,
+        sums: torch.Tensor,
+    ) -> torch.Tensor:
+        """What nodes read from the sums and from rows of groups closed on their path."""
         flat = q.flatten(2, 3)
-        weights = self.near((flat @ keys.mT).unflatten(2, q.shape[2:4]), near)
-        o = torch.zeros_like(flat) if weights is None else weights.flatten(2, 3) @ values
-        scale = self.sum_scale()
-        if scale is not None and sums is not None:
-            flat = self.summed_queries(flat)
-            o = o + (scale * (flat.to(sums.dtype) @ sums)).to(o.dtype)
-            if beyond is not None:
-                products = (flat @ self.summed_keys(keys).mT).unflatten(2, q.shape[2:4])
-                o = o + scale * products.masked_fill(~beyond, 0.0).flatten(2, 3) @ values
-        return o.unflatten(2, q.shape[2:4])
+        o = (flat.to(sums.dtype) @ sums).to(values.dtype)
+        if beyond is not None:
+            products = (flat @ self.summed_keys(keys).mT).unflatten(2, q.shape[2:4])
+            o = o + products.masked_fill(~beyond, 0.0).flatten(2, 3) @ values
+        return o
+
+    def groups(self, layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """As `_groups`, once per layout."""
+        key = ("group", self.mixer.group, self.mixer.span)
+        found: tuple[torch.Tensor | None, torch.Tensor | None] = layout.memo(
+            key, lambda: self._groups(layout)
+        )
+        return found
 
     def _groups(self, layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Rows within a node's reach and rows of groups closed on its path, [R, 1, 1, N, C] each.
@@ -130,40 +203,54 @@ class GroupedLinear(Mixer):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        group, time = self.mixer.group, q.shape[2]
-        # queries of the heads that share a key: [B, Hkv, n, rep * G, K]
-        blocks = split(q, group).unflatten(1, (self.kv_heads, self.repeats))
-        blocks = blocks.transpose(2, 3).flatten(3, 4)
-        before = (self.mixer.span - 1) * group
-        o = torch.zeros_like(blocks)
-        weights = self._within_reach(blocks, windows(k, None, before, group))
-        if weights is not None:
-            o = weights @ windows(v, None, before, group)
-        scale = self.sum_scale()
-        if scale is not None:
-            closed = self._closed_sums(split(k, group), split(v, group), sums)
-            o = o + scale * (self.summed_queries(blocks) @ closed.to(blocks.dtype))
-        return join(o, self.repeats, time)
+        heads = q.unflatten(1, (self.kv_heads, self.repeats))
+        near_q, near_k = self.near_queries(heads), self.near_keys(k)
+        blocks, far = self._blocks(near_q), None
+        if self.summed:
+            summed, keys = blocks, near_k
+            if not self.one_map:
+                summed, keys = self._blocks(self.summed_queries(heads)), self.summed_keys(k)
+            closed = self._closed_sums(self._split(keys), self._split(v), sums)
+            far = summed @ closed.to(summed.dtype)
+        near = self._near_blocks(blocks, near_k, v)
+        return join(self.combine(near, far), self.repeats, q.shape[2])
 
-    def _within_reach(self, blocks: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
-        """Weights [B, Hkv, n, rep * G, C] of the rows of each block and the span before it."""
-        group, reach = self.mixer.group, keys.shape[3]
-        row = torch.arange(group, device=keys.device)[:, None]
-        column = torch.arange(reach, device=keys.device) - (reach - group)
-        first = torch.arange(keys.shape[2], device=keys.device)[:, None, None] * group
-        seen = (column <= row) & (column >= -first)
-        return self.near(blocks @ keys.mT, seen.repeat(1, self.repeats, 1))
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return split(x, self.mixer.group)
+
+    def _blocks(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries of the heads that share a key: [B, Hkv, rep, T, K] -> [B, Hkv, n, rep * G, K]."""
+        return self._split(q).transpose(2, 3).flatten(3, 4)
+
+    def _near_blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor | None:
+        """What the queries of each block [B, Hkv, n, rep * G, K] read within reach: [.., V']."""
+        group = self.mixer.group
+        before = (self.mixer.span - 1) * group
+        keys = windows(k, None, before, group)
+        seen = causal_window(keys.shape[2], group, before, k.device)
+        weights = self.near_weights(q @ keys.mT, seen.repeat(1, self.repeats, 1))
+        return None if weights is None else weights @ windows(v, None, before, group)
 
     def _closed_sums(
         self, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor | None
     ) -> torch.Tensor:
-        """Sum of φ(k) vᵀ over the groups beyond the reach of each group: [B, Hkv, n, S, V].
+        """Sum of φ(k) vᵀ over the groups beyond the reach of each group: [B, Hkv, n, S, V'].
 
-        float32 or wider; start [B, Hkv, S, V] are the groups closed before the sequence.
+        float32 or wider; start [B, Hkv, S, V'] are the groups closed before the sequence.
         """
-        products = self.summed_keys(keys).mT @ values
+        products = keys.mT @ values
         products = products.to(torch.promote_types(products.dtype, torch.float32))
         # shifted, not subtracted: rounding would let a group see itself
         count, span = products.shape[2], self.mixer.span
         sums = F.pad(products.cumsum(2), (0, 0, 0, 0, span, 0))[:, :, :count]
         return sums if start is None else sums + start[:, :, None].to(sums.dtype)
+
+
+def causal_window(count: int, group: int, before: int, device: torch.device) -> torch.Tensor:
+    """Rows of its block, and of the `before` ones ahead, that each token sees: [n, G, before + G]."""
+    row = torch.arange(group, device=device)[:, None]
+    column = torch.arange(before + group, device=device) - before
+    first = torch.arange(count, device=device)[:, None, None] * group
+    return (column <= row) & (column >= -first)

@@ -10,7 +10,9 @@ from linspec.mixers.linear import GroupedLinear
     "local",
     summary="relu(q·k)² inside a group of tokens",
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
-    state="2·G·d per KV head",
+    state="2·n·G·d per KV head",
+    direction="causal",
+    cost="2·n·G·d per token",
 )
 class Local(GroupedLinear):
     """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""

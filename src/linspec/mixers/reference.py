@@ -11,70 +11,147 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
+from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import Mixer
-
-Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Mixer], torch.Tensor]
 
 # divisions by a norm, or by a sum of weights, that may be zero
 EPSILON = 1e-6
 
 
-def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Which head a reference computes, and what it may need of its mixer.
+
+    unrotated [T, K]: keys before the rotary embedding.
+    """
+
+    mixer: Mixer
+    query: int
+    shared: int
+    unrotated: torch.Tensor
+
+    @property
+    def config(self) -> MixerConfig:
+        return self.mixer.mixer
+
+    def own(self, name: str) -> torch.Tensor:
+        """A parameter or buffer of the mixer."""
+        found: torch.Tensor = getattr(self.mixer, name)
+        return found
+
+    def first(self, t: int) -> int:
+        """The oldest position within reach of t: the start of the group span - 1 before its own."""
+        return max(0, (t // self.config.group - self.config.span + 1) * self.config.group)
+
+
+# which positions t reads
+Seen = Callable[[int], range]
+Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Head], torch.Tensor]
+LinearForm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Head, Seen], torch.Tensor]
+
+
+def softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """o_t = sum over s <= t of exp(q_t·k_s / sqrt(K)) v_s, divided by the sum of the weights."""
     return _softmax_over(q, k, v, lambda t, s: True)
 
 
-def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """Softmax over the last `window` tokens, the current one included."""
-    return _softmax_over(q, k, v, lambda t, s: t - s < mixer.mixer.window)
+    return _softmax_over(q, k, v, lambda t, s: t - s < head.config.window)
 
 
-def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """o_t = sum over s <= t within reach of relu(q̂_t·k̂_s)² v_s, where x̂ = x / ‖x‖.
 
     Within reach are t's own group and the span - 1 groups before it.
     """
-    if mixer.mixer.kernel == "softmax":
-        return _softmax_over(q, k, v, lambda t, s: s >= _first(mixer, t))
+    if head.config.kernel == "softmax":
+        return _softmax_over(q, k, v, lambda t, s: s >= head.first(t))
     q, k = _unit(q), _unit(k)
     out = []
     for t in range(len(q)):
         o = torch.zeros_like(v[0])
-        for s in range(_first(mixer, t), t + 1):
+        for s in range(head.first(t), t + 1):
             o = o + (q[t] @ k[s]).relu() ** 2 * v[s]
         out.append(o)
     return torch.stack(out)
 
 
-def global_(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+def global_(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """o_t = α q̂_t S, S the sum of k̂_s v_sᵀ over all s before those within reach of t."""
     q, k = _unit(q), _unit(k)
     out = []
     for t in range(len(q)):
         state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
-        for s in range(_first(mixer, t)):
+        for s in range(head.first(t)):
             state = state + torch.outer(k[s], v[s])
-        out.append(mixer.get_parameter("alpha") * (q[t] @ state))
+        out.append(head.own("alpha") * (q[t] @ state))
     return torch.stack(out)
 
 
-def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
+def grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """`local` plus `global`. The convolution that makes it `aug` is added for every mixer alike."""
-    return local(q, k, v, mixer) + global_(q, k, v, mixer)
+    return local(q, k, v, head) + global_(q, k, v, head)
 
 
-def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
-    """o_t = φ(q_t) S_t / (φ(q_t)·z_t + ε): S_t sums φ(k_s) v_sᵀ, z_t sums φ(k_s), φ = relu."""
-    q, k = q.relu(), k.relu()
+def arranged(own: LinearForm) -> Form:
+    """`own` over all tokens; with another kernel, that kernel within reach plus α · `own` beyond."""
+
+    def form(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+        if head.config.kernel == "own":
+            return own(q, k, v, head, lambda t: range(t + 1))
+        beyond = own(q, k, v, head, lambda t: range(head.first(t)))
+        return local(q, k, v, head) + head.own("alpha") * beyond
+
+    return form
+
+
+def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
+    """φ(q_t) S_t / (φ(q_t)·z_t + ε): S_t sums φ(k_s) v_sᵀ, z_t sums φ(k_s), φ = relu."""
+    return _normalised(q.relu(), k.relu(), v, seen)
+
+
+def hedgehog(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen
+) -> torch.Tensor:
+    """Softmax weights within reach and exp(γ) φ(q)·φ(k) beyond, under one denominator.
+
+    φ(x) = [softmax(W x), softmax(-W x)]; exponents are taken relative to the largest within reach.
+    """
     out = []
-    state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
-    total = torch.zeros_like(k[0])
     for t in range(len(q)):
-        state, total = state + torch.outer(k[t], v[t]), total + k[t]
+        near = [s for s in seen(t) if s >= head.first(t)]
+        scores = {s: q[t] @ k[s] / math.sqrt(q.shape[1]) for s in near}
+        wanted = _two_sided(head.own("query_map")[head.query] @ q[t])
+        o, total = torch.zeros_like(v[0]), torch.full_like(v[0, 0], EPSILON)
+        for s in seen(t):
+            if s in scores:
+                weight = (scores[s] - torch.stack(list(scores.values())).max()).exp()
+            else:
+                found = _two_sided(head.own("key_map")[head.shared] @ k[s])
+                weight = head.own("gamma")[head.query].exp() * (wanted @ found)
+            o, total = o + weight * v[s], total + weight
+        out.append(o / total)
+    return torch.stack(out)
+
+
+def _two_sided(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat((x.exp() / x.exp().sum(), (-x).exp() / (-x).exp().sum()))
+
+
+def _normalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> torch.Tensor:
+    """Linear attention with a denominator, on features."""
+    out = []
+    for t in range(len(q)):
+        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
+        total = torch.zeros_like(k[0])
+        for s in seen(t):
+            state, total = state + torch.outer(k[s], v[s]), total + k[s]
         out.append((q[t] @ state) / (q[t] @ total + EPSILON))
     return torch.stack(out)
 
@@ -91,14 +168,15 @@ def convolution(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     return torch.stack(out)
 
 
-REFERENCES: dict[str, Head] = {
+REFERENCES: dict[str, Form] = {
     "softmax": softmax,
     "window": window,
     "local": local,
     "global": global_,
     "grouped": grouped,
     "aug": grouped,
-    "relu": relu,
+    "relu": arranged(relu),
+    "hedgehog": arranged(hedgehog),
 }
 
 
@@ -111,22 +189,21 @@ def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None)
     if name not in REFERENCES:
         raise ConfigError(f"mixer {name!r} has no reference; add one to mixers/reference.py")
     heads = []
-    for head in range(mixer.heads):
-        shared = head // (mixer.heads // mixer.kv_heads)
-        q, k, v = _project(mixer, x, head, shared, angles)
-        o = REFERENCES[name](q, k, v, mixer)
+    for query in range(mixer.heads):
+        shared = query // (mixer.heads // mixer.kv_heads)
+        q, k, v = _project(mixer, x, query, shared)
+        head = Head(mixer=mixer, query=query, shared=shared, unrotated=k)
+        if angles is not None:
+            q, k = _turn(q, angles), _turn(k, angles)
+        o = REFERENCES[name](q, k, v, head)
         if mixer.mixer.taps:
-            o = o + convolution(v, mixer.get_parameter("taps")[head])
+            o = o + convolution(v, mixer.get_parameter("taps")[query])
         heads.append(o)
     return mixer.o(torch.cat(heads, dim=1))
 
 
 def _project(
-    mixer: Mixer,
-    x: torch.Tensor,
-    head: int,
-    shared: int,
-    angles: torch.Tensor | None,
+    mixer: Mixer, x: torch.Tensor, head: int, shared: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query of one head, and key and value of the head that it shares with others: [T, K] each."""
     width = mixer.head_width
@@ -136,14 +213,7 @@ def _project(
     if mixer.config.qk_norm:
         q = _rms_norm(q, mixer.q_norm.weight, mixer.config.norm_eps)
         k = _rms_norm(k, mixer.k_norm.weight, mixer.config.norm_eps)
-    if angles is not None:
-        q, k = _turn(q, angles), _turn(k, angles)
     return q, k, v
-
-
-def _first(mixer: Mixer, t: int) -> int:
-    """The oldest position within reach of t."""
-    return max(0, (t // mixer.mixer.group - mixer.mixer.span + 1) * mixer.mixer.group)
 
 
 def _softmax_over(

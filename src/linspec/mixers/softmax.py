@@ -16,6 +16,8 @@ from linspec.state import RowSpec
     summary="causal softmax attention",
     paper="Vaswani et al. 2017, arXiv 1706.03762",
     state="2·T·d per KV head",
+    direction="causal",
+    cost="2·T·d per token",
 )
 class Softmax(Mixer):
     """Every token attends to all tokens before it."""

@@ -183,7 +183,7 @@ class Decoder(nn.Module):
             slots,
             dtype=weight.dtype,
             device=weight.device,
-            summed_keys=[mixer.summed_keys for mixer in mixers],
+            folds=[mixer.fold for mixer in mixers],
         )
 
     @torch.inference_mode()
