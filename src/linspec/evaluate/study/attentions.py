@@ -54,8 +54,9 @@ def choose(row: str, part: str, size: Size) -> Choice:
     if base in ("softmax", "window") and part not in (PLAIN, CONV):
         raise ConfigError("softmax attention has no sum over closed groups")
     if part in (PLAIN, CONV):
+        window = size.group if base == "window" else 0
         mixer = make_mixer(
-            base, group=size.group, span=1, kernel=kernel or "own", taps=taps, window=size.group
+            base, group=size.group, span=1, kernel=kernel or "own", taps=taps, window=window
         )
         found = Choice(mixer)
     else:

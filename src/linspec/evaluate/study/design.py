@@ -45,6 +45,7 @@ class Design(Table):
     """One choice at a time, on `aug`."""
 
     name = "design"
+    place = 1
 
     def _rows(self) -> list[_Row]:
         aug = choose("local", AUG, self.plan.size)

@@ -43,6 +43,7 @@ class Latency(Table):
     """A cell is one context; both models take turns in it, so that a busy machine is so for both."""
 
     name = "latency"
+    place = 2
 
     def _mixers(self) -> dict[str, MixerConfig]:
         return {"softmax": MixerConfig(), "aug": choose("local", AUG, self.plan.size).mixer}

@@ -10,7 +10,7 @@ from typing import Any
 
 from linspec.evaluate.study.paper import comparison
 from linspec.evaluate.study.plan import Plan
-from linspec.evaluate.study.table import Results, Section, Table
+from linspec.evaluate.study.table import TABLES, Results, Section, Table
 from linspec.files import replace_text
 from linspec.report.data import Table as Grid
 from linspec.report.plots import standalone
@@ -37,15 +37,15 @@ def write_page(
 
 
 def _command(plan: Plan, tables: Sequence[Table]) -> str:
-    words = ["linspec", "study", *(w for table in tables for w in ("--table", table.name))]
-    words += [
-        "--size",
-        plan.size.name.partition("-")[0],
-        "--seeds",
-        str(plan.seeds),
-        "--out",
-        "DIR",
-    ]
+    words = ["linspec", "study"]
+    if len(tables) < len(TABLES.names()):
+        words += [word for table in tables for word in ("--table", table.name)]
+    size, _, tokens = plan.size.name.partition("-")
+    words += ["--size", size, *(("--tokens", tokens) if tokens else ())]
+    words += [word for row in plan.mixers for word in ("--mixer", row)]
+    # names of the domains: where their files lie differs from machine to machine
+    words += [word for name in plan.domains for word in ("--data", name)]
+    words += ["--seeds", str(plan.seeds), "--out", "DIR"]
     return f"```bash\n{shlex.join(words)}\n```\n"
 
 

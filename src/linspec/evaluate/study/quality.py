@@ -28,6 +28,7 @@ class Quality(Table):
     """Bits per byte of the decoder on held-out text. Columns are `part` or `part (domain)`."""
 
     name = "quality"
+    place = 0
 
     def cells(self) -> list[Cell]:
         found = []

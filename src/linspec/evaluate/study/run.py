@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.machine import machine
-from linspec.errors import LinspecError
+from linspec.errors import CheckpointError, LinspecError
 from linspec.evaluate.study.cache import Cache
 from linspec.evaluate.study.page import write_page
 from linspec.evaluate.study.plan import Plan
@@ -82,9 +82,11 @@ def study(
     one. page: the markdown file, OUT/paper.md if None; its plots lie in a folder beside it. A cell
     that fails (a loss that is not finite) is a result and says why. Ctrl-C loses at most the cell
     under way, which goes on from its own state; finished cells are not measured again. Several
-    processes may fill one folder. Raises ConfigError for an unknown table.
+    processes may fill one folder. Raises ConfigError for an unknown table, CheckpointError when the
+    disk refuses.
     """
     made = tuple(TABLES[name](plan) for name in tables or TABLES.names())
+    made = tuple(sorted(made, key=lambda table: table.place))
     cache, began, measured = Cache(plan.out), clock(), 0
     page = page or plan.out / "paper.md"
     by_name = {table.name: table for table in made}
@@ -125,6 +127,9 @@ def _measure(table: Table, cell: Cell, cache: Cache, clock: Callable[[], float])
         began = clock()
         try:
             result = table.measure(cell, folder)
+        except CheckpointError:
+            # a full disk or a folder in use says nothing about the cell
+            raise
         except LinspecError as error:
             result = {"error": " ".join(str(error).split())}
         cache.put(cell, result, clock() - began, machine())

@@ -17,13 +17,14 @@ from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.study.attentions import AUG, PLAIN, attentions, choose
 from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Section, Table
-from linspec.evaluate.study.training import train, training_settings
+from linspec.evaluate.study.training import KIND, train, training_settings
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model
 from linspec.report.data import Bar, Bars
 from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.train.drafter import DrafterConfig, train_drafter
+from linspec.train.linearize import RECORD
 from linspec.tree import TokenTree, best_first, from_paths
 
 # a tree as wide and deep as Medusa's 64 nodes: four heads, the best guess right 6 times in 10
@@ -50,6 +51,7 @@ class Speculation(Table):
     """Students are those of the quality table; their Medusa heads are trained here."""
 
     name = "speculation"
+    place = 3
 
     def cells(self) -> list[Cell]:
         return [
@@ -68,7 +70,7 @@ class Speculation(Table):
             return Cell(table=self.name, row=place, column="all", undefined=str(error))
         size = self.plan.size
         settings = {
-            **training_settings(self.plan, choice, self.plan.domain),
+            "student": training_settings(self.plan, choice, self.plan.domain),
             "prompt": size.prompt,
             "decoded": size.decoded,
             "repeats": size.repeats,
@@ -82,8 +84,7 @@ class Speculation(Table):
 
     def measure(self, cell: Cell, folder: Path) -> Result:
         settings, size = cell.settings, self.plan.size
-        mixer = MixerConfig(**settings["mixer"])
-        student = train(self.plan, settings, cell.seed, folder, mixer)
+        student = self._student(settings["student"], folder)
         drafters = [_LOOKUP]
         if size.heads_tokens:
             drafters.append(f"{_MEDUSA}:{self._heads(student, folder / _MEDUSA)}")
@@ -100,6 +101,14 @@ class Speculation(Table):
         return found | tree_against_candidates(
             load_model(student).prepare(), size.prompt, size.repeats
         )
+
+    def _student(self, settings: dict[str, Any], folder: Path) -> Path:
+        """The model that the quality table left behind, else one trained here in the same way."""
+        place = Cell(table=self.name, row="", column="", kind=KIND, settings=settings)
+        kept = self.plan.out / "work" / place.key / "model"
+        if (kept / RECORD).exists():
+            return kept
+        return train(self.plan, settings, 0, folder, MixerConfig(**settings["mixer"]))
 
     def _heads(self, student: Path, out: Path) -> Path:
         size = self.plan.size

@@ -93,9 +93,10 @@ def with_spread(figures: Sequence[float], digits: int = 3) -> str:
 
 
 class Table:
-    """Base of the tables."""
+    """Base of the tables. place: where on the page, from 0 on."""
 
     name = ""
+    place = 9
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

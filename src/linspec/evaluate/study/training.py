@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from linspec.evaluate.study.variants import Unmasked, variant
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, LinearizeConfig, linearize
+from linspec.train.linearize import CLOSE_LR, RECORD, LinearizeConfig, linearize
 
 KIND = "train"
 # a teacher of another domain trains this much longer than its students before they start from it
@@ -25,12 +26,16 @@ _TEACHER_FACTOR = 4
 
 def training_settings(plan: Plan, choice: Choice, domain: str, **changed: Any) -> dict[str, Any]:
     """Everything that determines the figures of a training cell; `changed` goes to LinearizeConfig."""
-    size = plan.size
+    size, mixer = plan.size, choice.mixer
+    if mixer.name in ("softmax", "window"):
+        # the teacher's own weights, if of fewer tokens: no transfer, and a rate that keeps them near
+        changed = {"transfer_share": 0.0, "lr": CLOSE_LR} | changed
     options = {
         "tokens": size.tokens,
         "context": min(size.context, plan.config.max_positions),
         "batch_tokens": size.batch_tokens,
     }
+    training = asdict(LinearizeConfig(**options | changed).completed([mixer]))
     return {
         "teacher": plan.weights,
         "teacher_tokens": 0 if domain == plan.domain else _TEACHER_FACTOR * size.tokens,
@@ -38,7 +43,8 @@ def training_settings(plan: Plan, choice: Choice, domain: str, **changed: Any) -
         "text": plan.texts[domain],
         "limit_bytes": size.limit_bytes,
         **choice.to_json(),
-        "training": options | changed,
+        # the whole recipe: when its defaults change, the figures do
+        "training": {k: v for k, v in training.items() if k not in ("seed", "save_every")},
     }
 
 
