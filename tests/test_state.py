@@ -226,6 +226,13 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "aug": (0, (WIDTH, WIDTH)),
     "relu": DENOMINATOR,
     "hedgehog": (1, (2 * WIDTH, WIDTH + 1)),
+    "performer": (1, (6, WIDTH + 1)),
+    "rfa": (1, (12, WIDTH + 1)),
+    "transnormer": (0, (WIDTH, WIDTH)),
+    "yoso": (0, (15, WIDTH)),
+    "linformer": (0, (4, 2 * WIDTH + 1)),
+    "gla": (WIDTH, (WIDTH, WIDTH)),
+    "gdn": (2, (WIDTH, WIDTH)),
 }
 # whose further floats lie beside the key, not the value
 GATED = ("gla", "gdn")

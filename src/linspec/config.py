@@ -20,6 +20,9 @@ class MixerConfig:
     relu(q̂·k̂)²; the latter two make any linear mixer grouped, with a learned share α of its sum.
     taps: causal convolution taps over values; 0 means no convolution.
     window: tokens that the `window` mixer sees, the current one included.
+    features: random features of `performer` and `rfa`, rows that `linformer` makes of a group; 0 for
+    the mixer's default. keep: closed groups that `linformer` remembers; 0 for its default.
+    seed: of what a mixer draws at random when it is made.
     """
 
     name: str = "softmax"
@@ -28,6 +31,9 @@ class MixerConfig:
     kernel: str = "own"
     taps: int = 0
     window: int = 0
+    features: int = 0
+    keep: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -38,6 +44,9 @@ class MixerConfig:
             raise ConfigError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.taps < 0:
             raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
+        for name in ("features", "keep", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.name == "window" and self.window < 1:
             raise ConfigError(
                 f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"

@@ -15,13 +15,14 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import ConfigError
 from linspec.kernels.linear import fuse
 from linspec.layout import Layout
 from linspec.mixers.blocks import convolve
@@ -36,10 +37,20 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Mixer(nn.Module):
-    """The part of a block through which a token sees other tokens."""
+    """The part of a block through which a token sees other tokens.
+
+    `settings` names the sizes of MixerConfig that only some mixers have.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
         super().__init__()
+        for name in ("features", "keep"):
+            if getattr(mixer, name) and name not in self.settings:
+                raise ConfigError(
+                    f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
+                )
         self.config, self.mixer = config, mixer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.repeats = config.heads // config.kv_heads

@@ -146,26 +146,34 @@ class GroupedLinear(Mixer):
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         near, beyond = self.groups(layout)
-        nodes = self.near_queries(q)
-        products = (nodes.flatten(2, 3) @ self.near_keys(keys).mT).unflatten(2, q.shape[2:4])
-        weights = self.near_weights(products, near)
-        o = None if weights is None else weights.flatten(2, 3) @ values
-        far = None
-        if sums is not None:
-            summed = nodes if self.one_map else self.summed_queries(q)
-            far = self._far_rows(summed, keys, values, beyond, sums)
+        o = self._near_rows(q, keys, values, near)
+        far = None if sums is None else self._far_rows(q, keys, values, layout, beyond, sums)
         return self.combine(o, far).unflatten(2, q.shape[2:4])
+
+    def _near_rows(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        seen: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """What nodes read from the rows within reach, [R, Hkv, rep * N, V']."""
+        nodes = self.near_queries(q).flatten(2, 3)
+        products = (nodes @ self.near_keys(keys).mT).unflatten(2, q.shape[2:4])
+        weights = self.near_weights(products, seen)
+        return None if weights is None else weights.flatten(2, 3) @ values
 
     def _far_rows(
         self,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        layout: Layout,
         beyond: torch.Tensor | None,
         sums: torch.Tensor,
     ) -> torch.Tensor:
         """What nodes read from the sums and from rows of groups closed on their path."""
-        flat = q.flatten(2, 3)
+        flat = self.summed_queries(q).flatten(2, 3)
         o = (flat.to(sums.dtype) @ sums).to(values.dtype)
         if beyond is not None:
             products = (flat @ self.summed_keys(keys).mT).unflatten(2, q.shape[2:4])

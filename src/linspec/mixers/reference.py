@@ -140,6 +140,124 @@ def hedgehog(
     return torch.stack(out)
 
 
+def performer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen
+) -> torch.Tensor:
+    """As `relu` with φ(x) = (exp(w_i·y - ‖y‖²/2 [- the largest, for queries]) + 1e-4) / sqrt(m)."""
+    w = head.own("projection")
+
+    def exponents(x: torch.Tensor) -> torch.Tensor:
+        y = x / x.shape[1] ** 0.25
+        return y @ w.T - y.square().sum(1, keepdim=True) / 2
+
+    largest = exponents(q).max(1, keepdim=True).values
+    q, k = (exponents(q) - largest).exp() + 1e-4, exponents(k).exp() + 1e-4
+    return _normalised(q / math.sqrt(len(w)), k / math.sqrt(len(w)), v, seen)
+
+
+def rfa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
+    """Weights mean_i cos(w_i·(q̂ - k̂)), divided by their sum or by 0.1."""
+    w, q, k = head.own("projection"), _unit(q), _unit(k)
+    out = []
+    for t in range(len(q)):
+        o, total = torch.zeros_like(v[0]), torch.zeros_like(v[0, 0])
+        for s in seen(t):
+            weight = (w @ (q[t] - k[s])).cos().mean()
+            o, total = o + weight * v[s], total + weight
+        out.append(o / total.clamp_min(0.1))
+    return torch.stack(out)
+
+
+def transnormer(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen
+) -> torch.Tensor:
+    """gain · RMSNorm(Σ φ(q)·φ(k) v), φ = 1 + elu."""
+    q, k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    o = _weighted(v, seen, lambda t, s: q[t] @ k[s])
+    return _rms_norm(o, head.own("gain"), EPSILON)
+
+
+def yoso(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
+    """Σ f(q̂·k̂) v / ‖…‖, f(x) = (1 - acos(x)/π)⁸ within reach, its series to x² beyond."""
+    q, k = _unit(q), _unit(k)
+
+    def weight(t: int, s: int) -> torch.Tensor:
+        x = q[t] @ k[s]
+        if s >= head.first(t):
+            return (1 - x.clamp(-0.999, 0.999).acos() / math.pi) ** 8
+        return 1 / 256 + x / (16 * math.pi) + 7 * x**2 / (16 * math.pi**2)
+
+    return _unit(_weighted(v, seen, weight))
+
+
+def linformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over s within reach and over E K_g, F V_g of the last M groups g before it."""
+    key_map, value_map = head.own("key_map"), head.own("value_map")
+    size = key_map.shape[1]
+    keep = head.config.keep or 16
+    out = []
+    for t in range(len(q)):
+        keys, values = [k[head.first(t) : t + 1]], [v[head.first(t) : t + 1]]
+        newest = head.first(t) // size
+        for g in range(max(0, newest - keep), newest):
+            keys.append(key_map @ k[g * size : (g + 1) * size])
+            values.append(value_map @ v[g * size : (g + 1) * size])
+        weights = (torch.cat(keys) @ q[t] / math.sqrt(q.shape[1])).softmax(0)
+        out.append(weights @ torch.cat(values))
+    return torch.stack(out)
+
+
+def gla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
+    """S_t = diag(a_t) S_{t-1} + φ(k_t) v_tᵀ, o_t = φ(q_t) S_t; φ = softmax.
+
+    a_t = sigmoid(scale · k_t + bias)^(1/16), from keys before rotation.
+    """
+    gate = head.unrotated * head.own("gate_scale")[head.shared] + head.own("gate_bias")[head.shared]
+    decay = gate.sigmoid() ** (1 / 16)
+    q, k = q.softmax(1), k.softmax(1)
+    out = []
+    for t in range(len(q)):
+        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
+        for s in range(t + 1):
+            state = decay[s][:, None] * state
+            if s in seen(t):
+                state = state + torch.outer(k[s], v[s])
+        out.append(q[t] @ state)
+    return torch.stack(out)
+
+
+def gdn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
+    """S_t = a_t S_{t-1} + k̂_t u_tᵀ, u_t = b_t (v_t - a_t S_{t-1}ᵀ k̂_t), o_t = q̂_t S_t.
+
+    a_t and b_t are sigmoids of projections of the key before rotation, a_t to the power 1/16.
+    """
+    gates = head.unrotated @ head.own("gate_map")[head.shared] + head.own("gate_bias")[head.shared]
+    decay, rate = gates[:, 0].sigmoid() ** (1 / 16), gates[:, 1].sigmoid()
+    q, k = _unit(q), _unit(k)
+    out = []
+    for t in range(len(q)):
+        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
+        for s in range(t + 1):
+            state = decay[s] * state
+            if s in seen(t):
+                state = state + torch.outer(k[s], rate[s] * (v[s] - k[s] @ state))
+        out.append(q[t] @ state)
+    return torch.stack(out)
+
+
+def _weighted(
+    v: torch.Tensor, seen: Seen, weight: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """Sum of weight(t, s) v_s over the s that t reads."""
+    out = []
+    for t in range(len(v)):
+        o = torch.zeros_like(v[0])
+        for s in seen(t):
+            o = o + weight(t, s) * v[s]
+        out.append(o)
+    return torch.stack(out)
+
+
 def _two_sided(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((x.exp() / x.exp().sum(), (-x).exp() / (-x).exp().sum()))
 
@@ -177,6 +295,13 @@ REFERENCES: dict[str, Form] = {
     "aug": grouped,
     "relu": arranged(relu),
     "hedgehog": arranged(hedgehog),
+    "performer": arranged(performer),
+    "rfa": arranged(rfa),
+    "transnormer": arranged(transnormer),
+    "yoso": arranged(yoso),
+    "linformer": linformer,
+    "gla": arranged(gla),
+    "gdn": arranged(gdn),
 }
 
 
@@ -229,7 +354,7 @@ def _softmax_over(
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
-    return x / x.square().sum(1, keepdim=True).sqrt().clamp_min(EPSILON)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(EPSILON)
 
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

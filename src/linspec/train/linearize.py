@@ -43,6 +43,12 @@ CLOSE_LR = 3e-4
 FAR_LR, FAR_TRANSFER = 2e-3, 0.4
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
+# weights that start where they say nothing and have far to go
+FROM_NOTHING = ("alpha", "taps", "gamma", "gate_bias", "gate_map")
+# mixers that by default keep the teacher's softmax weights within reach ...
+SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
+# ... and all that have exact weights there
+SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +58,9 @@ class LinearizeConfig:
     tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
     need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
     transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
-    mixer_lr_factor: on the rate of α and taps, which start at zero and have far to go. kl_weight: of
-    KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights, else adapters of
-    this rank.
+    mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
+    kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
+    else adapters of this rank.
     """
 
     tokens: int = 2_200_000
@@ -115,7 +121,7 @@ class LinearizeConfig:
             lr=self.transfer_lr if transfer else self.lr,
             muon_lr=None if transfer or self.lora_rank else self.muon_lr,
             warmup=self.warmup,
-            lr_factors=(("alpha", self.mixer_lr_factor), ("taps", self.mixer_lr_factor)),
+            lr_factors=tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING),
             precision=self.precision,
             save_every=self.save_every,
             seed=self.seed,
@@ -246,8 +252,6 @@ def make_mixer(
         MIXERS.entry(mixer.name)
         return mixer
     MIXERS.entry(mixer)
-    near = mixer in ("local", "grouped", "aug")
-    reach = near or mixer in ("hedgehog",)
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
@@ -255,8 +259,8 @@ def make_mixer(
     return MixerConfig(
         name=mixer,
         group=group,
-        span=span if span is not None else 2 if reach else 1,
-        kernel=kernel if kernel is not None else "softmax" if near else "own",
+        span=span if span is not None else 2 if mixer in SEE_EXACTLY else 1,
+        kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
         taps=taps,
         window=window,
     )
