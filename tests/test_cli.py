@@ -25,6 +25,7 @@ VERBS = (
     "train-drafter",
     "generate",
     "eval",
+    "study",
     "verify",
     "bench",
     "info",
@@ -337,3 +338,18 @@ def test_eval_of_recall_and_of_positions(data: Path) -> None:
     assert [s["end"] for s in drift["stretches"]] == [256, 300]
     assert "drift" in run(*positions, "--length", 300).stdout
     assert "not both" in fails(*positions, "--recall")
+
+
+def test_study(tmp_path: Path, data: Path) -> None:
+    args = ("study", "--table", "latency", "--size", "tiny", "--teacher", model_dir("softmax"))
+    args = (*args, "--data", data, "--out", tmp_path / "out", "--page", tmp_path / "page.md")
+    found = run_json(*args)
+    keys = {"out", "page", "size", "seeds", "measured", "remaining", "seconds", "tables"}
+    assert keys == set(found)
+    assert found["measured"] == 2 and found["remaining"] == 0
+    table = found["tables"]["latency"]
+    assert set(table) == {"done", "total", "rows", "undefined"}
+    assert run_json(*args)["tables"] == found["tables"]
+    assert "## Latency and memory" in (tmp_path / "page.md").read_text()
+    assert "0 cells measured" in run(*args).stderr
+    assert "unknown table" in fails(*args, "--table", "nothing")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from linspec.errors import ConfigError
@@ -51,6 +51,11 @@ class MixerConfig:
             raise ConfigError(
                 f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"
             )
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that differ from the defaults: the same when later versions add more."""
+        every = asdict(self)
+        return {f.name: every[f.name] for f in fields(self) if every[f.name] != f.default}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +157,11 @@ class DecoderConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
         """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
-        fields = dict(data)
+        known = dict(data)
         try:
-            fields["mixers"] = tuple(MixerConfig(**m) for m in fields.get("mixers", ()))
-            fields["rope"] = RopeConfig(**fields.get("rope", {}))
-            fields["eos_ids"] = tuple(fields.get("eos_ids", ()))
-            return cls(**fields)
+            known["mixers"] = tuple(MixerConfig(**m) for m in known.get("mixers", ()))
+            known["rope"] = RopeConfig(**known.get("rope", {}))
+            known["eos_ids"] = tuple(known.get("eos_ids", ()))
+            return cls(**known)
         except TypeError as error:
             raise ConfigError(f"not a decoder configuration: {error}") from error

@@ -139,7 +139,7 @@ def fingerprint(model: Decoder) -> str:
         return model.identity
     config = model.config
     shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
-    mixers = [asdict(m) for m in config.mixers]
+    mixers = [mixer.chosen() for mixer in config.mixers]
     digest = hashlib.sha256(json.dumps([shape, mixers]).encode())
     last = model.blocks[-1]
     assert isinstance(last, Block)

@@ -200,6 +200,8 @@ class GroupedLinear(Mixer):
 
         None instead of a mask that is all true or all false.
         """
+        if layout.deepest // self.mixer.group < self.mixer.span:
+            return None if layout.plain else layout.visible[:, None, None], None
         oldest = (layout.offsets // self.mixer.group)[:, :, None] - (self.mixer.span - 1)
         row = (layout.columns // self.mixer.group)[:, None, :]
         near = layout.visible & (row >= oldest)

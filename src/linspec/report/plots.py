@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from linspec.report.data import Bars, Chart, Unit
+from linspec.report.style import PALETTE
 
 SERIES_COLOURS = 5
 _SERIES = tuple(f"#0a0b{i:02d}" for i in range(1, SERIES_COLOURS + 1))
@@ -52,6 +53,14 @@ def render(plot: Chart | Bars) -> str:
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _embed(out.getvalue(), plot.title, salt)
+
+
+def standalone(plot: Chart | Bars) -> str:
+    """The plot as an SVG file that brings the page's colours, light and dark, with it."""
+    style = f"<style>{PALETTE}svg {{ background: var(--card); }}</style>"
+    drawn = render(plot)
+    end = drawn.index(">", drawn.index("<svg")) + 1
+    return f"{drawn[:end]}{style}{drawn[end:]}"
 
 
 def _figure(height: float) -> tuple[Any, Any]:

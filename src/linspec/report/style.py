@@ -1,7 +1,7 @@
 """The look of a report: one style sheet for phone and desk, light and dark."""
 
 # ruff: noqa: E501
-STYLE = """\
+PALETTE = """\
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --text: #1b1f24; --muted: #57606a; --grid: #d8dee4;
@@ -19,6 +19,11 @@ STYLE = """\
     --series-5: #e3b341;
   }
 }
+"""
+
+STYLE = (
+    PALETTE
+    + """\
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--page); color: var(--text);
@@ -87,3 +92,4 @@ footer dd { display: inline; margin: 0; color: var(--text); }
   .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
 }
 """
+)

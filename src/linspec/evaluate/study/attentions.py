@@ -1,0 +1,93 @@
+"""The rows and columns of the quality grid, from the registry: attentions and arrangements.
+
+plain  the attention alone
++conv  with the causal convolution
++grouped  exact within a group, plus its linear sum over closed groups (α is 1)
++α·grouped  the same with a learned α that starts at 0
+aug  that with the convolution
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import ConfigError
+from linspec.evaluate.study.plan import Size
+from linspec.evaluate.study.variants import variant
+from linspec.mixers import MIXERS
+from linspec.train.linearize import make_mixer
+
+PLAIN, CONV, BOTH, ALPHA, AUG = PARTS = ("plain", "+conv", "+grouped", "+α·grouped", "aug")
+# columns of the grid, not attentions: `local` in the grouped arrangement
+ARRANGEMENTS = ("grouped", "aug")
+# weights of tokens within the group, for attentions that bring none: those of the paper's code
+GROUP_KERNEL = "relu2"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A mixer of the grid, and the variant of it that only the study has."""
+
+    mixer: MixerConfig
+    variant: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON types."""
+        return {"mixer": asdict(self.mixer), "variant": self.variant}
+
+
+def attentions() -> list[str]:
+    """Softmax first, then local, then every other registered attention.
+
+    'local:softmax' is local attention that keeps the teacher's weights within the group.
+    """
+    names = [n for n in MIXERS.names() if n not in ARRANGEMENTS and not n.startswith("study-")]
+    first = ["softmax", "local", "local:softmax"]
+    return [*first, *(name for name in names if name not in first)]
+
+
+def choose(row: str, part: str, size: Size) -> Choice:
+    """The mixer of one place in the grid; raises ConfigError, with the reason, if there is none."""
+    base, _, kernel = row.partition(":")
+    taps = size.taps if part in (CONV, AUG) else 0
+    if base in ("softmax", "window") and part not in (PLAIN, CONV):
+        raise ConfigError("softmax attention has no sum over closed groups")
+    if part in (PLAIN, CONV):
+        window = size.group if base == "window" else 0
+        mixer = make_mixer(
+            base, group=size.group, span=1, kernel=kernel or "own", taps=taps, window=window
+        )
+        found = Choice(mixer)
+    else:
+        found = Choice(_arranged(base, kernel, taps, size), "both" if part == BOTH else "")
+    _build(found, arranged=part not in (PLAIN, CONV))
+    return found
+
+
+def _arranged(base: str, kernel: str, taps: int, size: Size) -> MixerConfig:
+    if base == "global":
+        raise ConfigError("its grouped arrangement is that of local")
+    if base == "local":
+        name, kernel = "aug" if taps else "grouped", kernel or "own"
+    else:
+        name, kernel = base, kernel or GROUP_KERNEL
+    return make_mixer(name, group=size.group, span=1, kernel=kernel, taps=taps)
+
+
+def _build(choice: Choice, *, arranged: bool) -> None:
+    """Raise what building the mixer raises, on the smallest decoder."""
+    with variant(choice.mixer, choice.variant) as mixer:
+        shape = DecoderConfig(
+            vocab_size=1,
+            width=8,
+            layers=1,
+            heads=2,
+            kv_heads=1,
+            head_width=4,
+            mlp_width=1,
+            mixers=(mixer,),
+        )
+        made = MIXERS[mixer.name](shape, mixer)
+    if arranged and not hasattr(made, "alpha"):
+        raise ConfigError(f"mixer {choice.mixer.name!r} has no grouped arrangement")

@@ -1,0 +1,81 @@
+"""The page of a study: markdown tables, plots as SVG files beside it, and the paper's own numbers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linspec.evaluate.study.paper import comparison
+from linspec.evaluate.study.plan import Plan
+from linspec.evaluate.study.table import TABLES, Results, Section, Table
+from linspec.files import replace_text
+from linspec.report.data import Table as Grid
+from linspec.report.plots import standalone
+
+_INTRODUCTION = """\
+# The paper's tables, measured here
+
+You et al. 2024, "When Linear Attention Meets Autoregressive Decoding" (arXiv 2406.07368), at the
+size of this machine. The command below writes this page; a dash is a cell that is not measured yet.
+The teacher, the data and the budgets are small: directions and ratios compare with the paper,
+absolute figures do not.
+"""
+
+
+def write_page(
+    plan: Plan, page: Path, tables: Sequence[Table], results: Results, machine: Mapping[str, Any]
+) -> None:
+    """Write `page` and its plots, each whole or not at all."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    parts = [_INTRODUCTION, _command(plan, tables), _facts(plan, machine)]
+    parts.append("## Beside the paper\n\n" + comparison(results))
+    parts += [_section(table.section(results), page) for table in tables]
+    replace_text(page, "\n".join(parts))
+
+
+def _command(plan: Plan, tables: Sequence[Table]) -> str:
+    words = ["linspec", "study"]
+    if len(tables) < len(TABLES.names()):
+        words += [word for table in tables for word in ("--table", table.name)]
+    size, _, tokens = plan.size.name.partition("-")
+    words += ["--size", size, *(("--tokens", tokens) if tokens else ())]
+    words += [word for row in plan.mixers for word in ("--mixer", row)]
+    # names of the domains: where their files lie differs from machine to machine
+    words += [word for name in plan.domains for word in ("--data", name)]
+    words += ["--seeds", str(plan.seeds), "--out", "DIR"]
+    return f"```bash\n{shlex.join(words)}\n```\n"
+
+
+def _facts(plan: Plan, machine: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in machine.items())
+    shape = plan.config
+    return (
+        f"Machine: {told}. Teacher: {Path(plan.teacher).name}, {shape.layers} layers, width "
+        f"{shape.width}. Data: {', '.join(plan.domains)}. Size: {plan.size.name}.\n"
+    )
+
+
+def _section(section: Section, page: Path) -> str:
+    lines = [f"## {section.title}\n", section.text.strip() + "\n"]
+    lines += [markdown(grid) for grid in section.grids]
+    for plot in section.plots:
+        name = re.sub(r"[^a-z0-9]+", "-", plot.title.lower()).strip("-")
+        file = page.with_suffix("") / f"{name}.svg"
+        file.parent.mkdir(exist_ok=True)
+        replace_text(file, standalone(plot))
+        lines.append(f"![{plot.title}]({file.parent.name}/{file.name})\n")
+        lines += [f"{plot.note}\n"] if plot.note else []
+    return "\n".join(lines)
+
+
+def markdown(grid: Grid) -> str:
+    """A grid as a markdown table."""
+    lines = [grid.columns, ("---",) * len(grid.columns), *grid.rows]
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,186 @@
+"""What a study is about: its teacher, its data, its sizes. Everything that cells have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from linspec.config import DecoderConfig
+from linspec.drafters.heads import fingerprint
+from linspec.errors import ConfigError, InputError
+from linspec.files import replace_text
+from linspec.models.hub import load_config, load_model
+from linspec.train.data import train_and_heldout
+
+# known files of a data folder: name of the domain, and how its text is told
+_WIKITEXT, _GSM8K = "wikitext2_valid.txt", "gsm8k_train.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large the cells are.
+
+    tokens: training tokens of a cell; context, batch_tokens: of a window and a step; group, taps:
+    of the mixers. limit_bytes: held-out text that is scored. contexts: where speed is measured;
+    decoded, repeats: tokens of a repeat, and repeats. prompt: tokens ahead of speculation;
+    heads_tokens: training tokens of Medusa heads, 0 for none.
+    """
+
+    name: str = "default"
+    tokens: int = 300_000
+    context: int = 512
+    batch_tokens: int = 4096
+    group: int = 64
+    taps: int = 32
+    limit_bytes: int = 100_000
+    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    decoded: int = 64
+    repeats: int = 3
+    prompt: int = 512
+    heads_tokens: int = 200_000
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size(),
+        Size(
+            name="small",
+            tokens=80_000,
+            limit_bytes=60_000,
+            contexts=(512, 2048, 8192),
+            heads_tokens=80_000,
+        ),
+        Size(
+            name="tiny",
+            tokens=8_192,
+            context=256,
+            limit_bytes=10_000,
+            contexts=(512, 2048),
+            decoded=16,
+            repeats=1,
+            prompt=256,
+            heads_tokens=8_192,
+        ),
+    )
+}
+
+
+def size_for(budget: float | None) -> Size:
+    """The largest cells of which a sitting of `budget` minutes holds several."""
+    if budget is None or budget >= 30:
+        return SIZES["default"]
+    return SIZES["small" if budget >= 5 else "tiny"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One study. domains: data by name, the first one is that of the headline.
+
+    mixers: rows to fill, all when empty.
+    """
+
+    out: Path
+    teacher: str = "embedded-softmax"
+    domains: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"stdlib": ("stdlib",)})
+    size: Size = field(default_factory=Size)
+    seeds: int = 1
+    mixers: tuple[str, ...] = ()
+
+    @property
+    def domain(self) -> str:
+        """The domain of the headline."""
+        return next(iter(self.domains))
+
+    @cached_property
+    def config(self) -> DecoderConfig:
+        """The shape of the teacher."""
+        return load_config(self.teacher)
+
+    @cached_property
+    def weights(self) -> str:
+        """Tells this teacher's weights from others."""
+        return fingerprint(load_model(self.teacher))
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """Tells the text of each domain from others."""
+        return {name: _digest(data) for name, data in self.domains.items()}
+
+
+def _digest(data: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in train_and_heldout(data):
+        digest.update(hashlib.sha256("\0".join(part).encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+def make_plan(
+    out: str | Path,
+    *,
+    teacher: str = "embedded-softmax",
+    data: Sequence[str] = ("stdlib",),
+    size: str | Size | None = None,
+    budget: float | None = None,
+    tokens: int | None = None,
+    seeds: int = 1,
+    mixers: Sequence[str] = (),
+) -> Plan:
+    """A plan from what a user says.
+
+    data: 'stdlib', a file, a folder of texts, or a folder that holds wikitext2_valid.txt or
+    gsm8k_train.jsonl, which then stands for those; each is a domain of its own. size: a name of
+    `SIZES`, or the largest that suits `budget` minutes; tokens: of a cell, instead of the size's.
+    Raises ConfigError for an unknown size or sizes below 1.
+    """
+    if isinstance(size, str):
+        if size not in SIZES:
+            raise ConfigError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
+        size = SIZES[size]
+    size = size or size_for(budget)
+    if tokens is not None:
+        size = _with_tokens(size, tokens)
+    if seeds < 1 or (budget is not None and budget <= 0):
+        raise ConfigError(f"seeds and budget must be above 0, got {seeds} and {budget}")
+    out = Path(out)
+    domains: dict[str, tuple[str, ...]] = {}
+    for source in data:
+        domains |= _domains(source, out)
+    return Plan(out, teacher, domains, size, seeds, tuple(mixers))
+
+
+def _with_tokens(size: Size, tokens: int) -> Size:
+    if tokens < 1:
+        raise ConfigError(f"tokens must be 1 or more, got {tokens}")
+    return replace(size, name=f"{size.name}-{tokens}", tokens=tokens)
+
+
+def _domains(source: str, out: Path) -> dict[str, tuple[str, ...]]:
+    if source == "stdlib":
+        return {"stdlib": ("stdlib",)}
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give 'stdlib', a file or a folder")
+    found: dict[str, tuple[str, ...]] = {}
+    if (path / _WIKITEXT).exists():
+        found["wikitext2"] = (str(path / _WIKITEXT),)
+    if (path / _GSM8K).exists():
+        found["gsm8k"] = (str(_worked_problems(path / _GSM8K, out)),)
+    return found or {path.stem: (str(path),)}
+
+
+def _worked_problems(source: Path, out: Path) -> Path:
+    """GSM8K with question and answer in one text, where a single field can name it."""
+    target = out / "data" / "gsm8k.jsonl"
+    if not target.exists():
+        lines = []
+        for line in source.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            lines.append(json.dumps({"text": f"{record['question']}\n{record['answer']}\n"}))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(target, "\n".join(lines) + "\n")
+    return target
