@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from linspec.drafters.base import Drafter
 from linspec.errors import ContextOverflow, InputError
+from linspec.kernels.cpu.threads import torch_on_one_thread
 from linspec.models.decoder import Decoder, StepOutput
 from linspec.policy.base import Policy, RoundTimes
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
-from linspec.scheduler import Scheduler
+from linspec.scheduler import Batch, Scheduler
 from linspec.step import Feed
 from linspec.tree import TokenTree, root_only
 from linspec.verify.base import Accepted, Verifier
@@ -90,6 +92,12 @@ class Engine:
     def step(self) -> list[Emitted]:
         """One step for every running request; returns what each of them emitted."""
         batch = self.scheduler.next_batch()
+        # prompts take large operators, which torch should share among its threads
+        alone = self.model.native is not None and not batch.prefilling
+        with torch_on_one_thread() if alone else nullcontext():
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> list[Emitted]:
         began = self.clock()
         trees = self._propose(batch.decoding)
         drafted = self.clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from bisect import bisect_left
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from linspec.files import cache_dir
+from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.decoder import Decoder
 from linspec.state import DecoderState
 from linspec.step import Feed
@@ -44,18 +46,23 @@ class CostCurve:
 
 
 def measure(model: Decoder, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
-    """Time steps of a chain of draft nodes after a short context; cost is forced to rise."""
+    """Time steps of a chain of draft nodes after a short context.
+
+    More nodes never cost less, and noise only adds time: what fewer nodes took longer was noise.
+    """
     state = model.new_state()
     context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
     model.step([Feed(0, [0] * context, all_logits=False)], state)
     state.commit(0, range(context))
     limit = model.config.position_limit
     found: dict[int, float] = {}
-    floor = 0.0
     for nodes in MEASURED_NODES:
         if limit is not None and context + nodes > limit:
             break
-        floor = found[nodes] = max(floor, _quickest_step(model, state, nodes, clock))
+        found[nodes] = _quickest_step(model, state, nodes, clock)
+    least = math.inf
+    for nodes in sorted(found, reverse=True):
+        least = found[nodes] = min(least, found[nodes])
     return CostCurve(found)
 
 
@@ -103,6 +110,9 @@ def _cache_path(model: Decoder) -> Path:
         torch.__version__,
         str(torch.get_num_threads()),
         str(model.prepared),
+        load_kernels().name,
+        # bits of quantised weights, and which form of the layers was chosen
+        f"{type(model.head).__name__} {getattr(model.head, 'kind', '')} {model.native is not None}",
     )
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     return cache_dir() / "costs" / f"{key}.json"

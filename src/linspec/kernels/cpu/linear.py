@@ -16,6 +16,7 @@ from torch import nn
 from linspec.kernels.cpu import library as native
 from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, load
+from linspec.kernels.cpu.threads import native_threads
 
 _DTYPES = {F32: torch.float32, BF16: torch.bfloat16, INT8: torch.uint8, INT4: torch.uint8}
 
@@ -94,7 +95,7 @@ class NativeLinear(nn.Module):
         rows = rows.float()
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        y = native.linear(library, self.struct(), rows, torch.get_num_threads())
+        y = native.linear(library, self.struct(), rows, native_threads())
         return y.view(*x.shape[:-1], self.out_features)
 
     def _by_torch(self, rows: torch.Tensor) -> torch.Tensor:

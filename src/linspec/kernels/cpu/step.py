@@ -20,6 +20,7 @@ import torch
 
 from linspec.kernels.cpu.library import BF16, F32, LinearStruct, load
 from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
 from linspec.tree import ancestor_bits
 
@@ -152,7 +153,7 @@ class NativeStep:
             logits=logits.data_ptr(),
         )
         space = self._room(self._workspace(self._decoder, max(len(ids), len(wanted))))
-        self._call(self._decoder, batch, space, torch.get_num_threads())
+        self._call(self._decoder, batch, space, native_threads())
         return hidden, logits
 
     def _bind(self, state: DecoderState) -> None:
