@@ -18,6 +18,7 @@ from linspec.console import (
     place_on,
     print_facts,
     print_json,
+    print_measured,
     print_speed,
     print_table,
     quiet_stdout,
@@ -102,7 +103,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 128,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 64,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -111,25 +112,36 @@ def linearize(
         int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
     ] = None,
     span: Annotated[
-        int | None,
+        str,
         typer.Option(
-            help="Groups seen exactly, the open one included.",
-            show_default="2 for local, grouped, aug",
+            help="Groups seen exactly, the open one included: 2, or one for each layer.",
+            show_default="by --rows with kernel softmax",
         ),
-    ] = None,
+    ] = "",
+    rows: Annotated[
+        int,
+        typer.Option(help="Tokens seen exactly, mean of the layers; each gets what it needs."),
+    ] = 384,
     kernel: Annotated[
         str | None,
         typer.Option(
             help="Weights of tokens seen exactly: own or softmax.",
-            show_default="softmax for local, grouped, aug",
+            show_default="softmax for local, grouped, aug, gla, gdn",
         ),
     ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
+    softmax_layers: Annotated[
+        int, typer.Option(help="How many more stay: those that need to see far most.")
+    ] = 0,
     data: Data = None,
     field: Field = "text",
     tokens: Tokens = None,
     transfer_share: Annotated[
-        float | None, typer.Option(help="Share of them that matches the teacher by layer.")
+        float | None,
+        typer.Option(
+            help="Share of them that matches the teacher by layer.",
+            show_default="0.4, or 0 with kernel softmax",
+        ),
     ] = None,
     context: Context = None,
     batch_tokens: BatchTokens = None,
@@ -149,6 +161,7 @@ def linearize(
 
     place_on("cpu", threads)
     config = configure(LinearizeConfig, locals())
+    chosen = numbers(span, "--span")
     with quiet_stdout():
         library(
             source,
@@ -157,9 +170,11 @@ def linearize(
             group=group,
             taps=taps,
             window=window,
-            span=span,
+            span=chosen[0] if len(chosen) == 1 else chosen or None,
+            rows=rows,
             kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
+            softmax_layers=softmax_layers,
             data=sources(data),
             field=field,
             config=config,
@@ -269,25 +284,68 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall from far above instead.")
+    ] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --recall: the model to compare with.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="With --recall: tokens of the texts.")
+    ] = "512,1024,2048,4096",
+    samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
+    seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Measure perplexity along long texts instead.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="With --by-position: tokens of a text.")] = 32768,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
-    from linspec.evaluate.perplexity import evaluate_source
+    from linspec.errors import ConfigError
 
-    place = place_on(device, threads)
-    with quiet_stdout():
-        score = evaluate_source(
-            model,
-            sources(data),
-            field=field,
-            limit_bytes=limit_bytes,
-            context=context,
-            bf16=bf16,
-            device=place,
-        )
-    print_json(score.to_json()) if as_json else print_facts(score.to_json())
+    if recall and by_position:
+        raise ConfigError("give one of --recall and --by-position, not both")
+    place, text = place_on(device, threads), sources(data)
+    if recall:
+        from linspec.evaluate.recall import evaluate_recall
+
+        with quiet_stdout():
+            found = evaluate_recall(
+                model,
+                teacher=teacher,
+                data=text,
+                field=field,
+                lengths=numbers(lengths, "--lengths"),
+                samples=samples,
+                seeds=seeds,
+                device=place,
+            ).to_json()
+        print_json(found) if as_json else print_measured("recall", found, "cells")
+    elif by_position:
+        from linspec.evaluate.positions import by_position as measure
+
+        with quiet_stdout():
+            drift = measure(
+                model, data=text, field=field, length=length, context=context, device=place
+            ).to_json()
+        print_json(drift) if as_json else print_measured("perplexity", drift, "stretches")
+    else:
+        from linspec.evaluate.perplexity import evaluate_source
+
+        with quiet_stdout():
+            score = evaluate_source(
+                model,
+                text,
+                field=field,
+                limit_bytes=limit_bytes,
+                context=context,
+                bf16=bf16,
+                device=place,
+            ).to_json()
+        print_json(score) if as_json else print_facts(score)
 
 
 @app.command(epilog="Example: linspec verify embedded-aug --drafter medusa")
@@ -392,11 +450,8 @@ def list_plugins(as_json: Json = False) -> None:
         print_json(found)
         return
     for axis, entries in found.items():
-        print_table(
-            axis,
-            ("name", "summary", "paper"),
-            [[e["name"], e["summary"], e["paper"]] for e in entries],
-        )
+        columns = list(dict.fromkeys(key for entry in entries for key in entry))
+        print_table(axis, columns, [[e.get(key, "") for key in columns] for e in entries])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from linspec.config import MixerConfig
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
 from linspec.files import exclusive
+from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
@@ -277,13 +278,49 @@ def test_control_has_no_teacher_in_its_loss(
 
 
 def test_mixers_by_name() -> None:
-    assert make_mixer("aug") == MixerConfig(
-        name="aug", group=128, span=2, kernel="softmax", taps=32
-    )
+    assert make_mixer("aug") == MixerConfig(name="aug", group=64, span=2, kernel="softmax", taps=32)
     assert make_mixer("relu", group=16) == MixerConfig(name="relu", group=16)
-    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=128)
+    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=64)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64
+    assert make_mixer("gla") == MixerConfig(name="gla", span=2, kernel="softmax")
+    assert make_mixer("hedgehog") == MixerConfig(name="hedgehog", span=2)
+    assert make_mixer("performer", kernel="relu2").kernel == "relu2"
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS.names() if name != "softmax"])
+def test_the_transfer_stage_trains_every_weight_of_a_new_mixer(
+    name: str, tiny_teacher: Callable[..., Decoder]
+) -> None:
+    teacher = tiny_teacher()
+    wanted = make_mixer(name, group=8)
+    student = with_mixers(teacher, student_mixers(teacher.config, wanted, ()))
+    with Transfer(teacher, student, range(teacher.config.layers)) as transfer:
+        loss = transfer.loss(torch.arange(34).view(2, 17) % teacher.config.vocab_size)
+        loss.backward()
+        assert loss.isfinite()
+        for weight, parameter in transfer.parameters().named_parameters():
+            assert parameter.grad is not None, weight
+            assert parameter.grad.isfinite().all(), weight
+
+
+def test_lora_leaves_the_mixers_own_weights_trainable(
+    tiny_teacher: Callable[..., Decoder],
+) -> None:
+    student = with_mixers(tiny_teacher(), (make_mixer("hedgehog"), make_mixer("gla")))
+    trained = {n for n, p in add_lora(student, 2, 4, seed=0).named_parameters() if p.requires_grad}
+    for weight in ("0.mixer.query_map", "0.mixer.gamma", "1.mixer.gate_bias", "1.mixer.alpha"):
+        assert any(name.endswith(weight) for name in trained), weight
+
+
+def test_a_student_next_to_its_teacher_is_finetuned_gently() -> None:
+    close = LinearizeConfig().completed([make_mixer("aug")])
+    far = LinearizeConfig().completed([make_mixer("aug", kernel="own")])
+    assert close.transfer_share == 0
+    assert far.transfer_share == 0.4
+    assert close.lr is not None and far.lr is not None and close.lr < far.lr
+    given = LinearizeConfig(transfer_share=0.3, lr=1e-3)
+    assert given.completed([make_mixer("aug")]) == given
 
 
 def test_softmax_equals_softmax_whatever_the_group(tiny_teacher: Callable[..., Decoder]) -> None:
@@ -425,3 +462,19 @@ def test_two_processes_train_one_model(teacher_dir: Path, tmp_path: Path, corpus
     record = json.loads((tmp_path / "s" / "linearize.json").read_text())
     assert sum(record["tokens"].values()) == 2 * 8 * 256
     load_model(tmp_path / "s")
+
+
+def test_spans_may_be_given_for_each_layer(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    out = run(teacher_dir, tmp_path / "s", corpus, mixer="aug", group=8, span=[1, 3])
+    assert [mixer.span for mixer in load_config(out).mixers] == [1, 3]
+    with pytest.raises(ConfigError, match="3 spans given for 2 layers"):
+        run(teacher_dir, tmp_path / "t", corpus, mixer="aug", span=[1, 2, 3])
+
+
+def test_the_layers_that_need_it_most_stay_softmax(
+    teacher_dir: Path, tmp_path: Path, corpus: Path
+) -> None:
+    out = run(teacher_dir, tmp_path / "s", corpus, mixer="aug", group=8, softmax_layers=1)
+    assert sorted(mixer.name for mixer in load_config(out).mixers) == ["aug", "softmax"]
+    with pytest.raises(ConfigError, match=r"softmax_layers must be in 0\.\.1, got 2"):
+        run(teacher_dir, tmp_path / "t", corpus, mixer="aug", softmax_layers=2)

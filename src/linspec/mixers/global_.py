@@ -31,7 +31,7 @@ class Global(GroupedLinear):
         super().__init__(config, mixer)
         self.alpha = nn.Parameter(torch.ones(()))
 
-    def sum_scale(self) -> torch.Tensor | float | None:
+    def sum_scale(self) -> torch.Tensor | float:
         return self.alpha
 
     def in_group(self, products: torch.Tensor) -> torch.Tensor | None:

@@ -26,5 +26,5 @@ class Grouped(GroupedLinear):
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def sum_scale(self) -> torch.Tensor | float | None:
+    def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

@@ -9,7 +9,6 @@ import torch
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.normalised import Normalised
 
-
 # exp(w·y - ‖y‖²/2) is at most exp(‖w‖²/2), and exp(80) is a float32
 LONGEST_SQUARE = 160.0
 

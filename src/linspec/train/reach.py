@@ -1,0 +1,120 @@
+"""How far each layer must see exactly: measured on the teacher, not guessed.
+
+A few layers copy from far back, most look only near (Olsson et al. 2022, arXiv 2209.11895). A budget
+of rows that every layer gets alike is wasted on most of them, so it goes where it lowers the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from linspec.config import MixerConfig
+from linspec.errors import ConfigError
+from linspec.mixers import MIXERS, Mixer
+from linspec.models.decoder import Decoder
+from linspec.progress import Progress
+from linspec.train.finetune import finetune_loss
+from linspec.train.loop import fast_bfloat16
+from linspec.train.transfer import mixer_of
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Loss in nats of the teacher with one layer changed: losses[layer][i] at a span of spans[i]."""
+
+    spans: list[int]
+    losses: dict[int, list[float]]
+
+    def spans_by_need(self, groups: int) -> dict[int, int]:
+        """A span for each layer, in all at most `groups`; raises ConfigError when they are too few."""
+        if groups < len(self.losses):
+            raise ConfigError(
+                f"{groups} groups are too few for {len(self.losses)} layers; give more --rows or a "
+                "smaller --group"
+            )
+        chosen = allocate(list(self.losses.values()), self.spans, groups)
+        return dict(zip(self.losses, chosen, strict=True))
+
+    def without(self, layers: Iterable[int]) -> Reach:
+        """The same but for `layers`."""
+        left = set(self.losses) - set(layers)
+        return Reach(
+            self.spans, {layer: self.losses[layer] for layer in self.losses if layer in left}
+        )
+
+    def neediest(self, count: int) -> list[int]:
+        """The `count` layers that lose most when they see only near, at two groups or one."""
+        near = min(1, len(self.spans) - 1)
+        return sorted(self.losses, key=lambda layer: -self.losses[layer][near])[:count]
+
+
+def measure_reach(
+    teacher: Decoder, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
+) -> Reach:
+    """Swap `mixer` into one of `layers` at a time, at spans of 1, 2, 4, … groups.
+
+    batch [B, T + 1]: text to measure on; longer spans than it is are not tried.
+    """
+    most = -(-(batch.shape[1] - 1) // mixer.group)
+    reach = Reach([1 << i for i in range(most.bit_length()) if 1 << i <= most], {})
+    with Progress("reach", len(layers)) as progress:
+        for done, layer in enumerate(layers, 1):
+            mixers = [replace(mixer, span=span) for span in reach.spans]
+            found = [_loss_with(teacher, layer, mixer, batch) for mixer in mixers]
+            reach.losses[layer] = found
+            progress.update(done, f"layer {layer}: {found[0]:.3f} to {found[-1]:.3f} nats")
+    return reach
+
+
+def allocate(losses: Sequence[Sequence[float]], spans: Sequence[int], budget: int) -> list[int]:
+    """A span for each layer, in all at most `budget` groups; losses[l][i] is that of spans[i] in l.
+
+    Greedy: the longer span that lowers the loss most for each group it costs, until none fits. Losses
+    of several layers are taken to add up.
+    """
+    chosen, left = [0] * len(losses), budget - len(losses) * spans[0]
+    while True:
+        best = max(_longer(losses, spans, chosen, left), default=None)
+        if best is None or best[0] <= 0:
+            return [spans[i] for i in chosen]
+        _, layer, i = best
+        left -= spans[i] - spans[chosen[layer]]
+        chosen[layer] = i
+
+
+def _longer(
+    losses: Sequence[Sequence[float]], spans: Sequence[int], chosen: Sequence[int], left: int
+) -> Iterator[tuple[float, int, int]]:
+    """What each affordable longer span gains for each group: (gain, layer, index of the span)."""
+    for layer, (measured, now) in enumerate(zip(losses, chosen, strict=True)):
+        for i in range(now + 1, len(spans)):
+            cost = spans[i] - spans[now]
+            if cost <= left:
+                yield (measured[now] - measured[i]) / cost, layer, i
+
+
+@torch.no_grad()
+def _loss_with(teacher: Decoder, layer: int, mixer: MixerConfig, batch: torch.Tensor) -> float:
+    device = batch.device
+    with (
+        _swapped(teacher, layer, mixer),
+        torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)),
+    ):
+        return float(finetune_loss(teacher, batch))
+
+
+@contextmanager
+def _swapped(teacher: Decoder, layer: int, mixer: MixerConfig) -> Iterator[None]:
+    """The teacher with another mixer in one layer, as it is before any training."""
+    old = mixer_of(teacher, layer)
+    new: Mixer = MIXERS[mixer.name](teacher.config, mixer)
+    new.load_state_dict(old.state_dict(), strict=False)
+    teacher.blocks[layer].mixer = new.to(old.k.weight)
+    try:
+        yield
+    finally:
+        teacher.blocks[layer].mixer = old
