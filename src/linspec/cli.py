@@ -37,6 +37,7 @@ from linspec.options import (
     Json,
     Model,
     Order,
+    Quantize,
     Rate,
     Resume,
     Threads,
@@ -246,6 +247,7 @@ def generate(
     verifier: Annotated[
         str, typer.Option(help="lossless, greedy or typical (lossy).")
     ] = "lossless",
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -259,7 +261,13 @@ def generate(
     place = place_on(device, threads)
     with quiet_stdout():
         llm = LLM(
-            model, drafter=drafter, policy=policy, verifier=verifier, max_batch=1, device=place
+            model,
+            drafter=drafter,
+            policy=policy,
+            verifier=verifier,
+            max_batch=1,
+            device=place,
+            quantize=quantize,
         )
     if as_json:
         with quiet_stdout():
@@ -273,6 +281,39 @@ def generate(
             say(piece.done.summary())
 
 
+@app.command(epilog="Example: linspec quantize embedded-softmax --bits 4 --out small")
+@guarded()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight, 8 or 4.")] = 8,
+    data: Data = None,
+    field: Field = "text",
+    calibration_bytes: Annotated[
+        int, typer.Option(help="Text that 4-bit weights are fitted to; 0 fits to none.")
+    ] = 200_000,
+    limit_bytes: Annotated[int, typer.Option(help="Held-out text for the quality.")] = 100_000,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs."""
+    from linspec.compress.quantize import quantize as library
+
+    place_on("cpu", threads)
+    with quiet_stdout():
+        report = library(
+            model,
+            out,
+            bits=bits,
+            data=sources(data),
+            field=field,
+            calibration_bytes=calibration_bytes,
+            limit_bytes=limit_bytes,
+        )
+    print_json(report.to_json()) if as_json else print_facts(report.to_json())
+    say(f"written to {out}")
+
+
 @app.command("eval", epilog="Example: linspec eval embedded-aug --data stdlib --limit-bytes 100000")
 @guarded()
 def evaluate(
@@ -284,6 +325,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    quantize: Quantize = None,
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
@@ -344,6 +386,7 @@ def evaluate(
                 context=context,
                 bf16=bf16,
                 device=place,
+                quantize=quantize,
             ).to_json()
         print_json(score) if as_json else print_facts(score)
 
@@ -359,6 +402,7 @@ def verify(
     policy: Annotated[str, typer.Option(help="Number of draft tokens, or auto.")] = "12",
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -381,6 +425,7 @@ def verify(
             data=sources(data),
             device=place,
             seed=seed,
+            quantize=quantize,
         )
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     if not report.lossless_greedy:
@@ -402,6 +447,7 @@ def bench(
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -421,6 +467,7 @@ def bench(
             data=sources(data),
             device=place,
             bandwidth=bandwidth,
+            quantize=quantize,
         ).to_json()
     if as_json:
         print_json(result)

@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 
+from linspec.compress.load import load_for
 from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, load_tokenizer, resolve
+from linspec.models.hub import load_tokenizer, resolve
 from linspec.policy import make_policy
 from linspec.policy.base import Policy
 from linspec.row import Row, Stats
@@ -135,7 +136,8 @@ class LLM:
     drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
-    once. Raises CheckpointError, DrafterError or ConfigError before any long work.
+    once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU
+    only). Raises CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(
@@ -150,12 +152,13 @@ class LLM:
         prefill_tokens: int = 512,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        quantize: int | None = None,
     ) -> None:
         source = None if isinstance(model, Decoder) else resolve(model)
         if isinstance(model, Decoder):
             self.model = model
         else:
-            self.model = load_model(model, dtype=dtype, device=device)
+            self.model = load_for(model, quantize, dtype=dtype, device=device)
             tokenizer = tokenizer or load_tokenizer(model)
         if tokenizer is None:
             raise ConfigError("a Decoder needs its tokenizer: LLM(model, tokenizer=...)")

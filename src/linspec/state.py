@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from linspec.errors import StateError
-from linspec.layout import Layout, build_layout
+from linspec.layout import Layout
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
@@ -134,8 +134,8 @@ class RowState:
         key = tuple(rows)
         found = self._layouts.get(key)
         if found is None:
-            found = build_layout(rows, self.keys.device)
-            if found.columns.shape[1] <= _LAYOUT_COLUMNS_KEPT:
+            found = Layout(rows, self.keys.device)
+            if found.width <= _LAYOUT_COLUMNS_KEPT:
                 self._layouts[key] = found
                 if len(self._layouts) > _LAYOUTS_KEPT:
                     self._layouts.popitem(last=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.grouped import Grouped
 
 
@@ -25,3 +25,6 @@ class Aug(Grouped):
                 f"mixer 'aug' needs convolution taps, got {mixer.taps}; use 32, or mixer 'grouped'"
             )
         super().__init__(config, mixer)
+
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(float(self.alpha)) if type(self) is Aug else None

@@ -15,6 +15,7 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,8 +24,8 @@ from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
-from linspec.kernels.linear import fuse
-from linspec.layout import Layout
+from linspec.kernels.linear import Fuse
+from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve
 from linspec.registry import Registry
 from linspec.rope import rotate
@@ -34,6 +35,21 @@ if TYPE_CHECKING:
     from linspec.step import Segment
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class NativeForm:
+    """A mixer's step as `csrc/attention.inc.h` knows it.
+
+    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
+    of unit features instead of a softmax. alpha: factor on the sums.
+    """
+
+    window: int = 0
+    group: int = 0
+    span: int = 1
+    squares: bool = False
+    alpha: float = 0.0
 
 
 class Mixer(nn.Module):
@@ -133,6 +149,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def native_form(self) -> NativeForm | None:
+        """What the C library needs to compute the step form; None when it cannot."""
+        return None
+
     # ---- the two forms
 
     def project(
@@ -157,13 +177,16 @@ class Mixer(nn.Module):
             return self.qkv(x)
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
         self.qkv = fuse(self.q, self.k, self.v)
-        if self.mixer.taps:
-            self.reach = self._padded_taps().detach()
         self.o = fuse(self.o)
         del self.q, self.k, self.v
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        if self.mixer.taps:
+            self.reach = self._padded_taps().detach()
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
@@ -209,21 +232,53 @@ class Mixer(nn.Module):
         """A few nodes a row, any tree: one masked product over the rows of each slot."""
         state.stage(layer, segment.start, segment.lengths, k, v)
         layout = segment.layout(state)
-        slots, width = segment.slots, layout.columns.shape[1]
+        slots, width = segment.slots, layout.width
         keys = state.keys[layer, slots, :, :width]
         values = state.values[layer, slots, :, : state.spec.lead + width]
         sums = state.sums[layer, slots] if state.spec.sum_width else None
         q = q.unflatten(1, (self.kv_heads, self.repeats))
         o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
         if self.mixer.taps:
-            kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
-            o = o + (kernel @ values[..., : self.head_width]).unflatten(2, o.shape[2:4])
+            o = o + self._convolved(values[..., : self.head_width], layout, state.spec.lead)
         return o.flatten(1, 2)
 
-    def _tap_weights(self, layout: Layout, lead: int) -> torch.Tensor:
-        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
+    def _convolved(self, values: torch.Tensor, layout: Layout, lead: int) -> torch.Tensor:
+        """The convolution for the nodes of a step: values [R, Hkv, lead + C, V] -> [R, Hkv, rep, N, V]."""
+        if layout.tree is not None:
+            # no node of a single slot reaches past the last W - 1 committed rows
+            values = values[:, :, layout.rows[0][0] :]
+            kernel = self._tree_kernel(layout.tree, lead)
+        else:
+            key = ("taps", self.mixer.taps, lead)
+            kernel = self._kernel(
+                layout.memo(
+                    key,
+                    lambda: tap_distances(
+                        layout.offsets, layout.columns, layout.visible, self.mixer.taps, lead
+                    ),
+                )
+            )
+        o = kernel.flatten(2, 3).to(values.dtype) @ values
+        return o.unflatten(2, kernel.shape[2:4])
+
+    def _tree_kernel(self, tree: StagedTree, lead: int) -> torch.Tensor:
+        """`_kernel` for one slot, whose committed rows do not matter: kept with the tree."""
         count = self.mixer.taps
-        distance = layout.memo(("taps", count, lead), lambda: tap_distances(layout, count, lead))
+
+        def distances() -> torch.Tensor:
+            offsets = tree.depths[None, len(tree.depths) - len(tree.seen) :]
+            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, lead)
+
+        found: torch.Tensor = tree.memo(("taps", count, lead), distances)
+        if self.reach is None:
+            return self._kernel(found)
+        # the taps stand beside their kernel so that no other tensor can get their id
+        kept = tree.memo(id(self.reach), lambda: (self._kernel(found), self.reach))
+        kernel: torch.Tensor = kept[0]
+        return kernel
+
+    def _kernel(self, distance: torch.Tensor) -> torch.Tensor:
+        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
         taps = self._padded_taps() if self.reach is None else self.reach
         return taps[:, :, distance].movedim(2, 0)
 
@@ -255,15 +310,18 @@ class Mixer(nn.Module):
         return out
 
 
-def tap_distances(layout: Layout, taps: int, lead: int) -> torch.Tensor:
+def tap_distances(
+    offsets: torch.Tensor, columns: torch.Tensor, visible: torch.Tensor, taps: int, lead: int
+) -> torch.Tensor:
     """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
 
-    A node's window is itself and its nearest ancestors; past the root it reads committed rows.
+    offsets [R, N], columns [R, C], visible [R, N, C]: see Layout. A node's window is itself and its
+    nearest ancestors; past the root it reads committed rows.
     """
-    before = torch.arange(-lead, 0, device=layout.columns.device).expand(len(layout.columns), -1)
-    columns = torch.cat((before, layout.columns), dim=1)
-    visible = F.pad(layout.visible, (lead, 0), value=True)
-    distance = layout.offsets[:, :, None] - columns[:, None, :]
+    before = torch.arange(-lead, 0, device=columns.device).expand(len(columns), -1)
+    columns = torch.cat((before, columns), dim=1)
+    visible = F.pad(visible, (lead, 0), value=True)
+    distance = offsets[:, :, None] - columns[:, None, :]
     return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.linear import GroupedLinear
 
 
@@ -25,6 +25,9 @@ class Grouped(GroupedLinear):
         super().__init__(config, mixer)
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
+
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

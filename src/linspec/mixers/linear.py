@@ -20,7 +20,7 @@ from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.layout import Layout
-from linspec.mixers.base import Mixer
+from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.state import RowSpec
 
@@ -89,6 +89,13 @@ class GroupedLinear(Mixer):
         return o
 
     # ---- what follows from it
+
+    def _native_groups(self, alpha: float) -> NativeForm | None:
+        """The C form of squared or softmax weights within reach, unit features in the sums."""
+        mixer = self.mixer
+        if mixer.kernel not in ("own", "softmax"):
+            return None
+        return NativeForm(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.raw else self.feature_map(x)
@@ -193,6 +200,8 @@ class GroupedLinear(Mixer):
 
         None instead of a mask that is all true or all false.
         """
+        if layout.deepest // self.mixer.group < self.mixer.span:
+            return None if layout.plain else layout.visible[:, None, None], None
         oldest = (layout.offsets // self.mixer.group)[:, :, None] - (self.mixer.span - 1)
         row = (layout.columns // self.mixer.group)[:, None, :]
         near = layout.visible & (row >= oldest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.linear import GroupedLinear
 
 
@@ -18,3 +18,6 @@ class Local(GroupedLinear):
     """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
 
     summed = False
+
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(0.0) if type(self) is Local else None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.layout import Layout
-from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
 from linspec.state import RowSpec
 
@@ -29,6 +29,10 @@ class Softmax(Mixer):
             value_width=self.head_width,
             lead=max(0, self.mixer.taps - 1),
         )
+
+    def native_form(self) -> NativeForm | None:
+        # a subclass may weigh rows in another way
+        return NativeForm() if type(self) is Softmax else None
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""

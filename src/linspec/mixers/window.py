@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.layout import Layout
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
 from linspec.state import RowSpec
 
@@ -26,6 +26,9 @@ class Window(Softmax):
 
     def row_spec(self) -> RowSpec:
         return replace(super().row_spec(), window=self.mixer.window)
+
+    def native_form(self) -> NativeForm | None:
+        return NativeForm(window=self.mixer.window) if type(self) is Window else None
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         size = self.mixer.window

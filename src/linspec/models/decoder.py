@@ -12,13 +12,14 @@ from torch import nn
 
 from linspec.config import DecoderConfig
 from linspec.errors import ConfigError, ContextOverflow
-from linspec.kernels.linear import fuse
+from linspec.kernels.cpu.step import NativeStep, native_step
+from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
-from linspec.state import DecoderState, RowState
+from linspec.state import STAGE_ROWS, DecoderState, RowState
 from linspec.step import Feed, Segment, depths, segments_of
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -53,7 +54,7 @@ class MLP(nn.Module):
 
         self.gate_up: nn.Module | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace the layers by their inference form: one product for gate and up."""
         if self.gated:
             self.gate_up = fuse(self.gate, self.up)
@@ -86,10 +87,14 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace every part by its inference form."""
-        self.mixer.prepare()
-        self.mlp.prepare()
+        self.mixer.prepare(fuse)
+        self.mlp.prepare(fuse)
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        self.mixer.settle()
         self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
 
     def step(
@@ -130,6 +135,9 @@ class Decoder(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
         self.prepared = False
+        self.native: NativeStep | None = None
+        # fingerprint of the plain weights, kept when these are gone
+        self.identity: str | None = None
 
     @property
     def layers(self) -> list[Block]:
@@ -139,7 +147,7 @@ class Decoder(nn.Module):
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x, rope = self.embed(ids), None
+        x, rope = self.embed(ids).to(self.dtype), None
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
         else:
@@ -158,31 +166,44 @@ class Decoder(nn.Module):
         ids, shifts = to_left(ids, mask)
         return self.head(from_left(self.hidden(ids), shifts))
 
-    def prepare(self) -> Decoder:
+    def prepare(self, fuse: Fuse = fuse) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
 
         Projections of the same input become one product, with weights prepacked where that pays. The
-        full form still works; training and saving do not. Calling it again changes nothing.
+        full form still works; training and saving do not. Calling it again changes nothing. `fuse` makes
+        the layers, by default in the precision of the weights.
         """
         if self.prepared:
             return self
         self.eval().requires_grad_(False)
         for block in self.layers:
-            block.prepare()
-        self.norm = prepare_norm(self.norm)
+            block.prepare(fuse)
         self.add_module("head", fuse(self.head))
         self.prepared = True
+        if not self.embed.weight.is_meta:
+            self.settle()
         return self
+
+    def settle(self) -> None:
+        """Compute what depends on the weights of the inference form, once these are final."""
+        for block in self.layers:
+            block.settle()
+        self.norm = prepare_norm(self.norm)
+        self.native = native_step(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed and kept in states; embeddings may be narrower."""
+        return self.norm.get_parameter("weight").dtype
 
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
-        weight = self.embed.weight
         mixers = [block.mixer for block in self.layers]
         return DecoderState(
             [mixer.row_spec() for mixer in mixers],
             slots,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.dtype,
+            device=self.embed.weight.device,
             folds=[mixer.fold for mixer in mixers],
         )
 
@@ -194,24 +215,63 @@ class Decoder(nn.Module):
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
         """
+        parts = self._apart(feeds)
+        outputs = [self._step([feeds[i] for i in part], state) for part in parts]
+        return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
+
+    def _apart(self, feeds: Sequence[Feed]) -> list[list[int]]:
+        """Which feeds are computed together.
+
+        The one-call step takes trees only. It must take all of them: a tree that shared a step with a
+        prompt would be rounded in another way than one that did not.
+        """
+        if self.native is None:
+            return [list(range(len(feeds)))]
+        parts = [
+            [i for i, feed in enumerate(feeds) if (len(feed.tokens) > STAGE_ROWS) is long]
+            for long in (False, True)
+        ]
+        return [part for part in parts if part] or [[]]
+
+    def _step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
         segments = segments_of(feeds, state)
         places = [self._positions(feed, state) for feed in feeds]
         for feed in feeds:
             state.reserve(feed.slot, len(feed.tokens))
+        rows, wanted = _wanted(feeds)
+        if self.native is not None and not any(segment.long for segment in segments):
+            parents = [each for segment in segments for each in segment.parents]
+            hidden, logits = self.native.run(feeds, parents, places, wanted, state)
+        else:
+            hidden, logits = self._by_layers(feeds, segments, places, wanted, state)
+        for segment in segments:
+            for slot, new in zip(segment.slot_range, segment.parents, strict=True):
+                state.record(slot, new)
+        return StepOutput(hidden, logits, rows)
+
+    def _by_layers(
+        self,
+        feeds: Sequence[Feed],
+        segments: list[Segment],
+        places: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        state: DecoderState,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of the `wanted` nodes, by torch's operators."""
         device = self.embed.weight.device
         ids = torch.tensor([t for feed in feeds for t in feed.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
-        x, rope = self.embed(ids), None
+        x, rope = self.embed(ids).to(self.dtype), None
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
         else:
             rope = self.rotary(positions, x.dtype)
         for block, (part, layer) in zip(self.layers, state.layers, strict=True):
             x = block.step(x, rope, segments, part, layer)
-        for segment in segments:
-            for slot, parents in zip(segment.slot_range, segment.parents, strict=True):
-                state.record(slot, parents)
-        return self._outputs(x, feeds)
+        if len(wanted) < len(x):
+            x = x[torch.tensor(wanted, device=device)]
+        hidden = self.norm(x)
+        return hidden, self.head(hidden)
 
     def _positions(self, feed: Feed, state: DecoderState) -> list[int]:
         start = state.length(feed.slot)
@@ -227,17 +287,31 @@ class Decoder(nn.Module):
             )
         return places
 
-    def _outputs(self, x: torch.Tensor, feeds: Sequence[Feed]) -> StepOutput:
-        rows: list[slice] = []
-        wanted: list[int] = []
-        first = 0
-        for feed in feeds:
-            count = len(feed.tokens)
-            keep = range(first if feed.all_logits else first + count - 1, first + count)
-            rows.append(slice(len(wanted), len(wanted) + len(keep)))
-            wanted += keep
-            first += count
-        if len(wanted) < first:
-            x = x[torch.tensor(wanted, device=x.device)]
-        hidden = self.norm(x)
-        return StepOutput(hidden, self.head(hidden), rows)
+
+def _wanted(feeds: Sequence[Feed]) -> tuple[list[slice], list[int]]:
+    """Which of the packed nodes have logits, and which of those belong to each feed."""
+    rows: list[slice] = []
+    wanted: list[int] = []
+    first = 0
+    for feed in feeds:
+        count = len(feed.tokens)
+        keep = range(first if feed.all_logits else first + count - 1, first + count)
+        rows.append(slice(len(wanted), len(wanted) + len(keep)))
+        wanted += keep
+        first += count
+    return rows, wanted
+
+
+def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:
+    """One output of several, with rows in the order of all feeds."""
+    rows: dict[int, slice] = {}
+    first = 0
+    for part, output in zip(parts, outputs, strict=True):
+        for feed, own in zip(part, output.rows, strict=True):
+            rows[feed] = slice(first + own.start, first + own.stop)
+        first += len(output.hidden)
+    return StepOutput(
+        torch.cat([output.hidden for output in outputs]),
+        torch.cat([output.logits for output in outputs]),
+        [rows[feed] for feed in sorted(rows)],
+    )

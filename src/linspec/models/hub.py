@@ -29,6 +29,8 @@ from linspec.errors import CheckpointError, ConfigError
 from linspec.models import families
 from linspec.models.decoder import Decoder
 from linspec.models.families import Family, Tensors
+from linspec.models.memory import check_memory
+from linspec.models.quantized import ENTRY, load_quantized
 from linspec.models.weights import (
     INDEX,
     SHARD_BYTES,
@@ -79,14 +81,34 @@ def load_model(
     """
     folder = resolve(source)
     config, family = _read_config(folder)
+    quantization = read_json(folder / "config.json").get(ENTRY)
+    if family is None and quantization is not None:
+        return _load_quantized(folder, config, quantization, dtype, device)
     files = weight_files(folder)
     model = _skeleton(config, folder)
     expected = _named(_own_tensors(model), family, config)
-    tensors = read_tensors(files, _match(expected, read_shapes(files), family, folder), dtype)
+    names = _match(expected, read_shapes(files), family, folder)
+    check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
+    tensors = read_tensors(files, names, dtype)
     if family is not None:
         tensors = family.to_ours(tensors, config.layers)
     _fill(model, tensors)
     return model.to(device).eval()
+
+
+def _load_quantized(
+    folder: Path,
+    config: DecoderConfig,
+    quantization: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Decoder:
+    if torch.device(device).type != "cpu" or dtype != torch.float32:
+        raise ConfigError(
+            f"{folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{dtype}; use the model that it was made from"
+        )
+    return load_quantized(folder, config, quantization)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -138,7 +160,7 @@ def save_model(
     family = families.family_of(model.config)
     tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    config = _config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
+    config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
     with _aside(Path(out)) as aside:
         write_tensors(_named(tensors, family, model.config), aside, shard_bytes)
         if tokenizer is not None:
@@ -254,7 +276,8 @@ def _fill(model: Decoder, tensors: Tensors) -> None:
     assert not bare, f"buffers must be persistent to be loaded: {bare}"
 
 
-def _config_file(config: DecoderConfig, family: Family | None) -> dict[str, Any]:
+def config_file(config: DecoderConfig, family: Family | None) -> dict[str, Any]:
+    """What config.json says, in the format of `family` or, without one, in linspec's own."""
     if family is not None:
         return families.write_config(family, config)
     return {

@@ -58,7 +58,7 @@ class LinearizeConfig:
     tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
     need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
     transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
-    mixer_lr_factor: on the rate of α, taps and gates, which start at zero and have far to go.
+    mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
     kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
     else adapters of this rank.
     """
@@ -245,10 +245,8 @@ def make_mixer(
 ) -> MixerConfig:
     """The configuration of a mixer by name; raises ConfigError for an unknown one.
 
-    Mixers that see a few groups exactly do so over two of them: with one, a token at the start of a
-    group would see nothing of its past exactly. Those of `SOFTMAX_WITHIN` keep the teacher's softmax
-    weights there; the other linear attentions are as published, with kernel 'softmax' or 'relu2' they
-    are grouped too.
+    Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
+    with one, a token at the start of a group would see nothing of its past exactly.
     """
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
