@@ -171,7 +171,10 @@ def test_list() -> None:
     names = {axis: [entry["name"] for entry in entries] for axis, entries in found.items()}
     assert {"softmax", "aug", "local", "grouped"} <= set(names["mixers"])
     assert {"medusa", "prompt-lookup", "student"} <= set(names["drafters"])
-    assert "arXiv" in run("list").stdout
+    assert all(m["state"] and m["cost"] and m["direction"] for m in found["mixers"])
+    shown = run("list").stdout
+    assert "arXiv" in shown
+    assert "causal" in shown
 
 
 def test_linearize_and_train_a_drafter(tmp_path: Path, data: Path) -> None:

@@ -229,7 +229,7 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "performer": (1, (6, WIDTH + 1)),
     "rfa": (1, (12, WIDTH + 1)),
     "transnormer": (0, (WIDTH, WIDTH)),
-    "yoso": (0, (15, WIDTH)),
+    "yoso": (0, (17, WIDTH)),
     "linformer": (0, (4, 2 * WIDTH + 1)),
     "gla": (WIDTH, (WIDTH, WIDTH)),
     "gdn": (2, (WIDTH, WIDTH)),

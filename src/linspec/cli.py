@@ -116,7 +116,7 @@ def linearize(
         str,
         typer.Option(
             help="Groups seen exactly, the open one included: 2, or one for each layer.",
-            show_default="by --rows for local, grouped, aug",
+            show_default="by --rows with kernel softmax",
         ),
     ] = "",
     rows: Annotated[
@@ -127,7 +127,7 @@ def linearize(
         str | None,
         typer.Option(
             help="Weights of tokens seen exactly: own or softmax.",
-            show_default="softmax for local, grouped, aug",
+            show_default="softmax for local, grouped, aug, gla, gdn",
         ),
     ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
@@ -551,11 +551,8 @@ def list_plugins(as_json: Json = False) -> None:
         print_json(found)
         return
     for axis, entries in found.items():
-        print_table(
-            axis,
-            ("name", "summary", "paper"),
-            [[e["name"], e["summary"], e["paper"]] for e in entries],
-        )
+        columns = list(dict.fromkeys(key for entry in entries for key in entry))
+        print_table(axis, columns, [[e.get(key, "") for key in columns] for e in entries])
 
 
 def main() -> None:

@@ -12,7 +12,12 @@ from linspec.verify import VERIFIERS
 
 
 def catalogue() -> dict[str, list[dict[str, str]]]:
-    """Name, summary, paper and further facts of every plug-in, by axis."""
+    """Name, summary, paper and further facts of every plug-in, by axis.
+
+    Of mixers: `state` (floats per layer), `direction` and `cost` (multiply-adds per query head). d is
+    the head width, G the group, n the span, T the context, W the taps, m the random features, p and M
+    the rows and groups of linformer.
+    """
     axes: dict[str, Registry[Any]] = {
         "mixers": MIXERS,
         "drafters": DRAFTERS,

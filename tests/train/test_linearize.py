@@ -19,6 +19,7 @@ from torch import nn
 from linspec.config import MixerConfig
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
 from linspec.files import exclusive
+from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
@@ -282,6 +283,34 @@ def test_mixers_by_name() -> None:
     assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=64)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64
+    assert make_mixer("gla") == MixerConfig(name="gla", span=2, kernel="softmax")
+    assert make_mixer("hedgehog") == MixerConfig(name="hedgehog", span=2)
+    assert make_mixer("performer", kernel="relu2").kernel == "relu2"
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS.names() if name != "softmax"])
+def test_the_transfer_stage_trains_every_weight_of_a_new_mixer(
+    name: str, tiny_teacher: Callable[..., Decoder]
+) -> None:
+    teacher = tiny_teacher()
+    wanted = make_mixer(name, group=8)
+    student = with_mixers(teacher, student_mixers(teacher.config, wanted, ()))
+    with Transfer(teacher, student, range(teacher.config.layers)) as transfer:
+        loss = transfer.loss(torch.arange(34).view(2, 17) % teacher.config.vocab_size)
+        loss.backward()
+        assert loss.isfinite()
+        for weight, parameter in transfer.parameters().named_parameters():
+            assert parameter.grad is not None, weight
+            assert parameter.grad.isfinite().all(), weight
+
+
+def test_lora_leaves_the_mixers_own_weights_trainable(
+    tiny_teacher: Callable[..., Decoder],
+) -> None:
+    student = with_mixers(tiny_teacher(), (make_mixer("hedgehog"), make_mixer("gla")))
+    trained = {n for n, p in add_lora(student, 2, 4, seed=0).named_parameters() if p.requires_grad}
+    for weight in ("0.mixer.query_map", "0.mixer.gamma", "1.mixer.gate_bias", "1.mixer.alpha"):
+        assert any(name.endswith(weight) for name in trained), weight
 
 
 def test_a_student_next_to_its_teacher_is_finetuned_gently() -> None:

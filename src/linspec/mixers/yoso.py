@@ -18,7 +18,7 @@ LARGEST_COSINE = 0.999
     "yoso",
     summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within reach, to second order beyond, L2-normalised",
     paper="Zeng et al. 2021, arXiv 2111.09714",
-    state="(d² + 3·d + 2)/2·d + 2·n·G·d per KV head",
+    state="(d²/2 + 2·d + 1)·d + 2·n·G·d per KV head",
     direction="causal",
     cost="(2·n·G + d²)·d per token",
 )
@@ -27,14 +27,14 @@ class Yoso(GroupedLinear):
 
     f is no finite product of features, so exact weights need all keys. They are exact within reach;
     over closed groups f is its Taylor polynomial a + b x + c x², which is positive, deterministic and
-    has 1 + d + d(d+1)/2 features. A span over the whole text gives exact YOSO-E.
+    has 1 + 2 d + d²/2 features. A span over the whole text gives exact YOSO-E.
     """
 
     wide = True
     apart = True
 
     def sum_width(self) -> int:
-        return 1 + self.head_width + self.head_width * (self.head_width + 1) // 2
+        return 1 + self.head_width * (2 + self.head_width // 2)
 
     def near_features(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.mixer.kernel == "softmax" else unit(x)
@@ -45,13 +45,18 @@ class Yoso(GroupedLinear):
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
         """Features whose products are a + b x + c x² of the cosine x."""
-        first, second = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-        # a pair of different channels stands for itself and its mirror image
-        share = x.new_tensor((math.sqrt(2), 1.0))[(first == second).long()]
         x = unit(x)
+        width, half = x.shape[-1], x.shape[-1] // 2
+        # channel i times channel i + j for all i, around the end: each pair once up to j = half - 1
+        turned = torch.cat((x, x[..., :half]), dim=-1).unfold(-1, width, 1)
+        share = x.new_full((half + 1, 1), math.sqrt(2))
+        share[0] = 1
+        if width % 2 == 0:
+            # ... and twice at half the width
+            share[half] = 1
         a, b, c = (math.sqrt(factor) for factor in taylor_factors(HASH_BITS))
-        pairs = x[..., first] * x[..., second] * share
-        return torch.cat((torch.full_like(x[..., :1], a), b * x, c * pairs), dim=-1)
+        pairs = (turned * x.unsqueeze(-2) * (c * share)).flatten(-2)
+        return torch.cat((torch.full_like(x[..., :1], a), b * x, pairs), dim=-1)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return unit(o)
