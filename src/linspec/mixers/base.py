@@ -2,7 +2,8 @@
 
 A mixer is one function in two forms. The *full form* (`forward`) sees a whole sequence, is parallel
 over time and differentiable. The *step form* (`step`) sees the new nodes of a step against the
-committed state of their slots. Both compute
+committed state of their slots. In an encoder there is one form, `encode`: the same without
+causality. Both compute
 
     o_t = finish(sum_s weight(t, s) v_s  +  α q_t S)  +  sum_{j < W} c_j v_{t-j}
 
@@ -15,17 +16,19 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
+from linspec.errors import ConfigError
 from linspec.kernels.linear import fuse
 from linspec.layout import Layout
-from linspec.mixers.blocks import convolve
+from linspec.mixers.blocks import convolve, convolve_both
 from linspec.registry import Registry
+from linspec.relative import RelativeBias
 from linspec.rope import rotate
 from linspec.state import RowSpec, RowState
 
@@ -36,10 +39,18 @@ Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Mixer(nn.Module):
-    """The part of a block through which a token sees other tokens."""
+    """The part of a block through which a token sees other tokens.
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    causal: False for a mixer whose weights need the whole sequence; it fits encoders only.
+    biased: whether weights take a relative position bias, where the backbone has one.
+    """
+
+    causal: ClassVar[bool] = True
+    biased: ClassVar[bool] = False
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
+        self._check_direction(config, mixer)
         self.config, self.mixer = config, mixer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.repeats = config.heads // config.kv_heads
@@ -54,9 +65,25 @@ class Mixer(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
+        self.relative: RelativeBias | None = None
+        if self.biased and config.relative is not None:
+            self.relative = RelativeBias(config.relative, self.heads, causal=config.causal)
         if mixer.taps:
             # zero taps: a converted checkpoint starts without the convolution and learns it
-            self.taps = nn.Parameter(torch.zeros(self.heads, mixer.taps))
+            count = mixer.taps if config.causal else 2 * mixer.taps - 1
+            self.taps = nn.Parameter(torch.zeros(self.heads, count))
+
+    def _check_direction(self, config: StackConfig, mixer: MixerConfig) -> None:
+        if config.causal and not self.causal:
+            raise ConfigError(
+                f"mixer {mixer.name!r} sees later tokens and fits encoders only; choose another for a "
+                "decoder (linspec list)"
+            )
+        if not config.causal and type(self).mix_all is Mixer.mix_all:
+            raise ConfigError(
+                f"mixer {mixer.name!r} has no bidirectional form and fits decoders only; choose "
+                "another for an encoder (linspec list)"
+            )
 
     # ---- what a mixer defines
 
@@ -100,7 +127,17 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    # ---- the two forms
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `mix` without causality, for encoders: every token sees every real token.
+
+        real [B, T] is true at real tokens, which come first in each row; k and v are zero elsewhere.
+        None means that all are real.
+        """
+        raise NotImplementedError
+
+    # ---- the forms
 
     def project(
         self, x: torch.Tensor, rope: Rope
@@ -124,7 +161,7 @@ class Mixer(nn.Module):
     def prepare(self) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
         self.qkv = fuse(self.q, self.k, self.v)
-        if self.mixer.taps:
+        if self.mixer.taps and self.config.causal:
             self.reach = self._padded_taps().detach()
         self.o = fuse(self.o)
         del self.q, self.k, self.v
@@ -149,6 +186,18 @@ class Mixer(nn.Module):
         if self.mixer.taps:
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
+
+    def encode(
+        self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The encoder form: x [B, T, D] -> [B, T, D]; real [B, T] as in `mix_all`."""
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
+        if real is not None:
+            k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
+        o = self.finish(self.mix_all(q, k, v, real))
+        if self.mixer.taps:
+            o = o + convolve_both(v, self.taps, self.repeats)[..., : self.head_width]
+        return self.o(o.transpose(1, 2).flatten(2))
 
     def step(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
@@ -191,6 +240,15 @@ class Mixer(nn.Module):
             kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
             o = o + kernel @ values[..., : self.head_width]
         return o.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+
+    def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
+        """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
+
+        def buckets() -> torch.Tensor:
+            return relative.buckets(layout.offsets[:, :, None] - layout.columns[:, None, :])
+
+        bias: torch.Tensor = relative(layout.memo(("buckets", relative.config), buckets))
+        return bias.unflatten(1, (self.kv_heads, self.repeats))
 
     def _tap_weights(self, layout: Layout, lead: int) -> torch.Tensor:
         """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""

@@ -50,6 +50,16 @@ def convolve(
     return join(o, repeats, v.shape[2])
 
 
+def convolve_both(v: torch.Tensor, taps: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Centred depthwise convolution, for encoders: taps [H, 2W - 1], the middle one on the token itself.
+
+    The causal convolution of the values W - 1 tokens further on.
+    """
+    ahead = taps.shape[1] // 2
+    shifted = F.pad(v, (0, 0, 0, ahead))
+    return convolve(shifted, taps, repeats, None)[:, :, ahead:]
+
+
 def join(o: torch.Tensor, repeats: int, time: int) -> torch.Tensor:
     """[B, Hkv, n, rep * block, V] -> [B, H, T, V], padding dropped."""
     o = o.unflatten(3, (repeats, -1)).transpose(2, 3)  # [B, Hkv, rep, n, block, V]

@@ -17,7 +17,14 @@ from linspec.state import RowSpec
     state="2·T·d per KV head",
 )
 class Softmax(Mixer):
-    """Every token attends to all tokens before it."""
+    """Every token attends to all tokens before it; in an encoder to all tokens."""
+
+    biased = True
+
+    @property
+    def scale(self) -> float:
+        """Factor on q·k products."""
+        return self.head_width**-0.5 if self.config.scaled_scores else 1.0
 
     def row_spec(self) -> RowSpec:
         return RowSpec(
@@ -33,7 +40,9 @@ class Softmax(Mixer):
 
     def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
         scores = products.float() if products.dtype.itemsize < 4 else products
-        scores = scores * self.head_width**-0.5
+        scores = scores * self.scale
+        if self.relative is not None:
+            scores = scores + self.step_bias(self.relative, layout)
         mask = self.mask(layout)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
@@ -46,4 +55,25 @@ class Softmax(Mixer):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.repeats > 1)
+        if self.relative is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.repeats > 1
+            )
+        time = q.shape[2]
+        return self.attend(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.attend(q, k, v, None if real is None else real[:, None, None])
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Softmax over the keys that `mask` (true where seen) leaves, with the position bias."""
+        if self.relative is not None:
+            bias = self.relative.between(q.shape[2], k.shape[2]).to(q.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=self.repeats > 1
+        )
