@@ -23,9 +23,11 @@ WINDOW = 5
 TAPS = 3
 
 # every mixer as it comes, and with a convolution shorter and longer than a group
-MIXER_NAMES = tuple(name for name in MIXERS.names() if not name.startswith("test"))
+# "aug:softmax" is aug with the kernel softmax
+EXACT = ("local:softmax", "grouped:softmax", "aug:softmax")
+MIXER_NAMES = (*(name for name in MIXERS.names() if not name.startswith("test")), *EXACT)
 CASES = [(name, taps) for name in MIXER_NAMES for taps in (0, TAPS, GROUP + 3)]
-CASES = [(name, taps) for name, taps in CASES if taps or name != "aug"]
+CASES = [(name, taps) for name, taps in CASES if taps or not name.startswith("aug")]
 
 DEVICES = [
     "cpu",
@@ -40,10 +42,11 @@ DEVICES = [
 
 
 def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> MixerConfig:
+    name, _, kernel = name.partition(":")
     if taps is None:
         taps = TAPS if name == "aug" else 0
     window = WINDOW if name == "window" else 0
-    return MixerConfig(name=name, group=group, taps=taps, window=window)
+    return MixerConfig(name=name, group=group, kernel=kernel or "own", taps=taps, window=window)
 
 
 def tiny_config(
@@ -78,11 +81,11 @@ def tiny_model(
 ) -> Decoder:
     """A random decoder with one layer for each of `mixers`.
 
-    If only one is named there are two layers of it, the second with its groups shifted.
+    If only one is named there are two layers of it, the second with a span of two groups.
     """
     named = [mixer_config(m, taps) if isinstance(m, str) else m for m in mixers]
     if len(named) == 1:
-        named.append(replace(named[0], shift=named[0].group - 1))
+        named.append(replace(named[0], span=1 if named[0].name == "global" else 2))
     config = tiny_config(*named, **switches)  # type: ignore[arg-type]
     return randomise(Decoder(config), seed).to(device, dtype)
 

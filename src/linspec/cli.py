@@ -102,7 +102,7 @@ def linearize(
     source: Model,
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 256,
+    group: Annotated[int, typer.Option(help="Tokens per group.")] = 64,
     taps: Annotated[
         int | None,
         typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
@@ -110,15 +110,34 @@ def linearize(
     window: Annotated[
         int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")
     ] = None,
-    stagger: Annotated[
-        bool, typer.Option(help="Shift the groups of every other layer by half a group.")
-    ] = True,
+    span: Annotated[
+        str,
+        typer.Option(
+            help="Groups seen exactly, the open one included: 2, or one for each layer.",
+            show_default="by --rows for local, grouped, aug",
+        ),
+    ] = "",
+    rows: Annotated[
+        int,
+        typer.Option(help="Tokens seen exactly, mean of the layers; each gets what it needs."),
+    ] = 384,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of tokens seen exactly: own or softmax.",
+            show_default="softmax for local, grouped, aug",
+        ),
+    ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
     data: Data = None,
     field: Field = "text",
     tokens: Tokens = None,
     transfer_share: Annotated[
-        float | None, typer.Option(help="Share of them that matches the teacher by layer.")
+        float | None,
+        typer.Option(
+            help="Share of them that matches the teacher by layer.",
+            show_default="0.4, or 0 with kernel softmax",
+        ),
     ] = None,
     context: Context = None,
     batch_tokens: BatchTokens = None,
@@ -138,6 +157,7 @@ def linearize(
 
     place_on("cpu", threads)
     config = configure(LinearizeConfig, locals())
+    chosen = numbers(span, "--span")
     with quiet_stdout():
         library(
             source,
@@ -146,7 +166,9 @@ def linearize(
             group=group,
             taps=taps,
             window=window,
-            stagger=stagger,
+            span=chosen[0] if len(chosen) == 1 else chosen or None,
+            rows=rows,
+            kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             data=sources(data),
             field=field,

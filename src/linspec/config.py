@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from linspec.errors import ConfigError
 
+KERNELS = ("own", "softmax")
 HEADS = ("none", "pooler", "masked-lm", "classifier")
 
 
@@ -14,25 +15,27 @@ HEADS = ("none", "pooler", "masked-lm", "classifier")
 class MixerConfig:
     """Which mixer a layer uses, and its sizes.
 
-    group: tokens per group of the grouped linear mixers. shift: tokens that the first group is short
-    of, so that groups of different layers can end at different positions.
+    group: tokens per group of the grouped linear mixers. span: groups that a token sees exactly, its
+    own open one included; earlier ones it sees as a sum. kernel: how the exact part weighs tokens,
+    'own' for the mixer's own weights or 'softmax' for those of the pretrained model.
     taps: causal convolution taps over values; 0 means no convolution.
     window: tokens that the `window` mixer sees, the current one included.
     """
 
     name: str = "softmax"
     group: int = 64
-    shift: int = 0
+    span: int = 1
+    kernel: str = "own"
     taps: int = 0
     window: int = 0
 
     def __post_init__(self) -> None:
         if self.group < 1:
             raise ConfigError(f"group size must be 1 or more, got {self.group}")
-        if not 0 <= self.shift < self.group:
-            raise ConfigError(
-                f"a shift must be in 0..{self.group - 1} for groups of {self.group}, got {self.shift}"
-            )
+        if self.span < 1:
+            raise ConfigError(f"span must be 1 or more groups, got {self.span}")
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.taps < 0:
             raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
         if self.name == "window" and self.window < 1:
@@ -139,6 +142,11 @@ class StackConfig:
         return True
 
     @property
+    def score_scale(self) -> float:
+        """Factor on q·k products ahead of a softmax."""
+        return self.head_width**-0.5 if self.scaled_scores else 1.0
+
+    @property
     def linear(self) -> bool:
         """True when no layer keeps a cache that grows with the context."""
         return all(m.name != "softmax" for m in self.mixers)
@@ -207,7 +215,9 @@ class EncoderConfig(StackConfig):
         if self.head not in HEADS:
             raise ConfigError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
         if (self.head == "classifier") != bool(self.labels):
-            raise ConfigError(f"head {self.head!r} with labels {self.labels}: a classifier needs labels")
+            raise ConfigError(
+                f"head {self.head!r} with labels {self.labels}: a classifier needs labels"
+            )
 
     @property
     def causal(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linspec.errors import CheckpointError
+
+# of Linux's renameat2
+_AT_CWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextlib.contextmanager
@@ -39,10 +43,21 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
         return
+    if _exchange(new, target):
+        return
+    # a process killed between the two renames leaves what was there as .NAME.old-PID
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names at once; False where the system cannot (only Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_CWD, os.fsencode(a), _AT_CWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
 def replace_text(target: Path, text: str) -> None:

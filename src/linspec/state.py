@@ -12,7 +12,7 @@ Positions inside a slot are counted from its *origin*, the absolute position of 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,14 @@ from linspec.layout import Layout, build_layout
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
 Layouts = OrderedDict[tuple[Any, ...], Layout]
+# what keys [Hkv, C, K] of a closing group become: [Hkv, C, S]
+KeyMap = Callable[[torch.Tensor], torch.Tensor]
 _LAYOUTS_KEPT = 1024
 _LAYOUT_COLUMNS_KEPT = 1024
+
+
+def _unchanged(keys: torch.Tensor) -> torch.Tensor:
+    return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +39,9 @@ class RowSpec:
     """Sizes of the rows of one kind of mixer; layers with equal specs share one `RowState`.
 
     kv_heads, key_width, value_width: of one row. lead: value rows kept before the origin (for the
-    convolution). group: close groups of this many rows into a running sum; 0 keeps rows. shift: rows
-    that the first group is short of; they exist as zeros, which weigh nothing.
-    sums: whether closed groups are summed at all (`local` forgets them). window: keep this many
-    rows; 0 keeps all.
+    convolution). group: close groups of this many rows; 0 keeps rows. span: groups kept, the open one
+    included; older ones close. sum_width: features of the keys of closed groups, whose products with
+    values are summed; 0 forgets them. window: keep this many rows; 0 keeps all.
     """
 
     kv_heads: int
@@ -44,8 +49,8 @@ class RowSpec:
     value_width: int
     lead: int = 0
     group: int = 0
-    shift: int = 0
-    sums: bool = False
+    span: int = 1
+    sum_width: int = 0
     window: int = 0
 
 
@@ -74,8 +79,10 @@ class RowState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layouts: Layouts | None = None,
+        summed_keys: Sequence[KeyMap] | None = None,
     ) -> None:
         self.spec, self.layers = spec, layers
+        self.summed_keys = summed_keys or [_unchanged] * layers
         rows = self._resting_rows() + STAGE_ROWS
         like = torch.zeros((), dtype=dtype, device=device)
         shape = (layers, slots, spec.kv_heads)
@@ -83,10 +90,10 @@ class RowState:
         self.values = like.new_zeros(*shape, spec.lead + rows, spec.value_width)
         # sums over thousands of tokens lose their small terms below float32
         wide = torch.promote_types(dtype, torch.float32)
-        sums = (slots if spec.sums else 0, spec.kv_heads, spec.key_width, spec.value_width)
+        sums = (slots if spec.sum_width else 0, spec.kv_heads, spec.sum_width, spec.value_width)
         self.sums = torch.zeros(layers, *sums, dtype=wide, device=device)
         self.lengths = [0] * slots
-        self.origins = [-spec.shift] * slots
+        self.origins = [0] * slots
         self.parents: list[list[int]] = [[] for _ in range(slots)]
         self.long: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._layouts: Layouts = OrderedDict() if layouts is None else layouts
@@ -94,7 +101,7 @@ class RowState:
     def _resting_rows(self) -> int:
         """Most committed rows that stay in the buffer between rounds."""
         if self.spec.group:
-            return self.spec.group
+            return self.spec.span * self.spec.group
         return 2 * self.spec.window if self.spec.window else STAGE_ROWS
 
     # ---- staging
@@ -204,22 +211,28 @@ class RowState:
         rows = self.lengths[slot] - self.origins[slot]
         gone = 0
         if self.spec.group:
-            gone = rows // self.spec.group * self.spec.group
+            gone = self._closing(rows)
         elif self.spec.window and rows > self._resting_rows():
             gone = rows - self.spec.window
         if not gone:
             return
         lead = self.spec.lead
         keys, values = self.keys[:, slot], self.values[:, slot]
-        if self.spec.sums:
-            self._add(slot, keys[:, :, :gone], values[:, :, lead : lead + gone])
+        if self.spec.sum_width:
+            for layer in range(self.layers):
+                self._add(slot, layer, keys[layer, :, :gone], values[layer, :, lead : lead + gone])
         keys[:, :, : rows - gone] = keys[:, :, gone:rows].clone()
         values[:, :, : lead + rows - gone] = values[:, :, gone : lead + rows].clone()
         self.origins[slot] += gone
 
-    def _add(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def _closing(self, rows: int) -> int:
+        """How many of `rows` committed rows belong to groups that close."""
+        return max(0, rows // self.spec.group + 1 - self.spec.span) * self.spec.group
+
+    def _add(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         wide = self.sums.dtype
-        self.sums[:, slot] += keys.to(wide).transpose(-1, -2) @ values.to(wide)
+        summed = self.summed_keys[layer](keys).to(wide)
+        self.sums[layer, slot] += summed.mT @ values.to(wide)
 
     def _commit_long(self, slot: int, count: int) -> None:
         """As `commit` for rows that were staged aside: sum what closes, keep the tail."""
@@ -227,16 +240,14 @@ class RowState:
         rows = self.lengths[slot] - self.origins[slot] + count
         gone = 0
         if self.spec.group:
-            gone = rows // self.spec.group * self.spec.group
+            gone = self._closing(rows)
         elif self.spec.window:
             gone = max(0, rows - self.spec.window)
         self._ensure(rows - gone)
         lead = self.spec.lead
         for layer, (keys, values) in enumerate(layers):
-            if self.spec.sums and gone:
-                wide = self.sums.dtype
-                closed = keys[:, :gone].to(wide), values[:, lead : lead + gone].to(wide)
-                self.sums[layer, slot] += closed[0].transpose(-1, -2) @ closed[1]
+            if self.spec.sum_width and gone:
+                self._add(slot, layer, keys[:, :gone], values[:, lead : lead + gone])
             self.keys[layer, slot, :, : rows - gone] = keys[:, gone:rows]
             self.values[layer, slot, :, : lead + rows - gone] = values[:, gone : lead + rows]
         self.lengths[slot] += count
@@ -248,11 +259,11 @@ class RowState:
     def reset(self, slot: int) -> None:
         """Make `slot` an empty sequence."""
         self.drop(slot)
-        self.lengths[slot], self.origins[slot] = 0, -self.spec.shift
+        self.lengths[slot], self.origins[slot] = 0, 0
         # rows left behind are multiplied by zero weights, which would keep a NaN alive
         for rows in (self.keys, self.values):
             rows[:, slot] = 0
-        if self.spec.sums:
+        if self.spec.sum_width:
             self.sums[:, slot] = 0
 
     @torch.inference_mode()
@@ -265,7 +276,7 @@ class RowState:
             origin=self.origins[slot],
             keys=self.keys[:, slot, :, :rows].clone(),
             values=self.values[:, slot, :, : self.spec.lead + rows].clone(),
-            sums=self.sums[:, slot].clone() if self.spec.sums else None,
+            sums=self.sums[:, slot].clone() if self.spec.sum_width else None,
         )
 
     def check(self, copy: Snapshot) -> None:
@@ -293,11 +304,11 @@ class RowState:
         spec = self.spec
         rows = self.lengths[slot]
         if spec.group or spec.window:
-            rows = spec.group or min(rows, spec.window)
+            rows = spec.span * spec.group or min(rows, spec.window)
         row_bytes = (
             spec.key_width * rows + spec.value_width * (rows + spec.lead)
         ) * self.keys.element_size()
-        sums = self.sums[:, 0].numel() * self.sums.element_size() if spec.sums else 0
+        sums = self.sums[:, 0].numel() * self.sums.element_size() if spec.sum_width else 0
         return self.layers * spec.kv_heads * row_bytes + sums
 
 
@@ -311,12 +322,22 @@ class DecoderState:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        summed_keys: Sequence[KeyMap] | None = None,
     ) -> None:
+        maps = summed_keys or [_unchanged] * len(specs)
         kinds = list(dict.fromkeys(specs))
         # a layout depends on the offset in a buffer and on the tree, not on what the rows hold
         layouts: Layouts = OrderedDict()
         self.parts = [
-            RowState(kind, specs.count(kind), slots, dtype=dtype, device=device, layouts=layouts)
+            RowState(
+                kind,
+                specs.count(kind),
+                slots,
+                dtype=dtype,
+                device=device,
+                layouts=layouts,
+                summed_keys=[m for m, spec in zip(maps, specs, strict=True) if spec == kind],
+            )
             for kind in kinds
         ]
         seen = [0] * len(kinds)

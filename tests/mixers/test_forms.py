@@ -31,7 +31,7 @@ from linspec.step import Feed
 from linspec.tree import TokenTree, chain
 
 LARGE = 1e-3
-SUMMED = ("global", "grouped", "aug", "relu")
+SUMMED = ("global", "grouped", "aug", "relu", "grouped:softmax", "aug:softmax")
 
 
 def changes(model: Decoder, length: int = 2 * GROUP + 3) -> list[float]:

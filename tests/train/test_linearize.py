@@ -277,10 +277,21 @@ def test_control_has_no_teacher_in_its_loss(
 
 
 def test_mixers_by_name() -> None:
-    assert make_mixer("aug") == MixerConfig(name="aug", group=256, taps=32)
-    assert make_mixer("local", group=16) == MixerConfig(name="local", group=16)
+    assert make_mixer("aug") == MixerConfig(name="aug", group=64, span=2, kernel="softmax", taps=32)
+    assert make_mixer("relu", group=16) == MixerConfig(name="relu", group=16)
+    assert make_mixer("local", span=1, kernel="own") == MixerConfig(name="local", group=64)
     assert make_mixer("local", taps=8).taps == 8
     assert make_mixer("window").window == 64
+
+
+def test_a_student_next_to_its_teacher_is_finetuned_gently() -> None:
+    close = LinearizeConfig().completed([make_mixer("aug")])
+    far = LinearizeConfig().completed([make_mixer("aug", kernel="own")])
+    assert close.transfer_share == 0
+    assert far.transfer_share == 0.4
+    assert close.lr is not None and far.lr is not None and close.lr < far.lr
+    given = LinearizeConfig(transfer_share=0.3, lr=1e-3)
+    assert given.completed([make_mixer("aug")]) == given
 
 
 def test_softmax_equals_softmax_whatever_the_group(tiny_teacher: Callable[..., Decoder]) -> None:
@@ -422,3 +433,10 @@ def test_two_processes_train_one_model(teacher_dir: Path, tmp_path: Path, corpus
     record = json.loads((tmp_path / "s" / "linearize.json").read_text())
     assert sum(record["tokens"].values()) == 2 * 8 * 256
     load_model(tmp_path / "s")
+
+
+def test_spans_may_be_given_for_each_layer(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    out = run(teacher_dir, tmp_path / "s", corpus, mixer="aug", group=8, span=[1, 3])
+    assert [mixer.span for mixer in load_config(out).mixers] == [1, 3]
+    with pytest.raises(ConfigError, match="3 spans given for 2 layers"):
+        run(teacher_dir, tmp_path / "t", corpus, mixer="aug", span=[1, 2, 3])

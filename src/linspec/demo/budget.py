@@ -34,7 +34,7 @@ class Budget:
     generate: float
     speed: float
     other: float
-    context: int = 512
+    context: int = 1024
     batch_tokens: int = 4096
     heads_context: int = 256
     heads_batch_tokens: int = 2048
@@ -63,7 +63,7 @@ QUICK = Budget(
     generate=11,
     speed=8,
     other=18,
-    context=256,
+    context=1024,
     batch_tokens=2048,
     calibration_tokens=8_192,
     eval_bytes=60_000,

@@ -14,7 +14,7 @@ from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
 from linspec.drafters.heads import CONFIG_FILE, HeadsConfig, MedusaHeads
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model
+from linspec.models.hub import load_config, load_model
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
 from linspec.train.finetune import finetune_loss
 from linspec.train.linearize import (
@@ -22,16 +22,26 @@ from linspec.train.linearize import (
     LinearizeConfig,
     linearize,
     make_mixer,
+    spread,
     student_mixers,
     with_mixers,
 )
 
-MIXER = "aug"
+MIXER, STUDENT = "aug", "embedded-aug"
 
 
 def swapped(teacher: Decoder) -> Decoder:
     """The teacher's weights with linear mixers, before any training."""
-    return with_mixers(teacher, student_mixers(teacher.config, make_mixer(MIXER), ())).eval()
+    mixer = make_mixer(MIXER)
+    mixers = student_mixers(teacher.config, mixer, ())
+    spans = _spans(teacher) or [mixer.span] * len(mixers)
+    return with_mixers(teacher, spread(mixers, spans)).eval()
+
+
+def _spans(teacher: Decoder) -> list[int] | None:
+    """Those that the full recipe found for the embedded teacher; measuring takes half a minute."""
+    spans = [mixer.span for mixer in load_config(STUDENT).mixers]
+    return spans if len(spans) == teacher.config.layers else None
 
 
 def make_student(
@@ -58,7 +68,15 @@ def make_student(
         seed=seed,
     )
     resume = can_resume(work.student, RECORD)
-    linearize(source, work.student, mixer=MIXER, data=data, config=config, resume=resume)
+    linearize(
+        source,
+        work.student,
+        mixer=MIXER,
+        span=_spans(teacher),
+        data=data,
+        config=config,
+        resume=resume,
+    )
     return int(tokens)
 
 

@@ -138,7 +138,7 @@ def fingerprint(model: Decoder) -> str:
     """A short hash of the model's shape and last weights, the same in every dtype and place."""
     config = model.config
     shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
-    mixers = [[m.name, m.group, m.shift, m.taps, m.window] for m in config.mixers]
+    mixers = [asdict(m) for m in config.mixers]
     digest = hashlib.sha256(json.dumps([shape, mixers]).encode())
     last = model.blocks[-1]
     assert isinstance(last, Block)

@@ -5,11 +5,11 @@ over time and differentiable. The *step form* (`step`) sees the new nodes of a s
 committed state of their slots. In an encoder there is one form, `encode`: the same without
 causality. Both compute
 
-    o_t = finish(sum_s weight(t, s) v_s  +  α q_t S)  +  sum_{j < W} c_j v_{t-j}
+    o_t = finish(sum_s weight(t, s) v_s  +  beyond_t)  +  sum_{j < W} c_j v_{t-j}
 
-where the weights run over the rows that the state keeps, S sums the closed groups, and the last term
-is the causal depthwise convolution (one kernel of W taps per query head, shared by its channels),
-which is here once, for every mixer.
+where the weights run over the rows that the state keeps, `beyond` is what a mixer makes of groups
+whose rows are gone, and the last term is the causal depthwise convolution (one kernel of W taps per
+query head, shared by its channels), which is here once, for every mixer.
 A new mixer says which features q and k become, how products become weights, and how large its rows
 are; see CONTRIBUTING.md for a worked example.
 """
@@ -106,9 +106,27 @@ class Mixer(nn.Module):
         """Weights of rows from q·k products [R, Hkv, rep, N, C] under `layout`."""
         raise NotImplementedError
 
-    def sum_scale(self) -> torch.Tensor | float | None:
-        """Factor on the term of the closed groups; None when the mixer keeps no sums."""
-        return None
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: Layout,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Step form on features: what nodes with queries q read from the rows and sums of their slots.
+
+        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as `RowState`
+        keeps them -> [R, Hkv, rep, N, V'].
+        """
+        # the queries of all heads that share a key, as rows of one product
+        products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
+        weights = self.weights(products, layout)
+        return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
+
+    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
+        """What keys become when their group closes into a sum: [..., Hkv, C, K'] -> [..., Hkv, C, S]."""
+        return k
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         """Last touch on outputs [..., V'] -> [..., V] before the convolution, such as a denominator."""
@@ -168,10 +186,8 @@ class Mixer(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
-        # a shifted layer's first group begins before the sequence, with rows that weigh nothing
-        shift = self.row_spec().shift
-        q, k, v = (F.pad(t.transpose(1, 2), (0, 0, shift, 0)) for t in self.project(x, rope))
-        return self.o(self._full(q, k, v)[:, :, shift:].transpose(1, 2).flatten(2))
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
+        return self.o(self._full(q, k, v).transpose(1, 2).flatten(2))
 
     def _full(
         self,
@@ -187,9 +203,7 @@ class Mixer(nn.Module):
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
 
-    def encode(
-        self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None) -> torch.Tensor:
         """The encoder form: x [B, T, D] -> [B, T, D]; real [B, T] as in `mix_all`."""
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
         if real is not None:
@@ -227,19 +241,13 @@ class Mixer(nn.Module):
         slots, width = segment.slots, layout.columns.shape[1]
         keys = state.keys[layer, slots, :, :width]
         values = state.values[layer, slots, :, : state.spec.lead + width]
-        # the queries of all heads that share a key, as rows of one product
-        q = q.unflatten(1, (self.kv_heads, self.repeats)).flatten(2, 3)
-        weights = self.weights((q @ keys.mT).unflatten(2, (self.repeats, -1)), layout)
-        o = weights.flatten(2, 3) @ values[:, :, state.spec.lead :]
-        scale = self.sum_scale()
-        if scale is not None:
-            wide = state.sums.dtype
-            o = o + (scale * (q.to(wide) @ state.sums[layer, slots])).to(o.dtype)
-        o = self.finish(o)
+        sums = state.sums[layer, slots] if state.spec.sum_width else None
+        q = q.unflatten(1, (self.kv_heads, self.repeats))
+        o = self.finish(self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums))
         if self.mixer.taps:
             kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
-            o = o + kernel @ values[..., : self.head_width]
-        return o.unflatten(2, (self.repeats, -1)).flatten(1, 2)
+            o = o + (kernel @ values[..., : self.head_width]).unflatten(2, o.shape[2:4])
+        return o.flatten(1, 2)
 
     def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
         """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
@@ -277,7 +285,7 @@ class Mixer(nn.Module):
         for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
             aligned[i, :, base : base + n] = q[i, :, :n]
         lead = state.spec.lead
-        sums = state.sums[layer, segment.slots] if state.spec.sums else None
+        sums = state.sums[layer, segment.slots] if state.spec.sum_width else None
         o = self._full(aligned, keys, values[:, :, lead:], values[:, :, :lead], sums)
         out = o.new_zeros(*q.shape[:3], o.shape[3])
         for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):

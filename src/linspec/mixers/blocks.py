@@ -1,9 +1,17 @@
-"""Block forms that the full forms share: weights inside blocks, a banded convolution over values."""
+"""What several mixers share: softmax weights, sequences in blocks, a banded convolution."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+def masked_softmax(scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the last dimension where `seen` is true (everywhere if None), float32 or wider inside."""
+    wide = scores.float() if scores.dtype.itemsize < 4 else scores
+    if seen is not None:
+        wide = wide.masked_fill(~seen, float("-inf"))
+    return wide.softmax(-1).to(scores.dtype)
 
 
 def split(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -25,16 +33,19 @@ def band(taps: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(taps, (0, 1))[:, torch.where(inside, distance, count)]
 
 
-def windows(v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int) -> torch.Tensor:
-    """Values of every block with the `before` values ahead of it.
+def windows(
+    v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int, after: int = 0
+) -> torch.Tensor:
+    """Values of every block with the `before` values ahead of it and the `after` values behind it.
 
-    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block, V]; lead [B, Hkv, before, V] precedes v.
+    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block + after, V]; lead [B, Hkv, before, V]
+    precedes v.
     """
     short = -v.shape[2] % block
-    v = F.pad(v, (0, 0, before if lead is None else 0, short))
+    v = F.pad(v, (0, 0, before if lead is None else 0, short + after))
     if lead is not None:
         v = torch.cat((lead, v), dim=2)
-    return v.unfold(2, before + block, block).mT
+    return v.unfold(2, before + block + after, block).mT
 
 
 def convolve(

@@ -1,4 +1,4 @@
-"""FLASH-local attention (Hua et al. 2022): squared-ReLU weights inside a group, nothing across."""
+"""FLASH-local attention (Hua et al. 2022): weights inside a group, nothing across."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from linspec.mixers.linear import GroupedLinear
     state="2·G·d per KV head",
 )
 class Local(GroupedLinear):
-    """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s."""
+    """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
 
     summed = False

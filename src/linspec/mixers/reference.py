@@ -34,27 +34,30 @@ def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> t
 
 
 def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
-    """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, where x̂ = x / ‖x‖."""
+    """o_t = sum over s <= t within reach of relu(q̂_t·k̂_s)² v_s, where x̂ = x / ‖x‖.
+
+    Within reach are t's own group and the span - 1 groups before it.
+    """
+    if mixer.mixer.kernel == "softmax":
+        return _softmax_over(q, k, v, lambda t, s: s >= _first(mixer, t))
     q, k = _unit(q), _unit(k)
-    group, shift, out = mixer.mixer.group, mixer.mixer.shift, []
+    out = []
     for t in range(len(q)):
-        first = max(0, (t + shift) // group * group - shift)
         o = torch.zeros_like(v[0])
-        for s in range(first, t + 1):
+        for s in range(_first(mixer, t), t + 1):
             o = o + (q[t] @ k[s]).relu() ** 2 * v[s]
         out.append(o)
     return torch.stack(out)
 
 
 def global_(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mixer: Mixer) -> torch.Tensor:
-    """o_t = α q̂_t S, S the sum of k̂_s v_sᵀ over all groups before t's own."""
+    """o_t = α q̂_t S, S the sum of k̂_s v_sᵀ over all s before those within reach of t."""
     q, k = _unit(q), _unit(k)
-    group, shift, out = mixer.mixer.group, mixer.mixer.shift, []
-    state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
+    out = []
     for t in range(len(q)):
-        if (t + shift) % group == 0:
-            for s in range(t - group, t):
-                state = state + torch.outer(k[s], v[s]) if s >= 0 else state
+        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
+        for s in range(_first(mixer, t)):
+            state = state + torch.outer(k[s], v[s])
         out.append(mixer.get_parameter("alpha") * (q[t] @ state))
     return torch.stack(out)
 
@@ -136,6 +139,11 @@ def _project(
     if angles is not None:
         q, k = _turn(q, angles), _turn(k, angles)
     return q, k, v
+
+
+def _first(mixer: Mixer, t: int) -> int:
+    """The oldest position within reach of t."""
+    return max(0, (t // mixer.mixer.group - mixer.mixer.span + 1) * mixer.mixer.group)
 
 
 def _softmax_over(

@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from linspec.config import MixerConfig, StackConfig
+from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import GroupedLinear
 from linspec.state import RowSpec
@@ -27,10 +29,18 @@ class Relu(GroupedLinear):
     one more value column that is always 1.
     """
 
+    # its weights are divided by their sum, which a bias of either sign could bring to zero
+    biased = False
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        if mixer.kernel != "own":
+            raise ConfigError(f"mixer '{mixer.name}' has one kernel, its own; got {mixer.kernel!r}")
+        super().__init__(config, mixer)
+
     def row_spec(self) -> RowSpec:
         return replace(super().row_spec(), value_width=self.head_width + 1)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
+    def feature_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.relu()
 
     def row_values(self, v: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.blocks import masked_softmax
 from linspec.state import RowSpec
 
 
@@ -21,11 +22,6 @@ class Softmax(Mixer):
 
     biased = True
 
-    @property
-    def scale(self) -> float:
-        """Factor on q·k products."""
-        return self.head_width**-0.5 if self.config.scaled_scores else 1.0
-
     def row_spec(self) -> RowSpec:
         return RowSpec(
             kv_heads=self.kv_heads,
@@ -39,14 +35,11 @@ class Softmax(Mixer):
         return None if layout.plain else layout.visible
 
     def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
-        scores = products.float() if products.dtype.itemsize < 4 else products
-        scores = scores * self.scale
+        scores = products * self.config.score_scale
         if self.relative is not None:
-            scores = scores + self.step_bias(self.relative, layout)
+            scores = scores + self.step_bias(self.relative, layout).to(scores.dtype)
         mask = self.mask(layout)
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        return scores.softmax(-1).to(products.dtype)
+        return masked_softmax(scores, None if mask is None else mask[:, None, None])
 
     def mix(
         self,
@@ -57,17 +50,17 @@ class Softmax(Mixer):
     ) -> torch.Tensor:
         if self.relative is None:
             return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.repeats > 1
+                q, k, v, is_causal=True, scale=self.config.score_scale, enable_gqa=self.repeats > 1
             )
         time = q.shape[2]
-        return self.attend(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
+        return self.over(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
 
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
-        return self.attend(q, k, v, None if real is None else real[:, None, None])
+        return self.over(q, k, v, None if real is None else real[:, None, None])
 
-    def attend(
+    def over(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Softmax over the keys that `mask` (true where seen) leaves, with the position bias."""
@@ -75,5 +68,5 @@ class Softmax(Mixer):
             bias = self.relative.between(q.shape[2], k.shape[2]).to(q.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.scale, enable_gqa=self.repeats > 1
+            q, k, v, attn_mask=mask, scale=self.config.score_scale, enable_gqa=self.repeats > 1
         )

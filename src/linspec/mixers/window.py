@@ -41,7 +41,7 @@ class Window(Softmax):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.attend(q, k, v, self._near(q, later=False))
+        return self.over(q, k, v, self._near(q, later=False))
 
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
@@ -52,7 +52,7 @@ class Window(Softmax):
         if real is not None:
             alone = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
             mask = (mask & real[:, None, None]) | alone
-        return self.attend(q, k, v, mask)
+        return self.over(q, k, v, mask)
 
     def _near(self, q: torch.Tensor, *, later: bool) -> torch.Tensor:
         """[T, T]: keys less than `window` tokens away, those after the query only if `later`."""

@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
-        self.scale = config.head_width**-0.5 if config.scaled_scores else 1.0
+        self.scale = config.score_scale
         inner = config.heads * config.head_width
         self.q: nn.Module = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.k = nn.Linear(config.width, inner, bias=config.qkv_bias)
@@ -145,7 +145,9 @@ class SourceState(DecoderState):
         """Raise StateError if a slot that takes part in a step has no source."""
         for slot in (slot for segment in segments for slot in segment.slot_range):
             if not self.source.lengths[slot]:
-                raise StateError(f"slot {slot} has no source; call the model's `open` or `read` first")
+                raise StateError(
+                    f"slot {slot} has no source; call the model's `open` or `read` first"
+                )
 
     def reset(self, slot: int) -> None:
         super().reset(slot)

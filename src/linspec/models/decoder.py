@@ -13,12 +13,13 @@ from linspec.config import DecoderConfig
 from linspec.errors import ContextOverflow
 from linspec.kernels.linear import fuse
 from linspec.kernels.norm import prepare_norm
+from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
-from linspec.mixers.base import Rope
 from linspec.state import DecoderState
 from linspec.step import Feed, Segment, depths, segments_of
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -114,8 +115,14 @@ class Decoder(nn.Module):
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
         weight = self.embed.weight
-        specs = [block.mixer.row_spec() for block in self.layers]
-        return DecoderState(specs, slots, dtype=weight.dtype, device=weight.device)
+        mixers = [block.mixer for block in self.layers]
+        return DecoderState(
+            [mixer.row_spec() for mixer in mixers],
+            slots,
+            dtype=weight.dtype,
+            device=weight.device,
+            summed_keys=[mixer.summed_keys for mixer in mixers],
+        )
 
     def open(self, prompt: Sequence[int], slot: int, state: DecoderState) -> list[int]:
         """Make `slot` an empty sequence for `prompt`; returns the tokens to feed it."""

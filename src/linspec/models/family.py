@@ -28,6 +28,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One module's name there and here; `{}` is the layer. Several of ours are fused in theirs."""
@@ -42,9 +43,9 @@ class Family:
     """One Hugging Face `model_type`.
 
     prefix: what checkpoints saved without the head lack; bare: whether a configuration is saved so.
-    more: rules that depend on the configuration. ignored: ends of names that may be left out. renamed: ends of names in old checkpoints, and now.
-    adapt: corrects a configuration by the names of the tensors found, where config.json leaves
-    something open.
+    more: rules that depend on the configuration. ignored: ends of names that may be left out.
+    renamed: ends of names in old checkpoints, and now. adapt: corrects a configuration by the names
+    of the tensors found, where config.json leaves something open.
     """
 
     name: str

@@ -105,7 +105,9 @@ class T5(nn.Module):
     ) -> None:
         """Encode `sources` in one batch and make each the source of its slot, which is emptied."""
         lengths = [len(source) for source in sources]
-        ids = torch.zeros(len(sources), max(lengths), dtype=torch.long, device=self.embed.weight.device)
+        ids = torch.zeros(
+            len(sources), max(lengths), dtype=torch.long, device=self.embed.weight.device
+        )
         for row, source in enumerate(sources):
             ids[row, : len(source)] = torch.tensor(source)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

@@ -22,19 +22,25 @@ from transformers import PreTrainedTokenizerBase
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError
+from linspec.files import replace_text
 from linspec.mixers import MIXERS
-from linspec.mixers.linear import GroupedLinear
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.reach import spans_by_need
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
-# FLASH's group (Hua et al. 2022): it followed the embedded teacher closer than the 64 of You et al.
-DEFAULT_GROUP = 256
+DEFAULT_GROUP = 64
+DEFAULT_ROWS = 384
+# windows of text on which the layers are measured
+REACH_WINDOWS = 8
+# measured in docs/results/core.md
+CLOSE_LR = 3e-4
+FAR_LR, FAR_TRANSFER = 2e-3, 0.4
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 
@@ -43,18 +49,19 @@ DEFAULT_WINDOW = 64
 class LinearizeConfig:
     """How long and how to train.
 
-    tokens: of both stages together; transfer_share: of them for stage 1. context: tokens of a
-    window; batch_tokens: tokens of a step. lr: of finetuning; transfer_lr: of stage 1; muon_lr:
-    when set, the blocks' matrices use Muon in finetuning. mixer_lr_factor: on the rate of α and
-    taps, which start at zero and have far to go. kl_weight: of KL(teacher ‖ student) beside the
-    cross-entropy. lora_rank: 0 trains all weights, else adapters of this rank.
+    tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
+    need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
+    transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
+    mixer_lr_factor: on the rate of α and taps, which start at zero and have far to go. kl_weight: of
+    KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights, else adapters of
+    this rank.
     """
 
     tokens: int = 2_200_000
-    transfer_share: float = 0.4
+    transfer_share: float | None = None
     context: int = 1024
     batch_tokens: int = 4096
-    lr: float = 2e-3
+    lr: float | None = None
     transfer_lr: float = 5e-3
     muon_lr: float | None = None
     mixer_lr_factor: float = 10.0
@@ -70,7 +77,7 @@ class LinearizeConfig:
         for name in ("tokens", "context", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if not 0 <= self.transfer_share <= 1:
+        if self.transfer_share is not None and not 0 <= self.transfer_share <= 1:
             raise ConfigError(f"transfer_share must be in 0..1, got {self.transfer_share}")
         for name in ("kl_weight", "lora_rank"):
             if getattr(self, name) < 0:
@@ -86,8 +93,23 @@ class LinearizeConfig:
         """Optimizer steps of both stages."""
         return max(1, round(self.tokens / (self.rows * self.context)))
 
+    def completed(self, changed: Iterable[MixerConfig]) -> LinearizeConfig:
+        """With a share and a rate that suit these mixers, where none was given.
+
+        Mixers that keep the teacher's weights for the tokens within reach start next to it: a
+        transfer would be time lost and a high rate would only move them away.
+        """
+        close = all(mixer.kernel == "softmax" for mixer in changed)
+        share, lr = (0.0, CLOSE_LR) if close else (FAR_TRANSFER, FAR_LR)
+        return replace(
+            self,
+            transfer_share=share if self.transfer_share is None else self.transfer_share,
+            lr=lr if self.lr is None else self.lr,
+        )
+
     def stage(self, steps: int, *, transfer: bool) -> TrainConfig:
-        """Settings of the training loop for one stage."""
+        """Settings of the training loop for one stage of a completed configuration."""
+        assert self.lr is not None
         return TrainConfig(
             steps=steps,
             lr=self.transfer_lr if transfer else self.lr,
@@ -108,7 +130,9 @@ def linearize(
     group: int = DEFAULT_GROUP,
     taps: int | None = None,
     window: int | None = None,
-    stagger: bool = True,
+    span: int | Sequence[int] | None = None,
+    rows: int = DEFAULT_ROWS,
+    kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
@@ -118,9 +142,11 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `taps` (32 for aug, else 0) and `window`, or a
-    MixerConfig. stagger: shift the groups of every other layer by half a group. keep_softmax: layers
-    that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
+    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
+    `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
+    with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
+    the teacher, layers that need to see far get more of them (see `spans_by_need`). keep_softmax:
+    layers that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state.
@@ -129,17 +155,25 @@ def linearize(
     loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
-    wanted = make_mixer(mixer, group=group, taps=taps, window=window)
+    one_span = span if isinstance(span, int) else None
+    wanted = make_mixer(mixer, group=group, span=one_span, kernel=kernel, taps=taps, window=window)
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
-    mixers = student_mixers(teacher.config, wanted, keep_softmax, stagger=stagger)
+    mixers = student_mixers(teacher.config, wanted, keep_softmax)
+    if isinstance(span, Sequence):
+        mixers = spread(mixers, span, keep_softmax)
+    changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
+    config = config.completed([mixers[layer] for layer in changed])
     _check_context(teacher.config.with_mixers(mixers), config.context)
+    free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
+    by_need = free and bool(changed)
     plan = {
         "source": str(source),
         "mixers": [asdict(m) for m in mixers],
+        "rows": rows if by_need else None,
         "data": [str(d) for d in data],
         "field": field,
         "config": asdict(config),
@@ -148,6 +182,8 @@ def linearize(
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
+            if by_need:
+                mixers = _with_spans(teacher, mixers, changed, windows, rows, folder)
             student = with_mixers(teacher, mixers)
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
@@ -181,30 +217,39 @@ def make_mixer(
     mixer: str | MixerConfig,
     *,
     group: int = DEFAULT_GROUP,
+    span: int | None = None,
+    kernel: str | None = None,
     taps: int | None = None,
     window: int | None = None,
 ) -> MixerConfig:
-    """The configuration of a mixer by name; raises ConfigError for an unknown one."""
+    """The configuration of a mixer by name; raises ConfigError for an unknown one.
+
+    Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
+    with one, a token at the start of a group would see nothing of its past exactly.
+    """
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
         return mixer
     MIXERS.entry(mixer)
+    near = mixer in ("local", "grouped", "aug")
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
         window = DEFAULT_WINDOW if mixer == "window" else 0
-    return MixerConfig(name=mixer, group=group, taps=taps, window=window)
+    return MixerConfig(
+        name=mixer,
+        group=group,
+        span=span if span is not None else 2 if near else 1,
+        kernel=kernel if kernel is not None else "softmax" if near else "own",
+        taps=taps,
+        window=window,
+    )
 
 
 def student_mixers(
-    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int], *, stagger: bool = False
+    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int]
 ) -> tuple[MixerConfig, ...]:
-    """`wanted` in every layer but those of `keep`, which stay as they are.
-
-    A token at the start of a group sees next to nothing of its past in that layer. With `stagger`
-    every other layer's groups begin half a group earlier, as the windows of Liu et al. 2021 (Swin)
-    do, so that no token is at the start of a group in all layers.
-    """
+    """`wanted` in every layer but those of `keep`, which stay as they are."""
     keep = set(keep)
     strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
     if strange:
@@ -212,13 +257,7 @@ def student_mixers(
     # `softmax` has no group: its size must not make two equal mixers differ
     if wanted.name == "softmax" and not wanted.taps:
         wanted = MixerConfig()
-    shifted = wanted
-    if stagger and issubclass(MIXERS[wanted.name], GroupedLinear):
-        shifted = replace(wanted, shift=wanted.group // 2)
-    return tuple(
-        mixer if layer in keep else shifted if layer % 2 else wanted
-        for layer, mixer in enumerate(config.mixers)
-    )
+    return tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
 
 
 def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
@@ -242,6 +281,36 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"{source}: config.json names an unknown dtype {name!r}")
     return found
+
+
+def _with_spans(
+    teacher: Decoder,
+    mixers: tuple[MixerConfig, ...],
+    layers: Sequence[int],
+    windows: Windows,
+    rows: int,
+    folder: Path,
+) -> tuple[MixerConfig, ...]:
+    """`mixers` with the spans that `layers` need; measured once for a run that is resumed."""
+    file = folder / "spans.json"
+    if not file.exists():
+        batch = windows.batch(0, REACH_WINDOWS)
+        found = spans_by_need(teacher, mixers[layers[0]], layers, batch, rows)
+        replace_text(file, json.dumps([found.get(i, 1) for i in range(len(mixers))]))
+    spans = json.loads(file.read_text(encoding="utf-8"))
+    return spread(mixers, spans, set(range(len(mixers))) - set(layers))
+
+
+def spread(
+    mixers: tuple[MixerConfig, ...], spans: Sequence[int], keep: Iterable[int] = ()
+) -> tuple[MixerConfig, ...]:
+    """`mixers` with a span for each layer; those of `keep` stay as they are."""
+    if len(spans) != len(mixers):
+        raise ConfigError(f"{len(spans)} spans given for {len(mixers)} layers; give one for each")
+    return tuple(
+        mixer if layer in keep else replace(mixer, span=span)
+        for layer, (mixer, span) in enumerate(zip(mixers, spans, strict=True))
+    )
 
 
 def _check_context(config: DecoderConfig, context: int) -> None:
@@ -304,7 +373,7 @@ class _Stages:
     def run(self) -> dict[str, list[dict[str, float]]]:
         """Both stages; returns the log of each."""
         share = self.config.transfer_share if self.changed else 0.0
-        transfer = round(share * self.config.steps)
+        transfer = round((share or 0.0) * self.config.steps)
         logs = {}
         if transfer:
             logs["transfer"] = self._transfer(transfer)

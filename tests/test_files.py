@@ -1,0 +1,39 @@
+"""Writing aside and renaming: what is there is always whole."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+import linspec.files
+from linspec.files import replace_dir
+
+
+def write(target: Path, text: str) -> None:
+    with replace_dir(target) as aside:
+        (aside / "file").write_text(text)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_directory_is_replaced_whole_and_nothing_is_left_beside_it(
+    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(linspec.files, "_exchange", lambda a, b: False)
+    target = tmp_path / "model"
+    for text in ("first", "second"):
+        write(target, text)
+        assert (target / "file").read_text() == text
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write(target, "first")
+    with contextlib.suppress(KeyboardInterrupt), replace_dir(target) as aside:
+        (aside / "file").write_text("half")
+        raise KeyboardInterrupt
+    assert (target / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
