@@ -2,8 +2,8 @@
 
 A mixer is one function in two forms. The *full form* (`forward`) sees a whole sequence, is parallel
 over time and differentiable. The *step form* (`step`) sees the new nodes of a step against the
-committed state of their slots. In an encoder there is one form, `encode`: the same without
-causality. Both compute
+committed state of their slots. In an encoder there is only a full form, without causality. All
+compute
 
     o_t = finish(sum_s weight(t, s) v_s  +  beyond_t)  +  sum_{j < W} c_j v_{t-j}
 
@@ -184,10 +184,17 @@ class Mixer(nn.Module):
         self.o = fuse(self.o)
         del self.q, self.k, self.v
 
-    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
+    def forward(
+        self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each.
+
+        real: for encoders, as in `mix_all`. A causal mixer needs no such thing: what stands behind
+        a token changes nothing for it.
+        """
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
-        return self.o(self._full(q, k, v).transpose(1, 2).flatten(2))
+        o = self._full(q, k, v) if self.config.causal else self._full_both(q, k, v, real)
+        return self.o(o.transpose(1, 2).flatten(2))
 
     def _full(
         self,
@@ -203,15 +210,16 @@ class Mixer(nn.Module):
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
 
-    def encode(self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None) -> torch.Tensor:
-        """The encoder form: x [B, T, D] -> [B, T, D]; real [B, T] as in `mix_all`."""
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
+    def _full_both(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`mix_all`, finished, plus the centred convolution."""
         if real is not None:
             k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
         o = self.finish(self.mix_all(q, k, v, real))
         if self.mixer.taps:
             o = o + convolve_both(v, self.taps, self.repeats)[..., : self.head_width]
-        return self.o(o.transpose(1, 2).flatten(2))
+        return o
 
     def step(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int

@@ -72,9 +72,12 @@ class Bert(nn.Module):
 
         Sentence-BERT, Reimers & Gurevych 2019, arXiv 1908.10084.
         """
-        hidden = self(ids, mask, types)
-        weight = torch.ones_like(ids) if mask is None else mask
-        weight = weight.to(hidden.dtype)[..., None]
+        return self.pool(self(ids, mask, types), torch.ones_like(ids) if mask is None else mask)
+
+    @staticmethod
+    def pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Sentence embeddings [B, D] of hidden states [B, T, D] whose real tokens `mask` [B, T] names."""
+        weight = mask.to(hidden.dtype)[..., None]
         return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
     def pooled(

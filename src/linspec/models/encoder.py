@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -27,9 +28,9 @@ class EncoderBlock(Block):
         self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.post_norm:
-            x = self.mixer_norm(x + self.mixer.encode(x, rope, real))
+            x = self.mixer_norm(x + self.mixer(x, rope, real))
             return self.mlp_norm(x + self.mlp(x))
-        x = x + self.mixer.encode(self.mixer_norm(x), rope, real)
+        x = x + self.mixer(self.mixer_norm(x), rope, real)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -94,10 +95,21 @@ class Encoder(nn.Module):
         self, ids: torch.Tensor, types: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
         """Hidden states of rows whose real tokens come first."""
+        for state in self._states(ids, types, real):
+            x = state
+        return x if self.config.post_norm else self.norm(x)
+
+    def trace(self, ids: torch.Tensor, real: torch.Tensor) -> list[torch.Tensor]:
+        """Hidden states [B, T, D] behind every block, of rows whose real tokens come first."""
+        return list(self._states(ids, torch.zeros_like(ids), real))
+
+    def _states(
+        self, ids: torch.Tensor, types: torch.Tensor, real: torch.Tensor | None
+    ) -> Iterator[torch.Tensor]:
         x, rope = self._enter(ids, types)
         for block in self.layers:
             x = block(x, rope, real)
-        return x if self.config.post_norm else self.norm(x)
+            yield x
 
     def _enter(self, ids: torch.Tensor, types: torch.Tensor) -> tuple[torch.Tensor, Rope]:
         x, rope = self.embed(ids), None

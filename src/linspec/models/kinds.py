@@ -12,7 +12,7 @@ from linspec.models.family import ModelConfig
 from linspec.models.t5 import T5
 
 Model = Decoder | Bert | T5
-M = TypeVar("M", Decoder, Bert, T5)
+M = TypeVar("M", bound=Model)
 
 
 @dataclass(frozen=True, slots=True)
