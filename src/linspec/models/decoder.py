@@ -96,6 +96,11 @@ class Decoder(nn.Module):
         ids, shifts = to_left(ids, mask)
         return self.head(from_left(self.hidden(ids), shifts))
 
+    def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
+        ids = torch.tensor([[*prompt, *output] for output in outputs])
+        return self.head(self.hidden(ids.to(self.embed.weight.device))[:, -1])
+
     def prepare(self) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
 
@@ -124,10 +129,12 @@ class Decoder(nn.Module):
             summed_keys=[mixer.summed_keys for mixer in mixers],
         )
 
-    def open(self, prompt: Sequence[int], slot: int, state: DecoderState) -> list[int]:
-        """Make `slot` an empty sequence for `prompt`; returns the tokens to feed it."""
+    def open(
+        self, prompt: Sequence[int], slot: int, state: DecoderState
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Make `slot` an empty sequence; returns the tokens to feed it, all of `prompt`, and no source."""
         state.reset(slot)
-        return list(prompt)
+        return list(prompt), ()
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:

@@ -17,6 +17,7 @@ from linspec.models.family import (
     Family,
     ModelConfig,
     Rule,
+    Tensors,
     activation_here,
     activation_there,
     read_ids,
@@ -73,14 +74,16 @@ def family_named(name: object) -> Family:
     )
 
 
-def family_of(config: ModelConfig) -> Family | None:
-    """The family whose ordinary format says all that `config` says, or None."""
+def family_of(config: ModelConfig, tensors: Tensors | None = None) -> Family | None:
+    """The family whose ordinary format says all that `config` and our names of `tensors` say, or None."""
     family = FAMILIES.get(config.family)
     if family is None or any(m.name not in ("softmax", "window") or m.taps for m in config.mixers):
         return None
     plain = config.with_mixers(tuple(_plain(mixer) for mixer in config.mixers))
     try:
-        return family if read_config(write_config(family, config)) == plain else None
+        again = read_config(write_config(family, config))
+        again = family.adapt(again, family.on_disk(tensors or {}, config).keys())
+        return family if again == plain else None
     except CheckpointError:
         return None
 

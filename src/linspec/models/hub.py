@@ -104,7 +104,7 @@ def load_seq2seq(
 
 def load_generator(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Model:
+) -> Decoder | T5:
     """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
     folder = resolve(source)
     kind = kind_of(_read_config(folder)[0])
@@ -112,7 +112,9 @@ def load_generator(
         raise UnsupportedModel(
             f"{folder} holds an encoder, which generates nothing; load_encoder reads it"
         )
-    return _load(folder, kind.model, dtype).to(device)
+    if kind.model is T5:
+        return load_seq2seq(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device)
 
 
 def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
@@ -191,7 +193,7 @@ def save_model(
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
-    family = families.family_of(model.config)
+    family = families.family_of(model.config, _own_tensors(model))
     tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     config = _config_file(model.config, family) | {"dtype": _dtype_name(tensors)}

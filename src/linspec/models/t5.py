@@ -80,6 +80,13 @@ class T5(nn.Module):
         sources = self.decoder.sources(*self.encode(source, source_mask))
         return self.decoder.head(self.decoder.decode(target, sources))
 
+    def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [B, vocab] behind each of B equally long outputs for the source `prompt`."""
+        device = self.embed.weight.device
+        source = torch.tensor([list(prompt)], device=device).expand(len(outputs), -1)
+        target = torch.tensor([[self.config.start_id, *output] for output in outputs])
+        return self(source, target.to(device))[:, -1]
+
     def prepare(self) -> T5:
         """Turn this model into its inference form, in place; returns it."""
         if not self.prepared:
@@ -93,18 +100,25 @@ class T5(nn.Module):
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
         return self.decoder.new_state(slots)
 
-    def open(self, prompt: Sequence[int], slot: int, state: DecoderState) -> list[int]:
-        """Make `slot` an empty output for the source `prompt`; returns the tokens to feed it."""
+    def open(
+        self, prompt: Sequence[int], slot: int, state: DecoderState
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Make `slot` an empty output for the source `prompt`; returns what to feed it, and the source."""
         assert isinstance(state, SourceState), "the state of this model has sources"
         self.read([prompt], [slot], state)
-        return [self.config.start_id]
+        return [self.config.start_id], tuple(prompt)
 
     @torch.inference_mode()
     def read(
         self, sources: Sequence[Sequence[int]], slots: Sequence[int], state: SourceState
     ) -> None:
-        """Encode `sources` in one batch and make each the source of its slot, which is emptied."""
+        """Encode `sources` in one batch and make each the source of its slot, which is emptied.
+
+        Raises InputError for a source without tokens.
+        """
         lengths = [len(source) for source in sources]
+        if not all(lengths):
+            raise InputError("a source has no tokens; give at least one")
         ids = torch.zeros(
             len(sources), max(lengths), dtype=torch.long, device=self.embed.weight.device
         )
