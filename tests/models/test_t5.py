@@ -126,6 +126,7 @@ MIXERS = {
     "window": MixerConfig(name="window", window=5),
     "local": MixerConfig(name="local", group=4, span=2, kernel="softmax"),
     "aug": MixerConfig(name="aug", group=4, taps=3),
+    "grouped": MixerConfig(name="grouped", group=4, kernel="softmax"),
     "relu": MixerConfig(name="relu", group=4),
 }
 every_mixer = pytest.mark.parametrize("mixer", MIXERS)

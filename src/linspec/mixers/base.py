@@ -225,14 +225,23 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
     ) -> torch.Tensor:
         """The step form: x [M, D], all new nodes of all segments packed -> [M, D]."""
-        packed = self.project(x, rope)
+        return self.o(self.step_heads(self.project(x, rope), segments, state, layer))
+
+    def step_heads(
+        self,
+        packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        segments: list[Segment],
+        state: RowState,
+        layer: int,
+    ) -> torch.Tensor:
+        """The step form between `project` and the output projection: [M, H * V]."""
         outputs = []
         for segment in segments:
             q, k, v = (segment.unpack(t).transpose(1, 2) for t in packed)
             form = self._step_long if segment.long else self._step_nodes
             outputs.append(segment.pack(form(q, k, v, segment, state, layer).transpose(1, 2)))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.o(mixed.flatten(1))
+        return mixed.flatten(1)
 
     def _step_nodes(
         self,

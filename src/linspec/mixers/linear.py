@@ -73,6 +73,10 @@ class GroupedLinear(Mixer):
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
         return self.feature_map(k) if self.exact else k
 
+    def near_queries(self, q: torch.Tensor) -> torch.Tensor:
+        """What queries become before they meet the rows within reach."""
+        return q
+
     def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
         """What queries become before they read the sums."""
         return self.feature_map(q) if self.exact else q
@@ -110,7 +114,9 @@ class GroupedLinear(Mixer):
         near, beyond = layout.memo(key, lambda: self._groups(layout))
         flat = q.flatten(2, 3)
         bias = None if self.relative is None else self.step_bias(self.relative, layout)
-        weights = self.near((flat @ keys.mT).unflatten(2, q.shape[2:4]), near, bias)
+        weights = self.near(
+            (self.near_queries(flat) @ keys.mT).unflatten(2, q.shape[2:4]), near, bias
+        )
         o = torch.zeros_like(flat) if weights is None else weights.flatten(2, 3) @ values
         scale = self.sum_scale()
         if scale is not None and sums is not None:
@@ -179,7 +185,7 @@ class GroupedLinear(Mixer):
             column, row = self._block_places(keys, before)
             bias = self.relative(self.relative.buckets(row - column))  # [H, G, C]
             bias = bias.unflatten(0, (self.kv_heads, self.repeats)).flatten(1, 2)[:, None]
-        return self.near(blocks @ keys.mT, seen, bias)
+        return self.near(self.near_queries(blocks) @ keys.mT, seen, bias)
 
     def _closed_sums(
         self, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor | None

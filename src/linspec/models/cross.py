@@ -22,7 +22,7 @@ from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.decoder import Decoder
-from linspec.state import DecoderState, RowSpec, RowState, Snapshot
+from linspec.state import DecoderState, KeyMap, RowSpec, RowState, Snapshot
 from linspec.step import Segment
 
 
@@ -133,8 +133,9 @@ class SourceState(DecoderState):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        summed_keys: Sequence[KeyMap],
     ) -> None:
-        super().__init__(specs, slots, dtype=dtype, device=device)
+        super().__init__(specs, slots, dtype=dtype, device=device, summed_keys=summed_keys)
         self.source = RowState(source, len(specs), slots, dtype=dtype, device=device)
 
     def read(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -192,8 +193,15 @@ class CrossDecoder(Decoder):
     def new_state(self, slots: int = 1) -> SourceState:
         weight, config = self.embed.weight, self.config
         source = RowSpec(config.heads, config.head_width, config.head_width)
-        specs = [block.mixer.row_spec() for block in self.layers]
-        return SourceState(specs, slots, source, dtype=weight.dtype, device=weight.device)
+        mixers = [block.mixer for block in self.layers]
+        return SourceState(
+            [mixer.row_spec() for mixer in mixers],
+            slots,
+            source,
+            dtype=weight.dtype,
+            device=weight.device,
+            summed_keys=[mixer.summed_keys for mixer in mixers],
+        )
 
     def run(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState

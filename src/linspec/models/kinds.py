@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from linspec.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from linspec.flash_config import FlashConfig
 from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
 from linspec.models.family import ModelConfig
+from linspec.models.flash import Flash
 from linspec.models.t5 import T5
 
 Model = Decoder | Bert | T5
@@ -29,6 +31,8 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
+        # a FLASH model is a decoder too: the narrower kind comes first
+        Kind("flash", FlashConfig, Flash, "LinspecFlash", "load_model"),
         Kind("decoder", DecoderConfig, Decoder, "LinspecForCausalLM", "load_model"),
         Kind("encoder", EncoderConfig, Bert, "LinspecEncoder", "load_encoder"),
         Kind("seq2seq", Seq2SeqConfig, T5, "LinspecSeq2Seq", "load_seq2seq"),
