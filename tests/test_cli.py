@@ -322,3 +322,18 @@ def test_the_real_process_keeps_stdout_for_the_answer() -> None:
         check=True,
     )
     assert len(json.loads(done.stdout)["token_ids"]) == 3
+
+
+def test_eval_of_recall_and_of_positions(data: Path) -> None:
+    recall = ("eval", model_dir("aug"), "--recall", "--data", data, "--lengths", 1200)
+    found = run_json(*recall, "--samples", 1, "--seeds", 1, "--teacher", model_dir("softmax"))
+    assert {"cells", "exact", "tokens", "relative", "limits"} <= set(found)
+    keys = {"task", "length", "distance", "exact", "tokens", "probability", "relative"}
+    assert all(keys <= set(cell) for cell in found["cells"])
+    assert len(found["limits"]) == 1
+    positions = ("eval", model_dir("aug"), "--by-position", "--data", data)
+    drift = run_json(*positions, "--length", 300, "--context", 50)
+    assert {"stretches", "drift", "limit"} <= set(drift)
+    assert [s["end"] for s in drift["stretches"]] == [256, 300]
+    assert "drift" in run(*positions, "--length", 300).stdout
+    assert "not both" in fails(*positions, "--recall")

@@ -214,12 +214,36 @@ def test_a_sequence_that_ended_in_nan_leaves_no_trace_in_a_ragged_batch(
 # ---- sizes
 
 
+WIDTH = 4
+# floats of a row beside key and value; shape of the sums
+DENOMINATOR = (1, (WIDTH, WIDTH + 1))
+SIZES: dict[str, tuple[int, tuple[int, int]]] = {
+    "softmax": (0, (0, 0)),
+    "window": (0, (0, 0)),
+    "local": (0, (0, 0)),
+    "global": (0, (WIDTH, WIDTH)),
+    "grouped": (0, (WIDTH, WIDTH)),
+    "aug": (0, (WIDTH, WIDTH)),
+    "relu": DENOMINATOR,
+    "hedgehog": (1, (2 * WIDTH, WIDTH + 1)),
+    "performer": (1, (6, WIDTH + 1)),
+    "rfa": (1, (12, WIDTH + 1)),
+    "transnormer": (0, (WIDTH, WIDTH)),
+    "yoso": (0, (15, WIDTH)),
+    "linformer": (0, (4, 2 * WIDTH + 1)),
+    "gla": (WIDTH, (WIDTH, WIDTH)),
+    "gdn": (2, (WIDTH, WIDTH)),
+}
+# whose further floats lie beside the key, not the value
+GATED = ("gla", "gdn")
+
+
 def expected_bytes(name: str, taps: int, rows: int) -> int:
     """Floats of one layer with 2 KV heads of width 4, times 8 bytes."""
-    width, name = 4, name.partition(":")[0]
-    value = width + 1 if name == "relu" else width
-    sums = width * value if name in ("global", "grouped", "aug", "relu") else 0
-    return 2 * 8 * (sums + rows * (width + value) + max(0, taps - 1) * value)
+    name = name.partition(":")[0]
+    more, sums = SIZES[name]
+    value = WIDTH + (0 if name in GATED else more)
+    return 2 * 8 * (sums[0] * sums[1] + rows * (2 * WIDTH + more) + max(0, taps - 1) * value)
 
 
 @pytest.mark.parametrize(("name", "taps"), CASES)

@@ -62,7 +62,7 @@ def test_tree_equals_full_at_every_offset_and_across_borders(layers: Layers, dev
 
 
 @pytest.mark.parametrize("layers", MODELS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(length=st.integers(0, 3 * GROUP), tree=trees())
 def test_random_trees_equal_full(layers: Layers, length: int, tree: TokenTree) -> None:
     model, prompt = tiny_model(*layers), random_tokens(length)
@@ -214,7 +214,7 @@ def check_history(model: Decoder, prompt: int, rounds: int, seed: int) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layers", MODELS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(prompt=st.integers(0, 2 * GROUP), rounds=st.integers(1, 6), seed=st.integers(0, 2**20))
 def test_a_history_of_rounds_equals_one_prefill_of_the_accepted_text(
     layers: Layers, device: str, prompt: int, rounds: int, seed: int

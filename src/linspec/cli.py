@@ -18,6 +18,7 @@ from linspec.console import (
     place_on,
     print_facts,
     print_json,
+    print_measured,
     print_speed,
     print_table,
     quiet_stdout,
@@ -36,6 +37,7 @@ from linspec.options import (
     Json,
     Model,
     Order,
+    Quantize,
     Rate,
     Resume,
     Threads,
@@ -129,6 +131,9 @@ def linearize(
         ),
     ] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")] = "",
+    softmax_layers: Annotated[
+        int, typer.Option(help="How many more stay: those that need to see far most.")
+    ] = 0,
     data: Data = None,
     field: Field = "text",
     tokens: Tokens = None,
@@ -170,6 +175,7 @@ def linearize(
             rows=rows,
             kernel=kernel,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
+            softmax_layers=softmax_layers,
             data=sources(data),
             field=field,
             config=config,
@@ -241,6 +247,7 @@ def generate(
     verifier: Annotated[
         str, typer.Option(help="lossless, greedy or typical (lossy).")
     ] = "lossless",
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -254,7 +261,13 @@ def generate(
     place = place_on(device, threads)
     with quiet_stdout():
         llm = LLM(
-            model, drafter=drafter, policy=policy, verifier=verifier, max_batch=1, device=place
+            model,
+            drafter=drafter,
+            policy=policy,
+            verifier=verifier,
+            max_batch=1,
+            device=place,
+            quantize=quantize,
         )
     if as_json:
         with quiet_stdout():
@@ -268,6 +281,39 @@ def generate(
             say(piece.done.summary())
 
 
+@app.command(epilog="Example: linspec quantize embedded-softmax --bits 4 --out small")
+@guarded()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight, 8 or 4.")] = 8,
+    data: Data = None,
+    field: Field = "text",
+    calibration_bytes: Annotated[
+        int, typer.Option(help="Text that 4-bit weights are fitted to; 0 fits to none.")
+    ] = 200_000,
+    limit_bytes: Annotated[int, typer.Option(help="Held-out text for the quality.")] = 100_000,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs."""
+    from linspec.compress.quantize import quantize as library
+
+    place_on("cpu", threads)
+    with quiet_stdout():
+        report = library(
+            model,
+            out,
+            bits=bits,
+            data=sources(data),
+            field=field,
+            calibration_bytes=calibration_bytes,
+            limit_bytes=limit_bytes,
+        )
+    print_json(report.to_json()) if as_json else print_facts(report.to_json())
+    say(f"written to {out}")
+
+
 @app.command("eval", epilog="Example: linspec eval embedded-aug --data stdlib --limit-bytes 100000")
 @guarded()
 def evaluate(
@@ -279,25 +325,70 @@ def evaluate(
         int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    quantize: Quantize = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall from far above instead.")
+    ] = False,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --recall: the model to compare with.")
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="With --recall: tokens of the texts.")
+    ] = "512,1024,2048,4096",
+    samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
+    seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Measure perplexity along long texts instead.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="With --by-position: tokens of a text.")] = 32768,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
-    from linspec.evaluate.perplexity import evaluate_source
+    from linspec.errors import ConfigError
 
-    place = place_on(device, threads)
-    with quiet_stdout():
-        score = evaluate_source(
-            model,
-            sources(data),
-            field=field,
-            limit_bytes=limit_bytes,
-            context=context,
-            bf16=bf16,
-            device=place,
-        )
-    print_json(score.to_json()) if as_json else print_facts(score.to_json())
+    if recall and by_position:
+        raise ConfigError("give one of --recall and --by-position, not both")
+    place, text = place_on(device, threads), sources(data)
+    if recall:
+        from linspec.evaluate.recall import evaluate_recall
+
+        with quiet_stdout():
+            found = evaluate_recall(
+                model,
+                teacher=teacher,
+                data=text,
+                field=field,
+                lengths=numbers(lengths, "--lengths"),
+                samples=samples,
+                seeds=seeds,
+                device=place,
+            ).to_json()
+        print_json(found) if as_json else print_measured("recall", found, "cells")
+    elif by_position:
+        from linspec.evaluate.positions import by_position as measure
+
+        with quiet_stdout():
+            drift = measure(
+                model, data=text, field=field, length=length, context=context, device=place
+            ).to_json()
+        print_json(drift) if as_json else print_measured("perplexity", drift, "stretches")
+    else:
+        from linspec.evaluate.perplexity import evaluate_source
+
+        with quiet_stdout():
+            score = evaluate_source(
+                model,
+                text,
+                field=field,
+                limit_bytes=limit_bytes,
+                context=context,
+                bf16=bf16,
+                device=place,
+                quantize=quantize,
+            ).to_json()
+        print_json(score) if as_json else print_facts(score)
 
 
 @app.command(epilog="Example: linspec verify embedded-aug --drafter medusa")
@@ -311,6 +402,7 @@ def verify(
     policy: Annotated[str, typer.Option(help="Number of draft tokens, or auto.")] = "12",
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -333,6 +425,7 @@ def verify(
             data=sources(data),
             device=place,
             seed=seed,
+            quantize=quantize,
         )
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     if not report.lossless_greedy:
@@ -354,6 +447,7 @@ def bench(
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
+    quantize: Quantize = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -373,6 +467,7 @@ def bench(
             data=sources(data),
             device=place,
             bandwidth=bandwidth,
+            quantize=quantize,
         ).to_json()
     if as_json:
         print_json(result)

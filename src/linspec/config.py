@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from linspec.errors import ConfigError
 
-KERNELS = ("own", "softmax")
+KERNELS = ("own", "softmax", "relu2")
 HEADS = ("none", "pooler", "masked-lm", "classifier")
 
 
@@ -17,9 +17,13 @@ class MixerConfig:
 
     group: tokens per group of the grouped linear mixers. span: groups that a token sees exactly, its
     own open one included; earlier ones it sees as a sum. kernel: how the exact part weighs tokens,
-    'own' for the mixer's own weights or 'softmax' for those of the pretrained model.
+    'own' for the mixer's own weights, 'softmax' for those of the pretrained model, 'relu2' for
+    relu(q̂·k̂)²; the latter two make any linear mixer grouped, with a learned share α of its sum.
     taps: causal convolution taps over values; 0 means no convolution.
     window: tokens that the `window` mixer sees, the current one included.
+    features: random features of `performer` and `rfa`, rows that `linformer` makes of a group; 0 for
+    the mixer's default. keep: closed groups that `linformer` remembers; 0 for its default.
+    seed: of what a mixer draws at random when it is made.
     """
 
     name: str = "softmax"
@@ -28,6 +32,9 @@ class MixerConfig:
     kernel: str = "own"
     taps: int = 0
     window: int = 0
+    features: int = 0
+    keep: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -38,6 +45,9 @@ class MixerConfig:
             raise ConfigError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if self.taps < 0:
             raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
+        for name in ("features", "keep", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.name == "window" and self.window < 1:
             raise ConfigError(
                 f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"

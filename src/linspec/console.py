@@ -116,6 +116,13 @@ def print_facts(facts: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {_cell(value)}")
 
 
+def print_measured(title: str, result: Mapping[str, Any], rows: str) -> None:
+    """A measurement for people: its list `rows` as a table, then everything else as facts."""
+    lines = result[rows]
+    print_table(title, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
+    print_facts({name: value for name, value in result.items() if name != rows})
+
+
 def print_speed(result: Mapping[str, Any]) -> None:
     """What `bench` measured, for people."""
     print_facts({**result["machine"], **result["settings"]})

@@ -2,66 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from linspec.tree import ancestor_matrix
 
+# (committed rows, parents of all staged rows, how many of these are new) of each slot
+Rows = Sequence[tuple[int, tuple[int, ...], int]]
 
-@dataclass(frozen=True)
-class Layout:
-    """Who sees whom in one step, for the rows of one segment. Shared by all layers of a state.
 
-    offsets [R, N]: position of each new node, counted from the row's origin.
-    columns [R, C]: position of each buffer row, likewise; visible [R, N, C]: committed rows and a
-    node's own ancestors. `plain` says that every column is visible to every node.
+@dataclass(frozen=True, eq=False)
+class StagedTree:
+    """The staged nodes of one slot alone, wherever they stand: many layouts share one.
+
+    seen [N, S]: the staged ancestors of each new node, itself included; depths [S] of all staged
+    nodes, and the greatest of the new ones.
     """
 
-    offsets: torch.Tensor
-    columns: torch.Tensor
-    visible: torch.Tensor
-    plain: bool
-    _memo: dict[Any, Any] = field(default_factory=dict)
+    seen: torch.Tensor
+    depths: torch.Tensor
+    deepest: int
+    _memo: dict[Hashable, Any] = field(default_factory=dict)
 
-    def memo(self, key: Any, build: Callable[[], Any]) -> Any:
-        """`build()` once per layout: mixers keep their masks here."""
+    def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """`build()` once per tree: what depends neither on the slot nor on its rows."""
         if key not in self._memo:
             self._memo[key] = build()
         return self._memo[key]
 
 
-def build_layout(rows: Sequence[tuple[int, tuple[int, ...], int]], device: torch.device) -> Layout:
-    """Layout of rows given as (committed rows, parents of all staged rows, how many are new)."""
-    if len(rows) == 1:
-        return _single_layout(*rows[0], device)
-    count, nodes = len(rows), max(new for *_, new in rows)
-    width = max(base + len(parents) for base, parents, _ in rows)
-    offsets = torch.zeros(count, nodes, dtype=torch.long)
-    columns = torch.arange(width).repeat(count, 1)
-    visible = torch.zeros(count, nodes, width, dtype=torch.bool)
-    for i, (base, parents, new) in enumerate(rows):
-        total = base + len(parents)
-        seen = ancestor_matrix(parents)
-        depths = base + seen.sum(1) - 1
-        offsets[i, :new] = depths[len(parents) - new :]
-        columns[i, base:total] = depths
-        visible[i, :new, :base] = True
-        visible[i, :new, base:total] = seen[len(parents) - new :]
-    plain = bool(visible.all())
-    return Layout(offsets.to(device), columns.to(device), visible.to(device), plain)
-
-
-def _single_layout(base: int, parents: tuple[int, ...], new: int, device: torch.device) -> Layout:
-    """As `build_layout` for one row, in few operators: batch 1 takes this path every round."""
+@lru_cache(maxsize=256)
+def staged_tree(parents: tuple[int, ...], new: int, device: torch.device) -> StagedTree:
+    """The tree of staged rows with `parents`, of which the last `new` are new."""
     seen = ancestor_matrix(parents)
-    depths = base + seen.sum(1) - 1
-    columns = torch.cat((torch.arange(base), depths))
-    visible = torch.nn.functional.pad(seen[len(parents) - new :], (base, 0), value=True)
-    offsets = depths[len(parents) - new :]
-    plain = len(parents) == 1
-    return Layout(
-        offsets[None].to(device), columns[None].to(device), visible[None].to(device), plain
-    )
+    depths = seen.sum(1) - 1
+    first = len(parents) - new
+    deepest = int(depths[first:].max()) if new else 0
+    return StagedTree(seen[first:].to(device), depths.to(device), deepest)
+
+
+class Layout:
+    """Who sees whom in one step, for the rows of one segment. Layers with equal rows share it.
+
+    Positions count from each slot's origin. plain: every column is visible to every node. deepest:
+    the greatest position of a new node. tree: the staged nodes, for a single slot.
+    """
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        self.rows, self.device = rows, device
+        trees = [staged_tree(parents, new, device) for _, parents, new in rows]
+        self.tree = trees[0] if len(rows) == 1 else None
+        self.width = max(base + len(parents) for base, parents, _ in rows)
+        self.deepest = max(row[0] + tree.deepest for row, tree in zip(rows, trees, strict=True))
+        self.plain = all(row[0] + 1 == self.width and len(row[1]) == 1 for row in rows)
+        self._memo: dict[Hashable, Any] = {}
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """[R, N]: the position of each new node."""
+        if self.tree is not None:
+            base, _, new = self.rows[0]
+            return (self.tree.depths[len(self.tree.depths) - new :] + base)[None]
+        return self._ragged[0]
+
+    @cached_property
+    def columns(self) -> torch.Tensor:
+        """[R, C]: the position of each buffer row."""
+        if self.tree is not None:
+            base = self.rows[0][0]
+            return torch.cat((torch.arange(base, device=self.device), self.tree.depths + base))[
+                None
+            ]
+        return self._ragged[1]
+
+    @cached_property
+    def visible(self) -> torch.Tensor:
+        """[R, N, C]: committed rows, and a node's own ancestors."""
+        if self.tree is not None:
+            return F.pad(self.tree.seen, (self.rows[0][0], 0), value=True)[None]
+        return self._ragged[2]
+
+    @cached_property
+    def _ragged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Offsets, columns and visible of several slots."""
+        count, nodes = len(self.rows), max(new for *_, new in self.rows)
+        offsets = torch.zeros(count, nodes, dtype=torch.long)
+        columns = torch.arange(self.width).repeat(count, 1)
+        visible = torch.zeros(count, nodes, self.width, dtype=torch.bool)
+        for i, (base, parents, new) in enumerate(self.rows):
+            total, seen = base + len(parents), ancestor_matrix(parents)
+            depths = base + seen.sum(1) - 1
+            offsets[i, :new] = depths[len(parents) - new :]
+            columns[i, base:total] = depths
+            visible[i, :new, :base] = True
+            visible[i, :new, base:total] = seen[len(parents) - new :]
+        return offsets.to(self.device), columns.to(self.device), visible.to(self.device)
+
+    def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """`build()` once per layout: mixers keep their masks here."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+    def ancestry(self) -> torch.Tensor:
+        """[R, C, C]: true where the second buffer row is the first or lies before it on its path."""
+        found: torch.Tensor = self.memo("ancestry", self._ancestry)
+        return found
+
+    def _ancestry(self) -> torch.Tensor:
+        seen = torch.zeros(len(self.rows), self.width, self.width, dtype=torch.bool)
+        for i, (base, parents, _) in enumerate(self.rows):
+            chain = (*range(-1, base - 1), *(p + base for p in parents))
+            seen[i, : len(chain), : len(chain)] = ancestor_matrix(chain)
+        return seen.to(self.device)

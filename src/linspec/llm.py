@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from linspec.compress.load import load_for
 from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import Emitted, Engine
@@ -146,7 +147,8 @@ class LLM:
     drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
-    once. Raises CheckpointError, DrafterError or ConfigError before any long work.
+    once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU
+    only). Raises CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(
@@ -161,10 +163,16 @@ class LLM:
         prefill_tokens: int = 512,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        quantize: int | None = None,
     ) -> None:
         source = resolve(model) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
-            self.model: Generator = load_generator(model, dtype=dtype, device=device)
+            options: dict[str, Any] = {"dtype": dtype, "device": device}
+            self.model: Generator = (
+                load_generator(model, **options)
+                if quantize is None
+                else load_for(model, quantize, **options)
+            )
             tokenizer = tokenizer or load_tokenizer(model)
         else:
             self.model = model

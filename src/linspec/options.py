@@ -16,6 +16,9 @@ DrafterName = Annotated[
     str,
     typer.Option(help="none, prompt-lookup, medusa[:DIR], draft-model:DIR or student[:DIR]."),
 ]
+Quantize = Annotated[
+    int | None, typer.Option(help="Turn the weights into 8 or 4 bits as they are loaded.")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(help="stdlib, a text file, a folder, a .jsonl file or a datasets directory."),

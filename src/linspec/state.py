@@ -1,6 +1,6 @@
 """State as a transaction: stage new rows beside the committed ones, then commit a path or drop all.
 
-All mixers here remember rows of keys and values, some also a running sum over closed groups. The
+All mixers here remember rows of keys and values, some also a matrix that sums up closed groups. The
 rows of one slot lie in one buffer, oldest first: committed rows, then staged rows. Staging writes
 behind the committed rows and never into them; committing a chain only moves the border between the
 two, committing a path of a tree first gathers its rows to the front. Rejected rows are simply
@@ -19,19 +19,20 @@ from typing import Any
 import torch
 
 from linspec.errors import StateError
-from linspec.layout import Layout, build_layout
+from linspec.layout import Layout
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
 Layouts = OrderedDict[tuple[Any, ...], Layout]
-# what keys [Hkv, C, K] of a closing group become: [Hkv, C, S]
-KeyMap = Callable[[torch.Tensor], torch.Tensor]
+# what sums [Hkv, S, Z] become when rows of keys [Hkv, C, K] and values [Hkv, C, V] close
+Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _LAYOUTS_KEPT = 1024
 _LAYOUT_COLUMNS_KEPT = 1024
 
 
-def _unchanged(keys: torch.Tensor) -> torch.Tensor:
-    return keys
+def add_products(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The plain fold: sums [.., S, V] plus keysᵀ values, in the dtype of the sums."""
+    return sums + keys.to(sums.dtype).mT @ values.to(sums.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,9 @@ class RowSpec:
 
     kv_heads, key_width, value_width: of one row. lead: value rows kept before the origin (for the
     convolution). group: close groups of this many rows; 0 keeps rows. span: groups kept, the open one
-    included; older ones close. sum_width: features of the keys of closed groups, whose products with
-    values are summed; 0 forgets them. window: keep this many rows; 0 keeps all.
+    included; older ones close. sum_width, sum_columns: shape of the matrix per head that closed groups
+    are folded into; no width forgets them, no columns means those of the values. window: keep this
+    many rows; 0 keeps all.
     """
 
     kv_heads: int
@@ -51,6 +53,7 @@ class RowSpec:
     group: int = 0
     span: int = 1
     sum_width: int = 0
+    sum_columns: int = 0
     window: int = 0
 
 
@@ -79,10 +82,10 @@ class RowState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layouts: Layouts | None = None,
-        summed_keys: Sequence[KeyMap] | None = None,
+        folds: Sequence[Fold] | None = None,
     ) -> None:
         self.spec, self.layers = spec, layers
-        self.summed_keys = summed_keys or [_unchanged] * layers
+        self.folds = folds or [add_products] * layers
         rows = self._resting_rows() + STAGE_ROWS
         like = torch.zeros((), dtype=dtype, device=device)
         shape = (layers, slots, spec.kv_heads)
@@ -90,8 +93,9 @@ class RowState:
         self.values = like.new_zeros(*shape, spec.lead + rows, spec.value_width)
         # sums over thousands of tokens lose their small terms below float32
         wide = torch.promote_types(dtype, torch.float32)
-        sums = (slots if spec.sum_width else 0, spec.kv_heads, spec.sum_width, spec.value_width)
-        self.sums = torch.zeros(layers, *sums, dtype=wide, device=device)
+        sums = (spec.kv_heads, spec.sum_width, spec.sum_columns or spec.value_width)
+        summed = slots if spec.sum_width else 0
+        self.sums = torch.zeros(layers, summed, *sums, dtype=wide, device=device)
         self.lengths = [0] * slots
         self.origins = [0] * slots
         self.parents: list[list[int]] = [[] for _ in range(slots)]
@@ -130,8 +134,8 @@ class RowState:
         key = tuple(rows)
         found = self._layouts.get(key)
         if found is None:
-            found = build_layout(rows, self.keys.device)
-            if found.columns.shape[1] <= _LAYOUT_COLUMNS_KEPT:
+            found = Layout(rows, self.keys.device)
+            if found.width <= _LAYOUT_COLUMNS_KEPT:
                 self._layouts[key] = found
                 if len(self._layouts) > _LAYOUTS_KEPT:
                     self._layouts.popitem(last=False)
@@ -220,7 +224,7 @@ class RowState:
         keys, values = self.keys[:, slot], self.values[:, slot]
         if self.spec.sum_width:
             for layer in range(self.layers):
-                self._add(slot, layer, keys[layer, :, :gone], values[layer, :, lead : lead + gone])
+                self._fold(slot, layer, keys[layer, :, :gone], values[layer, :, lead : lead + gone])
         keys[:, :, : rows - gone] = keys[:, :, gone:rows].clone()
         values[:, :, : lead + rows - gone] = values[:, :, gone : lead + rows].clone()
         self.origins[slot] += gone
@@ -229,10 +233,8 @@ class RowState:
         """How many of `rows` committed rows belong to groups that close."""
         return max(0, rows // self.spec.group + 1 - self.spec.span) * self.spec.group
 
-    def _add(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        wide = self.sums.dtype
-        summed = self.summed_keys[layer](keys).to(wide)
-        self.sums[layer, slot] += summed.mT @ values.to(wide)
+    def _fold(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.sums[layer, slot] = self.folds[layer](self.sums[layer, slot], keys, values)
 
     def _commit_long(self, slot: int, count: int) -> None:
         """As `commit` for rows that were staged aside: sum what closes, keep the tail."""
@@ -247,7 +249,7 @@ class RowState:
         lead = self.spec.lead
         for layer, (keys, values) in enumerate(layers):
             if self.spec.sum_width and gone:
-                self._add(slot, layer, keys[:, :gone], values[:, lead : lead + gone])
+                self._fold(slot, layer, keys[:, :gone], values[:, lead : lead + gone])
             self.keys[layer, slot, :, : rows - gone] = keys[:, gone:rows]
             self.values[layer, slot, :, : lead + rows - gone] = values[:, gone : lead + rows]
         self.lengths[slot] += count
@@ -322,9 +324,9 @@ class DecoderState:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        summed_keys: Sequence[KeyMap] | None = None,
+        folds: Sequence[Fold] | None = None,
     ) -> None:
-        maps = summed_keys or [_unchanged] * len(specs)
+        folds = folds or [add_products] * len(specs)
         kinds = list(dict.fromkeys(specs))
         # a layout depends on the offset in a buffer and on the tree, not on what the rows hold
         layouts: Layouts = OrderedDict()
@@ -336,7 +338,7 @@ class DecoderState:
                 dtype=dtype,
                 device=device,
                 layouts=layouts,
-                summed_keys=[m for m, spec in zip(maps, specs, strict=True) if spec == kind],
+                folds=[fold for fold, spec in zip(folds, specs, strict=True) if spec == kind],
             )
             for kind in kinds
         ]

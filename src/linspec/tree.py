@@ -100,6 +100,14 @@ def chain(tokens: Iterable[int]) -> TokenTree:
     return TokenTree(tokens, tuple(range(-1, len(tokens) - 1)))
 
 
+def ancestor_bits(parents: Sequence[int]) -> list[int]:
+    """For each node an integer whose bit i says that node i is the node itself or an ancestor."""
+    bits: list[int] = []
+    for node, parent in enumerate(parents):
+        bits.append((bits[parent] if parent >= 0 else 0) | 1 << node)
+    return bits
+
+
 def from_paths(root: int, paths: Iterable[Sequence[int]]) -> TokenTree:
     """The smallest tree that holds every path of draft tokens below `root`; shared prefixes merge."""
     tokens, parents = [root], [-1]

@@ -31,7 +31,7 @@ from linspec.step import Feed
 from linspec.tree import TokenTree, chain
 
 LARGE = 1e-3
-SUMMED = ("global", "grouped", "aug", "relu", "grouped:softmax", "aug:softmax")
+SUMMED = ("global", "aug", "relu", "hedgehog", "linformer", "aug:softmax", "gla:softmax")
 
 
 def changes(model: Decoder, length: int = 2 * GROUP + 3) -> list[float]:
@@ -121,11 +121,30 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
         ({"name": "local", "group": 0}, "group size must be 1 or more, got 0"),
         ({"name": "local", "taps": -1}, "taps must be 0 or more, got -1"),
         ({"name": "window"}, "needs a window of 1 or more tokens, got 0"),
+        ({"name": "performer", "features": -1}, "features must be 0 or more, got -1"),
+        ({"name": "local", "kernel": "gauss"}, "kernel must be one of own, softmax, relu2"),
     ],
 )
 def test_sizes_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MixerConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "linformer", "features": GROUP + 1}, "at most as many rows of a group"),
+        ({"name": "linformer", "kernel": "softmax"}, "under one denominator; kernel 'softmax'"),
+        ({"name": "local", "features": 8}, "mixer 'local' has no 'features' to set, got 8"),
+        ({"name": "performer", "keep": 8}, "mixer 'performer' has no 'keep' to set, got 8"),
+        ({"name": "global", "kernel": "softmax"}, "mixer 'global' sees no group exactly"),
+    ],
+)
+def test_settings_that_mean_nothing_to_a_mixer_are_refused(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Decoder(tiny_config(MixerConfig(group=GROUP, **settings)))  # type: ignore[arg-type]
 
 
 def test_aug_needs_taps() -> None:

@@ -440,3 +440,12 @@ def test_spans_may_be_given_for_each_layer(teacher_dir: Path, tmp_path: Path, co
     assert [mixer.span for mixer in load_config(out).mixers] == [1, 3]
     with pytest.raises(ConfigError, match="3 spans given for 2 layers"):
         run(teacher_dir, tmp_path / "t", corpus, mixer="aug", span=[1, 2, 3])
+
+
+def test_the_layers_that_need_it_most_stay_softmax(
+    teacher_dir: Path, tmp_path: Path, corpus: Path
+) -> None:
+    out = run(teacher_dir, tmp_path / "s", corpus, mixer="aug", group=8, softmax_layers=1)
+    assert sorted(mixer.name for mixer in load_config(out).mixers) == ["aug", "softmax"]
+    with pytest.raises(ConfigError, match=r"softmax_layers must be in 0\.\.1, got 2"):
+        run(teacher_dir, tmp_path / "t", corpus, mixer="aug", softmax_layers=2)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from linspec.bench.machine import machine
+from linspec.compress.load import load_for
 from linspec.drafters import make_drafter
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, load_tokenizer, resolve
+from linspec.models.hub import load_tokenizer, resolve
 from linspec.policy.base import Policy
 from linspec.progress import Progress
 from linspec.row import Row
@@ -103,6 +104,7 @@ def bench(
     data: Sequence[str | Path] = ("stdlib",),
     device: str = "cpu",
     bandwidth: bool = False,
+    quantize: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
@@ -115,7 +117,7 @@ def bench(
     source = None if isinstance(model, Decoder) else resolve(model)
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, device=device)
+        model = load_for(model, quantize, device=device)
     names = [name for name in dict.fromkeys(drafters) if name != "none"]
     # before the model is prepared: heads are matched to the plain weights
     made = {name: make_drafter(name, model, source, 1) for name in names}
@@ -143,7 +145,8 @@ def bench(
         "repeats": repeats,
         "warm_up": 1,
         "batch": 1,
-        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": quantize,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }

@@ -45,10 +45,8 @@ def make_drafter(
         assert isinstance(model, Decoder)
         kind = DRAFTERS[name]
         assert issubclass(kind, DraftModel)
-        weight = model.embed.weight
-        small = load_model(
-            _draft_source(name, where, source), dtype=weight.dtype, device=str(weight.device)
-        )
+        device = str(model.embed.weight.device)
+        small = load_model(_draft_source(name, where, source), dtype=model.dtype, device=device)
         small.prepare()
         return kind(small, model.config, slots)
     raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")

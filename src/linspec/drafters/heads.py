@@ -136,6 +136,8 @@ class MedusaHeads(nn.Module):
 
 def fingerprint(model: Decoder) -> str:
     """A short hash of the model's shape and last weights, the same in every dtype and place."""
+    if model.identity is not None:
+        return model.identity
     config = model.config
     shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
     mixers = [asdict(m) for m in config.mixers]
@@ -203,8 +205,7 @@ def load_heads(source: str | Path, model: Decoder) -> MedusaHeads:
         heads.load_state_dict(load_file(folder / WEIGHTS_FILE))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise DrafterError(f"{folder / WEIGHTS_FILE} is missing or damaged: {error}") from error
-    weight = model.head.weight
-    return heads.to(weight.device, weight.dtype).eval()
+    return heads.to(model.embed.weight.device, model.dtype).eval()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def verify(
     data: Sequence[str | Path] = ("stdlib",),
     device: str = "cpu",
     seed: int = 0,
+    quantize: int | None = None,
 ) -> Report:
     """Compare decoding with `drafter` to plain decoding, at batch 1 and in ragged batches of 8.
 
@@ -109,7 +110,13 @@ def verify(
             f"and {draws}"
         )
     fast = LLM(
-        model, tokenizer=tokenizer, drafter=drafter, policy=policy, max_batch=BATCH, device=device
+        model,
+        tokenizer=tokenizer,
+        drafter=drafter,
+        policy=policy,
+        max_batch=BATCH,
+        device=device,
+        quantize=quantize,
     )
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
     plain = LLM(fast.model, tokenizer=fast.tokenizer, max_batch=1)

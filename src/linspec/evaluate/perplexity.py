@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.compress.load import load_for
 from linspec.errors import ConfigError, InputError
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
+from linspec.models.hub import check_tokenizer, load_tokenizer
 from linspec.progress import Progress
 from linspec.train.data import Split, end_of_text, load_documents
 
@@ -73,9 +74,11 @@ def evaluate_source(
     context: int | None = None,
     bf16: bool = False,
     device: str = "cpu",
+    quantize: int | None = None,
 ) -> Score:
-    """The score of a model directory on `data`; see `evaluate`, `load_model`, `load_documents`."""
-    decoder, tokenizer = load_model(model, device=device), load_tokenizer(model)
+    """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`."""
+    decoder = load_for(model, quantize, device=device)
+    tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
     documents = held_out_documents(data, field)
     return evaluate(

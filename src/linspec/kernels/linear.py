@@ -1,16 +1,27 @@
 """Linear layers for inference: several projections of one input as one product, weights prepacked.
 
 A step has 1…64 rows, where the stock float32 product on a CPU costs twice as much for two rows as for
-one. Weights that oneDNN has reordered once cost nearly the same for 1 and for 8 rows, which is what
-verification needs.
+one. Weights packed for linspec's own kernels, or reordered once by oneDNN where these are missing,
+cost nearly the same for 1 and for 8 rows, which is what verification needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from linspec.errors import ConfigError
+from linspec.kernels.cpu import pack
+from linspec.kernels.cpu.library import F32, INT4, INT8, load
+from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.quantize import quantize_int4, quantize_int8
+
+# several linear layers of one input -> one inference layer with their outputs side by side
+Fuse = Callable[..., nn.Module]
+BITS = {8: INT8, 4: INT4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +38,12 @@ def pick_kernel(weight: torch.Tensor) -> Kernel:
         return Kernel("torch", f"{weight.device.type} device")
     if weight.dtype != torch.float32:
         return Kernel("torch", f"{weight.dtype} weights are not prepacked")
+    found = load()
+    if found.library is not None:
+        return Kernel(f"linspec-{found.name}", found.reason)
     if not torch.backends.mkldnn.is_available():
         return Kernel("torch", "this torch was built without oneDNN")
-    return Kernel("onednn-packed", "float32 on a CPU: weights reordered once by oneDNN")
+    return Kernel("onednn-packed", f"weights reordered once by oneDNN, as {found.reason}")
 
 
 class PackedLinear(nn.Module):
@@ -51,20 +65,78 @@ class PackedLinear(nn.Module):
 
 
 def fuse(*linears: nn.Module) -> nn.Module:
-    """One inference layer that returns the outputs of `linears` side by side."""
-    plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
-    assert len(plain) == len(linears), "only plain linear layers can be fused"
-    first = plain[0]
-    weight = torch.cat([layer.weight.detach() for layer in plain])
-    bias = None
-    if first.bias is not None:
-        bias = torch.cat([layer.bias.detach() for layer in plain])
-    if pick_kernel(weight).name == "onednn-packed":
+    """One inference layer that returns the outputs of `linears` side by side, in their precision."""
+    weight, bias = joined(linears)
+    kernel = pick_kernel(weight)
+    if kernel.name.startswith("linspec-"):
+        return NativeLinear(F32, *_sizes(weight), pack.pack_floats(weight), None, bias)
+    if kernel.name == "onednn-packed":
         return PackedLinear(weight, bias)
     layer = nn.Linear(
-        first.in_features, len(weight), bias=bias is not None, device="meta", dtype=weight.dtype
+        weight.shape[1], len(weight), bias=bias is not None, device="meta", dtype=weight.dtype
     )
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
     return layer
+
+
+def joined(linears: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of layers with the same input, one below the other."""
+    plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
+    assert len(plain) == len(linears), "only plain linear layers can be fused"
+    weight = torch.cat([layer.weight.detach() for layer in plain])
+    bias = None
+    if plain[0].bias is not None:
+        bias = torch.cat([layer.bias.detach() for layer in plain])
+    return weight, bias
+
+
+def _sizes(weight: torch.Tensor) -> tuple[int, int]:
+    """Outputs and inputs."""
+    return weight.shape[0], weight.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """A `Fuse` that makes integer layers.
+
+    bits: 8 or 4, for the weights; activations have 8. moments: second moments of the inputs of a
+    layer (the first, where several are fused), for the search of int4 scales.
+    """
+
+    bits: int
+    moments: Mapping[nn.Module, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def __call__(self, *linears: nn.Module) -> nn.Module:
+        weight, bias = joined(linears)
+        bias = None if bias is None else bias.float()
+        if self.bits == 8:
+            parts = pack.pack_int8(*quantize_int8(weight))
+            return NativeLinear(INT8, *_sizes(weight), *parts, bias)
+        packed = pack.pack_int4(*quantize_int4(weight, self.moments.get(linears[0])))
+        return NativeLinear(INT4, *_sizes(weight), packed, None, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """A `Fuse` that makes layers without memory, for quantised weights that are loaded later."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+
+    def __call__(self, *linears: nn.Module) -> nn.Module:
+        plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
+        outputs, bias = sum(layer.out_features for layer in plain), plain[0].bias is not None
+        return NativeLinear.empty(BITS[self.bits], outputs, plain[0].in_features, bias)
+
+
+def check_bits(bits: int) -> None:
+    """Raises ConfigError unless weights can have so many bits."""
+    if bits not in BITS:
+        raise ConfigError(f"weights can have 8 or 4 bits, got {bits}")

@@ -1,6 +1,40 @@
 """Mixers: one file each, registered by name."""
 
-from linspec.mixers import aug, global_, grouped, local, relu, softmax, window
+from linspec.mixers import (
+    aug,
+    gdn,
+    gla,
+    global_,
+    grouped,
+    hedgehog,
+    linformer,
+    local,
+    performer,
+    relu,
+    rfa,
+    softmax,
+    transnormer,
+    window,
+    yoso,
+)
 from linspec.mixers.base import MIXERS, Mixer
 
-__all__ = ["MIXERS", "Mixer", "aug", "global_", "grouped", "local", "relu", "softmax", "window"]
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "aug",
+    "gdn",
+    "gla",
+    "global_",
+    "grouped",
+    "hedgehog",
+    "linformer",
+    "local",
+    "performer",
+    "relu",
+    "rfa",
+    "softmax",
+    "transnormer",
+    "window",
+    "yoso",
+]

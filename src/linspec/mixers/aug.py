@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.grouped import Grouped
 
 
@@ -12,7 +12,9 @@ from linspec.mixers.grouped import Grouped
     "aug",
     summary="grouped attention + causal depthwise convolution over values",
     paper="You et al. 2024, arXiv 2406.07368",
-    state="d² + 2·G·d + (W-1)·d per KV head",
+    state="d² + 2·n·G·d + (W-1)·d per KV head",
+    direction="causal",
+    cost="(2·n·G + d + W)·d per token",
 )
 class Aug(Grouped):
     """o_t = local(t) + α q̂_t S_t + sum_j c_j v_{t-j}, one kernel c per query head."""
@@ -23,3 +25,6 @@ class Aug(Grouped):
                 f"mixer 'aug' needs convolution taps, got {mixer.taps}; use 32, or mixer 'grouped'"
             )
         super().__init__(config, mixer)
+
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(float(self.alpha)) if type(self) is Aug else None

@@ -5,7 +5,7 @@ over time and differentiable. The *step form* (`step`) sees the new nodes of a s
 committed state of their slots. In an encoder there is only a full form, without causality. All
 compute
 
-    o_t = finish(sum_s weight(t, s) v_s  +  beyond_t)  +  sum_{j < W} c_j v_{t-j}
+    o_t = combine(sum_s weight(t, s) v_s, beyond_t)  +  sum_{j < W} c_j v_{t-j}
 
 where the weights run over the rows that the state keeps, `beyond` is what a mixer makes of groups
 whose rows are gone, and the last term is the causal depthwise convolution (one kernel of W taps per
@@ -16,6 +16,7 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -24,13 +25,13 @@ from torch import nn
 
 from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
-from linspec.kernels.linear import fuse
-from linspec.layout import Layout
+from linspec.kernels.linear import Fuse
+from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve, convolve_both
 from linspec.registry import Registry
 from linspec.relative import RelativeBias
 from linspec.rope import rotate
-from linspec.state import RowSpec, RowState
+from linspec.state import RowSpec, RowState, add_products
 
 if TYPE_CHECKING:
     from linspec.step import Segment
@@ -38,18 +39,40 @@ if TYPE_CHECKING:
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 
 
+@dataclass(frozen=True, slots=True)
+class NativeForm:
+    """A mixer's step as `csrc/attention.inc.h` knows it.
+
+    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
+    of unit features instead of a softmax. alpha: factor on the sums.
+    """
+
+    window: int = 0
+    group: int = 0
+    span: int = 1
+    squares: bool = False
+    alpha: float = 0.0
+
+
 class Mixer(nn.Module):
     """The part of a block through which a token sees other tokens.
 
-    causal: False for a mixer whose weights need the whole sequence; it fits encoders only.
-    biased: whether weights take a relative position bias, where the backbone has one.
+    `settings` names the sizes of MixerConfig that only some mixers have. causal: False for a mixer
+    whose weights need the whole sequence; it fits encoders only. biased: whether weights take a
+    relative position bias, where the backbone has one.
     """
 
+    settings: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
+        for name in ("features", "keep"):
+            if getattr(mixer, name) and name not in self.settings:
+                raise ConfigError(
+                    f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
+                )
         self._check_direction(config, mixer)
         self.config, self.mixer = config, mixer
         self.heads, self.kv_heads = config.heads, config.kv_heads
@@ -79,11 +102,20 @@ class Mixer(nn.Module):
                 f"mixer {mixer.name!r} sees later tokens and fits encoders only; choose another for a "
                 "decoder (linspec list)"
             )
-        if not config.causal and type(self).mix_all is Mixer.mix_all:
+        if not config.causal and not self.bidirectional():
             raise ConfigError(
                 f"mixer {mixer.name!r} has no bidirectional form and fits decoders only; choose "
                 "another for an encoder (linspec list)"
             )
+
+    @classmethod
+    def bidirectional(cls) -> bool:
+        """Whether there is a form for encoders: one that is as much the mixer's own as its causal form."""
+        owners = [
+            next(place for place, kind in enumerate(cls.__mro__) if name in kind.__dict__)
+            for name in ("mix_all", "mix")
+        ]
+        return owners[0] <= owners[1] and cls.mix_all is not Mixer.mix_all
 
     # ---- what a mixer defines
 
@@ -117,20 +149,24 @@ class Mixer(nn.Module):
         """Step form on features: what nodes with queries q read from the rows and sums of their slots.
 
         q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as `RowState`
-        keeps them -> [R, Hkv, rep, N, V'].
+        keeps them -> [R, Hkv, rep, N, V].
         """
         # the queries of all heads that share a key, as rows of one product
         products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
         weights = self.weights(products, layout)
         return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
 
+    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+        """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
+        return None
+
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """What keys become when their group closes into a sum: [..., Hkv, C, K'] -> [..., Hkv, C, S]."""
+        """What row keys become when their group closes into a sum: [.., Hkv, C, K'] -> [.., Hkv, C, S]."""
         return k
 
-    def finish(self, o: torch.Tensor) -> torch.Tensor:
-        """Last touch on outputs [..., V'] -> [..., V] before the convolution, such as a denominator."""
-        return o
+    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums [Hkv, S, Z] after rows of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
+        return add_products(sums, self.summed_keys(keys), values)
 
     def mix(
         self,
@@ -141,7 +177,7 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and row values v [B, Hkv, T, V'].
 
-        sums [B, Hkv, K', V'] are the groups closed before the sequence. Returns [B, H, T, V'].
+        sums [B, Hkv, S, Z] are the groups closed before the sequence. Returns [B, H, T, V].
         """
         raise NotImplementedError
 
@@ -155,6 +191,10 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def native_form(self) -> NativeForm | None:
+        """What the C library needs to compute the step form; None when it cannot."""
+        return None
+
     # ---- the forms
 
     def project(
@@ -166,9 +206,12 @@ class Mixer(nn.Module):
         if self.config.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=-2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        gates = self.row_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
         q, k = self.features(both).split((self.heads, self.kv_heads), dim=-2)
+        if gates is not None:
+            k = torch.cat((k, gates), dim=-1)
         return q, k, self.row_values(v)
 
     def _projections(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,13 +219,16 @@ class Mixer(nn.Module):
             return self.qkv(x)
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
         self.qkv = fuse(self.q, self.k, self.v)
-        if self.mixer.taps and self.config.causal:
-            self.reach = self._padded_taps().detach()
         self.o = fuse(self.o)
         del self.q, self.k, self.v
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        if self.mixer.taps and self.config.causal:
+            self.reach = self._padded_taps().detach()
 
     def forward(
         self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
@@ -204,8 +250,8 @@ class Mixer(nn.Module):
         lead: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`mix`, finished, plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
-        o = self.finish(self.mix(q, k, v, sums))
+        """`mix` plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
+        o = self.mix(q, k, v, sums)
         if self.mixer.taps:
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
@@ -213,10 +259,10 @@ class Mixer(nn.Module):
     def _full_both(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
-        """`mix_all`, finished, plus the centred convolution."""
+        """`mix_all` plus the centred convolution."""
         if real is not None:
             k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
-        o = self.finish(self.mix_all(q, k, v, real))
+        o = self.mix_all(q, k, v, real)
         if self.mixer.taps:
             o = o + convolve_both(v, self.taps, self.repeats)[..., : self.head_width]
         return o
@@ -255,15 +301,14 @@ class Mixer(nn.Module):
         """A few nodes a row, any tree: one masked product over the rows of each slot."""
         state.stage(layer, segment.start, segment.lengths, k, v)
         layout = segment.layout(state)
-        slots, width = segment.slots, layout.columns.shape[1]
+        slots, width = segment.slots, layout.width
         keys = state.keys[layer, slots, :, :width]
         values = state.values[layer, slots, :, : state.spec.lead + width]
         sums = state.sums[layer, slots] if state.spec.sum_width else None
         q = q.unflatten(1, (self.kv_heads, self.repeats))
-        o = self.finish(self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums))
+        o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
         if self.mixer.taps:
-            kernel = self._tap_weights(layout, state.spec.lead).flatten(2, 3).to(o.dtype)
-            o = o + (kernel @ values[..., : self.head_width]).unflatten(2, o.shape[2:4])
+            o = o + self._convolved(values[..., : self.head_width], layout, state.spec.lead)
         return o.flatten(1, 2)
 
     def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
@@ -275,10 +320,43 @@ class Mixer(nn.Module):
         bias: torch.Tensor = relative(layout.memo(("buckets", relative.config), buckets))
         return bias.unflatten(1, (self.kv_heads, self.repeats))
 
-    def _tap_weights(self, layout: Layout, lead: int) -> torch.Tensor:
-        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
+    def _convolved(self, values: torch.Tensor, layout: Layout, lead: int) -> torch.Tensor:
+        """The convolution for the nodes of a step: values [R, Hkv, lead + C, V] -> [R, Hkv, rep, N, V]."""
+        if layout.tree is not None:
+            # no node of a single slot reaches past the last W - 1 committed rows
+            values = values[:, :, layout.rows[0][0] :]
+            kernel = self._tree_kernel(layout.tree, lead)
+        else:
+            key = ("taps", self.mixer.taps, lead)
+            kernel = self._kernel(
+                layout.memo(
+                    key,
+                    lambda: tap_distances(
+                        layout.offsets, layout.columns, layout.visible, self.mixer.taps, lead
+                    ),
+                )
+            )
+        o = kernel.flatten(2, 3).to(values.dtype) @ values
+        return o.unflatten(2, kernel.shape[2:4])
+
+    def _tree_kernel(self, tree: StagedTree, lead: int) -> torch.Tensor:
+        """`_kernel` for one slot, whose committed rows do not matter: kept with the tree."""
         count = self.mixer.taps
-        distance = layout.memo(("taps", count, lead), lambda: tap_distances(layout, count, lead))
+
+        def distances() -> torch.Tensor:
+            offsets = tree.depths[None, len(tree.depths) - len(tree.seen) :]
+            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, lead)
+
+        found: torch.Tensor = tree.memo(("taps", count, lead), distances)
+        if self.reach is None:
+            return self._kernel(found)
+        # the taps stand beside their kernel so that no other tensor can get their id
+        kept = tree.memo(id(self.reach), lambda: (self._kernel(found), self.reach))
+        kernel: torch.Tensor = kept[0]
+        return kernel
+
+    def _kernel(self, distance: torch.Tensor) -> torch.Tensor:
+        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
         taps = self._padded_taps() if self.reach is None else self.reach
         return taps[:, :, distance].movedim(2, 0)
 
@@ -310,15 +388,18 @@ class Mixer(nn.Module):
         return out
 
 
-def tap_distances(layout: Layout, taps: int, lead: int) -> torch.Tensor:
+def tap_distances(
+    offsets: torch.Tensor, columns: torch.Tensor, visible: torch.Tensor, taps: int, lead: int
+) -> torch.Tensor:
     """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
 
-    A node's window is itself and its nearest ancestors; past the root it reads committed rows.
+    offsets [R, N], columns [R, C], visible [R, N, C]: see Layout. A node's window is itself and its
+    nearest ancestors; past the root it reads committed rows.
     """
-    before = torch.arange(-lead, 0, device=layout.columns.device).expand(len(layout.columns), -1)
-    columns = torch.cat((before, layout.columns), dim=1)
-    visible = F.pad(layout.visible, (lead, 0), value=True)
-    distance = layout.offsets[:, :, None] - columns[:, None, :]
+    before = torch.arange(-lead, 0, device=columns.device).expand(len(columns), -1)
+    columns = torch.cat((before, columns), dim=1)
+    visible = F.pad(visible, (lead, 0), value=True)
+    distance = offsets[:, :, None] - columns[:, None, :]
     return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)
 
 

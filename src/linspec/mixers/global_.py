@@ -16,11 +16,11 @@ from linspec.mixers.linear import GroupedLinear
     summary="linear attention over earlier groups only",
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
     state="d² + 2·G·d per KV head",
+    direction="causal",
+    cost="(2·G + d)·d per token",
 )
 class Global(GroupedLinear):
     """o_t = α q̂_t S_g(t); α starts at 1, as nothing else carries information."""
-
-    biased = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.span > 1 or mixer.kernel != "own":
@@ -31,7 +31,7 @@ class Global(GroupedLinear):
         super().__init__(config, mixer)
         self.alpha = nn.Parameter(torch.ones(()))
 
-    def sum_scale(self) -> torch.Tensor | float | None:
+    def sum_scale(self) -> torch.Tensor | float:
         return self.alpha
 
     def in_group(self, products: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from linspec.config import MixerConfig, StackConfig
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.linear import GroupedLinear
 
 
@@ -14,15 +14,22 @@ from linspec.mixers.linear import GroupedLinear
     "grouped",
     summary="local attention + α · linear attention over earlier groups",
     paper="You et al. 2024, arXiv 2406.07368",
-    state="d² + 2·G·d per KV head",
+    state="d² + 2·n·G·d per KV head",
+    direction="causal",
+    cost="(2·n·G + d)·d per token",
 )
 class Grouped(GroupedLinear):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
+
+    biased = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def sum_scale(self) -> torch.Tensor | float | None:
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(float(self.alpha)) if type(self) is Grouped else None
+
+    def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

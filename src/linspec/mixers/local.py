@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.linear import GroupedLinear
 
 
@@ -10,9 +10,15 @@ from linspec.mixers.linear import GroupedLinear
     "local",
     summary="relu(q·k)² inside a group of tokens",
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
-    state="2·G·d per KV head",
+    state="2·n·G·d per KV head",
+    direction="causal",
+    cost="2·n·G·d per token",
 )
 class Local(GroupedLinear):
     """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
 
     summed = False
+    biased = True
+
+    def native_form(self) -> NativeForm | None:
+        return self._native_groups(0.0) if type(self) is Local else None

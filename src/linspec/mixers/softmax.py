@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.layout import Layout
-from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
 from linspec.state import RowSpec
 
@@ -16,6 +16,8 @@ from linspec.state import RowSpec
     summary="causal softmax attention",
     paper="Vaswani et al. 2017, arXiv 1706.03762",
     state="2·T·d per KV head",
+    direction="causal",
+    cost="2·T·d per token",
 )
 class Softmax(Mixer):
     """Every token attends to all tokens before it; in an encoder to all tokens."""
@@ -29,6 +31,10 @@ class Softmax(Mixer):
             value_width=self.head_width,
             lead=max(0, self.mixer.taps - 1),
         )
+
+    def native_form(self) -> NativeForm | None:
+        # a subclass may weigh rows in another way
+        return NativeForm() if type(self) is Softmax and self.relative is None else None
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from linspec.layout import Layout
-from linspec.mixers.base import MIXERS
+from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
 from linspec.state import RowSpec
 
@@ -17,12 +17,21 @@ from linspec.state import RowSpec
     summary="softmax attention over the last `window` tokens",
     paper="Child et al. 2019, arXiv 1904.10509",
     state="2·window·d per KV head",
+    direction="causal",
+    cost="2·window·d per token",
 )
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""
 
     def row_spec(self) -> RowSpec:
         return replace(super().row_spec(), window=self.mixer.window)
+
+    def native_form(self) -> NativeForm | None:
+        return (
+            NativeForm(window=self.mixer.window)
+            if type(self) is Window and self.relative is None
+            else None
+        )
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         size = self.mixer.window

@@ -10,7 +10,7 @@ from torch import nn
 
 from linspec.config import StackConfig
 from linspec.errors import ConfigError
-from linspec.kernels.linear import fuse
+from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
         self.gate_up: nn.Module | None = None
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace the layers by their inference form: one product for gate and up."""
         if self.gated:
             self.gate_up = fuse(self.gate, self.up)
@@ -82,10 +82,14 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace every part by its inference form."""
-        self.mixer.prepare()
-        self.mlp.prepare()
+        self.mixer.prepare(fuse)
+        self.mlp.prepare(fuse)
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        self.mixer.settle()
         self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
 
     def step(

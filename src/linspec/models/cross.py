@@ -17,12 +17,12 @@ from torch import nn
 
 from linspec.config import DecoderConfig
 from linspec.errors import StateError
-from linspec.kernels.linear import fuse
+from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.decoder import Decoder
-from linspec.state import DecoderState, KeyMap, RowSpec, RowState, Snapshot
+from linspec.state import DecoderState, Fold, RowSpec, RowState, Snapshot
 from linspec.step import Segment
 
 
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
             q, source.keys, source.values, attn_mask=mask, scale=self.scale
         )
 
-    def prepare(self) -> None:
+    def prepare(self, fuse: Fuse) -> None:
         """Replace what every step uses by its inference form."""
         self.q, self.o = fuse(self.q), fuse(self.o)
 
@@ -116,9 +116,12 @@ class CrossBlock(Block):
         x = x + self.cross.step(self.cross_norm(x), segments, state.source, layer)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self) -> None:
-        super().prepare()
-        self.cross.prepare()
+    def prepare(self, fuse: Fuse) -> None:
+        super().prepare(fuse)
+        self.cross.prepare(fuse)
+
+    def settle(self) -> None:
+        super().settle()
         self.cross_norm = prepare_norm(self.cross_norm)
 
 
@@ -133,9 +136,9 @@ class SourceState(DecoderState):
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        summed_keys: Sequence[KeyMap],
+        folds: Sequence[Fold],
     ) -> None:
-        super().__init__(specs, slots, dtype=dtype, device=device, summed_keys=summed_keys)
+        super().__init__(specs, slots, dtype=dtype, device=device, folds=folds)
         self.source = RowState(source, len(specs), slots, dtype=dtype, device=device)
 
     def read(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -200,7 +203,7 @@ class CrossDecoder(Decoder):
             source,
             dtype=weight.dtype,
             device=weight.device,
-            summed_keys=[mixer.summed_keys for mixer in mixers],
+            folds=[mixer.fold for mixer in mixers],
         )
 
     def run(

@@ -11,13 +11,14 @@ from torch import nn
 
 from linspec.config import DecoderConfig
 from linspec.errors import ContextOverflow
-from linspec.kernels.linear import fuse
+from linspec.kernels.cpu.step import NativeStep, native_step
+from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
-from linspec.state import DecoderState
+from linspec.state import STAGE_ROWS, DecoderState
 from linspec.step import Feed, Segment, depths, segments_of
 
 
@@ -50,6 +51,9 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
         self.prepared = False
+        self.native: NativeStep | None = None
+        # fingerprint of the plain weights, kept when these are gone
+        self.identity: str | None = None
 
     def make_block(self, layer: int) -> Block:
         """The block of one layer."""
@@ -79,7 +83,7 @@ class Decoder(nn.Module):
 
     def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
         """Embedded ids, and the rotation of their positions where there is one."""
-        x = self.embed(ids)
+        x = self.embed(ids).to(self.dtype)
         if self.config.positions == "learned":
             return x + self.embed_positions(positions), None
         if self.config.positions == "rope":
@@ -101,32 +105,45 @@ class Decoder(nn.Module):
         ids = torch.tensor([[*prompt, *output] for output in outputs])
         return self.head(self.hidden(ids.to(self.embed.weight.device))[:, -1])
 
-    def prepare(self) -> Decoder:
+    def prepare(self, fuse: Fuse = fuse) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
 
         Projections of the same input become one product, with weights prepacked where that pays. The
-        full form still works; training and saving do not. Calling it again changes nothing.
+        full form still works; training and saving do not. Calling it again changes nothing. `fuse` makes
+        the layers, by default in the precision of the weights.
         """
         if self.prepared:
             return self
         self.eval().requires_grad_(False)
         for block in self.layers:
-            block.prepare()
-        self.norm = prepare_norm(self.norm)
+            block.prepare(fuse)
         self.add_module("head", fuse(self.head))
         self.prepared = True
+        if not self.embed.weight.is_meta:
+            self.settle()
         return self
+
+    def settle(self) -> None:
+        """Compute what depends on the weights of the inference form, once these are final."""
+        for block in self.layers:
+            block.settle()
+        self.norm = prepare_norm(self.norm)
+        self.native = native_step(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed and kept in states; embeddings may be narrower."""
+        return self.norm.get_parameter("weight").dtype
 
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
-        weight = self.embed.weight
         mixers = [block.mixer for block in self.layers]
         return DecoderState(
             [mixer.row_spec() for mixer in mixers],
             slots,
-            dtype=weight.dtype,
-            device=weight.device,
-            summed_keys=[mixer.summed_keys for mixer in mixers],
+            dtype=self.dtype,
+            device=self.embed.weight.device,
+            folds=[mixer.fold for mixer in mixers],
         )
 
     def open(
@@ -144,19 +161,58 @@ class Decoder(nn.Module):
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
         """
+        parts = self._apart(feeds)
+        outputs = [self._step([feeds[i] for i in part], state) for part in parts]
+        return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
+
+    def _apart(self, feeds: Sequence[Feed]) -> list[list[int]]:
+        """Which feeds are computed together.
+
+        The one-call step takes trees only. It must take all of them: a tree that shared a step with a
+        prompt would be rounded in another way than one that did not.
+        """
+        if self.native is None:
+            return [list(range(len(feeds)))]
+        parts = [
+            [i for i, feed in enumerate(feeds) if (len(feed.tokens) > STAGE_ROWS) is long]
+            for long in (False, True)
+        ]
+        return [part for part in parts if part] or [[]]
+
+    def _step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
         segments = segments_of(feeds, state)
         places = [self._positions(feed, state) for feed in feeds]
         for feed in feeds:
             state.reserve(feed.slot, len(feed.tokens))
+        rows, wanted = _wanted(feeds)
+        if self.native is not None and not any(segment.long for segment in segments):
+            parents = [each for segment in segments for each in segment.parents]
+            hidden, logits = self.native.run(feeds, parents, places, wanted, state)
+        else:
+            hidden, logits = self._by_layers(feeds, segments, places, wanted, state)
+        for segment in segments:
+            for slot, new in zip(segment.slot_range, segment.parents, strict=True):
+                state.record(slot, new)
+        return StepOutput(hidden, logits, rows)
+
+    def _by_layers(
+        self,
+        feeds: Sequence[Feed],
+        segments: list[Segment],
+        places: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        state: DecoderState,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of the `wanted` nodes, by torch's operators."""
         device = self.embed.weight.device
         ids = torch.tensor([t for feed in feeds for t in feed.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
         x, rope = self.enter(ids, positions)
         x = self.run(x, rope, segments, state)
-        for segment in segments:
-            for slot, parents in zip(segment.slot_range, segment.parents, strict=True):
-                state.record(slot, parents)
-        return self._outputs(x, feeds)
+        if len(wanted) < len(x):
+            x = x[torch.tensor(wanted, device=device)]
+        hidden = self.leave(x)
+        return hidden, self.head(hidden)
 
     def run(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
@@ -180,17 +236,31 @@ class Decoder(nn.Module):
             )
         return places
 
-    def _outputs(self, x: torch.Tensor, feeds: Sequence[Feed]) -> StepOutput:
-        rows: list[slice] = []
-        wanted: list[int] = []
-        first = 0
-        for feed in feeds:
-            count = len(feed.tokens)
-            keep = range(first if feed.all_logits else first + count - 1, first + count)
-            rows.append(slice(len(wanted), len(wanted) + len(keep)))
-            wanted += keep
-            first += count
-        if len(wanted) < first:
-            x = x[torch.tensor(wanted, device=x.device)]
-        hidden = self.leave(x)
-        return StepOutput(hidden, self.head(hidden), rows)
+
+def _wanted(feeds: Sequence[Feed]) -> tuple[list[slice], list[int]]:
+    """Which of the packed nodes have logits, and which of those belong to each feed."""
+    rows: list[slice] = []
+    wanted: list[int] = []
+    first = 0
+    for feed in feeds:
+        count = len(feed.tokens)
+        keep = range(first if feed.all_logits else first + count - 1, first + count)
+        rows.append(slice(len(wanted), len(wanted) + len(keep)))
+        wanted += keep
+        first += count
+    return rows, wanted
+
+
+def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:
+    """One output of several, with rows in the order of all feeds."""
+    rows: dict[int, slice] = {}
+    first = 0
+    for part, output in zip(parts, outputs, strict=True):
+        for feed, own in zip(part, output.rows, strict=True):
+            rows[feed] = slice(first + own.start, first + own.stop)
+        first += len(output.hidden)
+    return StepOutput(
+        torch.cat([output.hidden for output in outputs]),
+        torch.cat([output.logits for output in outputs]),
+        [rows[feed] for feed in sorted(rows)],
+    )

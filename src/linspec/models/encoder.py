@@ -10,6 +10,7 @@ from torch import nn
 
 from linspec.config import EncoderConfig
 from linspec.errors import ContextOverflow, InputError
+from linspec.kernels.linear import fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
@@ -125,5 +126,6 @@ class Encoder(nn.Module):
     def prepare(self) -> None:
         """Replace every part by its inference form."""
         for block in self.layers:
-            block.prepare()
+            block.prepare(fuse)
+            block.settle()
         self.norm = prepare_norm(self.norm)

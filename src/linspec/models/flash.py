@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from linspec.flash_config import FlashConfig
+from linspec.kernels.linear import Fuse
 from linspec.mixers.base import Rope
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.gau import GatedAttentionUnit, TokenShift
 from linspec.rope import Rotary, inverse_frequencies
-from linspec.state import DecoderState
+from linspec.state import DecoderState, add_products
 from linspec.step import Segment
 
 
@@ -54,8 +55,11 @@ class FlashBlock(Block):
         shifted = self.shift.step(self.mixer_norm(x), segments, *shift)
         return x + self.mixer.step(shifted, rope, segments, *unit)
 
-    def prepare(self) -> None:
-        self.mixer.prepare()
+    def prepare(self, fuse: Fuse) -> None:
+        self.mixer.prepare(fuse)
+
+    def settle(self) -> None:
+        self.mixer.settle()
 
 
 class Flash(Decoder):
@@ -91,7 +95,7 @@ class Flash(Decoder):
             slots,
             dtype=self.embed.weight.dtype,
             device=self.embed.weight.device,
-            summed_keys=[unit.summed_keys for unit in units] + [_unchanged] * len(shifts),
+            folds=[unit.fold for unit in units] + [add_products] * len(shifts),
         )
 
     def run(
@@ -100,7 +104,3 @@ class Flash(Decoder):
         for layer, block in enumerate(self.units):
             x = block.flash_step(x, rope, segments, state, layer)
         return x
-
-
-def _unchanged(keys: torch.Tensor) -> torch.Tensor:
-    return keys

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.flash_config import FlashConfig
-from linspec.kernels.linear import fuse
+from linspec.kernels.linear import Fuse
+from linspec.layout import Layout
 from linspec.mixers.base import Rope, tap_distances
 from linspec.mixers.linear import GroupedLinear
 from linspec.relative import RelativeBias
@@ -44,7 +45,9 @@ class GatedAttentionUnit(GroupedLinear):
         self.head_width, self.qk_width = config.mlp_width, config.head_width
         self.variant = config.variant
         self.summed = config.variant in ("grouped", "aug")
-        self.wide = nn.Linear(config.width, 2 * config.mlp_width)
+        # two maps of one projection, made there
+        self.arranged, self.one_map, self.raw = False, False, True
+        self.broad = nn.Linear(config.width, 2 * config.mlp_width)
         self.narrow = nn.Linear(config.width, config.head_width)
         self.inner: nn.Module | None = None
         self.reach: torch.Tensor | None = None
@@ -70,7 +73,10 @@ class GatedAttentionUnit(GroupedLinear):
         )
 
     def near_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return F.pad(q[..., : self.qk_width], (0, self.qk_width))
+        return q[..., : self.qk_width]
+
+    def near_keys(self, k: torch.Tensor) -> torch.Tensor:
+        return k[..., : self.qk_width]
 
     def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
         return q[..., self.qk_width :]
@@ -78,10 +84,10 @@ class GatedAttentionUnit(GroupedLinear):
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
         return k[..., self.qk_width :]
 
-    def sum_scale(self) -> float | None:
-        return 1 / self.mixer.group if self.summed else None
+    def sum_scale(self) -> float:
+        return 1 / self.mixer.group
 
-    def near(
+    def near_weights(
         self,
         products: torch.Tensor,
         seen: torch.Tensor | None,
@@ -106,7 +112,7 @@ class GatedAttentionUnit(GroupedLinear):
         time = q.shape[2]
         seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
         bias = self.relative.between(time, time)
-        return self.near(self.near_queries(q) @ k.mT, seen, bias) @ v
+        return self.near_weights(self.near_queries(q) @ self.near_keys(k).mT, seen, bias) @ v
 
     # ---- projections
 
@@ -129,14 +135,12 @@ class GatedAttentionUnit(GroupedLinear):
     def _projections(self, x: torch.Tensor) -> torch.Tensor:
         if self.inner is not None:
             return self.inner(x)
-        return torch.cat((self.wide(x), self.narrow(x)), dim=-1)
+        return torch.cat((self.broad(x), self.narrow(x)), dim=-1)
 
-    def prepare(self) -> None:
-        self.inner = fuse(self.wide, self.narrow)
-        if self.mixer.taps:
-            self.reach = self._padded_taps().detach()
+    def prepare(self, fuse: Fuse) -> None:
+        self.inner = fuse(self.broad, self.narrow)
         self.o = fuse(self.o)
-        del self.wide, self.narrow
+        del self.broad, self.narrow
 
     def forward(
         self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
@@ -190,7 +194,12 @@ class TokenShift(nn.Module):
         else:
             state.stage(*at)
             layout = segment.layout(state)
-            values = state.values[layer, segment.slots, :, : 1 + layout.columns.shape[1]]
-            parent = layout.memo("parent", lambda: tap_distances(layout, 2, 1) == 1)
+            values = state.values[layer, segment.slots, :, : 1 + layout.width]
+            parent = layout.memo("parent", lambda: _parents(layout))
             before = parent[:, None].to(values.dtype) @ values
         return segment.pack(before.transpose(1, 2)).flatten(1)
+
+
+def _parents(layout: Layout) -> torch.Tensor:
+    """Which row, lead included, is the token before each node: [R, N, 1 + C]."""
+    return tap_distances(layout.offsets, layout.columns, layout.visible, 2, 1) == 1

@@ -32,6 +32,8 @@ from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
 from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
+from linspec.models.memory import check_memory
+from linspec.models.quantized import ENTRY, load_quantized
 from linspec.models.t5 import T5
 from linspec.models.weights import (
     INDEX,
@@ -85,7 +87,12 @@ def load_model(
     Raises CheckpointError when a file is missing, damaged or does not fit the others, and
     UnsupportedModel when the checkpoint is sound but of a kind or family that does not fit.
     """
-    return _load(resolve(source), Decoder, dtype).to(device)
+    folder = resolve(source)
+    config, family = _read_config(folder)
+    quantization = read_json(folder / "config.json").get(ENTRY)
+    if family is None and quantization is not None and isinstance(config, DecoderConfig):
+        return _load_quantized(folder, config, quantization, dtype, device)
+    return _load(folder, Decoder, dtype).to(device)
 
 
 def load_encoder(
@@ -130,7 +137,9 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     expected = _own_tensors(model)
     if family is not None:
         expected = family.to_theirs(expected, config)
-    tensors = read_tensors(files, _match(expected, shapes, family, folder), dtype)
+    names = _match(expected, shapes, family, folder)
+    check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
+    tensors = read_tensors(files, names, dtype)
     if family is not None:
         tensors = family.to_ours(tensors, config)
     _fill(model, tensors)
@@ -145,6 +154,21 @@ def _wrong_kind(folder: Path, found: ModelConfig, wanted: Kind) -> UnsupportedMo
         f"{folder} holds a model of kind {kind.name!r} (family {found.family}), which "
         f"{wanted.loader} does not read: it wants kind {wanted.name!r}. Use {kind.loader}"
     )
+
+
+def _load_quantized(
+    folder: Path,
+    config: DecoderConfig,
+    quantization: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Decoder:
+    if torch.device(device).type != "cpu" or dtype != torch.float32:
+        raise ConfigError(
+            f"{folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{dtype}; use the model that it was made from"
+        )
+    return load_quantized(folder, config, quantization)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
@@ -196,7 +220,7 @@ def save_model(
     family = families.family_of(model.config, _own_tensors(model))
     tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    config = _config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
+    config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
     with _aside(Path(out)) as aside:
         named = tensors if family is None else family.on_disk(tensors, model.config)
         write_tensors(named, aside, shard_bytes)
@@ -328,7 +352,8 @@ def _fill(model: Model, tensors: Tensors) -> None:
     assert not bare, f"buffers must be persistent to be loaded: {bare}"
 
 
-def _config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
+def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
+    """What config.json says, in the format of `family` or, without one, in linspec's own."""
     if family is not None:
         return families.write_config(family, config)
     kind = kind_of(config)

@@ -41,7 +41,7 @@ class DrafterConfig:
     blocks: int = 1
     hidden: int = 512
     shared_head: bool = True
-    tokens: int = 1_500_000
+    tokens: int = 3_000_000
     context: int = 512
     batch_tokens: int = 4096
     lr: float = 5e-3

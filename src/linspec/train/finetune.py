@@ -50,8 +50,10 @@ def add_lora(student: Decoder, rank: int, alpha: int, seed: int) -> PeftModel:
 
 def trained_in_full(name: str) -> bool:
     """True for the weights that stay trainable beside the adapters."""
-    *_, module, last = ("", *name.split("."))
-    return last in ("alpha", "taps") or "norm" in module or module.startswith("embed")
+    *_, module, _ = ("", *name.split("."))
+    # what a mixer holds itself, not in a layer of its own: α, taps, feature maps, gates
+    own = module == "mixer"
+    return own or "norm" in module or module.startswith("embed")
 
 
 def merge_lora(adapted: PeftModel) -> Decoder:

@@ -29,7 +29,7 @@ from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, reso
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
-from linspec.train.reach import spans_by_need
+from linspec.train.reach import Reach, measure_reach
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.transfer import Transfer
 
@@ -43,6 +43,12 @@ CLOSE_LR = 3e-4
 FAR_LR, FAR_TRANSFER = 2e-3, 0.4
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
+# weights that start where they say nothing and have far to go
+FROM_NOTHING = ("alpha", "taps", "gamma", "gate_bias", "gate_map")
+# mixers that by default keep the teacher's softmax weights within reach ...
+SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
+# ... and all that have exact weights there
+SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +58,9 @@ class LinearizeConfig:
     tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
     need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
     transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
-    mixer_lr_factor: on the rate of α and taps, which start at zero and have far to go. kl_weight: of
-    KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights, else adapters of
-    this rank.
+    mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
+    kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
+    else adapters of this rank.
     """
 
     tokens: int = 2_200_000
@@ -115,7 +121,7 @@ class LinearizeConfig:
             lr=self.transfer_lr if transfer else self.lr,
             muon_lr=None if transfer or self.lora_rank else self.muon_lr,
             warmup=self.warmup,
-            lr_factors=(("alpha", self.mixer_lr_factor), ("taps", self.mixer_lr_factor)),
+            lr_factors=tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING),
             precision=self.precision,
             save_every=self.save_every,
             seed=self.seed,
@@ -134,6 +140,7 @@ def linearize(
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
     keep_softmax: Sequence[int] = (),
+    softmax_layers: int = 0,
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
     config: LinearizeConfig | None = None,
@@ -145,8 +152,9 @@ def linearize(
     mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
     `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
     with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
-    the teacher, layers that need to see far get more of them (see `spans_by_need`). keep_softmax:
-    layers that keep the mixer they have. A mixer that changes nothing trains the teacher on (see
+    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
+    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see
+    far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state.
@@ -170,10 +178,15 @@ def linearize(
     _check_context(teacher.config.with_mixers(mixers), config.context)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
     by_need = free and bool(changed)
+    if not 0 <= softmax_layers < max(1, len(changed)):
+        raise ConfigError(
+            f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got {softmax_layers}"
+        )
     plan = {
         "source": str(source),
         "mixers": [asdict(m) for m in mixers],
         "rows": rows if by_need else None,
+        "softmax_layers": softmax_layers,
         "data": [str(d) for d in data],
         "field": field,
         "config": asdict(config),
@@ -182,8 +195,16 @@ def linearize(
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            if by_need:
-                mixers = _with_spans(teacher, mixers, changed, windows, rows, folder)
+            if by_need or softmax_layers:
+                mixers = _by_need(
+                    teacher,
+                    mixers,
+                    changed,
+                    windows,
+                    folder,
+                    rows=rows if by_need else None,
+                    softmax_layers=softmax_layers,
+                )
             student = with_mixers(teacher, mixers)
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
@@ -231,7 +252,6 @@ def make_mixer(
         MIXERS.entry(mixer.name)
         return mixer
     MIXERS.entry(mixer)
-    near = mixer in ("local", "grouped", "aug")
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
@@ -239,8 +259,8 @@ def make_mixer(
     return MixerConfig(
         name=mixer,
         group=group,
-        span=span if span is not None else 2 if near else 1,
-        kernel=kernel if kernel is not None else "softmax" if near else "own",
+        span=span if span is not None else 2 if mixer in SEE_EXACTLY else 1,
+        kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
         taps=taps,
         window=window,
     )
@@ -283,22 +303,37 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     return found
 
 
-def _with_spans(
+def _by_need(
     teacher: Decoder,
     mixers: tuple[MixerConfig, ...],
     layers: Sequence[int],
     windows: Windows,
-    rows: int,
     folder: Path,
+    *,
+    rows: int | None,
+    softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
-    """`mixers` with the spans that `layers` need; measured once for a run that is resumed."""
-    file = folder / "spans.json"
+    """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
+
+    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    """
+    file = folder / "reach.json"
     if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS)
-        found = spans_by_need(teacher, mixers[layers[0]], layers, batch, rows)
-        replace_text(file, json.dumps([found.get(i, 1) for i in range(len(mixers))]))
-    spans = json.loads(file.read_text(encoding="utf-8"))
-    return spread(mixers, spans, set(range(len(mixers))) - set(layers))
+        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
+        measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
+        replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
+    spans, losses = json.loads(file.read_text(encoding="utf-8"))
+    reach = Reach(spans, dict(zip(layers, losses, strict=True)))
+    kept = reach.neediest(softmax_layers)
+    found = list(mixers)
+    for layer in kept:
+        found[layer] = teacher.config.mixers[layer]
+    rest = reach.without(kept)
+    if rows is not None:
+        groups = len(rest.losses) * rows // mixers[layers[0]].group
+        for layer, span in rest.spans_by_need(groups).items():
+            found[layer] = replace(found[layer], span=span)
+    return tuple(found)
 
 
 def spread(

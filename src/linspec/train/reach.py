@@ -6,9 +6,9 @@ of rows that every layer gets alike is wasted on most of them, so it goes where 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,33 +22,52 @@ from linspec.train.loop import fast_bfloat16
 from linspec.train.transfer import mixer_of
 
 
-def spans_by_need(
-    teacher: Decoder,
-    mixer: MixerConfig,
-    layers: Sequence[int],
-    batch: torch.Tensor,
-    rows: int,
-) -> dict[int, int]:
-    """The span of each of `layers` so that they see `rows` tokens exactly in the mean.
+@dataclass(frozen=True)
+class Reach:
+    """Loss in nats of the teacher with one layer changed: losses[layer][i] at a span of spans[i]."""
 
-    mixer: what the layers become. batch [B, T + 1]: text to measure on. Raises ConfigError when
-    `rows` is less than one group.
-    """
-    if rows < mixer.group:
-        raise ConfigError(
-            f"{rows} rows a layer are less than one group of {mixer.group} tokens; give more rows "
-            "or smaller groups"
+    spans: list[int]
+    losses: dict[int, list[float]]
+
+    def spans_by_need(self, groups: int) -> dict[int, int]:
+        """A span for each layer, in all at most `groups`; raises ConfigError when they are too few."""
+        if groups < len(self.losses):
+            raise ConfigError(
+                f"{groups} groups are too few for {len(self.losses)} layers; give more --rows or a "
+                "smaller --group"
+            )
+        chosen = allocate(list(self.losses.values()), self.spans, groups)
+        return dict(zip(self.losses, chosen, strict=True))
+
+    def without(self, layers: Iterable[int]) -> Reach:
+        """The same but for `layers`."""
+        left = set(self.losses) - set(layers)
+        return Reach(
+            self.spans, {layer: self.losses[layer] for layer in self.losses if layer in left}
         )
+
+    def neediest(self, count: int) -> list[int]:
+        """The `count` layers that lose most when they see only near, at two groups or one."""
+        near = min(1, len(self.spans) - 1)
+        return sorted(self.losses, key=lambda layer: -self.losses[layer][near])[:count]
+
+
+def measure_reach(
+    teacher: Decoder, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
+) -> Reach:
+    """Swap `mixer` into one of `layers` at a time, at spans of 1, 2, 4, … groups.
+
+    batch [B, T + 1]: text to measure on; longer spans than it is are not tried.
+    """
     most = -(-(batch.shape[1] - 1) // mixer.group)
-    spans = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
-    losses = []
+    reach = Reach([1 << i for i in range(most.bit_length()) if 1 << i <= most], {})
     with Progress("reach", len(layers)) as progress:
         for done, layer in enumerate(layers, 1):
-            measured = [_loss_with(teacher, layer, replace(mixer, span=s), batch) for s in spans]
-            losses.append(measured)
-            progress.update(done, f"layer {layer}: {measured[0]:.3f} to {measured[-1]:.3f} nats")
-    chosen = allocate(losses, spans, len(layers) * rows // mixer.group)
-    return dict(zip(layers, chosen, strict=True))
+            mixers = [replace(mixer, span=span) for span in reach.spans]
+            found = [_loss_with(teacher, layer, mixer, batch) for mixer in mixers]
+            reach.losses[layer] = found
+            progress.update(done, f"layer {layer}: {found[0]:.3f} to {found[-1]:.3f} nats")
+    return reach
 
 
 def allocate(losses: Sequence[Sequence[float]], spans: Sequence[int], budget: int) -> list[int]:

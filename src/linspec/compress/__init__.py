@@ -1,0 +1,1 @@
+"""Smaller models: weights of 8 or 4 bits."""

@@ -1,0 +1,27 @@
+/* AVX2 with the 256-bit dot product of recent client processors. */
+#include "kernels.h"
+#ifdef LS_HAVE_AVXVNNI
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,avxvnni")
+#endif
+#include "fma256.h"
+#define LS_FLOAT_ROWS 2
+#include "vector.h"
+#include "rows.inc.h"
+#include "floats.inc.h"
+#include "attention.inc.h"
+
+/* the instruction wants unsigned times signed */
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
+    return _mm256_dpbusd_avx_epi32(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+#define DOT dot
+#include "avx2.inc.h"
+
+const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,146 @@
+/* Linear layers: rows are prepared once, then every thread multiplies its share of the tiles. */
+#include "kernels.h"
+
+#define CHUNK_BYTES (256 * 1024) /* of prepared rows that one pass over the weights serves */
+
+static size_t up64(size_t n) { return (n + 63) & ~(size_t)63; }
+
+static int is_integer(const ls_linear *layer) { return layer->kind >= LS_INT8; }
+
+static size_t row_bytes(const ls_linear *layer) {
+    return is_integer(layer) ? (size_t)layer->padded : (size_t)layer->inputs * sizeof(float);
+}
+
+static size_t row_offsets(const ls_linear *layer) {
+    return layer->kind == LS_INT4 ? (size_t)layer->padded / LS_GROUP : 1;
+}
+
+/* Memory that `rows` prepared rows need. */
+size_t ls_rows_bytes(const ls_linear *layer, int rows) {
+    return up64(rows * row_bytes(layer)) + up64(rows * row_offsets(layer) * sizeof(int32_t)) +
+           up64(rows * sizeof(float));
+}
+
+/* `memory` cut into the parts of prepared rows. */
+ls_rows ls_rows_at(const ls_linear *layer, int rows, void *memory) {
+    char *at = memory;
+    ls_rows x = {rows, at, NULL, NULL};
+    at += up64(rows * row_bytes(layer));
+    x.offsets = (int32_t *)at;
+    at += up64(rows * row_offsets(layer) * sizeof(int32_t));
+    x.scales = (float *)at;
+    return x;
+}
+
+static int block_size(int rows, int row) {
+    int left = rows - row / LS_ROWS * LS_ROWS;
+    return left < LS_ROWS ? left : LS_ROWS;
+}
+
+/* Prepare rows first..last-1 of x [rows][stride]. */
+void ls_rows_fill(const ls_linear *layer, const ls_rows *to, int first, int last, const float *x,
+                  int64_t stride) {
+    const ls_ops *ops = ls_current();
+    int groups = layer->padded / LS_GROUP, each = layer->kind == LS_INT4;
+    for (int row = first; row < last; row++) {
+        int size = block_size(to->rows, row), begin = row / LS_ROWS * LS_ROWS, place = row - begin;
+        const float *from = x + row * stride;
+        if (!is_integer(layer)) {
+            float *at = (float *)to->codes + (size_t)begin * layer->inputs + place;
+            ops->put_floats(from, layer->inputs, size, at);
+            continue;
+        }
+        int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * place;
+        int32_t *offsets = to->offsets + (each ? (size_t)begin * groups : (size_t)begin) + place;
+        to->scales[row] =
+            ops->put_codes(from, layer->inputs, layer->padded, size, each, codes, offsets);
+    }
+}
+
+/* Sums of one tile over a block of rows: [rows][32]. */
+static void sum_tile(const ls_linear *layer, const ls_rows *x, int tile, int first, int rows,
+                     float *sums) {
+    const ls_ops *ops = ls_current();
+    const char *w = layer->weights;
+    int padded = layer->padded, inputs = layer->inputs, groups = padded / LS_GROUP;
+    const int8_t *codes = (const int8_t *)x->codes + (size_t)first * padded;
+    const float *floats = (const float *)x->codes + (size_t)first * inputs;
+    size_t weights = (size_t)tile * LS_TILE * (size_t)(is_integer(layer) ? padded : inputs);
+    switch (layer->kind) {
+        case LS_INT8:
+            ops->int8((const uint8_t *)w + weights, codes, x->offsets + first, padded / 4, rows,
+                      sums);
+            break;
+        case LS_INT4:
+            ops->int4((const uint8_t *)w + (size_t)tile * groups * LS_INT4_BYTES, codes,
+                      x->offsets + (size_t)first * groups, groups, rows, sums);
+            break;
+        case LS_F32: ops->f32((const float *)w + weights, floats, inputs, rows, sums); break;
+        default: ops->bf16((const uint16_t *)w + weights, floats, inputs, rows, sums);
+    }
+}
+
+static void one_tile(const ls_linear *layer, const ls_rows *x, int tile, int first, int rows,
+                     float *y, int64_t stride, int add) {
+    float sums[LS_ROWS * LS_TILE];
+    sum_tile(layer, x, tile, first, rows, sums);
+    int channel = tile * LS_TILE, width = layer->outputs - channel;
+    ls_finish to = {
+        .row_scales = is_integer(layer) ? x->scales + first : NULL,
+        .channel_scales = layer->scales ? layer->scales + channel : NULL,
+        .bias = layer->bias ? layer->bias + channel : NULL,
+        .stride = stride,
+        .width = width < LS_TILE ? width : LS_TILE,
+        .add = add,
+    };
+    ls_current()->finish(&to, rows, sums, y + first * stride + channel);
+}
+
+/* y [rows][stride] = (or += if `add`) tiles first..last-1 of the layer, for all prepared rows. */
+void ls_tiles(const ls_linear *layer, const ls_rows *x, int first, int last, float *y,
+              int64_t stride, int add) {
+    int chunk = (int)(CHUNK_BYTES / row_bytes(layer)) / LS_ROWS * LS_ROWS;
+    if (chunk < 2 * LS_ROWS) chunk = 2 * LS_ROWS;
+    for (int begin = 0; begin < x->rows; begin += chunk) {
+        int end = begin + chunk < x->rows ? begin + chunk : x->rows;
+        for (int tile = first; tile < last; tile++)
+            for (int row = begin; row < end; row += LS_ROWS) {
+                int rows = end - row < LS_ROWS ? end - row : LS_ROWS;
+                one_tile(layer, x, tile, row, rows, y, stride, add);
+            }
+    }
+}
+
+/* ---- one layer alone */
+
+typedef struct {
+    const ls_linear *layer;
+    const float *x;
+    float *y;
+    int64_t x_stride, y_stride;
+    ls_rows rows;
+} call;
+
+static void linear_body(void *context, int thread, int threads) {
+    call *c = context;
+    int rows = c->rows.rows;
+    ls_rows_fill(c->layer, &c->rows, ls_share(rows, thread, threads),
+                 ls_share(rows, thread + 1, threads), c->x, c->x_stride);
+    ls_barrier(threads);
+    int tiles = ls_tile_count(c->layer);
+    ls_tiles(c->layer, &c->rows, ls_share(tiles, thread, threads),
+             ls_share(tiles, thread + 1, threads), c->y, c->y_stride, 0);
+}
+
+/* Bytes of workspace that `ls_linear_forward` needs for this many rows. */
+LS_API int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows) {
+    return (int64_t)ls_rows_bytes(layer, rows);
+}
+
+/* y [rows][y_stride] = x [rows][x_stride] W^T + bias. */
+LS_API void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride,
+                              int32_t rows, float *y, int64_t y_stride, void *workspace,
+                              int32_t threads) {
+    call c = {layer, x, y, x_stride, y_stride, ls_rows_at(layer, rows, workspace)};
+    ls_parallel(linear_body, &c, threads);
+}

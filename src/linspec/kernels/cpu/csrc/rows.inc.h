@@ -1,0 +1,116 @@
+/* Work on single rows: quantisation, norm, gated activation. Part of every isa_*.c. */
+
+/* Symmetric codes -127..127 of one row, padded with zeros; returns the scale.
+ * A row that holds a NaN or an infinity gets the scale NaN, so that it cannot pass unnoticed. */
+static float scale_of(const float *x, int width, vf *inverse) {
+    vf top = vf_all(0.0f), poison = top;
+    int whole = width & ~15;
+    for (int i = 0; i < whole; i += 16) {
+        vf v = vf_abs(vf_load(x + i));
+        top = vf_max(top, v);
+        poison += v * vf_all(0.0f);
+    }
+    if (whole < width) {
+        vf v = vf_abs(vf_load_part(x + whole, width - whole));
+        top = vf_max(top, v);
+        poison += v * vf_all(0.0f);
+    }
+    float most = vf_top(top);
+    *inverse = vf_all(most > 0.0f ? 127.0f / most : 0.0f);
+    return most / 127.0f + vf_sum(poison);
+}
+
+static float put_codes(const float *x, int width, int padded, int size, int each, int8_t *codes,
+                       int32_t *offsets) {
+    vf inverse;
+    float scale = scale_of(x, width, &inverse);
+    int32_t total = 0;
+    for (int i = 0; i < padded; i += LS_GROUP) {
+        int32_t four[8], sum;
+        vi both = {0};
+        for (int half = 0; half < 2; half++) {
+            int at = i + 16 * half;
+            int n = width - at < 16 ? (width > at ? width - at : 0) : 16;
+            vi whole = vf_round((n == 16 ? vf_load(x + at) : vf_load_part(x + at, n)) * inverse);
+            vb bytes = LS_NARROW(whole);
+            memcpy(four + 4 * half, &bytes, sizeof bytes);
+            both += whole;
+        }
+        for (int q = 0; q < 8; q++)
+            memcpy(codes + ((size_t)(i / 4 + q) * size) * 4, four + q, 4);
+        sum = vi_sum(both);
+        if (each) offsets[(size_t)(i / LS_GROUP) * size] = -8 * sum;
+        total += sum;
+    }
+    if (!each) *offsets = -128 * total;
+    return scale;
+}
+
+static void put_floats(const float *x, int width, int size, float *to) {
+    if (size == 1) {
+        memcpy(to, x, (size_t)width * sizeof *x);
+        return;
+    }
+    for (int k = 0; k < width; k++) to[(size_t)k * size] = x[k];
+}
+
+static void finish(const ls_finish *to, int rows, const float *sums, float *y) {
+    for (int half = 0; half < LS_TILE; half += 16) {
+        int width = to->width - half < 16 ? to->width - half : 16;
+        if (width <= 0) return;
+        vf scale = to->channel_scales ? vf_load(to->channel_scales + half) : vf_all(1.0f);
+        vf bias = vf_all(0.0f);
+        if (to->bias) bias = width == 16 ? vf_load(to->bias + half) : vf_load_part(to->bias + half, width);
+        for (int r = 0; r < rows; r++) {
+            float *at = y + r * to->stride + half;
+            vf v = vf_load(sums + r * LS_TILE + half);
+            if (to->row_scales) v = v * vf_all(to->row_scales[r]) * scale;
+            if (to->bias) v += bias;
+            if (width == 16) {
+                vf_store(at, to->add ? v + vf_load(at) : v);
+            } else {
+                vf_store_part(at, to->add ? v + vf_load_part(at, width) : v, width);
+            }
+        }
+    }
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int width, float *y) {
+    vf squares = vf_all(0.0f);
+    int whole = width & ~15, rest = width - whole;
+    for (int i = 0; i < whole; i += 16) squares = LS_FMA(vf_load(x + i), vf_load(x + i), squares);
+    if (rest) {
+        vf v = vf_load_part(x + whole, rest);
+        squares = LS_FMA(v, v, squares);
+    }
+    vf scale = vf_all(1.0f / __builtin_sqrtf(vf_sum(squares) / (float)width + eps));
+    for (int i = 0; i < whole; i += 16)
+        vf_store(y + i, vf_load(x + i) * scale * vf_load(weight + i));
+    if (rest)
+        vf_store_part(
+            y + whole, vf_load_part(x + whole, rest) * scale * vf_load_part(weight + whole, rest),
+            rest);
+}
+
+/* rows that are all zero, such as padding, stay zero */
+static void unit(float *x, int width) {
+    vf squares = vf_all(0.0f);
+    for (int i = 0; i < width; i += 16) {
+        vf v = width - i < 16 ? vf_load_part(x + i, width - i) : vf_load(x + i);
+        squares = LS_FMA(v, v, squares);
+    }
+    float size = __builtin_sqrtf(vf_sum(squares));
+    float scale = 1.0f / (size > 1e-6f ? size : 1e-6f);
+    for (int i = 0; i < width; i++) x[i] *= scale;
+}
+
+INLINE vf silu(vf x) { return x / (vf_all(1.0f) + vf_exp(-x)); }
+
+static void silu_mul(const float *gate, const float *up, int width, float *y) {
+    int whole = width & ~15, rest = width - whole;
+    for (int i = 0; i < whole; i += 16)
+        vf_store(y + i, silu(vf_load(gate + i)) * vf_load(up + i));
+    if (rest)
+        vf_store_part(
+            y + whole, silu(vf_load_part(gate + whole, rest)) * vf_load_part(up + whole, rest), rest);
+}

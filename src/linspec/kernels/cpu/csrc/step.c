@@ -1,0 +1,238 @@
+/* A whole decode step in one call: embedding, every block, the final norm and the output layer.
+ *
+ * All threads run the same code and meet at barriers; between two of them each works on its share of
+ * rows, of kv heads or of the tiles of a layer. */
+#include <string.h>
+
+#include "kernels.h"
+
+typedef struct {
+    int32_t part;                  /* kind of state, an index into a feed's bases */
+    int32_t window, group, span, squares, taps;
+    int32_t lead;                  /* value rows before the origin */
+    float alpha;
+    const float *kernel;           /* [heads][taps] */
+    const float *mixer_norm, *mlp_norm, *q_norm, *k_norm;
+    const ls_linear *qkv, *out, *gate_up, *down;
+    float *keys, *values;          /* [slots][kv_heads][rows][width]; values with `lead` more rows */
+    const float *sums;             /* [slots][kv_heads][width][width], null without */
+    int64_t key_stride, value_stride; /* floats from one kv head to the next */
+} ls_layer;
+
+typedef struct {
+    int32_t layers, width, heads, kv_heads, head_width, mlp_width, vocabulary;
+    int32_t embed_kind;            /* LS_F32 or LS_BF16 */
+    float eps;
+    const void *embed;             /* [vocabulary][width] */
+    const float *final_norm;
+    const ls_linear *head;
+    const ls_layer *layer;
+} ls_decoder;
+
+/* The new nodes of one slot; `bases` are its committed rows in each kind of state. */
+typedef struct {
+    int32_t slot, first, nodes, staged;
+    const int32_t *bases;
+    const uint64_t *ancestors;
+} ls_feed;
+
+typedef struct {
+    int32_t rows, feeds, wanted;
+    const int32_t *ids, *places;   /* [rows]: tokens and the rows of the rotary table */
+    const int32_t *outputs;        /* [wanted]: rows whose logits are asked for */
+    const float *cosines, *sines;  /* [places][head_width] */
+    const ls_feed *feed;
+    float *hidden, *logits;        /* [wanted][width], [wanted][vocabulary] */
+} ls_batch;
+
+typedef struct {
+    const ls_decoder *d;
+    const ls_batch *b;
+    float *x, *wide, *mixed;       /* residual; outputs of qkv or gate_up; mixer outputs */
+    void *prepared;
+} step;
+
+static size_t up64(size_t n) { return (n + 63) & ~(size_t)63; }
+
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t prepared_bytes(const ls_decoder *d, int rows) {
+    size_t n = ls_rows_bytes(d->head, rows);
+    for (int i = 0; i < d->layers; i++) {
+        const ls_layer *l = d->layer + i;
+        const ls_linear *all[] = {l->qkv, l->out, l->gate_up, l->down};
+        for (int k = 0; k < 4; k++) n = most(n, ls_rows_bytes(all[k], rows));
+    }
+    return up64(n);
+}
+
+static size_t wide_width(const ls_decoder *d) {
+    return most((size_t)(d->heads + 2 * d->kv_heads) * d->head_width, (size_t)2 * d->mlp_width);
+}
+
+static size_t row_floats(const ls_decoder *d) {
+    return up64(d->width) + up64(wide_width(d)) + up64((size_t)d->heads * d->head_width);
+}
+
+/* Bytes of workspace that a step of `rows` nodes needs. */
+LS_API int64_t ls_step_workspace(const ls_decoder *d, int32_t rows) {
+    return (int64_t)(row_floats(d) * (size_t)rows * sizeof(float) + prepared_bytes(d, rows));
+}
+
+static void embed(const step *s, int first, int last) {
+    const ls_decoder *d = s->d;
+    for (int row = first; row < last; row++) {
+        size_t at = (size_t)s->b->ids[row] * d->width;
+        float *x = s->x + (size_t)row * d->width;
+        if (d->embed_kind == LS_F32) {
+            memcpy(x, (const float *)d->embed + at, (size_t)d->width * sizeof *x);
+            continue;
+        }
+        for (int i = 0; i < d->width; i++) {
+            uint32_t bits = (uint32_t)((const uint16_t *)d->embed)[at + i] << 16;
+            memcpy(x + i, &bits, sizeof bits);
+        }
+    }
+}
+
+/* halves are paired as in Llama checkpoints; the sign of the halves is part of `sines` */
+static void rotate(float *x, const float *cosines, const float *sines, int width) {
+    int half = width / 2;
+    for (int i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        x[i] = low * cosines[i] + high * sines[i];
+        x[i + half] = high * cosines[i + half] + low * sines[i + half];
+    }
+}
+
+/* q or k of one node and head, from projection to feature */
+static void feature(const step *s, const ls_layer *l, int row, const float *norm, float *x) {
+    const ls_decoder *d = s->d;
+    const ls_ops *ops = ls_current();
+    size_t at = (size_t)s->b->places[row] * d->head_width;
+    if (norm) ops->rms_norm(x, norm, d->eps, d->head_width, x);
+    rotate(x, s->b->cosines + at, s->b->sines + at, d->head_width);
+    if (l->squares) ops->unit(x, d->head_width);
+}
+
+/* Stage the keys and values of one feed in one kv head, and turn its queries into features. */
+static void stage(const step *s, const ls_layer *l, const ls_feed *f, int head, ls_mixer *m) {
+    const ls_decoder *d = s->d;
+    int width = d->head_width, repeats = d->heads / d->kv_heads;
+    size_t stride = (size_t)(d->heads + 2 * d->kv_heads) * width, bytes = sizeof(float) * width;
+    int64_t at = (int64_t)f->slot * d->kv_heads + head;
+    int row = m->base + f->staged - f->nodes;
+    float *keys = l->keys + at * l->key_stride + (int64_t)row * width;
+    float *values = l->values + at * l->value_stride + (int64_t)(l->lead + row) * width;
+    for (int n = 0; n < f->nodes; n++) {
+        float *line = s->wide + (size_t)(f->first + n) * stride;
+        float *k = line + (size_t)(d->heads + head) * width;
+        for (int r = 0; r < repeats; r++)
+            feature(s, l, f->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
+        feature(s, l, f->first + n, l->k_norm, k);
+        memcpy(keys + (size_t)n * width, k, bytes);
+        memcpy(values + (size_t)n * width, k + (size_t)d->kv_heads * width, bytes);
+    }
+}
+
+static void mix_one(const step *s, const ls_layer *l, const ls_feed *f, int head) {
+    const ls_decoder *d = s->d;
+    int64_t slot = (int64_t)f->slot * d->kv_heads;
+    ls_mixer m = {
+        .heads = d->heads, .kv_heads = d->kv_heads, .width = d->head_width,
+        .base = f->bases[l->part], .staged = f->staged, .nodes = f->nodes,
+        .window = l->window, .group = l->group, .span = l->span, .squares = l->squares,
+        .taps = l->taps, .alpha = l->alpha, .kernel = l->kernel,
+        .key_stride = l->key_stride, .value_stride = l->value_stride,
+        .keys = l->keys + slot * l->key_stride,
+        .values = l->values + slot * l->value_stride + (int64_t)l->lead * d->head_width,
+        .sums = l->sums ? l->sums + slot * d->head_width * d->head_width : NULL,
+        .ancestors = f->ancestors,
+    };
+    stage(s, l, f, head, &m);
+    int64_t in = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
+    int64_t out = (int64_t)d->heads * d->head_width;
+    size_t queries = (size_t)f->nodes * (d->heads / d->kv_heads);
+    float *scratch = ls_scratch(queries * LS_MIX_FLOATS * sizeof(float));
+    ls_current()->mix(&m, head, s->wide + f->first * in, in, s->mixed + f->first * out, out,
+                      scratch);
+}
+
+/* Norm (null: none) and prepare the rows of this thread for `layer`; returns the prepared rows. */
+static ls_rows prepare(const step *s, const ls_linear *layer, const float *norm, const float *x,
+                       int rows, int thread, int threads) {
+    ls_rows to = ls_rows_at(layer, rows, s->prepared);
+    int first = ls_share(rows, thread, threads), last = ls_share(rows, thread + 1, threads);
+    if (!norm) {
+        ls_rows_fill(layer, &to, first, last, x, layer->inputs);
+        return to;
+    }
+    float *line = ls_scratch((size_t)layer->inputs * sizeof(float));
+    for (int row = first; row < last; row++) {
+        ls_current()->rms_norm(x + (size_t)row * layer->inputs, norm, s->d->eps, layer->inputs, line);
+        ls_rows_fill(layer, &to, row, row + 1, line, 0);
+    }
+    return to;
+}
+
+static ls_rows prepare_gated(const step *s, const ls_linear *down, int thread, int threads) {
+    int width = s->d->mlp_width, rows = s->b->rows;
+    ls_rows to = ls_rows_at(down, rows, s->prepared);
+    float *line = ls_scratch((size_t)width * sizeof(float));
+    for (int row = ls_share(rows, thread, threads); row < ls_share(rows, thread + 1, threads);
+         row++) {
+        const float *gate = s->wide + (size_t)row * 2 * width;
+        ls_current()->silu_mul(gate, gate + width, width, line);
+        ls_rows_fill(down, &to, row, row + 1, line, 0);
+    }
+    return to;
+}
+
+/* Once all rows are prepared: this thread's tiles. Ends with a barrier. */
+static void multiply(const ls_linear *layer, const ls_rows *x, float *y, int add, int thread,
+                     int threads) {
+    ls_barrier(threads);
+    int tiles = ls_tile_count(layer);
+    ls_tiles(layer, x, ls_share(tiles, thread, threads), ls_share(tiles, thread + 1, threads), y,
+             layer->outputs, add);
+    ls_barrier(threads);
+}
+
+static void block(const step *s, const ls_layer *l, int thread, int threads) {
+    const ls_batch *b = s->b;
+    ls_rows x = prepare(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
+    multiply(l->qkv, &x, s->wide, 0, thread, threads);
+    int items = b->feeds * s->d->kv_heads;
+    for (int i = ls_share(items, thread, threads); i < ls_share(items, thread + 1, threads); i++)
+        mix_one(s, l, b->feed + i / s->d->kv_heads, i % s->d->kv_heads);
+    ls_barrier(threads);
+    x = prepare(s, l->out, NULL, s->mixed, b->rows, thread, threads);
+    multiply(l->out, &x, s->x, 1, thread, threads);
+    x = prepare(s, l->gate_up, l->mlp_norm, s->x, b->rows, thread, threads);
+    multiply(l->gate_up, &x, s->wide, 0, thread, threads);
+    x = prepare_gated(s, l->down, thread, threads);
+    multiply(l->down, &x, s->x, 1, thread, threads);
+}
+
+static void step_body(void *context, int thread, int threads) {
+    const step *s = context;
+    const ls_decoder *d = s->d;
+    const ls_batch *b = s->b;
+    embed(s, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
+    for (int i = 0; i < d->layers; i++) block(s, d->layer + i, thread, threads);
+    int last = ls_share(b->wanted, thread + 1, threads);
+    for (int i = ls_share(b->wanted, thread, threads); i < last; i++)
+        ls_current()->rms_norm(s->x + (size_t)b->outputs[i] * d->width, d->final_norm, d->eps,
+                               d->width, b->hidden + (size_t)i * d->width);
+    ls_rows x = prepare(s, d->head, NULL, b->hidden, b->wanted, thread, threads);
+    multiply(d->head, &x, b->logits, 0, thread, threads);
+}
+
+/* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
+LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
+    step s = {.d = d, .b = b, .x = workspace};
+    s.wide = s.x + up64(d->width) * (size_t)b->rows;
+    s.mixed = s.wide + up64(wide_width(d)) * (size_t)b->rows;
+    s.prepared = s.mixed + up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
+    ls_parallel(step_body, &s, threads);
+}

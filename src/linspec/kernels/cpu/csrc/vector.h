@@ -1,0 +1,134 @@
+/* Sixteen floats at a time, in the compiler's own vector notation: one source for every instruction
+ * set. Included by the isa_*.c files after they have chosen their target and defined LS_FMA. */
+#ifndef LINSPEC_VECTOR_H
+#define LINSPEC_VECTOR_H
+
+#include <string.h>
+
+#include "kernels.h"
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int8_t vb __attribute__((vector_size(16)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf vf_load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+/* the first `n` < 16 floats, zeros behind them */
+INLINE vf vf_load_part(const float *p, int n) {
+    float part[16] = {0};
+    memcpy(part, p, (size_t)n * sizeof *p);
+    return vf_load(part);
+}
+
+INLINE void vf_store_part(float *p, vf v, int n) {
+    float part[16];
+    vf_store(part, v);
+    memcpy(p, part, (size_t)n * sizeof *p);
+}
+
+INLINE vf vf_all(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE vf vf_bits(vi v) {
+    vf f;
+    memcpy(&f, &v, sizeof f);
+    return f;
+}
+
+INLINE vi vi_bits(vf v) {
+    vi i;
+    memcpy(&i, &v, sizeof i);
+    return i;
+}
+
+INLINE vf vf_pick(vi mask, vf yes, vf no) {
+    return vf_bits((mask & vi_bits(yes)) | (~mask & vi_bits(no)));
+}
+
+INLINE vf vf_max(vf a, vf b) { return vf_pick((vi)(a > b), a, b); }
+INLINE vf vf_min(vf a, vf b) { return vf_pick((vi)(a < b), a, b); }
+INLINE vf vf_abs(vf a) { return vf_bits(vi_bits(a) & 0x7fffffff); }
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+/* two vectors of halves, quarters, ... that are folded onto each other */
+#define HALVES_0 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HALVES_1 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define QUARTERS_0 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define QUARTERS_1 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define PAIRS_0 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define PAIRS_1 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define SINGLE_0 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define SINGLE_1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define FOLD_ONE(v, op, how) v = op(SHUFFLE(v, v, how##_0), SHUFFLE(v, v, how##_1))
+#define FOLD_ALL(v, op)         \
+    do {                        \
+        FOLD_ONE(v, op, HALVES);   \
+        FOLD_ONE(v, op, QUARTERS); \
+        FOLD_ONE(v, op, PAIRS);    \
+        FOLD_ONE(v, op, SINGLE);   \
+    } while (0)
+#define PLUS(a, b) ((a) + (b))
+
+/* Sum and maximum over the lanes, always in this order. */
+INLINE float vf_sum(vf v) {
+    FOLD_ALL(v, PLUS);
+    return v[0];
+}
+
+INLINE int32_t vi_sum(vi v) {
+    FOLD_ALL(v, PLUS);
+    return v[0];
+}
+
+INLINE float vf_top(vf v) {
+    FOLD_ALL(v, vf_max);
+    return v[0];
+}
+
+#ifndef LS_NARROW
+#define LS_NARROW(v) __builtin_convertvector(v, vb)
+#endif
+
+/* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
+INLINE vi vf_round(vf x) {
+    const vf magic = vf_all(12582912.0f);
+    return vi_bits(x + magic) - vi_bits(magic);
+}
+
+/* e^x with a relative error below 3e-7; 0 below -87, the largest finite power above 88. */
+INLINE vf vf_exp(vf x) {
+    vf in = vf_min(vf_max(x, vf_all(-87.0f)), vf_all(88.0f));
+    vi n = vf_round(in * vf_all(1.44269504f));
+    vf whole = __builtin_convertvector(n, vf);
+    vf r = LS_FMA(whole, vf_all(-0.693145752f), in);
+    r = LS_FMA(whole, vf_all(-1.42860677e-6f), r);
+    vf p = vf_all(1.98756915e-4f);
+    p = LS_FMA(p, r, vf_all(1.39819995e-3f));
+    p = LS_FMA(p, r, vf_all(8.33345191e-3f));
+    p = LS_FMA(p, r, vf_all(4.16657962e-2f));
+    p = LS_FMA(p, r, vf_all(1.66666655e-1f));
+    p = LS_FMA(p, r, vf_all(5.00000012e-1f));
+    p = LS_FMA(p, r * r, r) + vf_all(1.0f);
+    vf y = p * vf_bits((n + 127) << 23);
+    y = vf_pick((vi)(x < vf_all(-87.0f)), vf_all(0.0f), y);
+    return vf_pick((vi)(x == x), y, x);
+}
+
+/* The table of an instruction set, from the functions of one isa_*.c file. */
+#define LS_OPS(set)                                                                        \
+    {.name = set,       .int8 = int8_tile,      .int4 = int4_tile,        .f32 = f32_tile, \
+     .bf16 = bf16_tile, .put_codes = put_codes, .put_floats = put_floats, .finish = finish, \
+     .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .mix = mix}
+
+#endif

@@ -1,0 +1,274 @@
+"""A whole decode step in one call of the C library: no Python between layers.
+
+    steps = NativeStep.of(model)          # or the reason why this model cannot
+    output = steps.run(feeds, segments, places, state)
+
+It computes what `Decoder.step` computes layer by layer, on the same state, for trees of up to 64 staged
+nodes a slot; prompts go the other way. A node gets the same bits whatever else is in the step and
+whether its ancestors are staged or committed, except where a group of a linear mixer closes in
+between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p, pointer
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from linspec.kernels.cpu.library import BF16, F32, LinearStruct, load
+from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.norm import PreparedRMSNorm
+from linspec.tree import ancestor_bits
+
+if TYPE_CHECKING:
+    from linspec.mixers.base import Mixer
+    from linspec.models.block import Block
+    from linspec.models.decoder import Decoder
+    from linspec.state import DecoderState, RowState
+    from linspec.step import Feed
+
+# Widest head that the C side has room for.
+_HEAD_WIDTH = 512
+_ALIGNMENT = 64
+
+
+class _Layer(Structure):
+    """`ls_layer` of csrc/step.c."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("part", "window", "group", "span", "squares", "taps")),
+        ("lead", c_int32),
+        ("alpha", c_float),
+        *((name, c_void_p) for name in ("kernel", "mixer_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, POINTER(LinearStruct)) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("keys", "values", "sums")),
+        *((name, c_int64) for name in ("key_stride", "value_stride")),
+    )
+
+
+class _Decoder(Structure):
+    """`ls_decoder` of csrc/step.c."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "width", "heads", "kv_heads", "head_width")),
+        *((name, c_int32) for name in ("mlp_width", "vocabulary", "embed_kind")),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("embed", "final_norm")),
+        ("head", POINTER(LinearStruct)),
+        ("layer", POINTER(_Layer)),
+    )
+
+
+class _Feed(Structure):
+    """`ls_feed` of csrc/step.c."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("slot", "first", "nodes", "staged")),
+        ("bases", POINTER(c_int32)),
+        ("ancestors", POINTER(c_uint64)),
+    )
+
+
+class _Batch(Structure):
+    """`ls_batch` of csrc/step.c."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "feeds", "wanted")),
+        *((name, POINTER(c_int32)) for name in ("ids", "places", "outputs")),
+        *((name, c_void_p) for name in ("cosines", "sines")),
+        ("feed", POINTER(_Feed)),
+        *((name, c_void_p) for name in ("hidden", "logits")),
+    )
+
+
+class NativeStep:
+    """The prepared decoder as the table that the C side reads."""
+
+    def __init__(self, model: Decoder) -> None:
+        found = load()
+        assert found.library is not None
+        self._call, self._workspace = _functions(found.library)
+        self.model = model
+        self._layers = (_Layer * model.config.layers)()
+        for block, layer in zip(model.layers, self._layers, strict=True):
+            _describe(block, layer)
+        self._decoder = self._describe_decoder()
+        self._state: tuple[tuple[int, torch.Size], ...] = ()
+        self._space = torch.empty(0, dtype=torch.uint8)
+        self._tables = (torch.empty(0), torch.empty(0))
+
+    def _describe_decoder(self) -> _Decoder:
+        model, config = self.model, self.model.config
+        norm = cast(PreparedRMSNorm, model.norm)
+        return _Decoder(
+            layers=config.layers,
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            mlp_width=config.mlp_width,
+            vocabulary=config.vocab_size,
+            embed_kind=F32 if model.embed.weight.dtype == torch.float32 else BF16,
+            eps=config.norm_eps,
+            embed=model.embed.weight.data_ptr(),
+            final_norm=norm.weight.data_ptr(),
+            head=pointer(cast(NativeLinear, model.head).struct()),
+            layer=self._layers,
+        )
+
+    def run(
+        self,
+        feeds: Sequence[Feed],
+        parents: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        state: DecoderState,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [P, D] and logits [P, vocab] of the `wanted` of all new nodes, packed.
+
+        parents and places: of the new nodes of each feed, as in `Segment` and in positions. Rows are
+        staged in `state`, which must have room; recording them is the caller's.
+        """
+        self._bind(state)
+        ids = [token for feed in feeds for token in feed.tokens]
+        positions = [place for each in places for place in each]
+        cosines, sines = self._rotary(max(positions) + 1)
+        config = self.model.config
+        hidden = torch.empty(len(wanted), config.width)
+        logits = torch.empty(len(wanted), config.vocab_size)
+        batch = _Batch(
+            rows=len(ids),
+            feeds=len(feeds),
+            wanted=len(wanted),
+            ids=_ints(ids),
+            places=_ints(positions),
+            outputs=_ints(wanted),
+            cosines=cosines.data_ptr(),
+            sines=sines.data_ptr(),
+            feed=_feeds(feeds, parents, state),
+            hidden=hidden.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        space = self._room(self._workspace(self._decoder, max(len(ids), len(wanted))))
+        self._call(self._decoder, batch, space, torch.get_num_threads())
+        return hidden, logits
+
+    def _bind(self, state: DecoderState) -> None:
+        """Tell the C side where the state's buffers are, which move as caches grow."""
+        # sizes too: a new state may lie where an old one was
+        at = tuple(
+            (rows.data_ptr(), rows.shape)
+            for part in state.parts
+            for rows in (part.keys, part.values, part.sums)
+        )
+        if at == self._state:
+            return
+        self._state = at
+        for layer, (part, index) in zip(self._layers, state.layers, strict=True):
+            _place(layer, state.parts.index(part), part, index)
+
+    def _rotary(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary factors of positions 0.. count - 1 and more: [P, K] each."""
+        have = len(self._tables[0])
+        if have < count:
+            # never less than twice as many: a growing text must not recompute it often
+            positions = torch.arange(max(count, 2 * have, 256))
+            cosines, sines = self.model.rotary(positions, torch.float32)
+            self._tables = cosines.flatten(1).contiguous(), sines.flatten(1).contiguous()
+        return self._tables
+
+    def _room(self, size: int) -> int:
+        """Address of `size` aligned bytes."""
+        if len(self._space) < size + _ALIGNMENT:
+            self._space = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+        return -(-self._space.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+
+
+def native_step(model: Decoder) -> NativeStep | None:
+    """The one-call form of a prepared model; None if `why_not` has a reason."""
+    return None if why_not(model) else NativeStep(model)
+
+
+def why_not(model: Decoder) -> str | None:
+    """Why a prepared model has to run layer by layer; None if one call can do it."""
+    found, config = load(), model.config
+    if found.library is None:
+        return found.reason
+    if config.positions != "rope" or config.norm != "rms":
+        return "only RMS norms and rotary positions are in the one-call step"
+    if not config.gated_mlp or config.activation != "silu":
+        return "only gated SiLU is in the one-call step"
+    if config.head_width > _HEAD_WIDTH or config.head_width % 2:
+        return f"heads of {config.head_width} features are not in the one-call step"
+    layers = [part for block in model.layers for part in _linears(block)] + [model.head]
+    if not all(isinstance(layer, NativeLinear) for layer in layers):
+        return "the weights are not packed for linspec's kernels"
+    if model.embed.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"embeddings of {model.embed.weight.dtype} are not in the one-call step"
+    others = {block.mixer.mixer.name for block in model.layers if not _known(block.mixer)}
+    return f"mixers {', '.join(sorted(others))} are not in the one-call step" if others else None
+
+
+def _known(mixer: Mixer) -> bool:
+    form = mixer.native_form()
+    return form is not None
+
+
+def _linears(block: Block) -> list[Any]:
+    return [block.mixer.qkv, block.mixer.o, block.mlp.gate_up, block.mlp.down]
+
+
+def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
+    library.ls_step_workspace.restype = c_int64
+    library.ls_step_workspace.argtypes = [POINTER(_Decoder), c_int32]
+    library.ls_step.restype = None
+    library.ls_step.argtypes = [POINTER(_Decoder), POINTER(_Batch), c_void_p, c_int32]
+    return library.ls_step, library.ls_step_workspace
+
+
+def _describe(block: Block, layer: _Layer) -> None:
+    """What of a block stays the same for all states."""
+    mixer = block.mixer
+    form = mixer.native_form()
+    assert form is not None
+    for name, linear in zip(("qkv", "out", "gate_up", "down"), _linears(block), strict=True):
+        setattr(layer, name, pointer(linear.struct()))
+    layer.mixer_norm = cast(PreparedRMSNorm, block.mixer_norm).weight.data_ptr()
+    layer.mlp_norm = cast(PreparedRMSNorm, block.mlp_norm).weight.data_ptr()
+    if mixer.config.qk_norm:
+        layer.q_norm, layer.k_norm = mixer.q_norm.weight.data_ptr(), mixer.k_norm.weight.data_ptr()
+    layer.window, layer.group, layer.span = form.window, form.group, form.span
+    layer.squares, layer.alpha, layer.taps = form.squares, form.alpha, mixer.mixer.taps
+    if layer.taps:
+        layer.kernel = mixer.taps.data_ptr()
+
+
+def _place(layer: _Layer, number: int, part: RowState, index: int) -> None:
+    keys, values = part.keys[index], part.values[index]
+    layer.part, layer.lead = number, part.spec.lead
+    layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1)
+    layer.values, layer.value_stride = values.data_ptr(), values.stride(1)
+    layer.sums = part.sums[index].data_ptr() if part.spec.sum_width else None
+
+
+def _feeds(
+    feeds: Sequence[Feed], parents: Sequence[Sequence[int]], state: DecoderState
+) -> ctypes.Array[_Feed]:
+    table = (_Feed * len(feeds))()
+    first = 0
+    for entry, feed, new in zip(table, feeds, parents, strict=True):
+        known = (*state.staged(feed.slot), *new)
+        entry.slot, entry.first, entry.nodes, entry.staged = feed.slot, first, len(new), len(known)
+        entry.bases = _ints(
+            [part.lengths[feed.slot] - part.origins[feed.slot] for part in state.parts]
+        )
+        entry.ancestors = (c_uint64 * len(known))(*ancestor_bits(known))
+        first += len(new)
+    return table
+
+
+def _ints(numbers: Sequence[int]) -> ctypes.Array[c_int32]:
+    return (c_int32 * len(numbers))(*numbers)

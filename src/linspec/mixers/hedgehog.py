@@ -1,0 +1,72 @@
+"""Hedgehog feature maps with a softmax window (Zhang et al. 2024, LoLCATs): learned, normalised jointly."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.mixers.base import MIXERS
+from linspec.mixers.normalised import Normalised
+
+
+@MIXERS.register(
+    "hedgehog",
+    summary="softmax weights within reach + learned softmax features over earlier groups, normalised",
+    paper="Zhang et al. 2024 (LoLCATs), arXiv 2410.10254; 2024 (Hedgehog), arXiv 2402.04347",
+    state="2·d² + 2·d + n·G·(2·d + 1) per KV head",
+    direction="causal",
+    cost="(2·n·G + 6·d)·d per token",
+)
+class Hedgehog(Normalised):
+    """o_t = (Σ_near e_s v_s + Σ_far w_s v_s) / (Σ_near e_s + Σ_far w_s).
+
+    e_s = exp(q_t·k_s / sqrt(K) - the largest of them) and w_s = exp(γ) φ(q_t)·φ(k_s), with
+    φ(x) = [softmax(W x), softmax(-W x)]. W is learned per head, for queries and keys apart, and starts
+    at the identity; γ is learned per query head.
+    """
+
+    wide = True
+    apart = True
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        identity = torch.eye(self.head_width)
+        self.query_map = nn.Parameter(identity.repeat(self.heads, 1, 1))
+        self.key_map = nn.Parameter(identity.repeat(self.kv_heads, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(self.heads))
+
+    def sum_width(self) -> int:
+        return 2 * self.head_width
+
+    def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
+        shares = (self.kv_heads, self.repeats)
+        features = two_sided_softmax(q @ self.query_map.unflatten(0, shares).mT)
+        return features * self.gamma.exp().view(*shares, 1, 1)
+
+    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
+        return two_sided_softmax(k @ self.key_map.mT)
+
+    def near_weights(
+        self,
+        products: torch.Tensor,
+        seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        if self.arranged:
+            return super().near_weights(products, seen, bias)
+        scores = products * self.head_width**-0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen, float("-inf"))
+        # nodes that fill up a ragged batch see nothing: their largest score is no number to subtract
+        return (scores - scores.amax(-1, keepdim=True).clamp_min(LOWEST_SCORE)).exp()
+
+
+# exp(score) of the lowest score that can be subtracted still fits in float16
+LOWEST_SCORE = -1e4
+
+
+def two_sided_softmax(x: torch.Tensor) -> torch.Tensor:
+    """[softmax(x), softmax(-x)] over the last dimension, float32 or wider inside."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.cat((wide.softmax(-1), (-wide).softmax(-1)), dim=-1).to(x.dtype)

@@ -1,0 +1,173 @@
+"""Linformer (Wang et al. 2020) in a causal form: closed groups compressed, the open one exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import ConfigError
+from linspec.layout import Layout
+from linspec.mixers.base import MIXERS
+from linspec.mixers.blocks import join, masked_softmax, split, windows
+from linspec.mixers.linear import GroupedLinear, causal_window
+from linspec.state import RowSpec
+
+DEFAULT_KEEP = 16
+# tokens that one compressed row stands for, unless `features` says otherwise
+TOKENS_PER_ROW = 8
+
+
+@MIXERS.register(
+    "linformer",
+    summary="softmax over the rows within reach and learned mixtures of each earlier group's rows",
+    paper="Wang et al. 2020, arXiv 2006.04768",
+    state="M·p·(2·d + 1) + 2·n·G·d per KV head: the last M groups, p rows each",
+    direction="causal",
+    cost="2·(n·G + M·p)·d per token",
+)
+class Linformer(GroupedLinear):
+    """Softmax over s within reach and over the rows E K_g, F V_g of the last M closed groups g.
+
+    The published form mixes all positions and cannot be causal; here E and F [p, G] mix the positions
+    of one closed group, and start as averages of p parts of it. Older groups are forgotten, which
+    bounds the state.
+    """
+
+    wide = True
+    settings = frozenset({"features", "keep"})
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        if mixer.kernel != "own":
+            raise ConfigError(
+                f"mixer 'linformer' has softmax weights within reach and beyond, under one "
+                f"denominator; kernel {mixer.kernel!r} means nothing to it, leave it out"
+            )
+        super().__init__(config, mixer)
+        self.rows = mixer.features or max(1, mixer.group // TOKENS_PER_ROW)
+        if self.rows > mixer.group:
+            raise ConfigError(
+                f"mixer 'linformer' makes at most as many rows of a group as it has tokens, "
+                f"{mixer.group}, got {self.rows}; choose smaller features or a larger group"
+            )
+        self.keep = mixer.keep or DEFAULT_KEEP
+        self.key_map = nn.Parameter(averages(self.rows, mixer.group))
+        self.value_map = nn.Parameter(averages(self.rows, mixer.group))
+
+    def row_spec(self) -> RowSpec:
+        return replace(super().row_spec(), sum_columns=2 * self.head_width + 1)
+
+    def sum_width(self) -> int:
+        return self.keep * self.rows
+
+    def compress(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Groups [..., G, K] -> [..., p, 2 K + 1]: key, value, and a 1 that says the row is there."""
+        k, v = self.key_map.to(keys.dtype) @ keys, self.value_map.to(values.dtype) @ values
+        return F.pad(torch.cat((k, v), dim=-1), (0, 1), value=1.0)
+
+    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        groups = (split(rows.to(sums.dtype), self.mixer.group) for rows in (keys, values))
+        return torch.cat((sums, self.compress(*groups).flatten(1, 2)), dim=1)[:, -sums.shape[1] :]
+
+    # ---- step form
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layout: Layout,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert sums is not None
+        near, beyond = self.groups(layout)
+        k, v, there = sums.to(q.dtype).split((self.head_width, self.head_width, 1), dim=-1)
+        products, kept = (self._products(q, rows) for rows in (keys, k))
+        nodes = (layout.offsets // self.mixer.group)[:, None, None, :, None]
+        # groups count from the origin: the newest kept one is -1
+        age = torch.arange(-self.keep, 0, device=q.device).repeat_interleave(self.rows)
+        seen = (there.mT > 0).unsqueeze(2) & self._remembered(age, nodes)
+        masks = [torch.ones_like(products, dtype=torch.bool) if near is None else near, seen]
+        if beyond is None:
+            rows, old = self._weigh([products, kept], masks)
+        else:
+            maps, of_group = self._closing(layout)
+            closed = products.masked_fill(~beyond, 0.0) @ maps[0]
+            masks.append(self._remembered(of_group, nodes))
+            rows, old, new = self._weigh([products, kept, closed], masks)
+            rows = rows + (new @ maps[1].mT).masked_fill(~beyond, 0.0)
+        o = rows.flatten(2, 3) @ values + old.flatten(2, 3) @ v
+        return o.unflatten(2, q.shape[2:4])
+
+    def _products(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
+
+    def _remembered(self, of_group: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+        """Compressed rows of groups beyond the reach of nodes in groups `nodes`, not yet forgotten."""
+        newest = nodes - self.mixer.span
+        return (of_group <= newest) & (of_group > newest - self.keep)
+
+    def _weigh(self, products: list[torch.Tensor], seen: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Softmax weights over the rows of all parts together."""
+        masks = [m.expand_as(p) for m, p in zip(seen, products, strict=True)]
+        scores = torch.cat(products, dim=-1) * self.head_width**-0.5
+        weights = masked_softmax(scores, torch.cat(masks, dim=-1))
+        return list(weights.split([p.shape[-1] for p in products], dim=-1))
+
+    def _closing(self, layout: Layout) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """E and F for groups that close on a path, [R, 1, 1, C, n p] each, and the group of each row.
+
+        A compressed row is linear in the rows of its group: so are its products with a query.
+        """
+        group, place = layout.columns // self.mixer.group, layout.columns % self.mixer.group
+        count = torch.arange(int(group.max()) + 1, device=group.device)
+        member = group[:, :, None, None] == count[:, None]
+        maps = [
+            (member * part.mT[place][:, :, None]).flatten(2)[:, None, None]
+            for part in (self.key_map, self.value_map)
+        ]
+        return maps, count.repeat_interleave(self.rows)
+
+    # ---- full form
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        group, before = self.mixer.group, (self.mixer.span - 1) * self.mixer.group
+        blocks = self._blocks(q.unflatten(1, (self.kv_heads, self.repeats)))
+        keys = windows(k, None, before, group)
+        near = causal_window(keys.shape[2], group, before, k.device).repeat(1, self.repeats, 1)
+        old_k, old_v, there = self._kept(k, v, sums)
+        products = [blocks @ keys.mT, blocks @ old_k.mT]
+        rows, old = self._weigh(products, [near, there.mT > 0])
+        o = rows @ windows(v, None, before, group) + old @ old_v
+        return join(o, self.repeats, q.shape[2])
+
+    def _kept(
+        self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys, values and presence of the compressed rows that each group sees: [B, Hkv, n, M p, .]."""
+        new = self.compress(self._split(k), self._split(v))
+        ahead = self.mixer.span - 1
+        if start is None:
+            new = F.pad(new, (0, 0, 0, 0, self.keep + ahead, 0))
+        else:
+            kept = start.to(new.dtype).unflatten(2, (self.keep, self.rows))
+            new = F.pad(torch.cat((kept, new), dim=2), (0, 0, 0, 0, ahead, 0))
+        # group i sees the `keep` groups that end just before its reach
+        seen = new.unfold(2, self.keep, 1)[:, :, : -(-k.shape[2] // self.mixer.group)]
+        rows = seen.movedim(-1, 3).flatten(3, 4)
+        return rows.split((self.head_width, self.head_width, 1), dim=-1)
+
+
+def averages(rows: int, group: int) -> torch.Tensor:
+    """[rows, group]: each row the mean of its share of a group's tokens."""
+    share = torch.arange(group) * rows // group == torch.arange(rows)[:, None]
+    return share / share.sum(1, keepdim=True)

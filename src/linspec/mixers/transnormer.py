@@ -1,0 +1,38 @@
+"""TransNormer (Qin et al. 2022): linear attention whose output is normalised, not its weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.mixers.base import MIXERS
+from linspec.mixers.linear import GroupedLinear
+
+RMS_FLOOR = 1e-6
+
+
+@MIXERS.register(
+    "transnormer",
+    summary="(elu(q) + 1)·(elu(k) + 1) weights over all tokens, RMSNorm on the output",
+    paper="Qin et al. 2022, arXiv 2210.10340",
+    state="d² + 2·n·G·d per KV head",
+    direction="causal",
+    cost="(2·n·G + d)·d per token",
+)
+class TransNormer(GroupedLinear):
+    """o_t = gain · RMSNorm(φ(q_t)·Σ φ(k_s) v_sᵀ), φ = 1 + elu; one gain per channel."""
+
+    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        self.gain = nn.Parameter(torch.ones(self.head_width))
+
+    def feature_map(self, x: torch.Tensor) -> torch.Tensor:
+        return F.elu(x) + 1
+
+    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
+        return products
+
+    def finish(self, o: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(o, (self.head_width,), self.gain.to(o.dtype), RMS_FLOOR)

@@ -1,0 +1,141 @@
+"""Quantised model directories: weights as the kernels read them, mapped into memory, never copied.
+
+The weights lie in one safetensors file whose tensors begin at multiples of 64 bytes. `config.json` has
+the entry `quantization` with the version of this format, so that a directory of another version is
+refused by name. Loading maps the file: pages are read when a step first needs them, and a process
+needs no memory beside the file's own pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from linspec.config import DecoderConfig
+from linspec.errors import CheckpointError
+from linspec.files import replace_dir
+from linspec.kernels.linear import BITS, Blank
+from linspec.models.decoder import Decoder
+from linspec.models.memory import check_memory
+from linspec.models.weights import SINGLE
+
+ENTRY = "quantization"
+FORMAT = 1
+_ALIGNMENT = 64
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@contextlib.contextmanager
+def save_quantized(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    bits: int,
+    facts: Mapping[str, Any],
+) -> Iterator[Path]:
+    """Write a quantised model to `out`; inside the block more files can be laid beside it.
+
+    `facts` go into the configuration. All or nothing: `out` is replaced when the block ends. Raises
+    CheckpointError when the disk refuses.
+    """
+    from linspec.models.hub import config_file
+
+    entry = {"format": FORMAT, "bits": bits, "identity": model.identity, **facts}
+    config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
+    with replace_dir(out) as aside:
+        write_aligned(dict(model.state_dict()), aside / SINGLE)
+        tokenizer.save_pretrained(aside)
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        yield aside
+
+
+def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
+    """The model that `save_quantized` wrote; raises CheckpointError for another version or bad files."""
+    bits = _check(entry, folder)
+    path = folder / SINGLE
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; copy or download it again")
+    check_memory(path.stat().st_size, folder)
+    with torch.device("meta"):
+        model = Decoder(config).eval().prepare(Blank(bits))
+    tensors = map_tensors(path)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        raise CheckpointError(
+            f"the tensors of {path} are not those of config.json; the two are of different models"
+        )
+    model.load_state_dict(tensors, assign=True)
+    model.requires_grad_(False)
+    model.identity = str(entry.get("identity"))
+    model.settle()
+    return model
+
+
+def _check(entry: Any, folder: Path) -> int:
+    version = entry.get("format") if isinstance(entry, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{folder} holds quantised weights of format {version}, this linspec reads format {FORMAT}; "
+            "quantise the original model again with `linspec quantize`, or use the linspec that wrote it"
+        )
+    if entry.get("bits") not in BITS:
+        raise CheckpointError(f"{folder} has weights of {entry.get('bits')} bits; known: 8 and 4")
+    return int(entry["bits"])
+
+
+def write_aligned(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file whose tensors begin at multiples of 64 bytes of the file."""
+    header: dict[str, Any] = {}
+    end = 0
+    # the format allows no holes: tensors of whole lines first, so that all of these are aligned
+    for name in sorted(tensors, key=lambda name: tensors[name].nbytes % _ALIGNMENT != 0):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        kind, shape = _NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in header:
+            flat = tensors[name].detach().cpu().contiguous().flatten()
+            file.write(flat.view(torch.uint8).numpy().tobytes())
+
+
+def map_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file as views of the mapped file; raises CheckpointError."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        data = whole[8 + length :]
+        header.pop("__metadata__", None)
+        return {name: _view(data, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut short ({error}); copy or download it again"
+        ) from error
+
+
+def _view(data: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
+    begin, end = entry["data_offsets"]
+    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a tensor does not fit into the file")
+    part = data[begin:end]
+    if part.data_ptr() % dtype.itemsize:
+        part = part.clone()
+    return part.view(dtype).view(shape)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from checkpoints import text_model, tiny_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linspec.errors import ConfigError, InputError
+from linspec.evaluate.positions import by_position
+from linspec.evaluate.recall import CUES, TASKS, Writer, evaluate_recall
+from linspec.models.decoder import Decoder
+
+FILLER = tiny_tokenizer()("abcd end the end\n" * 200, add_special_tokens=False)["input_ids"]
+
+
+class Echo(torch.nn.Module):
+    """Copies perfectly: repeats what stood a fixed number of tokens above."""
+
+    def __init__(self, model: Decoder, distance: int) -> None:
+        super().__init__()
+        self.config, self.embed, self.distance = model.config, model.embed, distance
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        # position t predicts t + 1, which is what stands at t + 1 - distance
+        return torch.nn.functional.one_hot(
+            ids.roll(self.distance - 1, 1), self.config.vocab_size
+        ).float()
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        return 100 * states
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    task=st.sampled_from(TASKS),
+    cue=st.sampled_from(sorted(CUES.values())),
+    length=st.sampled_from((1200, 1601, 2048)),
+)
+def test_every_answer_stands_at_its_distance(
+    seed: int, task: object, cue: str, length: int
+) -> None:
+    write = Writer(tiny_tokenizer(), FILLER * 3, cue)
+    question = write(task, length, (400, 900, 5000), random.Random(seed))  # type: ignore[arg-type]
+    assert len(question.ids) == length
+    assert [distance for distance, _, _ in question.answers] == [900, 400]
+    for distance, begin, end in question.answers:
+        answer = question.ids[begin:end]
+        assert len(answer) > 1
+        assert question.ids[begin - distance : end - distance] == answer
+        # the cue is the same too, and this answer is nowhere else
+        assert (
+            question.ids[begin - 6 - distance : begin - distance] == question.ids[begin - 6 : begin]
+        )
+        places = [i for i in range(length) if question.ids[i : i + len(answer)] == answer]
+        assert places == [begin - distance, begin]
+
+
+def test_a_model_that_copies_has_full_recall_at_its_distance_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = text_model("softmax", max_positions=2048)
+    echo = Echo(model, 400)
+    options = {"tokenizer": tiny_tokenizer(), "lengths": (1200,), "distances": (400, 900)}
+    monkeypatch.setattr("linspec.evaluate.recall.Decoder", Echo)
+    found = evaluate_recall(echo, teacher=echo, samples=3, **options)  # type: ignore[arg-type]
+    exact = {(c.task, c.distance): c.exact for c in found.cells}
+    assert exact == {(t.name, d): float(d == 400) for t in TASKS for d in (400, 900)}
+    assert {c.relative for c in found.cells if c.distance == 400} == {1.0}
+    assert found.relative == 1.0 and found.exact == 0.5
+
+
+def test_a_teacher_that_ends_earlier_is_named() -> None:
+    student, teacher = text_model("aug"), text_model("softmax", max_positions=700)
+    found = evaluate_recall(
+        student,
+        teacher=teacher,
+        tokenizer=tiny_tokenizer(),
+        lengths=(600, 1200),
+        distances=(400,),
+        samples=1,
+        seeds=2,
+    )
+    assert {c.length for c in found.cells if c.teacher_tokens is None} == {1200}
+    assert len(found.limits) == 1 and "teacher ends at 700" in found.limits[0]
+    assert all(c.answers == 2 for c in found.cells)
+    with pytest.raises(ConfigError, match="no length"):
+        evaluate_recall(teacher, tokenizer=tiny_tokenizer(), lengths=(1200,))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"samples": 0},
+        {"seeds": 0},
+        {"lengths": ()},
+        {"lengths": (600,), "distances": (500,)},
+        {"lengths": (600,), "distances": (400, 399)},
+    ],
+)
+def test_impossible_recall(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        evaluate_recall(text_model("aug"), tokenizer=tiny_tokenizer(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def book(tmp_path: object) -> str:
+    path = tmp_path / "book.txt"  # type: ignore[operator]
+    rng = random.Random(0)
+    path.write_text(" ".join(rng.choice(("ab", "cd", "end", "the")) for _ in range(900)))
+    return str(path)
+
+
+def test_a_model_of_bounded_reach_does_not_drift(book: str) -> None:
+    model = text_model("window")
+    found = by_position(
+        model, tokenizer=tiny_tokenizer(), data=[book], length=600, context=100, texts=2
+    )
+    assert found.texts == 2 and found.limit is None
+    # a window of 5 tokens sees no difference half a context into a text
+    assert found.drift == pytest.approx(1.0, abs=1e-4)
+    assert [(s.begin, s.end) for s in found.stretches] == [(0, 256), (256, 512), (512, 600)]
+    assert [s.perplexity for s in found.stretches] == pytest.approx(
+        [s.fresh for s in found.stretches], rel=1e-4
+    )
+
+
+def test_positions_end_with_the_model_or_the_text(book: str) -> None:
+    options = {"tokenizer": tiny_tokenizer(), "data": [book]}
+    softmax = by_position(text_model("softmax"), length=1000, **options)  # type: ignore[arg-type]
+    assert softmax.length == 256 and "256 positions" in str(softmax.limit)
+    aug = by_position(text_model("aug"), length=100_000, **options)  # type: ignore[arg-type]
+    assert aug.length < 100_000 and "held-out text ends" in str(aug.limit)
+    with pytest.raises(ConfigError):
+        by_position(text_model("aug"), length=1, **options)  # type: ignore[arg-type]
+    with pytest.raises((ConfigError, InputError)):
+        by_position(text_model("aug"), texts=0, **options)  # type: ignore[arg-type]

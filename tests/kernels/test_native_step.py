@@ -1,0 +1,117 @@
+"""The one-call step against the step by layers, and trees against chains, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.kernels.linear import Quantizer
+from linspec.models.decoder import Decoder
+from linspec.step import Feed
+
+MIXERS = {
+    "softmax": MixerConfig(),
+    "window": MixerConfig(name="window", window=9),
+    "local": MixerConfig(name="local", group=8),
+    "grouped": MixerConfig(name="grouped", group=8),
+    "aug": MixerConfig(name="aug", group=8, taps=5),
+    "aug-softmax": MixerConfig(name="aug", group=8, taps=5, span=3, kernel="softmax"),
+}
+TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
+
+
+def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=97, width=64, layers=3, heads=4, kv_heads=2, head_width=24, mlp_width=88
+    )
+    config = replace(config, mixers=(MIXERS[mixer], MixerConfig(), MIXERS[mixer]), **changes)
+    torch.manual_seed(0)
+    made = Decoder(config)
+    for name, parameter in made.named_parameters():
+        if name.endswith(("alpha", "taps")):
+            torch.nn.init.normal_(parameter, 0.3, 0.2)
+    return made.prepare(Quantizer(bits, {})) if bits else made.prepare()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True}])
+def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any]) -> None:
+    made = model(mixer, **changes)
+    assert made.native is not None
+    native, ids = made.native, torch.arange(200) * 31 % 97
+    states = []
+    for form in (native, None):
+        made.native = form
+        state = made.new_state(2)
+        outputs = []
+        for slot, length in ((0, 70), (1, 5)):
+            made.step([Feed(slot, ids[:length].tolist(), all_logits=False)], state)
+            state.commit(slot, range(length))
+        # one slot stages twice, both are verified together
+        made.step([Feed(0, ids[70:73].tolist())], state)
+        for _ in range(3):
+            new = [
+                Feed(0, [7, 8], [1, 3]) if len(state.staged(0)) == 3 else Feed(0, [7, 8], [-1, 0])
+            ]
+            new.append(Feed(1, ids[: len(TREE)].tolist(), TREE))
+            output = made.step(new, state)
+            outputs += [output.hidden, output.logits]
+            state.commit(0, [0, 1])
+            state.commit(1, [0, 1, 3, 4, 6])
+        states.append(outputs)
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("mixer", ["softmax", "window"])
+def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) -> None:
+    """Speculation is lossless to the bit: a path of a tree scores as the same tokens one by one."""
+    made = model(mixer, bits)
+    tokens = [3 * node + 1 for node in range(len(TREE))]
+    prompt = [5, 6, 7, 8, 9, 10, 11] * 11
+    tree = made.new_state(2)
+    made.step([Feed(0, prompt)], tree)
+    tree.commit(0, range(len(prompt)))
+    tree.fork(0, 1)
+    together = made.step([Feed(0, tokens, TREE), Feed(1, [1])], tree).logits
+    for path in ([0, 1, 3, 4, 6, 7, 8], [0, 2, 5, 9]):
+        chain = made.new_state()
+        chain.restore(0, tree.snapshot(0))
+        for node in path:
+            logits = made.step([Feed(0, [tokens[node]])], chain).logits
+            chain.commit(0, [0])
+            assert torch.equal(logits[0], together[node])
+
+
+def test_prompts_beside_trees_change_nothing(library: ctypes.CDLL) -> None:
+    made = model("softmax", 8)
+    state = made.new_state(3)
+    alone = made.step([Feed(1, [5, 6, 7])], state)
+    state.drop(1)
+    long = list(range(90))
+    both = made.step([Feed(0, long), Feed(1, [5, 6, 7]), Feed(2, [1], all_logits=False)], state)
+    assert torch.equal(both.logits[both.rows[1]], alone.logits)
+    assert [part.stop - part.start for part in both.rows] == [90, 3, 1]
+    assert both.logits.shape == (94, 97)
+
+
+def test_a_new_state_in_the_place_of_an_old_one(library: ctypes.CDLL) -> None:
+    """Sums were read from where those of a freed state had been, as keys and values had not moved."""
+    made = model("aug")
+    prompt = [index * 7 % 97 for index in range(30)]
+    kept = []
+    for _ in range(12):
+        state = made.new_state(1 + len(kept) % 2)
+        made.step([Feed(0, prompt)], state)
+        state.commit(0, range(len(prompt)))
+        logits = made.step([Feed(0, [1])], state).logits
+        # keeps some buffers alive, so that the next state is spread over old holes
+        kept.append((logits, state.parts[0].sums if len(kept) % 3 else None))
+        del state
+    assert all(torch.equal(logits, kept[0][0]) for logits, _ in kept)

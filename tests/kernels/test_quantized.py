@@ -1,0 +1,133 @@
+"""Quantised models: on disk and back, mapped and refused, and lossless under speculation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from linspec.compress.load import load_for
+from linspec.compress.quantize import quantize
+from linspec.drafters.lookup import PromptLookup
+from linspec.errors import CheckpointError, ConfigError
+from linspec.llm import LLM
+from linspec.models import memory
+from linspec.models.hub import load_config, load_model, load_tokenizer, resolve
+from linspec.models.quantized import map_tensors, write_aligned
+from linspec.sampling import SamplingParams
+from linspec.step import Feed
+
+TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded linear model with 4 bits, and the text that it was calibrated on."""
+    folder = tmp_path_factory.mktemp("quantized")
+    (folder / "text.txt").write_text(TEXT)
+    settings = {"data": [folder / "text.txt"], "calibration_bytes": 0, "limit_bytes": 1000}
+    report = quantize("embedded-aug", folder / "int4", bits=4, **settings)
+    assert report.megabytes_after < 0.4 * report.megabytes_before
+    return folder / "int4"
+
+
+def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
+    loaded, made = load_model(small), load_for("embedded-aug", 4)
+    assert loaded.prepared and loaded.identity == made.identity
+    logits = []
+    for model in (loaded, made):
+        logits.append(model.step([Feed(0, list(range(5, 30)))], model.new_state()).logits)
+    assert torch.equal(*logits)
+
+
+def test_drafters_come_along(small: Path) -> None:
+    llm = LLM(small, drafter="medusa", policy=6)
+    plain = LLM(small)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    for prompt in ("def area(", "import os\n\n\nclass"):
+        assert (
+            llm.generate(prompt, params)[0].token_ids == plain.generate(prompt, params)[0].token_ids
+        )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_speculation_is_lossless_with_quantised_weights(bits: int) -> None:
+    """Softmax and integer weights: every bit of every logit, so no near tie can differ."""
+    model, tokenizer = load_for("embedded-softmax", bits), load_tokenizer("embedded-softmax")
+    plain = LLM(model, tokenizer=tokenizer)
+    fast = LLM(model, tokenizer=tokenizer, drafter=PromptLookup(), policy=7)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    for prompt in (TEXT[:150], "x = [1, 2, 3]\n" * 8):
+        expected, found = plain.generate(prompt, params)[0], fast.generate(prompt, params)[0]
+        assert found.token_ids == expected.token_ids
+        assert found.stats.accepted > 0
+
+
+def test_weights_are_mapped_not_read(small: Path) -> None:
+    tensors = map_tensors(small / "model.safetensors")
+    packed = [tensor for tensor in tensors.values() if tensor.dtype == torch.uint8]
+    assert packed and all(tensor.data_ptr() % 64 == 0 for tensor in packed)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in packed}) == 1
+
+
+def test_odd_sizes_keep_the_rest_aligned(tmp_path: Path) -> None:
+    tensors = {"a": torch.rand(3), "b": torch.rand(32), "c": torch.rand(5).bfloat16()}
+    write_aligned(tensors, tmp_path / "x.safetensors")
+    found = map_tensors(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def edited(small: Path, tmp_path: Path, **changes: object) -> Path:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in small.iterdir():
+        if path.is_file() and path.name != "config.json":
+            (copy / path.name).symlink_to(path)
+    config = json.loads((small / "config.json").read_text())
+    config["quantization"] |= changes
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_other_formats_are_refused_by_name(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="format 7, this linspec reads format 1"):
+        load_model(edited(small, tmp_path, format=7))
+
+
+def test_wrong_bits_do_not_fit(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="different models"):
+        load_model(edited(small, tmp_path, bits=8))
+
+
+def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
+    copy = edited(small, tmp_path)
+    (copy / "model.safetensors").unlink()
+    data = (small / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match="damaged or cut short"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_too_little_memory_is_said_before_loading(
+    small: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    with pytest.raises(CheckpointError, match=r"needs .* GiB"):
+        load_model(small if quantised else "embedded-aug")
+
+
+def test_quantising_twice_is_refused(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantised already"):
+        quantize(small, tmp_path / "again", bits=8)
+    with pytest.raises(ConfigError, match="quantised already"):
+        LLM(small, quantize=8)
+    with pytest.raises(ConfigError, match="8 or 4 bits, got 5"):
+        quantize("embedded-aug", tmp_path / "odd", bits=5)
+
+
+def test_the_configuration_is_read_without_the_weights(small: Path) -> None:
+    assert load_config(small) == load_config(resolve("embedded-aug"))

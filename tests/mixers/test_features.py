@@ -1,0 +1,130 @@
+"""What is special to one mixer: its kernel, its bounds, its start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import GROUP, assert_close, feed, random_tokens, tiny_config, tiny_model
+
+from linspec.config import MixerConfig
+from linspec.mixers import MIXERS
+from linspec.mixers.decay import Fading
+from linspec.mixers.linear import GroupedLinear, unit
+from linspec.mixers.random_features import orthogonal_rows
+from linspec.models.decoder import Decoder
+
+WIDTH = 4
+
+
+def make(name: str, **settings: object) -> GroupedLinear:
+    mixer = MixerConfig(name=name, group=GROUP, **settings)  # type: ignore[arg-type]
+    made = MIXERS[name](tiny_config(mixer), mixer)
+    assert isinstance(made, GroupedLinear)
+    return made.double()
+
+
+def pairs(count: int = 50) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 2, count, WIDTH, dtype=torch.float64, generator=generator)
+    return q, k[:, :, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("performer", lambda q, k: (q @ k.mT / math.sqrt(WIDTH)).exp()),
+        ("rfa", lambda q, k: (-(torch.cdist(unit(q), unit(k)) ** 2) / 2).exp()),
+    ],
+)
+def test_many_random_features_come_close_to_their_kernel(name: str, kernel: object) -> None:
+    # the variance of positive features grows with exp(‖q + k‖²)
+    q, k = (x / 2 for x in pairs())
+    found = make(name, features=40_000)
+    products = found.summed_queries(q) @ found.summed_keys(k).mT[:, :, None]
+    expected = kernel(q, k[:, :, None])  # type: ignore[operator]
+    shares = [x / x.sum(-1, keepdim=True) for x in (products, expected)]
+    assert float((shares[0] - shares[1]).abs().max()) < 0.02
+
+
+def test_projections_are_orthogonal_and_come_back_with_the_seed() -> None:
+    rows = orthogonal_rows(10, WIDTH, seed=1)
+    products = rows[:4] @ rows[:4].T
+    assert_close(products, products.diag().diag(), atol=1e-5)
+    assert torch.equal(rows, orthogonal_rows(10, WIDTH, seed=1))
+    assert not torch.equal(rows, orthogonal_rows(10, WIDTH, seed=2))
+
+
+def test_a_projection_travels_in_the_checkpoint_whatever_the_seed() -> None:
+    model, other = (
+        Decoder(tiny_config(MixerConfig(name="performer", seed=seed))) for seed in (0, 1)
+    )
+    other.load_state_dict(model.state_dict())
+    ids = torch.tensor([random_tokens(9)])
+    assert torch.equal(other(ids), model(ids))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("name", ["performer", "rfa", "hedgehog", "yoso"])
+def test_small_and_large_keys_stay_finite(name: str, scale: float) -> None:
+    model = tiny_model(name, dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.layers:
+            for part in (block.mixer.q, block.mixer.k):
+                part.weight.mul_(scale)
+    assert model(torch.tensor([random_tokens(3 * GROUP)])).isfinite().all()
+
+
+def test_yoso_features_are_the_series_of_its_weights() -> None:
+    q, k = (unit(x) for x in pairs())
+    mixer = make("yoso")
+    cosines = q @ k.mT[:, :, None]
+    found = mixer.feature_map(q) @ mixer.feature_map(k).mT[:, :, None]
+    exact = mixer.in_group(cosines)
+    assert exact is not None
+    near_zero = cosines.abs() < 0.1
+    assert near_zero.any()
+    assert (found > 0).all()
+    assert float((found - exact)[near_zero].abs().max()) < 1e-4
+
+
+def test_linformer_starts_with_averages() -> None:
+    mixer = make("linformer", features=2)
+    assert_close(
+        mixer.get_parameter("key_map"),
+        torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]], dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["own", "softmax"])
+@pytest.mark.parametrize("name", ["gla", "gdn"])
+@pytest.mark.parametrize("bias", [-1e4, 1e4])
+def test_extreme_decay_stays_finite_in_all_forms(name: str, kernel: str, bias: float) -> None:
+    mixer = MixerConfig(name=name, group=GROUP, kernel=kernel)
+    model = tiny_model(mixer, dtype=torch.float32)
+    with torch.no_grad():
+        for block in model.layers:
+            assert isinstance(block.mixer, Fading)
+            block.mixer.get_parameter("gate_bias").fill_(bias)
+    tokens = random_tokens(5 * GROUP)
+    full = model(torch.tensor([tokens]))[0]
+    full.sum().backward()
+    assert full.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    state = model.new_state()
+    stepped = torch.cat([feed(model, state, tokens[i : i + 3]) for i in range(0, len(tokens), 3)])
+    assert_close(stepped, full[: len(stepped)].detach(), atol=1e-3)
+    assert all(part.sums.isfinite().all() for part in state.parts)
+
+
+@pytest.mark.parametrize("name", ["relu", "performer", "rfa", "transnormer", "gla", "gdn"])
+def test_the_grouped_arrangement_starts_as_softmax_over_the_groups_within_reach(name: str) -> None:
+    arranged = MixerConfig(name=name, group=GROUP, span=2, kernel="softmax")
+    local = MixerConfig(name="local", group=GROUP, span=2, kernel="softmax")
+    torch.manual_seed(0)
+    model = Decoder(tiny_config(local, local)).eval()
+    other = Decoder(tiny_config(arranged, arranged)).eval()
+    other.load_state_dict(model.state_dict(), strict=False)
+    ids = torch.tensor([random_tokens(5 * GROUP)])
+    assert_close(other(ids), model(ids), atol=1e-5)
