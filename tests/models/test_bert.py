@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -28,7 +28,9 @@ from linspec.errors import (
     InputError,
     UnsupportedModel,
 )
+from linspec.mixers.relu import Relu
 from linspec.models.bert import Bert
+from linspec.models.decoder import Decoder
 from linspec.models.hub import load_encoder, load_generator, load_model, load_seq2seq, save_model
 
 SIZES: dict[str, Any] = {
@@ -58,6 +60,12 @@ MIXERS = {
     "aug": MixerConfig(name="aug", group=4, taps=3),
     "aug-softmax": MixerConfig(name="aug", group=4, taps=6, kernel="softmax"),
     "relu": MixerConfig(name="relu", group=4),
+    "relu-arranged": MixerConfig(name="relu", group=4, kernel="relu2"),
+    "performer": MixerConfig(name="performer", group=4),
+    "rfa": MixerConfig(name="rfa", group=4),
+    "transnormer": MixerConfig(name="transnormer", group=4),
+    "yoso": MixerConfig(name="yoso", group=4),
+    "hedgehog": MixerConfig(name="hedgehog", group=4),
 }
 
 
@@ -277,6 +285,19 @@ def test_settings_that_contradict_are_named() -> None:
         tiny("softmax", head="tail")
     with pytest.raises(ConfigError, match="relative bias goes with positions 'relative'"):
         tiny("softmax", positions="relative")
+
+
+@pytest.mark.parametrize("name", ["linformer", "gla", "gdn"])
+def test_a_mixer_that_only_looks_back_is_named(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' has no bidirectional form"):
+        tiny("softmax", mixers=(MixerConfig(name=name, group=4),) * 2)
+
+
+def test_a_mixer_that_sees_later_tokens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Relu, "causal", False)
+    with pytest.raises(ConfigError, match="'relu' sees later tokens and fits encoders only"):
+        Decoder(tiny_config(MixerConfig(name="relu")))
+    tiny("relu")
 
 
 def test_a_real_encoder(tmp_path: Path) -> None:
