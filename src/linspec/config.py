@@ -1,13 +1,14 @@
-"""The shape of a decoder: every switch that tells one model family from another."""
+"""The shapes of all stacks: every switch that tells one model family from another."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from linspec.errors import ConfigError
 
 KERNELS = ("own", "softmax", "relu2")
+HEADS = ("none", "pooler", "masked-lm", "classifier")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +78,31 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderConfig:
-    """Everything needed to build a decoder.
+class RelativeConfig:
+    """Learned bias by distance (T5, Raffel et al. 2020).
+
+    buckets: distances told apart; max_distance: beyond it all distances in tokens are one.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ConfigError(
+                "a relative bias needs 4 or more buckets and a max_distance above half of them, "
+                f"got {self.buckets} and {self.max_distance}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackConfig:
+    """What the stacks of all backbones have: blocks of a mixer and an MLP.
 
     Widths are in features, `max_positions` in tokens. `mixers` has one entry for each layer.
     `family` remembers which Hugging Face family the weights came from, for saving back.
+    relative: a bias by distance, with positions 'relative'. scaled_scores: softmax scores are divided
+    by √head_width.
     """
 
     vocab_size: int
@@ -101,28 +122,17 @@ class DecoderConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    tied_embeddings: bool = True
     positions: str = "rope"
     rope: RopeConfig = field(default_factory=RopeConfig)
+    relative: RelativeConfig | None = None
+    scaled_scores: bool = True
     max_positions: int = 2048
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
         if not self.mixers:
             object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
-        for name in (
-            "vocab_size",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_sizes(self, "vocab_size width layers heads kv_heads head_width mlp_width")
         if len(self.mixers) != self.layers:
             raise ConfigError(f"{len(self.mixers)} mixers given for {self.layers} layers")
         if self.heads % self.kv_heads:
@@ -131,8 +141,25 @@ class DecoderConfig:
             )
         if self.norm not in ("rms", "layer"):
             raise ConfigError(f"norm must be 'rms' or 'layer', got {self.norm!r}")
-        if self.positions not in ("rope", "learned"):
-            raise ConfigError(f"positions must be 'rope' or 'learned', got {self.positions!r}")
+        if self.positions not in ("rope", "learned", "relative"):
+            raise ConfigError(
+                f"positions must be 'rope', 'learned' or 'relative', got {self.positions!r}"
+            )
+        if (self.positions == "relative") != (self.relative is not None):
+            raise ConfigError(
+                f"positions {self.positions!r} with relative={self.relative}: a relative bias goes "
+                "with positions 'relative' and with no other"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """True when no token sees a later one."""
+        return True
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on q·k products ahead of a softmax."""
+        return self.head_width**-0.5 if self.scaled_scores else 1.0
 
     @property
     def linear(self) -> bool:
@@ -142,12 +169,12 @@ class DecoderConfig:
     @property
     def position_limit(self) -> int | None:
         """Longest sequence in tokens, or None when only memory bounds it."""
-        if self.positions == "learned" or not self.linear:
+        if self.positions == "learned" or (self.positions == "rope" and not self.linear):
             return self.max_positions
         return None
 
-    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> DecoderConfig:
-        """The same decoder with other mixers."""
+    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> Self:
+        """The same stack with other mixers."""
         return replace(self, mixers=mixers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,13 +182,132 @@ class DecoderConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> DecoderConfig:
+    def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
         known = dict(data)
         try:
             known["mixers"] = tuple(MixerConfig(**m) for m in known.get("mixers", ()))
             known["rope"] = RopeConfig(**known.get("rope", {}))
-            known["eos_ids"] = tuple(known.get("eos_ids", ()))
+            if known.get("relative") is not None:
+                known["relative"] = RelativeConfig(**known["relative"])
+            for name in {"eos_ids", "labels"} & set(known):
+                known[name] = tuple(known[name])
             return cls(**known)
         except TypeError as error:
-            raise ConfigError(f"not a decoder configuration: {error}") from error
+            raise ConfigError(f"not a {cls.__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(StackConfig):
+    """Everything needed to build a decoder.
+
+    logit_scale: factor on the final hidden states ahead of the output layer.
+    """
+
+    tied_embeddings: bool = True
+    logit_scale: float = 1.0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig(StackConfig):
+    """Everything needed to build an encoder.
+
+    post_norm: norms follow their residual sums, and the embeddings, as in BERT; else they precede
+    the mixer and the MLP, and one closes the stack, as in T5. token_types: kinds of segments that
+    tokens can be of, 0 for none. head: 'none', 'pooler', 'masked-lm' or 'classifier', which has one
+    output for each of `labels`.
+    """
+
+    post_norm: bool = True
+    token_types: int = 0
+    head: str = "none"
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        StackConfig.__post_init__(self)
+        if self.head not in HEADS:
+            raise ConfigError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        if (self.head == "classifier") != bool(self.labels):
+            raise ConfigError(
+                f"head {self.head!r} with labels {self.labels}: a classifier needs labels"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Every token sees every other one."""
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seq2SeqConfig:
+    """An encoder, and a decoder that attends to it. start_id: the token that every output begins with."""
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    family: str = "t5"
+    start_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width"):
+            ours, theirs = getattr(self.encoder, name), getattr(self.decoder, name)
+            if ours != theirs:
+                raise ConfigError(f"the encoder's {name} is {ours}, the decoder's {theirs}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that both sides know."""
+        return self.decoder.vocab_size
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        return self.decoder.eos_ids
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest output in tokens, or None when only memory bounds it."""
+        return self.decoder.position_limit
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the deeper side."""
+        return max(self.encoder.layers, self.decoder.layers)
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The encoder's mixers, then those of the decoder."""
+        return self.encoder.mixers + self.decoder.mixers
+
+    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> Self:
+        """The same model with other mixers, in the order of `mixers`."""
+        border = self.encoder.layers
+        return replace(
+            self,
+            encoder=self.encoder.with_mixers(mixers[:border]),
+            decoder=self.decoder.with_mixers(mixers[border:]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
+        try:
+            sides = {
+                "encoder": EncoderConfig.from_dict(data["encoder"]),
+                "decoder": DecoderConfig.from_dict(data["decoder"]),
+            }
+            return cls(**(data | sides))
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"not a {cls.__name__}: {error}") from error
+
+
+def check_sizes(config: object, names: str) -> None:
+    """Raise ConfigError unless every one of the named (space-separated) sizes is 1 or more."""
+    for name in names.split():
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {getattr(config, name)}")

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from linspec.drafters.base import Drafter
 from linspec.errors import ContextOverflow, InputError
 from linspec.kernels.cpu.threads import torch_on_one_thread
-from linspec.models.decoder import Decoder, StepOutput
+from linspec.models.backbone import Generator
+from linspec.models.decoder import StepOutput
 from linspec.policy.base import Policy, RoundTimes
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
@@ -43,7 +44,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Generator,
         *,
         verifier: Verifier,
         drafter: Drafter | None = None,
@@ -73,11 +74,14 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, this model takes {limit}; shorten it, or "
                 "linearize the model: linear mixers have no such limit"
             )
+        # made here, so that foreign tokens are refused now and not when a slot is free
         sampler = Sampler(params, prompt, self.model.config.vocab_size)
 
         def place(slot: int) -> Row:
-            self.state.reset(slot)
-            return Row(request, slot, sampler, list(prompt), len(prompt))
+            fed, source = self.model.open(prompt, slot, self.state)
+            # penalties are about the output and what it goes on from; a source is neither
+            own = Sampler(params, fed, self.model.config.vocab_size) if source else sampler
+            return Row(request, slot, own, fed, len(fed), source=source)
 
         self._requests += 1
         request = self._requests

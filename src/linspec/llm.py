@@ -20,8 +20,9 @@ from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError
-from linspec.models.decoder import Decoder
-from linspec.models.hub import load_tokenizer, resolve
+from linspec.models.backbone import Generator
+from linspec.models.hub import load_generator, load_tokenizer, resolve
+from linspec.models.t5 import T5
 from linspec.policy import make_policy
 from linspec.policy.base import Policy
 from linspec.row import Row, Stats
@@ -96,9 +97,18 @@ class Piece:
 class _Request:
     """Collects what the engine emits for one prompt."""
 
-    def __init__(self, index: int, tokenizer: Any, prompt: Sequence[int], params: SamplingParams):
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        continues: bool,
+    ) -> None:
         self.index, self.prompt, self.params = index, prompt, params
-        self.text = Detokenizer(tokenizer, prompt, params.stop)
+        # the output of an encoder-decoder does not go on from its prompt
+        self.text = Detokenizer(tokenizer, prompt if continues else (), params.stop)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
 
@@ -120,7 +130,7 @@ class _Request:
 
     def _result(self, row: Row, reason: str) -> Generation:
         return Generation(
-            prompt_tokens=row.prompt_length,
+            prompt_tokens=row.prompt_tokens,
             token_ids=tuple(self.tokens),
             text=self.text.full,
             finish_reason=reason,
@@ -132,7 +142,8 @@ class _Request:
 class LLM:
     """A model with its tokenizer, a drafter, a verifier and a policy.
 
-    model: a directory, 'embedded-softmax', 'embedded-aug', or a Decoder (then give `tokenizer`).
+    model: a directory, 'embedded-softmax', 'embedded-aug', or a loaded model (then give `tokenizer`).
+    An encoder-decoder reads its prompts and answers them.
     drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
@@ -142,7 +153,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Decoder,
+        model: str | Path | Generator,
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "none",
@@ -154,14 +165,19 @@ class LLM:
         dtype: torch.dtype = torch.float32,
         quantize: int | None = None,
     ) -> None:
-        source = None if isinstance(model, Decoder) else resolve(model)
-        if isinstance(model, Decoder):
-            self.model = model
-        else:
-            self.model = load_for(model, quantize, dtype=dtype, device=device)
+        source = resolve(model) if isinstance(model, str | Path) else None
+        if isinstance(model, str | Path):
+            options: dict[str, Any] = {"dtype": dtype, "device": device}
+            self.model: Generator = (
+                load_generator(model, **options)
+                if quantize is None
+                else load_for(model, quantize, **options)
+            )
             tokenizer = tokenizer or load_tokenizer(model)
+        else:
+            self.model = model
         if tokenizer is None:
-            raise ConfigError("a Decoder needs its tokenizer: LLM(model, tokenizer=...)")
+            raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         self.tokenizer = tokenizer
         made = make_drafter(drafter, self.model, source, max_batch)
         self.model.prepare()
@@ -247,8 +263,9 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+        continues = not isinstance(self.model, T5)
         return [
-            _Request(i, self.tokenizer, self.encode(prompt), each)
+            _Request(i, self.tokenizer, self.encode(prompt), each, continues=continues)
             for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
         ]
 

@@ -57,7 +57,8 @@ class Stats:
 class Row:
     """A request in a slot.
 
-    request: the engine's number of the request. tokens: prompt and output; once the prompt is
+    request: the engine's number of the request. source: what an encoder has read, () for a decoder
+    alone. tokens: prompt and output; once the prompt is
     processed the last one is the root of the next tree, decided but not committed. hidden: the final
     hidden state [D] at the last committed token.
     """
@@ -68,6 +69,7 @@ class Row:
     tokens: list[int]
     prompt_length: int
     prefilled: int = 0
+    source: tuple[int, ...] = ()
     hidden: torch.Tensor | None = None
     stats: Stats = field(default_factory=Stats)
 
@@ -75,6 +77,11 @@ class Row:
     def params(self) -> SamplingParams:
         """What the request asked for."""
         return self.sampler.params
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the request's prompt, whichever side has read it."""
+        return len(self.source) or self.prompt_length
 
     @property
     def root(self) -> int:

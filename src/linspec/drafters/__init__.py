@@ -11,6 +11,7 @@ from linspec.drafters.heads import load_heads
 from linspec.drafters.lookup import PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.errors import ConfigError, DrafterError
+from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
 from linspec.models.hub import EMBEDDED, load_model
 
@@ -18,7 +19,7 @@ __all__ = ["DRAFTERS", "Drafter", "draft_model", "lookup", "make_drafter", "medu
 
 
 def make_drafter(
-    drafter: str | Drafter, model: Decoder, source: Path | None, slots: int
+    drafter: str | Drafter, model: Generator, source: Path | None, slots: int
 ) -> Drafter | None:
     """The drafter that NAME or NAME:DIR stands for; None for 'none'.
 
@@ -32,9 +33,16 @@ def make_drafter(
         return None
     if name == "prompt-lookup":
         return PromptLookup()
+    if name in DRAFTERS and not isinstance(model, Decoder):
+        raise DrafterError(
+            f"drafter {name!r} drafts for decoders, and this is a {type(model).__name__}; use "
+            "prompt-lookup"
+        )
     if name == "medusa":
+        assert isinstance(model, Decoder)
         return _medusa(where, model, source)
     if name in ("draft-model", "student"):
+        assert isinstance(model, Decoder)
         kind = DRAFTERS[name]
         assert issubclass(kind, DraftModel)
         device = str(model.embed.weight.device)

@@ -25,7 +25,8 @@ from torch import nn
 
 from linspec.errors import CheckpointError, ConfigError, DrafterError
 from linspec.files import replace_dir
-from linspec.models.decoder import Block, Decoder
+from linspec.models.block import Block
+from linspec.models.decoder import Decoder
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 

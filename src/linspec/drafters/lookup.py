@@ -28,6 +28,7 @@ class PromptLookup(ChainDrafter):
         self.max_ngram, self.min_ngram = max_ngram, min_ngram
         self._ends: dict[int, dict[tuple[int, ...], int]] = {}
         self._indexed: dict[int, int] = {}
+        self._seen: dict[int, list[int]] = {}
 
     def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
         return [self._continue(row, budget) for row, budget in zip(rows, budgets, strict=True)]
@@ -37,19 +38,25 @@ class PromptLookup(ChainDrafter):
         for size in range(self.max_ngram, self.min_ngram - 1, -1):
             end = ends.get(tuple(row.tokens[-size:]))
             if end is not None:
-                return row.tokens[end : end + budget]
+                return self._seen[row.slot][end : end + budget]
         return []
 
     def _index(self, row: Row) -> dict[tuple[int, ...], int]:
-        """Where each n-gram last ended, before the very end of the sequence."""
+        """Where each n-gram last ended, before the very end of the sequence.
+
+        Places count from the source, where an encoder has read one: outputs copy from it.
+        """
         ends = self._ends.setdefault(row.slot, {})
+        seen = self._seen.setdefault(row.slot, list(row.source))
         done = self._indexed.get(row.slot, 0)
-        for end in range(done, len(row.tokens)):
+        seen += row.tokens[len(seen) - len(row.source) :]
+        for end in range(done, len(seen)):
             for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
-                ends[tuple(row.tokens[end - size : end])] = end
-        self._indexed[row.slot] = max(done, len(row.tokens))
+                ends[tuple(seen[end - size : end])] = end
+        self._indexed[row.slot] = max(done, len(seen))
         return ends
 
     def release(self, slot: int) -> None:
         self._ends.pop(slot, None)
         self._indexed.pop(slot, None)
+        self._seen.pop(slot, None)

@@ -20,7 +20,7 @@ from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
-from linspec.models.decoder import Decoder
+from linspec.models.backbone import Generator
 from linspec.policy.base import Policy
 from linspec.progress import Progress
 from linspec.sampling import Sampler, SamplingParams
@@ -84,7 +84,7 @@ class Report:
 
 
 def verify(
-    model: str | Path | Decoder,
+    model: str | Path | Generator,
     drafter: str | Drafter = "none",
     *,
     tokenizer: Any = None,
@@ -199,7 +199,7 @@ def _greedy(
 
 @torch.inference_mode()
 def divergence(
-    model: Decoder, prompt: int, text: Sequence[int], expected: Sequence[int], got: Sequence[int]
+    model: Generator, prompt: int, text: Sequence[int], expected: Sequence[int], got: Sequence[int]
 ) -> Divergence | None:
     """Where `got` first differs from `expected`, both following the token ids `text`."""
     length = min(len(expected), len(got))
@@ -210,8 +210,7 @@ def divergence(
         longer = expected if len(expected) > length else got
         pair = [longer[length] if longer is each else -1 for each in (expected, got)]
         return Divergence(prompt, length, pair[0], pair[1], math.inf)
-    ids = torch.tensor([[*text, *expected[:place]]], device=model.embed.weight.device)
-    logits = model.head(model.hidden(ids)[0, -1:])[0].double()
+    logits = model.full_logits(text, [expected[:place]])[0].double()
     worse = min(float(logits[expected[place]]), float(logits[got[place]]))
     return Divergence(prompt, place, expected[place], got[place], float(logits.max()) - worse)
 
@@ -254,15 +253,13 @@ def _sampled(seed: int | None) -> SamplingParams:
 
 
 @torch.inference_mode()
-def _exact_outcomes(model: Decoder, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
+def _exact_outcomes(model: Generator, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
     """Probability of every possible continuation of `prompt`, token by token."""
     sampler = Sampler(_sampled(seed=0), prompt, model.config.vocab_size)
-    device = model.embed.weight.device
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(_SAMPLED_TOKENS):
         texts = list(found)
-        ids = torch.tensor([[*prompt, *text] for text in texts], device=device)
-        logits = model.head(model.hidden(ids)[:, -1])
+        logits = model.full_logits(prompt, texts)
         longer: dict[tuple[int, ...], float] = {}
         for text, row in zip(texts, logits, strict=True):
             law = sampler.probabilities(row).double()

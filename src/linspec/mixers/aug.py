@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.grouped import Grouped
@@ -19,7 +19,7 @@ from linspec.mixers.grouped import Grouped
 class Aug(Grouped):
     """o_t = local(t) + α q̂_t S_t + sum_j c_j v_{t-j}, one kernel c per query head."""
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.taps < 1:
             raise ConfigError(
                 f"mixer 'aug' needs convolution taps, got {mixer.taps}; use 32, or mixer 'grouped'"

@@ -2,7 +2,8 @@
 
 A mixer is one function in two forms. The *full form* (`forward`) sees a whole sequence, is parallel
 over time and differentiable. The *step form* (`step`) sees the new nodes of a step against the
-committed state of their slots. Both compute
+committed state of their slots. In an encoder there is only a full form, without causality. All
+compute
 
     o_t = combine(sum_s weight(t, s) v_s, beyond_t)  +  sum_{j < W} c_j v_{t-j}
 
@@ -22,12 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse
 from linspec.layout import Layout, StagedTree
-from linspec.mixers.blocks import convolve
+from linspec.mixers.blocks import convolve, convolve_both
 from linspec.registry import Registry
+from linspec.relative import RelativeBias
 from linspec.rope import rotate
 from linspec.state import RowSpec, RowState, add_products
 
@@ -55,18 +57,23 @@ class NativeForm:
 class Mixer(nn.Module):
     """The part of a block through which a token sees other tokens.
 
-    `settings` names the sizes of MixerConfig that only some mixers have.
+    `settings` names the sizes of MixerConfig that only some mixers have. causal: False for a mixer
+    whose weights need the whole sequence; it fits encoders only. biased: whether weights take a
+    relative position bias, where the backbone has one.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
+    causal: ClassVar[bool] = True
+    biased: ClassVar[bool] = False
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
         for name in ("features", "keep"):
             if getattr(mixer, name) and name not in self.settings:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
                 )
+        self._check_direction(config, mixer)
         self.config, self.mixer = config, mixer
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.repeats = config.heads // config.kv_heads
@@ -81,9 +88,34 @@ class Mixer(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
+        self.relative: RelativeBias | None = None
+        if self.biased and config.relative is not None:
+            self.relative = RelativeBias(config.relative, self.heads, causal=config.causal)
         if mixer.taps:
             # zero taps: a converted checkpoint starts without the convolution and learns it
-            self.taps = nn.Parameter(torch.zeros(self.heads, mixer.taps))
+            count = mixer.taps if config.causal else 2 * mixer.taps - 1
+            self.taps = nn.Parameter(torch.zeros(self.heads, count))
+
+    def _check_direction(self, config: StackConfig, mixer: MixerConfig) -> None:
+        if config.causal and not self.causal:
+            raise ConfigError(
+                f"mixer {mixer.name!r} sees later tokens and fits encoders only; choose another for a "
+                "decoder (linspec list)"
+            )
+        if not config.causal and not self.bidirectional():
+            raise ConfigError(
+                f"mixer {mixer.name!r} has no bidirectional form and fits decoders only; choose "
+                "another for an encoder (linspec list)"
+            )
+
+    @classmethod
+    def bidirectional(cls) -> bool:
+        """Whether there is a form for encoders: one that is as much the mixer's own as its causal form."""
+        owners = [
+            next(place for place, kind in enumerate(cls.__mro__) if name in kind.__dict__)
+            for name in ("mix_all", "mix")
+        ]
+        return owners[0] <= owners[1] and cls.mix_all is not Mixer.mix_all
 
     # ---- what a mixer defines
 
@@ -149,11 +181,21 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `mix` without causality, for encoders: every token sees every real token.
+
+        real [B, T] is true at real tokens, which come first in each row; k and v are zero elsewhere.
+        None means that all are real.
+        """
+        raise NotImplementedError
+
     def native_form(self) -> NativeForm | None:
         """What the C library needs to compute the step form; None when it cannot."""
         return None
 
-    # ---- the two forms
+    # ---- the forms
 
     def project(
         self, x: torch.Tensor, rope: Rope
@@ -185,13 +227,20 @@ class Mixer(nn.Module):
 
     def settle(self) -> None:
         """Compute what depends on the weights, once these are final."""
-        if self.mixer.taps:
+        if self.mixer.taps and self.config.causal:
             self.reach = self._padded_taps().detach()
 
-    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each."""
+    def forward(
+        self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The full form: x [B, T, D] at positions 0..T-1 -> [B, T, D]; rope is [T, 1, K] each.
+
+        real: for encoders, as in `mix_all`. A causal mixer needs no such thing: what stands behind
+        a token changes nothing for it.
+        """
         q, k, v = (t.transpose(1, 2) for t in self.project(x, rope))
-        return self.o(self._full(q, k, v).transpose(1, 2).flatten(2))
+        o = self._full(q, k, v) if self.config.causal else self._full_both(q, k, v, real)
+        return self.o(o.transpose(1, 2).flatten(2))
 
     def _full(
         self,
@@ -207,18 +256,38 @@ class Mixer(nn.Module):
             o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
         return o
 
+    def _full_both(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`mix_all` plus the centred convolution."""
+        if real is not None:
+            k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
+        o = self.mix_all(q, k, v, real)
+        if self.mixer.taps:
+            o = o + convolve_both(v, self.taps, self.repeats)[..., : self.head_width]
+        return o
+
     def step(
         self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
     ) -> torch.Tensor:
         """The step form: x [M, D], all new nodes of all segments packed -> [M, D]."""
-        packed = self.project(x, rope)
+        return self.o(self.step_heads(self.project(x, rope), segments, state, layer))
+
+    def step_heads(
+        self,
+        packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        segments: list[Segment],
+        state: RowState,
+        layer: int,
+    ) -> torch.Tensor:
+        """The step form between `project` and the output projection: [M, H * V]."""
         outputs = []
         for segment in segments:
             q, k, v = (segment.unpack(t).transpose(1, 2) for t in packed)
             form = self._step_long if segment.long else self._step_nodes
             outputs.append(segment.pack(form(q, k, v, segment, state, layer).transpose(1, 2)))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.o(mixed.flatten(1))
+        return mixed.flatten(1)
 
     def _step_nodes(
         self,
@@ -241,6 +310,15 @@ class Mixer(nn.Module):
         if self.mixer.taps:
             o = o + self._convolved(values[..., : self.head_width], layout, state.spec.lead)
         return o.flatten(1, 2)
+
+    def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
+        """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
+
+        def buckets() -> torch.Tensor:
+            return relative.buckets(layout.offsets[:, :, None] - layout.columns[:, None, :])
+
+        bias: torch.Tensor = relative(layout.memo(("buckets", relative.config), buckets))
+        return bias.unflatten(1, (self.kv_heads, self.repeats))
 
     def _convolved(self, values: torch.Tensor, layout: Layout, lead: int) -> torch.Tensor:
         """The convolution for the nodes of a step: values [R, Hkv, lead + C, V] -> [R, Hkv, rep, N, V]."""

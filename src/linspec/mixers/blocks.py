@@ -33,16 +33,19 @@ def band(taps: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(taps, (0, 1))[:, torch.where(inside, distance, count)]
 
 
-def windows(v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int) -> torch.Tensor:
-    """Values of every block with the `before` values ahead of it.
+def windows(
+    v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int, after: int = 0
+) -> torch.Tensor:
+    """Values of every block with the `before` values ahead of it and the `after` values behind it.
 
-    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block, V]; lead [B, Hkv, before, V] precedes v.
+    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block + after, V]; lead [B, Hkv, before, V]
+    precedes v.
     """
     short = -v.shape[2] % block
-    v = F.pad(v, (0, 0, before if lead is None else 0, short))
+    v = F.pad(v, (0, 0, before if lead is None else 0, short + after))
     if lead is not None:
         v = torch.cat((lead, v), dim=2)
-    return v.unfold(2, before + block, block).mT
+    return v.unfold(2, before + block + after, block).mT
 
 
 def convolve(
@@ -56,6 +59,16 @@ def convolve(
     kernel = band(taps, block).unflatten(0, (-1, repeats)).flatten(1, 2)  # [Hkv, rep * block, .]
     o = kernel[:, None].to(v.dtype) @ windows(v, lead, taps.shape[1] - 1, block)
     return join(o, repeats, v.shape[2])
+
+
+def convolve_both(v: torch.Tensor, taps: torch.Tensor, repeats: int) -> torch.Tensor:
+    """Centred depthwise convolution, for encoders: taps [H, 2W - 1], the middle one on the token itself.
+
+    The causal convolution of the values W - 1 tokens further on.
+    """
+    ahead = taps.shape[1] // 2
+    shifted = F.pad(v, (0, 0, 0, ahead))
+    return convolve(shifted, taps, repeats, None)[:, :, ahead:]
 
 
 def join(o: torch.Tensor, repeats: int, time: int) -> torch.Tensor:

@@ -90,8 +90,9 @@ class Fading(GroupedLinear):
         keys: torch.Tensor,
         values: torch.Tensor,
         seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        return super()._near_rows(q, keys, values, seen) if self.arranged else None
+        return super()._near_rows(q, keys, values, seen, bias) if self.arranged else None
 
     def _far_rows(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import GroupedLinear
@@ -22,7 +22,7 @@ from linspec.mixers.linear import GroupedLinear
 class Global(GroupedLinear):
     """o_t = α q̂_t S_g(t); α starts at 1, as nothing else carries information."""
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.span > 1 or mixer.kernel != "own":
             raise ConfigError(
                 f"mixer 'global' sees no group exactly: span {mixer.span} and kernel "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.linear import GroupedLinear
 
@@ -21,7 +21,9 @@ from linspec.mixers.linear import GroupedLinear
 class Grouped(GroupedLinear):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    biased = True
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))

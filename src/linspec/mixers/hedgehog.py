@@ -48,10 +48,13 @@ class Hedgehog(Normalised):
         return two_sided_softmax(k @ self.key_map.mT)
 
     def near_weights(
-        self, products: torch.Tensor, seen: torch.Tensor | None
+        self,
+        products: torch.Tensor,
+        seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         if self.arranged:
-            return super().near_weights(products, seen)
+            return super().near_weights(products, seen, bias)
         scores = products * self.head_width**-0.5
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.layout import Layout
 from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
@@ -44,7 +44,7 @@ class GroupedLinear(Mixer):
     wide = False
     apart = False
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.arranged = mixer.kernel != "own"
         # one map serves rows within reach and sums
@@ -93,7 +93,7 @@ class GroupedLinear(Mixer):
     def _native_groups(self, alpha: float) -> NativeForm | None:
         """The C form of squared or softmax weights within reach, unit features in the sums."""
         mixer = self.mixer
-        if mixer.kernel not in ("own", "softmax"):
+        if mixer.kernel not in ("own", "softmax") or self.relative is not None:
             return None
         return NativeForm(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
 
@@ -120,12 +120,22 @@ class GroupedLinear(Mixer):
         return unit(x) if self.mixer.kernel == "relu2" else x
 
     def near_weights(
-        self, products: torch.Tensor, seen: torch.Tensor | None
+        self,
+        products: torch.Tensor,
+        seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
-        """Weights of rows from products; `seen` is false at rows out of reach, None if all count."""
+        """Weights of rows from products; `seen` is false at rows out of reach, None if all count.
+
+        bias: of relative positions. It joins the scores of a softmax and the weights of other
+        kernels, as in You et al. 2024.
+        """
         if self.mixer.kernel == "softmax":
-            return masked_softmax(products * self.head_width**-0.5, seen)
+            scores = products * self.config.score_scale
+            return masked_softmax(scores if bias is None else scores + bias, seen)
         weights = products.relu().square() if self.arranged else self.in_group(products)
+        if weights is not None and bias is not None:
+            weights = weights + bias
         return weights if weights is None or seen is None else weights.masked_fill(~seen, 0.0)
 
     def combine(self, near: torch.Tensor | None, far: torch.Tensor | None) -> torch.Tensor:
@@ -153,7 +163,8 @@ class GroupedLinear(Mixer):
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         near, beyond = self.groups(layout)
-        o = self._near_rows(q, keys, values, near)
+        bias = None if self.relative is None else self.step_bias(self.relative, layout)
+        o = self._near_rows(q, keys, values, near, bias)
         far = None if sums is None else self._far_rows(q, keys, values, layout, beyond, sums)
         return self.combine(o, far).unflatten(2, q.shape[2:4])
 
@@ -163,11 +174,12 @@ class GroupedLinear(Mixer):
         keys: torch.Tensor,
         values: torch.Tensor,
         seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """What nodes read from the rows within reach, [R, Hkv, rep * N, V']."""
         nodes = self.near_queries(q).flatten(2, 3)
         products = (nodes @ self.near_keys(keys).mT).unflatten(2, q.shape[2:4])
-        weights = self.near_weights(products, seen)
+        weights = self.near_weights(products, seen, bias)
         return None if weights is None else weights.flatten(2, 3) @ values
 
     def _far_rows(
@@ -247,8 +259,19 @@ class GroupedLinear(Mixer):
         before = (self.mixer.span - 1) * group
         keys = windows(k, None, before, group)
         seen = causal_window(keys.shape[2], group, before, k.device)
-        weights = self.near_weights(q @ keys.mT, seen.repeat(1, self.repeats, 1))
+        bias = self._block_bias(keys.shape[3], before)
+        weights = self.near_weights(q @ keys.mT, seen.repeat(1, self.repeats, 1), bias)
         return None if weights is None else weights @ windows(v, None, before, group)
+
+    def _block_bias(self, columns: int, before: int) -> torch.Tensor | None:
+        """The relative bias between the rows of a block and what lies around it: [Hkv, 1, rep * G, C]."""
+        if self.relative is None:
+            return None
+        device = self.relative.table.weight.device
+        column = torch.arange(columns, device=device) - before
+        row = torch.arange(self.mixer.group, device=device)[:, None]
+        bias: torch.Tensor = self.relative(self.relative.buckets(row - column))
+        return bias.unflatten(0, (self.kv_heads, self.repeats)).flatten(1, 2)[:, None]
 
     def _closed_sums(
         self, keys: torch.Tensor, values: torch.Tensor, start: torch.Tensor | None
@@ -257,12 +280,60 @@ class GroupedLinear(Mixer):
 
         float32 or wider; start [B, Hkv, S, V'] are the groups closed before the sequence.
         """
-        products = keys.mT @ values
-        products = products.to(torch.promote_types(products.dtype, torch.float32))
+        sums = self._shifted_sums(group_sums(keys, values))
+        return sums if start is None else sums + start[:, :, None].to(sums.dtype)
+
+    def _shifted_sums(self, products: torch.Tensor) -> torch.Tensor:
+        """Sums over the groups `span` and more before each group."""
         # shifted, not subtracted: rounding would let a group see itself
         count, span = products.shape[2], self.mixer.span
-        sums = F.pad(products.cumsum(2), (0, 0, 0, 0, span, 0))[:, :, :count]
-        return sums if start is None else sums + start[:, :, None].to(sums.dtype)
+        return F.pad(products.cumsum(2), (0, 0, 0, 0, span, 0))[:, :, :count]
+
+    # ---- encoder form
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Every token sees span - 1 groups to either side exactly, and the others as a sum."""
+        heads = q.unflatten(1, (self.kv_heads, self.repeats))
+        if real is None:
+            real = torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device)
+        near = self._near_both(self._blocks(self.near_queries(heads)), self.near_keys(k), v, real)
+        far = None
+        if self.summed:
+            products = group_sums(self._split(self.summed_keys(k)), self._split(v))
+            queries = self._blocks(self.summed_queries(heads))
+            far = queries @ self._distant_sums(products, alone=near is None).to(queries.dtype)
+        return join(self.combine(near, far), self.repeats, q.shape[2])
+
+    def _near_both(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As `_near_blocks`, with as many groups behind a block as ahead of it."""
+        group = self.mixer.group
+        reach = (self.mixer.span - 1) * group
+        keys = windows(k, None, reach, group, reach)
+        seen = windows(real[:, None, :, None].byte(), None, reach, group, reach).mT.bool()
+        # a group of padding sees padding: a softmax over nothing is NaN, also in its gradient
+        seen = seen | ~seen.any(-1, keepdim=True)
+        weights = self.near_weights(q @ keys.mT, seen, self._block_bias(keys.shape[3], reach))
+        return None if weights is None else weights @ windows(v, None, reach, group, reach)
+
+    def _distant_sums(self, products: torch.Tensor, *, alone: bool) -> torch.Tensor:
+        """Sums over all groups that a group does not see exactly: [B, Hkv, n, S, V'].
+
+        alone: there is no exact part, so a group's sum has the group itself too, as in FLASH.
+        """
+        if alone:
+            return products.sum(2, keepdim=True)
+        earlier = self._shifted_sums(products)
+        return earlier + self._shifted_sums(products.flip(2)).flip(2)
+
+
+def group_sums(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """φ(k) vᵀ of every group, float32 or wider: [B, Hkv, n, S, V']."""
+    products = keys.mT @ values
+    return products.to(torch.promote_types(products.dtype, torch.float32))
 
 
 def causal_window(count: int, group: int, before: int, device: torch.device) -> torch.Tensor:

@@ -18,6 +18,7 @@ class Local(GroupedLinear):
     """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
 
     summed = False
+    biased = True
 
     def native_form(self) -> NativeForm | None:
         return self._native_groups(0.0) if type(self) is Local else None

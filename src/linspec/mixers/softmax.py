@@ -20,7 +20,9 @@ from linspec.state import RowSpec
     cost="2·T·d per token",
 )
 class Softmax(Mixer):
-    """Every token attends to all tokens before it."""
+    """Every token attends to all tokens before it; in an encoder to all tokens."""
+
+    biased = True
 
     def row_spec(self) -> RowSpec:
         return RowSpec(
@@ -32,16 +34,18 @@ class Softmax(Mixer):
 
     def native_form(self) -> NativeForm | None:
         # a subclass may weigh rows in another way
-        return NativeForm() if type(self) is Softmax else None
+        return NativeForm() if type(self) is Softmax and self.relative is None else None
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""
         return None if layout.plain else layout.visible
 
     def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
+        scores = products * self.config.score_scale
+        if self.relative is not None:
+            scores = scores + self.step_bias(self.relative, layout).to(scores.dtype)
         mask = self.mask(layout)
-        seen = None if mask is None else mask[:, None, None]
-        return masked_softmax(products * self.head_width**-0.5, seen)
+        return masked_softmax(scores, None if mask is None else mask[:, None, None])
 
     def mix(
         self,
@@ -50,4 +54,25 @@ class Softmax(Mixer):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.repeats > 1)
+        if self.relative is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.config.score_scale, enable_gqa=self.repeats > 1
+            )
+        time = q.shape[2]
+        return self.over(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.over(q, k, v, None if real is None else real[:, None, None])
+
+    def over(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Softmax over the keys that `mask` (true where seen) leaves, with the position bias."""
+        if self.relative is not None:
+            bias = self.relative.between(q.shape[2], k.shape[2]).to(q.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self.config.score_scale, enable_gqa=self.repeats > 1
+        )

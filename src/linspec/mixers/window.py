@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, NativeForm
@@ -28,7 +27,11 @@ class Window(Softmax):
         return replace(super().row_spec(), window=self.mixer.window)
 
     def native_form(self) -> NativeForm | None:
-        return NativeForm(window=self.mixer.window) if type(self) is Window else None
+        return (
+            NativeForm(window=self.mixer.window)
+            if type(self) is Window and self.relative is None
+            else None
+        )
 
     def mask(self, layout: Layout) -> torch.Tensor | None:
         size = self.mixer.window
@@ -47,7 +50,22 @@ class Window(Softmax):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        return self.over(q, k, v, self._near(q, later=False))
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        # a padding token sees itself, if nothing else: a softmax over nothing is NaN, and its gradient
+        # would reach the weights
+        mask = self._near(q, later=True)
+        if real is not None:
+            alone = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+            mask = (mask & real[:, None, None]) | alone
+        return self.over(q, k, v, mask)
+
+    def _near(self, q: torch.Tensor, *, later: bool) -> torch.Tensor:
+        """[T, T]: keys less than `window` tokens away, those after the query only if `later`."""
         at = torch.arange(q.shape[2], device=q.device)
         distance = at[:, None] - at
-        mask = (distance >= 0) & (distance < self.mixer.window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.repeats > 1)
+        near = distance.abs() < self.mixer.window
+        return near if later else near & (distance >= 0)

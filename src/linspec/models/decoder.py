@@ -2,107 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from linspec.config import DecoderConfig
-from linspec.errors import ConfigError, ContextOverflow
+from linspec.errors import ContextOverflow
+from linspec.kernels.cpu.library import load as load_kernels
 from linspec.kernels.cpu.step import NativeStep, native_step
 from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
-from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
+from linspec.models.block import Block, make_norm
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
-from linspec.state import STAGE_ROWS, DecoderState, RowState
+from linspec.state import STAGE_ROWS, DecoderState
 from linspec.step import Feed, Segment, depths, segments_of
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-def make_norm(config: DecoderConfig) -> nn.Module:
-    """The configured normalisation over the model width."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.width, eps=config.norm_eps)
-
-
-class MLP(nn.Module):
-    """Gated (SwiGLU, Shazeer 2020) or plain feed-forward layer."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        if config.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"activation {config.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
-            )
-        self.activation = ACTIVATIONS[config.activation]
-        self.gated = config.gated_mlp
-        if self.gated:
-            self.gate: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.up: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
-        self.down: nn.Module = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
-
-        self.gate_up: nn.Module | None = None
-
-    def prepare(self, fuse: Fuse) -> None:
-        """Replace the layers by their inference form: one product for gate and up."""
-        if self.gated:
-            self.gate_up = fuse(self.gate, self.up)
-            del self.gate, self.up
-        else:
-            self.up = fuse(self.up)
-        self.down = fuse(self.down)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_up is not None:
-            gate, up = self.gate_up(x).chunk(2, dim=-1)
-            return self.down(self.activation(gate) * up)
-        if self.gated:
-            return self.down(self.activation(self.gate(x)) * self.up(x))
-        return self.down(self.activation(self.up(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm residual block."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        mixer = config.mixers[layer]
-        self.mixer_norm = make_norm(config)
-        self.mixer: Mixer = MIXERS[mixer.name](config, mixer)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
-
-    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        x = x + self.mixer(self.mixer_norm(x), rope)
-        return x + self.mlp(self.mlp_norm(x))
-
-    def prepare(self, fuse: Fuse) -> None:
-        """Replace every part by its inference form."""
-        self.mixer.prepare(fuse)
-        self.mlp.prepare(fuse)
-
-    def settle(self) -> None:
-        """Compute what depends on the weights, once these are final."""
-        self.mixer.settle()
-        self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
-
-    def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
-    ) -> torch.Tensor:
-        """The step form over packed nodes [M, D]."""
-        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, state, layer)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +45,25 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions, config.width)
-        else:
+        elif config.positions == "rope":
             self.rotary = Rotary(config.rope, config.head_width)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(self.make_block(i) for i in range(config.layers))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
-        if config.tied_embeddings:
-            self.head.weight = self.embed.weight
+        self.tie()
         self.prepared = False
         self.native: NativeStep | None = None
         # fingerprint of the plain weights, kept when these are gone
         self.identity: str | None = None
+
+    def make_block(self, layer: int) -> Block:
+        """The block of one layer."""
+        return Block(self.config, layer)
+
+    def tie(self) -> None:
+        """Make parameters that are one in the checkpoint one in memory."""
+        if self.config.tied_embeddings:
+            self.head.weight = self.embed.weight
 
     @property
     def layers(self) -> list[Block]:
@@ -146,15 +72,24 @@ class Decoder(nn.Module):
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1."""
-        positions = torch.arange(ids.shape[1], device=ids.device)
-        x, rope = self.embed(ids).to(self.dtype), None
-        if self.config.positions == "learned":
-            x = x + self.embed_positions(positions)
-        else:
-            rope = self.rotary(positions, x.dtype)
+        x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in self.layers:
             x = block(x, rope)
-        return self.norm(x)
+        return self.leave(x)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """What the output layer takes: the last block's states, normalised."""
+        x = self.norm(x)
+        return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
+
+    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
+        """Embedded ids, and the rotation of their positions where there is one."""
+        x = self.embed(ids).to(self.dtype)
+        if self.config.positions == "learned":
+            return x + self.embed_positions(positions), None
+        if self.config.positions == "rope":
+            return x, self.rotary(positions, x.dtype)
+        return x, None
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T]; `mask` [B, T] is true at real tokens.
@@ -165,6 +100,11 @@ class Decoder(nn.Module):
             return self.head(self.hidden(ids))
         ids, shifts = to_left(ids, mask)
         return self.head(from_left(self.hidden(ids), shifts))
+
+    def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
+        ids = torch.tensor([[*prompt, *output] for output in outputs])
+        return self.head(self.hidden(ids.to(self.embed.weight.device))[:, -1])
 
     def prepare(self, fuse: Fuse = fuse) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
@@ -196,6 +136,12 @@ class Decoder(nn.Module):
         """What is computed and kept in states; embeddings may be narrower."""
         return self.norm.get_parameter("weight").dtype
 
+    @property
+    def kernels(self) -> str:
+        """What computes a step: the kernels in use, the form of the layers, and whether in one call."""
+        layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
+        return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
+
     def new_state(self, slots: int = 1) -> DecoderState:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
         mixers = [block.mixer for block in self.layers]
@@ -206,6 +152,13 @@ class Decoder(nn.Module):
             device=self.embed.weight.device,
             folds=[mixer.fold for mixer in mixers],
         )
+
+    def open(
+        self, prompt: Sequence[int], slot: int, state: DecoderState
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Make `slot` an empty sequence; returns the tokens to feed it, all of `prompt`, and no source."""
+        state.reset(slot)
+        return list(prompt), ()
 
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
@@ -261,17 +214,20 @@ class Decoder(nn.Module):
         device = self.embed.weight.device
         ids = torch.tensor([t for feed in feeds for t in feed.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
-        x, rope = self.embed(ids).to(self.dtype), None
-        if self.config.positions == "learned":
-            x = x + self.embed_positions(positions)
-        else:
-            rope = self.rotary(positions, x.dtype)
-        for block, (part, layer) in zip(self.layers, state.layers, strict=True):
-            x = block.step(x, rope, segments, part, layer)
+        x, rope = self.enter(ids, positions)
+        x = self.run(x, rope, segments, state)
         if len(wanted) < len(x):
             x = x[torch.tensor(wanted, device=device)]
-        hidden = self.norm(x)
+        hidden = self.leave(x)
         return hidden, self.head(hidden)
+
+    def run(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+    ) -> torch.Tensor:
+        """Packed nodes [M, D] through the step form of every block."""
+        for block, (part, layer) in zip(self.layers, state.layers, strict=True):
+            x = block.step(x, rope, segments, part, layer)
+        return x
 
     def _positions(self, feed: Feed, state: DecoderState) -> list[int]:
         start = state.length(feed.slot)

@@ -1,33 +1,30 @@
-"""Hugging Face families and our decoder: configurations and tensor names, both ways.
-
-One `Family` per `model_type`. Its tensor names are a table of module names; only GPT-2 needs more
-than renaming, because it stores weights transposed and q, k, v fused.
-"""
+"""The Hugging Face families that linspec knows: one `Family` per `model_type`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from linspec.config import DecoderConfig, MixerConfig, RopeConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.models.bert_family import BERT
+from linspec.models.family import (
+    Family,
+    ModelConfig,
+    Rule,
+    Tensors,
+    activation_here,
+    activation_there,
+    read_ids,
+    write_ids,
+)
+from linspec.models.t5_family import T5
 
-Tensors = dict[str, torch.Tensor]
-
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
@@ -42,62 +39,10 @@ LAYER_TYPES = {"softmax": "full_attention", "window": "sliding_attention"}
 REFUSED = {"smollm3": "some of its layers have no position embedding"}
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One module's name there and here; `{}` is the layer. Several of ours are fused in theirs."""
+def read_config(data: Mapping[str, Any]) -> ModelConfig:
+    """The model that an ordinary config.json describes.
 
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """One Hugging Face `model_type`. `prefix` is missing in checkpoints saved without the head."""
-
-    name: str
-    architecture: str
-    prefix: str
-    rules: tuple[Rule, ...]
-    read: Callable[[PreTrainedConfig], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    ignored: tuple[str, ...] = ()
-
-    def to_theirs(self, tensors: Mapping[str, torch.Tensor], layers: int) -> Tensors:
-        """Our state dict under their names."""
-        found: Tensors = {}
-        for theirs, ours, rule in self._names(layers):
-            if ours[0] in tensors:
-                parts = [tensors[name] for name in ours]
-                whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-                found[theirs] = _turned(whole, rule)
-        return found
-
-    def to_ours(self, tensors: Mapping[str, torch.Tensor], layers: int) -> Tensors:
-        """The inverse of `to_theirs`."""
-        found: Tensors = {}
-        for theirs, ours, rule in self._names(layers):
-            if theirs in tensors:
-                parts = _turned(tensors[theirs], rule).chunk(len(ours))
-                found.update(zip(ours, parts, strict=True))
-        return found
-
-    def _names(self, layers: int) -> Iterator[tuple[str, tuple[str, ...], Rule]]:
-        for rule in self.rules:
-            for layer in range(layers if "{}" in rule.theirs else 1):
-                for kind in (".weight", ".bias"):
-                    ours = tuple(name.format(layer) + kind for name in rule.ours)
-                    yield rule.theirs.format(layer) + kind, ours, rule
-
-
-def _turned(tensor: torch.Tensor, rule: Rule) -> torch.Tensor:
-    return tensor.t().contiguous() if rule.transposed and tensor.ndim == 2 else tensor
-
-
-def read_config(data: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder that an ordinary config.json describes.
-
-    Raises UnsupportedModel when the decoder cannot do what the file asks for, CheckpointError when
+    Raises UnsupportedModel when our model cannot do what the file asks for, CheckpointError when
     the file contradicts itself.
     """
     family = family_named(data.get("model_type"))
@@ -109,7 +54,10 @@ def read_config(data: Mapping[str, Any]) -> DecoderConfig:
     # a copy: transformers completes nested settings in place
     fields = {key: deepcopy(data[key]) for key in data if key not in ("model_type", "auto_map")}
     try:
-        return family.read(AutoConfig.for_model(family.name, **fields))
+        hf = AutoConfig.for_model(family.name, **fields)
+        # it belongs to the file, not to the model, so transformers keeps it out of the settings
+        hf.architectures = data.get("architectures")
+        return family.read(hf)
     except (ConfigError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"config.json is not a sound {family.name} config: {error}"
@@ -126,57 +74,33 @@ def family_named(name: object) -> Family:
     )
 
 
-def family_of(config: DecoderConfig) -> Family | None:
-    """The family whose ordinary format says all that `config` says, or None."""
+def family_of(config: ModelConfig, tensors: Tensors | None = None) -> Family | None:
+    """The family whose ordinary format says all that `config` and our names of `tensors` say, or None."""
     family = FAMILIES.get(config.family)
     if family is None or any(m.name not in ("softmax", "window") or m.taps for m in config.mixers):
         return None
     plain = config.with_mixers(tuple(_plain(mixer) for mixer in config.mixers))
     try:
-        return family if read_config(write_config(family, config)) == plain else None
+        again = read_config(write_config(family, config))
+        again = family.adapt(again, family.on_disk(tensors or {}, config).keys())
+        return family if again == plain else None
     except CheckpointError:
         return None
 
 
-def write_config(family: Family, config: DecoderConfig) -> dict[str, Any]:
+def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The config.json of `config` as a checkpoint of `family`."""
     return {
         "model_type": family.name,
         "architectures": [family.architecture],
         "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_embeddings,
         **write_ids(config),
         **family.write(config),
     }
 
 
-def write_ids(config: DecoderConfig) -> dict[str, Any]:
-    """Special tokens under their Hugging Face names; a single end token is written as a number."""
-    eos = list(config.eos_ids)
-    return {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_id,
-    }
-
-
-def read_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` is a number, a list or missing."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
 def _plain(mixer: MixerConfig) -> MixerConfig:
     return MixerConfig(name=mixer.name, window=mixer.window if mixer.name == "window" else 0)
-
-
-def _activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise UnsupportedModel(
-            f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
 
 
 def _read_rope(hf: PreTrainedConfig) -> RopeConfig:
@@ -215,7 +139,7 @@ def _read_gated(hf: PreTrainedConfig, **switches: Any) -> DecoderConfig:
         mlp_width=hf.intermediate_size,
         family=hf.model_type,
         norm_eps=hf.rms_norm_eps,
-        activation=_activation(hf.hidden_act),
+        activation=activation_here(hf.hidden_act),
         tied_embeddings=hf.tie_word_embeddings,
         rope=_read_rope(hf),
         max_positions=hf.max_position_embeddings,
@@ -228,21 +152,18 @@ def _read_gated(hf: PreTrainedConfig, **switches: Any) -> DecoderConfig:
 
 def _write_gated(config: DecoderConfig) -> dict[str, Any]:
     return {
+        "tie_word_embeddings": config.tied_embeddings,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "hidden_act": _activation_there(config, "gelu_pytorch_tanh"),
+        "hidden_act": activation_there(config, "gelu_pytorch_tanh"),
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         **_write_rope(config.rope),
     }
-
-
-def _activation_there(config: DecoderConfig, tanh: str) -> str:
-    return tanh if config.activation == "gelu_tanh" else config.activation
 
 
 def _read_llama(hf: PreTrainedConfig) -> DecoderConfig:
@@ -321,7 +242,7 @@ def _read_gpt2(hf: PreTrainedConfig) -> DecoderConfig:
         family=hf.model_type,
         norm="layer",
         norm_eps=hf.layer_norm_epsilon,
-        activation=_activation(hf.activation_function),
+        activation=activation_here(hf.activation_function),
         gated_mlp=False,
         qkv_bias=True,
         out_bias=True,
@@ -337,12 +258,13 @@ def _read_gpt2(hf: PreTrainedConfig) -> DecoderConfig:
 
 def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
     return {
+        "tie_word_embeddings": config.tied_embeddings,
         "n_embd": config.width,
         "n_layer": config.layers,
         "n_head": config.heads,
         "n_inner": config.mlp_width,
         "n_positions": config.max_positions,
-        "activation_function": _activation_there(config, "gelu_new"),
+        "activation_function": activation_there(config, "gelu_new"),
         "layer_norm_epsilon": config.norm_eps,
     }
 
@@ -387,7 +309,7 @@ _LLAMA = Family(
     rules=LLAMA_RULES,
     read=_read_llama,
     write=_write_llama,
-    ignored=(".rotary_emb.inv_freq",),
+    ignored=(".rotary_emb.inv_freq", "lm_head.weight"),
 )
 _FAMILIES = (
     _LLAMA,
@@ -411,7 +333,9 @@ _FAMILIES = (
         rules=GPT2_RULES,
         read=_read_gpt2,
         write=_write_gpt2,
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        ignored=(".attn.bias", ".attn.masked_bias", "lm_head.weight"),
     ),
+    BERT,
+    T5,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _FAMILIES}

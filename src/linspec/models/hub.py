@@ -4,9 +4,10 @@
     tokenizer = load_tokenizer("path/to/llama")
     save_model(model, tokenizer, Path("copy"), dtype=torch.bfloat16)
 
-linspec's own format has `model_type` "linspec", the decoder's configuration under the key
-`decoder`, and weights under the decoder's own names. It is written only for what no ordinary
-format can say. Nothing is downloaded, no pickle is opened and no code of a checkpoint is run.
+linspec's own format has `model_type` "linspec", the model's configuration under the key that names
+its kind (`decoder`, `encoder`, ...), and weights under the model's own names. It is written only for
+what no ordinary format can say. Nothing is downloaded, no pickle is opened and no code of a
+checkpoint is run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.resources
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from linspec.config import DecoderConfig
-from linspec.errors import CheckpointError, ConfigError
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.models import families
+from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
-from linspec.models.families import Family, Tensors
+from linspec.models.family import Family, ModelConfig, Tensors, write_ids
+from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
 from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, load_quantized
+from linspec.models.t5 import T5
 from linspec.models.weights import (
     INDEX,
     SHARD_BYTES,
@@ -67,8 +71,12 @@ def resolve(source: str | Path) -> Path:
 
 
 def load_config(source: str | Path) -> DecoderConfig:
-    """The decoder configuration of a model directory, without its weights."""
-    return _read_config(resolve(source))[0]
+    """The configuration of a decoder's directory, without its weights."""
+    folder = resolve(source)
+    config = _read_config(folder)[0]
+    if not isinstance(config, DecoderConfig):
+        raise _wrong_kind(folder, config, KINDS["decoder"])
+    return config
 
 
 def load_model(
@@ -77,23 +85,75 @@ def load_model(
     """The decoder in `source`, in evaluation mode.
 
     Raises CheckpointError when a file is missing, damaged or does not fit the others, and
-    UnsupportedModel when the checkpoint is sound but of a kind that linspec does not know.
+    UnsupportedModel when the checkpoint is sound but of a kind or family that does not fit.
     """
     folder = resolve(source)
     config, family = _read_config(folder)
     quantization = read_json(folder / "config.json").get(ENTRY)
-    if family is None and quantization is not None:
+    if family is None and quantization is not None and isinstance(config, DecoderConfig):
         return _load_quantized(folder, config, quantization, dtype, device)
+    return _load(folder, Decoder, dtype).to(device)
+
+
+def load_encoder(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Bert:
+    """The encoder in `source` with its heads, in evaluation mode; raises like `load_model`."""
+    return _load(resolve(source), Bert, dtype).to(device)
+
+
+def load_seq2seq(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> T5:
+    """The encoder-decoder in `source`, in evaluation mode; raises like `load_model`."""
+    return _load(resolve(source), T5, dtype).to(device)
+
+
+def load_generator(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder | T5:
+    """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
+    folder = resolve(source)
+    kind = kind_of(_read_config(folder)[0])
+    if kind.model is Bert:
+        raise UnsupportedModel(
+            f"{folder} holds an encoder, which generates nothing; load_encoder reads it"
+        )
+    if kind.model is T5:
+        return load_seq2seq(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device)
+
+
+def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
+    config, family = _read_config(folder)
+    kind = kind_of(config)
+    if not issubclass(kind.model, wanted):
+        raise _wrong_kind(folder, config, next(k for k in KINDS.values() if k.model is wanted))
     files = weight_files(folder)
-    model = _skeleton(config, folder)
-    expected = _named(_own_tensors(model), family, config)
-    names = _match(expected, read_shapes(files), family, folder)
+    shapes = read_shapes(files)
+    if family is not None:
+        config = family.adapt(config, shapes.keys())
+    model = _skeleton(config, kind.model, folder)
+    expected = _own_tensors(model)
+    if family is not None:
+        expected = family.to_theirs(expected, config)
+    names = _match(expected, shapes, family, folder)
     check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
     tensors = read_tensors(files, names, dtype)
     if family is not None:
-        tensors = family.to_ours(tensors, config.layers)
+        tensors = family.to_ours(tensors, config)
     _fill(model, tensors)
-    return model.to(device).eval()
+    model.eval()
+    assert isinstance(model, wanted)
+    return model
+
+
+def _wrong_kind(folder: Path, found: ModelConfig, wanted: Kind) -> UnsupportedModel:
+    kind = kind_of(found)
+    return UnsupportedModel(
+        f"{folder} holds a model of kind {kind.name!r} (family {found.family}), which "
+        f"{wanted.loader} does not read: it wants kind {wanted.name!r}. Use {kind.loader}"
+    )
 
 
 def _load_quantized(
@@ -129,7 +189,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DecoderConfig) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     """Raises CheckpointError if the tokenizer can produce ids that the model cannot embed."""
     size = max(tokenizer.get_vocab().values(), default=-1) + 1
     if size > config.vocab_size:
@@ -140,7 +200,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DecoderConfig) -
 
 
 def save_model(
-    model: Decoder,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase | None,
     out: str | Path,
     dtype: torch.dtype | None = None,
@@ -157,22 +217,23 @@ def save_model(
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
-    family = families.family_of(model.config)
+    family = families.family_of(model.config, _own_tensors(model))
     tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
     with _aside(Path(out)) as aside:
-        write_tensors(_named(tensors, family, model.config), aside, shard_bytes)
+        named = tensors if family is None else family.on_disk(tensors, model.config)
+        write_tensors(named, aside, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        _write_json(aside / "generation_config.json", families.write_ids(model.config))
+        _write_json(aside / "generation_config.json", write_ids(model.config))
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
     return Path(out)
 
 
-def _read_config(folder: Path) -> tuple[DecoderConfig, Family | None]:
+def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     """The configuration and the family of the format on disk, None for linspec's own."""
     if not (folder / "config.json").exists():
         raise CheckpointError(
@@ -188,34 +249,49 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, Family | None]:
     return families.read_config(data), families.family_named(data.get("model_type"))
 
 
-def _read_own_config(data: Mapping[str, Any], folder: Path) -> DecoderConfig:
+def _read_own_config(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    kinds = [kind for name, kind in KINDS.items() if name in data]
+    if len(kinds) != 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'} needs one entry of {', '.join(map(repr, KINDS))}, it has "
+            f"{len(kinds)}; save the model again"
+        )
+    name = kinds[0].name
     try:
-        return DecoderConfig.from_dict(data["decoder"])
+        return kinds[0].config.from_dict(data[name])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} has no sound 'decoder' entry: {error}"
+            f"{folder / 'config.json'} has no sound {name!r} entry: {error}"
         ) from error
 
 
-def _skeleton(config: DecoderConfig, folder: Path) -> Decoder:
-    """The decoder without memory for its weights."""
+def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) -> Model:
+    """The model without memory for its weights."""
     try:
         with torch.device("meta"):
-            return Decoder(config)
+            return model(config)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from error
 
 
-def _own_tensors(model: Decoder) -> Tensors:
-    """The state dict; a tied head is stored once, as the embedding."""
+def _own_tensors(model: Model) -> Tensors:
+    """The state dict; what several modules share is stored once, under its first name."""
     tensors = dict(model.state_dict())
-    if model.config.tied_embeddings:
-        del tensors["head.weight"]
+    for alias in _aliases(model):
+        del tensors[alias]
     return tensors
 
 
-def _named(tensors: Tensors, family: Family | None, config: DecoderConfig) -> Tensors:
-    return tensors if family is None else family.to_theirs(tensors, config.layers)
+def _aliases(model: Model) -> dict[str, str]:
+    """Further names of shared parameters, and the first name of each."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if id(weight) in first:
+            found[name] = first[id(weight)]
+        else:
+            first[id(weight)] = name
+    return found
 
 
 def _match(
@@ -250,6 +326,8 @@ def _match(
 
 
 def _target(name: str, expected: Tensors, family: Family | None) -> str | None:
+    if family is not None:
+        name = family.current(name)
     if name in expected:
         return name
     full = f"{family.prefix}{name}" if family else name
@@ -258,32 +336,42 @@ def _target(name: str, expected: Tensors, family: Family | None) -> str | None:
 
 def _ignored(name: str, family: Family | None) -> bool:
     """Constants that old checkpoints carry, and the copy of a tied embedding."""
-    return family is not None and name.endswith((*family.ignored, "lm_head.weight"))
+    return family is not None and name.endswith(family.ignored)
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def _fill(model: Decoder, tensors: Tensors) -> None:
+def _fill(model: Model, tensors: Tensors) -> None:
     """Give the skeleton its tensors; afterwards nothing in it is without memory."""
-    if model.config.tied_embeddings:
-        tensors = tensors | {"head.weight": tensors["embed.weight"]}
-    model.load_state_dict(tensors, assign=True)
-    if model.config.tied_embeddings:
-        model.head.weight = model.embed.weight
+    shared = {alias: tensors[first] for alias, first in _aliases(model).items()}
+    model.load_state_dict(tensors | shared, assign=True)
+    model.tie()
     bare = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not bare, f"buffers must be persistent to be loaded: {bare}"
 
 
-def config_file(config: DecoderConfig, family: Family | None) -> dict[str, Any]:
+def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
     """What config.json says, in the format of `family` or, without one, in linspec's own."""
     if family is not None:
         return families.write_config(family, config)
+    kind = kind_of(config)
     return {
         "model_type": "linspec",
-        "architectures": ["LinspecForCausalLM"],
+        "architectures": [kind.architecture],
         "vocab_size": config.vocab_size,
+        **write_ids(config),
+        **_sizes(config),
+        kind.name: config.to_dict(),
+    }
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """What transformers wants to know of a decoder, under its names."""
+    if not isinstance(config, DecoderConfig):
+        return {}
+    return {
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
         "num_hidden_layers": config.layers,
@@ -292,13 +380,11 @@ def config_file(config: DecoderConfig, family: Family | None) -> dict[str, Any]:
         "head_dim": config.head_width,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tied_embeddings,
-        **families.write_ids(config),
-        "decoder": config.to_dict(),
     }
 
 
 def _dtype_name(tensors: Tensors) -> str:
-    return str(tensors["embed.weight"].dtype).removeprefix("torch.")
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from linspec.errors import ConfigError
-from linspec.models.decoder import Decoder
+from linspec.models.backbone import Generator
 from linspec.policy.auto import Auto
 from linspec.policy.base import POLICIES, Policy
 from linspec.policy.costs import load_or_measure
@@ -12,7 +12,7 @@ from linspec.policy.fixed import Fixed
 __all__ = ["POLICIES", "Policy", "make_policy"]
 
 
-def make_policy(policy: str | int | Policy, model: Decoder) -> Policy:
+def make_policy(policy: str | int | Policy, model: Generator) -> Policy:
     """'auto', a fixed number of draft nodes, or a policy as it is."""
     if isinstance(policy, int):
         return Fixed(policy)

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from linspec.files import cache_dir
-from linspec.kernels.cpu.library import load as load_kernels
-from linspec.models.decoder import Decoder
+from linspec.models.backbone import Generator
 from linspec.state import DecoderState
 from linspec.step import Feed
 
@@ -45,15 +44,16 @@ class CostCurve:
         return max(self.seconds[a] + slope * (nodes - a), 1e-9)
 
 
-def measure(model: Decoder, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+def measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
     """Time steps of a chain of draft nodes after a short context.
 
     More nodes never cost less, and noise only adds time: what fewer nodes took longer was noise.
     """
     state = model.new_state()
     context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
-    model.step([Feed(0, [0] * context, all_logits=False)], state)
-    state.commit(0, range(context))
+    fed, _ = model.open([0] * context, 0, state)
+    model.step([Feed(0, fed, all_logits=False)], state)
+    state.commit(0, range(len(fed)))
     limit = model.config.position_limit
     found: dict[int, float] = {}
     for nodes in MEASURED_NODES:
@@ -67,7 +67,7 @@ def measure(model: Decoder, clock: Callable[[], float] = time.perf_counter) -> C
 
 
 def _quickest_step(
-    model: Decoder, state: DecoderState, nodes: int, clock: Callable[[], float]
+    model: Generator, state: DecoderState, nodes: int, clock: Callable[[], float]
 ) -> float:
     """Seconds of the least disturbed repeat: the curve is kept, a busy moment must not be."""
     times: list[float] = []
@@ -82,7 +82,7 @@ def _quickest_step(
     return min(times[1:])
 
 
-def load_or_measure(model: Decoder) -> CostCurve:
+def load_or_measure(model: Generator) -> CostCurve:
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
     try:
@@ -100,7 +100,7 @@ def load_or_measure(model: Decoder) -> CostCurve:
     return curve
 
 
-def _cache_path(model: Decoder) -> Path:
+def _cache_path(model: Generator) -> Path:
     weight = model.embed.weight
     facts = (
         json.dumps(model.config.to_dict(), sort_keys=True),
@@ -110,9 +110,7 @@ def _cache_path(model: Decoder) -> Path:
         torch.__version__,
         str(torch.get_num_threads()),
         str(model.prepared),
-        load_kernels().name,
-        # bits of quantised weights, and which form of the layers was chosen
-        f"{type(model.head).__name__} {getattr(model.head, 'kind', '')} {model.native is not None}",
+        model.kernels,
     )
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     return cache_dir() / "costs" / f"{key}.json"

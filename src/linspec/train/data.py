@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from linspec.config import DecoderConfig
 from linspec.errors import InputError
 from linspec.files import cache_dir
+from linspec.models.backbone import GeneratorConfig
 
 Split = Literal["train", "heldout", "all"]
 
@@ -153,7 +153,7 @@ def _read_stdlib() -> Iterator[str]:
                     continue
 
 
-def end_of_text(tokenizer: Any, config: DecoderConfig) -> int:
+def end_of_text(tokenizer: Any, config: GeneratorConfig) -> int:
     """The token that closes a document; raises InputError when neither side names one."""
     known = (tokenizer.eos_token_id, *config.eos_ids)
     found = next((token for token in known if token is not None), None)

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import DecoderConfig, MixerConfig, StackConfig
 from linspec.errors import CheckpointError, ConfigError
 from linspec.files import replace_text
 from linspec.mixers import MIXERS
@@ -209,7 +209,7 @@ def linearize(
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
-                files = _records(plan, logs, sum(p.numel() for p in student.parameters()))
+                files = record_files(plan, logs, sum(p.numel() for p in student.parameters()))
                 kind = dtype or stored_dtype(source)
                 save_model(stages.student, tokenizer, out, kind, extra_files=files)
     return out
@@ -267,7 +267,7 @@ def make_mixer(
 
 
 def student_mixers(
-    config: DecoderConfig, wanted: MixerConfig, keep: Iterable[int]
+    config: StackConfig, wanted: MixerConfig, keep: Iterable[int]
 ) -> tuple[MixerConfig, ...]:
     """`wanted` in every layer but those of `keep`, which stay as they are."""
     keep = set(keep)
@@ -287,7 +287,7 @@ def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
     return student
 
 
-def changed_layers(teacher: DecoderConfig, student: DecoderConfig) -> list[int]:
+def changed_layers(teacher: StackConfig, student: StackConfig) -> list[int]:
     """Layers whose mixers differ."""
     pairs = zip(teacher.mixers, student.mixers, strict=True)
     return [layer for layer, (old, new) in enumerate(pairs) if old != new]
@@ -369,7 +369,7 @@ def _windows(
     return Windows(stream, config.context, config.seed, process=accelerator.process_index)
 
 
-def _records(
+def record_files(
     plan: dict[str, Any], logs: dict[str, list[dict[str, float]]], size: int
 ) -> dict[str, str]:
     """The files that say what was done: linearize.json and log.jsonl."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from linspec.config import DecoderConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
+from linspec.flash_config import FlashConfig
 from linspec.models.decoder import Decoder
+from linspec.models.flash import Flash
 from linspec.models.hub import save_model
 from linspec.train.data import Windows, load_documents, tokenize
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -61,13 +64,36 @@ def _embedded() -> Recipe:
     )
 
 
-RECIPES = {"embedded": _embedded}
+def _flash(variant: str, taps: int) -> Recipe:
+    """FLASH at about the size of the embedded model, on the same tokens."""
+    return Recipe(
+        model=FlashConfig(
+            vocab_size=4096,
+            width=256,
+            layers=12,
+            mlp_width=512,
+            variant=variant,
+            taps=taps,
+            eos_ids=(0,),
+            bos_id=0,
+        ),
+        train=TrainConfig(steps=1800, lr=2e-3, warmup=100, decay=0.9, weight_decay=0.01, seed=1),
+        stages=((1.0, 1024),),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "embedded": _embedded,
+    "flash-aug": lambda: _flash("aug", 32),
+    "flash-quadratic": lambda: _flash("quadratic", 0),
+}
 
 
 def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> None:
     """Small normal weights; projections back into the residual stream shrink with depth."""
     for name, weight in model.named_parameters():
-        if weight.ndim < 2:
+        # a unit's shifts start at zero and its taps where a convolution starts
+        if weight.ndim < 2 or name.endswith(("mixer.beta", "mixer.taps")):
             continue
         std = 0.02
         if name.endswith(("mixer.o.weight", "mlp.down.weight")):
@@ -109,7 +135,7 @@ def pretrain(
     with locked(out, accelerator):
         documents = load_documents(plan.sources, "train")
         tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
-        model = Decoder(plan.model)
+        model = Flash(plan.model) if isinstance(plan.model, FlashConfig) else Decoder(plan.model)
         generator = torch.Generator().manual_seed(plan.train.seed)
         initialize(model, plan.model.layers, generator)
         model.to(accelerator.device)

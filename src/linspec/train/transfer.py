@@ -15,6 +15,9 @@ from torch import nn
 
 from linspec.mixers import Mixer
 from linspec.models.decoder import Decoder
+from linspec.models.encoder import Encoder
+
+Stack = Decoder | Encoder
 
 
 class Transfer:
@@ -23,7 +26,7 @@ class Transfer:
     layers: those whose mixers are trained. Only they get gradients.
     """
 
-    def __init__(self, teacher: Decoder, student: Decoder, layers: Sequence[int]) -> None:
+    def __init__(self, teacher: Stack, student: Stack, layers: Sequence[int]) -> None:
         self.teacher, self.student, self.layers = teacher, student, tuple(layers)
         self._seen: dict[int, tuple[tuple[Any, ...], torch.Tensor]] = {}
 
@@ -51,22 +54,32 @@ class Transfer:
         return listen
 
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
-        """Mean over layers of the squared error relative to the teacher's mean square."""
+        """Mean over layers of the squared error relative to the teacher's mean square.
+
+        batch [B, T + 1] for a decoder, whose last token is not read; [B, T] for an encoder, negative
+        at padding.
+        """
         with torch.no_grad():
-            self.teacher.hidden(batch[:, :-1])
-        errors = []
-        for layer in self.layers:
-            inputs, wanted = self._seen[layer]
-            given = mixer_of(self.student, layer)(*inputs).float()
-            errors.append(relative_error(given, wanted.float()))
-        return torch.stack(errors).mean()
+            if isinstance(self.teacher, Encoder):
+                self.teacher(batch.clamp_min(0), batch >= 0)
+            else:
+                self.teacher.hidden(batch[:, :-1])
+        return torch.stack([self._error(layer) for layer in self.layers]).mean()
+
+    def _error(self, layer: int) -> torch.Tensor:
+        inputs, wanted = self._seen[layer]
+        given = mixer_of(self.student, layer)(*inputs)
+        real = inputs[2] if len(inputs) > 2 else None
+        if real is not None:
+            given, wanted = given[real], wanted[real]
+        return relative_error(given.float(), wanted.float())
 
     def parameters(self) -> nn.ModuleDict:
         """The mixers in training, as one module."""
         return nn.ModuleDict({str(i): mixer_of(self.student, i) for i in self.layers})
 
 
-def mixer_of(model: Decoder, layer: int) -> Mixer:
+def mixer_of(model: Stack, layer: int) -> Mixer:
     """The mixer of one layer."""
     mixer = model.blocks[layer].mixer
     assert isinstance(mixer, Mixer)

@@ -26,7 +26,8 @@ from linspec.tree import ancestor_bits
 
 if TYPE_CHECKING:
     from linspec.mixers.base import Mixer
-    from linspec.models.decoder import Block, Decoder
+    from linspec.models.block import Block
+    from linspec.models.decoder import Decoder
     from linspec.state import DecoderState, RowState
     from linspec.step import Feed
 

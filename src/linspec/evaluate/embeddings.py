@@ -1,0 +1,129 @@
+"""How close an encoder's sentence embeddings are to those of the encoder it was made from.
+
+    python -m linspec.evaluate.embeddings TEACHER STUDENT --data corpus.txt
+
+Two figures. The cosine between both embeddings of the same text says how far they moved; Spearman's
+rank correlation between all pairwise similarities says whether the same texts are still each other's
+neighbours, which is what embeddings are used for (Sentence-BERT, Reimers & Gurevych 2019).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from linspec.errors import InputError
+from linspec.models.bert import Bert
+from linspec.models.hub import load_encoder, load_tokenizer
+from linspec.train.data import train_and_heldout
+from linspec.train.encoder import paragraphs
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingReport:
+    """texts, and their mean tokens; cosine: mean and least; spearman: of all pairwise similarities."""
+
+    texts: int
+    tokens: float
+    cosine: float
+    least_cosine: float
+    spearman: float
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.texts} texts of {self.tokens:.0f} tokens: cosine {self.cosine:.4f} (least "
+            f"{self.least_cosine:.4f}), rank correlation of similarities {self.spearman:.4f}"
+        )
+
+
+def compare_encoders(
+    teacher: Bert,
+    student: Bert,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    context: int = 256,
+    rows: int = 16,
+) -> EmbeddingReport:
+    """Embed every text with both; raises InputError for fewer than three texts.
+
+    context: tokens after which a text is cut off. rows: texts of a batch.
+    """
+    if len(texts) < 3:
+        raise InputError(f"{len(texts)} texts have too few pairs to compare; give three or more")
+    ids = [tokenizer(text, truncation=True, max_length=context)["input_ids"] for text in texts]
+    ours, theirs = (embed_all(model, ids, rows) for model in (student, teacher))
+    cosines = (ours * theirs).sum(-1)
+    return EmbeddingReport(
+        texts=len(texts),
+        tokens=sum(map(len, ids)) / len(ids),
+        cosine=float(cosines.mean()),
+        least_cosine=float(cosines.min()),
+        spearman=spearman(_similarities(ours), _similarities(theirs)),
+    )
+
+
+@torch.inference_mode()
+def embed_all(model: Bert, ids: Sequence[Sequence[int]], rows: int) -> torch.Tensor:
+    """Embeddings [len(ids), D] in their order; batches hold texts of similar length."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found = torch.empty(len(ids), model.config.width)
+    for start in range(0, len(order), rows):
+        picked = order[start : start + rows]
+        batch = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids[i]) for i in picked], batch_first=True, padding_value=-1
+        )
+        found[torch.tensor(picked)] = model.embed_text(batch.clamp_min(0), batch >= 0).float()
+    return found
+
+
+def _similarities(vectors: torch.Tensor) -> torch.Tensor:
+    """Cosines of all pairs, each once."""
+    first, second = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    return (vectors @ vectors.T)[first, second]
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two series [N], equal values sharing their mean rank; 0 for a constant one."""
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    centred = ranks - ranks.mean(1, keepdim=True)
+    size = torch.linalg.vector_norm(centred, dim=1).prod()
+    return float((centred[0] * centred[1]).sum() / size) if size > 0 else 0.0
+
+
+def _ranks(x: torch.Tensor) -> torch.Tensor:
+    _, places, counts = x.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[places]
+
+
+def main(
+    teacher: Annotated[Path, typer.Argument(help="Directory of the original encoder.")],
+    student: Annotated[Path, typer.Argument(help="Directory of the linearized encoder.")],
+    data: Annotated[list[str] | None, typer.Option(help="Text files; stdlib if left out.")] = None,
+    field: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
+    texts: Annotated[int, typer.Option(help="Most texts, from the held-out part.")] = 300,
+    context: Annotated[int, typer.Option(help="Most tokens of a text.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare sentence embeddings on held-out text."""
+    held_out = paragraphs(train_and_heldout(data or ["stdlib"], field)[1])[:texts]
+    report = compare_encoders(
+        load_encoder(teacher),
+        load_encoder(student),
+        load_tokenizer(teacher),
+        held_out,
+        context=context,
+    )
+    print(json.dumps(asdict(report)) if as_json else report.summary())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,100 @@
+"""What the stacks of all backbones are made of: a mixer and an MLP with their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linspec.config import StackConfig
+from linspec.errors import ConfigError
+from linspec.kernels.linear import Fuse
+from linspec.kernels.norm import prepare_norm
+from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.base import Rope
+from linspec.state import RowState
+from linspec.step import Segment
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def make_norm(config: StackConfig) -> nn.Module:
+    """The configured normalisation over the model width."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.width, eps=config.norm_eps)
+
+
+class MLP(nn.Module):
+    """Gated (SwiGLU, Shazeer 2020) or plain feed-forward layer."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation {config.activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        self.activation = ACTIVATIONS[config.activation]
+        self.gated = config.gated_mlp
+        if self.gated:
+            self.gate: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up: nn.Module = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down: nn.Module = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+        self.gate_up: nn.Module | None = None
+
+    def prepare(self, fuse: Fuse) -> None:
+        """Replace the layers by their inference form: one product for gate and up."""
+        if self.gated:
+            self.gate_up = fuse(self.gate, self.up)
+            del self.gate, self.up
+        else:
+            self.up = fuse(self.up)
+        self.down = fuse(self.down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(self.activation(gate) * up)
+        if self.gated:
+            return self.down(self.activation(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: StackConfig, layer: int) -> None:
+        super().__init__()
+        mixer = config.mixers[layer]
+        self.mixer_norm = make_norm(config)
+        self.mixer: Mixer = MIXERS[mixer.name](config, mixer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        x = x + self.mixer(self.mixer_norm(x), rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def prepare(self, fuse: Fuse) -> None:
+        """Replace every part by its inference form."""
+        self.mixer.prepare(fuse)
+        self.mlp.prepare(fuse)
+
+    def settle(self) -> None:
+        """Compute what depends on the weights, once these are final."""
+        self.mixer.settle()
+        self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
+
+    def step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        """The step form over packed nodes [M, D]."""
+        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, state, layer)
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,216 @@
+"""A decoder that also attends to an encoded source: one more softmax attention in every block.
+
+The source is read once and never changes, so all nodes of all token trees share its keys and
+values. They lie in a `RowState` of their own beside the state of the self-attention: slots, snapshots
+and forks work as for any other state, and committing does not touch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linspec.config import DecoderConfig
+from linspec.errors import StateError
+from linspec.kernels.linear import Fuse
+from linspec.kernels.norm import prepare_norm
+from linspec.mixers.base import Rope
+from linspec.models.block import Block, make_norm
+from linspec.models.decoder import Decoder
+from linspec.state import DecoderState, Fold, RowSpec, RowState, Snapshot
+from linspec.step import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Encoded sources as one block sees them: keys, values [B, H, S, K]; real [B, S], None for all."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    real: torch.Tensor | None
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention from a decoder's tokens to an encoder's."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.head_width = config.heads, config.head_width
+        self.scale = config.score_scale
+        inner = config.heads * config.head_width
+        self.q: nn.Module = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.v = nn.Linear(config.width, inner, bias=config.qkv_bias)
+        self.o: nn.Module = nn.Linear(inner, config.width, bias=config.out_bias)
+
+    def read(self, hidden: torch.Tensor, real: torch.Tensor | None) -> Source:
+        """Keys and values of encoded sources [B, S, D]."""
+        return Source(self._heads(self.k(hidden)), self._heads(self.v(hidden)), real)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
+
+    def forward(self, x: torch.Tensor, source: Source) -> torch.Tensor:
+        """x [B, T, D], any tokens: [B, T, D]."""
+        return self.o(self._attend(self._heads(self.q(x)), source).transpose(1, 2).flatten(2))
+
+    def step(
+        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        """Packed nodes [M, D] -> [M, D]."""
+        q = self.q(x).unflatten(-1, (self.heads, self.head_width))
+        outputs = []
+        for segment in segments:
+            source = _source_of(segment, state, layer)
+            o = self._attend(segment.unpack(q).transpose(1, 2), source)
+            outputs.append(segment.pack(o.transpose(1, 2)))
+        return self.o(torch.cat(outputs).flatten(1))
+
+    def _attend(self, q: torch.Tensor, source: Source) -> torch.Tensor:
+        mask = None if source.real is None else source.real[:, None, None]
+        return F.scaled_dot_product_attention(
+            q, source.keys, source.values, attn_mask=mask, scale=self.scale
+        )
+
+    def prepare(self, fuse: Fuse) -> None:
+        """Replace what every step uses by its inference form."""
+        self.q, self.o = fuse(self.q), fuse(self.o)
+
+
+def _source_of(segment: Segment, state: RowState, layer: int) -> Source:
+    lengths = [state.lengths[slot] for slot in segment.slot_range]
+    longest = max(lengths)
+    keys = state.keys[layer, segment.slots, :, :longest]
+    values = state.values[layer, segment.slots, :, :longest]
+    if min(lengths) == longest:
+        return Source(keys, values, None)
+    places = torch.arange(longest, device=keys.device)
+    return Source(keys, values, places < torch.tensor(lengths, device=keys.device)[:, None])
+
+
+class CrossBlock(Block):
+    """A decoder's block with cross-attention between the mixer and the MLP."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.cross_norm = make_norm(config)
+        self.cross = CrossAttention(config)
+
+    def attend(self, x: torch.Tensor, rope: Rope, source: Source) -> torch.Tensor:
+        """The full form."""
+        x = x + self.mixer(self.mixer_norm(x), rope)
+        x = x + self.cross(self.cross_norm(x), source)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def attend_step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: SourceState, layer: int
+    ) -> torch.Tensor:
+        """The step form over packed nodes [M, D]."""
+        part, index = state.layers[layer]
+        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, part, index)
+        x = x + self.cross.step(self.cross_norm(x), segments, state.source, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def prepare(self, fuse: Fuse) -> None:
+        super().prepare(fuse)
+        self.cross.prepare(fuse)
+
+    def settle(self) -> None:
+        super().settle()
+        self.cross_norm = prepare_norm(self.cross_norm)
+
+
+class SourceState(DecoderState):
+    """A decoder's state with the encoded source of every slot."""
+
+    def __init__(
+        self,
+        specs: Sequence[RowSpec],
+        slots: int,
+        source: RowSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        folds: Sequence[Fold],
+    ) -> None:
+        super().__init__(specs, slots, dtype=dtype, device=device, folds=folds)
+        self.source = RowState(source, len(specs), slots, dtype=dtype, device=device)
+
+    def read(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Make keys and values [L, H, S, K] the source of `slot`, ahead of its first token."""
+        self.source.restore(slot, Snapshot(self.source.spec, keys.shape[2], 0, keys, values, None))
+
+    def check_sources(self, segments: Sequence[Segment]) -> None:
+        """Raise StateError if a slot that takes part in a step has no source."""
+        for slot in (slot for segment in segments for slot in segment.slot_range):
+            if not self.source.lengths[slot]:
+                raise StateError(
+                    f"slot {slot} has no source; call the model's `open` or `read` first"
+                )
+
+    def reset(self, slot: int) -> None:
+        super().reset(slot)
+        self.source.reset(slot)
+
+    def snapshot(self, slot: int) -> list[Snapshot]:
+        return [*super().snapshot(slot), self.source.snapshot(slot)]
+
+    def restore(self, slot: int, copy: Sequence[Snapshot]) -> None:
+        if len(copy) != len(self.parts) + 1:
+            raise StateError(f"a snapshot of {len(copy)} parts does not fit {len(self.parts) + 1}")
+        self.source.check(copy[-1])
+        super().restore(slot, copy[:-1])
+        self.source.restore(slot, copy[-1])
+
+    def bytes(self, slot: int) -> int:
+        return super().bytes(slot) + self.source.bytes(slot)
+
+
+class CrossDecoder(Decoder):
+    """A decoder whose blocks also see an encoded source."""
+
+    def make_block(self, layer: int) -> Block:
+        return CrossBlock(self.config, layer)
+
+    @property
+    def cross_blocks(self) -> list[CrossBlock]:
+        """The blocks, first to last."""
+        return cast("list[CrossBlock]", list(self.blocks))
+
+    def sources(self, hidden: torch.Tensor, real: torch.Tensor | None) -> list[Source]:
+        """Encoded sources [B, S, D] as each block sees them; real [B, S] is true at their tokens."""
+        return [block.cross.read(hidden, real) for block in self.cross_blocks]
+
+    def decode(self, ids: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
+        """Final normalised hidden states [B, T, D] of ids [B, T] (padded at the end if at all)."""
+        x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block, source in zip(self.cross_blocks, sources, strict=True):
+            x = block.attend(x, rope, source)
+        return self.leave(x)
+
+    def new_state(self, slots: int = 1) -> SourceState:
+        weight, config = self.embed.weight, self.config
+        source = RowSpec(config.heads, config.head_width, config.head_width)
+        mixers = [block.mixer for block in self.layers]
+        return SourceState(
+            [mixer.row_spec() for mixer in mixers],
+            slots,
+            source,
+            dtype=weight.dtype,
+            device=weight.device,
+            folds=[mixer.fold for mixer in mixers],
+        )
+
+    def run(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+    ) -> torch.Tensor:
+        assert isinstance(state, SourceState), "the state of a decoder with sources has them"
+        state.check_sources(segments)
+        for layer, block in enumerate(self.cross_blocks):
+            x = block.attend_step(x, rope, segments, state, layer)
+        return x

@@ -1,0 +1,106 @@
+"""FLASH (Hua et al. 2022, arXiv 2202.10447) as You et al. 2024 train it: gated attention units only.
+
+    model = Flash(FlashConfig(vocab_size=4096, width=256, layers=6, eos_ids=(0,)))
+
+A decoder like the others: the same steps, trees, drafters and files. There is no softmax checkpoint
+to come from; `linspec pretrain --recipe flash-aug` trains one from nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from linspec.flash_config import FlashConfig
+from linspec.kernels.linear import Fuse
+from linspec.mixers.base import Rope
+from linspec.models.block import Block
+from linspec.models.decoder import Decoder
+from linspec.models.gau import GatedAttentionUnit, TokenShift
+from linspec.rope import Rotary, inverse_frequencies
+from linspec.state import DecoderState, add_products
+from linspec.step import Segment
+
+
+class ScaleNorm(nn.Module):
+    """x / rms(x) times one learned scalar (Nguyen & Salazar 2019, arXiv 1910.05895)."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rms = x.square().mean(-1, keepdim=True).sqrt()
+        return x / rms.clamp_min(self.eps) * self.scale
+
+
+class FlashBlock(Block):
+    """x + unit(shift(norm(x)))."""
+
+    def __init__(self, config: FlashConfig) -> None:
+        nn.Module.__init__(self)
+        self.mixer_norm: nn.Module = ScaleNorm(config.norm_eps)
+        self.shift = TokenShift(config.width)
+        self.mixer = GatedAttentionUnit(config)
+
+    def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        return x + self.mixer(self.shift(self.mixer_norm(x)), rope)
+
+    def flash_step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState, layer: int
+    ) -> torch.Tensor:
+        """The step form over packed nodes [M, D]; states of all units come first, then of all shifts."""
+        unit, shift = state.layers[layer], state.layers[len(state.layers) // 2 + layer]
+        shifted = self.shift.step(self.mixer_norm(x), segments, *shift)
+        return x + self.mixer.step(shifted, rope, segments, *unit)
+
+    def prepare(self, fuse: Fuse) -> None:
+        self.mixer.prepare(fuse)
+
+    def settle(self) -> None:
+        self.mixer.settle()
+
+
+class Flash(Decoder):
+    """Token ids in, logits out."""
+
+    config: FlashConfig
+
+    def __init__(self, config: FlashConfig) -> None:
+        super().__init__(config)
+        self.rotary = Rotary(config.rope, config.turned)
+        # sinusoids are added at the size of the embeddings, which start small
+        self.wave_scale = nn.Parameter(torch.full((), config.width**-0.5))
+
+    def make_block(self, layer: int) -> Block:
+        return FlashBlock(self.config)
+
+    @property
+    def units(self) -> list[FlashBlock]:
+        """The blocks, first to last."""
+        return [block for block in self.blocks if isinstance(block, FlashBlock)]
+
+    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
+        x = self.embed(ids)
+        freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
+        angle = positions[..., None].float() * freq
+        waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
+        return x + self.wave_scale * waves, self.rotary(positions, x.dtype)
+
+    def new_state(self, slots: int = 1) -> DecoderState:
+        units, shifts = [b.mixer for b in self.units], [b.shift for b in self.units]
+        return DecoderState(
+            [unit.row_spec() for unit in units] + [shift.row_spec() for shift in shifts],
+            slots,
+            dtype=self.embed.weight.dtype,
+            device=self.embed.weight.device,
+            folds=[unit.fold for unit in units] + [add_products] * len(shifts),
+        )
+
+    def run(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+    ) -> torch.Tensor:
+        for layer, block in enumerate(self.units):
+            x = block.flash_step(x, rope, segments, state, layer)
+        return x

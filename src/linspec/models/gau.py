@@ -1,0 +1,205 @@
+"""The gated attention unit of FLASH (Hua et al. 2022, arXiv 2202.10447): attention and MLP in one.
+
+One head with narrow queries and keys and wide values. Four scaled and shifted copies of one
+projection serve as queries and keys of two branches: a quadratic one inside a group, whose weights
+are not normalised, and a linear one over the groups before. A gate multiplies their sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from linspec.flash_config import FlashConfig
+from linspec.kernels.linear import Fuse
+from linspec.layout import Layout
+from linspec.mixers.base import Rope, tap_distances
+from linspec.mixers.linear import GroupedLinear
+from linspec.relative import RelativeBias
+from linspec.rope import rotate
+from linspec.state import RowSpec, RowState
+from linspec.step import Segment
+
+
+def laplace(x: torch.Tensor) -> torch.Tensor:
+    """A bounded stand-in for relu(x)² (Ma et al. 2022, Mega, arXiv 2209.10655)."""
+    mean, deviation = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+    return 0.5 * (1 + torch.erf((x - mean) / (deviation * math.sqrt(2))))
+
+
+class GatedAttentionUnit(GroupedLinear):
+    """out = gate ⊙ (inside a group + groups before + convolution), projected.
+
+    Rows keep both branches' keys side by side: [quadratic | linear]; sums take the linear half. With
+    variant 'quadratic' there is one group without end.
+    """
+
+    def __init__(self, config: FlashConfig) -> None:
+        # its projections are not those of a mixer of heads, so theirs are never made
+        nn.Module.__init__(self)
+        self.config, self.mixer = config, config.mixers[0]
+        self.heads = self.kv_heads = self.repeats = 1
+        self.head_width, self.qk_width = config.mlp_width, config.head_width
+        self.variant = config.variant
+        self.summed = config.variant in ("grouped", "aug")
+        # two maps of one projection, made there
+        self.arranged, self.one_map, self.raw = False, False, True
+        self.broad = nn.Linear(config.width, 2 * config.mlp_width)
+        self.narrow = nn.Linear(config.width, config.head_width)
+        self.inner: nn.Module | None = None
+        self.reach: torch.Tensor | None = None
+        self.gamma = nn.Parameter(0.02 * torch.randn(4, config.head_width))
+        self.beta = nn.Parameter(torch.zeros(4, config.head_width))
+        assert config.relative is not None, "checked by the configuration"
+        self.relative = RelativeBias(config.relative, 1, causal=True)
+        self.o: nn.Module = nn.Linear(config.mlp_width, config.width)
+        if self.mixer.taps:
+            bound = self.mixer.taps**-0.5
+            self.taps = nn.Parameter(torch.empty(1, self.mixer.taps).uniform_(-bound, bound))
+
+    # ---- what tells it from the other grouped mixers
+
+    def row_spec(self) -> RowSpec:
+        return RowSpec(
+            kv_heads=1,
+            key_width=2 * self.qk_width,
+            value_width=self.head_width,
+            lead=max(0, self.mixer.taps - 1),
+            group=0 if self.variant == "quadratic" else self.mixer.group,
+            sum_width=self.qk_width if self.summed else 0,
+        )
+
+    def near_queries(self, q: torch.Tensor) -> torch.Tensor:
+        return q[..., : self.qk_width]
+
+    def near_keys(self, k: torch.Tensor) -> torch.Tensor:
+        return k[..., : self.qk_width]
+
+    def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
+        return q[..., self.qk_width :]
+
+    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
+        return k[..., self.qk_width :]
+
+    def sum_scale(self) -> float:
+        return 1 / self.mixer.group
+
+    def near_weights(
+        self,
+        products: torch.Tensor,
+        seen: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scores = products / self.mixer.group
+        if bias is not None:
+            scores = scores + bias * self.qk_width**0.5
+        weights = laplace(scores)
+        return weights if seen is None else weights.masked_fill(~seen, 0.0)
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.variant != "quadratic":
+            return super().mix(q, k, v, sums)
+        assert self.relative is not None
+        time = q.shape[2]
+        seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
+        bias = self.relative.between(time, time)
+        return self.near_weights(self.near_queries(q) @ self.near_keys(k).mT, seen, bias) @ v
+
+    # ---- projections
+
+    def gated(
+        self, x: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """x [..., D] -> the gate [..., V], and q, k [..., 1, 2K] and v [..., 1, V]."""
+        v, gate, shared = F.silu(self._projections(x)).split(
+            (self.head_width, self.head_width, self.qk_width), dim=-1
+        )
+        four = shared[..., None, :] * self.gamma + self.beta  # [..., 4, K]
+        if rope is not None:
+            turned, plain = four.split(
+                (rope[0].shape[-1], self.qk_width - rope[0].shape[-1]), dim=-1
+            )
+            four = torch.cat((rotate(turned, *rope), plain), dim=-1)
+        q, k = four[..., :2, :].flatten(-2), four[..., 2:, :].flatten(-2)
+        return gate, (q[..., None, :], k[..., None, :], v[..., None, :])
+
+    def _projections(self, x: torch.Tensor) -> torch.Tensor:
+        if self.inner is not None:
+            return self.inner(x)
+        return torch.cat((self.broad(x), self.narrow(x)), dim=-1)
+
+    def prepare(self, fuse: Fuse) -> None:
+        self.inner = fuse(self.broad, self.narrow)
+        self.o = fuse(self.o)
+        del self.broad, self.narrow
+
+    def forward(
+        self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        gate, heads = self.gated(x, rope)
+        q, k, v = (t.transpose(1, 2) for t in heads)
+        return self.o(gate * self._full(q, k, v)[:, 0])
+
+    def step(
+        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        gate, heads = self.gated(x, rope)
+        return self.o(gate * self.step_heads(heads, segments, state, layer))
+
+
+class TokenShift(nn.Module):
+    """The first half of the channels comes from the token before (Peng 2021, RWKV).
+
+    A convolution whose one tap lies one token back: its state is one row, the last committed token's,
+    and in a tree a node's predecessor is its parent.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.channels = width // 2
+
+    def row_spec(self) -> RowSpec:
+        """Groups of one: a row is gone as soon as it is committed, and stays as the lead."""
+        return RowSpec(kv_heads=1, key_width=0, value_width=self.channels, lead=1, group=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, T, D] -> [B, T, D]; nothing comes before the first token."""
+        before = F.pad(x[..., : self.channels], (0, 0, 1, 0))[:, :-1]
+        return torch.cat((before, x[..., self.channels :]), dim=-1)
+
+    def step(
+        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+    ) -> torch.Tensor:
+        """Packed nodes [M, D] -> [M, D]."""
+        rows = x[:, None, : self.channels]
+        before = [self._step_segment(rows, segment, state, layer) for segment in segments]
+        return torch.cat((torch.cat(before), x[:, self.channels :]), dim=-1)
+
+    def _step_segment(
+        self, rows: torch.Tensor, segment: Segment, state: RowState, layer: int
+    ) -> torch.Tensor:
+        v = segment.unpack(rows).transpose(1, 2)
+        at = (layer, segment.start, segment.lengths, v[..., :0], v)
+        if segment.long:
+            before = state.stage_long(*at)[1][:, :, : v.shape[2]]
+        else:
+            state.stage(*at)
+            layout = segment.layout(state)
+            values = state.values[layer, segment.slots, :, : 1 + layout.width]
+            parent = layout.memo("parent", lambda: _parents(layout))
+            before = parent[:, None].to(values.dtype) @ values
+        return segment.pack(before.transpose(1, 2)).flatten(1)
+
+
+def _parents(layout: Layout) -> torch.Tensor:
+    """Which row, lead included, is the token before each node: [R, N, 1 + C]."""
+    return tap_distances(layout.offsets, layout.columns, layout.visible, 2, 1) == 1
