@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,11 +112,8 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], vocab_size: int) -> None:
         self.params = params
         self.vocab_size = vocab_size
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+        # its streams of neighbouring seeds are independent, as requests number theirs
+        self._generator = np.random.default_rng(params.seed)
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.long)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
         self._check_ids("logit_bias", params.logit_bias)
@@ -172,7 +170,7 @@ class Sampler:
 
     def uniform(self) -> float:
         """A float64 from [0, 1), the next number of this request."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+        return float(self._generator.random())
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Add emitted tokens to the history."""
