@@ -13,7 +13,9 @@ from test_study import SIZE
 
 from linspec.config import MixerConfig
 from linspec.evaluate.study import make_plan, study
+from linspec.evaluate.study.recipes import RECIPES, Recipes
 from linspec.evaluate.study.speculation import TREE_NODES, _tree
+from linspec.evaluate.study.table import Results
 from linspec.evaluate.study.training import stop_leaking
 from linspec.evaluate.study.variants import variant
 from linspec.mixers import MIXERS
@@ -115,3 +117,21 @@ def test_the_tree_and_its_paths_are_the_same_candidates() -> None:
     assert len(tree) == TREE_NODES
     assert {node for path in paths for node in path} == set(range(TREE_NODES))
     assert max(map(len, paths)) <= 5 and all(path[0] == 0 for path in paths)
+
+
+def test_a_recipe_is_trained_scored_and_shown(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    rng = random.Random(0)
+    book.write_text(" ".join(rng.choice(("ab", "cd", "end", "the")) for _ in range(900)))
+    plan = make_plan(
+        tmp_path / "out", teacher=str(model_dir("softmax")), data=[str(book)], size=SIZE
+    )
+    table = Recipes(plan)
+    cells = table.cells()
+    assert len({cell.key for cell in cells}) == len(cells) == len(RECIPES) * plan.seeds
+    control, ours = cells[0], next(cell for cell in cells if cell.row == "linspec")
+    done = [(cell, table.measure(cell, tmp_path / cell.key)) for cell in (control, ours)]
+    assert done[1][1]["state_bytes"] > done[0][1]["state_bytes"] == 0
+    shown = table.section(Results(done)).grids[0]
+    assert next(line for line in shown.rows if line[0] == control.row)[2] == "+0.0%"
+    assert next(line for line in shown.rows if line[0].startswith("Liger"))[1] == "–"
