@@ -89,11 +89,12 @@ def headline(result: DemoResult) -> str:
     kept = f"{abs(worse):.1%} {'more' if worse >= 0 else 'fewer'} bits per byte"
     far = max(result.state_bytes[TEACHER])
     ratio = result.state_bytes[TEACHER][far] / result.state_bytes[STUDENT][far]
-    speed, medusa = speedup(result, STUDENT, "medusa"), result.find(STUDENT, "medusa")
+    fast = fastest(result)
     decoding = ""
-    if medusa is not None and speed is not None:
+    if fast is not None:
+        speed = speedup(result, STUDENT, fast.drafter)
         decoding = (
-            f" With Medusa heads it decodes {medusa.tokens_per_round:.2f} tokens per round, "
+            f" With {DRAFTERS[fast.drafter]} it decodes {fast.tokens_per_round:.2f} tokens per round, "
             f"at {speed:.2f} times the speed of plain decoding, "
         )
         decoding += "and every token is the same." if result.lossless else "but NOT losslessly."
@@ -115,6 +116,12 @@ def speedup(result: DemoResult, model: str, drafter: str) -> float | None:
     return fast.tokens_per_s / plain.tokens_per_s
 
 
+def fastest(result: DemoResult) -> Decoded | None:
+    """The row of the student's quickest drafter; None without one, or without plain decoding."""
+    drafted = [r for r in result.rows if r.drafter != NONE and speedup(result, STUDENT, r.drafter)]
+    return max(drafted, key=lambda r: r.tokens_per_s, default=None)
+
+
 def make_report(result: DemoResult, evidence: Evidence, command: str) -> Report:
     """The whole page."""
     return Report(
@@ -133,9 +140,14 @@ def make_report(result: DemoResult, evidence: Evidence, command: str) -> Report:
 
 def _tiles(result: DemoResult) -> tuple[Tile, ...]:
     far = max(result.state_bytes[STUDENT])
-    fast, speed = result.find(STUDENT, "medusa"), speedup(result, STUDENT, "medusa")
-    medusa = () if fast is None or speed is None else (
-        Tile("Medusa against plain", f"{speed:.2f}×", f"{fast.tokens_per_s:,.0f} tokens/s"),
+    fast = fastest(result)
+    speed = None if fast is None else speedup(result, STUDENT, fast.drafter)
+    quickest = () if fast is None else (
+        Tile(
+            f"{DRAFTERS[fast.drafter]} against plain",
+            f"{speed:.2f}×",
+            f"{fast.tokens_per_s:,.0f} tokens/s",
+        ),
         Tile("tokens per round", f"{fast.tokens_per_round:.2f}", "plain decoding is 1"),
     )  # fmt: skip
     return (
@@ -144,7 +156,7 @@ def _tiles(result: DemoResult) -> tuple[Tile, ...]:
             f"{result.student_bits_per_byte:.3f}",
             f"teacher {result.teacher_bits_per_byte:.3f}",
         ),
-        *medusa,
+        *quickest,
         Tile(
             f"state at {format_value(far, 'tokens')} tokens",
             format_value(result.state_bytes[STUDENT][far], "bytes"),
