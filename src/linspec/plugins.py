@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linspec.drafters import DRAFTERS
-from linspec.mixers import MIXERS
+from linspec.mixers import MIXERS, Mixer
 from linspec.policy import POLICIES
 from linspec.registry import Registry
 from linspec.verify import VERIFIERS
@@ -24,10 +24,19 @@ def catalogue() -> dict[str, list[dict[str, str]]]:
         "verifiers": VERIFIERS,
         "policies": POLICIES,
     }
-    return {
+    found = {
         axis: [
             {"name": entry.name, "summary": entry.summary, "paper": entry.paper, **entry.facts}
             for entry in registry
         ]
         for axis, registry in axes.items()
     }
+    for mixer in found["mixers"]:
+        mixer["direction"] = _direction(MIXERS[mixer["name"]])
+    return found
+
+
+def _direction(mixer: type[Mixer]) -> str:
+    if not mixer.causal:
+        return "bidirectional"
+    return "causal, bidirectional" if mixer.bidirectional() else "causal"

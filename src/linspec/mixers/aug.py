@@ -13,7 +13,6 @@ from linspec.mixers.grouped import Grouped
     summary="grouped attention + causal depthwise convolution over values",
     paper="You et al. 2024, arXiv 2406.07368",
     state="d² + 2·n·G·d + (W-1)·d per KV head",
-    direction="causal",
     cost="(2·n·G + d + W)·d per token",
 )
 class Aug(Grouped):

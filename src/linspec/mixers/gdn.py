@@ -15,7 +15,6 @@ from linspec.mixers.decay import Fading, fading_products, log_decay
     summary="a state that fades and corrects what it returns for a key, gates taken from the keys",
     paper="Yang et al. 2025, arXiv 2412.06464",
     state="d² + n·G·(2·d + 2) per KV head",
-    direction="causal",
     cost="(3·n·G + d)·d per token + (n·G)²·d per step",
 )
 class Gdn(Fading):

@@ -15,7 +15,6 @@ from linspec.mixers.decay import Fading, log_decay
     summary="softmax(q)·softmax(k) weights that fade per channel, as fast as the keys say",
     paper="Yang et al. 2024, arXiv 2312.06635; Lan et al. 2025 (Liger), arXiv 2503.01496",
     state="d² + 3·n·G·d per KV head",
-    direction="causal",
     cost="(3·n·G + d)·d per token",
 )
 class Gla(Fading):

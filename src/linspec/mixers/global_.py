@@ -16,7 +16,6 @@ from linspec.mixers.linear import GroupedLinear
     summary="linear attention over earlier groups only",
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
     state="d² + 2·G·d per KV head",
-    direction="causal",
     cost="(2·G + d)·d per token",
 )
 class Global(GroupedLinear):

@@ -15,7 +15,6 @@ from linspec.mixers.linear import GroupedLinear
     summary="local attention + α · linear attention over earlier groups",
     paper="You et al. 2024, arXiv 2406.07368",
     state="d² + 2·n·G·d per KV head",
-    direction="causal",
     cost="(2·n·G + d)·d per token",
 )
 class Grouped(GroupedLinear):

@@ -15,7 +15,6 @@ from linspec.mixers.normalised import Normalised
     summary="softmax weights within reach + learned softmax features over earlier groups, normalised",
     paper="Zhang et al. 2024 (LoLCATs), arXiv 2410.10254; 2024 (Hedgehog), arXiv 2402.04347",
     state="2·d² + 2·d + n·G·(2·d + 1) per KV head",
-    direction="causal",
     cost="(2·n·G + 6·d)·d per token",
 )
 class Hedgehog(Normalised):

@@ -26,7 +26,6 @@ TOKENS_PER_ROW = 8
     summary="softmax over the rows within reach and learned mixtures of each earlier group's rows",
     paper="Wang et al. 2020, arXiv 2006.04768",
     state="M·p·(2·d + 1) + 2·n·G·d per KV head: the last M groups, p rows each",
-    direction="causal",
     cost="2·(n·G + M·p)·d per token",
 )
 class Linformer(GroupedLinear):

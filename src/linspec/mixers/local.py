@@ -11,7 +11,6 @@ from linspec.mixers.linear import GroupedLinear
     summary="relu(q·k)² inside a group of tokens",
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
     state="2·n·G·d per KV head",
-    direction="causal",
     cost="2·n·G·d per token",
 )
 class Local(GroupedLinear):

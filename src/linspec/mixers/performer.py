@@ -16,7 +16,6 @@ FEATURE_FLOOR = 1e-4
     summary="positive random features of exp(q·k / sqrt(d)) over all tokens, normalised",
     paper="Choromanski et al. 2021, arXiv 2009.14794",
     state="m·(d + 1) + n·G·(2·d + 1) per KV head, m = d·ln d",
-    direction="causal",
     cost="(2·n·G + 2·m)·d per token",
 )
 class Performer(RandomFeatures):

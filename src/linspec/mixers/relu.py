@@ -13,7 +13,6 @@ from linspec.mixers.normalised import Normalised
     summary="relu(q)·relu(k) weights over all tokens, normalised",
     paper="Cai et al. 2023 (EfficientViT), arXiv 2205.14756",
     state="d² + d + n·G·(2·d + 1) per KV head",
-    direction="causal",
     cost="(2·n·G + d)·d per token",
 )
 class Relu(Normalised):

@@ -16,7 +16,6 @@ from linspec.state import RowSpec
     summary="causal softmax attention",
     paper="Vaswani et al. 2017, arXiv 1706.03762",
     state="2·T·d per KV head",
-    direction="causal",
     cost="2·T·d per token",
 )
 class Softmax(Mixer):

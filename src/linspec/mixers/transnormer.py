@@ -18,7 +18,6 @@ RMS_FLOOR = 1e-6
     summary="(elu(q) + 1)·(elu(k) + 1) weights over all tokens, RMSNorm on the output",
     paper="Qin et al. 2022, arXiv 2210.10340",
     state="d² + 2·n·G·d per KV head",
-    direction="causal",
     cost="(2·n·G + d)·d per token",
 )
 class TransNormer(GroupedLinear):

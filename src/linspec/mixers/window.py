@@ -17,7 +17,6 @@ from linspec.state import RowSpec
     summary="softmax attention over the last `window` tokens",
     paper="Child et al. 2019, arXiv 1904.10509",
     state="2·window·d per KV head",
-    direction="causal",
     cost="2·window·d per token",
 )
 class Window(Softmax):

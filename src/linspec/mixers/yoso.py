@@ -19,7 +19,6 @@ LARGEST_COSINE = 0.999
     summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within reach, to second order beyond, L2-normalised",
     paper="Zeng et al. 2021, arXiv 2111.09714",
     state="(d²/2 + 2·d + 1)·d + 2·n·G·d per KV head",
-    direction="causal",
     cost="(2·n·G + d²)·d per token",
 )
 class Yoso(GroupedLinear):
