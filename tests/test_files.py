@@ -29,6 +29,14 @@ def test_a_directory_is_replaced_whole_and_nothing_is_left_beside_it(
         assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_the_owner_alone_could_read_is_shared_as_the_directory_is(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with replace_dir(target) as aside:
+        (aside / "file").write_text("x")
+        (aside / "file").chmod(0o600)
+    assert (target / "file").stat().st_mode & 0o666 == target.stat().st_mode & 0o666
+
+
 def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "model"
     write(target, "first")

@@ -29,6 +29,7 @@ def replace_dir(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
         yield aside
+        _share(aside)
         _swap(aside, target)
     except OSError as error:
         raise CheckpointError(
@@ -37,6 +38,14 @@ def replace_dir(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give files the permissions that new files have here: safetensors writes for the owner alone."""
+    usual = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(usual)
 
 
 def _swap(new: Path, target: Path) -> None:
