@@ -84,6 +84,7 @@ class Peer(ABC):
 MODULES = {
     "linspec": "own",
     "linspec-aug": "own_aug",
+    "linspec-drafted": "own_drafted",
     "llama.cpp": "llama_cpp",
     "ctranslate2": "ctranslate2",
     "openvino": "openvino",

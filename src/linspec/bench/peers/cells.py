@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class Plan:
 
     formats: those of every peer to measure, empty for all. tokens: decoded in a round. rounds: of
     which every engine has one in turn. pythons: interpreters of peers that are not in this one.
-    guard: a command that keeps the machine quiet while what it is given runs. prompts: seed of them.
+    guard: a command that keeps the machine quiet while what it is given runs. seed: of the prompts.
     """
 
     out: Path
@@ -50,8 +50,6 @@ class Plan:
 
     def quick(self) -> Plan:
         """The same, in the shortest form that still says something."""
-        from dataclasses import replace
-
         return replace(self, contexts=self.contexts[:1], tokens=8, rounds=1)
 
     def groups(self) -> list[list[Cell]]:

@@ -34,7 +34,9 @@ class OpenVino(Peer):
     def convert(self, source: Path, target: Path, form: Format) -> None:
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-        how = OVWeightQuantizationConfig(bits=form.bits, sym=form.bits == 8, group_size=_group(form))
+        how = OVWeightQuantizationConfig(
+            bits=form.bits, sym=form.bits == 8, group_size=_group(form)
+        )
         model = OVModelForCausalLM.from_pretrained(source, export=True, quantization_config=how)
         model.save_pretrained(target)
 

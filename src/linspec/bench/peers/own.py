@@ -107,8 +107,7 @@ class OwnSession(Session):
             for first in range(0, length, _CHUNK):
                 parts = [prompts[row][first : first + _CHUNK] for row in rows]
                 feeds = [
-                    Feed(row, part, all_logits=False)
-                    for row, part in zip(rows, parts, strict=True)
+                    Feed(row, part, all_logits=False) for row, part in zip(rows, parts, strict=True)
                 ]
                 logits = self.model.step(feeds, self.state).logits
                 for row in rows:

@@ -1,6 +1,6 @@
 """Fill the cells of a comparison, engines taking turns; go on where it was stopped.
 
-    compare(Plan(out=Path("runs/peers"), shapes=("110m",), contexts=(128,)))
+compare(Plan(out=Path("runs/peers"), shapes=("110m",), contexts=(128,)))
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _prepared(plan: Plan, cell: Cell, cache: Cache) -> bool:
 
 def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
     """All cells of a group: every engine loads, then they take turns."""
+    if not group:
+        return
     active: Active = {}
     with contextlib.ExitStack() as stack:
         for cell in group:
@@ -117,7 +119,7 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
             bandwidth = read_bandwidth()
             for _ in range(plan.rounds):
                 _each(active, lambda _, client, found: _decode(plan, client, found))
-        if group and group[0].batch == 1:
+        if group[0].batch == 1:
             with quiet_machine(plan.guard):
                 for count in NODES * 2:
                     _each(active, lambda _, client, found, n=count: _rows(client, found, n))

@@ -1,6 +1,6 @@
 """Random-weight Llama checkpoints: speed needs no training.
 
-    folder = write_checkpoint(SHAPES["1b"], Path("runs/peers/models"))
+folder = write_checkpoint(SHAPES["1b"], Path("runs/peers/models"))
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ class _Session(Session):
     def decode(self, tokens: int) -> list[float]:
         # the first token of a call may come later: it belongs to the set-up of `generate`
         times = self._generate(tokens + 1)[1:]
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(times)]
 
     def _generate(self, tokens: int) -> list[float]:
         stamps = _Stamps()

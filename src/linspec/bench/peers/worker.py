@@ -1,6 +1,6 @@
 """A process that holds one engine: JSON requests on stdin, one JSON answer a line on stdout.
 
-    echo '{"op": "why_not", "peer": "linspec"}' | python -m linspec.bench.peers.worker
+echo '{"op": "why_not", "peer": "linspec"}' | python -m linspec.bench.peers.worker
 """
 
 from __future__ import annotations
