@@ -181,7 +181,6 @@ class _Session(Session):
     def _pass(self, count: int) -> None:
         places = range(self.length, self.length + count)
         self._step([5] * count, places, [0] * count, [True] * count)
-        for row in range(count):
-            self._likeliest(row)
+        self.api.llama_synchronize(self.context)
         memory = self.api.llama_get_memory(self.context)
         self.api.llama_memory_seq_rm(memory, 0, self.length, -1)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from linspec.bench.peers.base import Format, Peer, Prompts, Session, timed
 
 if TYPE_CHECKING:
+    import torch
+
     from linspec.config import MixerConfig
     from linspec.models.decoder import Decoder
     from linspec.state import DecoderState
@@ -132,11 +134,11 @@ class OwnSession(Session):
         self._chain(count)
         self.state.drop(0)
 
-    def _chain(self, count: int) -> None:
+    def _chain(self, count: int) -> torch.Tensor:
         from linspec.step import Feed
 
         chain = [self.tokens[0], *([_DRAFT] * (count - 1))]
-        self.model.step([Feed(0, chain)], self.state).logits.argmax(-1).tolist()
+        return self.model.step([Feed(0, chain)], self.state).logits
 
     def accept(self, nodes: int, rate: float, rounds: int) -> tuple[int, float] | None:
         """Rounds of a chain, each draft accepted at `rate` if all before it were."""
@@ -144,7 +146,8 @@ class OwnSession(Session):
         tokens = 0
         began = time.perf_counter()
         for _ in range(rounds):
-            self._chain(nodes)
+            # what a verifier needs of the logits belongs to the round
+            self._chain(nodes).argmax(-1).tolist()
             path = 1
             while path < nodes and draw.random() < rate:
                 path += 1

@@ -165,7 +165,8 @@ training), the same prompts and threads for all, argmax only, engines taking tur
 rows of the batch, from the median of the rounds' median steps. spread: of the rounds,
 (slowest - fastest) / median. limit: bytes of the weights and the cache in the engine's own format,
 over the time of a step, as a share of the read bandwidth that the same run measured. prefill: the
-prompt's tokens over the seconds to the first new token.
+prompt's tokens over the seconds to the first new token. A pass over k tokens is the model's step alone;
+choosing tokens from its logits is part of the decoding and of the curves by acceptance.
 
 {machine}"""
 
