@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli_peers import VERB, Verbs, bench_peers
 from linspec.console import (
     RESUME,
     configure,
@@ -45,6 +46,7 @@ from linspec.options import (
 )
 
 app = typer.Typer(
+    cls=Verbs,
     name="linspec",
     help="Checkpoint in, fast model out: linear attention and lossless tree speculation.",
     no_args_is_help=True,
@@ -527,6 +529,9 @@ def bench(
         print_json(result)
         return
     print_speed(result)
+
+
+app.command(VERB, epilog="Example: linspec bench peers --shapes 110m --quick")(bench_peers)
 
 
 @app.command(epilog="Example: linspec info --json")

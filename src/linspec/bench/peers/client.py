@@ -1,0 +1,94 @@
+"""The other end of `worker`: one process per engine, in the interpreter that has it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import linspec
+from linspec.errors import LinspecError
+
+
+class WorkerError(LinspecError):
+    """An engine failed; the message is what it said."""
+
+
+class Client:
+    """Starts a worker and asks it. Its messages go to `log`."""
+
+    def __init__(self, python: str, threads: int, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        # foreign interpreters have no linspec, and no engine may take more threads than the others
+        environment["PYTHONPATH"] = str(Path(linspec.__file__).parents[1])
+        environment["OMP_NUM_THREADS"] = str(threads)
+        self.log = log
+        with log.open("a") as messages:
+            self.process = subprocess.Popen(
+                [python, "-m", "linspec.bench.peers.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=messages,
+                text=True,
+                env=environment,
+            )
+
+    def ask(self, operation: str, **arguments: Any) -> Any:
+        """The result of one operation; raises WorkerError when the engine fails or dies."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps({"op": operation, **arguments}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError as error:
+            raise WorkerError(f"the process ended; {self.log} says why") from error
+        line = self.process.stdout.readline()
+        if not line:
+            raise WorkerError(f"the process ended; {self.log} says why")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def worker(python: str, threads: int, log: Path) -> Iterator[Client]:
+    """A worker for the time of a block."""
+    client = Client(python, threads, log)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def interpreter(name: str, pythons: Mapping[str, str]) -> str:
+    """The Python that runs a peer; linspec itself always runs in this one."""
+    return sys.executable if name.startswith("linspec") else pythons.get(name, sys.executable)
+
+
+@contextlib.contextmanager
+def quiet_machine(guard: str) -> Iterator[None]:
+    """While it lasts, `guard` runs a command that waits: it may stop what else is on the machine."""
+    if not guard:
+        yield
+        return
+    command = [*guard.split(), "sh", "-c", "echo ready; exec cat"]
+    # it ends when its input is closed
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdin is not None and waiting.stdout is not None
+        if waiting.stdout.readline() != "ready\n":
+            raise LinspecError(f"--guard {guard!r} did not run the command that it was given")
+        yield
+        waiting.stdin.close()

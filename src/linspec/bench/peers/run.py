@@ -1,0 +1,193 @@
+"""Fill the cells of a comparison, engines taking turns; go on where it was stopped.
+
+compare(Plan(out=Path("runs/peers"), shapes=("110m",), contexts=(128,)))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from linspec.bench.machine import machine, read_bandwidth
+from linspec.bench.peers.base import peer
+from linspec.bench.peers.cells import NODES, Cache, Cell, Plan, Result
+from linspec.bench.peers.client import Client, WorkerError, interpreter, quiet_machine, worker
+from linspec.bench.peers.shapes import EMBEDDED, SHAPES, Shape, write_checkpoint
+from linspec.progress import Progress
+
+# room for what is decoded behind the context
+_ROOM = 512
+# thread pools spin for a while after their last work; the next engine must not pay for that
+_REST = 0.2
+_ROW_REPEATS = 5
+_ACCEPT_NODES = (2, 4, 8, 16)
+_ACCEPT_ROUNDS = 6
+
+Active = dict[Cell, tuple[Client, Result]]
+
+
+def compare(plan: Plan, *, prepare_only: bool = False) -> dict[str, str]:
+    """Measure what of `plan` is not in its cache yet; returns the peers left out, with reasons."""
+    cache = Cache(plan.out)
+    skipped = _left_out(plan)
+    groups = [
+        [cell for cell in group if cell.peer not in skipped and not cache.has(cell)]
+        for group in plan.groups()
+    ]
+    groups = [group for group in groups if group]
+    with Progress("peers", len(groups)) as progress:
+        for done, group in enumerate(groups):
+            first = group[0]
+            ready = [cell for cell in group if _prepared(plan, cell, cache)]
+            if not prepare_only:
+                _measure(plan, ready, cache)
+            progress.update(done + 1, f"{first.shape}, context {first.context}")
+    return skipped
+
+
+def _left_out(plan: Plan) -> dict[str, str]:
+    found = {}
+    for name in plan.peers:
+        python = interpreter(name, plan.pythons)
+        with worker(python, plan.threads, plan.out / "logs" / f"{name}.log") as client:
+            reason = client.ask("why_not", peer_name=name, convert=False)
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def source(plan: Plan, shape: str) -> tuple[Path, Shape]:
+    """The Hugging Face directory of a shape and its sizes."""
+    if shape == EMBEDDED:
+        from linspec.models.hub import resolve
+
+        folder = resolve("embedded-softmax")
+        return folder, Shape.read(shape, folder)
+    return write_checkpoint(SHAPES[shape], plan.out / "models"), SHAPES[shape]
+
+
+def _folder(plan: Plan, cell: Cell) -> Path:
+    # flash attention is an option of the engine, not another model
+    return plan.out / "models" / cell.shape / f"{cell.peer}-{cell.form.removesuffix('-fa')}"
+
+
+def _log(plan: Plan, cell: Cell) -> Path:
+    return plan.out / "logs" / f"{cell.key}.log"
+
+
+def _prepared(plan: Plan, cell: Cell, cache: Cache) -> bool:
+    """Convert the checkpoint for an engine unless that was done; False if it refuses."""
+    target = _folder(plan, cell)
+    if target.exists():
+        return True
+    checkpoint, _ = source(plan, cell.shape)
+    with worker(interpreter(cell.peer, plan.pythons), plan.threads, _log(plan, cell)) as client:
+        try:
+            reason = client.ask("why_not", peer_name=cell.peer, convert=True)
+            if reason is None:
+                client.ask(
+                    "convert",
+                    peer_name=cell.peer,
+                    form=cell.form,
+                    source=str(checkpoint),
+                    target=str(target),
+                )
+        except WorkerError as error:
+            reason = str(error)
+    if reason is not None:
+        cache.put(cell, Result(error=f"cannot convert: {reason}"))
+    return reason is None
+
+
+def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
+    """All cells of a group: every engine loads, then they take turns."""
+    if not group:
+        return
+    active: Active = {}
+    with contextlib.ExitStack() as stack:
+        for cell in group:
+            python = interpreter(cell.peer, plan.pythons)
+            client = stack.enter_context(worker(python, plan.threads, _log(plan, cell)))
+            active[cell] = client, Result(machine=machine())
+        _each(active, lambda cell, client, _: _load(plan, cell, client))
+        for cell, pair in active.items():
+            with quiet_machine(plan.guard):
+                _each({cell: pair}, lambda cell, client, found: _open(plan, cell, client, found))
+        with quiet_machine(plan.guard):
+            bandwidths = []
+            for _ in range(plan.rounds):
+                # on a shared machine it changes from one moment to the next
+                bandwidths.append(read_bandwidth())
+                _each(active, lambda _, client, found: _decode(plan, client, found))
+        if group[0].batch == 1:
+            with quiet_machine(plan.guard):
+                for count in NODES * 2:
+                    _each(active, partial(_rows, count))
+            for rate in plan.accept:
+                with quiet_machine(plan.guard):
+                    _each(active, partial(_accept, rate))
+        for cell, (client, found) in active.items():
+            with contextlib.suppress(WorkerError):
+                found.peak_bytes = client.ask("peak")
+            found.bandwidth_gb_s = statistics.median(bandwidths)
+            cache.put(cell, found)
+
+
+def _each(active: Active, call: Callable[[Cell, Client, Result], None]) -> None:
+    """One turn of every engine; one that fails keeps its error and has no more turns."""
+    for cell, (client, found) in active.items():
+        if found.error is not None:
+            continue
+        try:
+            call(cell, client, found)
+        except WorkerError as error:
+            found.error = str(error)
+
+
+def _load(plan: Plan, cell: Cell, client: Client) -> None:
+    client.ask(
+        "load",
+        peer_name=cell.peer,
+        form=cell.form,
+        folder=str(_folder(plan, cell)),
+        context=cell.context + _ROOM,
+        batch=cell.batch,
+        threads=plan.threads,
+    )
+
+
+def _open(plan: Plan, cell: Cell, client: Client, found: Result) -> None:
+    _, shape = source(plan, cell.shape)
+    found.prefill_s = client.ask(
+        "open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=plan.seed
+    )
+
+
+def _decode(plan: Plan, client: Client, found: Result) -> None:
+    time.sleep(_REST)
+    found.step_s.append(client.ask("decode", tokens=plan.tokens))
+
+
+def _rows(count: int, _: Cell, client: Client, found: Result) -> None:
+    time.sleep(_REST)
+    seconds = client.ask("rows", count=count, repeats=_ROW_REPEATS)
+    if seconds is not None:
+        # the first pass of a size may prepare something
+        found.rows_s.setdefault(str(count), []).extend(seconds[1:])
+
+
+def _accept(rate: float, _: Cell, client: Client, found: Result) -> None:
+    for nodes in _ACCEPT_NODES:
+        answer = client.ask("accept", nodes=nodes, rate=rate, rounds=_ACCEPT_ROUNDS)
+        if answer is not None:
+            found.accepted.append([nodes, rate, *answer])
+
+
+def engine_format(cell: Cell) -> tuple[int, float, float]:
+    """Bits, bytes of a weight, bytes of a number of the cache."""
+    form = peer(cell.peer).format(cell.form)
+    return form.bits, form.weight_bytes, form.cache_bytes

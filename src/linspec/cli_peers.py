@@ -1,0 +1,118 @@
+"""The verb `linspec bench peers`.
+
+linspec bench peers --shapes 110m --contexts 128,2048 --out runs/peers
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from linspec.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.errors import ConfigError
+from linspec.options import Json, Threads
+
+VERB = "bench-peers"
+
+
+class Verbs(TyperGroup):
+    """The verbs; `bench peers` is one beside `bench MODEL`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
+        """Join the two words."""
+        if args[:2] == ["bench", "peers"]:
+            args = [VERB, *args[2:]]
+        return super().parse_args(ctx, args)
+
+
+@guarded("give the same command to go on; finished cells are kept")
+def bench_peers(
+    out: Annotated[Path, typer.Option(help="Folder of models, finished cells and plots.")] = Path(
+        "runs/peers"
+    ),
+    peers: Annotated[str, typer.Option(help="Engines, by commas.", show_default="all")] = "",
+    shapes: Annotated[str, typer.Option(help="110m, 1b, toy, embedded.")] = "110m,1b",
+    contexts: Annotated[
+        str, typer.Option(help="Tokens before decoding, by commas.")
+    ] = "128,2048,8192,32768",
+    batches: Annotated[str, typer.Option(help="Sequences at once, by commas.")] = "1",
+    formats: Annotated[
+        str, typer.Option(help="Weights, like int8,q4_0.", show_default="all of every engine")
+    ] = "",
+    accept: Annotated[
+        str, typer.Option(help="Rates at which drafts are taken to be accepted, like 0,0.5,1.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Rounds in which engines take turns.")] = 3,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="PEER=PATH: the interpreter that has an engine; repeatable."),
+    ] = None,
+    guard: Annotated[
+        str, typer.Option(help="A command that keeps the machine quiet while another runs.")
+    ] = "",
+    page: Annotated[
+        Path | None, typer.Option(help="The markdown page.", show_default="OUT/cpu.md")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The first context, one short round.")
+    ] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only write and convert the models.")
+    ] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure linspec beside the engines that are installed, on the same weights, in turns."""
+    place_on("cpu", threads)
+    with quiet_stdout():
+        import torch
+
+        from linspec.bench.peers.base import MODULES
+        from linspec.bench.peers.cells import Plan
+        from linspec.bench.peers.page import summary, write_page
+        from linspec.bench.peers.run import compare
+
+        plan = Plan(
+            out=out,
+            peers=_words(peers) or tuple(MODULES),
+            shapes=_words(shapes),
+            contexts=tuple(numbers(contexts, "--contexts")),
+            batches=tuple(numbers(batches, "--batches")),
+            formats=_words(formats),
+            accept=_rates(accept),
+            tokens=tokens,
+            rounds=rounds,
+            threads=torch.get_num_threads(),
+            pythons=_pythons(python or []),
+            guard=guard,
+        )
+        plan = plan.quick() if quick else plan
+        skipped = compare(plan, prepare_only=prepare)
+        written = write_page(plan, skipped, page)
+    if as_json:
+        print_json(summary(plan, skipped))
+    for name, reason in skipped.items():
+        say(f"skipped {name}: {reason}")
+    say(f"written to {written}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in _words(text))
+    except ValueError as error:
+        raise ConfigError(f"--accept takes numbers separated by commas, got {text!r}") from error
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    """PEER=PATH as a table."""
+    if any("=" not in each for each in given):
+        raise ConfigError(f"--python takes PEER=PATH, got {', '.join(given)}")
+    return dict(each.split("=", 1) for each in given)
