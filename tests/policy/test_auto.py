@@ -135,3 +135,17 @@ def test_fixed_budgets() -> None:
     assert Fixed(500).plan([None], drafter) == [drafter.max_nodes]  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="0"):
         Fixed(-1)
+
+
+def test_short_requests_do_not_each_try_a_hopeless_drafter_again() -> None:
+    """They once did: each began with the impatience of the first."""
+    policy, drafter = Auto(CHEAP), Simulated(lambda turn: 0)
+    for _ in range(5):
+        simulate(drafter, CHEAP, rounds=64, policy=policy)
+    drafted = [
+        budget
+        for _ in range(20)
+        for budget in simulate(drafter, CHEAP, rounds=64, policy=policy)[3]
+        if budget
+    ]
+    assert len(drafted) <= 20

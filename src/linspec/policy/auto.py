@@ -102,9 +102,11 @@ class Auto(Policy):
         self._draft = _DraftCost()
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
-        # a new request starts from what the drafter brought in others
-        prior = self._overall.ratio()
-        records = [self._records.setdefault(row.slot, _Record(prior)) for row in rows]
+        # a new request starts from what the drafter brought in others, and as patient
+        prior, patience = self._overall.ratio(), self._overall.patience
+        records = [
+            self._records.setdefault(row.slot, _Record(prior, patience=patience)) for row in rows
+        ]
         if any(record.age >= record.wait for record in records):
             self._choose(records, drafter)
         budgets = []
@@ -132,7 +134,8 @@ class Auto(Policy):
             record.age, record.wait = 0, min(2 * record.wait, _REPLAN_ROUNDS)
             record.budget = self._stretched(record, best_nodes, most) if rank < best_rows else 0
             if record.budget:
-                record.idle, record.patience = 0, _FIRST_PATIENCE
+                record.idle = 0
+                record.patience = self._overall.patience = _FIRST_PATIENCE
             record.whole = True
 
     def _stretched(self, record: _Record, nodes: int, most: int) -> int:
@@ -148,6 +151,7 @@ class Auto(Policy):
         if record.idle < (record.patience if self._hope else _LAST_PATIENCE):
             return 0
         record.idle, record.patience = 0, min(2 * record.patience, _LAST_PATIENCE)
+        self._overall.patience = max(self._overall.patience, record.patience)
         return 4
 
     def _step(self, nodes: int) -> float:
