@@ -5,6 +5,9 @@
 
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 
+/* Lines are asked for this many bytes before they are used: far, as several rows use a line for long. */
+#define FLOATS_AHEAD 8192
+
 INLINE vf widen(const uint16_t *p) {
     vh half;
     memcpy(&half, p, sizeof half);
@@ -19,8 +22,8 @@ INLINE void float_part(const void *w, const float *x, int inputs, int stride, in
     for (int k = 0; k < inputs; k++) {
         const float *at32 = (const float *)w + (size_t)k * LS_TILE;
         const uint16_t *at16 = (const uint16_t *)w + (size_t)k * LS_TILE;
-        __builtin_prefetch(bf16 ? (const char *)at16 + 2048 : (const char *)at32 + 2048);
-        if (!bf16) __builtin_prefetch((const char *)at32 + 2112);
+        __builtin_prefetch((const char *)(bf16 ? (const void *)at16 : at32) + FLOATS_AHEAD);
+        if (!bf16) __builtin_prefetch((const char *)at32 + FLOATS_AHEAD + 64);
         vf low = bf16 ? widen(at16) : vf_load(at32);
         vf high = bf16 ? widen(at16 + 16) : vf_load(at32 + 16);
         EACH_ROW {

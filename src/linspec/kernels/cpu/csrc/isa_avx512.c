@@ -22,8 +22,9 @@
 #define EACH_ROW EACH_OF(rows)
 #define EACH_QUAD _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++)
 
-/* One core must keep this many bytes in flight to use its share of the memory's bandwidth. */
-#define AHEAD 3072
+/* Lines are asked for this many bytes before they are used. While eight rows meet a line few others
+ * are read, so the distance, not the number of loads in flight, has to cover the memory's latency. */
+#define AHEAD 8192
 
 INLINE __m512i spread(const int8_t *four) {
     int32_t bits;
