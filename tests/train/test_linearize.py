@@ -25,16 +25,9 @@ from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
 from linspec.train import loop
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
-from linspec.train.linearize import (
-    LinearizeConfig,
-    changed_layers,
-    continue_training,
-    linearize,
-    make_mixer,
-    student_mixers,
-    with_mixers,
-)
+from linspec.train.linearize import LinearizeConfig, continue_training, linearize
 from linspec.train.loop import Trainer
+from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
 
 SHORT = LinearizeConfig(

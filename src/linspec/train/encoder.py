@@ -25,9 +25,10 @@ from linspec.errors import ConfigError, InputError
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer, resolve, save_model
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, changed_layers, make_mixer, record_files, student_mixers
+from linspec.train.linearize import RECORD, record_files
 from linspec.train.loop import LossFn, TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
+from linspec.train.student import changed_layers, make_mixer, student_mixers
 from linspec.train.transfer import Transfer, relative_error
 
 # shorter paragraphs are headings and lines of code fences

@@ -20,35 +20,32 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, MixerConfig, StackConfig
+from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import CheckpointError, ConfigError
-from linspec.files import replace_text
-from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
-from linspec.train.reach import Reach, measure_reach
 from linspec.train.run import make_accelerator, training_run
+from linspec.train.student import (
+    DEFAULT_GROUP,
+    DEFAULT_ROWS,
+    by_need,
+    changed_layers,
+    make_mixer,
+    spread,
+    student_mixers,
+    with_mixers,
+)
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
-DEFAULT_GROUP = 64
-DEFAULT_ROWS = 384
-# windows of text on which the layers are measured
-REACH_WINDOWS = 8
 # measured in docs/results/core.md
 CLOSE_LR = 3e-4
 FAR_LR, FAR_TRANSFER = 2e-3, 0.4
-DEFAULT_TAPS = 32
-DEFAULT_WINDOW = 64
 # weights that start where they say nothing and have far to go
 FROM_NOTHING = ("alpha", "taps", "gamma", "gate_bias", "gate_map")
-# mixers that by default keep the teacher's softmax weights within reach ...
-SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
-# ... and all that have exact weights there
-SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +174,7 @@ def linearize(
     config = config.completed([mixers[layer] for layer in changed])
     _check_context(teacher.config.with_mixers(mixers), config.context)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
-    by_need = free and bool(changed)
+    measured = free and bool(changed)
     if not 0 <= softmax_layers < max(1, len(changed)):
         raise ConfigError(
             f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got {softmax_layers}"
@@ -185,7 +182,7 @@ def linearize(
     plan = {
         "source": str(source),
         "mixers": [asdict(m) for m in mixers],
-        "rows": rows if by_need else None,
+        "rows": rows if measured else None,
         "softmax_layers": softmax_layers,
         "data": [str(d) for d in data],
         "field": field,
@@ -195,14 +192,14 @@ def linearize(
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            if by_need or softmax_layers:
-                mixers = _by_need(
+            if measured or softmax_layers:
+                mixers = by_need(
                     teacher,
                     mixers,
                     changed,
                     windows,
                     folder,
-                    rows=rows if by_need else None,
+                    rows=rows if measured else None,
                     softmax_layers=softmax_layers,
                 )
             student = with_mixers(teacher, mixers)
@@ -234,65 +231,6 @@ def continue_training(
     )
 
 
-def make_mixer(
-    mixer: str | MixerConfig,
-    *,
-    group: int = DEFAULT_GROUP,
-    span: int | None = None,
-    kernel: str | None = None,
-    taps: int | None = None,
-    window: int | None = None,
-) -> MixerConfig:
-    """The configuration of a mixer by name; raises ConfigError for an unknown one.
-
-    Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
-    with one, a token at the start of a group would see nothing of its past exactly.
-    """
-    if isinstance(mixer, MixerConfig):
-        MIXERS.entry(mixer.name)
-        return mixer
-    MIXERS.entry(mixer)
-    if taps is None:
-        taps = DEFAULT_TAPS if mixer == "aug" else 0
-    if window is None:
-        window = DEFAULT_WINDOW if mixer == "window" else 0
-    return MixerConfig(
-        name=mixer,
-        group=group,
-        span=span if span is not None else 2 if mixer in SEE_EXACTLY else 1,
-        kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
-        taps=taps,
-        window=window,
-    )
-
-
-def student_mixers(
-    config: StackConfig, wanted: MixerConfig, keep: Iterable[int]
-) -> tuple[MixerConfig, ...]:
-    """`wanted` in every layer but those of `keep`, which stay as they are."""
-    keep = set(keep)
-    strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
-    if strange:
-        raise ConfigError(f"no layer {strange[0]}: layers are 0..{config.layers - 1}")
-    # `softmax` has no group: its size must not make two equal mixers differ
-    if wanted.name == "softmax" and not wanted.taps:
-        wanted = MixerConfig()
-    return tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
-
-
-def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
-    """A student with the teacher's weights; what only its mixers have starts at its own init."""
-    student = Decoder(teacher.config.with_mixers(mixers))
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    return student
-
-
-def changed_layers(teacher: StackConfig, student: StackConfig) -> list[int]:
-    """Layers whose mixers differ."""
-    pairs = zip(teacher.mixers, student.mixers, strict=True)
-    return [layer for layer, (old, new) in enumerate(pairs) if old != new]
-
-
 def stored_dtype(source: str | Path) -> torch.dtype:
     """The dtype of a model directory's weights as its config.json gives it, else float32."""
     data = json.loads((resolve(source) / "config.json").read_text(encoding="utf-8"))
@@ -301,51 +239,6 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"{source}: config.json names an unknown dtype {name!r}")
     return found
-
-
-def _by_need(
-    teacher: Decoder,
-    mixers: tuple[MixerConfig, ...],
-    layers: Sequence[int],
-    windows: Windows,
-    folder: Path,
-    *,
-    rows: int | None,
-    softmax_layers: int,
-) -> tuple[MixerConfig, ...]:
-    """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
-
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
-    """
-    file = folder / "reach.json"
-    if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
-        measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
-        replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
-    spans, losses = json.loads(file.read_text(encoding="utf-8"))
-    reach = Reach(spans, dict(zip(layers, losses, strict=True)))
-    kept = reach.neediest(softmax_layers)
-    found = list(mixers)
-    for layer in kept:
-        found[layer] = teacher.config.mixers[layer]
-    rest = reach.without(kept)
-    if rows is not None:
-        groups = len(rest.losses) * rows // mixers[layers[0]].group
-        for layer, span in rest.spans_by_need(groups).items():
-            found[layer] = replace(found[layer], span=span)
-    return tuple(found)
-
-
-def spread(
-    mixers: tuple[MixerConfig, ...], spans: Sequence[int], keep: Iterable[int] = ()
-) -> tuple[MixerConfig, ...]:
-    """`mixers` with a span for each layer; those of `keep` stay as they are."""
-    if len(spans) != len(mixers):
-        raise ConfigError(f"{len(spans)} spans given for {len(mixers)} layers; give one for each")
-    return tuple(
-        mixer if layer in keep else replace(mixer, span=span)
-        for layer, (mixer, span) in enumerate(zip(mixers, spans, strict=True))
-    )
 
 
 def _check_context(config: DecoderConfig, context: int) -> None:

@@ -16,7 +16,7 @@ from linspec.errors import ConfigError
 from linspec.evaluate.study.plan import Size
 from linspec.evaluate.study.variants import variant
 from linspec.mixers import MIXERS
-from linspec.train.linearize import make_mixer
+from linspec.train.student import make_mixer
 
 PLAIN, CONV, BOTH, ALPHA, AUG = PARTS = ("plain", "+conv", "+grouped", "+α·grouped", "aug")
 # columns of the grid, not attentions: `local` in the grouped arrangement

@@ -21,7 +21,7 @@ from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value
 from linspec.state import DecoderState
 from linspec.step import Feed
-from linspec.train.linearize import with_mixers
+from linspec.train.student import with_mixers
 
 MODELS = ("softmax", "aug")
 _COLUMNS = (
