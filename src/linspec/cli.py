@@ -128,7 +128,7 @@ def linearize(
     kernel: Annotated[
         str | None,
         typer.Option(
-            help="Weights of tokens seen exactly: own or softmax.",
+            help="Weights of tokens seen exactly: own, softmax or relu2.",
             show_default="softmax for local, grouped, aug, gla, gdn",
         ),
     ] = None,

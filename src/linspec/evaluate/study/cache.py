@@ -1,7 +1,7 @@
 """Finished cells on disk, one JSON file each; and the folders in which cells work.
 
 OUT/cells/KEY.json     a finished cell, written aside and renamed: whole or not there
-OUT/work/KEY/          a cell under way, or what later cells reuse of it
+OUT/models/KEY/        a cell under way, or what later cells reuse of it
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from typing import Any
 from linspec.errors import CheckpointError
 from linspec.evaluate.study.table import Cell, Result
 from linspec.files import exclusive, replace_text
+
+
+def workplace(out: Path, cell: Cell) -> Path:
+    """The folder that `cell` works in, and leaves its model in."""
+    return out / "models" / cell.key
 
 
 class Cache:
@@ -55,7 +60,7 @@ class Cache:
     @contextlib.contextmanager
     def claim(self, cell: Cell) -> Iterator[Path | None]:
         """Yield the folder of `cell` for this process alone, None if another one is at it."""
-        folder = self.out / "work" / cell.key
+        folder = workplace(self.out, cell)
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(exclusive(folder))

@@ -16,6 +16,7 @@ from linspec.bench.speed import bench
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.study.attentions import AUG, PLAIN, attentions, choose
+from linspec.evaluate.study.cache import workplace
 from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Section, Table
 from linspec.evaluate.study.training import KIND, train, training_settings
 from linspec.models.decoder import Decoder
@@ -105,7 +106,7 @@ class Speculation(Table):
     def _student(self, settings: dict[str, Any], folder: Path) -> Path:
         """The model that the quality table left behind, else one trained here in the same way."""
         place = Cell(table=self.name, row="", column="", kind=KIND, settings=settings)
-        kept = self.plan.out / "work" / place.key / "model"
+        kept = workplace(self.plan.out, place) / "model"
         if (kept / RECORD).exists():
             return kept
         return train(self.plan, settings, 0, folder, MixerConfig(**settings["mixer"]))
