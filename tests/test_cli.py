@@ -316,9 +316,10 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_real_process_keeps_stdout_for_the_answer() -> None:
+    """`python -m linspec` is the command, with nothing but the answer on stdout."""
     done = subprocess.run(
         [
-            *(sys.executable, "-c", "from linspec.cli import main; main()"),
+            *(sys.executable, "-m", "linspec"),
             *("generate", str(model_dir("aug")), "--prompt", "abcd", "--max-tokens", "3", "--json"),
         ],
         capture_output=True,

@@ -116,10 +116,11 @@ def print_facts(facts: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {_cell(value)}")
 
 
-def print_measured(title: str, result: Mapping[str, Any], rows: str) -> None:
-    """A measurement for people: its list `rows` as a table, then everything else as facts."""
-    lines = result[rows]
-    print_table(title, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
+def print_measured(result: Mapping[str, Any], rows: str = "") -> None:
+    """A measurement for people: its list `rows`, if any, as a table, everything else as facts."""
+    if rows:
+        lines = result[rows]
+        print_table(rows, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
     print_facts({name: value for name, value in result.items() if name != rows})
 
 

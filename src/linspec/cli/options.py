@@ -32,7 +32,3 @@ Order = Annotated[int | None, typer.Option("--seed", help="Order of the data.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last saved state in the output.")
 ]
-
-
-def _sources(data: list[str] | None) -> list[str]:
-    return data or ["stdlib"]

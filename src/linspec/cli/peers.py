@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from linspec.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.options import Json, Threads
 from linspec.errors import ConfigError
-from linspec.options import Json, Threads
 
 VERB = "bench-peers"
 

@@ -1,0 +1,60 @@
+"""The verb `bench`: how fast a model decodes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from linspec.cli.console import (
+    guarded,
+    numbers,
+    place_on,
+    print_json,
+    print_speed,
+    quiet_stdout,
+    sources,
+)
+from linspec.cli.options import Data, Device, Json, Model, Quantize, Threads
+
+
+@guarded()
+def bench(
+    model: Model,
+    contexts: Annotated[str, typer.Option(help="Tokens before decoding, by commas.")] = "128,1024",
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="A drafter beside plain decoding; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded in a repeat.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Repeats after a warm-up; the median counts.")] = 5,
+    policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
+    data: Data = None,
+    bandwidth: Annotated[
+        bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
+    ] = False,
+    quantize: Quantize = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time decoding after long and short contexts, plain and with drafters, in one run."""
+    from linspec.bench.speed import bench as library
+
+    place = place_on(device, threads)
+    with quiet_stdout():
+        result = library(
+            model,
+            numbers(contexts, "--contexts"),
+            drafter or (),
+            tokens=tokens,
+            repeats=repeats,
+            policy=policy,
+            data=sources(data),
+            device=place,
+            bandwidth=bandwidth,
+            quantize=quantize,
+        ).to_json()
+    if as_json:
+        print_json(result)
+        return
+    print_speed(result)
