@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,6 @@ import torch
 from linspec.errors import ConfigError
 from linspec.kernels.cpu import check, library
 from linspec.kernels.linear import PackedLinear, fuse, pick_kernel
-
-SOURCES = Path(library.__file__).parent / "csrc"
-
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
@@ -71,19 +66,3 @@ def test_an_unknown_instruction_set_is_refused(
     monkeypatch.setenv(SWITCH, "avx9")
     with pytest.raises(ConfigError, match=r"avx9 cannot be used here.*portable"):
         load()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_plain_c_stays_within_its_memory(tmp_path: Path) -> None:
-    """The portable kernels under the address and undefined-behaviour sanitizers."""
-    program = tmp_path / "sanitize"
-    sources = [str(path) for path in SOURCES.glob("*.c")]
-    driver = Path(__file__).parent / "sanitize.c"
-    flags = ["-O1", "-g", "-std=gnu11", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
-    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    build = ["cc", *flags, *checks, str(driver), *sources, "-o", str(program), "-lm"]
-    if subprocess.run(build, capture_output=True).returncode:
-        pytest.skip("this compiler has no sanitizers")
-    done = subprocess.run([str(program)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

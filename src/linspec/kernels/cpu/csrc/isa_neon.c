@@ -4,7 +4,8 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else
-#pragma GCC target("+dotprod")
+/* with its architecture: the intrinsics are declared for that one */
+#pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 #include <arm_neon.h>
 
