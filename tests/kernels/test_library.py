@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from linspec.errors import ConfigError
 from linspec.kernels.cpu import check, library
 from linspec.kernels.linear import PackedLinear, fuse, pick_kernel
+
 
 @pytest.fixture
 def fresh() -> Iterator[None]:

@@ -52,9 +52,7 @@ def sets_that_agree(*command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_all_sets_of_this_processor_give_the_bits_of_plain_c(
-    compiler: str, tmp_path: Path
-) -> None:
+def test_all_sets_of_this_processor_give_the_bits_of_plain_c(compiler: str, tmp_path: Path) -> None:
     need(compiler)
     assert sets_that_agree(build(compiler, tmp_path))[-1] == "portable"
 
@@ -73,11 +71,13 @@ def test_all_sets_stay_within_their_memory(tmp_path: Path) -> None:
     ("processor", "sets"),
     [("neoverse-n1", ["neon-dotprod", "portable"]), ("cortex-a53", ["portable"])],
 )
+@pytest.mark.parametrize("compiler", [CROSS, "clang"])
 def test_64_bit_arm_with_and_without_dot_products(
-    processor: str, sets: list[str], tmp_path: Path
+    compiler: str, processor: str, sets: list[str], tmp_path: Path
 ) -> None:
-    need(CROSS, "qemu-aarch64")
-    program = build(CROSS, tmp_path, "-static")
+    need(compiler, CROSS, "qemu-aarch64")
+    target = ["--target=aarch64-linux-gnu"] if compiler == "clang" else []
+    program = build(compiler, tmp_path, "-static", *target)
     assert sets_that_agree("qemu-aarch64", "-cpu", processor, program) == sets
 
 

@@ -19,9 +19,10 @@ from linspec.cli import (
     study,
     train,
 )
+from linspec.cli.verbs import Verbs
 
 app = typer.Typer(
-    cls=peers.Verbs,
+    cls=Verbs,
     name="linspec",
     help="Checkpoint in, fast model out: linear attention and lossless tree speculation.",
     no_args_is_help=True,
@@ -42,13 +43,13 @@ for _verb, _name, _example in (
     (study.study, "study", "--table quality --budget 30 --out runs/study"),
     (evaluate.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.bench, "bench", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
+    (bench.bench_load, "bench-load", "small"),
+    (peers.bench_peers, "bench-peers", "--shapes 110m --quick"),
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
 ):
-    app.command(_name, epilog=f"Example: linspec {_name} {_example}".rstrip())(_verb)
-app.command(peers.VERB, epilog="Example: linspec bench peers --shapes 110m --quick")(
-    peers.bench_peers
-)
+    _words = _name.replace("bench-", "bench ")
+    app.command(_name, epilog=f"Example: linspec {_words} {_example}".rstrip())(_verb)
 
 
 def main() -> None:

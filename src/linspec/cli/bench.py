@@ -1,4 +1,4 @@
-"""The verb `bench`: how fast a model decodes."""
+"""The verbs `bench` and `bench load`: how fast a model decodes, how soon it begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from linspec.cli.console import (
     guarded,
     numbers,
     place_on,
+    print_facts,
     print_json,
     print_speed,
     quiet_stdout,
@@ -58,3 +59,19 @@ def bench(
         print_json(result)
         return
     print_speed(result)
+
+
+@guarded()
+def bench_load(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="Tokens that a process generates.")] = 4,
+    repeats: Annotated[int, typer.Option(help="Processes of each kind; medians count.")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time fresh processes from their start to the first output, cold and warm, with their memory."""
+    from linspec.bench.load import bench_load as library
+
+    with quiet_stdout():
+        found = library(model, tokens=tokens, repeats=repeats, threads=threads).to_json()
+    print_json(found) if as_json else print_facts(found)
