@@ -18,6 +18,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import CLOSE_LR, RECORD, LinearizeConfig, linearize
+from linspec.train.run import begun
 
 KIND = "train"
 # a teacher of another domain trains this much longer than its students before they start from it
@@ -121,5 +122,4 @@ def _linearize(
     data: tuple[str, ...],
     config: LinearizeConfig,
 ) -> Path:
-    under_way = (out / "training" / "plan.json").exists() or (out / RECORD).exists()
-    return linearize(source, out, mixer=mixer, data=data, config=config, resume=under_way)
+    return linearize(source, out, mixer=mixer, data=data, config=config, resume=begun(out, RECORD))
