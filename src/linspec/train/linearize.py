@@ -143,6 +143,9 @@ def linearize(
     span: int | Sequence[int] | None = None,
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
+    features: int = 0,
+    keep: int = 0,
+    mixer_seed: int = 0,
     keep_softmax: Sequence[int] = (),
     softmax_layers: int = 0,
     data: Sequence[str | Path] = ("stdlib",),
@@ -153,15 +156,15 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
-    `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
-    with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
-    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
-    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see
-    far most. A mixer that changes nothing trains the teacher on (see `continue_training`). data,
-    field: see `load_documents`; what is held out of it is not trained on. dtype: of the saved
-    weights, None for that of `source`. Killed at any moment, the same call with `resume` goes on
-    from the last saved state.
+    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps`, `window`, `features`, `keep`
+    and `mixer_seed` (see `make_mixer` for what None and 0 mean), or a MixerConfig. span: may give one
+    for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
+    the mean; measured on the teacher, layers that need to see far get more of them (see
+    `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
+    do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
+    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
+    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
+    with `resume` goes on from the last saved state.
 
     An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
     learns to predict the second half of a window of `context` tokens from the first.
@@ -171,7 +174,17 @@ def linearize(
     """
     config = config or LinearizeConfig()
     one_span = span if isinstance(span, int) else None
-    wanted = make_mixer(mixer, group=group, span=one_span, kernel=kernel, taps=taps, window=window)
+    wanted = make_mixer(
+        mixer,
+        group=group,
+        span=one_span,
+        kernel=kernel,
+        taps=taps,
+        window=window,
+        features=features,
+        keep=keep,
+        seed=mixer_seed,
+    )
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")

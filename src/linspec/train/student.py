@@ -42,11 +42,15 @@ def make_mixer(
     kernel: str | None = None,
     taps: int | None = None,
     window: int | None = None,
+    features: int = 0,
+    keep: int = 0,
+    seed: int = 0,
 ) -> MixerConfig:
     """The configuration of a mixer by name; raises ConfigError for an unknown one.
 
     Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
-    with one, a token at the start of a group would see nothing of its past exactly.
+    with one, a token at the start of a group would see nothing of its past exactly. features, keep,
+    seed: see MixerConfig; 0 for the mixer's default.
     """
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
@@ -63,6 +67,9 @@ def make_mixer(
         kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
         taps=taps,
         window=window,
+        features=features,
+        keep=keep,
+        seed=seed,
     )
 
 

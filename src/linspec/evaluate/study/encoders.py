@@ -20,7 +20,6 @@ from linspec.evaluate.study.table import (
     Results,
     Section,
     Table,
-    with_spread,
 )
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer
@@ -34,10 +33,10 @@ _GROUP, _TAPS = 32, 16
 _CONTEXT, _ROWS = 128, 8
 _TRANSFER_SHARE = 0.4
 _NONE = "no encoder at hand: pip install 'linspec[encoders]', or give --encoder"
-_COLUMNS = {
-    "cosine": "cosine",
-    "least cosine": "least_cosine",
-    "rank correlation": "spearman",
+_FIGURES = {
+    "cosine": ("cosine", 3),
+    "least cosine": ("least_cosine", 3),
+    "rank correlation": ("spearman", 3),
 }
 
 
@@ -138,18 +137,7 @@ class Encoders(Table):
 
     def section(self, results: Results) -> Section:
         rows = [row for row in attentions() if self.wanted(row)]
-        grids = tuple(
-            self.grid(
-                results,
-                rows,
-                (PLAIN, AUG),
-                lambda row, part, name=name: with_spread(  # type: ignore[misc]
-                    results.figures(self.name, row, part, name)
-                ),
-                f"attention: {title}",
-            )
-            for title, name in _COLUMNS.items()
-        )
+        grids = self.figure_grids(results, rows, (PLAIN, AUG), _FIGURES)
         size = self.plan.size
         text = (
             f"all-MiniLM-L6-v2 unless another encoder is given, {size.encoder_tokens:,} training tokens "

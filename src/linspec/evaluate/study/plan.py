@@ -32,7 +32,8 @@ class Size:
     of the mixers. limit_bytes: held-out text that is scored. contexts: where speed is measured;
     decoded, repeats: tokens of a repeat, and repeats. prompt: tokens ahead of speculation;
     heads_tokens: training tokens of Medusa heads, 0 for none. encoder_tokens: padded training tokens of
-    an encoder's cell; encoder_texts: held-out texts that are compared.
+    an encoder's cell; encoder_texts: held-out texts that are compared. t5_tokens, flash_tokens: training
+    tokens of models that there is no checkpoint of: T5's teacher, and each FLASH model.
     """
 
     name: str = "default"
@@ -49,6 +50,8 @@ class Size:
     heads_tokens: int = 200_000
     encoder_tokens: int = 64_000
     encoder_texts: int = 150
+    t5_tokens: int = 1_500_000
+    flash_tokens: int = 600_000
 
 
 SIZES = {
@@ -63,6 +66,8 @@ SIZES = {
             heads_tokens=80_000,
             encoder_tokens=16_000,
             encoder_texts=80,
+            t5_tokens=400_000,
+            flash_tokens=200_000,
         ),
         Size(
             name="tiny",
@@ -76,6 +81,8 @@ SIZES = {
             heads_tokens=8_192,
             encoder_tokens=2_000,
             encoder_texts=20,
+            t5_tokens=16_384,
+            flash_tokens=16_384,
         ),
     )
 }
