@@ -43,7 +43,7 @@ def linearized(source: Path, out: Path, corpus: Path, **options: Any) -> Path:
 
 
 def ids(seed: int = 0, rows: int = 2) -> torch.Tensor:
-    return torch.randint(1, 290, (rows, 33), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(1, 250, (rows, 33), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
