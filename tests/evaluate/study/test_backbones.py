@@ -26,6 +26,7 @@ from linspec.evaluate.study.table import Results
 from linspec.models.bert import Bert
 from linspec.models.hub import load_seq2seq, save_model
 from linspec.models.t5 import T5
+from linspec.train.pretrain import initialize
 
 SMALL = replace(SIZE, encoder_tokens=64, encoder_texts=4, t5_tokens=64, flash_tokens=64)
 
@@ -45,10 +46,16 @@ def encoder(tmp_path: Path) -> str:
         kv_heads=4,
         head_width=4,
         mlp_width=16,
+        family="bert",
         norm="layer",
+        activation="gelu",
         gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
         positions="learned",
         max_positions=20,
+        token_types=2,
     )
     return str(save_model(randomise(Bert(shape), 0), tiny_tokenizer(), tmp_path / "bert"))  # type: ignore[arg-type]
 
@@ -145,8 +152,9 @@ def _done(plan: Plan, rows: dict[str, dict[str, float]]) -> list:
 
 
 def t5() -> T5:
-    torch.manual_seed(0)
-    return T5(tiny_t5(len(tiny_tokenizer()), 0)).eval()
+    model = T5(tiny_t5(len(tiny_tokenizer()), 0)).eval()
+    initialize(model, 3, torch.Generator().manual_seed(0))
+    return model
 
 
 def test_continuations_are_scored_as_the_model_gives_them() -> None:
