@@ -213,11 +213,11 @@ def linformer_both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head
     count, size = key_map.shape
     keys, values = [], []
     for start in range(0, len(k), size):
+        near_k, near_v = k[start : start + size], v[start : start + size]
         for row in range(count):
-            places = range(start, min(start + size, len(k)))
-            if start + math.ceil(row * size / count) in places:
-                keys.append(sum(key_map[row, s - start] * k[s] for s in places))
-                values.append(sum(value_map[row, s - start] * v[s] for s in places))
+            if math.ceil(row * size / count) < len(near_k):
+                keys.append(key_map[row, : len(near_k)] @ near_k)
+                values.append(value_map[row, : len(near_v)] @ near_v)
     weights = (q @ torch.stack(keys).T / math.sqrt(q.shape[1])).softmax(1)
     return weights @ torch.stack(values)
 
