@@ -190,6 +190,13 @@ def _decode(content: bytes, source: str) -> str:
         raise InputError(f"{source} is not UTF-8 text (byte {error.start}); convert it") from error
 
 
+def above_zero(number: int | None, option: str) -> int:
+    """The number, 0 when it was not given; raises ConfigError for one below 1."""
+    if number is not None and number < 1:
+        raise ConfigError(f"{option} must be 1 or more, got {number}; leave it out for the default")
+    return number or 0
+
+
 def numbers(text: str, option: str) -> list[int]:
     """The numbers of a list like 128,2048; raises ConfigError for anything else."""
     try:

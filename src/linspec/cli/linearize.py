@@ -9,6 +9,7 @@ import typer
 
 from linspec.cli.console import (
     RESUME,
+    above_zero,
     configure,
     guarded,
     numbers,
@@ -55,7 +56,21 @@ Kernel = Annotated[
         show_default="softmax for local, grouped, aug, gla, gdn",
     ),
 ]
-KeepSoftmax = Annotated[str, typer.Option(help="Layers that stay as they are, like 0,5.")]
+Features = Annotated[
+    int | None,
+    typer.Option(
+        help="Random features of performer and rfa; rows that linformer makes of a group.",
+        show_default="d·ln d for head width d; an eighth of the group",
+    ),
+]
+Keep = Annotated[
+    int | None, typer.Option(help="Closed groups that linformer remembers.", show_default="16")
+]
+MixerSeed = Annotated[int, typer.Option(help="Of what performer and rfa draw at random.")]
+KeepSoftmax = Annotated[
+    str,
+    typer.Option(help="Layers that stay as they are, like 0,5; T5 counts its encoder's first."),
+]
 SoftmaxLayers = Annotated[
     int, typer.Option(help="How many more stay: those that need to see far most.")
 ]
@@ -81,6 +96,9 @@ def linearize(
     span: Span = "",
     rows: Rows = 384,
     kernel: Kernel = None,
+    features: Features = None,
+    keep: Keep = None,
+    mixer_seed: MixerSeed = 0,
     keep_softmax: KeepSoftmax = "",
     softmax_layers: SoftmaxLayers = 0,
     data: Data = None,
@@ -97,7 +115,11 @@ def linearize(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Replace a checkpoint's softmax attention by linear mixers and train it back to quality."""
+    """Replace a checkpoint's softmax attention by linear mixers and train it back to quality.
+
+    A decoder or a T5: of that, encoder and decoder are replaced, cross-attention stays, and it learns
+    to write the second half of a window (--context) from the first.
+    """
     from linspec.train.linearize import LinearizeConfig
     from linspec.train.linearize import linearize as library
 
@@ -115,6 +137,9 @@ def linearize(
             span=chosen[0] if len(chosen) == 1 else chosen or None,
             rows=rows,
             kernel=kernel,
+            features=above_zero(features, "--features"),
+            keep=above_zero(keep, "--keep"),
+            mixer_seed=mixer_seed,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             softmax_layers=softmax_layers,
             data=sources(data),

@@ -34,6 +34,10 @@ def study(
         int | None, typer.Option(help="Training tokens of a cell.", show_default="the size's")
     ] = None,
     teacher: Annotated[str, typer.Option(help="The softmax model.")] = "embedded-softmax",
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="A BERT directory.", show_default="that of linspec[encoders]"),
+    ] = None,
     data: Data = None,
     page: Annotated[
         Path | None, typer.Option(help="The markdown page.", show_default="OUT/paper.md")
@@ -56,6 +60,7 @@ def study(
             tokens=tokens,
             seeds=seeds,
             mixers=mixer or (),
+            encoder=encoder,
         )
         found = library(plan, table or (), budget=budget, page=page)
     if as_json:

@@ -20,19 +20,26 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig
 from linspec.errors import CheckpointError, ConfigError
-from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
+from linspec.models.hub import (
+    check_tokenizer,
+    load_generator,
+    load_tokenizer,
+    resolve,
+    save_model,
+)
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.objective import Predictor
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import (
     DEFAULT_GROUP,
     DEFAULT_ROWS,
     by_need,
     changed_layers,
+    check_mixers,
     make_mixer,
     spread,
     student_mixers,
@@ -136,6 +143,9 @@ def linearize(
     span: int | Sequence[int] | None = None,
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
+    features: int = 0,
+    keep: int = 0,
+    mixer_seed: int = 0,
     keep_softmax: Sequence[int] = (),
     softmax_layers: int = 0,
     data: Sequence[str | Path] = ("stdlib",),
@@ -146,33 +156,47 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
-    `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
-    with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
-    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
-    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see
-    far most. A mixer that changes nothing trains the teacher on (see
+    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps`, `window`, `features`, `keep`
+    and `mixer_seed` (see `make_mixer` for what None and 0 mean), or a MixerConfig. span: may give one
+    for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
+    the mean; measured on the teacher, layers that need to see far get more of them (see
+    `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
+    do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state.
+
+    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
+    learns to predict the second half of a window of `context` tokens from the first.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
     one_span = span if isinstance(span, int) else None
-    wanted = make_mixer(mixer, group=group, span=one_span, kernel=kernel, taps=taps, window=window)
+    wanted = make_mixer(
+        mixer,
+        group=group,
+        span=one_span,
+        kernel=kernel,
+        taps=taps,
+        window=window,
+        features=features,
+        keep=keep,
+        seed=mixer_seed,
+    )
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
-    teacher, tokenizer = load_model(source), load_tokenizer(source)
+    teacher, tokenizer = load_generator(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
         mixers = spread(mixers, span, keep_softmax)
     changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
     config = config.completed([mixers[layer] for layer in changed])
-    _check_context(teacher.config.with_mixers(mixers), config.context)
+    _check_context(teacher.config, config.context)
+    check_mixers(teacher, mixers)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
     measured = free and bool(changed)
     if not 0 <= softmax_layers < max(1, len(changed)):
@@ -225,7 +249,7 @@ def continue_training(
 
     The control of a linearization: what the same tokens do for the teacher.
     """
-    layers = range(load_model(source).config.layers)
+    layers = range(len(load_generator(source).config.mixers))
     return linearize(
         source, out, keep_softmax=layers, data=data, field=field, config=config, resume=resume
     )
@@ -241,8 +265,13 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     return found
 
 
-def _check_context(config: DecoderConfig, context: int) -> None:
-    if context > config.max_positions:
+def _check_context(config: DecoderConfig | Seq2SeqConfig, context: int) -> None:
+    if isinstance(config, Seq2SeqConfig):
+        if context < 2:
+            raise ConfigError(
+                f"a window of {context} token has no source and target; give 2 or more"
+            )
+    elif context > config.max_positions:
         raise ConfigError(
             f"a training context of {context} tokens is beyond the teacher's "
             f"{config.max_positions} positions; choose a shorter --context"
@@ -253,7 +282,7 @@ def _windows(
     data: Sequence[str | Path],
     field: str,
     tokenizer: PreTrainedTokenizerBase,
-    model: DecoderConfig,
+    model: DecoderConfig | Seq2SeqConfig,
     config: LinearizeConfig,
     accelerator: Accelerator,
 ) -> Windows:
@@ -284,8 +313,8 @@ class _Stages:
 
     def __init__(
         self,
-        teacher: Decoder,
-        student: Decoder,
+        teacher: Predictor,
+        student: Predictor,
         windows: Windows,
         config: LinearizeConfig,
         folder: Path,

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig
+from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
-from linspec.models.decoder import Decoder
-from linspec.models.flash import Flash
 from linspec.models.hub import save_model
-from linspec.train.data import Windows, load_documents, tokenize
+from linspec.models.kinds import kind_of
+from linspec.train.data import Windows, end_of_text, load_documents, tokenize
 from linspec.train.loop import TrainConfig, Trainer, log_lines
+from linspec.train.objective import Predictor, next_tokens
 from linspec.train.run import locked, make_accelerator
 from linspec.train.tokenizer import train_tokenizer
 
@@ -29,7 +30,7 @@ from linspec.train.tokenizer import train_tokenizer
 class Recipe:
     """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context)."""
 
-    model: DecoderConfig
+    model: DecoderConfig | Seq2SeqConfig
     train: TrainConfig
     sources: tuple[str, ...] = ("stdlib",)
     tokens_per_step: int = 8192
@@ -96,16 +97,15 @@ def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> Non
         if weight.ndim < 2 or name.endswith(("mixer.beta", "mixer.taps")):
             continue
         std = 0.02
-        if name.endswith(("mixer.o.weight", "mlp.down.weight")):
+        if name.endswith(("mixer.o.weight", "cross.o.weight", "mlp.down.weight")):
             std /= (2 * layers) ** 0.5
         with torch.no_grad():
             weight.normal_(0.0, std, generator=generator)
 
 
-def next_token_loss(model: Decoder, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of batch [B, T + 1]."""
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+def next_token_loss(model: Predictor, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of windows [B, T + 1]; see `next_tokens`."""
+    return F.cross_entropy(*next_tokens(model, batch))
 
 
 def context_at(step: int, recipe: Recipe) -> int:
@@ -135,35 +135,67 @@ def pretrain(
     with locked(out, accelerator):
         documents = load_documents(plan.sources, "train")
         tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
-        model = Flash(plan.model) if isinstance(plan.model, FlashConfig) else Decoder(plan.model)
-        generator = torch.Generator().manual_seed(plan.train.seed)
-        initialize(model, plan.model.layers, generator)
-        model.to(accelerator.device)
-        stream = tokenize(documents, tokenizer, 0)
-        windows = Windows(
-            stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index
-        )
-
-        def batch(step: int) -> torch.Tensor:
-            context = context_at(step, plan)
-            return windows.batch(step, plan.tokens_per_step // context, context)
-
-        trainer = Trainer(
-            model,
-            lambda ids: next_token_loss(model, ids),
-            batch,
-            plan.train,
-            out / "training",
-            label="pretrain",
-            accelerator=accelerator,
-        )
-        log = trainer.run(resume=resume)
-        if accelerator.is_main_process:
-            save_model(
-                model, tokenizer, out, torch.bfloat16, extra_files={"log.jsonl": log_lines(log)}
-            )
-        accelerator.wait_for_everyone()
+        _train(plan, documents, tokenizer, out, torch.bfloat16, accelerator, resume)
     return out
+
+
+def train_from_nothing(
+    out: Path,
+    recipe: Recipe,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """As `pretrain` with a recipe and a tokenizer of one's own, on `documents`; returns `out`.
+
+    The same call goes on with what is there. dtype: of the saved weights.
+    """
+    out, accelerator = Path(out), make_accelerator()
+    with locked(out, accelerator):
+        # the last file of a model to be written
+        if not (out / "config.json").exists():
+            _train(recipe, documents, tokenizer, out, dtype, accelerator, None)
+    return out
+
+
+def _train(
+    plan: Recipe,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    resume: bool | None,
+) -> None:
+    """Train a model of the recipe's shape and save it; resume None: if there is a state."""
+    kind: Callable[..., Any] = kind_of(plan.model).model
+    model: Predictor = kind(plan.model)
+    generator = torch.Generator().manual_seed(plan.train.seed)
+    initialize(model, plan.model.layers, generator)
+    model.to(accelerator.device)
+    stream = tokenize(documents, tokenizer, end_of_text(tokenizer, plan.model))
+    windows = Windows(
+        stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index
+    )
+
+    def batch(step: int) -> torch.Tensor:
+        context = context_at(step, plan)
+        return windows.batch(step, plan.tokens_per_step // context, context)
+
+    trainer = Trainer(
+        model,
+        lambda ids: next_token_loss(model, ids),
+        batch,
+        plan.train,
+        out / "training",
+        label="pretrain",
+        accelerator=accelerator,
+    )
+    log = trainer.run(resume=trainer.has_state if resume is None else resume)
+    if accelerator.is_main_process:
+        save_model(model, tokenizer, out, dtype, extra_files={"log.jsonl": log_lines(log)})
+    accelerator.wait_for_everyone()
 
 
 def _tokenizer(

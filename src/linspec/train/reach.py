@@ -15,11 +15,11 @@ import torch
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
-from linspec.models.decoder import Decoder
 from linspec.progress import Progress
 from linspec.train.finetune import finetune_loss
 from linspec.train.loop import fast_bfloat16
-from linspec.train.transfer import mixer_of
+from linspec.train.objective import Predictor
+from linspec.train.transfer import block_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Reach:
 
 
 def measure_reach(
-    teacher: Decoder, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
+    teacher: Predictor, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
 ) -> Reach:
     """Swap `mixer` into one of `layers` at a time, at spans of 1, 2, 4, … groups.
 
@@ -98,7 +98,7 @@ def _longer(
 
 
 @torch.no_grad()
-def _loss_with(teacher: Decoder, layer: int, mixer: MixerConfig, batch: torch.Tensor) -> float:
+def _loss_with(teacher: Predictor, layer: int, mixer: MixerConfig, batch: torch.Tensor) -> float:
     device = batch.device
     with (
         _swapped(teacher, layer, mixer),
@@ -108,13 +108,14 @@ def _loss_with(teacher: Decoder, layer: int, mixer: MixerConfig, batch: torch.Te
 
 
 @contextmanager
-def _swapped(teacher: Decoder, layer: int, mixer: MixerConfig) -> Iterator[None]:
+def _swapped(teacher: Predictor, layer: int, mixer: MixerConfig) -> Iterator[None]:
     """The teacher with another mixer in one layer, as it is before any training."""
-    old = mixer_of(teacher, layer)
-    new: Mixer = MIXERS[mixer.name](teacher.config, mixer)
+    block = block_of(teacher, layer)
+    old = block.mixer
+    new: Mixer = MIXERS[mixer.name](old.config, mixer)
     new.load_state_dict(old.state_dict(), strict=False)
-    teacher.blocks[layer].mixer = new.to(old.k.weight)
+    block.mixer = new.to(old.k.weight)
     try:
         yield
     finally:
-        teacher.blocks[layer].mixer = old
+        block.mixer = old

