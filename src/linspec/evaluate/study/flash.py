@@ -92,7 +92,8 @@ class FromNothing(Table):
         shape = FlashConfig(**settings["model"])
         found = Recipe(
             model=shape,
-            train=TrainConfig(**settings["training"], seed=cell.seed),
+            # compiling would cost about what it saves
+            train=TrainConfig(**settings["training"], seed=cell.seed, compile=False),
             tokens_per_step=settings["tokens_per_step"],
             stages=((1.0, shape.max_positions),),
         )

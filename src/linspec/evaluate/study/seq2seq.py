@@ -129,6 +129,8 @@ class Seq2Seq(Table):
                 decay=0.4,
                 weight_decay=0.1,
                 seed=1,
+                # would cost about what it saves
+                compile=False,
             ),
             tokens_per_step=size.batch_tokens,
             stages=((1.0, size.context),),
