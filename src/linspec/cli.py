@@ -40,6 +40,7 @@ from linspec.options import (
     Order,
     Quantize,
     Rate,
+    RecallShare,
     Resume,
     Threads,
     Tokens,
@@ -80,7 +81,13 @@ def demo(
 @guarded(RESUME)
 def pretrain(
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
-    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "embedded",
+    recipe: Annotated[
+        str, typer.Option(help="embedded, recall, flash-aug or flash-quadratic.")
+    ] = "embedded",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="As in linspec study; repeatable.", show_default="stdlib"),
+    ] = None,
     resume: Resume = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
@@ -88,7 +95,7 @@ def pretrain(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small softmax model from nothing on the standard library's source."""
+    """Train a small softmax model: from nothing, or the embedded one on, to recall from far above."""
     from linspec.errors import ConfigError
     from linspec.train import pretrain as library
 
@@ -96,7 +103,7 @@ def pretrain(
         raise ConfigError(f"--steps must be 1 or more, got {steps}")
     place_on("cpu", threads)
     with quiet_stdout():
-        library.pretrain(out, recipe=recipe, resume=resume, steps=steps)
+        library.pretrain(out, recipe=recipe, data=data or (), resume=resume, steps=steps)
     report_written(out, as_json)
 
 
@@ -152,6 +159,7 @@ def linearize(
     kl_weight: Annotated[
         float | None, typer.Option(help="Weight of the KL to the teacher.")
     ] = None,
+    recall_share: RecallShare = None,
     lora_rank: Annotated[int | None, typer.Option(help="0 trains all weights.")] = None,
     seed: Order = None,
     resume: Resume = False,
@@ -331,11 +339,14 @@ def evaluate(
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
+    repeats: Annotated[
+        bool, typer.Option("--repeats", help="Measure what repeated passages gain instead.")
+    ] = False,
     teacher: Annotated[
-        str | None, typer.Option(help="With --recall: the model to compare with.")
+        str | None, typer.Option(help="With --recall, --repeats: the model to compare with.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="With --recall: tokens of the texts.")
+        str, typer.Option(help="With --recall, --repeats: tokens of the texts.")
     ] = "512,1024,2048,4096",
     samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
     seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
@@ -350,8 +361,8 @@ def evaluate(
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
     from linspec.errors import ConfigError
 
-    if recall and by_position:
-        raise ConfigError("give one of --recall and --by-position, not both")
+    if recall + by_position + repeats > 1:
+        raise ConfigError("give only one of --recall, --repeats and --by-position")
     place, text = place_on(device, threads), sources(data)
     if recall:
         from linspec.evaluate.recall import evaluate_recall
@@ -368,6 +379,19 @@ def evaluate(
                 device=place,
             ).to_json()
         print_json(found) if as_json else print_measured("recall", found, "cells")
+    elif repeats:
+        from linspec.evaluate.repeats import evaluate_repeats
+
+        with quiet_stdout():
+            gained = evaluate_repeats(
+                model,
+                teacher=teacher,
+                data=text,
+                field=field,
+                lengths=numbers(lengths, "--lengths"),
+                device=place,
+            ).to_json()
+        print_json(gained) if as_json else print_measured("repeats", gained, "cells")
     elif by_position:
         from linspec.evaluate.positions import by_position as measure
 
@@ -418,6 +442,7 @@ def study(
     ] = None,
     teacher: Annotated[str, typer.Option(help="The softmax model.")] = "embedded-softmax",
     data: Data = None,
+    recall_share: RecallShare = None,
     page: Annotated[
         Path | None, typer.Option(help="The markdown page.", show_default="OUT/paper.md")
     ] = None,
@@ -439,6 +464,7 @@ def study(
             tokens=tokens,
             seeds=seeds,
             mixers=mixer or (),
+            recall_share=recall_share or 0.0,
         )
         found = library(plan, table or (), budget=budget, page=page)
     if as_json:

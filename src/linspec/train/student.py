@@ -19,8 +19,10 @@ DEFAULT_GROUP = 64
 DEFAULT_ROWS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# windows of text on which the layers are measured
-REACH_WINDOWS = 8
+# windows of text on which the layers are measured, and the least of them when they are longer
+REACH_WINDOWS, FEWEST_WINDOWS = 8, 4
+# so many times the training context, where the teacher has the positions
+REACH_BEYOND = 4
 # mixers that by default keep the teacher's softmax weights within reach ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
@@ -98,11 +100,15 @@ def by_need(
 ) -> tuple[MixerConfig, ...]:
     """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
 
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    Texts to measure on are longer than the windows of training where the teacher can read them: what
+    a layer needs from far above shows nowhere else. softmax_layers: so many stay as they are. rows:
+    see `linearize`; None leaves the spans.
     """
     file = folder / "reach.json"
     if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
+        context = min(REACH_BEYOND * windows.context, teacher.config.max_positions)
+        count = max(FEWEST_WINDOWS, REACH_WINDOWS * windows.context // context)
+        batch = windows.batch(0, count, context).to(teacher.embed.weight.device)
         measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
         replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
     spans, losses = json.loads(file.read_text(encoding="utf-8"))

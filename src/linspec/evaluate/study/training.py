@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def training_settings(plan: Plan, choice: Choice, domain: str, **changed: Any) -
         "context": min(size.context, plan.config.max_positions),
         "batch_tokens": size.batch_tokens,
     }
-    training = asdict(LinearizeConfig(**options | changed).completed([mixer]))
+    training = LinearizeConfig(**options | changed).completed([mixer]).to_json()
     return {
         "teacher": plan.weights,
         "teacher_tokens": 0 if domain == plan.domain else _TEACHER_FACTOR * size.tokens,
