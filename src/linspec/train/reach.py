@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.base import Rope
 from linspec.models.decoder import Decoder
 from linspec.progress import Progress
-from linspec.train.finetune import finetune_loss
 from linspec.train.loop import fast_bfloat16
 from linspec.train.transfer import mixer_of
 
@@ -61,10 +62,13 @@ def measure_reach(
     """
     most = -(-(batch.shape[1] - 1) // mixer.group)
     reach = Reach([1 << i for i in range(most.bit_length()) if 1 << i <= most], {})
+    entering, rope = _states(teacher, batch[:, :-1])
     with Progress("reach", len(layers)) as progress:
         for done, layer in enumerate(layers, 1):
-            mixers = [replace(mixer, span=span) for span in reach.spans]
-            found = [_loss_with(teacher, layer, mixer, batch) for mixer in mixers]
+            found = []
+            for span in reach.spans:
+                with _swapped(teacher, layer, replace(mixer, span=span)):
+                    found.append(_loss_from(teacher, layer, entering[layer], rope, batch[:, 1:]))
             reach.losses[layer] = found
             progress.update(done, f"layer {layer}: {found[0]:.3f} to {found[-1]:.3f} nats")
     return reach
@@ -97,14 +101,31 @@ def _longer(
                 yield (measured[now] - measured[i]) / cost, layer, i
 
 
+def _states(teacher: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], Rope]:
+    """What enters every layer, [B, T, D] each, and the rotation of the positions."""
+    with torch.no_grad(), _precision(ids.device):
+        x, rope = teacher.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+        entering = []
+        for block in teacher.layers:
+            entering.append(x)
+            x = block(x, rope)
+    return entering, rope
+
+
 @torch.no_grad()
-def _loss_with(teacher: Decoder, layer: int, mixer: MixerConfig, batch: torch.Tensor) -> float:
-    device = batch.device
-    with (
-        _swapped(teacher, layer, mixer),
-        torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)),
-    ):
-        return float(finetune_loss(teacher, batch))
+def _loss_from(
+    teacher: Decoder, layer: int, x: torch.Tensor, rope: Rope, labels: torch.Tensor
+) -> float:
+    """Mean nats of labels [B, T] from what enters `layer`; what is before it does not change."""
+    with _precision(x.device):
+        for block in teacher.layers[layer:]:
+            x = block(x, rope)
+        logits = teacher.head(teacher.leave(x))
+    return float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 @contextmanager

@@ -19,9 +19,9 @@ DEFAULT_GROUP = 64
 DEFAULT_ROWS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# windows of text on which the layers are measured, and the least of them when they are longer
-REACH_WINDOWS, FEWEST_WINDOWS = 8, 4
-# so many times the training context, where the teacher has the positions
+# the layers are measured on the tokens of so many windows ...
+REACH_WINDOWS = 8
+# ... in texts of so many times the training context, where the teacher has the positions
 REACH_BEYOND = 4
 # mixers that by default keep the teacher's softmax weights within reach ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
@@ -107,7 +107,7 @@ def by_need(
     file = folder / "reach.json"
     if not file.exists():
         context = min(REACH_BEYOND * windows.context, teacher.config.max_positions)
-        count = max(FEWEST_WINDOWS, REACH_WINDOWS * windows.context // context)
+        count = REACH_WINDOWS * windows.context // context
         batch = windows.batch(0, count, context).to(teacher.embed.weight.device)
         measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
         replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
