@@ -94,6 +94,7 @@ def evaluate_recall(
     tokenizer: Any = None,
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
+    texts: Sequence[str] = (),
     lengths: Sequence[int] = LENGTHS,
     distances: Sequence[int] = DISTANCES,
     samples: int = 16,
@@ -103,9 +104,10 @@ def evaluate_recall(
     """Recall of `model`, beside that of `teacher` on the very same texts.
 
     data: held-out text between definitions and questions; lines are code for 'stdlib', prose
-    otherwise. lengths: of whole texts, in tokens; distances that do not fit a length are left out.
-    samples: texts per task, length and seed. Lengths beyond the positions of a softmax model are
-    left out for it and named in `limits`. Raises ConfigError for sizes that cannot be built.
+    otherwise. texts: the part of it to take; if empty, what `held_out_documents` gives. lengths: of
+    whole texts, in tokens; distances that do not fit a length are left out. samples: texts per task,
+    length and seed. Lengths beyond the positions of a softmax model are left out for it and named in
+    `limits`. Raises ConfigError for sizes that cannot be built.
     """
     _check(lengths, samples, seeds)
     if not isinstance(model, Decoder):
@@ -114,7 +116,8 @@ def evaluate_recall(
     check_tokenizer(tokenizer, model.config)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)
-    filler = filler_ids(tokenizer, model, held_out_documents(data, field), max(lengths))
+    documents = texts or held_out_documents(data, field)
+    filler = filler_ids(tokenizer, model, documents, max(lengths))
     write = Writer(tokenizer, filler, cue_for(data))
     cells: list[RecallCell] = []
     limits = [*limits_of("model", model, lengths), *limits_of("teacher", teacher, lengths)]
@@ -122,12 +125,12 @@ def evaluate_recall(
     kinds = [(length, task) for length in readable for task in TASKS]
     with Progress("recall", len(kinds)) as progress:
         for done, (length, task) in enumerate(kinds, 1):
-            texts = [
+            questions = [
                 write(task, length, distances, random.Random(f"{seed} {task.name} {i}"))
                 for seed in range(seeds)
                 for i in range(samples)
             ]
-            cells += _cells(task.name, length, texts, model, teacher)
+            cells += _cells(task.name, length, questions, model, teacher)
             progress.update(done, f"{task.name} at {length} tokens")
     return _summary(cells, seeds, samples, limits)
 

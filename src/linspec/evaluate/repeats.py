@@ -3,7 +3,7 @@
     report = evaluate_repeats("student", teacher="teacher", lengths=(2048, 4096))
     print([cell.relative for cell in report.cells])
 
-Nothing is made up here: a passage of held-out text stands at the begin of a longer held-out text and
+Nothing is made up here: a passage of held-out text stands at the beginning of a longer held-out text and
 again at its end. What a model gains on it, in nats, is what it remembers of it word for word.
 """
 

@@ -85,8 +85,6 @@ RECIPES = (
         options={"softmax_layers": 2, "rows": 128},
     ),
     Recipe("linspec, 1,024 exact rows", _OURS, options={"rows": 1024}, far=True),
-    Recipe("linspec, gdn beyond reach", _OURS, "gdn", far=True),
-    Recipe("linspec, hedgehog beyond reach", _OURS, "hedgehog", {"kernel": "softmax"}, far=True),
     Recipe(
         "aug as published",
         "You et al. 2024, arXiv 2406.07368",
@@ -97,6 +95,8 @@ RECIPES = (
     Recipe("LoLCATs, six groups", _LOLCATS, _lolcats(6), training=_TRANSFER),
     Recipe("Liger, window of a group", _LIGER, _liger(1), training=_NO_TRANSFER),
     Recipe("Liger, six groups", _LIGER, _liger(6), training=_NO_TRANSFER),
+    Recipe("linspec, gdn beyond reach", _OURS, "gdn", far=True),
+    Recipe("linspec, hedgehog beyond reach", _OURS, "hedgehog", {"kernel": "softmax"}, far=True),
 )
 
 
@@ -173,20 +173,25 @@ class Recipes(Table):
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         return {
             "bits_per_byte": score.bits_per_byte,
-            **self._recall(model, tokenizer, data, config.context),
+            **self._recall(model, tokenizer, texts, config.context),
             "state_bytes": model.new_state().bytes(0),
             "far_state_bytes": model.new_state().bytes_at(_BEYOND * config.context),
             "train_seconds": sum(record["seconds"].values()),
         }
 
-    def _recall(self, model: Decoder, tokenizer: Any, data: Sequence[str], context: int) -> Result:
+    def _recall(self, model: Decoder, tokenizer: Any, texts: Sequence[str], context: int) -> Result:
         if context < 2 * min(DISTANCES):
             # a text has no room for a line and its repetition
             return {}
         most = self.plan.config.max_positions
         lengths = [context // 2, *(context * n for n in (1, 2, _BEYOND) if context * n <= most)]
         found = evaluate_recall(
-            model, teacher=self.plan.teacher, tokenizer=tokenizer, data=data, lengths=lengths
+            model,
+            teacher=self.plan.teacher,
+            tokenizer=tokenizer,
+            data=self.plan.everything,
+            texts=texts,
+            lengths=lengths,
         )
         far = [(c.tokens, c.teacher_tokens or 0.0) for c in found.cells if c.length > context]
         ours, wanted = (sum(part) for part in zip(*far, strict=True)) if far else (0.0, 0.0)
