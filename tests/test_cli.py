@@ -352,7 +352,11 @@ def test_eval_of_recall_and_of_positions(data: Path) -> None:
     assert {"stretches", "drift", "limit"} <= set(drift)
     assert [s["end"] for s in drift["stretches"]] == [256, 300]
     assert "drift" in run(*positions, "--length", 300).stdout
-    assert "not both" in fails(*positions, "--recall")
+    assert "only one of" in fails(*positions, "--recall")
+    repeats = ("eval", model_dir("softmax"), "--repeats", "--data", data, "--lengths", "256,300")
+    gained = run_json(*repeats, "--teacher", model_dir("softmax"))
+    assert [(c["length"], c["relative"]) for c in gained["cells"]] == [(256, 1.0)]
+    assert len(gained["limits"]) == 2
 
 
 def test_study(tmp_path: Path, data: Path) -> None:

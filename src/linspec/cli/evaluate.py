@@ -35,11 +35,14 @@ def evaluate(
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
+    repeats: Annotated[
+        bool, typer.Option("--repeats", help="Measure what repeated passages gain instead.")
+    ] = False,
     teacher: Annotated[
-        str | None, typer.Option(help="With --recall: the model to compare with.")
+        str | None, typer.Option(help="With --recall, --repeats: the model to compare with.")
     ] = None,
     lengths: Annotated[
-        str, typer.Option(help="With --recall: tokens of the texts.")
+        str, typer.Option(help="With --recall, --repeats: tokens of the texts.")
     ] = "512,1024,2048,4096",
     samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
     seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
@@ -54,19 +57,21 @@ def evaluate(
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
     from linspec.errors import ConfigError
 
-    if recall and by_position:
-        raise ConfigError("give one of --recall and --by-position, not both")
+    if recall + by_position + repeats > 1:
+        raise ConfigError("give only one of --recall, --repeats and --by-position")
     common: Options = {
         "data": sources(data),
         "field": field,
         "device": place_on(device, threads),
     }
-    asked = numbers(lengths, "--lengths")
-    recalled = {"teacher": teacher, "lengths": asked, "samples": samples, "seeds": seeds}
+    compared = {"teacher": teacher, "lengths": numbers(lengths, "--lengths")}
+    recalled = compared | {"samples": samples, "seeds": seeds}
     scored = {"limit_bytes": limit_bytes, "bf16": bf16, "quantize": quantize, "context": context}
     with quiet_stdout():
         if recall:
             found, rows = _recall(model, common | recalled), "cells"
+        elif repeats:
+            found, rows = _repeats(model, common | compared), "cells"
         elif by_position:
             places = {"length": length, "context": context}
             found, rows = _positions(model, common | places), "stretches"
@@ -79,6 +84,12 @@ def _recall(model: str, options: Options) -> Options:
     from linspec.evaluate.recall import evaluate_recall
 
     return evaluate_recall(model, **options).to_json()
+
+
+def _repeats(model: str, options: Options) -> Options:
+    from linspec.evaluate.repeats import evaluate_repeats
+
+    return evaluate_repeats(model, **options).to_json()
 
 
 def _positions(model: str, options: Options) -> Options:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linspec.cli.console import guarded, place_on, print_json, quiet_stdout, say, sources
-from linspec.cli.options import Data, Json, Threads
+from linspec.cli.options import Data, Json, RecallShare, Threads
 
 
 @guarded("give the same command to go on; finished cells are kept")
@@ -39,6 +39,7 @@ def study(
         typer.Option(help="A BERT directory.", show_default="that of linspec[encoders]"),
     ] = None,
     data: Data = None,
+    recall_share: RecallShare = None,
     page: Annotated[
         Path | None, typer.Option(help="The markdown page.", show_default="OUT/paper.md")
     ] = None,
@@ -61,6 +62,7 @@ def study(
             seeds=seeds,
             mixers=mixer or (),
             encoder=encoder,
+            recall_share=recall_share or 0.0,
         )
         found = library(plan, table or (), budget=budget, page=page)
     if as_json:

@@ -34,7 +34,13 @@ from linspec.cli.options import (
 @guarded(RESUME)
 def pretrain(
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
-    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "embedded",
+    recipe: Annotated[
+        str, typer.Option(help="embedded, recall, flash-aug or flash-quadratic.")
+    ] = "embedded",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="As in linspec study; repeatable.", show_default="stdlib"),
+    ] = None,
     resume: Resume = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
@@ -42,7 +48,7 @@ def pretrain(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small softmax model from nothing on the standard library's source."""
+    """Train a small softmax model: from nothing, or the embedded one on, to recall from far above."""
     from linspec.errors import ConfigError
     from linspec.train import pretrain as library
 
@@ -50,7 +56,7 @@ def pretrain(
         raise ConfigError(f"--steps must be 1 or more, got {steps}")
     place_on("cpu", threads)
     with quiet_stdout():
-        library.pretrain(out, recipe=recipe, resume=resume, steps=steps)
+        library.pretrain(out, recipe=recipe, data=data or (), resume=resume, steps=steps)
     report_written(out, as_json)
 
 

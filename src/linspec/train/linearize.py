@@ -33,6 +33,7 @@ from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
 from linspec.train.objective import Predictor
+from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import (
     DEFAULT_GROUP,
@@ -64,7 +65,8 @@ class LinearizeConfig:
     transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
     mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
     kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
-    else adapters of this rank.
+    else adapters of this rank. recall_share: of the windows, how many are texts that ask for what
+    stood above (see `RecallWindows`), for a teacher that was trained on such.
     """
 
     tokens: int = 2_200_000
@@ -82,16 +84,23 @@ class LinearizeConfig:
     precision: str = "auto"
     save_every: float = 120.0
     seed: int = 0
+    recall_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.transfer_share is not None and not 0 <= self.transfer_share <= 1:
-            raise ConfigError(f"transfer_share must be in 0..1, got {self.transfer_share}")
+        for name in ("transfer_share", "recall_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{name} must be in 0..1, got {share}")
         for name in ("kl_weight", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types: the same as before there was a recall_share, where it is 0."""
+        return {k: v for k, v in asdict(self).items() if k != "recall_share" or v}
 
     @property
     def rows(self) -> int:
@@ -210,7 +219,7 @@ def linearize(
         "softmax_layers": softmax_layers,
         "data": [str(d) for d in data],
         "field": field,
-        "config": asdict(config),
+        "config": config.to_json(),
     }
     accelerator = make_accelerator()
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
@@ -288,7 +297,8 @@ def _windows(
 ) -> Windows:
     texts, _ = train_and_heldout(data, field)
     stream = tokenize(texts, tokenizer, end_of_text(tokenizer, model))
-    return Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    return with_recall(windows, tokenizer, data, config.recall_share)
 
 
 def record_files(

@@ -1,4 +1,8 @@
-"""Train the embedded softmax teacher from nothing: `linspec pretrain --recipe embedded`."""
+"""Train the small teachers: `linspec pretrain --recipe embedded`.
+
+`embedded` and the FLASH recipes start from nothing; `recall` trains the embedded teacher on, on texts
+that ask for what stood up to 4,096 tokens above.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +21,30 @@ from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
-from linspec.models.hub import save_model
+from linspec.models.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.models.kinds import kind_of
-from linspec.train.data import Windows, end_of_text, load_documents, tokenize
+from linspec.train.corpora import known_sources
+from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
 from linspec.train.objective import Predictor, next_tokens
+from linspec.train.recall_texts import with_recall
 from linspec.train.run import locked, make_accelerator
 from linspec.train.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context)."""
+    """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context).
+
+    base: the model whose weights and tokenizer it starts from, or empty. recall_share: of the windows,
+    how many are texts that ask for what stood above (see `RecallWindows`).
+    """
 
     model: DecoderConfig | Seq2SeqConfig
     train: TrainConfig
+    base: str = ""
     sources: tuple[str, ...] = ("stdlib",)
+    recall_share: float = 0.0
     tokens_per_step: int = 8192
     stages: tuple[tuple[float, int], ...] = ((1.0, 1024),)
 
@@ -83,8 +95,30 @@ def _flash(variant: str, taps: int) -> Recipe:
     )
 
 
+def _recall() -> Recipe:
+    """The embedded teacher with four times the positions, which it learns to use."""
+    base = "embedded-softmax"
+    return Recipe(
+        model=replace(load_config(base), max_positions=4096),
+        train=TrainConfig(
+            steps=500,
+            lr=1e-3,
+            muon_lr=2e-3,
+            warmup=20,
+            decay=0.7,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            seed=2,
+        ),
+        base=base,
+        recall_share=0.5,
+        stages=((0.75, 1024), (0.25, 4096)),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "embedded": _embedded,
+    "recall": _recall,
     "flash-aug": lambda: _flash("aug", 32),
     "flash-quadratic": lambda: _flash("quadratic", 0),
 }
@@ -119,11 +153,17 @@ def context_at(step: int, recipe: Recipe) -> int:
 
 
 def pretrain(
-    out: Path, *, recipe: str = "embedded", resume: bool = False, steps: int | None = None
+    out: Path,
+    *,
+    recipe: str = "embedded",
+    data: Sequence[str] = (),
+    resume: bool = False,
+    steps: int | None = None,
 ) -> Path:
     """Train `recipe` into the model directory `out`; returns it.
 
-    `steps` overrides the recipe's length. Killed at any moment, the same call with `resume` goes on
+    `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
+    `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
     from the last saved state. Raises ConfigError for an unknown recipe.
     """
     if recipe not in RECIPES:
@@ -133,7 +173,10 @@ def pretrain(
         plan = replace(plan, train=replace(plan.train, steps=steps))
     out, accelerator = Path(out), make_accelerator()
     with locked(out, accelerator):
-        documents = load_documents(plan.sources, "train")
+        if data:
+            found = [files for source in data for files in known_sources(source, out).values()]
+            plan = replace(plan, sources=tuple(file for files in found for file in files))
+        documents, _ = train_and_heldout(plan.sources)
         tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
         _train(plan, documents, tokenizer, out, torch.bfloat16, accelerator, resume)
     return out
@@ -169,14 +212,14 @@ def _train(
     resume: bool | None,
 ) -> None:
     """Train a model of the recipe's shape and save it; resume None: if there is a state."""
-    kind: Callable[..., Any] = kind_of(plan.model).model
-    model: Predictor = kind(plan.model)
-    generator = torch.Generator().manual_seed(plan.train.seed)
-    initialize(model, plan.model.layers, generator)
+    model = _model(plan)
     model.to(accelerator.device)
     stream = tokenize(documents, tokenizer, end_of_text(tokenizer, plan.model))
-    windows = Windows(
-        stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index
+    windows = with_recall(
+        Windows(stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index),
+        tokenizer,
+        plan.sources,
+        plan.recall_share,
     )
 
     def batch(step: int) -> torch.Tensor:
@@ -198,10 +241,23 @@ def _train(
     accelerator.wait_for_everyone()
 
 
+def _model(plan: Recipe) -> Predictor:
+    """The recipe's model with the weights that it starts from."""
+    kind: Callable[..., Any] = kind_of(plan.model).model
+    model: Predictor = kind(plan.model)
+    if plan.base:
+        model.load_state_dict(load_model(plan.base).state_dict())
+    else:
+        initialize(model, plan.model.layers, torch.Generator().manual_seed(plan.train.seed))
+    return model
+
+
 def _tokenizer(
     documents: list[str], plan: Recipe, out: Path, resume: bool, accelerator: Accelerator
-) -> PreTrainedTokenizerFast:
+) -> PreTrainedTokenizerBase:
     """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
+    if plan.base:
+        return load_tokenizer(plan.base)
     folder = out / "training-tokenizer"
     if resume and folder.exists():
         kept: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -14,6 +14,7 @@ from linspec.config import MixerConfig, Seq2SeqConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_text
 from linspec.mixers import MIXERS
+from linspec.models.decoder import Decoder
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach, measure_reach
@@ -22,8 +23,10 @@ DEFAULT_GROUP = 64
 DEFAULT_ROWS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# windows of text on which the layers are measured
+# the layers are measured on the tokens of so many windows ...
 REACH_WINDOWS = 8
+# ... in texts of so many times the training context, where the teacher has the positions
+REACH_BEYOND = 4
 # mixers that by default keep the teacher's softmax weights within reach ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
@@ -127,11 +130,17 @@ def by_need(
 ) -> tuple[MixerConfig, ...]:
     """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
 
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    Texts to measure on are longer than the windows of training where the teacher can read them: what
+    a layer needs from far above shows nowhere else. softmax_layers: so many stay as they are. rows:
+    see `linearize`; None leaves the spans.
     """
     file = folder / "reach.json"
     if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
+        # a T5 has no positions of its own: nobody says that it can read more than it trained on
+        most = teacher.config.max_positions if isinstance(teacher, Decoder) else windows.context
+        context = min(REACH_BEYOND * windows.context, most)
+        count = REACH_WINDOWS * windows.context // context
+        batch = windows.batch(0, count, context).to(teacher.embed.weight.device)
         measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
         replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
     spans, losses = json.loads(file.read_text(encoding="utf-8"))

