@@ -238,42 +238,56 @@ static void rows_of_width(int width) {
     free(x), free(weight);
 }
 
-static void mixer(int width, int squares, int group, int window) {
-    enum { NODES = 5, BASE = 70, HEADS = 6, KV = 2, TAPS = 3 };
+/* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more */
+static void mixer(int width, int squares, int group, int window, int coded) {
+    enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3 };
     const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
     int64_t rows = BASE + NODES, lead = TAPS - 1;
+    int row_bytes = coded ? (width + 3) / 4 * 4 + 4 : 4 * width;
     size_t outputs = (size_t)(NODES * HEADS * width);
-    float *keys = floats((size_t)(KV * rows * width));
-    float *values = floats((size_t)(KV * (lead + rows) * width));
+    /* any bytes are codes and finite scales */
+    char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
+    char *values = (char *)floats((size_t)(KV * (lead + rows) * row_bytes / 4));
     float *sums = floats((size_t)(KV * width * width)), *kernel = floats(HEADS * TAPS);
     float *q = floats(outputs), *out[2];
+    ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .base = BASE, .staged = NODES,
+                  .nodes = NODES, .window = window, .group = group, .span = 2, .squares = squares,
+                  .taps = TAPS, .alpha = 0.5f, .kernel = kernel, .coded = coded,
+                  .row_bytes = row_bytes, .key_stride = rows * row_bytes,
+                  .value_stride = (lead + rows) * row_bytes, .keys = keys,
+                  .values = values + lead * row_bytes, .sums = group ? sums : NULL,
+                  .ancestors = ancestors};
+    int chunks = ls_mix_chunks(&m);
+    size_t part = ls_mix_partial(&m);
     for (int i = 0; i < 2; i++) {
-        float *scratch = need(NODES * (HEADS / KV) * LS_MIX_FLOATS * sizeof(float));
-        ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .base = BASE,
-                      .staged = NODES, .nodes = NODES, .window = window, .group = group, .span = 2,
-                      .squares = squares, .taps = TAPS, .alpha = 0.5f, .kernel = kernel,
-                      .key_stride = rows * width, .value_stride = (lead + rows) * width,
-                      .keys = keys, .values = values + lead * width, .sums = group ? sums : NULL,
-                      .ancestors = ancestors};
+        const ls_ops *ops = i ? ls_current() : plain;
+        float *partials = need((size_t)chunks * part * sizeof(float));
+        void *scratch = need(ls_mix_scratch(&m));
         out[i] = need(outputs * sizeof(float));
-        for (int head = 0; head < KV; head++)
-            (i ? ls_current() : plain)
-                ->mix(&m, head, q, HEADS * width, out[i], HEADS * width, scratch);
-        free(scratch);
+        for (int head = 0; head < KV; head++) {
+            for (int c = 0; c < chunks; c++)
+                ops->near(&m, head, c, q, HEADS * width, partials + (size_t)c * part, scratch);
+            ops->gather(&m, head, chunks, q, HEADS * width, partials, out[i], HEADS * width, scratch);
+        }
+        free(partials), free(scratch);
     }
-    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, "mixer", width, squares, group,
-           window);
+    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, coded ? "coded mixer" : "mixer",
+           width, squares, group, window);
     free(keys), free(values), free(sums), free(kernel), free(q), free(out[0]), free(out[1]);
 }
 
 static void mixers(void) {
     const int widths[] = {2, 24, 64, 80, 112};
-    for (int squares = 0; squares < 2; squares++)
-        for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-            mixer(widths[i], squares, 16, 0);
-            mixer(widths[i], squares, 0, 9);
-            mixer(widths[i], squares, 0, 0);
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        for (int squares = 0; squares < 2; squares++) {
+            mixer(widths[i], squares, 16, 0, 0);
+            mixer(widths[i], squares, 0, 9, 0);
+            mixer(widths[i], squares, 0, 0, 0);
         }
+        mixer(widths[i] - 1, 0, 0, 0, 1);
+        mixer(widths[i], 0, 0, 0, 1);
+        mixer(widths[i], 0, 0, 9, 1);
+    }
 }
 
 int main(void) {

@@ -16,7 +16,7 @@ from linspec.cli.console import (
     quiet_stdout,
     sources,
 )
-from linspec.cli.options import Data, Device, Json, Model, Quantize, Threads
+from linspec.cli.options import Data, Device, Json, Kv, Model, Quantize, Threads
 
 
 @guarded()
@@ -34,6 +34,7 @@ def bench(
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -54,6 +55,7 @@ def bench(
             device=place,
             bandwidth=bandwidth,
             quantize=quantize,
+            kv=kv,
         ).to_json()
     if as_json:
         print_json(result)

@@ -16,7 +16,7 @@ from linspec.cli.console import (
     quiet_stdout,
     sources,
 )
-from linspec.cli.options import Data, Device, DrafterName, Field, Json, Model, Quantize, Threads
+from linspec.cli.options import Data, Device, DrafterName, Field, Json, Kv, Model, Quantize, Threads
 
 Options = dict[str, Any]
 
@@ -32,6 +32,7 @@ def evaluate(
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     quantize: Quantize = None,
+    kv: Kv = "float",
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
@@ -66,7 +67,7 @@ def evaluate(
     }
     compared = {"teacher": teacher, "lengths": numbers(lengths, "--lengths")}
     recalled = compared | {"samples": samples, "seeds": seeds}
-    scored = {"limit_bytes": limit_bytes, "bf16": bf16, "quantize": quantize, "context": context}
+    scored = {"limit_bytes": limit_bytes, "bf16": bf16, "quantize": quantize, "kv": kv, "context": context}
     with quiet_stdout():
         if recall:
             found, rows = _recall(model, common | recalled), "cells"
@@ -115,6 +116,7 @@ def verify(
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -138,6 +140,7 @@ def verify(
             device=place,
             seed=seed,
             quantize=quantize,
+            kv=kv,
         )
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     if not report.lossless_greedy:

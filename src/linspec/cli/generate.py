@@ -16,7 +16,7 @@ from linspec.cli.console import (
     read_prompt,
     say,
 )
-from linspec.cli.options import Device, DrafterName, Json, Model, Quantize, Threads
+from linspec.cli.options import Device, DrafterName, Json, Kv, Model, Quantize, Threads
 
 
 @guarded()
@@ -47,6 +47,7 @@ def generate(
         str, typer.Option(help="lossless, greedy or typical (lossy).")
     ] = "lossless",
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -67,6 +68,7 @@ def generate(
             max_batch=1,
             device=place,
             quantize=quantize,
+            kv=kv,
         )
     if as_json:
         with quiet_stdout():

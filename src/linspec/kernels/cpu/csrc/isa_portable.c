@@ -33,7 +33,7 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int quads,
                       int rows, float *out) {
