@@ -14,7 +14,8 @@ from linspec.bench.peers.base import Format, Peer, Prompts, Session
 from linspec.bench.peers.cells import Cache, Cell, Plan, Result
 from linspec.bench.peers.client import WorkerError, quiet_machine
 from linspec.bench.peers.own import OwnSession
-from linspec.bench.peers.page import rows_of, summary, write_page
+from linspec.bench.peers.page import summary, write_page
+from linspec.bench.peers.rows import rows_of
 from linspec.bench.peers.shapes import SHAPES, write_checkpoint
 from linspec.bench.peers.worker import Worker
 from linspec.cli import app
@@ -111,7 +112,7 @@ def test_page_and_json(tmp_path: Path) -> None:
     text = write_page(plan, {"gone": "not installed"}).read_text()
     assert "| toy | 16 | 1 | 8 | fake int8 | 100 |" in text
     assert "- gone: not installed" in text
-    assert (tmp_path / "cpu-toy-at-8-bits.svg").exists()
+    assert (tmp_path / "cpu" / "toy-at-8-bits.svg").exists()
     data = json.loads(json.dumps(summary(plan, {})))
     assert data["rows"][0]["engine"] == "fake int8" and data["ratios"] == []
 

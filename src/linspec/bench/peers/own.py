@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # as `LLM` reads prompts
 _CHUNK = 512
 _DRAFT = 5
+# context of `decode_short`
+_SHORT = 128
 
 
 class Own(Peer):
@@ -27,11 +29,11 @@ class Own(Peer):
 
     name = "linspec"
     packages = ("torch", "transformers", "safetensors")
-    # a scale of int4 is a float32 for 32 weights
+    # a scale of int4 is a bfloat16 for 32 weights
     formats = (
         Format(name="float32", bits=32, weight_bytes=4, cache_bytes=4),
         Format(name="int8", bits=8, weight_bytes=1, cache_bytes=4),
-        Format(name="int4", bits=4, weight_bytes=0.5 + 4 / 32, cache_bytes=4),
+        Format(name="int4", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=4),
     )
 
     def mixer(self) -> MixerConfig | None:
@@ -92,6 +94,7 @@ class OwnSession(Session):
         self.model = model
         self.state: DecoderState = model.new_state()
         self.tokens: list[int] = []
+        self.short: OwnSession | None = None
 
     def open(self, prompts: Prompts) -> float:
         self.state = self.model.new_state(len(prompts))
@@ -118,6 +121,14 @@ class OwnSession(Session):
 
     def decode(self, tokens: int) -> list[float]:
         return [timed(self._next) for _ in range(tokens)]
+
+    def decode_short(self, tokens: int) -> list[float] | None:
+        if self.state.length(0) <= _SHORT + tokens or self.state.slots > 1:
+            return None
+        if self.short is None:
+            self.short = OwnSession(self.model)
+            self.short.open([[_DRAFT] * _SHORT])
+        return self.short.decode(tokens)
 
     def _next(self) -> None:
         from linspec.step import Feed

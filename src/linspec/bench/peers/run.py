@@ -26,6 +26,8 @@ _REST = 0.2
 _ROW_REPEATS = 5
 _ACCEPT_NODES = (2, 4, 8, 16)
 _ACCEPT_ROUNDS = 6
+# longer prompts would keep a shared machine for minutes: they are read, but not timed
+_TIMED_PROMPT = 8192
 
 Active = dict[Cell, tuple[Client, Result]]
 
@@ -35,7 +37,7 @@ def compare(plan: Plan, *, prepare_only: bool = False) -> dict[str, str]:
     cache = Cache(plan.out)
     skipped = _left_out(plan)
     groups = [
-        [cell for cell in group if cell.peer not in skipped and not cache.has(cell)]
+        [cell for cell in group if cell.peer not in skipped and (plan.again or not cache.has(cell))]
         for group in plan.groups()
     ]
     groups = [group for group in groups if group]
@@ -108,33 +110,49 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
     if not group:
         return
     active: Active = {}
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.ExitStack() as stack:
         for cell in group:
             python = interpreter(cell.peer, plan.pythons)
             client = stack.enter_context(worker(python, plan.threads, _log(plan, cell)))
-            active[cell] = client, Result(machine=machine())
+            active[cell] = client, Result(machine=machine(), run=began)
         _each(active, lambda cell, client, _: _load(plan, cell, client))
-        for cell, pair in active.items():
-            with quiet_machine(plan.guard):
-                _each({cell: pair}, lambda cell, client, found: _open(plan, cell, client, found))
-        with quiet_machine(plan.guard):
-            bandwidths = []
-            for _ in range(plan.rounds):
-                # on a shared machine it changes from one moment to the next
-                bandwidths.append(read_bandwidth())
-                _each(active, lambda _, client, found: _decode(plan, client, found))
-        if group[0].batch == 1:
-            with quiet_machine(plan.guard):
-                for count in NODES * 2:
-                    _each(active, partial(_rows, count))
-            for rate in plan.accept:
-                with quiet_machine(plan.guard):
-                    _each(active, partial(_accept, rate))
-        for cell, (client, found) in active.items():
-            with contextlib.suppress(WorkerError):
-                found.peak_bytes = client.ask("peak")
-            found.bandwidth_gb_s = statistics.median(bandwidths)
+        _take_turns(plan, active)
+        for cell, (_, found) in active.items():
             cache.put(cell, found)
+
+
+def _take_turns(plan: Plan, active: Active) -> None:
+    """Everything that is timed. The machine is kept for short times only, once for every turn."""
+    first = next(iter(active))
+    for cell, pair in active.items():
+        with quiet_machine(plan.guard if _prompt_is_timed(cell) else ""):
+            _each({cell: pair}, lambda cell, client, found: _open(plan, cell, client, found))
+    bandwidths = []
+    for _ in range(plan.rounds):
+        with quiet_machine(plan.guard):
+            # on a shared machine it changes from one moment to the next
+            bandwidths.append(read_bandwidth())
+            _each(active, lambda _, client, found: _decode(plan, client, found))
+    for client, found in active.values():
+        found.bandwidth_gb_s = statistics.median(bandwidths)
+        with contextlib.suppress(WorkerError):
+            found.peak_bytes = client.ask("peak")
+    if first.batch > 1:
+        return
+    # what an engine prepares for such passes, OpenVINO a whole model, happens before the clock runs
+    _each(active, lambda _, client, __: client.ask("rows", count=1, repeats=1))
+    for _ in range(plan.rounds):
+        with quiet_machine(plan.guard):
+            for count in NODES:
+                _each(active, partial(_rows, count))
+    for rate in plan.accept:
+        with quiet_machine(plan.guard):
+            _each(active, partial(_accept, rate))
+
+
+def _prompt_is_timed(cell: Cell) -> bool:
+    return cell.context * cell.batch <= _TIMED_PROMPT
 
 
 def _each(active: Active, call: Callable[[Cell, Client, Result], None]) -> None:
@@ -162,14 +180,18 @@ def _load(plan: Plan, cell: Cell, client: Client) -> None:
 
 def _open(plan: Plan, cell: Cell, client: Client, found: Result) -> None:
     _, shape = source(plan, cell.shape)
-    found.prefill_s = client.ask(
+    seconds = client.ask(
         "open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=plan.seed
     )
+    found.prefill_s = seconds if _prompt_is_timed(cell) else None
 
 
 def _decode(plan: Plan, client: Client, found: Result) -> None:
     time.sleep(_REST)
     found.step_s.append(client.ask("decode", tokens=plan.tokens))
+    short = client.ask("decode_short", tokens=plan.tokens)
+    if short is not None:
+        found.short_s.append(short)
 
 
 def _rows(count: int, _: Cell, client: Client, found: Result) -> None:

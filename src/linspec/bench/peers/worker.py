@@ -54,6 +54,10 @@ class Worker:
         """Seconds of each step."""
         return self._session().decode(tokens)
 
+    def decode_short(self, tokens: int) -> list[float] | None:
+        """Seconds of each step behind a short context."""
+        return self._session().decode_short(tokens)
+
     def rows(self, count: int, repeats: int) -> list[float] | None:
         """Seconds of passes over `count` rows."""
         return self._session().rows(count, repeats)
