@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linspec.bench.peers.rows import OWN, Row, ratio, rivals
+from linspec.bench.peers.rows import OWN, Row, ratio, rivals, times_faster
 
 # of one of linspec's rows, given all rows: a number and what it was compared with
 Measure = Callable[[Row, Sequence[Row]], tuple[float | None, str]]
@@ -96,7 +96,7 @@ def _nodes(count: int) -> Measure:
 
 def _decode(row: Row, rows: Sequence[Row]) -> tuple[float | None, str]:
     best = max(rivals(row, rows), key=lambda each: each.tokens_per_s, default=None)
-    return (row.tokens_per_s / best.tokens_per_s, best.engine) if best else (None, "")
+    return (times_faster(row, best), best.engine) if best else (None, "")
 
 
 def _prefill(row: Row, rows: Sequence[Row]) -> tuple[float | None, str]:

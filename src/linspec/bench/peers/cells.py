@@ -104,19 +104,20 @@ class Cell:
 class Result:
     """What was measured of a cell.
 
-    step_s: seconds of every step of all rows of the batch, a list a round. rows_s: by the number of
-    new tokens, seconds of passes. short_s: like step_s, of a second sequence with a short context;
-    empty if the engine cannot hold one. accepted: [nodes, rate, tokens, seconds] of synthetic speculation.
+    prefill_s: seconds to the first new token, of every time. step_s: seconds of every step of all
+    rows of the batch, a list a round. short_s: the same for a second sequence with a short context,
+    empty if the engine cannot hold one beside. rows_s: by the number of new tokens, seconds of passes,
+    a list a round. bandwidth_gb_s: of reading memory, before the turn of every round. accepted: [nodes, rate, tokens, seconds] of synthetic speculation.
     run: when its group began; cells with the same one took turns and may be compared.
     """
 
-    prefill_s: float | None = None
+    prefill_s: list[float] = field(default_factory=list)
     step_s: list[list[float]] = field(default_factory=list)
-    rows_s: dict[str, list[float]] = field(default_factory=dict)
+    rows_s: dict[str, list[list[float]]] = field(default_factory=dict)
     short_s: list[list[float]] = field(default_factory=list)
     accepted: list[list[float]] = field(default_factory=list)
     peak_bytes: int = 0
-    bandwidth_gb_s: float = 0.0
+    bandwidth_gb_s: list[float] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     run: str = ""
     error: str | None = None

@@ -20,8 +20,8 @@ OWN = "linspec"
 class Row:
     """A finished cell in the units of the page.
 
-    spread: (slowest - fastest) / median of the medians of the rounds. limit: share of the read
-    bandwidth of the same run that the bytes of a step would need. nodes: cost of a pass over so many
+    steps: median seconds of a step, one a round. spread: (slowest - fastest) / median of these. limit:
+    share of the read bandwidth that the bytes of a step would need. nodes: cost of a pass over so many
     new tokens, that of one being 1. accepted: rate -> best tokens per second over tree sizes.
     beside_short: tokens per second as a share of those with a context of 128, in the same rounds.
     """
@@ -32,6 +32,7 @@ class Row:
     peer: str
     engine: str
     bits: int
+    steps: tuple[float, ...]
     tokens_per_s: float
     spread: float
     limit: float
@@ -68,11 +69,12 @@ def failures(plan: Plan) -> dict[str, str]:
 def _row(plan: Plan, cell: Cell, result: Result) -> Row:
     _, shape = source(plan, cell.shape)
     bits, weight_bytes, cache_bytes = engine_format(cell)
-    medians = [statistics.median(each) for each in result.step_s]
-    step = _middle(result.step_s)
+    steps = [statistics.median(each) for each in result.step_s]
+    step = statistics.median(steps)
     cached = shape.cache_numbers * cell.context * cell.batch * cache_bytes
-    needed = shape.read_parameters * weight_bytes + cached
-    passes = {int(n): statistics.median(each) for n, each in result.rows_s.items()}
+    needed = (shape.read_parameters * weight_bytes + cached) / 1e9
+    reading = [needed / seconds for seconds in steps]
+    passes = {int(n): [statistics.median(each) for each in s] for n, s in result.rows_s.items()}
     prompt = cell.context * cell.batch
     return Row(
         shape=cell.shape,
@@ -81,21 +83,32 @@ def _row(plan: Plan, cell: Cell, result: Result) -> Row:
         peer=cell.peer,
         engine=f"{cell.peer} {cell.form}",
         bits=bits,
+        steps=tuple(steps),
         tokens_per_s=cell.batch / step,
-        spread=(max(medians) - min(medians)) / step,
-        limit=needed / step / 1e9 / result.bandwidth_gb_s,
-        prefill_tokens_per_s=prompt / result.prefill_s if result.prefill_s else None,
+        spread=(max(steps) - min(steps)) / step,
+        limit=_share(reading, result.bandwidth_gb_s),
+        prefill_tokens_per_s=prompt / statistics.median(result.prefill_s)
+        if result.prefill_s
+        else None,
         peak_mb=result.peak_bytes / 1e6,
-        bandwidth_gb_s=result.bandwidth_gb_s,
-        nodes={n: seconds / passes[1] for n, seconds in passes.items()} if 1 in passes else {},
+        bandwidth_gb_s=statistics.median(result.bandwidth_gb_s),
+        nodes={n: _share(each, passes[1]) for n, each in passes.items()} if 1 in passes else {},
         accepted=_best(result.accepted),
-        beside_short=_middle(result.short_s) / step if result.short_s else None,
+        beside_short=_share([statistics.median(each) for each in result.short_s], steps)
+        if result.short_s
+        else None,
         run=result.run,
     )
 
 
-def _middle(rounds: Sequence[Sequence[float]]) -> float:
-    return statistics.median(statistics.median(each) for each in rounds)
+def _share(values: Sequence[float], of: Sequence[float]) -> float:
+    """Median over the rounds of one value as a share of another of the same round."""
+    return statistics.median(a / b for a, b in zip(values, of, strict=True))
+
+
+def times_faster(row: Row, other: Row) -> float:
+    """Tokens per second of a row ÷ those of another that took turns with it."""
+    return _share(other.steps, row.steps)
 
 
 def _best(accepted: Sequence[Sequence[float]]) -> dict[float, float]:
@@ -131,7 +144,7 @@ def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "batch": row.batch,
                 "engine": row.engine,
                 "best peer": best.engine,
-                "decode ÷ best": row.tokens_per_s / best.tokens_per_s,
+                "decode ÷ best": times_faster(row, best),
                 "best peer at prefill": reading.engine,
                 "prefill ÷ best": ratio(row.prefill_tokens_per_s, reading.prefill_tokens_per_s),
             }

@@ -6,7 +6,6 @@ compare(Plan(out=Path("runs/peers"), shapes=("110m",), contexts=(128,)))
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,8 @@ _ACCEPT_NODES = (2, 4, 8, 16)
 _ACCEPT_ROUNDS = 6
 # longer prompts would keep a shared machine for minutes: they are read, but not timed
 _TIMED_PROMPT = 8192
+# prompts that are read once a round
+_SHORT_PROMPT = 1024
 
 Active = dict[Cell, tuple[Client, Result]]
 
@@ -125,17 +126,11 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
 def _take_turns(plan: Plan, active: Active) -> None:
     """Everything that is timed. The machine is kept for short times only, once for every turn."""
     first = next(iter(active))
-    for cell, pair in active.items():
-        with quiet_machine(plan.guard if _prompt_is_timed(cell) else ""):
-            _each({cell: pair}, lambda cell, client, found: _open(plan, cell, client, found))
-    bandwidths = []
+    _read_prompts(plan, active)
     for _ in range(plan.rounds):
         with quiet_machine(plan.guard):
-            # on a shared machine it changes from one moment to the next
-            bandwidths.append(read_bandwidth())
             _each(active, lambda _, client, found: _decode(plan, client, found))
     for client, found in active.values():
-        found.bandwidth_gb_s = statistics.median(bandwidths)
         with contextlib.suppress(WorkerError):
             found.peak_bytes = client.ask("peak")
     if first.batch > 1:
@@ -151,8 +146,21 @@ def _take_turns(plan: Plan, active: Active) -> None:
             _each(active, partial(_accept, rate))
 
 
-def _prompt_is_timed(cell: Cell) -> bool:
-    return cell.context * cell.batch <= _TIMED_PROMPT
+def _read_prompts(plan: Plan, active: Active) -> None:
+    """In turns where prompts are short; a long one is read once, with the machine for itself."""
+    first = next(iter(active))
+    tokens = first.context * first.batch
+    if tokens <= _SHORT_PROMPT:
+        with quiet_machine(plan.guard):
+            for seed in range(plan.seed, plan.seed + plan.rounds):
+                _each(active, partial(_open, plan, seed))
+        return
+    for cell, pair in active.items():
+        with quiet_machine(plan.guard if tokens <= _TIMED_PROMPT else ""):
+            _each({cell: pair}, partial(_open, plan, plan.seed))
+    if tokens > _TIMED_PROMPT:
+        for _, found in active.values():
+            found.prefill_s.clear()
 
 
 def _each(active: Active, call: Callable[[Cell, Client, Result], None]) -> None:
@@ -178,17 +186,20 @@ def _load(plan: Plan, cell: Cell, client: Client) -> None:
     )
 
 
-def _open(plan: Plan, cell: Cell, client: Client, found: Result) -> None:
+def _open(plan: Plan, seed: int, cell: Cell, client: Client, found: Result) -> None:
+    time.sleep(_REST)
     _, shape = source(plan, cell.shape)
-    seconds = client.ask(
-        "open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=plan.seed
+    found.prefill_s.append(
+        client.ask("open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=seed)
     )
-    found.prefill_s = seconds if _prompt_is_timed(cell) else None
 
 
 def _decode(plan: Plan, client: Client, found: Result) -> None:
     time.sleep(_REST)
+    # on a shared machine it changes from one moment to the next
+    bandwidth = read_bandwidth()
     found.step_s.append(client.ask("decode", tokens=plan.tokens))
+    found.bandwidth_gb_s.append(bandwidth)
     short = client.ask("decode_short", tokens=plan.tokens)
     if short is not None:
         found.short_s.append(short)
@@ -199,7 +210,7 @@ def _rows(count: int, _: Cell, client: Client, found: Result) -> None:
     seconds = client.ask("rows", count=count, repeats=_ROW_REPEATS)
     if seconds is not None:
         # the first pass of a size may prepare something
-        found.rows_s.setdefault(str(count), []).extend(seconds[1:])
+        found.rows_s.setdefault(str(count), []).append(seconds[1:])
 
 
 def _accept(rate: float, _: Cell, client: Client, found: Result) -> None:
