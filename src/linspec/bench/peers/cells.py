@@ -107,7 +107,8 @@ class Result:
     prefill_s: seconds to the first new token, of every time. step_s: seconds of every step of all
     rows of the batch, a list a round. short_s: the same for a second sequence with a short context,
     empty if the engine cannot hold one beside. rows_s: by the number of new tokens, seconds of passes,
-    a list a round. bandwidth_gb_s: of reading memory, before the turn of every round. accepted: [nodes, rate, tokens, seconds] of synthetic speculation.
+    a list a round. bandwidth_gb_s: of reading memory, before the turn of every round. accepted:
+    [nodes, rate, tokens, seconds] of synthetic speculation.
     run: when its group began; cells with the same one took turns and may be compared.
     """
 

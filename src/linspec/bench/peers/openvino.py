@@ -35,7 +35,11 @@ class OpenVino(Peer):
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
         how = OVWeightQuantizationConfig(
-            bits=form.bits, sym=form.bits == 8, group_size=_group(form)
+            bits=form.bits,
+            sym=form.bits == 8,
+            group_size=_group(form),
+            # a smaller group where the inputs of a layer are not a multiple of it
+            group_size_fallback="adjust" if form.bits == 4 else None,
         )
         model = OVModelForCausalLM.from_pretrained(source, export=True, quantization_config=how)
         model.save_pretrained(target)
@@ -93,8 +97,6 @@ class _Session(Session):
         import openvino as ov
 
         if self.request is None:
-            # one model at a time: the peak of memory is reported
-            self.pipe = None
             model = ov.Core().compile_model(
                 str(self.folder / "openvino_model.xml"), "CPU", self.options
             )

@@ -6,7 +6,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from linspec.bench.peers.base import Format, Peer, Prompts, Session, timed
 
@@ -90,14 +90,18 @@ def _with_mixer(source: Path, mixer: MixerConfig | None) -> Decoder:
 class OwnSession(Session):
     """A prepared decoder and the state of its rows."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, **state: Any) -> None:
         self.model = model
-        self.state: DecoderState = model.new_state()
+        # options of its states
+        self.options = state
+        self.state: DecoderState = model.new_state(**state)
         self.tokens: list[int] = []
+        self.context = 0
         self.short: OwnSession | None = None
 
     def open(self, prompts: Prompts) -> float:
-        self.state = self.model.new_state(len(prompts))
+        self.state = self.model.new_state(len(prompts), **self.options)
+        self.context = len(prompts[0])
         return timed(lambda: self._read(prompts))
 
     def _read(self, prompts: Prompts) -> None:
@@ -123,10 +127,10 @@ class OwnSession(Session):
         return [timed(self._next) for _ in range(tokens)]
 
     def decode_short(self, tokens: int) -> list[float] | None:
-        if self.state.length(0) <= _SHORT + tokens or self.state.slots > 1:
+        if self.context <= _SHORT or self.state.slots > 1:
             return None
         if self.short is None:
-            self.short = OwnSession(self.model)
+            self.short = OwnSession(self.model, **self.options)
             self.short.open([[_DRAFT] * _SHORT])
         return self.short.decode(tokens)
 

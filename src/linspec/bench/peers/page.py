@@ -189,7 +189,7 @@ def _by_acceptance(shape: str, rows: Sequence[Row]) -> Chart:
         Series(
             f"{row.engine}, {format_value(row.context, 'tokens')}",
             tuple(row.accepted),
-            tuple(speed / row.tokens_per_s for speed in row.accepted.values()),
+            tuple(row.accepted.values()),
         )
         for row in rows
         if row.accepted

@@ -22,7 +22,8 @@ class Row:
 
     steps: median seconds of a step, one a round. spread: (slowest - fastest) / median of these. limit:
     share of the read bandwidth that the bytes of a step would need. nodes: cost of a pass over so many
-    new tokens, that of one being 1. accepted: rate -> best tokens per second over tree sizes.
+    new tokens, that of one being 1. accepted: rate -> times plain decoding,
+    with the best number of nodes.
     beside_short: tokens per second as a share of those with a context of 128, in the same rounds.
     """
 
@@ -93,7 +94,7 @@ def _row(plan: Plan, cell: Cell, result: Result) -> Row:
         peak_mb=result.peak_bytes / 1e6,
         bandwidth_gb_s=statistics.median(result.bandwidth_gb_s),
         nodes={n: _share(each, passes[1]) for n, each in passes.items()} if 1 in passes else {},
-        accepted=_best(result.accepted),
+        accepted=_speed_up(result.accepted),
         beside_short=_share([statistics.median(each) for each in result.short_s], steps)
         if result.short_s
         else None,
@@ -111,11 +112,12 @@ def times_faster(row: Row, other: Row) -> float:
     return _share(other.steps, row.steps)
 
 
-def _best(accepted: Sequence[Sequence[float]]) -> dict[float, float]:
-    best: dict[float, float] = {}
-    for _, rate, tokens, seconds in accepted:
-        best[rate] = max(best.get(rate, 0.0), tokens / seconds)
-    return best
+def _speed_up(accepted: Sequence[Sequence[float]]) -> dict[float, float]:
+    """By rate, tokens per second of the best number of nodes ÷ those of one node in the same turn."""
+    speeds: dict[float, dict[int, float]] = {}
+    for nodes, rate, tokens, seconds in accepted:
+        speeds.setdefault(rate, {})[int(nodes)] = tokens / seconds
+    return {rate: max(by.values()) / by[1] for rate, by in speeds.items()}
 
 
 def rivals(row: Row, rows: Sequence[Row]) -> list[Row]:

@@ -23,7 +23,7 @@ _ROOM = 512
 # thread pools spin for a while after their last work; the next engine must not pay for that
 _REST = 0.2
 _ROW_REPEATS = 5
-_ACCEPT_NODES = (2, 4, 8, 16)
+_ACCEPT_NODES = (1, 2, 4, 8, 16)
 _ACCEPT_ROUNDS = 6
 # longer prompts would keep a shared machine for minutes: they are read, but not timed
 _TIMED_PROMPT = 8192
@@ -74,8 +74,8 @@ def source(plan: Plan, shape: str) -> tuple[Path, Shape]:
 
 
 def _folder(plan: Plan, cell: Cell) -> Path:
-    # flash attention is an option of the engine, not another model
-    return plan.out / "models" / cell.shape / f"{cell.peer}-{cell.form.removesuffix('-fa')}"
+    # what follows the weights, like flash attention, is an option of the engine, not another model
+    return plan.out / "models" / cell.shape / f"{cell.peer}-{cell.form.partition('-')[0]}"
 
 
 def _log(plan: Plan, cell: Cell) -> Path:
@@ -124,26 +124,27 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
 
 
 def _take_turns(plan: Plan, active: Active) -> None:
-    """Everything that is timed. The machine is kept for short times only, once for every turn."""
+    """Everything that is timed. The machine is kept for short times only, once for every round."""
     first = next(iter(active))
     _read_prompts(plan, active)
+    _each(active, _warm)
     for _ in range(plan.rounds):
         with quiet_machine(plan.guard):
-            _each(active, lambda _, client, found: _decode(plan, client, found))
-    for client, found in active.values():
-        with contextlib.suppress(WorkerError):
-            found.peak_bytes = client.ask("peak")
-    if first.batch > 1:
-        return
-    # what an engine prepares for such passes, OpenVINO a whole model, happens before the clock runs
-    _each(active, lambda _, client, __: client.ask("rows", count=1, repeats=1))
-    for _ in range(plan.rounds):
-        with quiet_machine(plan.guard):
-            for count in NODES:
+            _each(active, partial(_decode, plan))
+            for count in NODES if first.batch == 1 else ():
                 _each(active, partial(_rows, count))
-    for rate in plan.accept:
+    if plan.accept and first.batch == 1:
         with quiet_machine(plan.guard):
-            _each(active, partial(_accept, rate))
+            for rate in plan.accept:
+                _each(active, partial(_accept, rate))
+
+
+def _warm(cell: Cell, client: Client, found: Result) -> None:
+    """The peak of memory, and what engines prepare for passes over rows, OpenVINO a whole model."""
+    client.ask("decode", tokens=2)
+    found.peak_bytes = client.ask("peak")
+    if cell.batch == 1:
+        client.ask("rows", count=1, repeats=1)
 
 
 def _read_prompts(plan: Plan, active: Active) -> None:
@@ -194,7 +195,7 @@ def _open(plan: Plan, seed: int, cell: Cell, client: Client, found: Result) -> N
     )
 
 
-def _decode(plan: Plan, client: Client, found: Result) -> None:
+def _decode(plan: Plan, _: Cell, client: Client, found: Result) -> None:
     time.sleep(_REST)
     # on a shared machine it changes from one moment to the next
     bandwidth = read_bandwidth()
