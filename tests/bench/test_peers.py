@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from linspec.bench.peers import base, run
 from linspec.bench.peers.base import Format, Peer, Prompts, Session
 from linspec.bench.peers.cells import Cache, Cell, Plan, Result
-from linspec.bench.peers.client import WorkerError, quiet_machine
+from linspec.bench.peers.client import QuietMachine, WorkerError
 from linspec.bench.peers.own import OwnSession
 from linspec.bench.peers.page import summary, write_page
 from linspec.bench.peers.rows import rows_of
@@ -150,9 +150,14 @@ def test_bad_plans(tmp_path: Path) -> None:
 
 
 def test_guard_runs_while_the_block_does(tmp_path: Path) -> None:
-    with quiet_machine("env"):
-        pass
-    with pytest.raises(LinspecError, match="did not run"), quiet_machine("true"):
+    with QuietMachine("env") as quiet:
+        first = quiet.waiting
+        quiet.breathe()
+        assert quiet.waiting is first
+        quiet.began -= 1000
+        quiet.breathe()
+        assert first is not None and first.returncode == 0 and quiet.waiting is not first
+    with pytest.raises(LinspecError, match="did not run"), QuietMachine("true"):
         pass
 
 

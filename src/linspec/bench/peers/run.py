@@ -14,7 +14,7 @@ from pathlib import Path
 from linspec.bench.machine import machine, read_bandwidth
 from linspec.bench.peers.base import peer
 from linspec.bench.peers.cells import NODES, Cache, Cell, Plan, Result
-from linspec.bench.peers.client import Client, WorkerError, interpreter, quiet_machine, worker
+from linspec.bench.peers.client import Client, QuietMachine, WorkerError, interpreter, worker
 from linspec.bench.peers.shapes import EMBEDDED, SHAPES, Shape, write_checkpoint
 from linspec.progress import Progress
 
@@ -124,19 +124,19 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
 
 
 def _take_turns(plan: Plan, active: Active) -> None:
-    """Everything that is timed. The machine is kept for short times only, once for every round."""
+    """Everything that is timed. The machine is kept for short times only."""
     first = next(iter(active))
     _read_prompts(plan, active)
     _each(active, _warm)
-    for _ in range(plan.rounds):
-        with quiet_machine(plan.guard):
+    with QuietMachine(plan.guard) as quiet:
+        for _ in range(plan.rounds):
             _each(active, partial(_decode, plan))
             for count in NODES if first.batch == 1 else ():
                 _each(active, partial(_rows, count))
-    if plan.accept and first.batch == 1:
-        with quiet_machine(plan.guard):
-            for rate in plan.accept:
-                _each(active, partial(_accept, rate))
+            quiet.breathe()
+        for rate in plan.accept if first.batch == 1 else ():
+            _each(active, partial(_accept, rate))
+            quiet.breathe()
 
 
 def _warm(cell: Cell, client: Client, found: Result) -> None:
@@ -151,14 +151,11 @@ def _read_prompts(plan: Plan, active: Active) -> None:
     """In turns where prompts are short; a long one is read once, with the machine for itself."""
     first = next(iter(active))
     tokens = first.context * first.batch
-    if tokens <= _SHORT_PROMPT:
-        with quiet_machine(plan.guard):
-            for seed in range(plan.seed, plan.seed + plan.rounds):
-                _each(active, partial(_open, plan, seed))
-        return
-    for cell, pair in active.items():
-        with quiet_machine(plan.guard if tokens <= _TIMED_PROMPT else ""):
-            _each({cell: pair}, partial(_open, plan, plan.seed))
+    with QuietMachine(plan.guard if tokens <= _TIMED_PROMPT else "") as quiet:
+        for i in range(plan.rounds if tokens <= _SHORT_PROMPT else 1):
+            for cell, pair in active.items():
+                _each({cell: pair}, partial(_open, plan, plan.seed + i))
+                quiet.breathe()
     if tokens > _TIMED_PROMPT:
         for _, found in active.values():
             found.prefill_s.clear()
