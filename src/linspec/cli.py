@@ -36,6 +36,7 @@ from linspec.options import (
     DrafterName,
     Field,
     Json,
+    Kv,
     Model,
     Order,
     Quantize,
@@ -250,6 +251,7 @@ def generate(
         str, typer.Option(help="lossless, greedy or typical (lossy).")
     ] = "lossless",
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -270,6 +272,7 @@ def generate(
             max_batch=1,
             device=place,
             quantize=quantize,
+            kv=kv,
         )
     if as_json:
         with quiet_stdout():
@@ -328,6 +331,7 @@ def evaluate(
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     quantize: Quantize = None,
+    kv: Kv = "float",
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
@@ -389,6 +393,7 @@ def evaluate(
                 bf16=bf16,
                 device=place,
                 quantize=quantize,
+                kv=kv,
             ).to_json()
         print_json(score) if as_json else print_facts(score)
 
@@ -459,6 +464,7 @@ def verify(
     data: Data = None,
     seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -482,6 +488,7 @@ def verify(
             device=place,
             seed=seed,
             quantize=quantize,
+            kv=kv,
         )
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     if not report.lossless_greedy:
@@ -504,6 +511,7 @@ def bench(
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
     quantize: Quantize = None,
+    kv: Kv = "float",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -524,6 +532,7 @@ def bench(
             device=place,
             bandwidth=bandwidth,
             quantize=quantize,
+            kv=kv,
         ).to_json()
     if as_json:
         print_json(result)

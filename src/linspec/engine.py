@@ -39,7 +39,8 @@ class Emitted:
 class Engine:
     """Runs requests over one model, drafter, verifier and policy.
 
-    drafter None is plain decoding. `clock` returns seconds; tests pass their own.
+    drafter None is plain decoding. kv: how the rows of softmax caches are kept, 'float' or 'int8'.
+    `clock` returns seconds; tests pass their own.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class Engine:
         policy: Policy | None = None,
         slots: int = 8,
         prefill_tokens: int = 512,
+        kv: str = "float",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.verifier = model, verifier
         self.drafter, self.policy = drafter, policy
         self.scheduler = Scheduler(slots, prefill_tokens)
-        self.state = model.new_state(slots)
+        self.state = model.new_state(slots, kv)
         self.clock = clock
         self._requests = 0
 

@@ -20,6 +20,7 @@ from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.kv import check_kv
 from linspec.models.backbone import Generator
 from linspec.models.hub import load_generator, load_tokenizer, resolve
 from linspec.models.t5 import T5
@@ -148,7 +149,8 @@ class LLM:
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
     once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU
-    only). Raises CheckpointError, DrafterError or ConfigError before any long work.
+    only). kv: 'int8' keeps the caches of softmax layers in about a quarter of the memory. Raises
+    CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(
@@ -164,7 +166,9 @@ class LLM:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         quantize: int | None = None,
+        kv: str = "float",
     ) -> None:
+        check_kv(kv)
         source = resolve(model) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
             options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -188,6 +192,7 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
+            kv=kv,
         )
 
     def encode(self, prompt: Prompt) -> list[int]:

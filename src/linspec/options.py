@@ -19,6 +19,7 @@ DrafterName = Annotated[
 Quantize = Annotated[
     int | None, typer.Option(help="Turn the weights into 8 or 4 bits as they are loaded.")
 ]
+Kv = Annotated[str, typer.Option(help="How softmax caches are kept: float or int8.")]
 Data = Annotated[
     list[str] | None,
     typer.Option(help="stdlib, a text file, a folder, a .jsonl file or a datasets directory."),

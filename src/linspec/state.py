@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from linspec.errors import StateError
+from linspec.kv import coded_width, decode, encode
 from linspec.layout import Layout
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
@@ -43,7 +44,8 @@ class RowSpec:
     convolution). group: close groups of this many rows; 0 keeps rows. span: groups kept, the open one
     included; older ones close. sum_width, sum_columns: shape of the matrix per head that closed groups
     are folded into; no width forgets them, no columns means those of the values. window: keep this
-    many rows; 0 keeps all.
+    many rows; 0 keeps all. coded: rows are 8-bit codes, see `kv.py`; not where closing groups are
+    summed.
     """
 
     kv_heads: int
@@ -55,6 +57,13 @@ class RowSpec:
     sum_width: int = 0
     sum_columns: int = 0
     window: int = 0
+    coded: bool = False
+
+    def row_widths(self) -> tuple[int, int]:
+        """Elements of a row of keys and of one of values, as they are kept."""
+        if not self.coded:
+            return self.key_width, self.value_width
+        return coded_width(self.key_width), coded_width(self.value_width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +96,12 @@ class RowState:
         self.spec, self.layers = spec, layers
         self.folds = folds or [add_products] * layers
         rows = self._resting_rows() + STAGE_ROWS
-        like = torch.zeros((), dtype=dtype, device=device)
+        self.dtype = dtype
+        like = torch.zeros((), dtype=torch.int8 if spec.coded else dtype, device=device)
         shape = (layers, slots, spec.kv_heads)
-        self.keys = like.new_zeros(*shape, rows, spec.key_width)
-        self.values = like.new_zeros(*shape, spec.lead + rows, spec.value_width)
+        key_width, value_width = spec.row_widths()
+        self.keys = like.new_zeros(*shape, rows, key_width)
+        self.values = like.new_zeros(*shape, spec.lead + rows, value_width)
         # sums over thousands of tokens lose their small terms below float32
         wide = torch.promote_types(dtype, torch.float32)
         sums = (spec.kv_heads, spec.sum_width, spec.sum_columns or spec.value_width)
@@ -145,6 +156,8 @@ class RowState:
         self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write new rows k, v [R, Hkv, N, .] of slots start.. behind what each has staged."""
+        if self.spec.coded:
+            k, v = encode(k), encode(v)
         firsts = [self._next_row(start + i) for i in range(len(lengths))]
         lead = self.spec.lead
         if len(set(firsts)) == 1 and len(set(lengths)) == 1:
@@ -168,6 +181,8 @@ class RowState:
         Keys are [R, Hkv, C, .], values [R, Hkv, lead + C, .]: committed rows, then the new ones,
         then zeros.
         """
+        if self.spec.coded:
+            k, v = encode(k), encode(v)
         lead, slots = self.spec.lead, range(start, start + len(lengths))
         base = [self.lengths[s] - self.origins[s] for s in slots]
         longest = max(b + n for b, n in zip(base, lengths, strict=True))
@@ -179,7 +194,22 @@ class RowState:
             values[i, :, : lead + b] = self.values[layer, slot, :, : lead + b]
             values[i, :, lead + b : lead + b + n] = v[i, :, :n]
             self.long.setdefault(slot, []).append((keys[i], values[i]))
-        return keys, values
+        return self._floats(keys, values)
+
+    def read(self, layer: int, slots: slice, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `rows` rows of some slots as floats: [R, Hkv, rows, K], [R, Hkv, lead + rows, V]."""
+        keys = self.keys[layer, slots, :, :rows]
+        return self._floats(keys, self.values[layer, slots, :, : self.spec.lead + rows])
+
+    def _floats(
+        self, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.spec.coded:
+            return keys, values
+        return (
+            decode(keys, self.spec.key_width, self.dtype),
+            decode(values, self.spec.value_width, self.dtype),
+        )
 
     def record(self, slot: int, parents: Sequence[int]) -> None:
         """Record the tree structure of rows that every layer has just staged."""
@@ -307,9 +337,9 @@ class RowState:
         rows = self.lengths[slot]
         if spec.group or spec.window:
             rows = spec.span * spec.group or min(rows, spec.window)
-        row_bytes = (
-            spec.key_width * rows + spec.value_width * (rows + spec.lead)
-        ) * self.keys.element_size()
+        key_width, value_width = spec.row_widths()
+        elements = key_width * rows + value_width * (rows + spec.lead)
+        row_bytes = elements * self.keys.element_size()
         sums = self.sums[:, 0].numel() * self.sums.element_size() if spec.sum_width else 0
         return self.layers * spec.kv_heads * row_bytes + sums
 

@@ -29,23 +29,32 @@ static void linear(int kind, int outputs, int inputs, int rows) {
     free(weights), free(scales), free(bias), free(x), free(y), free(workspace);
 }
 
-static void mixer(int width, int squares, int group, int window) {
-    enum { NODES = 5, BASE = 70, HEADS = 6, KV = 2, TAPS = 3 };
+static void mixer(int width, int squares, int group, int window, int coded) {
+    enum { NODES = 5, BASE = 1070, HEADS = 6, KV = 2, TAPS = 3 };
     const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
     int64_t rows = BASE + NODES, lead = TAPS - 1;
-    float *keys = floats((size_t)(KV * rows * width));
-    float *values = floats((size_t)(KV * (lead + rows) * width));
+    int row_bytes = coded ? (width + 3) / 4 * 4 + 4 : 4 * width;
+    /* any bytes are codes and finite scales */
+    char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
+    char *values = (char *)floats((size_t)(KV * (lead + rows) * row_bytes / 4));
     float *sums = floats((size_t)(KV * width * width)), *kernel = floats(HEADS * TAPS);
     float *q = floats((size_t)(NODES * HEADS * width)), *out = floats((size_t)(NODES * HEADS * width));
-    float *scratch = malloc(NODES * (HEADS / KV) * LS_MIX_FLOATS * sizeof(float));
     ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .base = BASE, .staged = NODES,
                   .nodes = NODES, .window = window, .group = group, .span = 2, .squares = squares,
-                  .taps = TAPS, .alpha = 0.5f, .kernel = kernel, .key_stride = rows * width,
-                  .value_stride = (lead + rows) * width, .keys = keys, .values = values + lead * width,
-                  .sums = group ? sums : NULL, .ancestors = ancestors};
-    for (int head = 0; head < KV; head++)
-        ls_current()->mix(&m, head, q, HEADS * width, out, HEADS * width, scratch);
-    free(keys), free(values), free(sums), free(kernel), free(q), free(out), free(scratch);
+                  .taps = TAPS, .alpha = 0.5f, .kernel = kernel, .coded = coded,
+                  .row_bytes = row_bytes, .key_stride = rows * row_bytes,
+                  .value_stride = (lead + rows) * row_bytes, .keys = keys,
+                  .values = values + lead * row_bytes, .sums = group ? sums : NULL,
+                  .ancestors = ancestors};
+    int chunks = ls_mix_chunks(&m);
+    float *partials = malloc(chunks * ls_mix_partial(&m) * sizeof(float));
+    void *scratch = malloc(ls_mix_scratch(&m));
+    for (int head = 0; head < KV; head++) {
+        for (int c = 0; c < chunks; c++)
+            ls_current()->near(&m, head, c, q, HEADS * width, partials + c * ls_mix_partial(&m), scratch);
+        ls_current()->gather(&m, head, chunks, q, HEADS * width, partials, out, HEADS * width, scratch);
+    }
+    free(keys), free(values), free(sums), free(kernel), free(q), free(out), free(partials), free(scratch);
 }
 
 int main(void) {
@@ -57,9 +66,12 @@ int main(void) {
             linear(kind, 64, 96, rows);
         }
     for (int squares = 0; squares < 2; squares++) {
-        mixer(24, squares, 16, 0);
-        mixer(64, squares, 0, 9);
-        mixer(80, squares, 0, 0);
+        mixer(24, squares, 16, 0, 0);
+        mixer(64, squares, 0, 9, 0);
+        mixer(80, squares, 0, 0, 0);
     }
+    mixer(22, 0, 0, 0, 1);
+    mixer(80, 0, 0, 0, 1);
+    mixer(64, 0, 0, 9, 1);
     return 0;
 }

@@ -105,6 +105,7 @@ def bench(
     device: str = "cpu",
     bandwidth: bool = False,
     quantize: int | None = None,
+    kv: str = "float",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
@@ -121,10 +122,11 @@ def bench(
     names = [name for name in dict.fromkeys(drafters) if name != "none"]
     # before the model is prepared: heads are matched to the plain weights
     made = {name: make_drafter(name, model, source, 1) for name in names}
-    modes = {PLAIN: LLM(model, tokenizer=tokenizer, max_batch=1)}
+    common: dict[str, Any] = {"tokenizer": tokenizer, "max_batch": 1, "kv": kv}
+    modes = {PLAIN: LLM(model, **common)}
     for name, drafter in made.items():
         assert drafter is not None
-        modes[name] = LLM(model, tokenizer=tokenizer, drafter=drafter, policy=policy, max_batch=1)
+        modes[name] = LLM(model, drafter=drafter, policy=policy, **common)
     limit = model.config.position_limit
     fitting = [c for c in contexts if limit is None or c + tokens <= limit]
     skipped = tuple(_skip(c, tokens, limit) for c in contexts if c not in fitting)
@@ -147,6 +149,7 @@ def bench(
         "batch": 1,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantize,
+        "kv": kv,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }

@@ -96,6 +96,7 @@ def verify(
     device: str = "cpu",
     seed: int = 0,
     quantize: int | None = None,
+    kv: str = "float",
 ) -> Report:
     """Compare decoding with `drafter` to plain decoding, at batch 1 and in ragged batches of 8.
 
@@ -117,11 +118,17 @@ def verify(
         max_batch=BATCH,
         device=device,
         quantize=quantize,
+        kv=kv,
     )
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
-    plain = LLM(fast.model, tokenizer=fast.tokenizer, max_batch=1)
+    plain = LLM(fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
     single = LLM(
-        fast.model, tokenizer=fast.tokenizer, drafter=_only(fast), policy=policy, max_batch=1
+        fast.model,
+        tokenizer=fast.tokenizer,
+        drafter=_only(fast),
+        policy=policy,
+        max_batch=1,
+        kv=kv,
     )
     with Progress("verify: prompts decoded", 3 * prompts) as progress:
         expected, _ = _greedy(plain, texts, tokens, progress, 0)

@@ -26,6 +26,7 @@ from torch import nn
 from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse
+from linspec.kv import rounded
 from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve, convolve_both
 from linspec.registry import Registry
@@ -302,9 +303,10 @@ class Mixer(nn.Module):
         state.stage(layer, segment.start, segment.lengths, k, v)
         layout = segment.layout(state)
         slots, width = segment.slots, layout.width
-        keys = state.keys[layer, slots, :, :width]
-        values = state.values[layer, slots, :, : state.spec.lead + width]
+        keys, values = state.read(layer, slots, width)
         sums = state.sums[layer, slots] if state.spec.sum_width else None
+        if state.spec.coded:
+            q = rounded(q)
         q = q.unflatten(1, (self.kv_heads, self.repeats))
         o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
         if self.mixer.taps:
@@ -375,6 +377,8 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """Long chains (prefill): the full form from each origin on, with the state before it."""
         keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
+        if state.spec.coded:
+            q = rounded(q)
         bases = [state.lengths[s] - state.origins[s] for s in segment.slot_range]
         aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
         for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):

@@ -60,8 +60,8 @@ class Generator(Protocol):
         """Turn into the inference form, in place."""
         ...
 
-    def new_state(self, slots: int = 1) -> Any:
-        """Empty state for up to `slots` sequences."""
+    def new_state(self, slots: int = 1, kv: str = "float") -> Any:
+        """Empty state for up to `slots` sequences; kv: how the rows of a cache are kept."""
         ...
 
     def open(

@@ -21,6 +21,7 @@ from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
+from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
 from linspec.state import DecoderState, Fold, RowSpec, RowState, Snapshot
 from linspec.step import Segment
@@ -193,12 +194,12 @@ class CrossDecoder(Decoder):
             x = block.attend(x, rope, source)
         return self.leave(x)
 
-    def new_state(self, slots: int = 1) -> SourceState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SourceState:
         weight, config = self.embed.weight, self.config
         source = RowSpec(config.heads, config.head_width, config.head_width)
         mixers = [block.mixer for block in self.layers]
         return SourceState(
-            [mixer.row_spec() for mixer in mixers],
+            row_specs(mixers, kv),
             slots,
             source,
             dtype=weight.dtype,

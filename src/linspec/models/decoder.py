@@ -17,6 +17,7 @@ from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
+from linspec.models.cache import row_specs
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
 from linspec.state import STAGE_ROWS, DecoderState
@@ -142,11 +143,15 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1) -> DecoderState:
-        """Empty state for up to `slots` sequences, in the dtype and on the device of the weights."""
+    def new_state(self, slots: int = 1, kv: str = "float") -> DecoderState:
+        """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
+
+        kv: 'int8' keeps the rows of softmax caches as 8-bit codes. Raises ConfigError when no layer
+        has such a cache.
+        """
         mixers = [block.mixer for block in self.layers]
         return DecoderState(
-            [mixer.row_spec() for mixer in mixers],
+            row_specs(mixers, kv),
             slots,
             dtype=self.dtype,
             device=self.embed.weight.device,

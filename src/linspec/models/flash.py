@@ -15,6 +15,7 @@ from linspec.flash_config import FlashConfig
 from linspec.kernels.linear import Fuse
 from linspec.mixers.base import Rope
 from linspec.models.block import Block
+from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
 from linspec.models.gau import GatedAttentionUnit, TokenShift
 from linspec.rope import Rotary, inverse_frequencies
@@ -88,10 +89,10 @@ class Flash(Decoder):
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
         return x + self.wave_scale * waves, self.rotary(positions, x.dtype)
 
-    def new_state(self, slots: int = 1) -> DecoderState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> DecoderState:
         units, shifts = [b.mixer for b in self.units], [b.shift for b in self.units]
         return DecoderState(
-            [unit.row_spec() for unit in units] + [shift.row_spec() for shift in shifts],
+            row_specs(units, kv) + [shift.row_spec() for shift in shifts],
             slots,
             dtype=self.embed.weight.dtype,
             device=self.embed.weight.device,

@@ -102,9 +102,9 @@ class T5(nn.Module):
         """Those of the decoder."""
         return self.decoder.kernels
 
-    def new_state(self, slots: int = 1) -> SourceState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SourceState:
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
-        return self.decoder.new_state(slots)
+        return self.decoder.new_state(slots, kv)
 
     def open(
         self, prompt: Sequence[int], slot: int, state: DecoderState

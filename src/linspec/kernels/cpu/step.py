@@ -47,6 +47,7 @@ class _Layer(Structure):
         *((name, POINTER(LinearStruct)) for name in ("qkv", "out", "gate_up", "down")),
         *((name, c_void_p) for name in ("keys", "values", "sums")),
         *((name, c_int64) for name in ("key_stride", "value_stride")),
+        *((name, c_int32) for name in ("coded", "row_bytes")),
     )
 
 
@@ -153,7 +154,7 @@ class NativeStep:
             hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
         )
-        space = self._room(self._workspace(self._decoder, max(len(ids), len(wanted))))
+        space = self._room(self._workspace(self._decoder, batch))
         self._call(self._decoder, batch, space, native_threads())
         return hidden, logits
 
@@ -224,7 +225,7 @@ def _linears(block: Block) -> list[Any]:
 
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_step_workspace.restype = c_int64
-    library.ls_step_workspace.argtypes = [POINTER(_Decoder), c_int32]
+    library.ls_step_workspace.argtypes = [POINTER(_Decoder), POINTER(_Batch)]
     library.ls_step.restype = None
     library.ls_step.argtypes = [POINTER(_Decoder), POINTER(_Batch), c_void_p, c_int32]
     return library.ls_step, library.ls_step_workspace
@@ -250,8 +251,11 @@ def _describe(block: Block, layer: _Layer) -> None:
 def _place(layer: _Layer, number: int, part: RowState, index: int) -> None:
     keys, values = part.keys[index], part.values[index]
     layer.part, layer.lead = number, part.spec.lead
-    layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1)
-    layer.values, layer.value_stride = values.data_ptr(), values.stride(1)
+    # in bytes: rows are floats or codes
+    size = keys.element_size()
+    layer.coded, layer.row_bytes = part.spec.coded, keys.stride(2) * size
+    layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1) * size
+    layer.values, layer.value_stride = values.data_ptr(), values.stride(1) * size
     layer.sums = part.sums[index].data_ptr() if part.spec.sum_width else None
 
 

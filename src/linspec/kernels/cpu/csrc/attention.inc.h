@@ -1,17 +1,76 @@
-/* What the new nodes of one slot read from its rows, over one kv head. Part of every isa_*.c.
+/* What the new nodes of one slot read from the rows within their reach, over one kv head. Part of
+ * every isa_*.c.
  *
  * A node sees rows in the order of their positions: the committed ones, then its own ancestors among
  * the staged ones. Row i of this order has position i, counted from the slot's origin. Sums over rows
- * are made in blocks of BLOCK rows along this order, whatever the place in the buffer. So a node of a
- * tree gets, to the last bit, what it would have got after its ancestors had been committed. */
+ * are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK, whatever the
+ * place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
+ * ancestors had been committed. All nodes that see the same committed rows meet them together: a long
+ * cache is read once for a whole tree. */
 
 #define BLOCK 64
+
+/* a node's place among the rows: how many it sees, its staged ancestors, the first within reach */
+typedef struct {
+    int32_t count, first;
+    uint8_t ancestors[64];
+} view;
+
+/* what the softmax of one query over the rows so far needs to go on */
+typedef struct {
+    float top, sum;
+} running;
+
+/* One query of one node, its output and its softmax. Codes and what follows: of queries that meet
+ * coded rows. What is computed for one query, and in which order, does not depend on the others. */
+typedef struct {
+    const float *q;
+    float *out;
+    running *state;
+    const view *sees;
+    int8_t *codes;
+    int32_t offset;
+    float scale;
+} asker;
+_Static_assert(sizeof(view) + sizeof(asker) <= LS_MIX_FLOATS * sizeof(float), "scratch");
+#define QUERIES 4 /* that meet a row at once */
+
+/* Rows `from`.. of a kv head that some askers see: `shared` committed ones and then their own. */
+typedef struct {
+    const ls_mixer *m;
+    const char *keys, *values;
+    int from, shared;
+} block;
+
+static void look(const ls_mixer *m, int node, view *v) {
+    uint64_t seen = m->ancestors[m->staged - m->nodes + node];
+    v->count = m->base;
+    for (; seen; seen &= seen - 1)
+        v->ancestors[v->count++ - m->base] = (uint8_t)__builtin_ctzll(seen);
+    v->first = 0;
+    if (m->window) v->first = v->count - m->window;
+    if (m->group) v->first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
+    if (v->first < 0) v->first = 0;
+}
+
+/* place in the buffer of the row at `position`, which may be negative for values */
+INLINE int row_at(const ls_mixer *m, const view *v, int position) {
+    return position < m->base ? position : m->base + v->ancestors[position - m->base];
+}
+
+/* The rows of a block that only this asker sees: their places; returns how many. */
+INLINE int own_rows(const block *b, const asker *a, int32_t *places) {
+    int begin = b->from + b->shared, end = b->from + BLOCK;
+    if (a->sees->count < end) end = a->sees->count;
+    for (int i = begin; i < end; i++) places[i - begin] = row_at(b->m, a->sees, i);
+    return end > begin ? end - begin : 0;
+}
 
 #define FOLD(n, how) \
     for (int i = 0; i < n; i++) \
         v[i] = SHUFFLE(v[2 * i], v[2 * i + 1], how##_0) + SHUFFLE(v[2 * i], v[2 * i + 1], how##_1)
 
-/* lane i of the result is the sum of v[i] */
+/* lane i of the result is the sum of v[i], added up as in vf_sum */
 INLINE vf sum_each(vf *v) {
     FOLD(8, HALVES);
     FOLD(4, QUARTERS);
@@ -30,93 +89,46 @@ INLINE vf products(const float *a, const float *b, int width) {
     return sum;
 }
 
-/* what the softmax of one query over the rows so far needs to go on */
-typedef struct {
-    float top, sum;
-} running;
-
-/* One query, its output and its softmax. Up to QUERIES of them meet the same rows at once: every row
- * is then loaded once for all. What is computed for one, and in which order, stays the same. */
-typedef struct {
-    const float *q;
-    float *out;
-    running *state;
-} asker;
-#define QUERIES 4
-
-/* scores of up to BLOCK rows; -inf behind `count`, which weighs nothing in either kind of weights */
-INLINE void score_rows(const asker *askers, int askers_count, const float *keys,
-                       const int32_t *rows, int count, int width, float scale,
-                       vf scores[][BLOCK / 16]) {
+/* Products of the queries with the rows of a block; -inf behind the last row that is seen. */
+INLINE void score_floats(const block *b, const asker *askers, int count, float scores[][BLOCK]) {
+    int width = b->m->width;
     for (int first = 0; first < BLOCK; first += 16) {
         vf sums[QUERIES][16];
-        int n = count - first < 16 ? (count - first > 0 ? count - first : 0) : 16;
+        int n = b->shared - first < 16 ? (b->shared > first ? b->shared - first : 0) : 16;
         for (int i = 0; i < n; i++) {
-            const float *key = keys + (size_t)rows[first + i] * width;
-            for (int a = 0; a < askers_count; a++) sums[a][i] = products(askers[a].q, key, width);
+            const char *key = b->keys + (size_t)(b->from + first + i) * b->m->row_bytes;
+            fetch(key + BLOCK * b->m->row_bytes, b->m->row_bytes);
+            for (int a = 0; a < count; a++)
+                sums[a][i] = products(askers[a].q, (const float *)key, width);
         }
-        for (int a = 0; a < askers_count; a++) {
+        for (int a = 0; a < count; a++) {
             for (int i = n; i < 16; i++) sums[a][i] = vf_all(-__builtin_inff());
-            scores[a][first / 16] = sum_each(sums[a]) * vf_all(scale);
+            vf_store(scores[a] + first, sum_each(sums[a]));
+        }
+    }
+    for (int a = 0; a < count; a++) {
+        int32_t places[BLOCK];
+        int own = own_rows(b, askers + a, places);
+        for (int i = 0; i < own; i++) {
+            const char *key = b->keys + (size_t)places[i] * b->m->row_bytes;
+            scores[a][b->shared + i] = vf_sum(products(askers[a].q, (const float *)key, width));
         }
     }
 }
 
-/* unrolled before registers are given out */
-#define EACH_ASKER _Pragma("GCC unroll 4") for (int a = 0; a < askers_count; a++)
-#define EACH_CHUNK _Pragma("GCC unroll 4") for (int c = 0; c < chunk; c++)
-
-/* out = out * keep + sum of weight * value row, for 16 * chunk features from `column` on */
-INLINE void add_values(const asker *askers, int askers_count, float weights[][BLOCK],
-                       const float *keep, const float *values, const int32_t *rows, int count,
-                       int width, int column, int chunk) {
-    vf sums[QUERIES][4];
-    EACH_ASKER
-        EACH_CHUNK
-            sums[a][c] = vf_load(askers[a].out + column + 16 * c) * vf_all(keep[a]);
-    for (int i = 0; i < count; i++) {
-        const float *row = values + (size_t)rows[i] * width + column;
-        EACH_CHUNK {
-            vf value = vf_load(row + 16 * c);
-            EACH_ASKER
-                sums[a][c] = LS_FMA(vf_all(weights[a][i]), value, sums[a][c]);
-        }
-    }
-    EACH_ASKER
-        EACH_CHUNK vf_store(askers[a].out + column + 16 * c, sums[a][c]);
-}
-
-INLINE void add_values_part(const asker *asked, const float *weights, float keep,
-                            const float *values, const int32_t *rows, int count, int width,
-                            int column) {
-    int part = width - column;
-    vf sum = vf_load_part(asked->out + column, part) * vf_all(keep);
-    for (int i = 0; i < count; i++)
-        sum = LS_FMA(vf_all(weights[i]),
-                     vf_load_part(values + (size_t)rows[i] * width + column, part), sum);
-    vf_store_part(asked->out + column, sum, part);
-}
-
-INLINE void add_all_values(const asker *askers, int askers_count, float weights[][BLOCK],
-                           const float *keep, const float *values, const int32_t *rows, int count,
-                           int width) {
-    int c = 0;
-    for (; c + 64 <= width; c += 64)
-        add_values(askers, askers_count, weights, keep, values, rows, count, width, c, 4);
-    for (; c + 16 <= width; c += 16)
-        add_values(askers, askers_count, weights, keep, values, rows, count, width, c, 1);
-    for (int a = 0; a < askers_count && c < width; a++)
-        add_values_part(askers + a, weights[a], keep[a], values, rows, count, width, c);
-}
-
-/* softmax weights of a block; returns the factor on what was summed before it */
-INLINE float soften(const vf *scores, running *state, float *weights) {
-    float top = vf_top(vf_max(vf_max(scores[0], scores[1]), vf_max(scores[2], scores[3])));
-    if (!(top > state->top)) top = state->top;
-    vf total = vf_all(0.0f), before = vf_exp(vf_all(state->top - top));
+/* scores to softmax weights, in place; returns the factor on what was summed before */
+INLINE float soften(float *scores, float scale, running *state) {
+    vf s[BLOCK / 16], total = vf_all(0.0f), most = vf_all(-__builtin_inff());
     for (int i = 0; i < BLOCK / 16; i++) {
-        vf e = vf_exp(scores[i] - vf_all(top));
-        vf_store(weights + 16 * i, e);
+        s[i] = vf_load(scores + 16 * i) * vf_all(scale);
+        most = vf_max(s[i], most);
+    }
+    float top = vf_top(most);
+    if (!(top > state->top)) top = state->top;
+    vf before = vf_exp(vf_all(state->top - top));
+    for (int i = 0; i < BLOCK / 16; i++) {
+        vf e = vf_exp(s[i] - vf_all(top));
+        vf_store(scores + 16 * i, e);
         total += e;
     }
     state->sum = state->sum * before[0] + vf_sum(total);
@@ -124,162 +136,121 @@ INLINE float soften(const vf *scores, running *state, float *weights) {
     return before[0];
 }
 
-INLINE float square(const vf *scores, float *weights) {
-    for (int i = 0; i < BLOCK / 16; i++) {
-        vf positive = vf_max(scores[i], vf_all(0.0f));
-        vf_store(weights + 16 * i, positive * positive);
+/* scores to squares of what is positive, in place; -inf weighs nothing either way */
+INLINE void square(float *scores) {
+    for (int i = 0; i < BLOCK; i += 16) {
+        vf positive = vf_max(vf_load(scores + i), vf_all(0.0f));
+        vf_store(scores + i, positive * positive);
     }
-    return 1.0f;
 }
 
-INLINE void meet(const ls_mixer *m, const asker *askers, int askers_count, const float *keys,
-                 const float *values, const int32_t *rows, int count) {
-    vf scores[QUERIES][BLOCK / 16];
-    float weights[QUERIES][BLOCK], keep[QUERIES];
-    float scale = m->squares ? 1.0f : 1.0f / __builtin_sqrtf((float)m->width);
-    score_rows(askers, askers_count, keys, rows, count, m->width, scale, scores);
-    for (int a = 0; a < askers_count; a++)
-        keep[a] = m->squares ? square(scores[a], weights[a])
-                             : soften(scores[a], askers[a].state, weights[a]);
-    add_all_values(askers, askers_count, weights, keep, values, rows, count, m->width);
+/* Turn scores into weights and add the rows of a block to the askers' outputs. */
+INLINE void weigh(const block *b, const asker *askers, int count, float weights[][BLOCK],
+                  const float *scales) {
+    const ls_mixer *m = b->m;
+    taker takers[LS_ROWS];
+    for (int a = 0; a < count; a++) {
+        float keep = 1.0f, scale = m->coded ? askers[a].scale : 1.0f;
+        if (m->squares)
+            square(weights[a]);
+        else
+            keep = soften(weights[a], scale / __builtin_sqrtf((float)m->width), askers[a].state);
+        for (int i = 0; scales && i < BLOCK; i += 16)
+            vf_store(weights[a] + i, vf_load(weights[a] + i) * vf_load(scales + i));
+        takers[a] = (taker){askers[a].out, weights[a], keep};
+    }
+    const char *rows = b->values + (int64_t)b->from * m->row_bytes;
+    source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->coded, 1};
+    take(&together, takers, count);
+    for (int a = 0; a < count; a++) {
+        int32_t places[BLOCK];
+        int own = own_rows(b, askers + a, places);
+        if (!own) continue;
+        for (int i = 0; m->coded && i < own; i++)
+            weights[a][b->shared + i] *= coded_scale(b->values, places[i], m);
+        source apart = {b->values, places, m->row_bytes, own, m->width, m->coded, 0};
+        takers[a] = (taker){askers[a].out, weights[a] + b->shared, 1.0f};
+        take(&apart, takers + a, 1);
+    }
 }
 
-static void meet_four(const ls_mixer *m, const asker *askers, const float *keys,
-                      const float *values, const int32_t *rows, int count) {
-    meet(m, askers, QUERIES, keys, values, rows, count);
+INLINE void meet_floats(const block *b, const asker *askers, int count) {
+    float scores[QUERIES][BLOCK];
+    score_floats(b, askers, count, scores);
+    weigh(b, askers, count, scores, NULL);
 }
 
-static void meet_one(const ls_mixer *m, const asker *askers, const float *keys, const float *values,
-                     const int32_t *rows, int count) {
-    meet(m, askers, 1, keys, values, rows, count);
+static void meet_codes(const block *b, const asker *askers, int count);
+
+/* up to QUERIES askers (LS_ROWS of codes); constants, so that their sums stay in registers */
+static void meet(const block *b, const asker *askers, int count) {
+    if (b->m->coded) {
+        meet_codes(b, askers, count);
+        return;
+    }
+    if (count == QUERIES) {
+        meet_floats(b, askers, QUERIES);
+        return;
+    }
+    for (int a = 0; a < count; a++) meet_floats(b, askers + a, 1);
 }
 
-/* any number of queries over the same block of rows */
-static void meet_all(const ls_mixer *m, const asker *askers, int askers_count, const float *keys,
-                     const float *values, const int32_t *rows, int count) {
-    for (; askers_count >= QUERIES; askers += QUERIES, askers_count -= QUERIES)
-        meet_four(m, askers, keys, values, rows, count);
-    for (; askers_count > 0; askers++, askers_count--)
-        meet_one(m, askers, keys, values, rows, count);
-}
-
-/* a node's place among the rows: how many it sees, its staged ancestors, the first within reach */
-typedef struct {
-    int32_t count, first;
-    uint8_t ancestors[64];
-} view;
-_Static_assert(sizeof(view) + sizeof(running) + sizeof(asker) <= LS_MIX_FLOATS * sizeof(float), "scratch");
-
-static void look(const ls_mixer *m, int node, view *v) {
-    uint64_t seen = m->ancestors[m->staged - m->nodes + node];
-    v->count = m->base;
-    for (; seen; seen &= seen - 1)
-        v->ancestors[v->count++ - m->base] = (uint8_t)__builtin_ctzll(seen);
-    v->first = 0;
-    if (m->window) v->first = v->count - m->window;
-    if (m->group) v->first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
-    if (v->first < 0) v->first = 0;
-}
-
-/* place in the buffer of the row at `position`, which may be negative for values */
-INLINE int row_at(const ls_mixer *m, const view *v, int position) {
-    return position < m->base ? position : m->base + v->ancestors[position - m->base];
-}
-
-/* places of the rows begin .. begin + count - 1 that a node sees; returns count, at most BLOCK */
-INLINE int block_rows(const ls_mixer *m, const view *v, int begin, int32_t *rows) {
-    int from = v->first + begin, count = v->count - from < BLOCK ? v->count - from : BLOCK;
-    for (int i = 0; i < count; i++) rows[i] = row_at(m, v, from + i);
-    return count;
-}
-
-/* How many nodes from `node` on see the same rows in this block: all committed, from the same one on. */
-static int same_block(const ls_mixer *m, const view *views, int node, int begin) {
-    int first = views[node].first, last = node + 1;
-    if (first + begin + BLOCK <= m->base)
-        while (last < m->nodes && views[last].first == first) last++;
-    return last - node;
-}
-
-/* The rows within reach; what the askers' outputs hold at first is zero. */
-static void mix_near(const ls_mixer *m, const float *keys, const float *values, const view *views,
-                     const asker *askers) {
-    int repeats = m->heads / m->kv_heads, most = 0;
-    for (int n = 0; n < m->nodes; n++)
-        if (views[n].count - views[n].first > most) most = views[n].count - views[n].first;
-    /* blocks outside: the rows of one stay in the nearest cache for all queries */
-    for (int begin = 0; begin < most; begin += BLOCK)
-        for (int n = 0; n < m->nodes;) {
-            int32_t rows[BLOCK];
-            int count = block_rows(m, views + n, begin, rows);
-            int nodes = same_block(m, views, n, begin);
-            if (count > 0)
-                meet_all(m, askers + n * repeats, nodes * repeats, keys, values, rows, count);
-            n += nodes;
+/* The rows begin.. of what is within reach, for askers that all reach back to the same first row. */
+static void meet_all(block *b, const asker *askers, int count, int begin) {
+    int most = b->m->coded ? LS_ROWS : QUERIES, n = 0;
+    asker batch[LS_ROWS];
+    b->from = askers->sees->first + begin;
+    b->shared = b->m->base - b->from;
+    if (b->shared > BLOCK) b->shared = BLOCK;
+    if (b->shared < 0) b->shared = 0;
+    for (int a = 0; a < count; a++) {
+        if (askers[a].sees->count > b->from) batch[n++] = askers[a];
+        if (n == most || (n && a == count - 1)) {
+            meet(b, batch, n);
+            n = 0;
         }
-}
-
-/* out += factor * row */
-INLINE void add_row(float factor, const float *row, int width, float *out) {
-    for (int i = 0; i < width; i++) out[i] += factor * row[i];
-}
-
-/* closed groups: their sum, and rows of groups that close on the way to this node */
-static void mix_closed(const ls_mixer *m, int head, const float *keys, const float *values,
-                       const view *v, const float *q, float *out) {
-    float query[512], key[512];
-    size_t bytes = sizeof(float) * (size_t)m->width;
-    memcpy(query, q, bytes);
-    if (!m->squares) unit(query, m->width);
-    const float *sums = m->sums + (size_t)head * m->width * m->width;
-    for (int i = 0; i < m->width; i++)
-        add_row(m->alpha * query[i], sums + (size_t)i * m->width, m->width, out);
-    for (int i = 0; i < v->first; i++) {
-        int row = row_at(m, v, i);
-        memcpy(key, keys + (size_t)row * m->width, bytes);
-        if (!m->squares) unit(key, m->width);
-        float weight = m->alpha * vf_sum(products(query, key, m->width));
-        add_row(weight, values + (size_t)row * m->width, m->width, out);
     }
 }
 
-/* causal convolution over the values of a node and its nearest ancestors */
-static void mix_taps(const ls_mixer *m, const float *kernel, const float *values, const view *v,
-                     float *out) {
-    for (int j = 0; j < m->taps; j++) {
-        int64_t row = row_at(m, v, v->count - 1 - j);
-        add_row(kernel[j], values + row * m->width, m->width, out);
-    }
-}
-
-static void mix(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *out,
-                int64_t out_stride, float *scratch) {
-    int repeats = m->heads / m->kv_heads, columns = repeats * m->width;
-    const float *keys = m->keys + head * m->key_stride;
-    const float *values = m->values + head * m->value_stride;
-    asker *askers = (asker *)scratch;
-    running *states = (running *)(askers + m->nodes * repeats);
-    view *views = (view *)(states + m->nodes * repeats);
-    q += head * columns;
-    out += head * columns;
-    for (int n = 0; n < m->nodes; n++) {
-        look(m, n, views + n);
-        memset(out + n * out_stride, 0, sizeof(float) * (size_t)columns);
-    }
-    for (int i = 0; i < m->nodes * repeats; i++) {
-        int64_t n = i / repeats, column = (int64_t)(i % repeats) * m->width;
+/* everything that `near` needs to know of the queries, in `scratch` */
+static asker *ask(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial,
+                  void *scratch) {
+    int repeats = m->heads / m->kv_heads, count = m->nodes * repeats, padded = (m->width + 31) & ~31;
+    asker *askers = scratch;
+    view *views = (view *)(askers + count);
+    int8_t *codes = (int8_t *)(views + m->nodes);
+    running *states = (running *)(partial + (size_t)count * m->width);
+    for (int n = 0; n < m->nodes; n++) look(m, n, views + n);
+    memset(partial, 0, sizeof(float) * (size_t)count * m->width);
+    for (int i = 0; i < count; i++) {
+        int n = i / repeats;
         states[i] = (running){-__builtin_inff(), 0.0f};
-        askers[i] = (asker){q + n * q_stride + column, out + n * out_stride + column, states + i};
+        askers[i] = (asker){.q = q + n * q_stride + (head * repeats + i % repeats) * m->width,
+                            .out = partial + (size_t)i * m->width, .state = states + i,
+                            .sees = views + n, .codes = codes + (size_t)i * padded};
+        if (m->coded)
+            askers[i].scale = put_codes(askers[i].q, m->width, padded, 1, 0, askers[i].codes,
+                                        &askers[i].offset);
     }
-    mix_near(m, keys, values, views, askers);
-    for (int n = 0; n < m->nodes; n++)
-        for (int r = 0; r < repeats; r++) {
-            float *o = out + n * out_stride + r * m->width;
-            float scale = m->squares ? 1.0f : 1.0f / states[n * repeats + r].sum;
-            for (int i = 0; i < m->width; i++) o[i] *= scale;
-            if (m->sums)
-                mix_closed(m, head, keys, values, views + n, q + n * q_stride + r * m->width, o);
-            if (m->taps)
-                mix_taps(m, m->kernel + (head * repeats + r) * m->taps, values, views + n, o);
+    return askers;
+}
+
+/* see ls_ops */
+static void mix_near(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
+                     float *partial, void *scratch) {
+    int repeats = m->heads / m->kv_heads, most = 0;
+    asker *askers = ask(m, head, q, q_stride, partial, scratch);
+    block b = {m, m->keys + head * m->key_stride, m->values + head * m->value_stride, 0, 0};
+    for (int n = 0; n < m->nodes; n++) {
+        const view *v = askers[n * repeats].sees;
+        if (v->count - v->first > most) most = v->count - v->first;
+    }
+    int begin = chunk * LS_CHUNK, end = most < begin + LS_CHUNK ? most : begin + LS_CHUNK;
+    for (; begin < end; begin += BLOCK)
+        for (int n = 0, last; n < m->nodes; n = last) {
+            int first = askers[n * repeats].sees->first;
+            for (last = n + 1; last < m->nodes; last++)
+                if (askers[last * repeats].sees->first != first) break;
+            meet_all(&b, askers + n * repeats, (last - n) * repeats, begin);
         }
 }

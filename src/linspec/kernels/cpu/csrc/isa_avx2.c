@@ -10,7 +10,7 @@
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 /* |w| times x with w's sign: pairs of products stay below 2^15 as all codes are within -127..127 */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {

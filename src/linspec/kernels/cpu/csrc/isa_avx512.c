@@ -12,10 +12,11 @@
 #define LS_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define LS_NARROW(v) ((vb)_mm512_cvtepi32_epi8((__m512i)(v)))
 #define LS_FLOAT_ROWS 8
+#define LS_WIDE_SHUFFLES /* of sixteen lanes cost one instruction */
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 /* Unrolled before registers are given out, or the sums would live in memory. */
 #define EACH_OF(n) _Pragma("GCC unroll 8") for (int r = 0; r < (n); r++)

@@ -11,7 +11,7 @@
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 /* the instruction wants unsigned times signed */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {

@@ -24,7 +24,7 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 INLINE int8x16_t spread(const int8_t *four) {
     int32_t bits;

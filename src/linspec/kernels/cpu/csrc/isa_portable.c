@@ -6,7 +6,7 @@
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"
-#include "attention.inc.h"
+#include "mixing.inc.h"
 
 static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int quads,
                       int rows, float *out) {

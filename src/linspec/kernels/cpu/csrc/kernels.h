@@ -16,8 +16,9 @@
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_GROUP 32  /* inputs that share a scale in int4 weights */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
-#define LS_MIX_FLOATS 28
-#define LS_ABI 1     /* raised with every change of what Python relies on */
+#define LS_MIX_FLOATS 32 /* of scratch for a query, see ls_mix_scratch */
+#define LS_CHUNK 1024 /* rows within reach whose sums are made apart: threads share out long caches so */
+#define LS_ABI 2     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
 
@@ -55,11 +56,30 @@ typedef struct {
                                        lie before `values` */
     float alpha;                    /* factor on the sums */
     const float *kernel;            /* [heads][taps] */
-    int64_t key_stride, value_stride; /* floats from one kv head to the next */
-    const float *keys, *values;       /* [kv_heads][rows][width] */
+    int32_t coded, row_bytes;         /* rows are int8 codes and a scale, see coded.inc.h; of a row */
+    int64_t key_stride, value_stride; /* bytes from one kv head to the next */
+    const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
     const float *sums;                /* [kv_heads][width][width], null without */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
 } ls_mixer;
+
+static inline size_t ls_mix_queries(const ls_mixer *m) {
+    return (size_t)m->nodes * (size_t)(m->heads / m->kv_heads);
+}
+static inline size_t ls_mix_scratch(const ls_mixer *m) {
+    return ls_mix_queries(m) * (LS_MIX_FLOATS * sizeof(float) + (size_t)((m->width + 31) & ~31));
+}
+/* floats of the partial sums of one kv head and chunk */
+static inline size_t ls_mix_partial(const ls_mixer *m) {
+    return ls_mix_queries(m) * (size_t)(m->width + 2);
+}
+/* chunks that the rows within reach of a node may fill */
+static inline int ls_mix_chunks(const ls_mixer *m) {
+    int most = m->base + m->staged;
+    if (m->window && m->window < most) most = m->window;
+    if (m->group && m->group * m->span < most) most = m->group * m->span;
+    return (most + LS_CHUNK - 1) / LS_CHUNK;
+}
 
 /* What becomes of the sums of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,
  * plus what is in y if `add`. Null pointers stand for ones and zeros. */
@@ -92,10 +112,14 @@ typedef struct {
     void (*silu_mul)(const float *gate, const float *up, int width, float *y);
     /* x / |x| in place */
     void (*unit)(float *x, int width);
-    /* what the queries of kv head `head` read: q, out [nodes][stride], heads side by side;
-     * scratch: LS_MIX_FLOATS floats for every node and query head of a kv head */
-    void (*mix)(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *out,
-                int64_t out_stride, float *scratch);
+    /* What the queries of kv head `head` read from the rows of a chunk; q [nodes][stride], heads side by
+     * side. partial: for every node and query head of a kv head a sum [width], then for each of these
+     * what its softmax has seen, two floats. scratch: ls_mix_scratch bytes. */
+    void (*near)(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
+                 float *partial, void *scratch);
+    /* the partial sums of all chunks put together, and what else there is to read: out as q */
+    void (*gather)(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
+                   float *partials, float *out, int64_t out_stride, void *scratch);
 } ls_ops;
 
 extern const ls_ops ls_ops_portable;

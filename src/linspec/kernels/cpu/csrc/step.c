@@ -14,9 +14,10 @@ typedef struct {
     const float *kernel;           /* [heads][taps] */
     const float *mixer_norm, *mlp_norm, *q_norm, *k_norm;
     const ls_linear *qkv, *out, *gate_up, *down;
-    float *keys, *values;          /* [slots][kv_heads][rows][width]; values with `lead` more rows */
+    char *keys, *values;           /* [slots][kv_heads][rows][row bytes]; values with `lead` more rows */
     const float *sums;             /* [slots][kv_heads][width][width], null without */
-    int64_t key_stride, value_stride; /* floats from one kv head to the next */
+    int64_t key_stride, value_stride; /* bytes from one kv head to the next */
+    int32_t coded, row_bytes;      /* int8 codes with a scale, see coded.inc.h */
 } ls_layer;
 
 typedef struct {
@@ -49,6 +50,7 @@ typedef struct {
     const ls_decoder *d;
     const ls_batch *b;
     float *x, *wide, *mixed;       /* residual; outputs of qkv or gate_up; mixer outputs */
+    float *partials;               /* of the mixers, see ls_ops */
     void *prepared;
 } step;
 
@@ -74,9 +76,46 @@ static size_t row_floats(const ls_decoder *d) {
     return up64(d->width) + up64(wide_width(d)) + up64((size_t)d->heads * d->head_width);
 }
 
-/* Bytes of workspace that a step of `rows` nodes needs. */
-LS_API int64_t ls_step_workspace(const ls_decoder *d, int32_t rows) {
-    return (int64_t)(row_floats(d) * (size_t)rows * sizeof(float) + prepared_bytes(d, rows));
+/* The mixer of one layer over the rows of one feed. */
+static ls_mixer mixer_of(const ls_decoder *d, const ls_layer *l, const ls_feed *f) {
+    int64_t slot = (int64_t)f->slot * d->kv_heads, width = d->head_width;
+    return (ls_mixer){
+        .heads = d->heads, .kv_heads = d->kv_heads, .width = d->head_width,
+        .base = f->bases[l->part], .staged = f->staged, .nodes = f->nodes,
+        .window = l->window, .group = l->group, .span = l->span, .squares = l->squares,
+        .taps = l->taps, .alpha = l->alpha, .kernel = l->kernel,
+        .coded = l->coded, .row_bytes = l->row_bytes,
+        .key_stride = l->key_stride, .value_stride = l->value_stride,
+        .keys = l->keys + slot * l->key_stride,
+        .values = l->values + slot * l->value_stride + (int64_t)l->lead * l->row_bytes,
+        .sums = l->sums ? l->sums + slot * width * width : NULL,
+        .ancestors = f->ancestors,
+    };
+}
+
+/* floats of partial sums of the feeds before `feed` */
+static size_t partials_before(const ls_decoder *d, const ls_layer *l, const ls_batch *b, int feed) {
+    size_t floats = 0;
+    for (int i = 0; i < feed; i++) {
+        ls_mixer m = mixer_of(d, l, b->feed + i);
+        floats += (size_t)(m.kv_heads * ls_mix_chunks(&m)) * ls_mix_partial(&m);
+    }
+    return floats;
+}
+
+/* floats of partial sums of the layer that has most */
+static size_t partial_floats(const ls_decoder *d, const ls_batch *b) {
+    size_t floats = 0;
+    for (int i = 0; i < d->layers; i++)
+        floats = most(floats, partials_before(d, d->layer + i, b, b->feeds));
+    return up64(floats);
+}
+
+/* Bytes of workspace that a step needs. */
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b) {
+    int rows = b->rows > b->wanted ? b->rows : b->wanted;
+    size_t floats = row_floats(d) * (size_t)rows + partial_floats(d, b);
+    return (int64_t)(floats * sizeof(float) + prepared_bytes(d, rows));
 }
 
 static void embed(const step *s, int first, int last) {
@@ -115,47 +154,99 @@ static void feature(const step *s, const ls_layer *l, int row, const float *norm
     if (l->squares) ops->unit(x, d->head_width);
 }
 
+/* a row of keys or values as the state keeps it */
+static void put_row(const ls_mixer *m, const float *x, char *to) {
+    if (!m->coded) {
+        memcpy(to, x, (size_t)m->row_bytes);
+        return;
+    }
+    int8_t codes[512];
+    int32_t offset;
+    int padded = (m->width + 31) & ~31;
+    float scale = ls_current()->put_codes(x, m->width, padded, 1, 0, codes, &offset);
+    memcpy(to, codes, (size_t)m->row_bytes - sizeof scale);
+    memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
+}
+
 /* Stage the keys and values of one feed in one kv head, and turn its queries into features. */
-static void stage(const step *s, const ls_layer *l, const ls_feed *f, int head, ls_mixer *m) {
+static void stage(const step *s, const ls_layer *l, const ls_feed *f, int head, const ls_mixer *m) {
     const ls_decoder *d = s->d;
     int width = d->head_width, repeats = d->heads / d->kv_heads;
-    size_t stride = (size_t)(d->heads + 2 * d->kv_heads) * width, bytes = sizeof(float) * width;
+    size_t stride = (size_t)(d->heads + 2 * d->kv_heads) * width;
     int64_t at = (int64_t)f->slot * d->kv_heads + head;
-    int row = m->base + f->staged - f->nodes;
-    float *keys = l->keys + at * l->key_stride + (int64_t)row * width;
-    float *values = l->values + at * l->value_stride + (int64_t)(l->lead + row) * width;
+    int64_t row = (int64_t)(m->base + f->staged - f->nodes) * l->row_bytes;
+    char *keys = l->keys + at * l->key_stride + row;
+    char *values = l->values + at * l->value_stride + (int64_t)l->lead * l->row_bytes + row;
     for (int n = 0; n < f->nodes; n++) {
         float *line = s->wide + (size_t)(f->first + n) * stride;
         float *k = line + (size_t)(d->heads + head) * width;
         for (int r = 0; r < repeats; r++)
             feature(s, l, f->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
         feature(s, l, f->first + n, l->k_norm, k);
-        memcpy(keys + (size_t)n * width, k, bytes);
-        memcpy(values + (size_t)n * width, k + (size_t)d->kv_heads * width, bytes);
+        put_row(m, k, keys + (int64_t)n * l->row_bytes);
+        put_row(m, k + (size_t)d->kv_heads * width, values + (int64_t)n * l->row_bytes);
     }
 }
 
-static void mix_one(const step *s, const ls_layer *l, const ls_feed *f, int head) {
+/* One chunk of one kv head of one feed. */
+static void mix_chunk(const step *s, const ls_layer *l, int feed, int head, int chunk) {
     const ls_decoder *d = s->d;
-    int64_t slot = (int64_t)f->slot * d->kv_heads;
-    ls_mixer m = {
-        .heads = d->heads, .kv_heads = d->kv_heads, .width = d->head_width,
-        .base = f->bases[l->part], .staged = f->staged, .nodes = f->nodes,
-        .window = l->window, .group = l->group, .span = l->span, .squares = l->squares,
-        .taps = l->taps, .alpha = l->alpha, .kernel = l->kernel,
-        .key_stride = l->key_stride, .value_stride = l->value_stride,
-        .keys = l->keys + slot * l->key_stride,
-        .values = l->values + slot * l->value_stride + (int64_t)l->lead * d->head_width,
-        .sums = l->sums ? l->sums + slot * d->head_width * d->head_width : NULL,
-        .ancestors = f->ancestors,
-    };
-    stage(s, l, f, head, &m);
+    const ls_feed *f = s->b->feed + feed;
+    ls_mixer m = mixer_of(d, l, f);
+    int64_t stride = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
+    size_t at = (size_t)(head * ls_mix_chunks(&m) + chunk) * ls_mix_partial(&m);
+    ls_current()->near(&m, head, chunk, s->wide + f->first * stride, stride,
+                       s->partials + partials_before(d, l, s->b, feed) + at,
+                       ls_scratch(ls_mix_scratch(&m)));
+}
+
+/* All of one kv head of one feed, once its chunks are done. */
+static void gather(const step *s, const ls_layer *l, int feed, int head) {
+    const ls_decoder *d = s->d;
+    const ls_feed *f = s->b->feed + feed;
+    ls_mixer m = mixer_of(d, l, f);
     int64_t in = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
     int64_t out = (int64_t)d->heads * d->head_width;
-    size_t queries = (size_t)f->nodes * (d->heads / d->kv_heads);
-    float *scratch = ls_scratch(queries * LS_MIX_FLOATS * sizeof(float));
-    ls_current()->mix(&m, head, s->wide + f->first * in, in, s->mixed + f->first * out, out,
-                      scratch);
+    int chunks = ls_mix_chunks(&m);
+    size_t at = (size_t)(head * chunks) * ls_mix_partial(&m);
+    ls_current()->gather(&m, head, chunks, s->wide + f->first * in, in,
+                         s->partials + partials_before(d, l, s->b, feed) + at,
+                         s->mixed + f->first * out, out, ls_scratch(ls_mix_scratch(&m)));
+}
+
+static int chunks_of(const step *s, const ls_layer *l, int feed) {
+    ls_mixer m = mixer_of(s->d, l, s->b->feed + feed);
+    return ls_mix_chunks(&m);
+}
+
+/* The chunks of all feeds and heads, shared out evenly: how long a cache is does not matter. */
+static void mix_chunks(const step *s, const ls_layer *l, int items, int thread, int threads) {
+    int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
+    for (int feed = 0, begin = 0; feed < s->b->feeds; feed++) {
+        int chunks = chunks_of(s, l, feed), end = begin + chunks * s->d->kv_heads;
+        for (int i = first > begin ? first : begin; i < last && i < end; i++)
+            mix_chunk(s, l, feed, (i - begin) / chunks, (i - begin) % chunks);
+        begin = end;
+    }
+}
+
+/* Every mixer of a layer; ends without a barrier. */
+static void mix_all(const step *s, const ls_layer *l, int thread, int threads) {
+    int heads = s->d->kv_heads, items = s->b->feeds * heads, pieces = 0;
+    int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
+    for (int feed = 0; feed < s->b->feeds; feed++) pieces += heads * chunks_of(s, l, feed);
+    for (int i = first; i < last; i++) {
+        const ls_feed *f = s->b->feed + i / heads;
+        ls_mixer m = mixer_of(s->d, l, f);
+        stage(s, l, f, i % heads, &m);
+        if (pieces == items) mix_chunk(s, l, i / heads, i % heads, 0);
+    }
+    if (pieces > items) {
+        ls_barrier(threads);
+        mix_chunks(s, l, pieces, thread, threads);
+        ls_barrier(threads);
+    }
+    for (int i = first; i < last; i++) gather(s, l, i / heads, i % heads);
 }
 
 /* Norm (null: none) and prepare the rows of this thread for `layer`; returns the prepared rows. */
@@ -202,9 +293,7 @@ static void block(const step *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
     ls_rows x = prepare(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
     multiply(l->qkv, &x, s->wide, 0, thread, threads);
-    int items = b->feeds * s->d->kv_heads;
-    for (int i = ls_share(items, thread, threads); i < ls_share(items, thread + 1, threads); i++)
-        mix_one(s, l, b->feed + i / s->d->kv_heads, i % s->d->kv_heads);
+    mix_all(s, l, thread, threads);
     ls_barrier(threads);
     x = prepare(s, l->out, NULL, s->mixed, b->rows, thread, threads);
     multiply(l->out, &x, s->x, 1, thread, threads);
@@ -233,6 +322,7 @@ LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int
     step s = {.d = d, .b = b, .x = workspace};
     s.wide = s.x + up64(d->width) * (size_t)b->rows;
     s.mixed = s.wide + up64(wide_width(d)) * (size_t)b->rows;
-    s.prepared = s.mixed + up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
+    s.partials = s.mixed + up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
+    s.prepared = s.partials + partial_floats(d, b);
     ls_parallel(step_body, &s, threads);
 }

@@ -129,6 +129,7 @@ INLINE vf vf_exp(vf x) {
 #define LS_OPS(set)                                                                        \
     {.name = set,       .int8 = int8_tile,      .int4 = int4_tile,        .f32 = f32_tile, \
      .bf16 = bf16_tile, .put_codes = put_codes, .put_floats = put_floats, .finish = finish, \
-     .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .mix = mix}
+     .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .near = mix_near, \
+     .gather = mix_gather}
 
 #endif

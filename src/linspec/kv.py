@@ -1,0 +1,51 @@
+"""Rows of a cache as 8-bit codes: what `--kv int8` keeps of every token.
+
+    rows = encode(keys)              # [..., K] floats -> [..., coded_width(K)] int8
+    decode(rows, K, torch.float32)   # what every query meets
+
+A row is its K codes, -127..127, rounded up to whole fours with zeros, and then the four bytes of a
+float32: the scale of this row. So a row is still one row, and staging, committing and copying know
+nothing of it. `kernels/cpu/csrc/coded.inc.h` reads the same bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from linspec.errors import ConfigError
+
+KINDS = ("float", "int8")
+_SCALE_BYTES = 4
+
+
+def check_kv(kind: str) -> None:
+    """Raises ConfigError unless `kind` names a way to keep the rows of a cache."""
+    if kind not in KINDS:
+        raise ConfigError(f"a cache can be kept as {' or '.join(KINDS)}, got {kind!r}")
+
+
+def coded_width(width: int) -> int:
+    """Bytes of a coded row of `width` features."""
+    return -(-width // 4) * 4 + _SCALE_BYTES
+
+
+def encode(x: torch.Tensor) -> torch.Tensor:
+    """Coded rows [..., coded_width(K)] of x [..., K]: symmetric, one scale a row."""
+    x = x.float()
+    most = x.abs().amax(-1, keepdim=True)
+    # the C library rounds the same product: equal floats get equal codes
+    inverse = torch.where(most > 0, 127 / most, 0.0)
+    codes = F.pad((x * inverse).round().to(torch.int8), (0, -x.shape[-1] % 4))
+    return torch.cat((codes, (most / 127).view(torch.int8)), dim=-1)
+
+
+def decode(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """The features [..., width] that coded rows stand for."""
+    scales = rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    return rows[..., :width].to(dtype) * scales.to(dtype)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x as it would be read from coded rows; queries meet these rounded alike."""
+    return decode(encode(x), x.shape[-1], x.dtype)

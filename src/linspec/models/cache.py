@@ -1,0 +1,29 @@
+"""Which rows of a model's state are kept as 8-bit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from linspec.errors import ConfigError
+from linspec.kv import check_kv
+from linspec.mixers.base import Mixer
+from linspec.state import RowSpec
+
+
+def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:
+    """The rows that `mixers` keep, softmax caches as `kv` says ('float' or 'int8').
+
+    Rows of groups stay floats: they are few, and they are summed. Raises ConfigError for 'int8' when
+    there is no cache.
+    """
+    check_kv(kv)
+    specs = [mixer.row_spec() for mixer in mixers]
+    if kv == "float":
+        return specs
+    if all(spec.group for spec in specs):
+        raise ConfigError(
+            "no layer of this model keeps a softmax cache, so there is nothing to keep as int8; "
+            "leave out kv (--kv)"
+        )
+    return [spec if spec.group else replace(spec, coded=True) for spec in specs]

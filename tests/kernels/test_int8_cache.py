@@ -1,0 +1,158 @@
+"""Softmax over coded rows: the C step against torch, trees against chains, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import ConfigError
+from linspec.models.decoder import Decoder
+from linspec.state import DecoderState
+from linspec.step import Feed
+
+TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
+TOKENS = [3 * node + 1 for node in range(len(TREE))]
+WINDOW = MixerConfig(name="window", window=70)
+
+
+def decoder(mixer: MixerConfig, *, width: int = 24, kv_heads: int = 2, layers: int = 2) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=97,
+        width=64,
+        layers=layers,
+        heads=4,
+        kv_heads=kv_heads,
+        head_width=width,
+        mlp_width=88,
+        mixers=(mixer,) * layers,
+    )
+    torch.manual_seed(0)
+    return Decoder(config)
+
+
+def whole(mixer: MixerConfig, width: int) -> Decoder:
+    """One layer whose keys, queries and values are sums of ones: no order of addition rounds them."""
+    made = decoder(mixer, width=width, layers=1)
+    made = Decoder(replace(made.config, norm_eps=0.0))
+    mixer_of = made.layers[0].mixer
+    for linear in (made.embed, mixer_of.q, mixer_of.k, mixer_of.v):
+        nn.init.normal_(linear.weight).data.sign_()
+    # a power of two keeps sums exact, and scores so small that a softmax is not one row
+    for linear in (mixer_of.q, mixer_of.k, mixer_of.v):
+        linear.weight.data /= 8
+    if mixer.taps:
+        nn.init.normal_(made.layers[0].mixer.taps)
+    return made.prepare()
+
+
+def read(model: Decoder, length: int, slots: int = 1) -> DecoderState:
+    """A state that has read a text in chains that the one-call step takes."""
+    state = model.new_state(slots, "int8")
+    ids = [index * 31 % 97 for index in range(length)]
+    for first in range(0, length, 64):
+        chain = ids[first : first + 64]
+        model.step([Feed(0, chain, all_logits=False)], state)
+        state.commit(0, range(len(chain)))
+    return state
+
+
+@pytest.mark.parametrize("width", [24, 62, 80, 128])
+@pytest.mark.parametrize("mixer", [MixerConfig(), MixerConfig(taps=5), WINDOW])
+def test_every_instruction_set_meets_the_same_codes(
+    isa: str, mixer: MixerConfig, width: int
+) -> None:
+    """Equal codes leave only the rounding of floats; one other code would be a thousand times that."""
+    model = whole(mixer, width)
+    outputs = []
+    native = model.native
+    assert native is not None
+    for form in (native, None):
+        model.native = form
+        state = read(model, 139)
+        model.step([Feed(0, [7, 8, 9])], state)
+        outputs.append(model.step([Feed(0, [7, 8], [1, 3])], state).hidden)
+    torch.testing.assert_close(*outputs, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("mixer", [MixerConfig(), WINDOW])
+def test_a_tree_over_codes_is_verified_bit_for_bit(isa: str, mixer: MixerConfig) -> None:
+    model = decoder(mixer).prepare()
+    tree = read(model, 187, slots=2)
+    tree.fork(0, 1)
+    together = model.step([Feed(0, TOKENS, TREE), Feed(1, [1])], tree).logits
+    for path in ([0, 1, 3, 4, 6, 7, 8], [0, 2, 5, 9]):
+        chain = model.new_state(1, "int8")
+        chain.restore(0, tree.snapshot(0))
+        for node in path:
+            logits = model.step([Feed(0, [TOKENS[node]])], chain).logits
+            chain.commit(0, [0])
+            assert torch.equal(logits[0], together[node])
+
+
+def test_a_committed_path_is_what_reading_it_leaves(library: ctypes.CDLL) -> None:
+    model = decoder(MixerConfig()).prepare()
+    path = [0, 2, 5, 9]
+    tree, fresh = read(model, 187), read(model, 187)
+    model.step([Feed(0, TOKENS, TREE)], tree)
+    tree.commit(0, path)
+    model.step([Feed(0, [TOKENS[node] for node in path])], fresh)
+    fresh.commit(0, range(len(path)))
+    for one, other in zip(tree.snapshot(0), fresh.snapshot(0), strict=True):
+        assert one.keys.dtype == torch.int8
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_a_long_cache_is_the_same_on_one_thread_and_on_two(library: ctypes.CDLL, kv: str) -> None:
+    """One kv head and several chunks: threads share the chunks of a head."""
+    model = decoder(MixerConfig(), kv_heads=1, layers=1).prepare()
+    state = model.new_state(1, kv)
+    ids = [index * 31 % 97 for index in range(2030)]
+    model.step([Feed(0, ids, all_logits=False)], state)
+    state.commit(0, range(len(ids)))
+    before, logits = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits.append(model.step([Feed(0, TOKENS, TREE)], state).logits)
+            state.drop(0)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    model.native = None
+    torch.testing.assert_close(
+        model.step([Feed(0, TOKENS, TREE)], state).logits, logits[0], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_chunk_that_ends_inside_a_tree(library: ctypes.CDLL) -> None:
+    """Bits are those of plain decoding where ancestors begin a new chunk."""
+    model = decoder(MixerConfig(), layers=1).prepare()
+    for length in (1020, 1023, 1024):
+        tree = model.new_state(1, "int8")
+        model.step([Feed(0, [index * 31 % 97 for index in range(length)])], tree)
+        tree.commit(0, range(length))
+        copy = tree.snapshot(0)
+        together = model.step([Feed(0, TOKENS, TREE)], tree).logits
+        tree.restore(0, copy)
+        for node in [0, 1, 3, 4, 6, 7, 8]:
+            logits = model.step([Feed(0, [TOKENS[node]])], tree).logits
+            tree.commit(0, [0])
+            assert torch.equal(logits[0], together[node])
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no layer of this model keeps a softmax cache"):
+        decoder(MixerConfig(name="local", group=8)).new_state(1, "int8")
+
+
+def test_codes_take_about_a_quarter_of_the_memory() -> None:
+    model = decoder(MixerConfig(), width=64)
+    assert read(model, 90).bytes(0) == 2 * 2 * 2 * 90 * (64 + 4)
