@@ -93,7 +93,10 @@ def test_cells_are_kept_and_peers_left_out_by_name(tmp_path: Path) -> None:
     skipped = run.compare(plan)
     assert skipped == {"gone": "no_such_package not installed (linspec[peers])"}
     found = {row.engine: row for row in rows_of(plan)}
-    assert set(found) == {"linspec float32", "linspec int8", "linspec int4", "fake int8"}
+    assert set(found) == {
+        *(f"linspec {form}" for form in ("float32", "int8", "int8-kv8", "int4", "int4-kv8")),
+        "fake int8",
+    }
     assert found["fake int8"].tokens_per_s == pytest.approx(100)
     assert found["fake int8"].prefill_tokens_per_s == pytest.approx(32)
     read = SHAPES["toy"].read_parameters + 16 * SHAPES["toy"].cache_numbers

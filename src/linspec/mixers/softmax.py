@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from linspec.kv import rounded
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
@@ -82,6 +83,8 @@ class Softmax(Mixer):
             return super()._step_long(q, k, v, segment, state, layer)
         # the new rows alone: nothing of the rows before them is computed again
         keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
+        if state.spec.coded:
+            q = rounded(q)
         out = values.new_zeros(*q.shape[:3], values.shape[3])
         for i, (slot, n) in enumerate(zip(segment.slot_range, segment.lengths, strict=True)):
             past = state.lengths[slot] - state.origins[slot]

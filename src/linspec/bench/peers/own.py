@@ -1,4 +1,4 @@
-"""linspec itself: the softmax checkpoint as it is, in float32, int8 and int4."""
+"""linspec itself: the softmax checkpoint as it is, in float32, int8 and int4, and with an int8 cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from linspec.bench.peers.base import Format, Peer, Prompts, Session, timed
 
@@ -29,11 +29,13 @@ class Own(Peer):
 
     name = "linspec"
     packages = ("torch", "transformers", "safetensors")
-    # a scale of int4 is a bfloat16 for 32 weights
-    formats = (
+    # a scale of int4 is a bfloat16 for 32 weights, one of the int8 cache a float32 for a head's 64
+    formats: tuple[Format, ...] = (
         Format(name="float32", bits=32, weight_bytes=4, cache_bytes=4),
         Format(name="int8", bits=8, weight_bytes=1, cache_bytes=4),
+        Format(name="int8-kv8", bits=8, weight_bytes=1, cache_bytes=1 + 4 / 64),
         Format(name="int4", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=4),
+        Format(name="int4-kv8", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=1 + 4 / 64),
     )
 
     def mixer(self) -> MixerConfig | None:
@@ -68,7 +70,8 @@ class Own(Peer):
 
         torch.set_num_threads(threads)
         inner = folder / "model"
-        return OwnSession(load_model(inner if inner.exists() else folder).prepare())
+        model = load_model(inner if inner.exists() else folder).prepare()
+        return OwnSession(model, kv="int8" if form.name.endswith("-kv8") else "float")
 
 
 PEER: Peer = Own()
@@ -90,17 +93,16 @@ def _with_mixer(source: Path, mixer: MixerConfig | None) -> Decoder:
 class OwnSession(Session):
     """A prepared decoder and the state of its rows."""
 
-    def __init__(self, model: Decoder, **state: Any) -> None:
+    def __init__(self, model: Decoder, kv: str = "float") -> None:
         self.model = model
-        # options of its states
-        self.options = state
-        self.state: DecoderState = model.new_state(**state)
+        self.kv = kv
+        self.state: DecoderState = model.new_state(1, kv)
         self.tokens: list[int] = []
         self.context = 0
         self.short: OwnSession | None = None
 
     def open(self, prompts: Prompts) -> float:
-        self.state = self.model.new_state(len(prompts), **self.options)
+        self.state = self.model.new_state(len(prompts), self.kv)
         self.context = len(prompts[0])
         return timed(lambda: self._read(prompts))
 
@@ -130,7 +132,7 @@ class OwnSession(Session):
         if self.context <= _SHORT or self.state.slots > 1:
             return None
         if self.short is None:
-            self.short = OwnSession(self.model, **self.options)
+            self.short = OwnSession(self.model, self.kv)
             self.short.open([[_DRAFT] * _SHORT])
         return self.short.decode(tokens)
 

@@ -133,6 +133,8 @@ def _take_turns(plan: Plan, active: Active) -> None:
             _each(active, partial(_decode, plan))
             for count in NODES if first.batch == 1 else ():
                 _each(active, partial(_rows, count))
+            # none is always the one whose turn comes after a pause
+            active = dict([*list(active.items())[1:], next(iter(active.items()))])
             quiet.breathe()
         for rate in plan.accept if first.batch == 1 else ():
             _each(active, partial(_accept, rate))
