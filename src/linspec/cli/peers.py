@@ -34,6 +34,9 @@ def bench_peers(
     ] = "",
     tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds in which engines take turns.")] = 3,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure finished cells of these groups too.")
+    ] = False,
     python: Annotated[
         list[str] | None,
         typer.Option(help="PEER=PATH: the interpreter that has an engine; repeatable."),
@@ -73,6 +76,7 @@ def bench_peers(
             accept=_rates(accept),
             tokens=tokens,
             rounds=rounds,
+            again=again,
             threads=torch.get_num_threads(),
             pythons=_pythons(python or []),
             guard=guard,
