@@ -34,7 +34,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs."""
-    from linspec.compress.quantize import quantize as library
+    from linspec.evaluate.quantize import quantize as library
 
     place_on("cpu", threads)
     with quiet_stdout():

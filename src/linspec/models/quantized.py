@@ -88,9 +88,10 @@ def _check(entry: Any, folder: Path) -> int:
             f"{folder} holds quantised weights of format {version}, this linspec reads format {FORMAT}; "
             "quantise the original model again with `linspec quantize`, or use the linspec that wrote it"
         )
-    if entry.get("bits") not in BITS:
-        raise CheckpointError(f"{folder} has weights of {entry.get('bits')} bits; known: 8 and 4")
-    return int(entry["bits"])
+    bits = entry.get("bits")
+    if not isinstance(bits, int) or bits not in BITS:
+        raise CheckpointError(f"{folder} has weights of {bits} bits; known: 8 and 4")
+    return bits
 
 
 def write_aligned(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
