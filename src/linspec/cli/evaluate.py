@@ -67,7 +67,13 @@ def evaluate(
     }
     compared = {"teacher": teacher, "lengths": numbers(lengths, "--lengths")}
     recalled = compared | {"samples": samples, "seeds": seeds}
-    scored = {"limit_bytes": limit_bytes, "bf16": bf16, "quantize": quantize, "kv": kv, "context": context}
+    scored = {
+        "limit_bytes": limit_bytes,
+        "bf16": bf16,
+        "quantize": quantize,
+        "kv": kv,
+        "context": context,
+    }
     with quiet_stdout():
         if recall:
             found, rows = _recall(model, common | recalled), "cells"
