@@ -24,7 +24,7 @@ _ROOM = 512
 _REST = 0.2
 _ROW_REPEATS = 5
 _ACCEPT_NODES = (1, 2, 4, 8, 16)
-_ACCEPT_ROUNDS = 6
+_ACCEPT_ROUNDS = 8
 # longer prompts would keep a shared machine for minutes: they are read, but not timed
 _TIMED_PROMPT = 8192
 # prompts that are read once a round
@@ -137,7 +137,7 @@ def _take_turns(plan: Plan, active: Active) -> None:
             active = dict([*list(active.items())[1:], next(iter(active.items()))])
             quiet.breathe()
         for rate in plan.accept if first.batch == 1 else ():
-            _each(active, partial(_accept, rate))
+            _each(active, partial(_accept, plan, rate))
             quiet.breathe()
 
 
@@ -209,15 +209,18 @@ def _rows(count: int, _: Cell, client: Client, found: Result) -> None:
     time.sleep(_REST)
     seconds = client.ask("rows", count=count, repeats=_ROW_REPEATS)
     if seconds is not None:
-        # the first pass of a size may prepare something
-        found.rows_s.setdefault(str(count), []).append(seconds[1:])
+        found.rows_s.setdefault(str(count), []).append(seconds)
 
 
-def _accept(rate: float, _: Cell, client: Client, found: Result) -> None:
+def _accept(plan: Plan, rate: float, cell: Cell, client: Client, found: Result) -> None:
+    if client.ask("accept", nodes=1, rate=0.0, rounds=1) is None:
+        return
+    _, shape = source(plan, cell.shape)
+    # what was accepted before would make the context longer
+    client.ask("open", context=cell.context, batch=1, vocab=shape.vocab, seed=plan.seed)
     for nodes in _ACCEPT_NODES:
         answer = client.ask("accept", nodes=nodes, rate=rate, rounds=_ACCEPT_ROUNDS)
-        if answer is not None:
-            found.accepted.append([nodes, rate, *answer])
+        found.accepted.append([nodes, rate, *answer])
 
 
 def engine_format(cell: Cell) -> tuple[int, float, float]:
