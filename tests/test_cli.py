@@ -28,6 +28,8 @@ VERBS = (
     "study",
     "verify",
     "bench",
+    "bench load",
+    "bench peers",
     "info",
     "list",
 )
@@ -73,14 +75,14 @@ def fails(*args: object, stdin: bytes | str | None = None) -> str:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_teaches_with_an_example(verb: str) -> None:
-    result = run(verb, "--help")
+    result = run(*verb.split(), "--help")
     assert result.exit_code == 0
     assert f"Example: linspec {verb}" in result.output
 
 
 def test_the_overview_names_every_verb() -> None:
     result = run("--help")
-    assert all(re.search(rf"^\s+{verb}\s", result.output, re.M) for verb in VERBS)
+    assert all(re.search(rf"^\s+{verb.replace(' ', '-')}\s", result.output, re.M) for verb in VERBS)
 
 
 @pytest.mark.parametrize("args", [("nonsense",), ("generate",), ("eval", "x", "--nonsense")])
@@ -150,6 +152,21 @@ def test_bench(data: Path) -> None:
     assert found["skipped"][0]["context"] == 999
     people = run("bench", model_dir("softmax"), *args, "16,999")
     assert "plain" in people.stdout and "skipped context 999" in people.stderr
+
+
+@pytest.mark.slow
+def test_bench_load() -> None:
+    """Two processes that generate and one that only imports torch, timed from outside."""
+    found = run_json("bench", "load", model_dir("softmax"), "--repeats", 1, "--threads", 1)
+    keys = {"file_megabytes", "warm_seconds", "cold_seconds", "peak_megabytes", "memory_over_file"}
+    assert keys <= set(found)
+    assert 0 < found["torch_seconds"] < found["warm_seconds"]
+    assert found["peak_megabytes"] > found["torch_megabytes"] > found["file_megabytes"]
+
+
+def test_bad_loads_are_refused(tmp_path: Path) -> None:
+    assert "must be 1 or more" in fails("bench", "load", model_dir("aug"), "--repeats", 0)
+    assert "not a directory" in fails("bench", "load", tmp_path / "nothing")
 
 
 def test_info() -> None:
