@@ -9,10 +9,16 @@ AutoModelForCausalLM read linspec's own checkpoints.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from linspec.announce import announce as _announce
+
+# torch's threads wait for more work by spinning, for milliseconds, on the cores that linspec's own
+# threads need next; it has to be said before torch is loaded
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from linspec.errors import LinspecError

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from linspec.bench.peers import base, run
 from linspec.bench.peers.base import Format, Peer, Prompts, Session
 from linspec.bench.peers.cells import Cache, Cell, Plan, Result
-from linspec.bench.peers.client import WorkerError, quiet_machine
+from linspec.bench.peers.client import QuietMachine, WorkerError
 from linspec.bench.peers.own import OwnSession
-from linspec.bench.peers.page import rows_of, summary, write_page
+from linspec.bench.peers.page import summary, write_page
+from linspec.bench.peers.rows import rows_of
 from linspec.bench.peers.shapes import SHAPES, write_checkpoint
 from linspec.bench.peers.worker import Worker
 from linspec.cli import app
@@ -92,7 +93,10 @@ def test_cells_are_kept_and_peers_left_out_by_name(tmp_path: Path) -> None:
     skipped = run.compare(plan)
     assert skipped == {"gone": "no_such_package not installed (linspec[peers])"}
     found = {row.engine: row for row in rows_of(plan)}
-    assert set(found) == {"linspec float32", "linspec int8", "linspec int4", "fake int8"}
+    assert set(found) == {
+        *(f"linspec {form}" for form in ("float32", "int8", "int8-kv8", "int4", "int4-kv8")),
+        "fake int8",
+    }
     assert found["fake int8"].tokens_per_s == pytest.approx(100)
     assert found["fake int8"].prefill_tokens_per_s == pytest.approx(32)
     read = SHAPES["toy"].read_parameters + 16 * SHAPES["toy"].cache_numbers
@@ -111,7 +115,7 @@ def test_page_and_json(tmp_path: Path) -> None:
     text = write_page(plan, {"gone": "not installed"}).read_text()
     assert "| toy | 16 | 1 | 8 | fake int8 | 100 |" in text
     assert "- gone: not installed" in text
-    assert (tmp_path / "cpu-toy-at-8-bits.svg").exists()
+    assert (tmp_path / "cpu" / "toy-at-8-bits.svg").exists()
     data = json.loads(json.dumps(summary(plan, {})))
     assert data["rows"][0]["engine"] == "fake int8" and data["ratios"] == []
 
@@ -149,9 +153,14 @@ def test_bad_plans(tmp_path: Path) -> None:
 
 
 def test_guard_runs_while_the_block_does(tmp_path: Path) -> None:
-    with quiet_machine("env"):
-        pass
-    with pytest.raises(LinspecError, match="did not run"), quiet_machine("true"):
+    with QuietMachine("env") as quiet:
+        first = quiet.waiting
+        quiet.breathe()
+        assert quiet.waiting is first
+        quiet.began -= 1000
+        quiet.breathe()
+        assert first is not None and first.returncode == 0 and quiet.waiting is not first
+    with pytest.raises(LinspecError, match="did not run"), QuietMachine("true"):
         pass
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 GROUP = 32
 # Largest code that a group's largest weight may be given; below 8 clips nothing, above it clips.
 _REACH = [7.0 + 0.25 * i for i in range(-2, 15)]
-# Rows whose candidates are tried at once: bounds the memory
-_ROWS = 512
+# Weights whose candidates are tried at once: what is in between stays in the core's own cache
+_AT_ONCE = 2**17
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def quantize_int4(
     groups = F.pad(errors, (0, short)).view(-1, GROUP)
     parts = [
         _search(F.pad(rows.float(), (0, short)).unflatten(1, (-1, GROUP)), groups)
-        for rows in weight.split(_ROWS)
+        for rows in weight.split(max(1, _AT_ONCE // width))
     ]
     codes = torch.cat([part[0] for part in parts]).flatten(1)[:, :width]
     return codes.contiguous(), torch.cat([part[1] for part in parts])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
+from linspec.kv import rounded
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
-from linspec.state import RowSpec
+from linspec.state import RowSpec, RowState
+
+if TYPE_CHECKING:
+    from linspec.step import Segment
+
+# queries that share a mask: few, so that little is computed only to be masked
+_TAIL_ROWS = 256
 
 
 @MIXERS.register(
@@ -59,6 +68,38 @@ class Softmax(Mixer):
             )
         time = q.shape[2]
         return self.over(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
+
+    def _step_long(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segment: Segment,
+        state: RowState,
+        layer: int,
+    ) -> torch.Tensor:
+        # a subclass may weigh rows in another way
+        if type(self) is not Softmax or self.relative is not None or self.mixer.taps:
+            return super()._step_long(q, k, v, segment, state, layer)
+        # the new rows alone: nothing of the rows before them is computed again
+        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
+        if state.spec.coded:
+            q = rounded(q)
+        out = values.new_zeros(*q.shape[:3], values.shape[3])
+        for i, (slot, n) in enumerate(zip(segment.slot_range, segment.lengths, strict=True)):
+            past = state.lengths[slot] - state.origins[slot]
+            for first in range(0, n, _TAIL_ROWS):
+                last = min(first + _TAIL_ROWS, n)
+                seen = slice(i, i + 1), slice(None), slice(past + last)
+                rows = q[i : i + 1, :, first:last]
+                out[i, :, first:last] = self._tail(rows, keys[seen], values[seen])[0]
+        return out
+
+    def _tail(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The last rows of `mix`: q [B, H, N, K] of the last tokens, k and v of all."""
+        count, time = q.shape[2], k.shape[2]
+        mask = torch.ones(count, time, dtype=torch.bool, device=q.device).tril(time - count)
+        return self.over(q, k, v, mask)
 
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None

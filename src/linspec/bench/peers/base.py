@@ -33,9 +33,6 @@ class Format:
 class Session(ABC):
     """A loaded model. `open` reads prompts; the other calls go on from there."""
 
-    # whether `decode` goes on without reading the prompts again
-    keeps_context = True
-
     @abstractmethod
     def open(self, prompts: Prompts) -> float:
         """Read prompts of equal length, one a row; returns the seconds until the first new token."""
@@ -43,6 +40,10 @@ class Session(ABC):
     @abstractmethod
     def decode(self, tokens: int) -> list[float]:
         """Seconds of each of `tokens` greedy steps of all rows."""
+
+    def decode_short(self, tokens: int) -> list[float] | None:
+        """The same for a second sequence whose context is short; None if it cannot be held beside."""
+        return None
 
     def rows(self, count: int, repeats: int) -> list[float] | None:
         """Seconds of passes over `count` new tokens of one sequence, not kept; None if it cannot."""

@@ -21,8 +21,9 @@ class Plan:
     """What to compare, and how.
 
     formats: those of every peer to measure, empty for all. tokens: decoded in a round. rounds: of
-    which every engine has one in turn. pythons: interpreters of peers that are not in this one.
-    guard: a command that keeps the machine quiet while what it is given runs. seed: of the prompts.
+    which every engine has one in turn. again: measure finished cells too. pythons: interpreters of
+    peers that are not in this one. guard: a command that keeps the machine quiet while what it is
+    given runs. seed: of the prompts.
     """
 
     out: Path
@@ -35,6 +36,7 @@ class Plan:
     tokens: int = 16
     rounds: int = 3
     threads: int = 1
+    again: bool = False
     pythons: Mapping[str, str] = field(default_factory=dict)
     guard: str = ""
     seed: int = 0
@@ -53,17 +55,26 @@ class Plan:
         return replace(self, contexts=self.contexts[:1], tokens=8, rounds=1)
 
     def groups(self) -> list[list[Cell]]:
-        """Cells that take turns: the same model, context and batch in every engine."""
+        """Cells that take turns: the same model, context, batch and bits in every engine.
+
+        All engines of a group are in memory at once, so other bits are other groups.
+        """
+        forms = [
+            (name, form)
+            for name in self.peers
+            for form in peer(name).formats
+            if not self.formats or form.name in self.formats
+        ]
         return [
             [
                 Cell(shape=shape, context=context, batch=batch, peer=name, form=form.name)
-                for name in self.peers
-                for form in peer(name).formats
-                if not self.formats or form.name in self.formats
+                for name, form in forms
+                if form.bits == bits
             ]
             for shape in self.shapes
             for context in self.contexts
             for batch in self.batches
+            for bits in sorted({form.bits for _, form in forms})
         ]
 
 
@@ -93,17 +104,23 @@ class Cell:
 class Result:
     """What was measured of a cell.
 
-    step_s: seconds of every step of all rows of the batch, a list a round. rows_s: by the number of
-    new tokens, seconds of passes. accepted: [nodes, rate, tokens, seconds] of synthetic speculation.
+    prefill_s: seconds to the first new token, of every time. step_s: seconds of every step of all
+    rows of the batch, a list a round. short_s: the same for a second sequence with a short context,
+    empty if the engine cannot hold one beside. rows_s: by the number of new tokens, seconds of passes,
+    a list a round. bandwidth_gb_s: of reading memory, before the turn of every round. accepted:
+    [nodes, rate, tokens, seconds] of synthetic speculation.
+    run: when its group began; cells with the same one took turns and may be compared.
     """
 
-    prefill_s: float | None = None
+    prefill_s: list[float] = field(default_factory=list)
     step_s: list[list[float]] = field(default_factory=list)
-    rows_s: dict[str, list[float]] = field(default_factory=dict)
+    rows_s: dict[str, list[list[float]]] = field(default_factory=dict)
+    short_s: list[list[float]] = field(default_factory=list)
     accepted: list[list[float]] = field(default_factory=list)
     peak_bytes: int = 0
-    bandwidth_gb_s: float = 0.0
+    bandwidth_gb_s: list[float] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    run: str = ""
     error: str | None = None
 
 

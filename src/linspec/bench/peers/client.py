@@ -7,12 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import linspec
 from linspec.errors import LinspecError
+
+# seconds after which the machine is given back
+_KEPT = 30.0
 
 
 class WorkerError(LinspecError):
@@ -76,19 +80,35 @@ def interpreter(name: str, pythons: Mapping[str, str]) -> str:
     return sys.executable if name.startswith("linspec") else pythons.get(name, sys.executable)
 
 
-@contextlib.contextmanager
-def quiet_machine(guard: str) -> Iterator[None]:
-    """While it lasts, `guard` runs a command that waits: it may stop what else is on the machine."""
-    if not guard:
-        yield
-        return
-    command = [*guard.split(), "sh", "-c", "echo ready; exec cat"]
-    # it ends when its input is closed
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as waiting:
-        assert waiting.stdin is not None and waiting.stdout is not None
-        if waiting.stdout.readline() != "ready\n":
-            raise LinspecError(f"--guard {guard!r} did not run the command that it was given")
-        yield
-        waiting.stdin.close()
+class QuietMachine:
+    """While the block lasts, `guard` runs a command that waits: it may stop what else is on the machine."""
+
+    def __init__(self, guard: str) -> None:
+        self.guard = guard
+        self.waiting: subprocess.Popen[str] | None = None
+        self.began = 0.0
+
+    def __enter__(self) -> Self:
+        if self.guard:
+            command = [*self.guard.split(), "sh", "-c", "echo ready; exec cat"]
+            self.waiting = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            assert self.waiting.stdout is not None
+            if self.waiting.stdout.readline() != "ready\n":
+                self.__exit__()
+                raise LinspecError(f"--guard {self.guard!r} did not run the command it was given")
+        self.began = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.waiting is not None:
+            # it ends when its input is closed
+            self.waiting.communicate()
+            self.waiting = None
+
+    def breathe(self) -> None:
+        """Between two measurements: let others go on for a moment if they waited long."""
+        if self.waiting is not None and time.monotonic() - self.began > _KEPT:
+            self.__exit__()
+            self.__enter__()

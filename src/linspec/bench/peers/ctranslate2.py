@@ -1,13 +1,20 @@
-"""CTranslate2, int8 weights and float32 cache. It reads the prompts again for every `decode`."""
+"""CTranslate2, int8 weights and float32 cache.
+
+It keeps no context between calls: one generation runs in a thread and waits between rounds.
+"""
 
 from __future__ import annotations
 
-import itertools
+import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from linspec.bench.peers.base import Format, Peer, Prompts, Session
+
+# tokens behind the prompt: more than any comparison decodes
+_MOST = 4096
 
 
 class CTranslate2(Peer):
@@ -30,50 +37,71 @@ class CTranslate2(Peer):
 PEER = CTranslate2()
 
 
-class _Session(Session):
-    keeps_context = False
+class _Paced:
+    """Lets an engine's callback through for so many steps, then makes it wait for the next round."""
 
+    def __init__(self) -> None:
+        self.asked, self.answered = threading.Semaphore(0), threading.Semaphore(0)
+        self.stopping = False
+        self.steps = 0
+
+    def note(self, result: Any) -> bool:
+        """Called for every row of every step; True ends the generation."""
+        if result.step >= self.steps:
+            self.steps += 1
+            self.answered.release()
+            self.asked.acquire()
+        return self.stopping
+
+    def seconds(self) -> float:
+        """Time until the next step is done."""
+        began = time.perf_counter()
+        self.asked.release()
+        self.answered.acquire()
+        return time.perf_counter() - began
+
+
+class _Session(Session):
     def __init__(self, folder: Path, threads: int) -> None:
-        import ctranslate2
         from ctranslate2 import Generator
 
         self.generator = Generator(
             str(folder), device="cpu", intra_threads=threads, compute_type="int8"
         )
         vocabulary = folder / "vocabulary.json"
-        import json
-
         self.words: list[str] = json.loads(vocabulary.read_text(encoding="utf-8"))
-        self.version = ctranslate2.__version__
-        self.prompts: list[list[str]] = []
+        self.pace = _Paced()
+        self.thread: threading.Thread | None = None
 
     def open(self, prompts: Prompts) -> float:
-        self.prompts = [[self.words[token] for token in prompt] for prompt in prompts]
-        return self._generate(1)[0]
+        self._stop()
+        words = [[self.words[token] for token in prompt] for prompt in prompts]
+        self.pace = _Paced()
+        # a daemon: the process must be able to end in the middle of a generation
+        self.thread = threading.Thread(target=self._generate, args=(words, self.pace), daemon=True)
+        began = time.perf_counter()
+        self.thread.start()
+        self.pace.answered.acquire()
+        return time.perf_counter() - began
 
     def decode(self, tokens: int) -> list[float]:
-        return self._generate(tokens + 1)[1:]
+        return [self.pace.seconds() for _ in range(tokens)]
 
-    def _generate(self, tokens: int) -> list[float]:
-        """Seconds until the first token, and of each later one."""
-        stamps = [time.perf_counter()]
-        steps = 0
+    def _stop(self) -> None:
+        if self.thread is None:
+            return
+        self.pace.stopping = True
+        self.pace.asked.release()
+        self.thread.join()
 
-        def note(result: Any) -> bool:
-            nonlocal steps
-            if result.step >= steps:
-                steps += 1
-                stamps.append(time.perf_counter())
-            return False
-
+    def _generate(self, prompts: list[list[str]], pace: _Paced) -> None:
         self.generator.generate_batch(
-            self.prompts,
-            max_length=tokens,
-            min_length=tokens,
+            prompts,
+            max_length=_MOST,
+            min_length=_MOST,
             sampling_topk=1,
             beam_size=1,
             include_prompt_in_result=False,
-            callback=note,
+            callback=pace.note,
             end_token=[],
         )
-        return [b - a for a, b in itertools.pairwise(stamps)]

@@ -31,6 +31,8 @@ _OUTER = {
     "lm_head.weight": "output.weight",
 }
 _CHUNK = 512
+# weights of Q8_0 and Q4_0 that share a scale
+_BLOCK = 32
 
 
 class LlamaCpp(Peer):
@@ -71,6 +73,8 @@ def write_gguf(source: Path, file: Path, kind: str) -> None:
             data = tensors.get_tensor(name).float().numpy()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 data = _interleaved(data, shape.head_width)
+            if ".mlp." in name:
+                data = _padded(data, outputs="down_proj" not in name)
             if data.ndim == 1:
                 writer.add_tensor(_name(name), data)
             else:
@@ -86,7 +90,7 @@ def _describe(writer: Any, shape: Shape) -> None:
     writer.add_context_length(2**16)
     writer.add_embedding_length(shape.width)
     writer.add_block_count(shape.layers)
-    writer.add_feed_forward_length(shape.mlp)
+    writer.add_feed_forward_length(shape.mlp + -shape.mlp % _BLOCK)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_rope_dimension_count(shape.head_width)
@@ -101,6 +105,14 @@ def _name(name: str) -> str:
         return _OUTER[name]
     _, _, layer, inner = name.split(".", 3)
     return f"blk.{layer}.{_NAMES[inner.removesuffix('.weight')]}.weight"
+
+
+def _padded(weight: Any, *, outputs: bool) -> Any:
+    """Features of the feed-forward layer up to whole blocks: zeros, which change nothing."""
+    import numpy as np
+
+    short = -weight.shape[0 if outputs else 1] % _BLOCK
+    return np.pad(weight, ((0, short), (0, 0)) if outputs else ((0, 0), (0, short)))
 
 
 def _interleaved(weight: Any, head_width: int) -> Any:

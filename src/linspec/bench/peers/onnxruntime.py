@@ -17,19 +17,11 @@ class OnnxRuntime(Peer):
     formats = (Format(name="int4", bits=4, weight_bytes=0.5 + 4 / 32, cache_bytes=4),)
 
     def convert(self, source: Path, target: Path, form: Format) -> None:
-        from onnxruntime_genai.models.builder import create_model
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-        cache = str(target / "cache")
-        create_model(
-            "",
-            str(source),
-            str(target),
-            "int4",
-            "cpu",
-            cache,
-            int4_block_size=32,
-            int4_accuracy_level=4,
-        )
+        where = ("", str(source), str(target), "int4", "cpu", str(target / "cache"))
+        how = ["int4_block_size=32", "int4_accuracy_level=4"]
+        create_model(*where, **parse_extra_options(*where, how))
 
     def load(self, folder: Path, form: Format, context: int, rows: int, threads: int) -> Session:
         return _Session(folder, context, threads)

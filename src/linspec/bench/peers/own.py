@@ -1,4 +1,4 @@
-"""linspec itself: the softmax checkpoint as it is, in float32, int8 and int4."""
+"""linspec itself: the softmax checkpoint as it is, in float32, int8 and int4, and with an int8 cache."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # as `LLM` reads prompts
 _CHUNK = 512
 _DRAFT = 5
+# context of `decode_short`
+_SHORT = 128
 
 
 class Own(Peer):
@@ -27,11 +29,13 @@ class Own(Peer):
 
     name = "linspec"
     packages = ("torch", "transformers", "safetensors")
-    # a scale of int4 is a float32 for 32 weights
-    formats = (
+    # a scale of int4 is a bfloat16 for 32 weights, one of the int8 cache a float32 for a head's 64
+    formats: tuple[Format, ...] = (
         Format(name="float32", bits=32, weight_bytes=4, cache_bytes=4),
         Format(name="int8", bits=8, weight_bytes=1, cache_bytes=4),
-        Format(name="int4", bits=4, weight_bytes=0.5 + 4 / 32, cache_bytes=4),
+        Format(name="int8-kv8", bits=8, weight_bytes=1, cache_bytes=1 + 4 / 64),
+        Format(name="int4", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=4),
+        Format(name="int4-kv8", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=1 + 4 / 64),
     )
 
     def mixer(self) -> MixerConfig | None:
@@ -66,7 +70,8 @@ class Own(Peer):
 
         torch.set_num_threads(threads)
         inner = folder / "model"
-        return OwnSession(load_model(inner if inner.exists() else folder).prepare())
+        model = load_model(inner if inner.exists() else folder).prepare()
+        return OwnSession(model, kv="int8" if form.name.endswith("-kv8") else "float")
 
 
 PEER: Peer = Own()
@@ -88,13 +93,17 @@ def _with_mixer(source: Path, mixer: MixerConfig | None) -> Decoder:
 class OwnSession(Session):
     """A prepared decoder and the state of its rows."""
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: Decoder, kv: str = "float") -> None:
         self.model = model
-        self.state: DecoderState = model.new_state()
+        self.kv = kv
+        self.state: DecoderState = model.new_state(1, kv)
         self.tokens: list[int] = []
+        self.context = 0
+        self.short: OwnSession | None = None
 
     def open(self, prompts: Prompts) -> float:
-        self.state = self.model.new_state(len(prompts))
+        self.state = self.model.new_state(len(prompts), self.kv)
+        self.context = len(prompts[0])
         return timed(lambda: self._read(prompts))
 
     def _read(self, prompts: Prompts) -> None:
@@ -118,6 +127,14 @@ class OwnSession(Session):
 
     def decode(self, tokens: int) -> list[float]:
         return [timed(self._next) for _ in range(tokens)]
+
+    def decode_short(self, tokens: int) -> list[float] | None:
+        if self.context <= _SHORT or self.state.slots > 1:
+            return None
+        if self.short is None:
+            self.short = OwnSession(self.model, self.kv)
+            self.short.open([[_DRAFT] * _SHORT])
+        return self.short.decode(tokens)
 
     def _next(self) -> None:
         from linspec.step import Feed

@@ -18,7 +18,7 @@ class OwnAug(Own):
     formats = (
         Format(name="float32", bits=32, weight_bytes=4, cache_bytes=0),
         Format(name="int8", bits=8, weight_bytes=1, cache_bytes=0),
-        Format(name="int4", bits=4, weight_bytes=0.5 + 4 / 32, cache_bytes=0),
+        Format(name="int4", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=0),
     )
 
     def mixer(self) -> MixerConfig | None:

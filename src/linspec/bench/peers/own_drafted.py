@@ -26,7 +26,7 @@ class OwnDrafted(Peer):
     packages = ("torch", "transformers", "safetensors")
     formats = tuple(
         Format(name=f"{kind}-{drafter}", bits=bits, weight_bytes=size, cache_bytes=4)
-        for kind, bits, size in (("int8", 8, 1.0), ("int4", 4, 0.5 + 4 / 32))
+        for kind, bits, size in (("int8", 8, 1.0), ("int4", 4, 0.5 + 2 / 32))
         for drafter in _DRAFTERS
     )
 

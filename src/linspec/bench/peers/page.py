@@ -1,131 +1,20 @@
-"""Tables and plots of a measured folder: OUT/cpu.md, OUT/*.svg and what `--json` prints.
-
-Every number comes from the cells of the folder; ratios are of medians.
-"""
+"""Tables and plots of a measured folder: OUT/cpu.md, its plots in a folder beside it, `--json`."""
 
 from __future__ import annotations
 
-import statistics
+import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from linspec.bench.peers.cells import NODES, Cache, Cell, Plan, Result
-from linspec.bench.peers.run import engine_format, source
+from linspec.bench.peers.bounds import verdicts
+from linspec.bench.peers.cells import NODES, Cache, Plan
+from linspec.bench.peers.rows import Row, failures, ratios, rows_of
 from linspec.files import replace_text
 from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value, standalone
-
-OWN = "linspec"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A finished cell in the units of the page.
-
-    spread: (slowest - fastest) / median of the medians of the rounds. limit: share of the read
-    bandwidth of the same run that the bytes of a step would need. nodes: cost of a pass over so many
-    new tokens, that of one being 1. accepted: rate -> best tokens per second over tree sizes.
-    """
-
-    shape: str
-    context: int
-    batch: int
-    engine: str
-    bits: int
-    tokens_per_s: float
-    spread: float
-    limit: float
-    prefill_tokens_per_s: float | None
-    peak_mb: float
-    bandwidth_gb_s: float
-    nodes: dict[int, float]
-    accepted: dict[float, float]
-
-    @property
-    def own(self) -> bool:
-        """Whether it is linspec's."""
-        return self.engine.startswith(OWN)
-
-
-def rows_of(plan: Plan) -> list[Row]:
-    """Every cell that was measured, in the order of the tables."""
-    found = [
-        _row(plan, cell, result)
-        for cell, result in Cache(plan.out).all().items()
-        if result.error is None and result.step_s
-    ]
-    return sorted(found, key=lambda r: (r.shape, r.context, r.batch, r.bits, not r.own, r.engine))
-
-
-def failures(plan: Plan) -> dict[str, str]:
-    """Cells that an engine could not do, with what it said."""
-    found = Cache(plan.out).all().items()
-    return {cell.key: result.error for cell, result in found if result.error is not None}
-
-
-def _row(plan: Plan, cell: Cell, result: Result) -> Row:
-    _, shape = source(plan, cell.shape)
-    bits, weight_bytes, cache_bytes = engine_format(cell)
-    medians = [statistics.median(each) for each in result.step_s]
-    step = statistics.median(medians)
-    cached = shape.cache_numbers * cell.context * cell.batch * cache_bytes
-    needed = shape.read_parameters * weight_bytes + cached
-    passes = {int(n): statistics.median(each) for n, each in result.rows_s.items()}
-    prompt = cell.context * cell.batch
-    return Row(
-        shape=cell.shape,
-        context=cell.context,
-        batch=cell.batch,
-        engine=f"{cell.peer} {cell.form}",
-        bits=bits,
-        tokens_per_s=cell.batch / step,
-        spread=(max(medians) - min(medians)) / step,
-        limit=needed / step / 1e9 / result.bandwidth_gb_s,
-        prefill_tokens_per_s=prompt / result.prefill_s if result.prefill_s else None,
-        peak_mb=result.peak_bytes / 1e6,
-        bandwidth_gb_s=result.bandwidth_gb_s,
-        nodes={n: seconds / passes[1] for n, seconds in passes.items()} if 1 in passes else {},
-        accepted=_best(result.accepted),
-    )
-
-
-def _best(accepted: Sequence[Sequence[float]]) -> dict[float, float]:
-    best: dict[float, float] = {}
-    for _, rate, tokens, seconds in accepted:
-        best[rate] = max(best.get(rate, 0.0), tokens / seconds)
-    return best
-
-
-def ratios(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each of linspec's rows against the best peer of its bits, model, context and batch."""
-    found = []
-    for row in rows:
-        others = [
-            each
-            for each in rows
-            if not each.own
-            and (each.shape, each.context, each.batch, each.bits)
-            == (row.shape, row.context, row.batch, row.bits)
-        ]
-        if not row.own or not others:
-            continue
-        best = max(others, key=lambda each: each.tokens_per_s)
-        reading = max(others, key=lambda each: each.prefill_tokens_per_s or 0)
-        found.append(
-            {
-                "shape": row.shape,
-                "context": row.context,
-                "batch": row.batch,
-                "engine": row.engine,
-                "best peer": best.engine,
-                "decode ÷ best": row.tokens_per_s / best.tokens_per_s,
-                "best peer at prefill": reading.engine,
-                "prefill ÷ best": _ratio(row.prefill_tokens_per_s, reading.prefill_tokens_per_s),
-            }
-        )
-    return found
 
 
 def summary(plan: Plan, skipped: dict[str, str]) -> dict[str, Any]:
@@ -133,14 +22,11 @@ def summary(plan: Plan, skipped: dict[str, str]) -> dict[str, Any]:
     rows = rows_of(plan)
     return {
         "rows": [asdict(row) for row in rows],
+        "bounds": [asdict(verdict) for verdict in verdicts(rows)],
         "ratios": ratios(rows),
         "skipped": skipped,
         "failed": failures(plan),
     }
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
 
 
 def write_page(plan: Plan, skipped: dict[str, str], page: Path | None = None) -> Path:
@@ -148,11 +34,14 @@ def write_page(plan: Plan, skipped: dict[str, str], page: Path | None = None) ->
     rows = rows_of(plan)
     page = page or plan.out / "cpu.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [_HEAD.format(machine=_machine(plan)), _speed_table(rows)]
+    parts = [_HEAD.format(command=_command(plan), machine=_machine(plan)), _bound_table(rows)]
+    parts.append(_speed_table(rows))
     for chart in _charts(rows):
-        name = f"cpu-{chart.title.lower().replace(' ', '-').replace(',', '')}.svg"
-        replace_text(page.parent / name, standalone(chart))
-        parts.append(f"![{chart.title}]({name})")
+        name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
+        file = page.with_suffix("") / f"{name}.svg"
+        file.parent.mkdir(exist_ok=True)
+        replace_text(file, standalone(chart))
+        parts.append(f"![{chart.title}]({file.parent.name}/{file.name})")
     parts += [_node_table(rows), _ratio_table(rows), _left_out(skipped, failures(plan))]
     replace_text(page, "\n\n".join(part for part in parts if part) + "\n")
     return page
@@ -160,21 +49,47 @@ def write_page(plan: Plan, skipped: dict[str, str], page: Path | None = None) ->
 
 _HEAD = """# CPU: linspec beside other engines
 
-Generated by `linspec bench peers`; no number is typed by hand. Random weights (speed needs no
-training), the same prompts and threads for all, argmax only, engines taking turns. tokens/s: of all
-rows of the batch, from the median of the rounds' median steps. spread: of the rounds,
-(slowest - fastest) / median. limit: bytes of the weights and the cache in the engine's own format,
-over the time of a step, as a share of the read bandwidth that the same run measured. prefill: the
-prompt's tokens over the seconds to the first new token. A pass over k tokens is the model's step alone;
-choosing tokens from its logits is part of the decoding and of the curves by acceptance.
+Generated by the command below from the cells that it measured; no number is typed by hand.
 
-{machine}"""
+```bash
+{command}
+```
+
+{machine}
+
+The same weights for all (random but for `embedded`: speed needs no training), the same prompts and
+threads, argmax only. Engines of one model, context, batch and bits take turns, a round each; only such
+cells are compared, as the memory of a shared machine changes at any moment. tokens/s: of all rows of the
+batch, from the median of the rounds' median steps. spread: of the rounds, (slowest - fastest) / median.
+Ratios are medians over the rounds of the ratio within a round. limit: bytes of the weights and the cache in
+the engine's own format over the time of a step, as a share of the bandwidth (GB/s) of reading 256 MiB just
+before; above 1 where a cache keeps some of the weights or the memory became faster. prefill: the prompt's
+tokens over the seconds to the first new token; above 8,192 tokens it is not timed. peak: of the process, its
+libraries included. A pass over k tokens is the model's step alone; choosing tokens from its logits is part
+of the decoding and of the curves by acceptance."""
+
+
+def _command(plan: Plan) -> str:
+    """What measures all cells of the folder, in however many goes they were measured."""
+    cells = [cell for cell, result in Cache(plan.out).all().items() if result.error is None]
+    rates = sorted({rate for r in Cache(plan.out).all().values() for _, rate, *_ in r.accepted})
+    words = ["linspec", "bench", "peers"]
+    given: dict[str, list[Any]] = {
+        "--shapes": sorted({cell.shape for cell in cells}),
+        "--contexts": sorted({cell.context for cell in cells}),
+        "--batches": sorted({cell.batch for cell in cells}),
+        "--accept": rates,
+    }
+    for option, values in given.items():
+        words += [option, ",".join(map(str, values))] if values else []
+    words += ["--tokens", str(plan.tokens), "--rounds", str(plan.rounds)]
+    return shlex.join([*words, "--threads", str(plan.threads), "--out", "DIR"])
 
 
 def _machine(plan: Plan) -> str:
     found = [result.machine for result in Cache(plan.out).all().values() if result.machine]
     facts = found[-1] if found else {}
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+    return "Machine: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -191,6 +106,17 @@ def _cell(value: object) -> str:
 
 def _whole(value: object) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def _bound_table(rows: Sequence[Row]) -> str:
+    found = verdicts(rows)
+    lines = [
+        (v.what, v.bits, v.least, v.aim, v.measured, v.engine, v.beside, v.state) for v in found
+    ]
+    columns = ("what", "bits", "at least", "aim", "measured", "engine", "beside", "")
+    reasons = dict.fromkeys(f"- {v.what}: {v.why}" for v in found if v.why)
+    text = "## Where it must arrive\n\n" + table(columns, lines)
+    return text + ("\n\nWhy not:\n\n" + "\n".join(reasons) if reasons else "")
 
 
 def _speed_table(rows: Sequence[Row]) -> str:
@@ -263,7 +189,7 @@ def _by_acceptance(shape: str, rows: Sequence[Row]) -> Chart:
         Series(
             f"{row.engine}, {format_value(row.context, 'tokens')}",
             tuple(row.accepted),
-            tuple(speed / row.tokens_per_s for speed in row.accepted.values()),
+            tuple(row.accepted.values()),
         )
         for row in rows
         if row.accepted

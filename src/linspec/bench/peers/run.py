@@ -6,7 +6,6 @@ compare(Plan(out=Path("runs/peers"), shapes=("110m",), contexts=(128,)))
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +14,7 @@ from pathlib import Path
 from linspec.bench.machine import machine, read_bandwidth
 from linspec.bench.peers.base import peer
 from linspec.bench.peers.cells import NODES, Cache, Cell, Plan, Result
-from linspec.bench.peers.client import Client, WorkerError, interpreter, quiet_machine, worker
+from linspec.bench.peers.client import Client, QuietMachine, WorkerError, interpreter, worker
 from linspec.bench.peers.shapes import EMBEDDED, SHAPES, Shape, write_checkpoint
 from linspec.progress import Progress
 
@@ -24,8 +23,12 @@ _ROOM = 512
 # thread pools spin for a while after their last work; the next engine must not pay for that
 _REST = 0.2
 _ROW_REPEATS = 5
-_ACCEPT_NODES = (2, 4, 8, 16)
-_ACCEPT_ROUNDS = 6
+_ACCEPT_NODES = (1, 2, 4, 8, 16)
+_ACCEPT_ROUNDS = 8
+# longer prompts would keep a shared machine for minutes: they are read, but not timed
+_TIMED_PROMPT = 8192
+# prompts that are read once a round
+_SHORT_PROMPT = 1024
 
 Active = dict[Cell, tuple[Client, Result]]
 
@@ -35,7 +38,7 @@ def compare(plan: Plan, *, prepare_only: bool = False) -> dict[str, str]:
     cache = Cache(plan.out)
     skipped = _left_out(plan)
     groups = [
-        [cell for cell in group if cell.peer not in skipped and not cache.has(cell)]
+        [cell for cell in group if cell.peer not in skipped and (plan.again or not cache.has(cell))]
         for group in plan.groups()
     ]
     groups = [group for group in groups if group]
@@ -71,8 +74,8 @@ def source(plan: Plan, shape: str) -> tuple[Path, Shape]:
 
 
 def _folder(plan: Plan, cell: Cell) -> Path:
-    # flash attention is an option of the engine, not another model
-    return plan.out / "models" / cell.shape / f"{cell.peer}-{cell.form.removesuffix('-fa')}"
+    # what follows the weights, like flash attention, is an option of the engine, not another model
+    return plan.out / "models" / cell.shape / f"{cell.peer}-{cell.form.partition('-')[0]}"
 
 
 def _log(plan: Plan, cell: Cell) -> Path:
@@ -108,33 +111,56 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
     if not group:
         return
     active: Active = {}
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.ExitStack() as stack:
         for cell in group:
             python = interpreter(cell.peer, plan.pythons)
             client = stack.enter_context(worker(python, plan.threads, _log(plan, cell)))
-            active[cell] = client, Result(machine=machine())
+            active[cell] = client, Result(machine=machine(), run=began)
         _each(active, lambda cell, client, _: _load(plan, cell, client))
-        for cell, pair in active.items():
-            with quiet_machine(plan.guard):
-                _each({cell: pair}, lambda cell, client, found: _open(plan, cell, client, found))
-        with quiet_machine(plan.guard):
-            bandwidths = []
-            for _ in range(plan.rounds):
-                # on a shared machine it changes from one moment to the next
-                bandwidths.append(read_bandwidth())
-                _each(active, lambda _, client, found: _decode(plan, client, found))
-        if group[0].batch == 1:
-            with quiet_machine(plan.guard):
-                for count in NODES * 2:
-                    _each(active, partial(_rows, count))
-            for rate in plan.accept:
-                with quiet_machine(plan.guard):
-                    _each(active, partial(_accept, rate))
-        for cell, (client, found) in active.items():
-            with contextlib.suppress(WorkerError):
-                found.peak_bytes = client.ask("peak")
-            found.bandwidth_gb_s = statistics.median(bandwidths)
+        _take_turns(plan, active)
+        for cell, (_, found) in active.items():
             cache.put(cell, found)
+
+
+def _take_turns(plan: Plan, active: Active) -> None:
+    """Everything that is timed. The machine is kept for short times only."""
+    first = next(iter(active))
+    _read_prompts(plan, active)
+    _each(active, _warm)
+    with QuietMachine(plan.guard) as quiet:
+        for _ in range(plan.rounds):
+            _each(active, partial(_decode, plan))
+            for count in NODES if first.batch == 1 else ():
+                _each(active, partial(_rows, count))
+            # none is always the one whose turn comes after a pause
+            active = dict([*list(active.items())[1:], next(iter(active.items()))])
+            quiet.breathe()
+        for rate in plan.accept if first.batch == 1 else ():
+            _each(active, partial(_accept, plan, rate))
+            quiet.breathe()
+
+
+def _warm(cell: Cell, client: Client, found: Result) -> None:
+    """The peak of memory, and what engines prepare for passes over rows, OpenVINO a whole model."""
+    client.ask("decode", tokens=2)
+    found.peak_bytes = client.ask("peak")
+    if cell.batch == 1:
+        client.ask("rows", count=1, repeats=1)
+
+
+def _read_prompts(plan: Plan, active: Active) -> None:
+    """In turns where prompts are short; a long one is read once, with the machine for itself."""
+    first = next(iter(active))
+    tokens = first.context * first.batch
+    with QuietMachine(plan.guard if tokens <= _TIMED_PROMPT else "") as quiet:
+        for i in range(plan.rounds if tokens <= _SHORT_PROMPT else 1):
+            for cell, pair in active.items():
+                _each({cell: pair}, partial(_open, plan, plan.seed + i))
+                quiet.breathe()
+    if tokens > _TIMED_PROMPT:
+        for _, found in active.values():
+            found.prefill_s.clear()
 
 
 def _each(active: Active, call: Callable[[Cell, Client, Result], None]) -> None:
@@ -160,31 +186,41 @@ def _load(plan: Plan, cell: Cell, client: Client) -> None:
     )
 
 
-def _open(plan: Plan, cell: Cell, client: Client, found: Result) -> None:
+def _open(plan: Plan, seed: int, cell: Cell, client: Client, found: Result) -> None:
+    time.sleep(_REST)
     _, shape = source(plan, cell.shape)
-    found.prefill_s = client.ask(
-        "open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=plan.seed
+    found.prefill_s.append(
+        client.ask("open", context=cell.context, batch=cell.batch, vocab=shape.vocab, seed=seed)
     )
 
 
-def _decode(plan: Plan, client: Client, found: Result) -> None:
+def _decode(plan: Plan, _: Cell, client: Client, found: Result) -> None:
     time.sleep(_REST)
+    # on a shared machine it changes from one moment to the next
+    bandwidth = read_bandwidth()
     found.step_s.append(client.ask("decode", tokens=plan.tokens))
+    found.bandwidth_gb_s.append(bandwidth)
+    short = client.ask("decode_short", tokens=plan.tokens)
+    if short is not None:
+        found.short_s.append(short)
 
 
 def _rows(count: int, _: Cell, client: Client, found: Result) -> None:
     time.sleep(_REST)
     seconds = client.ask("rows", count=count, repeats=_ROW_REPEATS)
     if seconds is not None:
-        # the first pass of a size may prepare something
-        found.rows_s.setdefault(str(count), []).extend(seconds[1:])
+        found.rows_s.setdefault(str(count), []).append(seconds)
 
 
-def _accept(rate: float, _: Cell, client: Client, found: Result) -> None:
+def _accept(plan: Plan, rate: float, cell: Cell, client: Client, found: Result) -> None:
+    if client.ask("accept", nodes=1, rate=0.0, rounds=1) is None:
+        return
+    _, shape = source(plan, cell.shape)
+    # what was accepted before would make the context longer
+    client.ask("open", context=cell.context, batch=1, vocab=shape.vocab, seed=plan.seed)
     for nodes in _ACCEPT_NODES:
         answer = client.ask("accept", nodes=nodes, rate=rate, rounds=_ACCEPT_ROUNDS)
-        if answer is not None:
-            found.accepted.append([nodes, rate, *answer])
+        found.accepted.append([nodes, rate, *answer])
 
 
 def engine_format(cell: Cell) -> tuple[int, float, float]:

@@ -9,23 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from linspec.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.options import Json, Threads
 from linspec.errors import ConfigError
-from linspec.options import Json, Threads
-
-VERB = "bench-peers"
-
-
-class Verbs(TyperGroup):
-    """The verbs; `bench peers` is one beside `bench MODEL`."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
-        """Join the two words."""
-        if args[:2] == ["bench", "peers"]:
-            args = [VERB, *args[2:]]
-        return super().parse_args(ctx, args)
 
 
 @guarded("give the same command to go on; finished cells are kept")
@@ -47,6 +34,9 @@ def bench_peers(
     ] = "",
     tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds in which engines take turns.")] = 3,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure finished cells of these groups too.")
+    ] = False,
     python: Annotated[
         list[str] | None,
         typer.Option(help="PEER=PATH: the interpreter that has an engine; repeatable."),
@@ -86,6 +76,7 @@ def bench_peers(
             accept=_rates(accept),
             tokens=tokens,
             rounds=rounds,
+            again=again,
             threads=torch.get_num_threads(),
             pythons=_pythons(python or []),
             guard=guard,
