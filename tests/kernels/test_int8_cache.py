@@ -11,7 +11,9 @@ from torch import nn
 
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
+from linspec.llm import LLM
 from linspec.models.decoder import Decoder
+from linspec.sampling import SamplingParams
 from linspec.state import DecoderState
 from linspec.step import Feed
 
@@ -151,6 +153,15 @@ def test_a_chunk_that_ends_inside_a_tree(library: ctypes.CDLL) -> None:
 def test_a_model_without_a_cache_is_refused() -> None:
     with pytest.raises(ConfigError, match="no layer of this model keeps a softmax cache"):
         decoder(MixerConfig(name="local", group=8)).new_state(1, "int8")
+
+
+def test_greedy_output_with_a_drafter_is_that_without(library: ctypes.CDLL) -> None:
+    prompt, params = "def area(width, height):\n    return width", SamplingParams(max_tokens=40)
+    plain = LLM("embedded-softmax", max_batch=1, kv="int8")
+    drafted = LLM("embedded-softmax", drafter="prompt-lookup", policy=6, max_batch=1, kv="int8")
+    expected, found = plain.generate(prompt, params)[0], drafted.generate(prompt, params)[0]
+    assert found.stats.accepted > 0
+    assert found.token_ids == expected.token_ids
 
 
 def test_codes_take_about_a_quarter_of_the_memory() -> None:
