@@ -160,7 +160,6 @@ def test_bench_load() -> None:
     found = run_json("bench", "load", model_dir("softmax"), "--repeats", 1, "--threads", 1)
     keys = {"file_megabytes", "warm_seconds", "cold_seconds", "peak_megabytes", "memory_over_file"}
     assert keys <= set(found)
-    assert 0 < found["torch_seconds"] < found["warm_seconds"]
     assert found["peak_megabytes"] > found["torch_megabytes"] > found["file_megabytes"]
 
 

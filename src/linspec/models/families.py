@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from linspec.config import DecoderConfig, MixerConfig, RopeConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -51,6 +51,9 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
             "the checkpoint is quantized; linspec reads float weights only. Use the original "
             "checkpoint, or dequantize it with transformers and save it again"
         )
+    # the table of all configurations, for which linspec's own directories need not wait
+    from transformers import AutoConfig
+
     # a copy: transformers completes nested settings in place
     fields = {key: deepcopy(data[key]) for key in data if key not in ("model_type", "auto_map")}
     try:
