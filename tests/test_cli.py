@@ -28,6 +28,8 @@ VERBS = (
     "study",
     "verify",
     "bench",
+    "bench load",
+    "bench peers",
     "info",
     "list",
 )
@@ -73,14 +75,14 @@ def fails(*args: object, stdin: bytes | str | None = None) -> str:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_teaches_with_an_example(verb: str) -> None:
-    result = run(verb, "--help")
+    result = run(*verb.split(), "--help")
     assert result.exit_code == 0
     assert f"Example: linspec {verb}" in result.output
 
 
 def test_the_overview_names_every_verb() -> None:
     result = run("--help")
-    assert all(re.search(rf"^\s+{verb}\s", result.output, re.M) for verb in VERBS)
+    assert all(re.search(rf"^\s+{verb.replace(' ', '-')}\s", result.output, re.M) for verb in VERBS)
 
 
 @pytest.mark.parametrize("args", [("nonsense",), ("generate",), ("eval", "x", "--nonsense")])
@@ -152,6 +154,21 @@ def test_bench(data: Path) -> None:
     assert "plain" in people.stdout and "skipped context 999" in people.stderr
 
 
+@pytest.mark.slow
+def test_bench_load() -> None:
+    """Two processes that generate and one that only imports torch, timed from outside."""
+    found = run_json("bench", "load", model_dir("softmax"), "--repeats", 1, "--threads", 1)
+    keys = {"file_megabytes", "warm_seconds", "cold_seconds", "peak_megabytes", "memory_over_file"}
+    assert keys <= set(found)
+    assert 0 < found["torch_seconds"] < found["warm_seconds"]
+    assert found["peak_megabytes"] > found["torch_megabytes"] > found["file_megabytes"]
+
+
+def test_bad_loads_are_refused(tmp_path: Path) -> None:
+    assert "must be 1 or more" in fails("bench", "load", model_dir("aug"), "--repeats", 0)
+    assert "not a directory" in fails("bench", "load", tmp_path / "nothing")
+
+
 def test_info() -> None:
     found = run_json("info")
     assert {"version", "torch", "device", "kernels", "threads"} <= set(found)
@@ -194,6 +211,10 @@ def test_training_options_are_those_of_the_library(monkeypatch: pytest.MonkeyPat
     run_json("linearize", "x", "--out", "y", "--keep-softmax", "0,2", "--lr", 0.5, "--resume")
     assert seen["config"] == LinearizeConfig(lr=0.5)
     assert (seen["keep_softmax"], seen["resume"], seen["mixer"]) == ([0, 2], True, "aug")
+    assert (seen["features"], seen["keep"], seen["mixer_seed"]) == (0, 0, 0)
+    sizes = ("--features", 3, "--keep", 2, "--mixer-seed", 7)
+    run_json("linearize", "x", "--out", "y", *sizes)
+    assert (seen["features"], seen["keep"], seen["mixer_seed"]) == (3, 2, 7)
     monkeypatch.setattr("linspec.train.drafter.train_drafter", lambda *a, **k: seen.update(k))
     run_json("train-drafter", "x", "--heads", 3, "--data", "a", "--data", "b")
     assert seen["config"] == DrafterConfig(heads=3)
@@ -268,6 +289,13 @@ def test_bad_training_requests(tmp_path: Path, data: Path) -> None:
     assert "layers are 0..1" in fails(*base, "--keep-softmax", "7")
     assert "nothing to resume" in fails(*base, "--resume", "--context", 16)
     assert "tokens" in fails(*base, "--tokens", 0)
+    base = (*base, "--context", 16)
+    assert "--keep must be 1 or more, got 0" in fails(*base, "--keep", 0)
+    assert "--features must be 1 or more, got -1" in fails(*base, "--features", -1)
+    assert "seed must be 0 or more, got -1" in fails(*base, "--mixer-seed", -1)
+    assert "'aug' has no 'seed' to set, got 3" in fails(*base, "--mixer-seed", 3)
+    linformer = (*base, "--mixer", "linformer", "--group", 8)
+    assert "at most as many rows" in fails(*linformer, "--features", 9)
     assert "unknown recipe" in fails("pretrain", "--out", out, "--recipe", "nonsense")
     assert "--steps" in fails("pretrain", "--out", out, "--steps", 0)
     assert "cannot train" in fails("train-drafter", model_dir("aug"), "--kind", "nonsense")
@@ -316,9 +344,10 @@ def test_debugging_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_real_process_keeps_stdout_for_the_answer() -> None:
+    """`python -m linspec` is the command, with nothing but the answer on stdout."""
     done = subprocess.run(
         [
-            *(sys.executable, "-c", "from linspec.cli import main; main()"),
+            *(sys.executable, "-m", "linspec"),
             *("generate", str(model_dir("aug")), "--prompt", "abcd", "--max-tokens", "3", "--json"),
         ],
         capture_output=True,
@@ -340,7 +369,11 @@ def test_eval_of_recall_and_of_positions(data: Path) -> None:
     assert {"stretches", "drift", "limit"} <= set(drift)
     assert [s["end"] for s in drift["stretches"]] == [256, 300]
     assert "drift" in run(*positions, "--length", 300).stdout
-    assert "not both" in fails(*positions, "--recall")
+    assert "only one of" in fails(*positions, "--recall")
+    repeats = ("eval", model_dir("softmax"), "--repeats", "--data", data, "--lengths", "256,300")
+    gained = run_json(*repeats, "--teacher", model_dir("softmax"))
+    assert [(c["length"], c["relative"]) for c in gained["cells"]] == [(256, 1.0)]
+    assert len(gained["limits"]) == 2
 
 
 def test_study(tmp_path: Path, data: Path) -> None:

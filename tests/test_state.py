@@ -256,7 +256,7 @@ def test_state_bytes_follow_the_formula_and_only_softmax_grows(name: str, taps: 
         spans = {config.span for config in model.config.mixers}
         more = {"softmax": context, "window": WINDOW}.get(name, max(spans) * GROUP)
         expected = expected_bytes(name, taps, rows) + expected_bytes(name, taps, more)
-        assert state.bytes(0) == expected
+        assert state.bytes(0) == state.bytes_at(context) == expected
 
 
 def allocated(state: DecoderState) -> int:

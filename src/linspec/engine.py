@@ -17,6 +17,7 @@ from linspec.errors import ContextOverflow, InputError
 from linspec.kernels.cpu.threads import torch_on_one_thread
 from linspec.models.backbone import Generator
 from linspec.models.decoder import StepOutput
+from linspec.models.memory import check_state
 from linspec.policy.base import Policy, RoundTimes
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
@@ -66,7 +67,8 @@ class Engine:
         """Queue a prompt of token ids; returns the number that its row carries as `request`.
 
         Raises InputError for an empty prompt or foreign token ids, ContextOverflow for a prompt
-        that leaves no room for one new token.
+        that leaves no room for one new token, StateError for one whose keys and values do not fit into
+        memory.
         """
         if not prompt:
             raise InputError("the prompt has no tokens; give at least one")
@@ -76,6 +78,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, this model takes {limit}; shorten it, or "
                 "linearize the model: linear mixers have no such limit"
             )
+        check_state(self.state, len(prompt))
         # made here, so that foreign tokens are refused now and not when a slot is free
         sampler = Sampler(params, prompt, self.model.config.vocab_size)
 

@@ -333,8 +333,11 @@ class RowState:
 
     def bytes(self, slot: int) -> int:
         """Bytes that the committed part of `slot` needs; constant for grouped mixers."""
-        spec = self.spec
-        rows = self.lengths[slot]
+        return self.bytes_at(self.lengths[slot])
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes that one sequence of `length` committed tokens needs."""
+        spec, rows = self.spec, length
         if spec.group or spec.window:
             rows = spec.span * spec.group or min(rows, spec.window)
         key_width, value_width = spec.row_widths()
@@ -447,3 +450,7 @@ class DecoderState:
     def bytes(self, slot: int) -> int:
         """Bytes of the committed state of `slot`."""
         return sum(part.bytes(slot) for part in self.parts)
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes of the committed state of one sequence of `length` tokens."""
+        return sum(part.bytes_at(length) for part in self.parts)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.positions import by_position
-from linspec.evaluate.recall import CUES, TASKS, Writer, evaluate_recall
+from linspec.evaluate.recall import Writer, evaluate_recall
+from linspec.evaluate.repeats import evaluate_repeats
 from linspec.models.decoder import Decoder
+from linspec.train.recall_texts import CUES, TASKS
 
 FILLER = tiny_tokenizer()("abcd end the end\n" * 200, add_special_tokens=False)["input_ids"]
 
@@ -103,6 +105,28 @@ def test_a_teacher_that_ends_earlier_is_named() -> None:
 def test_impossible_recall(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         evaluate_recall(text_model("aug"), tokenizer=tiny_tokenizer(), **settings)  # type: ignore[arg-type]
+
+
+def test_a_model_that_copies_gains_on_repeats_at_its_distance_only(
+    monkeypatch: pytest.MonkeyPatch, book: str
+) -> None:
+    model = text_model("softmax", max_positions=2048)
+    echo = Echo(model, 300)
+    options = {"tokenizer": tiny_tokenizer(), "data": [book], "passage": 50, "samples": 3}
+    with monkeypatch.context() as patched:
+        patched.setattr("linspec.evaluate.repeats.Decoder", Echo)
+        found = evaluate_repeats(echo, teacher=echo, lengths=(350, 700), **options)  # type: ignore[arg-type]
+    near, far = found.cells
+    assert near.distance == 300 and near.again == pytest.approx(0, abs=1e-4)
+    assert near.relative == 1.0 and near.gain > 20
+    assert abs(far.gain) < near.gain / 2
+    short = text_model("softmax", max_positions=400)
+    limited = evaluate_repeats(short, lengths=(350, 700), **options)  # type: ignore[arg-type]
+    assert [cell.length for cell in limited.cells] == [350] and len(limited.limits) == 1
+    with pytest.raises(ConfigError, match="no length"):
+        evaluate_repeats(short, lengths=(700,), **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="hold a passage twice"):
+        evaluate_repeats(short, lengths=(90,), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

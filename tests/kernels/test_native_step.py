@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from linspec.config import DecoderConfig, MixerConfig
+from linspec.kernels.cpu.library import instruction_sets
 from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
 from linspec.step import Feed
@@ -87,6 +88,28 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
             logits = made.step([Feed(0, [tokens[node]])], chain).logits
             chain.commit(0, [0])
             assert torch.equal(logits[0], together[node])
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_step_has_the_same_bits_on_every_instruction_set(
+    library: ctypes.CDLL, mixer: str, bits: int | None
+) -> None:
+    """Norms, quantisation, rotation, attention over a cache and over sums, and all linear layers."""
+    made, before = model(mixer, bits), library.ls_isa()
+    prompt, results = [index * 31 % 97 for index in range(63)], []
+    filled = made.new_state()
+    made.step([Feed(0, prompt)], filled)
+    filled.commit(0, range(len(prompt)))
+    for name in instruction_sets(library):
+        assert library.ls_use_isa(name.encode())
+        state = made.new_state()
+        state.restore(0, filled.snapshot(0))
+        output = made.step([Feed(0, list(range(len(TREE))), TREE)], state)
+        results.append((output.hidden, output.logits))
+    assert library.ls_use_isa(before)
+    for result in results:
+        assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
 def test_prompts_beside_trees_change_nothing(library: ctypes.CDLL) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from linspec.compress.load import load_for
-from linspec.compress.quantize import quantize
+from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import PromptLookup
-from linspec.errors import CheckpointError, ConfigError
+from linspec.errors import CheckpointError, ConfigError, StateError
+from linspec.evaluate.quantize import quantize
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.hub import load_config, load_model, load_tokenizer, resolve
@@ -57,12 +58,16 @@ def test_speculation_is_lossless_with_quantised_weights(bits: int) -> None:
     """Softmax and integer weights: every bit of every logit, so no near tie can differ."""
     model, tokenizer = load_for("embedded-softmax", bits), load_tokenizer("embedded-softmax")
     plain = LLM(model, tokenizer=tokenizer)
-    fast = LLM(model, tokenizer=tokenizer, drafter=PromptLookup(), policy=7)
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    drafters = (PromptLookup(), DraftModel(load_for("embedded-aug", 4), model.config, 8))
+    params = SamplingParams(max_tokens=50, ignore_eos=True, logprobs=2)
     for prompt in (TEXT[:150], "x = [1, 2, 3]\n" * 8):
-        expected, found = plain.generate(prompt, params)[0], fast.generate(prompt, params)[0]
-        assert found.token_ids == expected.token_ids
-        assert found.stats.accepted > 0
+        expected = plain.generate(prompt, params)[0]
+        for drafter in drafters:
+            fast = LLM(model, tokenizer=tokenizer, drafter=drafter, policy=7)
+            found = fast.generate(prompt, params)[0]
+            assert found.token_ids == expected.token_ids
+            assert found.logprobs == expected.logprobs
+            assert found.stats.accepted > 0
 
 
 def test_weights_are_mapped_not_read(small: Path) -> None:
@@ -102,6 +107,12 @@ def test_wrong_bits_do_not_fit(small: Path, tmp_path: Path) -> None:
         load_model(edited(small, tmp_path, bits=8))
 
 
+@pytest.mark.parametrize("bits", [3, "eight", [8], None])
+def test_unknown_bits_are_refused_by_name(small: Path, tmp_path: Path, bits: object) -> None:
+    with pytest.raises(CheckpointError, match="known: 8 and 4"):
+        load_model(edited(small, tmp_path, bits=bits))
+
+
 def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
     copy = edited(small, tmp_path)
     (copy / "model.safetensors").unlink()
@@ -118,6 +129,27 @@ def test_too_little_memory_is_said_before_loading(
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
     with pytest.raises(CheckpointError, match=r"needs .* GiB"):
         load_model(small if quantised else "embedded-aug")
+
+
+def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = LLM("embedded-softmax", max_batch=1)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
+    llm.generate([5] * 20, SamplingParams(max_tokens=1))
+    with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
+        llm.generate([5] * 200, SamplingParams(max_tokens=1))
+
+
+def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a model that lies in the page cache would be refused for the memory that it takes itself."""
+    (tmp_path / "meminfo").write_text("MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    memory.check_memory(4096 * 1024, tmp_path)
+    with pytest.raises(CheckpointError, match="are free"):
+        memory.check_memory(4096 * 1024 + 1, tmp_path)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nothing")
+    memory.check_memory(2**60, tmp_path)
 
 
 def test_quantising_twice_is_refused(small: Path, tmp_path: Path) -> None:

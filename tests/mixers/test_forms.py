@@ -136,6 +136,7 @@ def test_sizes_out_of_range_are_refused(settings: dict[str, object], message: st
         ({"name": "linformer", "features": GROUP + 1}, "at most as many rows of a group"),
         ({"name": "linformer", "kernel": "softmax"}, "under one denominator; kernel 'softmax'"),
         ({"name": "local", "features": 8}, "mixer 'local' has no 'features' to set, got 8"),
+        ({"name": "aug", "taps": 2, "seed": 8}, "mixer 'aug' has no 'seed' to set, got 8"),
         ({"name": "performer", "keep": 8}, "mixer 'performer' has no 'keep' to set, got 8"),
         ({"name": "global", "kernel": "softmax"}, "mixer 'global' sees no group exactly"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from helpers import (
     tiny_config,
 )
 
-from linspec.config import RopeConfig
+from linspec.config import EncoderConfig, MixerConfig, RopeConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.reference import REFERENCES, reference
@@ -114,3 +114,47 @@ def test_gradients_equal_those_of_the_reference(name: str) -> None:
         )
     assert gradients[0].keys() == dict(mixer.named_parameters()).keys()
     assert_close(*gradients, atol=1e-8)
+
+
+# ---- forms for encoders that are equations of their own
+
+
+def in_an_encoder(mixer: MixerConfig) -> Mixer:
+    config = EncoderConfig.from_dict(
+        {k: v for k, v in tiny_config(mixer).to_dict().items() if k in ENCODER_FIELDS}
+    )
+    made = randomise(MIXERS[mixer.name](config, mixer), seed=1).double()
+    assert isinstance(made, Mixer)
+    return made
+
+
+ENCODER_FIELDS = {field.name for field in fields(EncoderConfig)}
+
+
+@pytest.mark.parametrize("taps", [0, TAPS])
+@pytest.mark.parametrize("features", [1, 3, GROUP])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_linformer_in_an_encoder_equals_its_reference(
+    length: int, features: int, taps: int
+) -> None:
+    mixer = in_an_encoder(MixerConfig(name="linformer", group=GROUP, features=features, taps=taps))
+    x, _ = inputs(length)
+    with torch.no_grad():
+        assert_close(mixer(x[None], None)[0], reference(mixer, x))
+
+
+def test_linformer_with_a_row_for_every_token_is_softmax_attention() -> None:
+    """With E and F at the identity nothing is compressed: the published form at full rank."""
+    mixer = in_an_encoder(MixerConfig(name="linformer", group=GROUP, features=GROUP))
+    exact = in_an_encoder(MixerConfig())
+    with torch.no_grad():
+        mixer.key_map.copy_(torch.eye(GROUP))
+        mixer.value_map.copy_(torch.eye(GROUP))
+        exact.load_state_dict(mixer.state_dict(), strict=False)
+        x, _ = inputs(2 * GROUP + 3)
+        assert_close(mixer(x[None], None), exact(x[None], None))
+
+
+def test_what_an_encoder_cannot_forget_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sees every group in an encoder; keep 3 means nothing"):
+        in_an_encoder(MixerConfig(name="linformer", group=GROUP, keep=3))

@@ -101,6 +101,16 @@ def test_single_file_is_cut_into_both_splits(tmp_path: Path, text: str) -> None:
     assert train[0] + held[0] == text and len(held[0]) == len(text) // 20
 
 
+def test_what_is_held_out_of_a_source_does_not_depend_on_the_others(
+    corpus: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    alone = [train_and_heldout([source]) for source in (corpus, tmp_path / "one.txt")]
+    train, held = train_and_heldout([corpus, tmp_path / "one.txt"])
+    assert train == alone[0][0] + alone[1][0] and held == alone[0][1] + alone[1][1]
+    assert text.startswith(train[-1]) and text.endswith(held[-1])
+
+
 def test_tokens_are_closed_documents_and_cached(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

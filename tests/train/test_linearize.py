@@ -203,6 +203,9 @@ def test_output_in_use(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
     [
         ({"mixer": "mamba"}, ConfigError, "unknown mixer 'mamba'; known: aug"),
         ({"mixer": MixerConfig(name="mamba")}, ConfigError, "unknown mixer 'mamba'"),
+        ({"mixer": "aug", "keep": 2}, ConfigError, "mixer 'aug' has no 'keep' to set, got 2"),
+        ({"mixer": "local", "features": 2}, ConfigError, "mixer 'local' has no 'features'"),
+        ({"mixer": "relu", "mixer_seed": 2}, ConfigError, "mixer 'relu' has no 'seed'"),
         ({"keep_softmax": (2,)}, ConfigError, r"no layer 2: layers are 0\.\.1"),
         ({"data": ["/nowhere"]}, InputError, "nowhere does not exist"),
         (
@@ -279,6 +282,10 @@ def test_mixers_by_name() -> None:
     assert make_mixer("gla") == MixerConfig(name="gla", span=2, kernel="softmax")
     assert make_mixer("hedgehog") == MixerConfig(name="hedgehog", span=2)
     assert make_mixer("performer", kernel="relu2").kernel == "relu2"
+    assert make_mixer("linformer", features=4, keep=2) == MixerConfig(
+        name="linformer", span=2, features=4, keep=2
+    )
+    assert make_mixer("rfa", seed=3).seed == 3
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS.names() if name != "softmax"])

@@ -14,7 +14,7 @@ import torch
 from linspec.errors import CheckpointError, ConfigError
 from linspec.files import exclusive
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, load_tokenizer
+from linspec.models.hub import load_config, load_model, load_tokenizer
 from linspec.train import pretrain as module
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.pretrain import Recipe, context_at, pretrain
@@ -69,6 +69,33 @@ def test_killed_pretraining_resumes_bit_for_bit(
     monkeypatch.setattr(Trainer, "_train_step", step)
     cut = pretrain(tmp_path / "cut", recipe="tiny", resume=True)
     assert_same(load_model(whole), load_model(cut))
+
+
+def test_a_base_is_trained_on_with_its_tokenizer_and_more_positions(
+    tmp_path: Path, tiny_recipe: Recipe, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pretrain(tmp_path / "base", recipe="tiny", steps=1)
+    longer = replace(
+        tiny_recipe,
+        base=str(base),
+        model=replace(load_config(base), max_positions=256),
+        recall_share=0.5,
+        train=replace(tiny_recipe.train, lr=1e-6, warmup=0),
+    )
+    monkeypatch.setattr(module, "RECIPES", {"longer": lambda: longer})
+    (tmp_path / "book.txt").write_text(text)
+    out = pretrain(tmp_path / "m", recipe="longer", steps=1, data=[str(tmp_path / "book.txt")])
+    model, start = load_model(out), load_model(base)
+    assert model.config.max_positions == 256
+    assert load_tokenizer(out).get_vocab() == load_tokenizer(base).get_vocab()
+    for name, weight in start.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-2, atol=1e-4)
+
+
+def test_the_recall_recipe_keeps_the_shape_of_its_base() -> None:
+    recipe = module._recall()
+    assert recipe.model == replace(load_config(recipe.base), max_positions=4096)
+    assert recipe.stages[-1][1] == recipe.model.max_positions
 
 
 def test_output_in_use(tmp_path: Path) -> None:

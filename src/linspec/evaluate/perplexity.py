@@ -115,7 +115,7 @@ def evaluate(
     context = model.config.max_positions if context is None else context
     stride = max(1, context // 2) if stride is None else stride
     _check_sizes(model, context, stride, limit_bytes)
-    texts = list(_limited(documents, limit_bytes))
+    texts = list(limited(documents, limit_bytes))
     first = end_of_text(tokenizer, model.config)
     encoded = _encode(tokenizer, texts)
     tokens, size = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
@@ -142,7 +142,7 @@ def _check_sizes(model: Decoder, context: int, stride: int, limit_bytes: int | N
         raise ConfigError(f"limit_bytes must be 1 or more, got {limit_bytes}")
 
 
-def _limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
     """Documents until `limit` bytes are reached."""
     left = math.inf if limit is None else limit
     for text in documents:

@@ -14,7 +14,7 @@ text hang on what stood far above, and they are where a bounded state fails.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,38 +27,13 @@ from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
 from linspec.progress import Progress
 from linspec.train.data import end_of_text
+from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
 
 LENGTHS = (512, 1024, 2048, 4096)
 # 3/4 of each length and of half the shortest: every length has a farthest place, with room for lines
 DISTANCES = (192, 384, 768, 1536, 3072)
 
 _BATCH_TOKENS = 8192
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
-
-
-def _word(rng: random.Random, syllables: int) -> str:
-    return "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(syllables))
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a definition looks like: `pairs` lines, each a cue and, right behind it, its answer.
-
-    A line is written as its format says for a (name, answer): the cue of code is an assignment, the
-    cue of prose a sentence.
-    """
-
-    name: str
-    pairs: int
-    answer: Callable[[random.Random], str]
-
-
-TASKS = (
-    Task("needle", 1, lambda rng: str(rng.randrange(100_000, 1_000_000))),
-    Task("pairs", 4, lambda rng: f"{_word(rng, 3)}"),
-)
-# the line break comes first: a cue begins a line wherever the filler was cut
-CUES = {"code": "\n    self.{name} =", "prose": "\nThe {name} is"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +94,7 @@ def evaluate_recall(
     tokenizer: Any = None,
     data: Sequence[str | Path] = ("stdlib",),
     field: str = "text",
+    texts: Sequence[str] = (),
     lengths: Sequence[int] = LENGTHS,
     distances: Sequence[int] = DISTANCES,
     samples: int = 16,
@@ -128,9 +104,10 @@ def evaluate_recall(
     """Recall of `model`, beside that of `teacher` on the very same texts.
 
     data: held-out text between definitions and questions; lines are code for 'stdlib', prose
-    otherwise. lengths: of whole texts, in tokens; distances that do not fit a length are left out.
-    samples: texts per task, length and seed. Lengths beyond the positions of a softmax model are
-    left out for it and named in `limits`. Raises ConfigError for sizes that cannot be built.
+    otherwise. texts: the part of it to take; if empty, what `held_out_documents` gives. lengths: of
+    whole texts, in tokens; distances that do not fit a length are left out. samples: texts per task,
+    length and seed. Lengths beyond the positions of a softmax model are left out for it and named in
+    `limits`. Raises ConfigError for sizes that cannot be built.
     """
     _check(lengths, samples, seeds)
     if not isinstance(model, Decoder):
@@ -139,21 +116,21 @@ def evaluate_recall(
     check_tokenizer(tokenizer, model.config)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)
-    style = "code" if [str(d) for d in data] == ["stdlib"] else "prose"
-    filler = _filler(tokenizer, model, held_out_documents(data, field), max(lengths))
-    write = Writer(tokenizer, filler, CUES[style])
+    documents = texts or held_out_documents(data, field)
+    filler = filler_ids(tokenizer, model, documents, max(lengths))
+    write = Writer(tokenizer, filler, cue_for(data))
     cells: list[RecallCell] = []
-    limits = [*_limit("model", model, lengths), *_limit("teacher", teacher, lengths)]
-    readable = [length for length in lengths if _reads(model, length)]
+    limits = [*limits_of("model", model, lengths), *limits_of("teacher", teacher, lengths)]
+    readable = [length for length in lengths if reads(model, length)]
     kinds = [(length, task) for length in readable for task in TASKS]
     with Progress("recall", len(kinds)) as progress:
         for done, (length, task) in enumerate(kinds, 1):
-            texts = [
+            questions = [
                 write(task, length, distances, random.Random(f"{seed} {task.name} {i}"))
                 for seed in range(seeds)
                 for i in range(samples)
             ]
-            cells += _cells(task.name, length, texts, model, teacher)
+            cells += _cells(task.name, length, questions, model, teacher)
             progress.update(done, f"{task.name} at {length} tokens")
     return _summary(cells, seeds, samples, limits)
 
@@ -166,19 +143,21 @@ def _check(lengths: Sequence[int], samples: int, seeds: int) -> None:
         )
 
 
-def _reads(model: Decoder | None, length: int) -> bool:
+def reads(model: Decoder | None, length: int) -> bool:
+    """Whether there is a model and it has the positions for texts of this length."""
     limit = None if model is None else model.config.position_limit
     return model is not None and (limit is None or length <= limit)
 
 
-def _limit(role: str, model: Decoder | None, lengths: Iterable[int]) -> list[str]:
-    left_out = [length for length in lengths if model is not None and not _reads(model, length)]
+def limits_of(role: str, model: Decoder | None, lengths: Iterable[int]) -> list[str]:
+    """Which of the lengths a model cannot read, as a sentence or none."""
+    left_out = [length for length in lengths if model is not None and not reads(model, length)]
     if not left_out or model is None:
         return []
     return [f"the {role} ends at {model.config.position_limit} positions: no figure at {left_out}"]
 
 
-def _filler(tokenizer: Any, model: Decoder, documents: Sequence[str], length: int) -> list[int]:
+def filler_ids(tokenizer: Any, model: Decoder, documents: Sequence[str], length: int) -> list[int]:
     """Held-out text as one stream, at least twice `length` long, so that cuts differ."""
     end, ids = end_of_text(tokenizer, model.config), list[int]()
     for text in documents:
@@ -190,11 +169,12 @@ def _filler(tokenizer: Any, model: Decoder, documents: Sequence[str], length: in
     return ids * (2 * length // len(ids) + 1)
 
 
-class Writer:
+class Writer(LineWriter):
     """Writes questions: definitions hidden in filler, asked again at the end of the text."""
 
     def __init__(self, tokenizer: Any, filler: Sequence[int], cue: str) -> None:
-        self.tokenizer, self.filler, self.cue = tokenizer, filler, cue
+        super().__init__(tokenizer, cue)
+        self.filler = filler
 
     def __call__(
         self, task: Task, length: int, distances: Sequence[int], rng: random.Random
@@ -206,7 +186,7 @@ class Writer:
         chosen = sorted((d for d in set(distances) if d <= length * 3 // 4), reverse=True)
         if not chosen:
             raise ConfigError(f"none of the distances {list(distances)} fits {length} tokens")
-        blocks = [[self._line(task, rng) for _ in range(task.pairs)] for _ in chosen]
+        blocks = [[self.line(task, rng) for _ in range(task.pairs)] for _ in chosen]
         asked = [rng.randrange(task.pairs) for _ in chosen]
         questions = [block[i] for block, i in zip(blocks, asked, strict=True)]
         position = length - sum(len(cue) + len(answer) for cue, answer in questions)
@@ -222,14 +202,6 @@ class Writer:
         tail = [t for cue, answer in questions for t in (*cue, *answer)]
         pieces.append((length - len(tail), tail))
         return Question(self._fill(pieces, length, rng), tuple(answers))
-
-    def _line(self, task: Task, rng: random.Random) -> tuple[list[int], list[int]]:
-        """Tokens of a cue and of its answer; in one piece they would not always be the same."""
-        cue = self.cue.format(name=f"{_word(rng, 2)}_{_word(rng, 2)}")
-        return self._ids(cue), self._ids(f" {task.answer(rng)}")
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _fill(
         self, pieces: Sequence[tuple[int, list[int]]], length: int, rng: random.Random
@@ -254,7 +226,7 @@ def _cells(
     task: str, length: int, texts: Sequence[Question], model: Decoder, teacher: Decoder | None
 ) -> list[RecallCell]:
     found = _answers(model, texts)
-    beside = _answers(teacher, texts) if teacher is not None and _reads(teacher, length) else {}
+    beside = _answers(teacher, texts) if teacher is not None and reads(teacher, length) else {}
     cells = []
     for distance in sorted(found):
         hits, tokens, logs = zip(*found[distance], strict=True)

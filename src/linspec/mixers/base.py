@@ -69,7 +69,7 @@ class Mixer(nn.Module):
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
-        for name in ("features", "keep"):
+        for name in ("features", "keep", "seed"):
             if getattr(mixer, name) and name not in self.settings:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"

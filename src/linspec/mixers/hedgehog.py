@@ -54,7 +54,7 @@ class Hedgehog(Normalised):
     ) -> torch.Tensor | None:
         if self.arranged:
             return super().near_weights(products, seen, bias)
-        scores = products * self.head_width**-0.5
+        scores = products * self.config.score_scale
         if seen is not None:
             scores = scores.masked_fill(~seen, float("-inf"))
         # nodes that fill up a ragged batch see nothing: their largest score is no number to subtract

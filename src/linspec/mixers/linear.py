@@ -256,7 +256,8 @@ class GroupedLinear(Mixer):
     ) -> torch.Tensor | None:
         """What the queries of each block [B, Hkv, n, rep * G, K] read within reach: [.., V']."""
         group = self.mixer.group
-        before = (self.mixer.span - 1) * group
+        # before the first block there is nothing
+        before = (min(self.mixer.span, q.shape[2]) - 1) * group
         keys = windows(k, None, before, group)
         seen = causal_window(keys.shape[2], group, before, k.device)
         bias = self._block_bias(keys.shape[3], before)

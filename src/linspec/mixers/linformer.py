@@ -1,4 +1,4 @@
-"""Linformer (Wang et al. 2020) in a causal form: closed groups compressed, the open one exact."""
+"""Linformer (Wang et al. 2020), and a causal form of it: closed groups compressed, the open one exact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS
@@ -26,7 +26,7 @@ TOKENS_PER_ROW = 8
     summary="softmax over the rows within reach and learned mixtures of each earlier group's rows",
     paper="Wang et al. 2020, arXiv 2006.04768",
     state="M·p·(2·d + 1) + 2·n·G·d per KV head: the last M groups, p rows each",
-    cost="2·(n·G + M·p)·d per token",
+    cost="2·(n·G + M·p)·d per token; in an encoder 2·(p/G)·T·d",
 )
 class Linformer(GroupedLinear):
     """Softmax over s within reach and over the rows E K_g, F V_g of the last M closed groups g.
@@ -34,16 +34,24 @@ class Linformer(GroupedLinear):
     The published form mixes all positions and cannot be causal; here E and F [p, G] mix the positions
     of one closed group, and start as averages of p parts of it. Older groups are forgotten, which
     bounds the state.
+
+    In an encoder it is the published form, with these E and F on the diagonal of the matrix that
+    mixes all positions, so that texts of any length fit: every token sees the rows of all groups.
     """
 
     wide = True
     settings = frozenset({"features", "keep"})
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":
             raise ConfigError(
                 f"mixer 'linformer' has softmax weights within reach and beyond, under one "
                 f"denominator; kernel {mixer.kernel!r} means nothing to it, leave it out"
+            )
+        if mixer.keep and not config.causal:
+            raise ConfigError(
+                f"mixer 'linformer' sees every group in an encoder; keep {mixer.keep} means nothing "
+                "there, leave it out"
             )
         super().__init__(config, mixer)
         self.rows = mixer.features or max(1, mixer.group // TOKENS_PER_ROW)
@@ -112,7 +120,7 @@ class Linformer(GroupedLinear):
     def _weigh(self, products: list[torch.Tensor], seen: list[torch.Tensor]) -> list[torch.Tensor]:
         """Softmax weights over the rows of all parts together."""
         masks = [m.expand_as(p) for m, p in zip(seen, products, strict=True)]
-        scores = torch.cat(products, dim=-1) * self.head_width**-0.5
+        scores = torch.cat(products, dim=-1) * self.config.score_scale
         weights = masked_softmax(scores, torch.cat(masks, dim=-1))
         return list(weights.split([p.shape[-1] for p in products], dim=-1))
 
@@ -164,6 +172,22 @@ class Linformer(GroupedLinear):
         seen = new.unfold(2, self.keep, 1)[:, :, : -(-k.shape[2] // self.mixer.group)]
         rows = seen.movedim(-1, 3).flatten(3, 4)
         return rows.split((self.head_width, self.head_width, 1), dim=-1)
+
+    # ---- encoder form
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        rows = self.compress(self._split(k), self._split(v)).flatten(2, 3)
+        keys, values, _ = rows.split((self.head_width, self.head_width, 1), dim=-1)
+        if real is None:
+            real = torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device)
+        # a row stands for a share of its group: it is there when the first token of that is
+        first = [-(-row * self.mixer.group // self.rows) for row in range(self.rows)]
+        there = self._split(real[..., None].byte())[..., first, 0].flatten(1).bool()
+        heads = q.unflatten(1, (self.kv_heads, self.repeats))
+        (weights,) = self._weigh([self._products(heads, keys)], [there[:, None, None, None]])
+        return (weights.flatten(2, 3) @ values).unflatten(2, heads.shape[2:4]).flatten(1, 2)
 
 
 def averages(rows: int, group: int) -> torch.Tensor:

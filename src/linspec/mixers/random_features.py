@@ -41,7 +41,7 @@ class RandomFeatures(Normalised):
     """
 
     wide = True
-    settings = frozenset({"features"})
+    settings = frozenset({"features", "seed"})
     projection: torch.Tensor
 
     def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:

@@ -207,6 +207,21 @@ def linformer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> 
     return torch.stack(out)
 
 
+def linformer_both(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over the rows E K_g, F V_g of all groups g; a row's share must begin before the end."""
+    key_map, value_map = head.own("key_map"), head.own("value_map")
+    count, size = key_map.shape
+    keys, values = [], []
+    for start in range(0, len(k), size):
+        near_k, near_v = k[start : start + size], v[start : start + size]
+        for row in range(count):
+            if math.ceil(row * size / count) < len(near_k):
+                keys.append(key_map[row, : len(near_k)] @ near_k)
+                values.append(value_map[row, : len(near_v)] @ near_v)
+    weights = (q @ torch.stack(keys).T / math.sqrt(q.shape[1])).softmax(1)
+    return weights @ torch.stack(values)
+
+
 def gla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
     """S_t = diag(a_t) S_{t-1} + φ(k_t) v_tᵀ, o_t = φ(q_t) S_t; φ = softmax.
 
@@ -304,14 +319,18 @@ REFERENCES: dict[str, Form] = {
     "gdn": arranged(gdn),
 }
 
+# forms for encoders, where they are not the same equation without causality
+BIDIRECTIONAL: dict[str, Form] = {"linformer": linformer_both}
+
 
 def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None) -> torch.Tensor:
     """What `mixer` must compute for one sequence x [T, D]; angles [T, K/2] are the rotary ones.
 
     Raises ConfigError for a mixer that has no entry in `REFERENCES`.
     """
-    name = mixer.mixer.name
-    if name not in REFERENCES:
+    name, causal = mixer.mixer.name, mixer.config.causal
+    forms = REFERENCES if causal else BIDIRECTIONAL
+    if name not in forms:
         raise ConfigError(f"mixer {name!r} has no reference; add one to mixers/reference.py")
     heads = []
     for query in range(mixer.heads):
@@ -320,9 +339,12 @@ def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None)
         head = Head(mixer=mixer, query=query, shared=shared, unrotated=k)
         if angles is not None:
             q, k = _turn(q, angles), _turn(k, angles)
-        o = REFERENCES[name](q, k, v, head)
+        o = forms[name](q, k, v, head)
         if mixer.mixer.taps:
-            o = o + convolution(v, mixer.get_parameter("taps")[query])
+            # centred in an encoder: as many taps ahead as behind
+            ahead = 0 if causal else mixer.mixer.taps - 1
+            later = torch.cat((v, v.new_zeros(ahead, v.shape[1])))
+            o = o + convolution(later, mixer.get_parameter("taps")[query])[ahead:]
         heads.append(o)
     return mixer.o(torch.cat(heads, dim=1))
 

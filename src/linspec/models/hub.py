@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -34,6 +34,7 @@ from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
 from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, load_quantized
+from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
 from linspec.models.weights import (
     INDEX,
@@ -179,14 +180,23 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             f"no tokenizer in {folder}: none of {', '.join(TOKENIZER_FILES)} is there. "
             "Copy the tokenizer files of the original model into it"
         )
-    # tokenizer.json says everything itself; the Auto class would look for a class by model_type
-    whole = (folder / "tokenizer.json").exists()
-    loader = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        return loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _tokenizer_class(folder).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     # the tokenizers library raises bare Exception for a malformed tokenizer.json
     except Exception as error:
         raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    # tokenizer.json says everything itself; the Auto class would look for a class by model_type
+    if (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast
+    # a quarter of a second that most directories do not need
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
@@ -268,7 +278,7 @@ def _read_own_config(data: Mapping[str, Any], folder: Path) -> ModelConfig:
 def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) -> Model:
     """The model without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with without_memory():
             return model(config)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from error

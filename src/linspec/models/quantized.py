@@ -25,6 +25,7 @@ from linspec.files import replace_dir
 from linspec.kernels.linear import BITS, Blank
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
+from linspec.models.skeleton import without_memory
 from linspec.models.weights import SINGLE
 
 ENTRY = "quantization"
@@ -65,7 +66,7 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     if not path.exists():
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
-    with torch.device("meta"):
+    with without_memory():
         model = Decoder(config).eval().prepare(Blank(bits))
     tensors = map_tensors(path)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -87,9 +88,10 @@ def _check(entry: Any, folder: Path) -> int:
             f"{folder} holds quantised weights of format {version}, this linspec reads format {FORMAT}; "
             "quantise the original model again with `linspec quantize`, or use the linspec that wrote it"
         )
-    if entry.get("bits") not in BITS:
-        raise CheckpointError(f"{folder} has weights of {entry.get('bits')} bits; known: 8 and 4")
-    return int(entry["bits"])
+    bits = entry.get("bits")
+    if not isinstance(bits, int) or bits not in BITS:
+        raise CheckpointError(f"{folder} has weights of {bits} bits; known: 8 and 4")
+    return bits
 
 
 def write_aligned(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -65,10 +65,21 @@ def train_and_heldout(
 ) -> tuple[list[str], list[str]]:
     """Documents to train on and documents never to train on, both non-empty.
 
-    The split is by the hash of each document; where that leaves one side empty (a single file), the
-    end of every document is held out instead. Raises InputError like `load_documents`.
+    The split is by the hash of each document; where that leaves one side of a source empty (a single
+    file), the end of each of its documents is held out instead. Each source is split by itself, so
+    that what is held out of it does not depend on the others. Raises InputError like
+    `load_documents`.
     """
-    documents = load_documents(sources, "all", field)
+    parts: tuple[list[str], list[str]] = ([], [])
+    for source in sources:
+        for part, documents in zip(
+            parts, _split(load_documents([source], "all", field)), strict=True
+        ):
+            part.extend(documents)
+    return parts
+
+
+def _split(documents: list[str]) -> tuple[list[str], list[str]]:
     parts: tuple[list[str], list[str]] = ([], [])
     for text in documents:
         parts[is_held_out(text.encode())].append(text)

@@ -25,7 +25,7 @@ from linspec.errors import ConfigError, InputError
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer, resolve, save_model
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, record_files
+from linspec.train.linearize import FROM_NOTHING, RECORD, record_files
 from linspec.train.loop import LossFn, TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import changed_layers, make_mixer, student_mixers
@@ -40,7 +40,7 @@ class EncoderTraining:
     """How long and how to train.
 
     transfer_steps, finetune_steps: of the two stages. rows: texts of a step; context: most tokens of a
-    text. mixer_lr_factor: on the rate of α and taps, which start at zero and have far to go.
+    text. mixer_lr_factor: on the rate of α, taps and what else starts at nothing and has far to go.
     """
 
     transfer_steps: int = 60
@@ -62,7 +62,7 @@ class EncoderTraining:
 
     def stage(self, steps: int, lr: float) -> TrainConfig:
         """Settings of the training loop for one stage."""
-        factors = (("alpha", self.mixer_lr_factor), ("taps", self.mixer_lr_factor))
+        factors = tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING)
         return TrainConfig(
             steps=steps,
             lr=lr,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from linspec.models.decoder import Decoder
+from linspec.train.objective import Predictor, next_tokens
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -16,20 +16,23 @@ LORA_TARGETS = ("q", "k", "v", "o")
 
 
 def finetune_loss(
-    student: Decoder, batch: torch.Tensor, teacher: Decoder | None = None, kl_weight: float = 0.0
+    student: Predictor,
+    batch: torch.Tensor,
+    teacher: Predictor | None = None,
+    kl_weight: float = 0.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy of batch [B, T + 1] plus kl_weight · KL(teacher ‖ student), in nats."""
-    ids, labels = batch[:, :-1], batch[:, 1:].flatten()
-    log_probs = student(ids).flatten(0, 1).float().log_softmax(-1)
+    """Mean cross-entropy of windows [B, T + 1] plus kl_weight · KL(teacher ‖ student), in nats."""
+    logits, labels = next_tokens(student, batch)
+    log_probs = logits.log_softmax(-1)
     loss = F.nll_loss(log_probs, labels)
     if teacher is None or kl_weight == 0:
         return loss
     with torch.no_grad():
-        wanted = teacher(ids).flatten(0, 1).float().log_softmax(-1)
+        wanted = next_tokens(teacher, batch)[0].log_softmax(-1)
     return loss + kl_weight * F.kl_div(log_probs, wanted, log_target=True, reduction="batchmean")
 
 
-def add_lora(student: Decoder, rank: int, alpha: int, seed: int) -> PeftModel:
+def add_lora(student: Predictor, rank: int, alpha: int, seed: int) -> PeftModel:
     """Low-rank adapters (Hu et al. 2021) on the projections of `student`, changed in place.
 
     Everything else is frozen but what You et al. 2024 train in full: the embeddings, the norms and
@@ -56,7 +59,7 @@ def trained_in_full(name: str) -> bool:
     return own or "norm" in module or module.startswith("embed")
 
 
-def merge_lora(adapted: PeftModel) -> Decoder:
-    """The decoder with its adapters folded into plain weights."""
-    merged: Decoder = adapted.merge_and_unload()
+def merge_lora(adapted: PeftModel) -> Predictor:
+    """The model with its adapters folded into plain weights."""
+    merged: Predictor = adapted.merge_and_unload()
     return merged.requires_grad_(True)

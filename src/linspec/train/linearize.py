@@ -20,19 +20,27 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig
 from linspec.errors import CheckpointError, ConfigError
-from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
+from linspec.models.hub import (
+    check_tokenizer,
+    load_generator,
+    load_tokenizer,
+    resolve,
+    save_model,
+)
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.objective import Predictor
+from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import (
     DEFAULT_GROUP,
     DEFAULT_ROWS,
     by_need,
     changed_layers,
+    check_mixers,
     make_mixer,
     spread,
     student_mixers,
@@ -57,7 +65,8 @@ class LinearizeConfig:
     transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
     mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
     kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
-    else adapters of this rank.
+    else adapters of this rank. recall_share: of the windows, how many are texts that ask for what
+    stood above (see `RecallWindows`), for a teacher that was trained on such.
     """
 
     tokens: int = 2_200_000
@@ -75,16 +84,23 @@ class LinearizeConfig:
     precision: str = "auto"
     save_every: float = 120.0
     seed: int = 0
+    recall_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "context", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.transfer_share is not None and not 0 <= self.transfer_share <= 1:
-            raise ConfigError(f"transfer_share must be in 0..1, got {self.transfer_share}")
+        for name in ("transfer_share", "recall_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{name} must be in 0..1, got {share}")
         for name in ("kl_weight", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types: the same as before there was a recall_share, where it is 0."""
+        return {k: v for k, v in asdict(self).items() if k != "recall_share" or v}
 
     @property
     def rows(self) -> int:
@@ -136,6 +152,9 @@ def linearize(
     span: int | Sequence[int] | None = None,
     rows: int = DEFAULT_ROWS,
     kernel: str | None = None,
+    features: int = 0,
+    keep: int = 0,
+    mixer_seed: int = 0,
     keep_softmax: Sequence[int] = (),
     softmax_layers: int = 0,
     data: Sequence[str | Path] = ("stdlib",),
@@ -146,33 +165,47 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps` and `window` (see
-    `make_mixer` for what None means), or a MixerConfig. span: may give one for each layer. rows:
-    with kernel softmax and no span given, tokens that a layer sees exactly in the mean; measured on
-    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
-    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see
-    far most. A mixer that changes nothing trains the teacher on (see
+    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps`, `window`, `features`, `keep`
+    and `mixer_seed` (see `make_mixer` for what None and 0 mean), or a MixerConfig. span: may give one
+    for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
+    the mean; measured on the teacher, layers that need to see far get more of them (see
+    `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
+    do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state.
+
+    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
+    learns to predict the second half of a window of `context` tokens from the first.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
     """
     config = config or LinearizeConfig()
     one_span = span if isinstance(span, int) else None
-    wanted = make_mixer(mixer, group=group, span=one_span, kernel=kernel, taps=taps, window=window)
+    wanted = make_mixer(
+        mixer,
+        group=group,
+        span=one_span,
+        kernel=kernel,
+        taps=taps,
+        window=window,
+        features=features,
+        keep=keep,
+        seed=mixer_seed,
+    )
     out = Path(out)
     if out.resolve() == resolve(source).resolve():
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
-    teacher, tokenizer = load_model(source), load_tokenizer(source)
+    teacher, tokenizer = load_generator(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
         mixers = spread(mixers, span, keep_softmax)
     changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
     config = config.completed([mixers[layer] for layer in changed])
-    _check_context(teacher.config.with_mixers(mixers), config.context)
+    _check_context(teacher.config, config.context)
+    check_mixers(teacher, mixers)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
     measured = free and bool(changed)
     if not 0 <= softmax_layers < max(1, len(changed)):
@@ -186,7 +219,7 @@ def linearize(
         "softmax_layers": softmax_layers,
         "data": [str(d) for d in data],
         "field": field,
-        "config": asdict(config),
+        "config": config.to_json(),
     }
     accelerator = make_accelerator()
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
@@ -225,7 +258,7 @@ def continue_training(
 
     The control of a linearization: what the same tokens do for the teacher.
     """
-    layers = range(load_model(source).config.layers)
+    layers = range(len(load_generator(source).config.mixers))
     return linearize(
         source, out, keep_softmax=layers, data=data, field=field, config=config, resume=resume
     )
@@ -241,8 +274,13 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     return found
 
 
-def _check_context(config: DecoderConfig, context: int) -> None:
-    if context > config.max_positions:
+def _check_context(config: DecoderConfig | Seq2SeqConfig, context: int) -> None:
+    if isinstance(config, Seq2SeqConfig):
+        if context < 2:
+            raise ConfigError(
+                f"a window of {context} token has no source and target; give 2 or more"
+            )
+    elif context > config.max_positions:
         raise ConfigError(
             f"a training context of {context} tokens is beyond the teacher's "
             f"{config.max_positions} positions; choose a shorter --context"
@@ -253,13 +291,14 @@ def _windows(
     data: Sequence[str | Path],
     field: str,
     tokenizer: PreTrainedTokenizerBase,
-    model: DecoderConfig,
+    model: DecoderConfig | Seq2SeqConfig,
     config: LinearizeConfig,
     accelerator: Accelerator,
 ) -> Windows:
     texts, _ = train_and_heldout(data, field)
     stream = tokenize(texts, tokenizer, end_of_text(tokenizer, model))
-    return Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    return with_recall(windows, tokenizer, data, config.recall_share)
 
 
 def record_files(
@@ -284,8 +323,8 @@ class _Stages:
 
     def __init__(
         self,
-        teacher: Decoder,
-        student: Decoder,
+        teacher: Predictor,
+        student: Predictor,
         windows: Windows,
         config: LinearizeConfig,
         folder: Path,

@@ -110,7 +110,8 @@ def make_optimizers(
     rest: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in named.items():
         factor, is_matrix = lr_factor(name, config), weight.ndim >= 2
-        outside = factor != 1.0 or weight.ndim != 2 or "embed" in name or "head" in name
+        table = any(part in name for part in ("embed", "head", "relative"))
+        outside = factor != 1.0 or weight.ndim != 2 or table
         if config.muon_lr is None or outside:
             rest.setdefault((is_matrix, factor), []).append(weight)
         else:

@@ -1,37 +1,50 @@
-"""Train the embedded softmax teacher from nothing: `linspec pretrain --recipe embedded`."""
+"""Train the small teachers: `linspec pretrain --recipe embedded`.
+
+`embedded` and the FLASH recipes start from nothing; `recall` trains the embedded teacher on, on texts
+that ask for what stood up to 4,096 tokens above.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig
+from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
-from linspec.models.decoder import Decoder
-from linspec.models.flash import Flash
-from linspec.models.hub import save_model
-from linspec.train.data import Windows, load_documents, tokenize
+from linspec.models.hub import load_config, load_model, load_tokenizer, save_model
+from linspec.models.kinds import kind_of
+from linspec.train.corpora import known_sources
+from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
+from linspec.train.objective import Predictor, next_tokens
+from linspec.train.recall_texts import with_recall
 from linspec.train.run import locked, make_accelerator
 from linspec.train.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context)."""
+    """A whole pretraining run: shape, data, schedule. `stages` are (share of steps, context).
 
-    model: DecoderConfig
+    base: the model whose weights and tokenizer it starts from, or empty. recall_share: of the windows,
+    how many are texts that ask for what stood above (see `RecallWindows`).
+    """
+
+    model: DecoderConfig | Seq2SeqConfig
     train: TrainConfig
+    base: str = ""
     sources: tuple[str, ...] = ("stdlib",)
+    recall_share: float = 0.0
     tokens_per_step: int = 8192
     stages: tuple[tuple[float, int], ...] = ((1.0, 1024),)
 
@@ -82,8 +95,30 @@ def _flash(variant: str, taps: int) -> Recipe:
     )
 
 
+def _recall() -> Recipe:
+    """The embedded teacher with four times the positions, which it learns to use."""
+    base = "embedded-softmax"
+    return Recipe(
+        model=replace(load_config(base), max_positions=4096),
+        train=TrainConfig(
+            steps=500,
+            lr=1e-3,
+            muon_lr=2e-3,
+            warmup=20,
+            decay=0.7,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            seed=2,
+        ),
+        base=base,
+        recall_share=0.5,
+        stages=((0.75, 1024), (0.25, 4096)),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "embedded": _embedded,
+    "recall": _recall,
     "flash-aug": lambda: _flash("aug", 32),
     "flash-quadratic": lambda: _flash("quadratic", 0),
 }
@@ -96,16 +131,15 @@ def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> Non
         if weight.ndim < 2 or name.endswith(("mixer.beta", "mixer.taps")):
             continue
         std = 0.02
-        if name.endswith(("mixer.o.weight", "mlp.down.weight")):
+        if name.endswith(("mixer.o.weight", "cross.o.weight", "mlp.down.weight")):
             std /= (2 * layers) ** 0.5
         with torch.no_grad():
             weight.normal_(0.0, std, generator=generator)
 
 
-def next_token_loss(model: Decoder, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of batch [B, T + 1]."""
-    logits = model(batch[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+def next_token_loss(model: Predictor, batch: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of windows [B, T + 1]; see `next_tokens`."""
+    return F.cross_entropy(*next_tokens(model, batch))
 
 
 def context_at(step: int, recipe: Recipe) -> int:
@@ -119,11 +153,17 @@ def context_at(step: int, recipe: Recipe) -> int:
 
 
 def pretrain(
-    out: Path, *, recipe: str = "embedded", resume: bool = False, steps: int | None = None
+    out: Path,
+    *,
+    recipe: str = "embedded",
+    data: Sequence[str] = (),
+    resume: bool = False,
+    steps: int | None = None,
 ) -> Path:
     """Train `recipe` into the model directory `out`; returns it.
 
-    `steps` overrides the recipe's length. Killed at any moment, the same call with `resume` goes on
+    `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
+    `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
     from the last saved state. Raises ConfigError for an unknown recipe.
     """
     if recipe not in RECIPES:
@@ -133,43 +173,91 @@ def pretrain(
         plan = replace(plan, train=replace(plan.train, steps=steps))
     out, accelerator = Path(out), make_accelerator()
     with locked(out, accelerator):
-        documents = load_documents(plan.sources, "train")
+        if data:
+            found = [files for source in data for files in known_sources(source, out).values()]
+            plan = replace(plan, sources=tuple(file for files in found for file in files))
+        documents, _ = train_and_heldout(plan.sources)
         tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
-        model = Flash(plan.model) if isinstance(plan.model, FlashConfig) else Decoder(plan.model)
-        generator = torch.Generator().manual_seed(plan.train.seed)
-        initialize(model, plan.model.layers, generator)
-        model.to(accelerator.device)
-        stream = tokenize(documents, tokenizer, 0)
-        windows = Windows(
-            stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index
-        )
-
-        def batch(step: int) -> torch.Tensor:
-            context = context_at(step, plan)
-            return windows.batch(step, plan.tokens_per_step // context, context)
-
-        trainer = Trainer(
-            model,
-            lambda ids: next_token_loss(model, ids),
-            batch,
-            plan.train,
-            out / "training",
-            label="pretrain",
-            accelerator=accelerator,
-        )
-        log = trainer.run(resume=resume)
-        if accelerator.is_main_process:
-            save_model(
-                model, tokenizer, out, torch.bfloat16, extra_files={"log.jsonl": log_lines(log)}
-            )
-        accelerator.wait_for_everyone()
+        _train(plan, documents, tokenizer, out, torch.bfloat16, accelerator, resume)
     return out
+
+
+def train_from_nothing(
+    out: Path,
+    recipe: Recipe,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """As `pretrain` with a recipe and a tokenizer of one's own, on `documents`; returns `out`.
+
+    The same call goes on with what is there. dtype: of the saved weights.
+    """
+    out, accelerator = Path(out), make_accelerator()
+    with locked(out, accelerator):
+        # the last file of a model to be written
+        if not (out / "config.json").exists():
+            _train(recipe, documents, tokenizer, out, dtype, accelerator, None)
+    return out
+
+
+def _train(
+    plan: Recipe,
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    dtype: torch.dtype,
+    accelerator: Accelerator,
+    resume: bool | None,
+) -> None:
+    """Train a model of the recipe's shape and save it; resume None: if there is a state."""
+    model = _model(plan)
+    model.to(accelerator.device)
+    stream = tokenize(documents, tokenizer, end_of_text(tokenizer, plan.model))
+    windows = with_recall(
+        Windows(stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index),
+        tokenizer,
+        plan.sources,
+        plan.recall_share,
+    )
+
+    def batch(step: int) -> torch.Tensor:
+        context = context_at(step, plan)
+        return windows.batch(step, plan.tokens_per_step // context, context)
+
+    trainer = Trainer(
+        model,
+        lambda ids: next_token_loss(model, ids),
+        batch,
+        plan.train,
+        out / "training",
+        label="pretrain",
+        accelerator=accelerator,
+    )
+    log = trainer.run(resume=trainer.has_state if resume is None else resume)
+    if accelerator.is_main_process:
+        save_model(model, tokenizer, out, dtype, extra_files={"log.jsonl": log_lines(log)})
+    accelerator.wait_for_everyone()
+
+
+def _model(plan: Recipe) -> Predictor:
+    """The recipe's model with the weights that it starts from."""
+    kind: Callable[..., Any] = kind_of(plan.model).model
+    model: Predictor = kind(plan.model)
+    if plan.base:
+        model.load_state_dict(load_model(plan.base).state_dict())
+    else:
+        initialize(model, plan.model.layers, torch.Generator().manual_seed(plan.train.seed))
+    return model
 
 
 def _tokenizer(
     documents: list[str], plan: Recipe, out: Path, resume: bool, accelerator: Accelerator
-) -> PreTrainedTokenizerFast:
+) -> PreTrainedTokenizerBase:
     """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
+    if plan.base:
+        return load_tokenizer(plan.base)
     folder = out / "training-tokenizer"
     if resume and folder.exists():
         kept: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)

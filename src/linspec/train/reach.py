@@ -6,20 +6,23 @@ of rows that every layer gets alike is wasted on most of them, so it goes where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.base import Rope
 from linspec.models.decoder import Decoder
 from linspec.progress import Progress
 from linspec.train.finetune import finetune_loss
 from linspec.train.loop import fast_bfloat16
-from linspec.train.transfer import mixer_of
+from linspec.train.objective import Predictor
+from linspec.train.transfer import block_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Reach:
 
 
 def measure_reach(
-    teacher: Decoder, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
+    teacher: Predictor, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
 ) -> Reach:
     """Swap `mixer` into one of `layers` at a time, at spans of 1, 2, 4, … groups.
 
@@ -61,10 +64,13 @@ def measure_reach(
     """
     most = -(-(batch.shape[1] - 1) // mixer.group)
     reach = Reach([1 << i for i in range(most.bit_length()) if 1 << i <= most], {})
-    with Progress("reach", len(layers)) as progress:
+    with torch.no_grad(), _precision(batch.device), Progress("reach", len(layers)) as progress:
+        loss = _loss_of(teacher, batch)
         for done, layer in enumerate(layers, 1):
-            mixers = [replace(mixer, span=span) for span in reach.spans]
-            found = [_loss_with(teacher, layer, mixer, batch) for mixer in mixers]
+            found = []
+            for span in reach.spans:
+                with _swapped(teacher, layer, replace(mixer, span=span)):
+                    found.append(loss(layer))
             reach.losses[layer] = found
             progress.update(done, f"layer {layer}: {found[0]:.3f} to {found[-1]:.3f} nats")
     return reach
@@ -97,24 +103,47 @@ def _longer(
                 yield (measured[now] - measured[i]) / cost, layer, i
 
 
-@torch.no_grad()
-def _loss_with(teacher: Decoder, layer: int, mixer: MixerConfig, batch: torch.Tensor) -> float:
-    device = batch.device
-    with (
-        _swapped(teacher, layer, mixer),
-        torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)),
-    ):
-        return float(finetune_loss(teacher, batch))
+def _loss_of(teacher: Predictor, batch: torch.Tensor) -> Callable[[int], float]:
+    """The loss when one layer is changed; of a decoder, the layers before it are computed once."""
+    if not isinstance(teacher, Decoder):
+        return lambda layer: float(finetune_loss(teacher, batch))
+    entering, rope = _states(teacher, batch[:, :-1])
+    return lambda layer: _loss_from(teacher, layer, entering[layer], rope, batch[:, 1:])
+
+
+def _states(teacher: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], Rope]:
+    """What enters every layer, [B, T, D] each, and the rotation of the positions."""
+    x, rope = teacher.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+    entering = []
+    for block in teacher.layers:
+        entering.append(x)
+        x = block(x, rope)
+    return entering, rope
+
+
+def _loss_from(
+    teacher: Decoder, layer: int, x: torch.Tensor, rope: Rope, labels: torch.Tensor
+) -> float:
+    """Mean nats of labels [B, T] from what enters `layer`; what is before it does not change."""
+    for block in teacher.layers[layer:]:
+        x = block(x, rope)
+    logits = teacher.head(teacher.leave(x))
+    return float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 @contextmanager
-def _swapped(teacher: Decoder, layer: int, mixer: MixerConfig) -> Iterator[None]:
+def _swapped(teacher: Predictor, layer: int, mixer: MixerConfig) -> Iterator[None]:
     """The teacher with another mixer in one layer, as it is before any training."""
-    old = mixer_of(teacher, layer)
-    new: Mixer = MIXERS[mixer.name](teacher.config, mixer)
+    block = block_of(teacher, layer)
+    old = block.mixer
+    new: Mixer = MIXERS[mixer.name](old.config, mixer)
     new.load_state_dict(old.state_dict(), strict=False)
-    teacher.blocks[layer].mixer = new.to(old.k.weight)
+    block.mixer = new.to(old.k.weight)
     try:
         yield
     finally:
-        teacher.blocks[layer].mixer = old
+        block.mixer = old

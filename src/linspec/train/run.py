@@ -20,6 +20,8 @@ from linspec.errors import TrainingError
 from linspec.files import exclusive, replace_text
 
 Plan = Mapping[str, Any]
+# in the folder of a run under way
+PLAN_FILE = "plan.json"
 
 
 def make_accelerator() -> Accelerator:
@@ -54,7 +56,7 @@ def training_run(
         if accelerator.is_main_process and not resume:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            replace_text(folder / "plan.json", json.dumps(plan, indent=2) + "\n")
+            replace_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
         accelerator.wait_for_everyone()
         yield folder
         accelerator.wait_for_everyone()
@@ -62,9 +64,14 @@ def training_run(
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def begun(out: Path, record: str) -> bool:
+    """Whether `out` holds a run that can be resumed: one under way, or a finished one."""
+    return (out / "training" / PLAN_FILE).exists() or (out / record).exists()
+
+
 def _is_done(out: Path, plan: Plan, folder: Path, record: str) -> bool:
-    if (folder / "plan.json").exists():
-        _check_same(_read(folder / "plan.json"), plan, out)
+    if (folder / PLAN_FILE).exists():
+        _check_same(_read(folder / PLAN_FILE), plan, out)
         return False
     if not (out / record).exists():
         raise TrainingError(f"nothing to resume in {out}; run without --resume first")

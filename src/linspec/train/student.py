@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from linspec.config import MixerConfig, StackConfig
+import torch
+
+from linspec.config import MixerConfig, Seq2SeqConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_text
 from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
 from linspec.train.data import Windows
+from linspec.train.objective import Predictor
 from linspec.train.reach import Reach, measure_reach
 
 DEFAULT_GROUP = 64
 DEFAULT_ROWS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# windows of text on which the layers are measured
+# the layers are measured on the tokens of so many windows ...
 REACH_WINDOWS = 8
+# ... in texts of so many times the training context, where the teacher has the positions
+REACH_BEYOND = 4
 # mixers that by default keep the teacher's softmax weights within reach ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
 SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
+
+
+P = TypeVar("P", bound=Predictor)
+C = TypeVar("C", bound=StackConfig | Seq2SeqConfig)
 
 
 def make_mixer(
@@ -35,11 +45,15 @@ def make_mixer(
     kernel: str | None = None,
     taps: int | None = None,
     window: int | None = None,
+    features: int = 0,
+    keep: int = 0,
+    seed: int = 0,
 ) -> MixerConfig:
     """The configuration of a mixer by name; raises ConfigError for an unknown one.
 
     Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
-    with one, a token at the start of a group would see nothing of its past exactly.
+    with one, a token at the start of a group would see nothing of its past exactly. features, keep,
+    seed: see MixerConfig; 0 for the mixer's default.
     """
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
@@ -56,38 +70,56 @@ def make_mixer(
         kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
         taps=taps,
         window=window,
+        features=features,
+        keep=keep,
+        seed=seed,
     )
 
 
 def student_mixers(
-    config: StackConfig, wanted: MixerConfig, keep: Iterable[int]
+    config: StackConfig | Seq2SeqConfig, wanted: MixerConfig, keep: Iterable[int]
 ) -> tuple[MixerConfig, ...]:
-    """`wanted` in every layer but those of `keep`, which stay as they are."""
+    """`wanted` in every layer but those of `keep`, which stay as they are.
+
+    An encoder-decoder counts the layers of its encoder first.
+    """
     keep = set(keep)
-    strange = sorted(layer for layer in keep if not 0 <= layer < config.layers)
+    layers = range(len(config.mixers))
+    strange = sorted(layer for layer in keep if layer not in layers)
     if strange:
-        raise ConfigError(f"no layer {strange[0]}: layers are 0..{config.layers - 1}")
+        raise ConfigError(f"no layer {strange[0]}: layers are 0..{layers[-1]}")
     # `softmax` has no group: its size must not make two equal mixers differ
     if wanted.name == "softmax" and not wanted.taps:
         wanted = MixerConfig()
     return tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
 
 
-def with_mixers(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
+def check_mixers(teacher: Predictor, mixers: tuple[MixerConfig, ...]) -> None:
+    """Raise ConfigError if a student of `teacher` cannot have these mixers."""
+    with torch.device("meta"):
+        _make_student(teacher, mixers)
+
+
+def _make_student(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
+    kind: Callable[..., P] = type(teacher)
+    return kind(teacher.config.with_mixers(mixers))
+
+
+def with_mixers(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     """A student with the teacher's weights; what only its mixers have starts at its own init."""
-    student = Decoder(teacher.config.with_mixers(mixers))
+    student = _make_student(teacher, mixers)
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student
 
 
-def changed_layers(teacher: StackConfig, student: StackConfig) -> list[int]:
+def changed_layers(teacher: C, student: C) -> list[int]:
     """Layers whose mixers differ."""
     pairs = zip(teacher.mixers, student.mixers, strict=True)
     return [layer for layer, (old, new) in enumerate(pairs) if old != new]
 
 
 def by_need(
-    teacher: Decoder,
+    teacher: Predictor,
     mixers: tuple[MixerConfig, ...],
     layers: Sequence[int],
     windows: Windows,
@@ -98,11 +130,17 @@ def by_need(
 ) -> tuple[MixerConfig, ...]:
     """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
 
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    Texts to measure on are longer than the windows of training where the teacher can read them: what
+    a layer needs from far above shows nowhere else. softmax_layers: so many stay as they are. rows:
+    see `linearize`; None leaves the spans.
     """
     file = folder / "reach.json"
     if not file.exists():
-        batch = windows.batch(0, REACH_WINDOWS).to(teacher.embed.weight.device)
+        # a T5 has no positions of its own: nobody says that it can read more than it trained on
+        most = teacher.config.max_positions if isinstance(teacher, Decoder) else windows.context
+        context = min(REACH_BEYOND * windows.context, most)
+        count = REACH_WINDOWS * windows.context // context
+        batch = windows.batch(0, count, context).to(teacher.embed.weight.device)
         measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
         replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
     spans, losses = json.loads(file.read_text(encoding="utf-8"))

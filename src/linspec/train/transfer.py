@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from linspec.mixers import Mixer
+from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.encoder import Encoder
+from linspec.train.objective import Predictor, blocks_of, next_tokens
 
-Stack = Decoder | Encoder
+Stack = Predictor | Encoder
 
 
 class Transfer:
@@ -56,15 +58,20 @@ class Transfer:
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
         """Mean over layers of the squared error relative to the teacher's mean square.
 
-        batch [B, T + 1] for a decoder, whose last token is not read; [B, T] for an encoder, negative
-        at padding.
+        batch [B, T + 1]: windows, see `next_tokens`; [B, T] for an encoder, negative at padding.
         """
         with torch.no_grad():
-            if isinstance(self.teacher, Encoder):
-                self.teacher(batch.clamp_min(0), batch >= 0)
-            else:
-                self.teacher.hidden(batch[:, :-1])
+            self._run_teacher(batch)
         return torch.stack([self._error(layer) for layer in self.layers]).mean()
+
+    def _run_teacher(self, batch: torch.Tensor) -> None:
+        if isinstance(self.teacher, Encoder):
+            self.teacher(batch.clamp_min(0), batch >= 0)
+        elif isinstance(self.teacher, Decoder):
+            # the output layer is not needed
+            self.teacher.hidden(batch[:, :-1])
+        else:
+            next_tokens(self.teacher, batch)
 
     def _error(self, layer: int) -> torch.Tensor:
         inputs, wanted = self._seen[layer]
@@ -81,9 +88,12 @@ class Transfer:
 
 def mixer_of(model: Stack, layer: int) -> Mixer:
     """The mixer of one layer."""
-    mixer = model.blocks[layer].mixer
-    assert isinstance(mixer, Mixer)
-    return mixer
+    return block_of(model, layer).mixer
+
+
+def block_of(model: Stack, layer: int) -> Block:
+    """The block of one layer; an encoder-decoder counts those of its encoder first."""
+    return (model.layers if isinstance(model, Encoder) else blocks_of(model))[layer]
 
 
 def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from checkpoints import model_dir
 from helpers import random_tokens, tiny_config
 from test_study import SIZE
 
-from linspec.config import MixerConfig
+from linspec.config import DecoderConfig, MixerConfig
+from linspec.evaluate.recall import Recall, RecallCell
 from linspec.evaluate.study import make_plan, study
-from linspec.evaluate.study.recipes import RECIPES, Recipes
+from linspec.evaluate.study.recipes import Recipes
 from linspec.evaluate.study.speculation import TREE_NODES, _tree
 from linspec.evaluate.study.table import Results
 from linspec.evaluate.study.training import stop_leaking
@@ -128,10 +130,62 @@ def test_a_recipe_is_trained_scored_and_shown(tmp_path: Path) -> None:
     )
     table = Recipes(plan)
     cells = table.cells()
-    assert len({cell.key for cell in cells}) == len(cells) == len(RECIPES) * plan.seeds
+    assert len({cell.key for cell in cells}) == len(cells) == len(table.recipes) * plan.seeds
     control, ours = cells[0], next(cell for cell in cells if cell.row == "linspec")
     done = [(cell, table.measure(cell, tmp_path / cell.key)) for cell in (control, ours)]
     assert done[1][1]["state_bytes"] > done[0][1]["state_bytes"] == 0
     shown = table.section(Results(done)).grids[0]
     assert next(line for line in shown.rows if line[0] == control.row)[2] == "+0.0%"
     assert next(line for line in shown.rows if line[0].startswith("Liger"))[1] == "–"
+
+
+def test_recall_is_measured_as_far_as_the_teacher_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "book.txt").write_text("the end " * 400)
+    asked: list[int] = []
+
+    def measured(model: object, *, lengths: list[int], **rest: object) -> Recall:
+        asked.extend(lengths)
+        cells = [RecallCell("needle", n, 192, 1, 0, 1 / n, 0, 2 / n, 0.5) for n in lengths]
+        cells[-1] = replace(cells[-1], tokens=cells[-1].teacher_tokens or 0)
+        return Recall(tuple(cells), 0, 0.1, 0.9, 1, 1)
+
+    monkeypatch.setattr("linspec.evaluate.study.recipes.evaluate_recall", measured)
+    plan = make_plan(tmp_path / "out", data=[str(tmp_path / "book.txt")])
+    shape = plan.config
+    found = {}
+    for positions, lengths in ((400, [200, 400]), (1600, [200, 400, 800, 1600])):
+        vars(plan)["config"] = replace(shape, max_positions=positions)
+        asked.clear()
+        found = Recipes(plan)._recall(None, None, (), 400)  # type: ignore[arg-type]
+        assert asked == lengths
+        assert (found["far_relative_recall"] is None) == (positions == 400)
+    # beyond 400: (1/800 + 2/1600) of (2/800 + 2/1600)
+    assert found["far_relative_recall"] == pytest.approx(2 / 3)
+
+
+def test_a_recipe_stands_where_it_says_something_about_the_teacher(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the end " * 400)
+    data = [str(tmp_path / "book.txt")]
+
+    def rows(config: DecoderConfig) -> set[str]:
+        plan = make_plan(tmp_path / "out", data=data)
+        vars(plan)["config"] = config
+        return {cell.row for cell in Recipes(plan).cells()}
+
+    small = make_plan(tmp_path / "out").config
+    shape = {name: getattr(small, name) for name in ("vocab_size", "width", "heads", "kv_heads")}
+    deep = DecoderConfig(**shape, layers=8, head_width=64, mlp_width=64, max_positions=4096)
+    few, many = rows(small), rows(deep)
+    assert few < many
+    assert {"linspec, two softmax layers", "linspec, 1,024 exact rows"} <= many - few
+    # a teacher that was trained on recall texts is linearized on them: other cells
+    plain, asking = (
+        {
+            cell.key
+            for cell in Recipes(make_plan(tmp_path / "out", data=data, recall_share=share)).cells()
+        }
+        for share in (0.0, 0.5)
+    )
+    assert not plain & asking

@@ -4,7 +4,16 @@ A table is a class in a file of its own, registered in `TABLES`: it lists its ce
 says how the measured ones are shown. Everything else (order, cache, budget, page) is here once.
 """
 
-from linspec.evaluate.study import design, latency, quality, recipes, speculation
+from linspec.evaluate.study import (
+    design,
+    encoders,
+    flash,
+    latency,
+    quality,
+    recipes,
+    seq2seq,
+    speculation,
+)
 from linspec.evaluate.study.plan import SIZES, Plan, Size, make_plan
 from linspec.evaluate.study.run import study
 from linspec.evaluate.study.table import TABLES, Table
@@ -16,10 +25,13 @@ __all__ = [
     "Size",
     "Table",
     "design",
+    "encoders",
+    "flash",
     "latency",
     "make_plan",
     "quality",
     "recipes",
+    "seq2seq",
     "speculation",
     "study",
 ]

@@ -9,9 +9,10 @@ aug  that with the convolution
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.config import DecoderConfig, EncoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.study.plan import Size
 from linspec.evaluate.study.variants import variant
@@ -23,6 +24,8 @@ PLAIN, CONV, BOTH, ALPHA, AUG = PARTS = ("plain", "+conv", "+grouped", "+α·gro
 ARRANGEMENTS = ("grouped", "aug")
 # weights of tokens within the group, for attentions that bring none: those of the paper's code
 GROUP_KERNEL = "relu2"
+
+Stack = type[DecoderConfig] | type[EncoderConfig]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,11 @@ def attentions() -> list[str]:
     return [*first, *(name for name in names if name not in first)]
 
 
-def choose(row: str, part: str, size: Size) -> Choice:
-    """The mixer of one place in the grid; raises ConfigError, with the reason, if there is none."""
+def choose(row: str, part: str, size: Size, stacks: Sequence[Stack] = (DecoderConfig,)) -> Choice:
+    """The mixer of one place in the grid; raises ConfigError, with the reason, if there is none.
+
+    stacks: kinds of stacks that it must fit.
+    """
     base, _, kernel = row.partition(":")
     taps = size.taps if part in (CONV, AUG) else 0
     if base in ("softmax", "window") and part not in (PLAIN, CONV):
@@ -61,7 +67,8 @@ def choose(row: str, part: str, size: Size) -> Choice:
         found = Choice(mixer)
     else:
         found = Choice(_arranged(base, kernel, taps, size), "both" if part == BOTH else "")
-    _build(found, arranged=part not in (PLAIN, CONV))
+    for stack in stacks:
+        _build(found, stack, arranged=part not in (PLAIN, CONV))
     return found
 
 
@@ -75,10 +82,10 @@ def _arranged(base: str, kernel: str, taps: int, size: Size) -> MixerConfig:
     return make_mixer(name, group=size.group, span=1, kernel=kernel, taps=taps)
 
 
-def _build(choice: Choice, *, arranged: bool) -> None:
-    """Raise what building the mixer raises, on the smallest decoder."""
+def _build(choice: Choice, stack: Stack, *, arranged: bool) -> None:
+    """Raise what building the mixer raises, on the smallest stack."""
     with variant(choice.mixer, choice.variant) as mixer:
-        shape = DecoderConfig(
+        shape = stack(
             vocab_size=1,
             width=8,
             layers=1,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from linspec.evaluate.study.attentions import ALPHA, AUG, BOTH, CONV, PLAIN
+from linspec.evaluate.study.flash import COLUMN
 from linspec.evaluate.study.table import Results
 
 Pair = tuple[float, float]
@@ -127,6 +128,30 @@ CLAIMS = (
         (31.36, 39.41),
         _against("linformer"),
         "classification error there; the paper's decoder Linformer may see the future",
+    ),
+    *(
+        Claim(
+            f"T5, {row} {part} / {other}",
+            f"{source}, T5, GLUE error (100 − accuracy)",
+            paper,
+            _place("t5", "perplexity", (row, part), (other, PLAIN)),
+            "classification error of a pretrained T5 there; perplexity of a tiny one here",
+        )
+        for row, part, other, source, paper in (
+            ("local", PLAIN, "softmax", "T3", (37.25, 23.09)),
+            ("relu", PLAIN, "local", "T3", (30.48, 37.25)),
+            ("local", AUG, "local", "T14", (35.49, 37.25)),
+        )
+    ),
+    *(
+        Claim(
+            f"FLASH from nothing, {variant} / quadratic",
+            "T15, FLASH-110M, Wiki40B perplexity",
+            (paper, 15.40),
+            _place("flash", "perplexity", (variant, COLUMN), ("quadratic", COLUMN)),
+            "the paper trains 125K steps, and its groups and contexts are larger",
+        )
+        for variant, paper in (("aug", 15.16), ("grouped", 16.14), ("local", 16.65))
     ),
     Claim(
         "α from 0 / α from 1",

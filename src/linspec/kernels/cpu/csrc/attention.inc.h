@@ -34,6 +34,9 @@ typedef struct {
 } asker;
 _Static_assert(sizeof(view) + sizeof(asker) <= LS_MIX_FLOATS * sizeof(float), "scratch");
 #define QUERIES 4 /* that meet a row at once */
+/* unrolled before registers are given out */
+#define EACH_ASKER _Pragma("GCC unroll 4") for (int a = 0; a < count; a++)
+#define EACH_FOURTH _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++)
 
 /* Rows `from`.. of a kv head that some askers see: `shared` committed ones and then their own. */
 typedef struct {
@@ -89,6 +92,30 @@ INLINE vf products(const float *a, const float *b, int width) {
     return sum;
 }
 
+/* one row's products with some queries, a vector of partial sums each: in the order of `products` */
+INLINE void products_each(const asker *askers, int count, const float *key, int width,
+                          vf sums[][16], int place) {
+    vf s[QUERIES];
+    int i = 0;
+    EACH_ASKER s[a] = vf_all(0.0f);
+    for (; i + 64 <= width; i += 64) {
+        fetch((const char *)(key + (size_t)BLOCK * width), i, 0);
+        EACH_FOURTH {
+            vf k = vf_load(key + i + 16 * c);
+            EACH_ASKER s[a] = LS_FMA(vf_load(askers[a].q + i + 16 * c), k, s[a]);
+        }
+    }
+    for (; i < width; i += 16) {
+        int n = width - i < 16 ? width - i : 16;
+        vf k = n < 16 ? vf_load_part(key + i, n) : vf_load(key + i);
+        EACH_ASKER {
+            const float *q = askers[a].q + i;
+            s[a] = LS_FMA(n < 16 ? vf_load_part(q, n) : vf_load(q), k, s[a]);
+        }
+    }
+    EACH_ASKER sums[a][place] = s[a];
+}
+
 /* Products of the queries with the rows of a block; -inf behind the last row that is seen. */
 INLINE void score_floats(const block *b, const asker *askers, int count, float scores[][BLOCK]) {
     int width = b->m->width;
@@ -97,9 +124,7 @@ INLINE void score_floats(const block *b, const asker *askers, int count, float s
         int n = b->shared - first < 16 ? (b->shared > first ? b->shared - first : 0) : 16;
         for (int i = 0; i < n; i++) {
             const char *key = b->keys + (size_t)(b->from + first + i) * b->m->row_bytes;
-            fetch(key + BLOCK * b->m->row_bytes, b->m->row_bytes);
-            for (int a = 0; a < count; a++)
-                sums[a][i] = products(askers[a].q, (const float *)key, width);
+            products_each(askers, count, (const float *)key, width, sums, i);
         }
         for (int a = 0; a < count; a++) {
             for (int i = n; i < 16; i++) sums[a][i] = vf_all(-__builtin_inff());
@@ -160,7 +185,8 @@ INLINE void weigh(const block *b, const asker *askers, int count, float weights[
         takers[a] = (taker){askers[a].out, weights[a], keep};
     }
     const char *rows = b->values + (int64_t)b->from * m->row_bytes;
-    source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->coded, 1};
+    source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->coded,
+                       (int64_t)BLOCK * m->row_bytes};
     take(&together, takers, count);
     for (int a = 0; a < count; a++) {
         int32_t places[BLOCK];

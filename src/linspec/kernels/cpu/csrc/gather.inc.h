@@ -32,7 +32,7 @@ static void mix_closing(const ls_mixer *m, const float *keys, const float *value
 static void mix_closed(const ls_mixer *m, int head, const view *const *views, const float *const *q,
                        float *const *out, int count) {
     float queries[TAKERS][512];
-    taker takers[TAKERS];
+    taker takers[TAKERS] = {{0}};
     const float *keys = (const float *)(m->keys + head * m->key_stride);
     const float *values = (const float *)(m->values + head * m->value_stride);
     for (int t = 0; t < count; t++) {

@@ -4,7 +4,8 @@
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else
-#pragma GCC target("+dotprod")
+/* with its architecture: the instruction exists from that one on */
+#pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 #include <arm_neon.h>
 
@@ -32,13 +33,20 @@ INLINE int8x16_t spread(const int8_t *four) {
     return vreinterpretq_s8_s32(vdupq_n_s32(bits));
 }
 
+/* sum + dot products of four neighbours each; older compilers have the intrinsic only where the whole
+ * program is built for such processors */
+INLINE int32x4_t dot(int32x4_t sum, int8x16_t a, int8x16_t b) {
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(a), "w"(b));
+    return sum;
+}
+
 /* sixteen channels, one line of weights for each four inputs */
 INLINE void int8_part(const uint8_t *w, const int8_t *x, int quads, int stride, float *out) {
     int32x4_t sums[4] = {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)};
     for (int q = 0; q < quads; q++, w += 128, x += 4 * stride)
         for (int i = 0; i < 4; i++) {
             uint8x16_t codes = veorq_u8(vld1q_u8(w + 16 * i), vdupq_n_u8(128));
-            sums[i] = vdotq_s32(sums[i], vreinterpretq_s8_u8(codes), spread(x));
+            sums[i] = dot(sums[i], vreinterpretq_s8_u8(codes), spread(x));
         }
     for (int i = 0; i < 4; i++) vst1q_f32(out + 4 * i, vcvtq_f32_s32(sums[i]));
 }
@@ -55,18 +63,18 @@ static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
 INLINE float32x4_t int4_four(const uint8_t *codes, const uint8_t *scales, const int8_t *x, int rows,
                              float32x4_t sum) {
     const int8x16_t eight = vdupq_n_s8(8);
-    int32x4_t dot = vdupq_n_s32(0);
+    int32x4_t total = vdupq_n_s32(0);
     for (int q = 0; q < 4; q++) {
         uint8x16_t both = vld1q_u8(codes + 128 * q);
         int8x16_t low = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), eight);
         int8x16_t high = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), eight);
-        dot = vdotq_s32(dot, low, spread(x + q * rows * 4));
-        dot = vdotq_s32(dot, high, spread(x + (q + 4) * rows * 4));
+        total = dot(total, low, spread(x + q * rows * 4));
+        total = dot(total, high, spread(x + (q + 4) * rows * 4));
     }
     uint16x4_t half;
     memcpy(&half, scales, sizeof half);
     float32x4_t scale = vreinterpretq_f32_u32(vshll_n_u16(half, 16));
-    return vfmaq_f32(sum, vcvtq_f32_s32(dot), scale);
+    return vfmaq_f32(sum, vcvtq_f32_s32(total), scale);
 }
 
 static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int groups,

@@ -1,8 +1,35 @@
-/* Plain C: the specification of the integer kernels, and what runs where nothing better fits. */
-#define LS_FMA(a, b, c) ((a) * (b) + (c))
-#define LS_FLOAT_ROWS 2
+/* Plain C: the specification of the kernels, and what runs where nothing better fits. */
 #include <math.h>
+#include <stdint.h>
+#include <string.h>
 
+/* a * b + c in sixteen lanes with one rounding, as all other sets have it: the same bits everywhere. */
+typedef float ls_v16 __attribute__((vector_size(64)));
+#if defined(__aarch64__) || defined(__FP_FAST_FMAF)
+static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, ls_v16 c) {
+    for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
+#else
+typedef double ls_d16 __attribute__((vector_size(128)));
+typedef int64_t ls_l16 __attribute__((vector_size(128)));
+/* Without the instruction: the product is exact in double, and a sum rounded to odd there can be
+ * rounded once more (Boldo & Melquiond 2008). */
+static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, ls_v16 c) {
+    ls_d16 product = __builtin_convertvector(a, ls_d16) * __builtin_convertvector(b, ls_d16);
+    ls_d16 third = __builtin_convertvector(c, ls_d16), sum = product + third;
+    ls_d16 part = sum - product, rest = (product - (sum - part)) + (third - part);
+    ls_l16 bits, above = rest > 0, below = rest < 0, positive = sum > 0;
+    memcpy(&bits, &sum, sizeof bits);
+    ls_l16 inexact_and_even = (above | below) & ((bits & 1) - 1);
+    /* one unit away from zero or towards it; a mask that holds is -1 */
+    bits += inexact_and_even & (1 + 2 * (above ^ positive));
+    memcpy(&sum, &bits, sizeof sum);
+    return __builtin_convertvector(sum, ls_v16);
+}
+#endif
+#define LS_FMA(a, b, c) ls_fma(a, b, c)
+#define LS_FLOAT_ROWS 2
 #include "vector.h"
 #include "rows.inc.h"
 #include "floats.inc.h"

@@ -1,12 +1,14 @@
 /* Weighted sums of rows, the end of all that a mixer does. Part of every isa_*.c. */
 
 /* Rows i.. at `rows + places[i] * stride`, or side by side without places. coded: int8 codes, whose
- * scale is in the weights already. ahead: ask for the BLOCK after next to come. */
+ * scale is in the weights already. ahead: bytes to the row
+ * that is asked for meanwhile. */
 typedef struct {
     const char *rows;
     const int32_t *places;
     int64_t stride;
-    int count, width, coded, ahead;
+    int count, width, coded;
+    int64_t ahead;
 } source;
 
 /* out = out * keep + sum of weights[i] * row i */
@@ -17,12 +19,6 @@ typedef struct {
 } taker;
 
 #define TAKERS 4 /* that share a row in registers */
-#define AHEAD_ROWS 64
-
-/* have the lines of a row ready */
-INLINE void fetch(const char *row, int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-}
 
 /* scale of the coded row at `place` */
 INLINE float coded_scale(const char *rows, int64_t place, const ls_mixer *m) {
@@ -34,12 +30,11 @@ INLINE float coded_scale(const char *rows, int64_t place, const ls_mixer *m) {
 INLINE vf load_codes(const char *codes) {
     vb bytes;
     memcpy(&bytes, codes, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+    return LS_WIDEN(bytes);
 }
 
-/* features column .. column + 15 of a row, zeros behind `width` */
-INLINE vf load_row(const char *row, int column, int width, int coded) {
-    int n = width - column;
+/* features column .. column + 15 of a row, of which n < 16 may be there, and zeros behind them */
+INLINE vf load_row(const char *row, int column, int n, int coded) {
     if (!coded) {
         const float *at = (const float *)row + column;
         return n < 16 ? vf_load_part(at, n) : vf_load(at);
@@ -50,25 +45,34 @@ INLINE vf load_row(const char *row, int column, int width, int coded) {
     return load_codes(part);
 }
 
+/* have the lines of columns column .. column + 63 of a row ready */
+INLINE void fetch(const char *row, int column, int coded) {
+    if (coded) {
+        __builtin_prefetch(row + column);
+        return;
+    }
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++)
+        __builtin_prefetch(row + 4 * column + 64 * i);
+}
+
 /* unrolled before registers are given out */
 #define EACH_TAKER _Pragma("GCC unroll 4") for (int t = 0; t < count; t++)
 #define EACH_PART _Pragma("GCC unroll 4") for (int c = 0; c < parts; c++)
 
-/* 16 * parts features from `column` on, of which the last few may be missing if `parts` is 1 */
+/* 16 * parts features from `column` on; the last of them n < 16, or 16 */
 INLINE void take_columns(const source *s, const taker *takers, int count, int coded, int column,
-                         int parts) {
+                         int parts, int n) {
     vf sums[TAKERS][4];
-    int n = s->width - column, whole = n >= 16;
     EACH_TAKER
         EACH_PART {
             const float *at = takers[t].out + column + 16 * c;
-            sums[t][c] = (whole ? vf_load(at) : vf_load_part(at, n)) * vf_all(takers[t].keep);
+            sums[t][c] = (n < 16 ? vf_load_part(at, n) : vf_load(at)) * vf_all(takers[t].keep);
         }
     for (int i = 0; i < s->count; i++) {
         const char *row = s->rows + (s->places ? s->places[i] : i) * s->stride;
-        if (s->ahead && !column) fetch(row + AHEAD_ROWS * s->stride, (int)s->stride);
+        if (parts == 4) fetch(row + s->ahead, column, coded);
         vf values[4];
-        EACH_PART values[c] = load_row(row, column + 16 * c, s->width, coded);
+        EACH_PART values[c] = load_row(row, column + 16 * c, n, coded);
         EACH_TAKER {
             vf weight = vf_all(takers[t].weights[i]);
             EACH_PART sums[t][c] = LS_FMA(weight, values[c], sums[t][c]);
@@ -77,17 +81,18 @@ INLINE void take_columns(const source *s, const taker *takers, int count, int co
     EACH_TAKER
         EACH_PART {
             float *at = takers[t].out + column + 16 * c;
-            if (whole)
-                vf_store(at, sums[t][c]);
-            else
+            if (n < 16)
                 vf_store_part(at, sums[t][c], n);
+            else
+                vf_store(at, sums[t][c]);
         }
 }
 
 INLINE void take_some(const source *s, const taker *takers, int count, int coded) {
     int c = 0;
-    for (; c + 64 <= s->width; c += 64) take_columns(s, takers, count, coded, c, 4);
-    for (; c < s->width; c += 16) take_columns(s, takers, count, coded, c, 1);
+    for (; c + 64 <= s->width; c += 64) take_columns(s, takers, count, coded, c, 4, 16);
+    for (; c + 16 <= s->width; c += 16) take_columns(s, takers, count, coded, c, 1, 16);
+    if (c < s->width) take_columns(s, takers, count, coded, c, 1, s->width - c);
 }
 
 /* constants, so that the sums stay in registers */

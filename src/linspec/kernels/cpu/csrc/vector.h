@@ -52,8 +52,13 @@ INLINE vf vf_pick(vi mask, vf yes, vf no) {
     return vf_bits((mask & vi_bits(yes)) | (~mask & vi_bits(no)));
 }
 
-INLINE vf vf_max(vf a, vf b) { return vf_pick((vi)(a > b), a, b); }
-INLINE vf vf_min(vf a, vf b) { return vf_pick((vi)(a < b), a, b); }
+/* the second where one is not a number, as x86 has it */
+#ifndef LS_MAX
+#define LS_MAX(a, b) vf_pick((vi)((a) > (b)), a, b)
+#define LS_MIN(a, b) vf_pick((vi)((a) < (b)), a, b)
+#endif
+INLINE vf vf_max(vf a, vf b) { return LS_MAX(a, b); }
+INLINE vf vf_min(vf a, vf b) { return LS_MIN(a, b); }
 INLINE vf vf_abs(vf a) { return vf_bits(vi_bits(a) & 0x7fffffff); }
 
 #if defined(__clang__)
@@ -98,6 +103,15 @@ INLINE float vf_top(vf v) {
 
 #ifndef LS_NARROW
 #define LS_NARROW(v) __builtin_convertvector(v, vb)
+#endif
+/* codes to floats; compilers do badly what they are not told to do */
+#ifndef LS_WIDEN
+INLINE vf ls_widen(vb codes) {
+    vf v;
+    for (int i = 0; i < 16; i++) v[i] = (float)codes[i];
+    return v;
+}
+#define LS_WIDEN(codes) ls_widen(codes)
 #endif
 
 /* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */

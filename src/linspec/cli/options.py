@@ -29,11 +29,10 @@ Tokens = Annotated[int | None, typer.Option(help="Training tokens.")]
 Context = Annotated[int | None, typer.Option(help="Tokens of a window.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a step.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
+RecallShare = Annotated[
+    float | None, typer.Option(help="Share of the windows that ask for what stood far above.")
+]
 Order = Annotated[int | None, typer.Option("--seed", help="Order of the data.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last saved state in the output.")
 ]
-
-
-def _sources(data: list[str] | None) -> list[str]:
-    return data or ["stdlib"]

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from linspec.errors import ConfigError, InputError, LinspecError
 
@@ -93,6 +91,10 @@ def _finite(value: Any) -> Any:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table for people, on stdout."""
+    # most verbs print none, and every verb waits for what is imported
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
@@ -116,10 +118,11 @@ def print_facts(facts: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {_cell(value)}")
 
 
-def print_measured(title: str, result: Mapping[str, Any], rows: str) -> None:
-    """A measurement for people: its list `rows` as a table, then everything else as facts."""
-    lines = result[rows]
-    print_table(title, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
+def print_measured(result: Mapping[str, Any], rows: str = "") -> None:
+    """A measurement for people: its list `rows`, if any, as a table, everything else as facts."""
+    if rows:
+        lines = result[rows]
+        print_table(rows, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
     print_facts({name: value for name, value in result.items() if name != rows})
 
 
@@ -187,6 +190,13 @@ def _decode(content: bytes, source: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{source} is not UTF-8 text (byte {error.start}); convert it") from error
+
+
+def above_zero(number: int | None, option: str) -> int:
+    """The number, 0 when it was not given; raises ConfigError for one below 1."""
+    if number is not None and number < 1:
+        raise ConfigError(f"{option} must be 1 or more, got {number}; leave it out for the default")
+    return number or 0
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -10,7 +10,7 @@ embeddings become bfloat16. Activations are quantised to 8 bits as they come, a 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from linspec.compress.load import load_plain, quantize_model
+from linspec.compress.moments import input_moments
 from linspec.evaluate.perplexity import evaluate, held_out_documents
 from linspec.kernels.linear import check_bits
-from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_tokenizer, resolve
 from linspec.models.quantized import save_quantized
 from linspec.train.data import load_documents
@@ -69,10 +69,11 @@ def quantize(
     documents = held_out_documents(data, field)
     before = evaluate(model, tokenizer, documents, limit_bytes=limit_bytes).bits_per_byte
     size = sum(tensor.nbytes for tensor in model.parameters())
-    moments: dict[nn.Module, torch.Tensor] = {}
+    moments: Mapping[nn.Module, torch.Tensor] = {}
     if bits == 4 and calibration_bytes:
         text = load_documents(data, "train", field)
-        moments = input_moments(model, tokenizer, text, calibration_bytes)
+        with input_moments(model) as moments:
+            evaluate(model, tokenizer, text, limit_bytes=calibration_bytes)
     quantize_model(model, bits, moments)
     after = evaluate(model, tokenizer, documents, limit_bytes=limit_bytes).bits_per_byte
     tensors = model.state_dict().values()
@@ -88,26 +89,3 @@ def quantize(
         for drafter in folder.glob("*/drafter.json"):
             shutil.copytree(drafter.parent, aside / drafter.parent.name)
     return report
-
-
-def input_moments(
-    model: Decoder, tokenizer: Any, documents: Iterable[str], limit_bytes: int
-) -> dict[nn.Module, torch.Tensor]:
-    """Second moments of every input of every linear layer on text: [K] each."""
-    found: dict[nn.Module, torch.Tensor] = {}
-
-    def note(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        squares = inputs[0].detach().float().flatten(0, -2).square().sum(0)
-        found[layer] = found[layer] + squares if layer in found else squares
-
-    hooks = [
-        layer.register_forward_pre_hook(note)
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    try:
-        evaluate(model, tokenizer, documents, limit_bytes=limit_bytes)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found

@@ -9,23 +9,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from linspec.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.console import guarded, numbers, place_on, print_json, quiet_stdout, say
+from linspec.cli.options import Json, Threads
 from linspec.errors import ConfigError
-from linspec.options import Json, Threads
-
-VERB = "bench-peers"
-
-
-class Verbs(TyperGroup):
-    """The verbs; `bench peers` is one beside `bench MODEL`."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
-        """Join the two words."""
-        if args[:2] == ["bench", "peers"]:
-            args = [VERB, *args[2:]]
-        return super().parse_args(ctx, args)
 
 
 @guarded("give the same command to go on; finished cells are kept")

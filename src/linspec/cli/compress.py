@@ -1,0 +1,51 @@
+"""The verb `quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linspec.cli.console import (
+    guarded,
+    place_on,
+    print_facts,
+    print_json,
+    quiet_stdout,
+    say,
+    sources,
+)
+from linspec.cli.options import Data, Field, Json, Model, Threads
+
+
+@guarded()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    bits: Annotated[int, typer.Option(help="Bits of a weight, 8 or 4.")] = 8,
+    data: Data = None,
+    field: Field = "text",
+    calibration_bytes: Annotated[
+        int, typer.Option(help="Text that 4-bit weights are fitted to; 0 fits to none.")
+    ] = 200_000,
+    limit_bytes: Annotated[int, typer.Option(help="Held-out text for the quality.")] = 100_000,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs."""
+    from linspec.evaluate.quantize import quantize as library
+
+    place_on("cpu", threads)
+    with quiet_stdout():
+        report = library(
+            model,
+            out,
+            bits=bits,
+            data=sources(data),
+            field=field,
+            calibration_bytes=calibration_bytes,
+            limit_bytes=limit_bytes,
+        )
+    print_json(report.to_json()) if as_json else print_facts(report.to_json())
+    say(f"written to {out}")

@@ -1,0 +1,305 @@
+/* The compiled kernels against plain references, and every instruction set of this processor against
+ * plain C, bit for bit. Buffers have exactly the size they need, so that a sanitizer or an emulator sees
+ * every step outside. Prints the sets that agree; says what differs and exits with 1 otherwise.
+ *
+ * cc -Isrc/linspec/kernels/cpu/csrc tests/kernels/proof.c src/linspec/kernels/cpu/csrc/{*}.c -lm -pthread */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+int32_t ls_use_isa(const char *name);
+const char *ls_isa_at(int32_t i);
+int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows);
+void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride, int32_t rows,
+                       float *y, int64_t y_stride, void *workspace, int32_t threads);
+
+enum { RANDOM, LOWEST, HIGHEST, STYLES };
+#define MOST_ROWS 17
+
+static uint32_t seed;
+static int failures;
+
+static uint32_t next(void) {
+    seed = seed * 1664525u + 1013904223u;
+    return seed >> 8;
+}
+
+static void *need(size_t bytes) {
+    void *p = malloc(bytes ? bytes : 1);
+    if (!p) abort();
+    return p;
+}
+
+/* in -1..1; of very different sizes, so that every addition rounds */
+static float *floats(size_t n) {
+    float *p = need(n * sizeof *p);
+    for (size_t i = 0; i < n; i++)
+        p[i] = ((float)next() / (1 << 23) - 1) * (next() % 5 ? 1.0f : 1e-3f);
+    return p;
+}
+
+static uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+static float from_bf16(const void *at) {
+    uint16_t half;
+    memcpy(&half, at, sizeof half);
+    uint32_t bits = (uint32_t)half << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+static void expect(int same, const char *what, int a, int b, int c, int d) {
+    if (same) return;
+    if (failures++ < 10)
+        printf("%s: %s differs (%d, %d, %d, %d)\n", ls_current()->name, what, a, b, c, d);
+}
+
+/* ---- linear layers */
+
+static size_t weight_bytes(int kind, int tiles, int inputs, int padded) {
+    switch (kind) {
+        case LS_F32: return (size_t)tiles * inputs * LS_TILE * 4;
+        case LS_BF16: return (size_t)tiles * inputs * LS_TILE * 2;
+        case LS_INT8: return (size_t)tiles * padded * LS_TILE;
+        default: return (size_t)tiles * (padded / LS_GROUP) * LS_INT4_BYTES;
+    }
+}
+
+static void *some_weights(int kind, int tiles, int inputs, int padded, int style) {
+    size_t bytes = weight_bytes(kind, tiles, inputs, padded), count = bytes / (kind == LS_F32 ? 4 : 2);
+    if (kind == LS_F32) return floats(count);
+    uint8_t *w = need(bytes);
+    float *f = floats(count);
+    if (kind == LS_BF16)
+        for (size_t i = 0; i < count; i++) ((uint16_t *)w)[i] = to_bf16(f[i]);
+    for (size_t i = 0; kind >= LS_INT8 && i < bytes; i++)
+        w[i] = style == RANDOM ? (uint8_t)next() : style == LOWEST ? 0 : 255;
+    for (size_t i = 0; kind == LS_INT4 && i < bytes; i += LS_INT4_BYTES)
+        for (int c = 0; c < LS_TILE; c++) ((uint16_t *)(w + i))[c] = to_bf16(f[i / 32 + c]);
+    free(f);
+    return w;
+}
+
+/* int8 codes of one row of activations and its scale */
+static float codes_of(const float *x, int inputs, int padded, int32_t *codes) {
+    float most = 0;
+    for (int k = 0; k < inputs; k++) most = fmaxf(most, fabsf(x[k]));
+    float inverse = most > 0 ? 127.0f / most : 0.0f;
+    for (int k = 0; k < padded; k++) codes[k] = k < inputs ? (int32_t)rintf(x[k] * inverse) : 0;
+    return most / 127.0f;
+}
+
+static int64_t int8_sum(const uint8_t *w, const int32_t *codes, int padded, int channel) {
+    int64_t sum = 0;
+    for (int k = 0; k < padded; k++)
+        sum += (int64_t)codes[k] * (w[(k / 4 * LS_TILE + channel) * 4 + k % 4] - 128);
+    return sum;
+}
+
+static float int4_sum(const uint8_t *w, const int32_t *codes, int padded, int channel) {
+    float sum = 0;
+    for (int g = 0; g < padded / LS_GROUP; g++, w += LS_INT4_BYTES, codes += LS_GROUP) {
+        int64_t dot = 0;
+        for (int k = 0; k < 16; k++) {
+            uint8_t both = w[64 + (k / 4 * LS_TILE + channel) * 4 + k % 4];
+            dot += (int64_t)codes[k] * ((both & 15) - 8) + (int64_t)codes[k + 16] * ((both >> 4) - 8);
+        }
+        sum = fmaf((float)dot, from_bf16(w + 2 * channel), sum);
+    }
+    return sum;
+}
+
+static float float_sum(const void *w, const float *x, int inputs, int channel, int half) {
+    float sum = 0;
+    for (int k = 0; k < inputs; k++) {
+        size_t at = (size_t)k * LS_TILE + channel;
+        sum = fmaf(half ? from_bf16((const uint16_t *)w + at) : ((const float *)w)[at], x[k], sum);
+    }
+    return sum;
+}
+
+static void reference(const ls_linear *l, const float *x, float *y) {
+    int32_t *codes = need(sizeof *codes * (size_t)l->padded);
+    float scale = codes_of(x, l->inputs, l->padded, codes);
+    size_t tile_bytes = weight_bytes(l->kind, 1, l->inputs, l->padded);
+    for (int n = 0; n < l->outputs; n++) {
+        const uint8_t *w = (const uint8_t *)l->weights + (size_t)(n / LS_TILE) * tile_bytes;
+        int c = n % LS_TILE;
+        float sum;
+        if (l->kind == LS_INT8)
+            sum = (float)int8_sum(w, codes, l->padded, c) * scale * l->scales[n];
+        else if (l->kind == LS_INT4)
+            sum = int4_sum(w, codes, l->padded, c) * scale;
+        else
+            sum = float_sum(w, x, l->inputs, c, l->kind == LS_BF16);
+        y[n] = sum + l->bias[n];
+    }
+    free(codes);
+}
+
+static void forward(const ls_linear *l, const float *x, int rows, float *y, int threads) {
+    size_t space = ((size_t)ls_linear_workspace(l, rows) + 63) / 64 * 64;
+    void *workspace = aligned_alloc(64, space);
+    ls_linear_forward(l, x, l->inputs, rows, y, l->outputs, workspace, threads);
+    free(workspace);
+}
+
+/* 1..17 rows of one layer, in one call, against the reference of every row */
+static void linear(int kind, int outputs, int inputs, int style) {
+    int tiles = (outputs + LS_TILE - 1) / LS_TILE;
+    int padded = (inputs + LS_GROUP - 1) / LS_GROUP * LS_GROUP;
+    void *weights = some_weights(kind, tiles, inputs, padded, style);
+    float *scales = floats((size_t)tiles * LS_TILE), *bias = floats((size_t)outputs);
+    float *x = floats((size_t)MOST_ROWS * inputs);
+    for (int i = 0; style != RANDOM && i < MOST_ROWS * inputs; i++) x[i] = i / inputs % 2 ? 1 : -1;
+    float *expected = need(sizeof(float) * MOST_ROWS * (size_t)outputs);
+    ls_linear l = {kind, inputs, outputs, padded, weights, kind == LS_INT8 ? scales : NULL, bias};
+    for (int row = 0; row < MOST_ROWS; row++)
+        reference(&l, x + (size_t)row * inputs, expected + (size_t)row * outputs);
+    for (int rows = 1; rows <= MOST_ROWS; rows++) {
+        size_t bytes = sizeof(float) * (size_t)rows * outputs;
+        /* of exactly this size, like x: a row too many would be seen */
+        float *y = need(bytes), *some = need(sizeof(float) * (size_t)rows * inputs);
+        memcpy(some, x, sizeof(float) * (size_t)rows * inputs);
+        forward(&l, some, rows, y, 1 + rows % 2);
+        expect(memcmp(y, expected, bytes) == 0, "linear layer", kind, outputs, inputs, rows);
+        free(y), free(some);
+    }
+    free(weights), free(scales), free(bias), free(x), free(expected);
+}
+
+static void linears(void) {
+    const int shapes[][2] = {{1, 1}, {31, 33}, {32, 32}, {45, 70}, {64, 96}, {65, 257}};
+    for (int kind = LS_F32; kind <= LS_INT4; kind++)
+        for (int style = RANDOM; style < (kind >= LS_INT8 ? STYLES : LOWEST); style++)
+            for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+                linear(kind, shapes[i][0], shapes[i][1], style);
+}
+
+/* ---- rows and mixers: what plain C gives, and the same from every other set */
+
+static const ls_ops *plain;
+
+static float *copy(const float *p, size_t n) {
+    return memcpy(need(n * sizeof *p), p, n * sizeof *p);
+}
+
+static float *normed(const ls_ops *ops, const float *x, const float *weight, int width) {
+    float *y = need(sizeof *y * (size_t)width);
+    ops->rms_norm(x, weight, 1e-5f, width, y);
+    return y;
+}
+
+/* norm, then the codes of the row: what comes before an integer layer */
+static void norm_and_codes(const float *x, const float *weight, int width) {
+    int padded = (width + LS_GROUP - 1) / LS_GROUP * LS_GROUP, groups = padded / LS_GROUP;
+    for (int each = 0; each < 2; each++) {
+        float *rows[2], scales[2];
+        int8_t *codes[2];
+        int32_t *offsets[2];
+        for (int i = 0; i < 2; i++) {
+            const ls_ops *ops = i ? ls_current() : plain;
+            rows[i] = normed(ops, x, weight, width);
+            codes[i] = need((size_t)padded);
+            offsets[i] = need(sizeof **offsets * (size_t)(each ? groups : 1));
+            scales[i] = ops->put_codes(rows[i], width, padded, 1, each, codes[i], offsets[i]);
+        }
+        int same = !memcmp(rows[0], rows[1], sizeof **rows * (size_t)width) &&
+                   !memcmp(codes[0], codes[1], (size_t)padded) && scales[0] == scales[1] &&
+                   !memcmp(offsets[0], offsets[1], sizeof **offsets * (size_t)(each ? groups : 1));
+        expect(same, "norm and quantisation", width, each, 0, 0);
+        for (int i = 0; i < 2; i++) free(rows[i]), free(codes[i]), free(offsets[i]);
+    }
+}
+
+static void rows_of_width(int width) {
+    size_t bytes = sizeof(float) * (size_t)width;
+    float *x = floats((size_t)width), *weight = floats((size_t)width);
+    norm_and_codes(x, weight, width);
+    float *gated[2], *unit[2];
+    for (int i = 0; i < 2; i++) {
+        const ls_ops *ops = i ? ls_current() : plain;
+        gated[i] = need(bytes);
+        ops->silu_mul(x, weight, width, gated[i]);
+        unit[i] = copy(x, (size_t)width);
+        ops->unit(unit[i], width);
+    }
+    expect(memcmp(gated[0], gated[1], bytes) == 0, "gated activation", width, 0, 0, 0);
+    expect(memcmp(unit[0], unit[1], bytes) == 0, "unit feature", width, 0, 0, 0);
+    for (int i = 0; i < 2; i++) free(gated[i]), free(unit[i]);
+    free(x), free(weight);
+}
+
+/* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more */
+static void mixer(int width, int squares, int group, int window, int coded) {
+    enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3 };
+    const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
+    int64_t rows = BASE + NODES, lead = TAPS - 1;
+    int row_bytes = coded ? (width + 3) / 4 * 4 + 4 : 4 * width;
+    size_t outputs = (size_t)(NODES * HEADS * width);
+    /* any bytes are codes and finite scales */
+    char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
+    char *values = (char *)floats((size_t)(KV * (lead + rows) * row_bytes / 4));
+    float *sums = floats((size_t)(KV * width * width)), *kernel = floats(HEADS * TAPS);
+    float *q = floats(outputs), *out[2];
+    ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .base = BASE, .staged = NODES,
+                  .nodes = NODES, .window = window, .group = group, .span = 2, .squares = squares,
+                  .taps = TAPS, .alpha = 0.5f, .kernel = kernel, .coded = coded,
+                  .row_bytes = row_bytes, .key_stride = rows * row_bytes,
+                  .value_stride = (lead + rows) * row_bytes, .keys = keys,
+                  .values = values + lead * row_bytes, .sums = group ? sums : NULL,
+                  .ancestors = ancestors};
+    int chunks = ls_mix_chunks(&m);
+    size_t part = ls_mix_partial(&m);
+    for (int i = 0; i < 2; i++) {
+        const ls_ops *ops = i ? ls_current() : plain;
+        float *partials = need((size_t)chunks * part * sizeof(float));
+        void *scratch = need(ls_mix_scratch(&m));
+        out[i] = need(outputs * sizeof(float));
+        for (int head = 0; head < KV; head++) {
+            for (int c = 0; c < chunks; c++)
+                ops->near(&m, head, c, q, HEADS * width, partials + (size_t)c * part, scratch);
+            ops->gather(&m, head, chunks, q, HEADS * width, partials, out[i], HEADS * width, scratch);
+        }
+        free(partials), free(scratch);
+    }
+    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, coded ? "coded mixer" : "mixer",
+           width, squares, group, window);
+    free(keys), free(values), free(sums), free(kernel), free(q), free(out[0]), free(out[1]);
+}
+
+static void mixers(void) {
+    const int widths[] = {2, 24, 64, 80, 112};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        for (int squares = 0; squares < 2; squares++) {
+            mixer(widths[i], squares, 16, 0, 0);
+            mixer(widths[i], squares, 0, 9, 0);
+            mixer(widths[i], squares, 0, 0, 0);
+        }
+        mixer(widths[i] - 1, 0, 0, 0, 1);
+        mixer(widths[i], 0, 0, 0, 1);
+        mixer(widths[i], 0, 0, 9, 1);
+    }
+}
+
+int main(void) {
+    if (!ls_use_isa("portable")) return 1;
+    plain = ls_current();
+    for (int set = 0; ls_isa_at(set); set++) {
+        if (!ls_use_isa(ls_isa_at(set))) return 1;
+        seed = 1;
+        linears();
+        for (int width = 1; width <= 70; width++) rows_of_width(width);
+        mixers();
+        if (!failures) printf("%s\n", ls_current()->name);
+    }
+    return failures != 0;
+}

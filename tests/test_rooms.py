@@ -1,0 +1,50 @@
+"""Rooms import downwards only, as docs/architecture.md orders them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import linspec
+
+ROOT = Path(linspec.__file__).parent
+# lowest first; rooms of one line may know each other
+FLOORS = (
+    "errors registry files progress tree layout config flash_config rope relative step state kernels",
+    "mixers",
+    "models",
+    "sampling row drafters verify policy compress",
+    "scheduler engine text llm plugins",
+    "train evaluate bench report",
+    "demo",
+    "cli",
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Rooms that a file imports at run time; names for the type checker alone do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("linspec."):
+            yield (node.module or "").split(".")[1]
+        waiting += ast.iter_child_nodes(node)
+
+
+def test_rooms_import_downwards_only() -> None:
+    upwards = []
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] not in FLOOR:
+            continue
+        upwards += [
+            f"{'/'.join(parts)} imports {room}"
+            for room in imports(path)
+            if FLOOR.get(room, 0) > FLOOR[parts[0]]
+        ]
+    assert not upwards
