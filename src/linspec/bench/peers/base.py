@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 Prompts = Sequence[Sequence[int]]
@@ -67,6 +67,12 @@ class Peer(ABC):
         wanted = self.packages + (self.converters if convert else ())
         missing = [name for name in wanted if importlib.util.find_spec(name) is None]
         return f"{', '.join(missing)} not installed (linspec[peers])" if missing else None
+
+    def version(self) -> str:
+        """Of the package that runs it; empty for linspec itself."""
+        names = metadata.packages_distributions().get(self.packages[0], []) if self.packages else []
+        own = self.name.startswith("linspec") or not names
+        return "" if own else f"{names[0]} {metadata.version(names[0])}"
 
     def format(self, name: str) -> Format:
         """The format of this name."""

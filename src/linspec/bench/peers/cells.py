@@ -109,7 +109,7 @@ class Result:
     empty if the engine cannot hold one beside. rows_s: by the number of new tokens, seconds of passes,
     a list a round. bandwidth_gb_s: of reading memory, before the turn of every round. accepted:
     [nodes, rate, tokens, seconds] of synthetic speculation.
-    run: when its group began; cells with the same one took turns and may be compared.
+    version: of the engine. run: when its group began; cells with the same one took turns and may be compared.
     """
 
     prefill_s: list[float] = field(default_factory=list)
@@ -121,6 +121,7 @@ class Result:
     bandwidth_gb_s: list[float] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     run: str = ""
+    version: str = ""
     error: str | None = None
 
 

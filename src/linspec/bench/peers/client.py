@@ -16,7 +16,7 @@ import linspec
 from linspec.errors import LinspecError
 
 # seconds after which the machine is given back
-_KEPT = 30.0
+_KEPT = 60.0
 
 
 class WorkerError(LinspecError):

@@ -12,6 +12,8 @@ from typing import Any
 from linspec.bench.peers.bounds import verdicts
 from linspec.bench.peers.cells import NODES, Cache, Plan
 from linspec.bench.peers.rows import Row, failures, ratios, rows_of
+from linspec.bench.peers.run import source
+from linspec.bench.peers.shapes import Shape
 from linspec.files import replace_text
 from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value, standalone
@@ -87,9 +89,22 @@ def _command(plan: Plan) -> str:
 
 
 def _machine(plan: Plan) -> str:
-    found = [result.machine for result in Cache(plan.out).all().values() if result.machine]
-    facts = found[-1] if found else {}
-    return "Machine: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+    found = [result for result in Cache(plan.out).all().values() if result.machine]
+    facts = found[-1].machine if found else {}
+    engines = sorted({result.version for result in found} - {""})
+    shapes = sorted({cell.shape for cell in Cache(plan.out).all()})
+    lines = ["Machine: " + ", ".join(f"{name} {value}" for name, value in facts.items()) + "."]
+    lines += [f"Engines: {', '.join(engines)}."] if engines else []
+    lines += [f"Models: {'; '.join(_sizes(source(plan, name)[1]) for name in shapes)}."]
+    return "\n".join(lines)
+
+
+def _sizes(shape: Shape) -> str:
+    return (
+        f"{shape.name}: {shape.layers} layers, width {shape.width}, {shape.heads} heads over "
+        f"{shape.kv_heads}, feed-forward {shape.mlp}, vocabulary {shape.vocab}, "
+        f"{shape.read_parameters / 1e6:.0f}M weights a step"
+    )
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[object]]) -> str:

@@ -117,7 +117,7 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
             python = interpreter(cell.peer, plan.pythons)
             client = stack.enter_context(worker(python, plan.threads, _log(plan, cell)))
             active[cell] = client, Result(machine=machine(), run=began)
-        _each(active, lambda cell, client, _: _load(plan, cell, client))
+        _each(active, partial(_load, plan))
         _take_turns(plan, active)
         for cell, (_, found) in active.items():
             cache.put(cell, found)
@@ -174,8 +174,8 @@ def _each(active: Active, call: Callable[[Cell, Client, Result], None]) -> None:
             found.error = str(error)
 
 
-def _load(plan: Plan, cell: Cell, client: Client) -> None:
-    client.ask(
+def _load(plan: Plan, cell: Cell, client: Client, found: Result) -> None:
+    found.version = client.ask(
         "load",
         peer_name=cell.peer,
         form=cell.form,

@@ -15,7 +15,7 @@ class Transformers(Peer):
     """The checkpoint as it is."""
 
     name = "transformers"
-    packages = ("torch", "transformers")
+    packages = ("transformers", "torch")
     formats = (Format(name="float32", bits=32, weight_bytes=4, cache_bytes=4),)
 
     def convert(self, source: Path, target: Path, form: Format) -> None:

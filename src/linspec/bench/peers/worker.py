@@ -40,8 +40,11 @@ class Worker:
 
     def load(
         self, peer_name: str, form: str, folder: str, context: int, batch: int, threads: int
-    ) -> None:
-        """Load a model and run it once, so that nothing is prepared while the clock runs."""
+    ) -> str:
+        """Load a model and run it once, so that nothing is prepared while the clock runs.
+
+        Returns the version of the engine.
+        """
         engine = peer(peer_name)
         if not peer_name.startswith("linspec"):
             # linspec's own setting: other engines wait as they were made to
@@ -50,6 +53,7 @@ class Worker:
         self.session = engine.load(Path(folder), form_, context, batch, threads)
         self.session.open([[7] * _WARM_TOKENS] * batch)
         self.session.decode(2)
+        return engine.version()
 
     def open(self, context: int, batch: int, vocab: int, seed: int) -> float:
         """Seconds to read random prompts, equal for all engines."""
