@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from linspec.errors import ConfigError
@@ -71,7 +72,9 @@ class Quality(Table):
         grids = []
         for domain in self.plan.domains:
             columns = [self.column(part, domain) for part in PARTS]
-            grids.append(self.grid(results, rows, columns, lambda r, c: self._show(results, r, c)))
+            if domain == self.plan.domain or self._begun(results, rows, columns):
+                show = partial(self._show, results)
+                grids.append(self.grid(results, rows, columns, show))
         text = (
             f"Held-out bits per byte (lower is better) after {size.tokens:,} training tokens for "
             f"every cell, context {size.context}, groups of {size.group}, {size.taps} taps; the "
@@ -79,6 +82,9 @@ class Quality(Table):
             "(lowest–highest).\n\n" + self.reasons(results)
         )
         return Section("Quality", text, tuple(grids), self._plots(results, rows))
+
+    def _begun(self, results: Results, rows: list[str], columns: list[str]) -> bool:
+        return any(results.of(self.name, row, column) for row in rows for column in columns)
 
     def _show(self, results: Results, row: str, column: str) -> str:
         return with_spread(results.figures(self.name, row, column, "bits_per_byte"))

@@ -168,13 +168,14 @@ class Table:
 
     def reasons(self, results: Results) -> str:
         """Why cells are not defined or failed, as a list."""
-        lines: dict[str, list[str]] = {}
+        # a place that is told once is not told again for another domain or seed: dictionaries as sets
+        lines: dict[str, dict[str, None]] = {}
         for cell in self.listed:
-            place = f"{cell.row} {cell.column}"
+            place = f"{cell.row} {cell.column.partition(' (')[0]}"
             if cell.undefined:
-                lines.setdefault(cell.undefined, []).append(place)
+                lines.setdefault(cell.undefined, {})[place] = None
             for error in results.errors(self.name, cell.row, cell.column) if not cell.seed else ():
-                lines.setdefault(f"failed: {error}", []).append(place)
+                lines.setdefault(f"failed: {error}", {})[place] = None
         return "\n".join(f"- {', '.join(places)}: {why}" for why, places in lines.items())
 
 
