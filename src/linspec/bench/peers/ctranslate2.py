@@ -29,12 +29,21 @@ class CTranslate2(Peer):
         from ctranslate2.converters import TransformersConverter
 
         TransformersConverter(str(source)).convert(str(target), quantization="int8", force=True)
+        _name_tokens(target)
 
     def load(self, folder: Path, form: Format, context: int, rows: int, threads: int) -> Session:
         return _Session(folder, threads)
 
 
 PEER = CTranslate2()
+
+
+def _name_tokens(folder: Path) -> None:
+    """Give special tokens that a tokenizer does not have the name of its first word: none may lack."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    words = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+    named = {key: words[0] if value is None else value for key, value in config.items()}
+    (folder / "config.json").write_text(json.dumps(named), encoding="utf-8")
 
 
 class _Paced:

@@ -69,11 +69,13 @@ class _Session(Session):
         self.pipe: Any = None
         self.request: Any = None
         self.prompts: Prompts = ()
+        # tokens in the state of `request`
+        self.seen = 0
 
     def open(self, prompts: Prompts) -> float:
         if self.pipe is None:
             self.pipe = self.genai.LLMPipeline(str(self.folder), "CPU", **self.options)
-        self.prompts, self.request = prompts, None
+        self.prompts, self.seen = prompts, 0
         return self._generate(1)[0]
 
     def decode(self, tokens: int) -> list[float]:
@@ -101,7 +103,6 @@ class _Session(Session):
                 str(self.folder / "openvino_model.xml"), "CPU", self.options
             )
             self.request = model.create_infer_request()
-            self.seen = 0
         # passes stay in its state: that must not make the context much longer
         if self.seen == 0 or self.seen > 1.5 * len(self.prompts[0]):
             self.request.reset_state()

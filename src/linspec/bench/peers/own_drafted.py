@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _DRAFTERS = ("prompt-lookup", "draft-model")
 _TEACHER, _STUDENT = "embedded-softmax", "embedded-aug"
 _SKIPPED_TOKENS = 4096
+# places of the text where prompts begin
+_PLACES = 64
 
 
 class OwnDrafted(Peer):
@@ -55,7 +57,7 @@ PEER: Peer = OwnDrafted()
 class _Session(Session):
     def __init__(self, llm: LLM, context: int) -> None:
         self.llm = llm
-        self.text = _held_out(llm, context)
+        self.text = _held_out(llm, _PLACES * context)
 
     def open(self, prompts: Prompts) -> float:
         """Read as many tokens of text instead: drafters live on what text is like."""
@@ -64,8 +66,10 @@ class _Session(Session):
         engine = self.llm.engine
         engine.cancel()
         params = SamplingParams(max_tokens=10**6, ignore_eos=True)
-        for _ in prompts:
-            engine.submit(self.text[: len(prompts[0])], params)
+        for prompt in prompts:
+            # another prompt is another place
+            begin = prompt[0] % _PLACES * len(prompt)
+            engine.submit(self.text[begin : begin + len(prompt)], params)
         return timed(lambda: [engine.step() for _ in range(-(-len(prompts[0]) // 512))])
 
     def decode(self, tokens: int) -> list[float]:

@@ -126,10 +126,13 @@ def _measure(plan: Plan, group: list[Cell], cache: Cache) -> None:
 def _take_turns(plan: Plan, active: Active) -> None:
     """Everything that is timed. The machine is kept for short times only."""
     first = next(iter(active))
-    _read_prompts(plan, active)
+    short = first.context * first.batch <= _SHORT_PROMPT
+    _read_prompts(plan, active, timed=not short)
     _each(active, _warm)
     with QuietMachine(plan.guard) as quiet:
-        for _ in range(plan.rounds):
+        for seed in range(plan.seed, plan.seed + plan.rounds):
+            if short:
+                _each(active, partial(_open, plan, seed))
             _each(active, partial(_decode, plan))
             for count in NODES if first.batch == 1 else ():
                 _each(active, partial(_rows, count))
@@ -149,16 +152,16 @@ def _warm(cell: Cell, client: Client, found: Result) -> None:
         client.ask("rows", count=1, repeats=1)
 
 
-def _read_prompts(plan: Plan, active: Active) -> None:
-    """In turns where prompts are short; a long one is read once, with the machine for itself."""
+def _read_prompts(plan: Plan, active: Active, *, timed: bool) -> None:
+    """Before the rounds. Long prompts are read once, with the machine for each engine alone."""
     first = next(iter(active))
-    tokens = first.context * first.batch
-    with QuietMachine(plan.guard if tokens <= _TIMED_PROMPT else "") as quiet:
-        for i in range(plan.rounds if tokens <= _SHORT_PROMPT else 1):
-            for cell, pair in active.items():
-                _each({cell: pair}, partial(_open, plan, plan.seed + i))
-                quiet.breathe()
-    if tokens > _TIMED_PROMPT:
+    timed = timed and first.context * first.batch <= _TIMED_PROMPT
+    with QuietMachine(plan.guard if timed else "") as quiet:
+        for cell, pair in active.items():
+            # another prompt than those of the rounds: some engines know a prompt again
+            _each({cell: pair}, partial(_open, plan, plan.seed + plan.rounds))
+            quiet.breathe()
+    if not timed:
         for _, found in active.values():
             found.prefill_s.clear()
 

@@ -20,6 +20,7 @@ _WARM_TOKENS = 16
 # what is not measured at the start of a turn: threads that slept may begin it on the same core
 _WAKING_STEPS = 4
 _WAKING_S = 0.03
+_MOST_WAKING_TOKENS = 64
 
 
 class Worker:
@@ -63,7 +64,7 @@ class Worker:
 
     def decode(self, tokens: int) -> list[float]:
         """Seconds of each step, behind a few that wake what fell asleep since the last turn."""
-        self._session().decode(_WAKING_STEPS)
+        self._wake()
         return self._session().decode(tokens)
 
     def decode_short(self, tokens: int) -> list[float] | None:
@@ -82,6 +83,13 @@ class Worker:
         """Tokens and seconds of speculation at a given acceptance."""
         self._session().accept(nodes, rate, _WAKING_STEPS)
         return self._session().accept(nodes, rate, rounds)
+
+    def _wake(self) -> None:
+        began = time.perf_counter()
+        for _ in range(_MOST_WAKING_TOKENS // _WAKING_STEPS):
+            self._session().decode(_WAKING_STEPS)
+            if time.perf_counter() - began > _WAKING_S:
+                break
 
     def peak(self) -> int:
         """Highest resident memory of this process, in bytes."""
