@@ -46,7 +46,7 @@ def _name_tokens(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(named), encoding="utf-8")
 
 
-class _Paced:
+class Paced:
     """Lets an engine's callback through for so many steps, then makes it wait for the next round."""
 
     def __init__(self) -> None:
@@ -79,13 +79,13 @@ class _Session(Session):
         )
         vocabulary = folder / "vocabulary.json"
         self.words: list[str] = json.loads(vocabulary.read_text(encoding="utf-8"))
-        self.pace = _Paced()
+        self.pace = Paced()
         self.thread: threading.Thread | None = None
 
     def open(self, prompts: Prompts) -> float:
         self._stop()
         words = [[self.words[token] for token in prompt] for prompt in prompts]
-        self.pace = _Paced()
+        self.pace = Paced()
         # a daemon: the process must be able to end in the middle of a generation
         self.thread = threading.Thread(target=self._generate, args=(words, self.pace), daemon=True)
         began = time.perf_counter()
@@ -103,7 +103,7 @@ class _Session(Session):
         self.pace.asked.release()
         self.thread.join()
 
-    def _generate(self, prompts: list[list[str]], pace: _Paced) -> None:
+    def _generate(self, prompts: list[list[str]], pace: Paced) -> None:
         self.generator.generate_batch(
             prompts,
             max_length=_MOST,

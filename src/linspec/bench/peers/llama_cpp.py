@@ -74,7 +74,7 @@ def write_gguf(source: Path, file: Path, kind: str) -> None:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 data = _interleaved(data, shape.head_width)
             if ".mlp." in name:
-                data = _padded(data, outputs="down_proj" not in name)
+                data = padded(data, outputs="down_proj" not in name)
             if data.ndim == 1:
                 writer.add_tensor(_name(name), data)
             else:
@@ -107,7 +107,7 @@ def _name(name: str) -> str:
     return f"blk.{layer}.{_NAMES[inner.removesuffix('.weight')]}.weight"
 
 
-def _padded(weight: Any, *, outputs: bool) -> Any:
+def padded(weight: Any, *, outputs: bool) -> Any:
     """Features of the feed-forward layer up to whole blocks: zeros, which change nothing."""
     import numpy as np
 

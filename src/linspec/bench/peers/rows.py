@@ -12,6 +12,7 @@ from typing import Any
 
 from linspec.bench.peers.cells import Cache, Cell, Plan, Result
 from linspec.bench.peers.run import engine_format, source
+from linspec.bench.peers.shapes import Shape
 
 OWN = "linspec"
 
@@ -54,7 +55,7 @@ class Row:
 def rows_of(plan: Plan) -> list[Row]:
     """Every cell that was measured, in the order of the tables."""
     found = [
-        _row(plan, cell, result)
+        row_of(source(plan, cell.shape)[1], cell, result)
         for cell, result in Cache(plan.out).all().items()
         if result.error is None and result.step_s
     ]
@@ -67,8 +68,8 @@ def failures(plan: Plan) -> dict[str, str]:
     return {cell.key: result.error for cell, result in found if result.error is not None}
 
 
-def _row(plan: Plan, cell: Cell, result: Result) -> Row:
-    _, shape = source(plan, cell.shape)
+def row_of(shape: Shape, cell: Cell, result: Result) -> Row:
+    """A cell in the units of the page."""
     bits, weight_bytes, cache_bytes = engine_format(cell)
     steps = [statistics.median(each) for each in result.step_s]
     step = statistics.median(steps)
