@@ -181,12 +181,10 @@ def linearize(
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
     """
-    config = config or LinearizeConfig()
-    one_span = span if isinstance(span, int) else None
     wanted = make_mixer(
         mixer,
         group=group,
-        span=one_span,
+        span=span if isinstance(span, int) else None,
         kernel=kernel,
         taps=taps,
         window=window,
@@ -202,40 +200,15 @@ def linearize(
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
         mixers = spread(mixers, span, keep_softmax)
-    changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
-    config = config.completed([mixers[layer] for layer in changed])
-    _check_context(teacher.config, config.context)
-    check_mixers(teacher, mixers)
     free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
-    measured = free and bool(changed)
-    if not 0 <= softmax_layers < max(1, len(changed)):
-        raise ConfigError(
-            f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got {softmax_layers}"
-        )
-    plan = {
-        "source": str(source),
-        "mixers": [asdict(m) for m in mixers],
-        "rows": rows if measured else None,
-        "softmax_layers": softmax_layers,
-        "data": [str(d) for d in data],
-        "field": field,
-        "config": config.to_json(),
-    }
+    task = _Task(teacher, mixers, rows if free else None, softmax_layers, data, field)
+    config = task.checked(config or LinearizeConfig())
+    plan = task.to_json(source, config)
     accelerator = make_accelerator()
     with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            if measured or softmax_layers:
-                mixers = by_need(
-                    teacher,
-                    mixers,
-                    changed,
-                    windows,
-                    folder,
-                    rows=rows if measured else None,
-                    softmax_layers=softmax_layers,
-                )
-            student = with_mixers(teacher, mixers)
+            student = with_mixers(teacher, task.final_mixers(windows, folder))
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
@@ -243,6 +216,64 @@ def linearize(
                 kind = dtype or stored_dtype(source)
                 save_model(stages.student, tokenizer, out, kind, extra_files=files)
     return out
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked of one linearization. rows: to share out by need, None for the spans of `mixers`."""
+
+    teacher: Predictor
+    mixers: tuple[MixerConfig, ...]
+    rows: int | None
+    softmax_layers: int
+    data: Sequence[str | Path]
+    field: str
+
+    @property
+    def changed(self) -> list[int]:
+        """Layers that get another mixer."""
+        config = self.teacher.config
+        return changed_layers(config, config.with_mixers(self.mixers))
+
+    def checked(self, config: LinearizeConfig) -> LinearizeConfig:
+        """The completed configuration; raises ConfigError when the task cannot be done with it."""
+        changed = self.changed
+        config = config.completed([self.mixers[layer] for layer in changed])
+        _check_context(self.teacher.config, config.context)
+        check_mixers(self.teacher, self.mixers)
+        if not 0 <= self.softmax_layers < max(1, len(changed)):
+            raise ConfigError(
+                f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got "
+                f"{self.softmax_layers}"
+            )
+        return config
+
+    def to_json(self, source: str | Path, config: LinearizeConfig) -> dict[str, Any]:
+        """Plain JSON types: what a run that is resumed must have been asked for."""
+        return {
+            "source": str(source),
+            "mixers": [asdict(m) for m in self.mixers],
+            "rows": self.rows if self.changed else None,
+            "softmax_layers": self.softmax_layers,
+            "data": [str(d) for d in self.data],
+            "field": self.field,
+            "config": config.to_json(),
+        }
+
+    def final_mixers(self, windows: Windows, folder: Path) -> tuple[MixerConfig, ...]:
+        """The mixers, after what the teacher's layers need where that is to be measured."""
+        changed = self.changed
+        if not changed or (self.rows is None and not self.softmax_layers):
+            return self.mixers
+        return by_need(
+            self.teacher,
+            self.mixers,
+            changed,
+            windows,
+            folder,
+            rows=self.rows,
+            softmax_layers=self.softmax_layers,
+        )
 
 
 def continue_training(
