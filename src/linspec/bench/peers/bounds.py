@@ -207,7 +207,7 @@ BOUNDS: tuple[Bound, ...] = (
             aim=_both(aim),
             measure=_decode,
             why=(
-                "OpenVINO's cache of bytes makes it the best peer here, about as fast again as those that the"
+                "OpenVINO's cache of bytes makes it the best peer here, about as fast again as those that the "
                 "bound was drawn for"
             ),
         )
@@ -222,7 +222,7 @@ BOUNDS: tuple[Bound, ...] = (
         aim=_both(3.5),
         measure=_decode,
         why=(
-            "5M weights fit into the caches: a step takes a tenth of a millisecond, of which looking drafts"
+            "5M weights fit into the caches: a step takes a tenth of a millisecond, of which looking drafts "
             "up in Python is a large part, and no drafter was trained for this teacher"
         ),
     ),
