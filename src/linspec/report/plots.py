@@ -85,6 +85,8 @@ def _lines(chart: Chart) -> Any:
             line.y,
             color=_colour(line.colour or i + 1),
             marker=marker,
+            # behind the last colour they begin again: hollow, so that no two lines look alike
+            markerfacecolor=None if i < SERIES_COLOURS else "none",
             linestyle="--" if line.dashed else "-",
             label=line.label,
         )
