@@ -32,7 +32,7 @@ def bench_peers(
     accept: Annotated[
         str, typer.Option(help="Rates at which drafts are taken to be accepted, like 0,0.5,1.")
     ] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round, at least.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds in which engines take turns.")] = 3,
     again: Annotated[
         bool, typer.Option("--again", help="Measure finished cells of these groups too.")

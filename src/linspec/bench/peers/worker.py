@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ _WARM_TOKENS = 16
 _WAKING_STEPS = 4
 _WAKING_S = 0.03
 _MOST_WAKING_TOKENS = 64
+# a turn is at least so long, or of so many tokens
+_LEAST_S = 0.15
+_MOST_TOKENS = 128
 
 
 class Worker:
@@ -63,14 +67,15 @@ class Worker:
         return self._session().open(prompts)
 
     def decode(self, tokens: int) -> list[float]:
-        """Seconds of each step, behind a few that wake what fell asleep since the last turn."""
-        self._wake()
-        return self._session().decode(tokens)
+        """Seconds of each of `tokens` steps, of more where they are short."""
+        return _turn(self._session().decode, tokens)
 
     def decode_short(self, tokens: int) -> list[float] | None:
-        """Seconds of each step behind a short context."""
-        self._session().decode_short(_WAKING_STEPS)
-        return self._session().decode_short(tokens)
+        """The same behind a short context."""
+        session = self._session()
+        if session.decode_short(1) is None:
+            return None
+        return _turn(lambda count: session.decode_short(count) or [], tokens)
 
     def rows(self, count: int, repeats: int) -> list[float] | None:
         """Seconds of passes over `count` rows."""
@@ -84,13 +89,6 @@ class Worker:
         self._session().accept(nodes, rate, _WAKING_STEPS)
         return self._session().accept(nodes, rate, rounds)
 
-    def _wake(self) -> None:
-        began = time.perf_counter()
-        for _ in range(_MOST_WAKING_TOKENS // _WAKING_STEPS):
-            self._session().decode(_WAKING_STEPS)
-            if time.perf_counter() - began > _WAKING_S:
-                break
-
     def peak(self) -> int:
         """Highest resident memory of this process, in bytes."""
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -101,6 +99,15 @@ class Worker:
     def _session(self) -> Session:
         assert self.session is not None, "load first"
         return self.session
+
+
+def _turn(decode: Callable[[int], list[float]], tokens: int) -> list[float]:
+    began = time.perf_counter()
+    for _ in range(_MOST_WAKING_TOKENS // _WAKING_STEPS):
+        waking = decode(_WAKING_STEPS)
+        if time.perf_counter() - began > _WAKING_S:
+            break
+    return decode(max(tokens, min(_MOST_TOKENS, int(_LEAST_S / min(waking)))))
 
 
 def main() -> None:
