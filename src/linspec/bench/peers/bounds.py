@@ -183,8 +183,8 @@ BOUNDS: tuple[Bound, ...] = (
         aim=_both(2.5),
         measure=_decode,
         why=(
-            "attention over a long cache is bound by its arithmetic here, not by memory;"
-            "prompts are its better half in OpenVINO too, which keeps its cache in bytes as well"
+            "attention over a long cache is bound by its arithmetic here, not by memory; OpenVINO "
+            "keeps its cache in bytes as well"
         ),
     ),
     Bound(
@@ -195,7 +195,9 @@ BOUNDS: tuple[Bound, ...] = (
         least=_both(0.97),
         aim=_both(1.0),
         measure=_beside_short,
-        why=("the state is of the same size at every context; what differs is noise"),
+        why=(
+            "the two contexts were measured at different times; the step alone is the same at both"
+        ),
     ),
     *(
         Bound(
@@ -206,10 +208,7 @@ BOUNDS: tuple[Bound, ...] = (
             least=_both(least),
             aim=_both(aim),
             measure=_decode,
-            why=(
-                "OpenVINO's cache of bytes makes it the best peer here, about as fast again as those that the "
-                "bound was drawn for"
-            ),
+            why="OpenVINO, the best peer here, keeps its cache in bytes",
         )
         for context, name, least, aim in ((8192, "8K", 5, 8), (32768, "32K", 15, 30))
     ),
@@ -222,8 +221,8 @@ BOUNDS: tuple[Bound, ...] = (
         aim=_both(3.5),
         measure=_decode,
         why=(
-            "5M weights fit into the caches: a step takes a tenth of a millisecond, of which looking drafts "
-            "up in Python is a large part, and no drafter was trained for this teacher"
+            "5M weights fit into the caches, where eight nodes cost more than one; no drafter was "
+            "trained for this teacher, and the rounds differ widely"
         ),
     ),
     Bound(
@@ -234,8 +233,6 @@ BOUNDS: tuple[Bound, ...] = (
         least=_both(0.9),
         aim=_both(1.3),
         measure=_prefill,
-        why=(
-            "a third of the time is attention by torch's float32 kernel; OpenVINO has a bfloat16 one"
-        ),
+        why=("attention over the prompt is torch's float32 kernel, not one of these kernels"),
     ),
 )
