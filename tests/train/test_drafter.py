@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
-from linspec.drafters.heads import HeadsConfig, MedusaHeads, load_heads
+from linspec.drafters.heads import HeadsConfig, MedusaHeads
+from linspec.drafters.saved import load_heads
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
 from linspec.files import exclusive
 from linspec.models.decoder import Decoder

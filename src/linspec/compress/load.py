@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.drafters.heads import fingerprint
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Quantizer, check_bits
 from linspec.models.decoder import Decoder
+from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import load_model
 
 

@@ -29,11 +29,12 @@ from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
 from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
 from linspec.demo.work import Work
-from linspec.drafters.heads import fingerprint, load_heads
+from linspec.drafters.saved import load_heads
 from linspec.errors import InputError
 from linspec.files import exclusive
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
+from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.report.html import write_report
 from linspec.train.data import train_and_heldout

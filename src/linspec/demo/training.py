@@ -12,7 +12,8 @@ import torch
 
 from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
-from linspec.drafters.heads import CONFIG_FILE, HeadsConfig, MedusaHeads
+from linspec.drafters.heads import HeadsConfig, MedusaHeads
+from linspec.drafters.saved import CONFIG_FILE
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from linspec.drafters import draft_model, lookup, medusa
 from linspec.drafters.base import DRAFTERS, Drafter
 from linspec.drafters.draft_model import DraftModel
-from linspec.drafters.heads import load_heads
+from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.lookup import PromptLookup
 from linspec.drafters.medusa import Medusa
+from linspec.drafters.packed import PackedHeads, draft_bits
+from linspec.drafters.saved import load_heads
 from linspec.errors import ConfigError, DrafterError
+from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.linear import Quantizer
 from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
 from linspec.models.hub import EMBEDDED, load_model
@@ -61,7 +67,12 @@ def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
         )
     heads = load_heads(folder, model)
     # heads are matched to the plain weights; they run on the prepared output layer
-    heads.bind(model.prepare().head)
+    head = model.prepare().head
+    heads.bind(head)
+    # other forms of layers are torch's, and so are the heads then
+    native: nn.Module = head
+    if isinstance(heads, MedusaHeads) and isinstance(native, NativeLinear):
+        heads = PackedHeads.of(heads, Quantizer(draft_bits(native), {}))
     return Medusa(heads)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from itertools import accumulate
+from math import prod
 
 from linspec.drafters.base import DRAFTERS, Drafter
-from linspec.drafters.heads import MedusaHeads
+from linspec.drafters.heads import Heads
+from linspec.errors import DrafterError
 from linspec.row import Row
 from linspec.state import STAGE_ROWS
 from linspec.tree import TokenTree, best_first, root_only
@@ -28,44 +29,41 @@ class Medusa(Drafter):
 
     name = "medusa"
 
-    def __init__(self, heads: MedusaHeads) -> None:
+    def __init__(self, heads: Heads) -> None:
         self.heads, accuracies = heads, heads.accuracies
-        self.max_nodes = STAGE_ROWS - 1
-        self._paths = best_first(accuracies, self.max_nodes)
+        self._paths = best_first(accuracies, STAGE_ROWS - 1)
+        if not self._paths:
+            raise DrafterError(
+                "these heads were never calibrated, so no tree can be made of them; train them with "
+                "linspec train-drafter"
+            )
+        self.max_nodes = len(self._paths)
         index = {path: node for node, path in enumerate(self._paths, 1)}
         index[()] = 0
-        self._parents = [-1] + [index[path[:-1]] for path in self._paths]
-        # where each node's token stands among the heads' top guesses
-        self._depths = torch.tensor([len(path) - 1 for path in self._paths])
-        self._ranks = torch.tensor([path[-1] for path in self._paths])
-        self._top = int(self._ranks.max()) + 1
-        self._gains = [0.0]
-        for path in self._paths:
-            gain = 1.0
-            for depth, rank in enumerate(path):
-                gain *= accuracies[depth][rank]
-            self._gains.append(self._gains[-1] + gain)
+        self._parents = (-1, *(index[path[:-1]] for path in self._paths))
+        # what the tree of n nodes asks of the heads: how many of them, and how many guesses each
+        self._depths = list(accumulate((len(path) for path in self._paths), max, initial=0))
+        self._tops = list(accumulate((path[-1] + 1 for path in self._paths), max, initial=0))
+        gains = (
+            prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in self._paths
+        )
+        self._gains = list(accumulate(gains, initial=0.0))
 
     def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
-        ready = [row for row in rows if row.hidden is not None]
-        guesses = iter(self._guess(ready) if ready else ())
+        hidden = [row.hidden for row in rows if row.hidden is not None]
+        nodes = min(max(budgets), self.max_nodes)
+        heads, top = self._depths[nodes], self._tops[nodes]
+        guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
+        places = [(len(path) - 1) * top + path[-1] for path in self._paths[:nodes]]
         trees = []
         for row, budget in zip(rows, budgets, strict=True):
             if row.hidden is None:
                 trees.append(root_only(row.root))
                 continue
-            tokens = next(guesses)[:budget]
-            parents = self._parents[: len(tokens) + 1]
-            trees.append(TokenTree((row.root, *tokens), tuple(parents)))
+            guessed = next(guesses)
+            tokens = (row.root, *(guessed[place] for place in places[:budget]))
+            trees.append(TokenTree(tokens, self._parents[: len(tokens)]))
         return trees
-
-    @torch.inference_mode()
-    def _guess(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Tokens of all tree nodes for each row."""
-        hidden = torch.stack([row.hidden for row in rows if row.hidden is not None])
-        top = self.heads(hidden).topk(self._top, dim=-1).indices  # [R, heads, top]
-        nodes: list[list[int]] = top[:, self._depths, self._ranks].tolist()
-        return nodes
 
     def expected(self, nodes: int) -> float:
         return self._gains[min(nodes, len(self._gains) - 1)]

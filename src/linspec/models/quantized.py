@@ -50,7 +50,7 @@ def save_quantized(
     """
     from linspec.models.hub import config_file
 
-    entry = {"format": FORMAT, "bits": bits, "identity": model.identity, **facts}
+    entry = {**entry_of(bits), "identity": model.identity, **facts}
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
     with replace_dir(out) as aside:
         write_aligned(dict(model.state_dict()), aside / SINGLE)
@@ -61,7 +61,7 @@ def save_quantized(
 
 def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     """The model that `save_quantized` wrote; raises CheckpointError for another version or bad files."""
-    bits = _check(entry, folder)
+    bits = check_entry(entry, folder)
     path = folder / SINGLE
     if not path.exists():
         raise CheckpointError(f"{path} is missing; copy or download it again")
@@ -81,7 +81,13 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     return model
 
 
-def _check(entry: Any, folder: Path) -> int:
+def entry_of(bits: int) -> dict[str, Any]:
+    """What a configuration says about quantised weights beside it."""
+    return {"format": FORMAT, "bits": bits}
+
+
+def check_entry(entry: Any, folder: Path) -> int:
+    """The bits of quantised weights; raises CheckpointError for those of another version."""
     version = entry.get("format") if isinstance(entry, dict) else None
     if version != FORMAT:
         raise CheckpointError(

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from linspec.drafters.heads import CONFIG_FILE, HeadsConfig, MedusaHeads, fingerprint, save_heads
+from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
+from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
 from linspec.models.decoder import Decoder
+from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, mean_loss
@@ -194,7 +196,7 @@ def heads_loss(
 
 @torch.inference_mode()
 def calibrate(
-    target: Decoder, heads: MedusaHeads, stream: np.ndarray, *, context: int, tokens: int
+    target: Decoder, heads: Heads, stream: np.ndarray, *, context: int, tokens: int
 ) -> list[list[float]]:
     """a_k(i): the share of positions of `stream` where head k's rank-i guess is the target's choice.
 

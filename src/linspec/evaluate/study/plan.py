@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from linspec.config import DecoderConfig
-from linspec.drafters.heads import fingerprint
 from linspec.errors import ConfigError
+from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import load_config, load_model
 from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout

@@ -14,7 +14,7 @@ import torch
 from linspec.bench.speed import PLAIN as PLAIN_MODE
 from linspec.bench.speed import bench
 from linspec.config import MixerConfig
-from linspec.drafters.heads import CONFIG_FILE
+from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import ConfigError
 from linspec.evaluate.study.attentions import AUG, PLAIN, attentions, choose
 from linspec.evaluate.study.cache import workplace

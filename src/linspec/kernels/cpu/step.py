@@ -20,6 +20,7 @@ import torch
 
 from linspec.kernels.cpu.library import BF16, F32, LinearStruct, load
 from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
 from linspec.tree import ancestor_bits
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 # Widest head that the C side has room for.
 _HEAD_WIDTH = 512
-_ALIGNMENT = 64
 
 
 class _Layer(Structure):
@@ -99,7 +99,7 @@ class NativeStep:
             _describe(block, layer)
         self._decoder = self._describe_decoder()
         self._state: tuple[tuple[int, torch.Size], ...] = ()
-        self._space = torch.empty(0, dtype=torch.uint8)
+        self._space = Space()
         self._tables = (torch.empty(0), torch.empty(0))
 
     def _describe_decoder(self) -> _Decoder:
@@ -154,7 +154,7 @@ class NativeStep:
             hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
         )
-        space = self._room(self._workspace(self._decoder, batch))
+        space = self._space.at_least(self._workspace(self._decoder, batch))
         self._call(self._decoder, batch, space, native_threads())
         return hidden, logits
 
@@ -181,12 +181,6 @@ class NativeStep:
             cosines, sines = self.model.rotary(positions, torch.float32)
             self._tables = cosines.flatten(1).contiguous(), sines.flatten(1).contiguous()
         return self._tables
-
-    def _room(self, size: int) -> int:
-        """Address of `size` aligned bytes."""
-        if len(self._space) < size + _ALIGNMENT:
-            self._space = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-        return -(-self._space.data_ptr() // _ALIGNMENT) * _ALIGNMENT
 
 
 def native_step(model: Decoder) -> NativeStep | None:

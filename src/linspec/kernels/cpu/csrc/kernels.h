@@ -18,7 +18,7 @@
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
 #define LS_MIX_FLOATS 32 /* of scratch for a query, see ls_mix_scratch */
 #define LS_CHUNK 1024 /* rows within reach whose sums are made apart: threads share out long caches so */
-#define LS_ABI 2     /* raised with every change of what Python relies on */
+#define LS_ABI 3     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
 
@@ -33,6 +33,23 @@ typedef struct {
     const void *weights;
     const float *scales, *bias;
 } ls_linear;
+
+/* Medusa heads, see heads.c: x += W2 silu(W1 x + b) for every block, then the output layer. Where `back` is
+ * null a block is x += silu(W1 x + b) and `inner` is `width`. All layers of one list are alike. */
+typedef struct {
+    int32_t heads, blocks, width, inner, vocabulary;
+    int32_t shared;                /* all heads have the first output layer */
+    const ls_linear *const *first; /* [blocks][heads]: width -> inner */
+    const ls_linear *const *back;  /* [blocks][heads]: inner -> width */
+    const ls_linear *const *out;   /* [heads], or one */
+} ls_heads;
+
+/* What is asked: the `top` likeliest tokens of the first `heads` heads. */
+typedef struct {
+    int32_t rows, heads, top;
+    const float *const *hidden; /* [rows]: where each hidden state [width] is */
+    int32_t *tokens;            /* [rows][heads][top], likeliest first */
+} ls_guess;
 
 /* Rows as the tiles want them. codes: for each block [padded / 4][rows of block][4] (int8) or
  * [inputs][rows of block] floats. offsets: what the unsigned weights add too much, negated; for each

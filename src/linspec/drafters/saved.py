@@ -1,0 +1,183 @@
+"""Medusa heads on disk: a directory with `drafter.json` and `drafter.safetensors`.
+
+drafter.json holds the shape, the fingerprint of the target and the accuracies on held-out text. Packed
+heads have an entry `quantization` there, as quantised models have, and their weights are mapped.
+
+    heads = load_heads("model/medusa", model)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
+from linspec.drafters.packed import PackedHeads
+from linspec.errors import CheckpointError, ConfigError, DrafterError
+from linspec.files import replace_dir
+from linspec.kernels.linear import Blank
+from linspec.models.decoder import Decoder
+from linspec.models.fingerprint import fingerprint
+from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
+from linspec.models.skeleton import without_memory
+
+CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
+
+
+def save_heads(
+    heads: MedusaHeads,
+    model: Decoder,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.bfloat16,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Replace the drafter directory `out` by these heads; returns it.
+
+    `dtype` converts the weights, None keeps them; `facts` are added to drafter.json. Raises
+    CheckpointError when the disk refuses; `out` then stays as it was.
+    """
+    out = Path(out)
+    tensors = {
+        name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+        for name, tensor in heads.state_dict().items()
+    }
+    with replace_dir(out) as aside:
+        try:
+            save_file(tensors, aside / WEIGHTS_FILE)
+        except SafetensorError as error:
+            raise CheckpointError(f"could not write {out}: {error}") from error
+        _write_config(aside, heads, model, facts or {})
+    return out
+
+
+def save_packed(
+    heads: PackedHeads, model: Decoder, out: str | Path, bits: int, facts: Mapping[str, Any]
+) -> Path:
+    """The same for packed heads, with weights of `bits` bits."""
+    out = Path(out)
+    with replace_dir(out) as aside:
+        write_aligned(heads.state_dict(), aside / WEIGHTS_FILE)
+        _write_config(aside, heads, model, {**facts, ENTRY: entry_of(bits)})
+    return out
+
+
+def _write_config(folder: Path, heads: Heads, model: Decoder, facts: Mapping[str, Any]) -> None:
+    config = {
+        "kind": "medusa",
+        **asdict(heads.config),
+        "target": fingerprint(model),
+        "accuracies": heads.accuracies,
+    }
+    text = json.dumps(config | dict(facts), indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def load_heads(source: str | Path, model: Decoder) -> Heads:
+    """The heads in `source`, bound to `model`: in its dtype and on its device, or packed.
+
+    Raises DrafterError when they were made for another model or are damaged.
+    """
+    folder = Path(source)
+    data = read_drafter(folder)
+    config = _heads_config(data, folder)
+    _check_target(config, data, model, folder)
+    accuracies = data.get("accuracies", [])
+    _check_accuracies(accuracies, config, folder)
+    with without_memory():
+        plain = MedusaHeads(config, model.head, accuracies)
+    if ENTRY in data:
+        return _load_packed(plain, data[ENTRY], model, folder)
+    with _named(folder):
+        plain.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+    return plain.to(model.embed.weight.device, model.dtype).eval()
+
+
+def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -> PackedHeads:
+    """Packed heads of the shape of `plain`, mapped."""
+    if model.embed.weight.device.type != "cpu":
+        raise DrafterError(
+            f"the drafter in {folder} is quantised, which is for the CPU; use the one it was made from"
+        )
+    try:
+        bits = check_entry(entry, folder)
+    except CheckpointError as error:
+        raise DrafterError(str(error)) from error
+    with without_memory():
+        heads = PackedHeads.of(plain, Blank(bits))
+    with _named(folder):
+        heads.load_state_dict(map_tensors(folder / WEIGHTS_FILE), assign=True)
+    return heads.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Inside, whatever is wrong with the weights is wrong with this drafter."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, CheckpointError) as error:
+        raise DrafterError(f"{folder / WEIGHTS_FILE} is missing or damaged: {error}") from error
+
+
+def _check_accuracies(accuracies: Any, config: HeadsConfig, folder: Path) -> None:
+    if len(accuracies) > config.heads:
+        raise DrafterError(
+            f"{folder} is calibrated for drafts {len(accuracies)} tokens deep but has only "
+            f"{config.heads} heads; calibrate it again with linspec train-drafter"
+        )
+    ranks = max(map(len, accuracies), default=0)
+    if ranks > config.vocab_size:
+        raise DrafterError(
+            f"{folder} is calibrated for {ranks} guesses but has only {config.vocab_size} tokens; "
+            "calibrate it again with linspec train-drafter"
+        )
+
+
+def read_drafter(folder: Path) -> dict[str, Any]:
+    """What drafter.json says; raises DrafterError when there is none or it is not of Medusa heads."""
+    path = folder / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DrafterError(
+            f"no drafter in {folder}: {CONFIG_FILE} is missing; train one: linspec train-drafter"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DrafterError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict) or data.get("kind") != "medusa":
+        kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        raise DrafterError(f"{path} describes a drafter of kind {kind!r}, expected 'medusa'")
+    return data
+
+
+def _heads_config(data: Mapping[str, Any], folder: Path) -> HeadsConfig:
+    known = {field.name for field in fields(HeadsConfig)}
+    try:
+        return HeadsConfig(**{key: value for key, value in data.items() if key in known})
+    except (TypeError, ConfigError) as error:
+        raise DrafterError(f"{folder / CONFIG_FILE} is not a sound drafter: {error}") from error
+
+
+def _check_target(
+    config: HeadsConfig, data: Mapping[str, Any], model: Decoder, folder: Path
+) -> None:
+    made, given = (config.width, config.vocab_size), (model.config.width, model.config.vocab_size)
+    if made != given:
+        raise DrafterError(
+            f"the drafter in {folder} was trained for another model: width {made[0]} and "
+            f"vocabulary {made[1]}, this model has width {given[0]} and vocabulary {given[1]}"
+        )
+    ours = fingerprint(model)
+    if data.get("target") != ours:
+        raise DrafterError(
+            f"the drafter in {folder} was trained for another model: fingerprint "
+            f"{data.get('target')}, this model has {ours}; train its own: linspec train-drafter"
+        )

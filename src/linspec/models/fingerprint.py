@@ -1,0 +1,33 @@
+"""What a drafter knows its target by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from linspec.errors import ConfigError
+from linspec.models.block import Block
+from linspec.models.decoder import Decoder
+
+
+def fingerprint(model: Decoder) -> str:
+    """A short hash of the model's shape and last weights, the same in every dtype and place."""
+    if model.identity is not None:
+        return model.identity
+    config = model.config
+    shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
+    mixers = [mixer.chosen() for mixer in config.mixers]
+    digest = hashlib.sha256(json.dumps([shape, mixers]).encode())
+    last = model.blocks[-1]
+    assert isinstance(last, Block)
+    for part in (model.head, model.norm, last.mlp.down):
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            raise ConfigError(
+                "a prepared model keeps no plain weights to know it by; make its drafter first"
+            )
+        rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
