@@ -6,17 +6,18 @@ from pathlib import Path
 
 from torch import nn
 
+from linspec.compress.load import quantize_model
 from linspec.drafters import draft_model, lookup, medusa
 from linspec.drafters.base import DRAFTERS, Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.lookup import PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.drafters.packed import PackedHeads, draft_bits
+from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import ConfigError, DrafterError
 from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer
+from linspec.kernels.linear import Quantizer, integer_bits
 from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
 from linspec.models.hub import EMBEDDED, load_model
@@ -53,8 +54,11 @@ def make_drafter(
         assert issubclass(kind, DraftModel)
         device = str(model.embed.weight.device)
         small = load_model(_draft_source(name, where, source), dtype=model.dtype, device=device)
-        small.prepare()
-        return kind(small, model.config, slots)
+        bits = integer_bits(model.head)
+        if bits and not small.prepared:
+            # a target that was quantised at load wants a draft model that was
+            quantize_model(small, bits, {})
+        return kind(small.prepare(), model.config, slots)
     raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")
 
 
@@ -72,7 +76,7 @@ def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
     # other forms of layers are torch's, and so are the heads then
     native: nn.Module = head
     if isinstance(heads, MedusaHeads) and isinstance(native, NativeLinear):
-        heads = PackedHeads.of(heads, Quantizer(draft_bits(native), {}))
+        heads = PackedHeads.of(heads, Quantizer(integer_bits(native) or 8, {}))
     return Medusa(heads)
 
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from linspec.drafters.heads import HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
-from linspec.kernels.cpu.library import INT4, INT8, load
+from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Fuse, Quantizer
+from linspec.kernels.linear import Fuse, Quantizer, integer_bits
 from linspec.models.skeleton import without_memory
 
 
@@ -104,14 +104,9 @@ def _native(layers: nn.ModuleList) -> list[NativeLinear]:
 
 def draft_head(head: nn.Module) -> NativeLinear:
     """The target's output layer for drafts: itself if it has integer weights, else a copy in 8 bits."""
-    if isinstance(head, NativeLinear) and head.kind in (INT8, INT4):
-        return head
+    if integer_bits(head):
+        return cast(NativeLinear, head)
     return cast(NativeLinear, Quantizer(8, {})(_linear(cast(torch.Tensor, head.weight))))
-
-
-def draft_bits(head: nn.Module) -> int:
-    """Bits of the weights of heads for a target with this prepared output layer."""
-    return 4 if isinstance(head, NativeLinear) and head.kind == INT4 else 8
 
 
 def _packed_block(block: HeadBlock, fuse: Fuse) -> PackedBlock:

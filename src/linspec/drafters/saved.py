@@ -77,7 +77,7 @@ def _write_config(folder: Path, heads: Heads, model: Decoder, facts: Mapping[str
         "target": fingerprint(model),
         "accuracies": heads.accuracies,
     }
-    text = json.dumps(config | dict(facts), indent=2) + "\n"
+    text = json.dumps(config | {k: v for k, v in facts.items() if k not in config}, indent=2) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 

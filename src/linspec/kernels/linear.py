@@ -136,6 +136,12 @@ class Blank:
         return NativeLinear.empty(BITS[self.bits], outputs, plain[0].in_features, bias)
 
 
+def integer_bits(layer: nn.Module) -> int | None:
+    """Bits of the weights of a quantised layer, None for any other."""
+    kind = layer.kind if isinstance(layer, NativeLinear) else None
+    return next((bits for bits, known in BITS.items() if known == kind), None)
+
+
 def check_bits(bits: int) -> None:
     """Raises ConfigError unless weights can have so many bits."""
     if bits not in BITS:

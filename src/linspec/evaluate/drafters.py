@@ -1,0 +1,72 @@
+"""Drafters that come along when their model is quantised: packed, and measured before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from linspec.drafters.heads import MedusaHeads
+from linspec.drafters.packed import PackedHeads
+from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
+from linspec.errors import ConfigError
+from linspec.kernels.linear import Quantizer
+from linspec.models.decoder import Decoder
+from linspec.train.drafter import calibrate
+
+_CONTEXT = 512
+
+
+@dataclass(slots=True)
+class Companion:
+    """The heads in one folder of a model directory.
+
+    before, after: how often the likeliest guess of each head is the target's choice on the same
+    held-out text, plain heads on the plain target and quantised ones on the quantised.
+    """
+
+    folder: Path
+    heads: MedusaHeads
+    before: list[float]
+    after: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"first_guess_before": self.before, "first_guess_after": self.after}
+
+
+def find_companions(folder: Path, model: Decoder, stream: np.ndarray) -> list[Companion]:
+    """The drafters in a plain model directory, measured on `stream`.
+
+    Raises DrafterError for one of another model and ConfigError for one that is quantised.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        heads = load_heads(path.parent, model)
+        if not isinstance(heads, MedusaHeads):
+            raise ConfigError(
+                f"{path.parent} is quantised already; quantise the one it was made from"
+            )
+        found.append(Companion(path.parent, heads, _first_guesses(model, heads, stream), []))
+    return found
+
+
+def save_companion(
+    companion: Companion, model: Decoder, out: Path, bits: int, stream: np.ndarray
+) -> None:
+    """Quantise the heads of a model that now is quantised, measure them, and write them into `out`."""
+    companion.heads.bind(model.head)
+    packed = PackedHeads.of(companion.heads, Quantizer(bits, {}))
+    companion.after = _first_guesses(model, packed, stream)
+    facts = read_drafter(companion.folder)
+    save_packed(packed, model, out / companion.folder.name, bits, facts)
+
+
+def _first_guesses(
+    model: Decoder, heads: MedusaHeads | PackedHeads, stream: np.ndarray
+) -> list[float]:
+    context = min(_CONTEXT, model.config.position_limit or _CONTEXT)
+    rates = calibrate(model, heads, stream, context=context, tokens=len(stream))
+    return [row[0] for row in rates]
