@@ -115,5 +115,5 @@ LS_API void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace
     s.ones = s.wide + up64(rows * h->inner);
     s.logits = s.ones + up64(h->inner);
     s.prepared = (char *)(s.logits + up64(rows * h->vocabulary));
-    ls_parallel(guess_body, &s, threads);
+    ls_parallel(guess_body, &s, threads, LS_SPIN_STEP);
 }

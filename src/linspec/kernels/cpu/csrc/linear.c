@@ -142,5 +142,5 @@ LS_API void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_
                               int32_t rows, float *y, int64_t y_stride, void *workspace,
                               int32_t threads) {
     call c = {layer, x, y, x_stride, y_stride, ls_rows_at(layer, rows, workspace)};
-    ls_parallel(linear_body, &c, threads);
+    ls_parallel(linear_body, &c, threads, LS_SPIN_LAYER);
 }

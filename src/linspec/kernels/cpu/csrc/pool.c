@@ -1,8 +1,9 @@
 /* The pool: threads that wait for the next call, first spinning, then asleep.
  *
  * A decode step has a hundred short phases, so phases meet at a spinning barrier and no thread is
- * created or woken between them. Between calls a thread spins for a moment only: torch has threads
- * of its own that want the same cores.
+ * created or woken between them. Between calls a thread spins for as long as the call says: waking it
+ * takes as long as half a step of a small model, but torch has threads of its own that want the same cores
+ * between the layers of a prompt.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -14,7 +15,6 @@
 #include "kernels.h"
 
 #define MOST_THREADS 256
-#define SPIN_NS 60000 /* between calls: about what Python needs between two steps of a small model */
 #define BARRIER_SPINS 4000 /* then let others run: the thread waited for may need this core */
 
 static pthread_mutex_t entry = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
@@ -24,7 +24,7 @@ static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
 static struct {
     ls_body body;
     void *context;
-    int threads;
+    int threads, spin_ns;
 } job;
 
 /* each on its own cache line: they are polled by all threads */
@@ -58,8 +58,8 @@ static void sleep_until_round(unsigned seen) {
     pthread_mutex_unlock(&door);
 }
 
-static void wait_for_round(unsigned seen) {
-    int64_t until = now_ns() + SPIN_NS;
+static void wait_for_round(unsigned seen, int spin_ns) {
+    int64_t until = now_ns() + spin_ns;
     for (;;) {
         for (int i = 0; i < 64; i++) {
             if (atomic_load_explicit(&round_number, memory_order_acquire) != seen) return;
@@ -73,12 +73,13 @@ static void wait_for_round(unsigned seen) {
 }
 
 static void *work(void *argument) {
-    int thread = (int)(intptr_t)argument;
+    int thread = (int)(intptr_t)argument, spin_ns = LS_SPIN_LAYER;
     unsigned seen = born[thread];
     for (;;) {
-        wait_for_round(seen);
+        wait_for_round(seen, spin_ns);
         seen = atomic_load(&round_number);
         if (thread < job.threads) job.body(job.context, thread, job.threads);
+        spin_ns = job.spin_ns;
         atomic_fetch_sub(&working, 1);
     }
     return NULL;
@@ -114,10 +115,11 @@ static void wait_for_workers(void) {
         spins < BARRIER_SPINS ? relax() : (void)sched_yield();
 }
 
-static void run_round(ls_body body, void *context, int threads) {
+static void run_round(ls_body body, void *context, int threads, int spin_ns) {
     job.body = body;
     job.context = context;
     job.threads = threads;
+    job.spin_ns = spin_ns;
     atomic_store(&working, started - 1);
     atomic_fetch_add(&round_number, 1);
     if (atomic_load(&sleeping) > 0) {
@@ -129,7 +131,7 @@ static void run_round(ls_body body, void *context, int threads) {
     wait_for_workers();
 }
 
-void ls_parallel(ls_body body, void *context, int threads) {
+void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     /* a second caller at the same time does its work alone: results do not depend on the count */
     if (threads <= 1 || pthread_mutex_trylock(&entry) != 0) {
@@ -137,7 +139,7 @@ void ls_parallel(ls_body body, void *context, int threads) {
         return;
     }
     if (start(threads))
-        run_round(body, context, threads);
+        run_round(body, context, threads, spin_ns);
     else
         body(context, 0, 1);
     pthread_mutex_unlock(&entry);

@@ -324,5 +324,5 @@ LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int
     s.mixed = s.wide + up64(wide_width(d)) * (size_t)b->rows;
     s.partials = s.mixed + up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
     s.prepared = s.partials + partial_floats(d, b);
-    ls_parallel(step_body, &s, threads);
+    ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
 }
