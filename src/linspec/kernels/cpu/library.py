@@ -22,7 +22,7 @@ import torch
 
 from linspec.errors import ConfigError
 
-ABI = 2
+ABI = 3
 SWITCH = "LINSPEC_CPU_KERNELS"
 F32, BF16, INT8, INT4 = range(4)
 

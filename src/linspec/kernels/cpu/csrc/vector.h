@@ -144,6 +144,6 @@ INLINE vf vf_exp(vf x) {
     {.name = set,       .int8 = int8_tile,      .int4 = int4_tile,        .f32 = f32_tile, \
      .bf16 = bf16_tile, .put_codes = put_codes, .put_floats = put_floats, .finish = finish, \
      .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .near = mix_near, \
-     .gather = mix_gather}
+     .gather = mix_gather, .fold = mix_fold}
 
 #endif
