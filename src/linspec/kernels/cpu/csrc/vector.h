@@ -11,6 +11,10 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
+/* keys that meet queries at once: as many as the registers can hold */
+#ifndef LS_KEYS
+#define LS_KEYS 1
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf vf_load(const float *p) {
