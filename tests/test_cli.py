@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from checkpoints import model_dir
 from typer.testing import CliRunner, Result
 
 from linspec.cli import app
+from linspec.cli.console import importing
 from linspec.train.drafter import DrafterConfig
 from linspec.train.linearize import LinearizeConfig
 
@@ -51,6 +53,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*args: object, stdin: bytes | str | None = None) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args], input=stdin)
+
+
+def test_garbage_is_not_looked_for_while_torch_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    with importing():
+        assert gc.isenabled(), "torch is there already"
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with importing():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def run_json(*args: object, stdin: bytes | str | None = None) -> dict[str, Any]:

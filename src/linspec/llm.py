@@ -22,8 +22,9 @@ from linspec.engine import Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError
 from linspec.kv import check_kv
 from linspec.models.backbone import Generator
-from linspec.models.hub import load_generator, load_tokenizer, resolve
+from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
+from linspec.models.tokenizer import load_text_tokenizer
 from linspec.policy import make_policy
 from linspec.policy.base import Policy
 from linspec.row import Row, Stats
@@ -177,7 +178,7 @@ class LLM:
                 if quantize is None
                 else load_for(model, quantize, **options)
             )
-            tokenizer = tokenizer or load_tokenizer(model)
+            tokenizer = tokenizer or load_text_tokenizer(model)
         else:
             self.model = model
         if tokenizer is None:

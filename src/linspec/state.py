@@ -196,6 +196,25 @@ class RowState:
             self.long.setdefault(slot, []).append((keys[i], values[i]))
         return self._floats(keys, values)
 
+    def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `stage_long` for who writes the `new` rows of a chain itself: where they belong.
+
+        Keys [Hkv, C, .] and values [Hkv, lead + C, .] of every layer, as they are kept: committed rows,
+        then room. A cache that keeps all rows has it in place.
+        """
+        spec, base = self.spec, self._next_row(slot)
+        if not spec.group and not spec.window:
+            self._ensure(base + new)
+            self.long[slot] = []
+            return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
+        shape, behind = (self.layers, spec.kv_heads), spec.lead + base
+        keys = self.keys.new_empty(*shape, base + new, self.keys.shape[-1])
+        values = self.values.new_empty(*shape, behind + new, self.values.shape[-1])
+        keys[:, :, :base] = self.keys[:, slot, :, :base]
+        values[:, :, :behind] = self.values[:, slot, :, :behind]
+        self.long[slot] = list(zip(keys, values, strict=True))
+        return self.long[slot]
+
     def read(self, layer: int, slots: slice, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `rows` rows of some slots as floats: [R, Hkv, rows, K], [R, Hkv, lead + rows, V]."""
         keys = self.keys[layer, slots, :, :rows]

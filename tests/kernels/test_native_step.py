@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from linspec.config import DecoderConfig, MixerConfig
+from linspec.errors import StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
@@ -110,6 +111,85 @@ def test_a_step_has_the_same_bits_on_every_instruction_set(
     assert library.ls_use_isa(before)
     for result in results:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("lengths", [(65,), (150, 70), (9, 128, 200)])
+def test_a_prompt_in_one_call_is_the_prompt_by_layers(
+    library: ctypes.CDLL, mixer: str, lengths: tuple[int, ...]
+) -> None:
+    """Its logits, and what the state holds afterwards; groups close on the way."""
+    made = model(mixer)
+    native, results = made.native, []
+    for form in (native, None):
+        made.native = form
+        state, outputs, done = made.new_state(2), [], 0
+        for length in lengths:
+            ids = [(done + i) * 31 % 97 for i in range(length)]
+            output = made.step([Feed(1, ids)], state)
+            state.commit(1, range(length))
+            outputs += [output.hidden, output.logits]
+            done += length
+        tree = made.step([Feed(1, list(range(len(TREE))), TREE)], state)
+        kept = [
+            tensor for part in state.snapshot(1) for tensor in (part.keys, part.values, part.sums)
+        ]
+        results.append([*outputs, tree.logits, *(tensor for tensor in kept if tensor is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("mixer", ["softmax", "window"])
+def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
+    isa: str, mixer: str, bits: int | None, kv: str
+) -> None:
+    made = model(mixer, bits)
+    ids = [index * 31 % 97 for index in range(150)]
+    together, apart = made.new_state(1, kv), made.new_state(1, kv)
+    whole = made.step([Feed(0, ids)], together).logits
+    together.commit(0, range(len(ids)))
+    for place, token in enumerate(ids):
+        alone = made.step([Feed(0, [token])], apart).logits
+        apart.commit(0, [0])
+        assert torch.equal(alone[0], whole[place])
+    after = [made.step([Feed(0, [5, 6], [-1, 0])], state).logits for state in (together, apart)]
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_prompt_has_the_same_bits_on_every_instruction_set(
+    library: ctypes.CDLL, mixer: str
+) -> None:
+    made, before, results = model(mixer, 8), library.ls_isa(), []
+    for name in instruction_sets(library):
+        assert library.ls_use_isa(name.encode())
+        output = made.step([Feed(0, [index * 31 % 97 for index in range(140)])], made.new_state())
+        results.append(output.logits)
+    assert library.ls_use_isa(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_a_dropped_prompt_leaves_nothing(library: ctypes.CDLL, mixer: str) -> None:
+    made = model(mixer)
+    state, first = made.new_state(2), list(range(80))
+    made.step([Feed(0, first)], state)
+    state.commit(0, range(80))
+    before = made.step([Feed(0, [7])], state).logits
+    state.drop(0)
+    made.step([Feed(0, [11] * 90)], state)
+    state.drop(0)
+    assert torch.equal(made.step([Feed(0, [7])], state).logits, before)
+
+
+def test_nothing_is_staged_behind_a_prompt(library: ctypes.CDLL) -> None:
+    made = model("softmax")
+    state = made.new_state()
+    made.step([Feed(0, list(range(70)))], state)
+    with pytest.raises(StateError, match="staged a chain of 70 tokens"):
+        made.step([Feed(0, [1], [69])], state)
 
 
 def test_prompts_beside_trees_change_nothing(library: ctypes.CDLL) -> None:

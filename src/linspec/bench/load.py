@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from linspec.errors import CheckpointError, ConfigError
-from linspec.models.hub import load_tokenizer, resolve
+from linspec.models.hub import resolve
+from linspec.models.tokenizer import load_text_tokenizer
 
 _PROMPT_TOKENS = 16
 _POLL_SECONDS = 0.005
@@ -75,7 +76,7 @@ def bench_load(
     folder = resolve(model)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") / 1e6
-    text = load_tokenizer(folder).decode(range(10, 10 + _PROMPT_TOKENS))
+    text = load_text_tokenizer(folder).decode(range(10, 10 + _PROMPT_TOKENS))
     command = [*(sys.executable, "-m", "linspec", "generate", str(folder), "--prompt", text)]
     command += ["--max-tokens", str(tokens), "--ignore-eos"]
     command += [] if threads is None else ["--threads", str(threads)]

@@ -10,6 +10,7 @@ import typer
 from linspec.cli.console import (
     configure,
     guarded,
+    importing,
     place_on,
     print_json,
     quiet_stdout,
@@ -53,8 +54,9 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text; streams it to stdout as it is decided."""
-    from linspec.llm import LLM
-    from linspec.sampling import SamplingParams
+    with importing():
+        from linspec.llm import LLM
+        from linspec.sampling import SamplingParams
 
     text = read_prompt(prompt, prompt_file)
     params = configure(SamplingParams, locals())

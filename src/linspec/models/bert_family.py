@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from linspec.config import EncoderConfig
 from linspec.errors import UnsupportedModel
 from linspec.models.family import Family, Rule, activation_here, activation_there
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 HEADS = {
     "BertModel": "pooler",

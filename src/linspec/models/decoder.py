@@ -197,15 +197,36 @@ class Decoder(nn.Module):
         for feed in feeds:
             state.reserve(feed.slot, len(feed.tokens))
         rows, wanted = _wanted(feeds)
-        if self.native is not None and not any(segment.long for segment in segments):
-            parents = [each for segment in segments for each in segment.parents]
-            hidden, logits = self.native.run(feeds, parents, places, wanted, state)
+        if self.native is not None:
+            hidden, logits = self._in_one_call(self.native, feeds, segments, places, wanted, state)
         else:
             hidden, logits = self._by_layers(feeds, segments, places, wanted, state)
         for segment in segments:
             for slot, new in zip(segment.slot_range, segment.parents, strict=True):
                 state.record(slot, new)
         return StepOutput(hidden, logits, rows)
+
+    def _in_one_call(
+        self,
+        native: NativeStep,
+        feeds: Sequence[Feed],
+        segments: list[Segment],
+        places: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+        state: DecoderState,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of the `wanted` nodes: all trees together, or chain by chain."""
+        if not any(segment.long for segment in segments):
+            parents = [each for segment in segments for each in segment.parents]
+            return native.run(feeds, parents, places, wanted, state)
+        outputs, first = [], 0
+        for feed, place in zip(feeds, places, strict=True):
+            rows = range(first, first + len(place))
+            mine = [row - first for row in wanted if row in rows]
+            outputs.append(native.run_chain(feed, place, mine, state))
+            first = rows.stop
+        hidden, logits = zip(*outputs, strict=True)
+        return torch.cat(hidden), torch.cat(logits)
 
     def _by_layers(
         self,

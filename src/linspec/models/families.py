@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from linspec.config import DecoderConfig, MixerConfig, RopeConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -24,6 +21,9 @@ from linspec.models.family import (
     write_ids,
 )
 from linspec.models.t5_family import T5
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ROPE_FIELDS: dict[str, dict[str, str]] = {
     "default": {},
@@ -52,6 +52,7 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
             "checkpoint, or dequantize it with transformers and save it again"
         )
     # the table of all configurations, for which linspec's own directories need not wait
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     # a copy: transformers completes nested settings in place

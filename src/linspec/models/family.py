@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from linspec.config import DecoderConfig, EncoderConfig, Seq2SeqConfig, StackConfig
 from linspec.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Tensors = dict[str, torch.Tensor]
 ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig

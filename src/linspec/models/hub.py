@@ -19,11 +19,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -46,6 +45,9 @@ from linspec.models.weights import (
     weight_files,
     write_tensors,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -192,6 +194,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 def _tokenizer_class(folder: Path) -> Any:
     # tokenizer.json says everything itself; the Auto class would look for a class by model_type
     if (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
         return PreTrainedTokenizerFast
     # a quarter of a second that most directories do not need
     from transformers import AutoTokenizer

@@ -14,10 +14,9 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError
@@ -27,6 +26,9 @@ from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 from linspec.models.weights import SINGLE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ENTRY = "quantization"
 FORMAT = 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from linspec.config import DecoderConfig, EncoderConfig, RelativeConfig, Seq2SeqConfig
 from linspec.errors import UnsupportedModel
 from linspec.models.family import Family, Rule, activation_here, activation_there, read_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ARCHITECTURE = "T5ForConditionalGeneration"
 

@@ -3,10 +3,10 @@
     steps = NativeStep.of(model)          # or the reason why this model cannot
     output = steps.run(feeds, segments, places, state)
 
-It computes what `Decoder.step` computes layer by layer, on the same state, for trees of up to 64 staged
-nodes a slot; prompts go the other way. A node gets the same bits whatever else is in the step and
-whether its ancestors are staged or committed, except where a group of a linear mixer closes in
-between.
+It computes what `Decoder.step` computes layer by layer, on the same state: trees of up to 64 staged
+nodes a slot (`run`), or a longer chain of one slot (`run_chain`), which the C side sees as pieces of 64. A
+node gets the same bits whatever else is in the step and whether its ancestors are staged or committed,
+except where a group of a linear mixer closes in between.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
+from linspec.state import STAGE_ROWS
 from linspec.tree import ancestor_bits
 
 if TYPE_CHECKING:
     from linspec.mixers.base import Mixer
     from linspec.models.block import Block
     from linspec.models.decoder import Decoder
-    from linspec.state import DecoderState, RowState
+    from linspec.state import DecoderState, RowSpec
     from linspec.step import Feed
 
 # Widest head that the C side has room for.
@@ -78,7 +79,7 @@ class _Batch(Structure):
     """`ls_batch` of csrc/step.c."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "feeds", "wanted")),
+        *((name, c_int32) for name in ("rows", "feeds", "wanted", "chained")),
         *((name, POINTER(c_int32)) for name in ("ids", "places", "outputs")),
         *((name, c_void_p) for name in ("cosines", "sines")),
         ("feed", POINTER(_Feed)),
@@ -135,8 +136,37 @@ class NativeStep:
         staged in `state`, which must have room; recording them is the caller's.
         """
         self._bind(state)
-        ids = [token for feed in feeds for token in feed.tokens]
-        positions = [place for each in places for place in each]
+        return self._run(
+            [token for feed in feeds for token in feed.tokens],
+            [place for each in places for place in each],
+            wanted,
+            _feeds(feeds, parents, state),
+        )
+
+    def run_chain(
+        self, feed: Feed, places: Sequence[int], wanted: Sequence[int], state: DecoderState
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `run` for one chain of any length from the last committed token, such as a prompt.
+
+        Its rows are staged aside, as `RowState.stage_long` does.
+        """
+        self._state = ()
+        rooms = [iter(part.room_aside(feed.slot, len(feed.tokens))) for part in state.parts]
+        for layer, (part, index) in zip(self._layers, state.layers, strict=True):
+            number = state.parts.index(part)
+            keys, values = next(rooms[number])
+            sums = part.sums[index, feed.slot] if part.spec.sum_width else None
+            _place(layer, number, part.spec, keys[None], values[None], sums)
+        return self._run(feed.tokens, places, wanted, _pieces(feed, state), chained=True)
+
+    def _run(
+        self,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        wanted: Sequence[int],
+        feeds: ctypes.Array[_Feed],
+        chained: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         cosines, sines = self._rotary(max(positions) + 1)
         config = self.model.config
         hidden = torch.empty(len(wanted), config.width)
@@ -145,12 +175,13 @@ class NativeStep:
             rows=len(ids),
             feeds=len(feeds),
             wanted=len(wanted),
+            chained=chained,
             ids=_ints(ids),
             places=_ints(positions),
             outputs=_ints(wanted),
             cosines=cosines.data_ptr(),
             sines=sines.data_ptr(),
-            feed=_feeds(feeds, parents, state),
+            feed=feeds,
             hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
         )
@@ -170,7 +201,15 @@ class NativeStep:
             return
         self._state = at
         for layer, (part, index) in zip(self._layers, state.layers, strict=True):
-            _place(layer, state.parts.index(part), part, index)
+            sums = part.sums[index] if part.spec.sum_width else None
+            _place(
+                layer,
+                state.parts.index(part),
+                part.spec,
+                part.keys[index],
+                part.values[index],
+                sums,
+            )
 
     def _rotary(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary factors of positions 0.. count - 1 and more: [P, K] each."""
@@ -242,15 +281,22 @@ def _describe(block: Block, layer: _Layer) -> None:
         layer.kernel = mixer.taps.data_ptr()
 
 
-def _place(layer: _Layer, number: int, part: RowState, index: int) -> None:
-    keys, values = part.keys[index], part.values[index]
-    layer.part, layer.lead = number, part.spec.lead
+def _place(
+    layer: _Layer,
+    number: int,
+    spec: RowSpec,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sums: torch.Tensor | None,
+) -> None:
+    """Where a layer finds its rows [slots, Hkv, ., .], in the state of kind `number`."""
+    layer.part, layer.lead = number, spec.lead
     # in bytes: rows are floats or codes
     size = keys.element_size()
-    layer.coded, layer.row_bytes = part.spec.coded, keys.stride(2) * size
+    layer.coded, layer.row_bytes = spec.coded, keys.stride(2) * size
     layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1) * size
     layer.values, layer.value_stride = values.data_ptr(), values.stride(1) * size
-    layer.sums = part.sums[index].data_ptr() if part.spec.sum_width else None
+    layer.sums = None if sums is None else sums.data_ptr()
 
 
 def _feeds(
@@ -266,6 +312,19 @@ def _feeds(
         )
         entry.ancestors = (c_uint64 * len(known))(*ancestor_bits(known))
         first += len(new)
+    return table
+
+
+def _pieces(feed: Feed, state: DecoderState) -> ctypes.Array[_Feed]:
+    """A chain in pieces, each of which finds those before it among the committed rows of slot 0."""
+    count = len(feed.tokens)
+    bases = [part.lengths[feed.slot] - part.origins[feed.slot] for part in state.parts]
+    table = (_Feed * -(-count // STAGE_ROWS))()
+    for entry, first in zip(table, range(0, count, STAGE_ROWS), strict=True):
+        nodes = min(STAGE_ROWS, count - first)
+        entry.first, entry.nodes, entry.staged = first, nodes, nodes
+        entry.bases = _ints([base + first for base in bases])
+        entry.ancestors = (c_uint64 * nodes)(*ancestor_bits(range(-1, nodes - 1)))
     return table
 
 

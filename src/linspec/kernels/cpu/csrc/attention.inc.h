@@ -36,13 +36,14 @@ _Static_assert(sizeof(view) + sizeof(asker) <= LS_MIX_FLOATS * sizeof(float), "s
 #define QUERIES 4 /* that meet a row at once */
 /* unrolled before registers are given out */
 #define EACH_ASKER _Pragma("GCC unroll 4") for (int a = 0; a < count; a++)
-#define EACH_FOURTH _Pragma("GCC unroll 4") for (int c = 0; c < 4; c++)
+#define EACH_KEY _Pragma("GCC unroll 4") for (int k = 0; k < rows; k++)
 
-/* Rows `from`.. of a kv head that some askers see: `shared` committed ones and then their own. */
+/* Rows `from`.. of a kv head that some askers see: `shared` committed ones and then their own. news:
+ * nobody has met them yet, so those of the next block should be asked for. */
 typedef struct {
     const ls_mixer *m;
     const char *keys, *values;
-    int from, shared;
+    int from, shared, news;
 } block;
 
 static void look(const ls_mixer *m, int node, view *v) {
@@ -70,7 +71,7 @@ INLINE int own_rows(const block *b, const asker *a, int32_t *places) {
 }
 
 #define FOLD(n, how) \
-    for (int i = 0; i < n; i++) \
+    _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) \
         v[i] = SHUFFLE(v[2 * i], v[2 * i + 1], how##_0) + SHUFFLE(v[2 * i], v[2 * i + 1], how##_1)
 
 /* lane i of the result is the sum of v[i], added up as in vf_sum */
@@ -92,28 +93,34 @@ INLINE vf products(const float *a, const float *b, int width) {
     return sum;
 }
 
-/* one row's products with some queries, a vector of partial sums each: in the order of `products` */
-INLINE void products_each(const asker *askers, int count, const float *key, int width,
+/* have the keys of the next block ready */
+INLINE void fetch_keys(const float *key, int rows, int width) {
+    EACH_KEY
+        for (int c = 0; c < width; c += 64)
+            fetch((const char *)(key + (size_t)(k + BLOCK) * width), c, 0);
+}
+
+/* Products of `rows` neighbouring keys with some queries, a vector of partial sums each: in the order of
+ * `products`. */
+INLINE void products_each(const asker *askers, int count, const float *key, int rows, int width,
                           vf sums[][16], int place) {
-    vf s[QUERIES];
+    vf s[QUERIES][LS_KEYS];
     int i = 0;
-    EACH_ASKER s[a] = vf_all(0.0f);
-    for (; i + 64 <= width; i += 64) {
-        fetch((const char *)(key + (size_t)BLOCK * width), i, 0);
-        EACH_FOURTH {
-            vf k = vf_load(key + i + 16 * c);
-            EACH_ASKER s[a] = LS_FMA(vf_load(askers[a].q + i + 16 * c), k, s[a]);
-        }
-    }
+    EACH_ASKER EACH_KEY s[a][k] = vf_all(0.0f);
     for (; i < width; i += 16) {
-        int n = width - i < 16 ? width - i : 16;
-        vf k = n < 16 ? vf_load_part(key + i, n) : vf_load(key + i);
+        int n = width - i;
+        vf keys[LS_KEYS];
+        EACH_KEY {
+            const float *at = key + (size_t)k * width + i;
+            keys[k] = n < 16 ? vf_load_part(at, n) : vf_load(at);
+        }
         EACH_ASKER {
-            const float *q = askers[a].q + i;
-            s[a] = LS_FMA(n < 16 ? vf_load_part(q, n) : vf_load(q), k, s[a]);
+            const float *at = askers[a].q + i;
+            vf q = n < 16 ? vf_load_part(at, n) : vf_load(at);
+            EACH_KEY s[a][k] = LS_FMA(q, keys[k], s[a][k]);
         }
     }
-    EACH_ASKER sums[a][place] = s[a];
+    EACH_ASKER EACH_KEY sums[a][place + k] = s[a][k];
 }
 
 /* Products of the queries with the rows of a block; -inf behind the last row that is seen. */
@@ -122,10 +129,13 @@ INLINE void score_floats(const block *b, const asker *askers, int count, float s
     for (int first = 0; first < BLOCK; first += 16) {
         vf sums[QUERIES][16];
         int n = b->shared - first < 16 ? (b->shared > first ? b->shared - first : 0) : 16;
-        for (int i = 0; i < n; i++) {
-            const char *key = b->keys + (size_t)(b->from + first + i) * b->m->row_bytes;
-            products_each(askers, count, (const float *)key, width, sums, i);
+        const float *keys = (const float *)b->keys + (size_t)(b->from + first) * width;
+        int i = 0;
+        for (; i + LS_KEYS <= n; i += LS_KEYS) {
+            if (b->news) fetch_keys(keys + (size_t)i * width, LS_KEYS, width);
+            products_each(askers, count, keys + (size_t)i * width, LS_KEYS, width, sums, i);
         }
+        for (; i < n; i++) products_each(askers, count, keys + (size_t)i * width, 1, width, sums, i);
         for (int a = 0; a < count; a++) {
             for (int i = n; i < 16; i++) sums[a][i] = vf_all(-__builtin_inff());
             vf_store(scores[a] + first, sum_each(sums[a]));
@@ -186,7 +196,7 @@ INLINE void weigh(const block *b, const asker *askers, int count, float weights[
     }
     const char *rows = b->values + (int64_t)b->from * m->row_bytes;
     source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->coded,
-                       (int64_t)BLOCK * m->row_bytes};
+                       b->news ? (int64_t)BLOCK * m->row_bytes : 0};
     take(&together, takers, count);
     for (int a = 0; a < count; a++) {
         int32_t places[BLOCK];
@@ -229,11 +239,12 @@ static void meet_all(block *b, const asker *askers, int count, int begin) {
     b->shared = b->m->base - b->from;
     if (b->shared > BLOCK) b->shared = BLOCK;
     if (b->shared < 0) b->shared = 0;
+    b->news = 1;
     for (int a = 0; a < count; a++) {
         if (askers[a].sees->count > b->from) batch[n++] = askers[a];
         if (n == most || (n && a == count - 1)) {
             meet(b, batch, n);
-            n = 0;
+            n = b->news = 0;
         }
     }
 }
@@ -266,7 +277,7 @@ static void mix_near(const ls_mixer *m, int head, int chunk, const float *q, int
                      float *partial, void *scratch) {
     int repeats = m->heads / m->kv_heads, most = 0;
     asker *askers = ask(m, head, q, q_stride, partial, scratch);
-    block b = {m, m->keys + head * m->key_stride, m->values + head * m->value_stride, 0, 0};
+    block b = {m, m->keys + head * m->key_stride, m->values + head * m->value_stride, 0, 0, 1};
     for (int n = 0; n < m->nodes; n++) {
         const view *v = askers[n * repeats].sees;
         if (v->count - v->first > most) most = v->count - v->first;

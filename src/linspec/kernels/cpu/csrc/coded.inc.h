@@ -92,7 +92,7 @@ static void score_codes(const block *b, int count, const int8_t *codes, const in
         lay_rows(rows, m->row_bytes, n, quads, tile);
         for (int i = 0; i < n; i++) {
             scales[i] = coded_scale(rows, i, m);
-            for (int c = 0; c < m->width; c += 64)
+            for (int c = 0; b->news && c < m->width; c += 64)
                 fetch(rows + (int64_t)(i + BLOCK) * m->row_bytes, c, 1);
         }
         int8_tile(tile, codes, offsets, quads, count, sums);

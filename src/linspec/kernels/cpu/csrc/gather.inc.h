@@ -19,12 +19,35 @@ static void join(const ls_mixer *m, float *out, running *state, const float *mor
 static void mix_closing(const ls_mixer *m, const float *keys, const float *values, const view *v,
                         const float *query, float *out) {
     float key[512];
-    for (int i = 0; i < v->first; i++) {
+    for (int i = m->closed; i < v->first; i++) {
         int64_t row = row_at(m, v, i);
         memcpy(key, keys + row * m->width, sizeof(float) * (size_t)m->width);
         if (!m->squares) unit(key, m->width);
         float weight = vf_sum(products(query, key, m->width));
         for (int c = 0; c < m->width; c++) out[c] += weight * values[row * m->width + c];
+    }
+}
+
+/* see ls_ops: TAKERS lines of the sums at a time, each of which takes a column of the keys */
+static void mix_fold(const ls_mixer *m, int head, int first, int last, float *sums) {
+    const float *keys = (const float *)(m->keys + head * m->key_stride);
+    const float *values = (const float *)(m->values + head * m->value_stride);
+    for (int64_t row = first; row < last; row += BLOCK) {
+        int count = last - row < BLOCK ? (int)(last - row) : BLOCK;
+        const float *key = keys + row * m->width;
+        float scales[BLOCK], columns[TAKERS][BLOCK];
+        for (int i = 0; i < count; i++) scales[i] = m->squares ? 1.0f : to_unit(key + i * m->width, m->width);
+        source rows = {(const char *)(values + row * m->width), NULL, m->row_bytes, count, m->width, 0, 0};
+        for (int line = 0, lines; line < m->width; line += lines) {
+            taker takers[TAKERS] = {{0}};
+            lines = m->width - line < TAKERS ? m->width - line : TAKERS;
+            for (int t = 0; t < lines; t++) {
+                for (int i = 0; i < count; i++)
+                    columns[t][i] = key[(int64_t)i * m->width + line + t] * scales[i];
+                takers[t] = (taker){sums + (int64_t)(line + t) * m->width, columns[t], 1.0f};
+            }
+            take(&rows, takers, lines);
+        }
     }
 }
 

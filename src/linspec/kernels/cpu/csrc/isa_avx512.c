@@ -15,6 +15,7 @@
 #define LS_MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define LS_MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define LS_FLOAT_ROWS 8
+#define LS_KEYS 4
 #define LS_WIDE_SHUFFLES /* of sixteen lanes cost one instruction */
 #include "vector.h"
 #include "rows.inc.h"

@@ -66,6 +66,7 @@ typedef struct {
     int32_t heads, kv_heads, width; /* width of a head */
     int32_t base;                   /* committed rows that every node sees */
     int32_t staged, nodes;          /* staged rows after this step; new nodes, the last of them */
+    int32_t closed;                 /* first rows that the sums hold already */
     int32_t window;                 /* nearest rows that a node sees; 0 is all */
     int32_t group, span;            /* rows of a group, groups within reach; group 0 is all rows */
     int32_t squares;                /* weights relu(q.k)^2 of unit features instead of a softmax */
@@ -137,6 +138,8 @@ typedef struct {
     /* the partial sums of all chunks put together, and what else there is to read: out as q */
     void (*gather)(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
                    float *partials, float *out, int64_t out_stride, void *scratch);
+    /* sums [width][width] += what the rows first .. last - 1 of a kv head come to once they are closed */
+    void (*fold)(const ls_mixer *m, int head, int first, int last, float *sums);
 } ls_ops;
 
 extern const ls_ops ls_ops_portable;

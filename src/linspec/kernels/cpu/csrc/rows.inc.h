@@ -92,15 +92,19 @@ static void rms_norm(const float *x, const float *weight, float eps, int width, 
             rest);
 }
 
-/* rows that are all zero, such as padding, stay zero */
-static void unit(float *x, int width) {
+/* The factor that makes x one long; rows that are all zero, such as padding, stay zero. */
+static float to_unit(const float *x, int width) {
     vf squares = vf_all(0.0f);
     for (int i = 0; i < width; i += 16) {
         vf v = width - i < 16 ? vf_load_part(x + i, width - i) : vf_load(x + i);
         squares = LS_FMA(v, v, squares);
     }
     float size = __builtin_sqrtf(vf_sum(squares));
-    float scale = 1.0f / (size > 1e-6f ? size : 1e-6f);
+    return 1.0f / (size > 1e-6f ? size : 1e-6f);
+}
+
+static void unit(float *x, int width) {
+    float scale = to_unit(x, width);
     for (int i = 0; i < width; i++) x[i] *= scale;
 }
 

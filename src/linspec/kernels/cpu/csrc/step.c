@@ -4,57 +4,7 @@
  * rows, of kv heads or of the tiles of a layer. */
 #include <string.h>
 
-#include "kernels.h"
-
-typedef struct {
-    int32_t part;                  /* kind of state, an index into a feed's bases */
-    int32_t window, group, span, squares, taps;
-    int32_t lead;                  /* value rows before the origin */
-    float alpha;
-    const float *kernel;           /* [heads][taps] */
-    const float *mixer_norm, *mlp_norm, *q_norm, *k_norm;
-    const ls_linear *qkv, *out, *gate_up, *down;
-    char *keys, *values;           /* [slots][kv_heads][rows][row bytes]; values with `lead` more rows */
-    const float *sums;             /* [slots][kv_heads][width][width], null without */
-    int64_t key_stride, value_stride; /* bytes from one kv head to the next */
-    int32_t coded, row_bytes;      /* int8 codes with a scale, see coded.inc.h */
-} ls_layer;
-
-typedef struct {
-    int32_t layers, width, heads, kv_heads, head_width, mlp_width, vocabulary;
-    int32_t embed_kind;            /* LS_F32 or LS_BF16 */
-    float eps;
-    const void *embed;             /* [vocabulary][width] */
-    const float *final_norm;
-    const ls_linear *head;
-    const ls_layer *layer;
-} ls_decoder;
-
-/* The new nodes of one slot; `bases` are its committed rows in each kind of state. */
-typedef struct {
-    int32_t slot, first, nodes, staged;
-    const int32_t *bases;
-    const uint64_t *ancestors;
-} ls_feed;
-
-typedef struct {
-    int32_t rows, feeds, wanted;
-    const int32_t *ids, *places;   /* [rows]: tokens and the rows of the rotary table */
-    const int32_t *outputs;        /* [wanted]: rows whose logits are asked for */
-    const float *cosines, *sines;  /* [places][head_width] */
-    const ls_feed *feed;
-    float *hidden, *logits;        /* [wanted][width], [wanted][vocabulary] */
-} ls_batch;
-
-typedef struct {
-    const ls_decoder *d;
-    const ls_batch *b;
-    float *x, *wide, *mixed;       /* residual; outputs of qkv or gate_up; mixer outputs */
-    float *partials;               /* of the mixers, see ls_ops */
-    void *prepared;
-} step;
-
-static size_t up64(size_t n) { return (n + 63) & ~(size_t)63; }
+#include "step.h"
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -65,7 +15,7 @@ static size_t prepared_bytes(const ls_decoder *d, int rows) {
         const ls_linear *all[] = {l->qkv, l->out, l->gate_up, l->down};
         for (int k = 0; k < 4; k++) n = most(n, ls_rows_bytes(all[k], rows));
     }
-    return up64(n);
+    return ls_up64(n);
 }
 
 static size_t wide_width(const ls_decoder *d) {
@@ -73,11 +23,10 @@ static size_t wide_width(const ls_decoder *d) {
 }
 
 static size_t row_floats(const ls_decoder *d) {
-    return up64(d->width) + up64(wide_width(d)) + up64((size_t)d->heads * d->head_width);
+    return ls_up64(d->width) + ls_up64(wide_width(d)) + ls_up64((size_t)d->heads * d->head_width);
 }
 
-/* The mixer of one layer over the rows of one feed. */
-static ls_mixer mixer_of(const ls_decoder *d, const ls_layer *l, const ls_feed *f) {
+ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_feed *f) {
     int64_t slot = (int64_t)f->slot * d->kv_heads, width = d->head_width;
     return (ls_mixer){
         .heads = d->heads, .kv_heads = d->kv_heads, .width = d->head_width,
@@ -97,7 +46,7 @@ static ls_mixer mixer_of(const ls_decoder *d, const ls_layer *l, const ls_feed *
 static size_t partials_before(const ls_decoder *d, const ls_layer *l, const ls_batch *b, int feed) {
     size_t floats = 0;
     for (int i = 0; i < feed; i++) {
-        ls_mixer m = mixer_of(d, l, b->feed + i);
+        ls_mixer m = ls_mixer_of(d, l, b->feed + i);
         floats += (size_t)(m.kv_heads * ls_mix_chunks(&m)) * ls_mix_partial(&m);
     }
     return floats;
@@ -106,9 +55,10 @@ static size_t partials_before(const ls_decoder *d, const ls_layer *l, const ls_b
 /* floats of partial sums of the layer that has most */
 static size_t partial_floats(const ls_decoder *d, const ls_batch *b) {
     size_t floats = 0;
+    if (b->chained) return ls_up64(ls_chain_floats(d, b));
     for (int i = 0; i < d->layers; i++)
         floats = most(floats, partials_before(d, d->layer + i, b, b->feeds));
-    return up64(floats);
+    return ls_up64(floats);
 }
 
 /* Bytes of workspace that a step needs. */
@@ -118,7 +68,7 @@ LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b) {
     return (int64_t)(floats * sizeof(float) + prepared_bytes(d, rows));
 }
 
-static void embed(const step *s, int first, int last) {
+static void embed(const ls_run *s, int first, int last) {
     const ls_decoder *d = s->d;
     for (int row = first; row < last; row++) {
         size_t at = (size_t)s->b->ids[row] * d->width;
@@ -145,7 +95,7 @@ static void rotate(float *x, const float *cosines, const float *sines, int width
 }
 
 /* q or k of one node and head, from projection to feature */
-static void feature(const step *s, const ls_layer *l, int row, const float *norm, float *x) {
+static void feature(const ls_run *s, const ls_layer *l, int row, const float *norm, float *x) {
     const ls_decoder *d = s->d;
     const ls_ops *ops = ls_current();
     size_t at = (size_t)s->b->places[row] * d->head_width;
@@ -168,13 +118,14 @@ static void put_row(const ls_mixer *m, const float *x, char *to) {
     memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
 }
 
-/* Stage the keys and values of one feed in one kv head, and turn its queries into features. */
-static void stage(const step *s, const ls_layer *l, const ls_feed *f, int head, const ls_mixer *m) {
+void ls_stage(const ls_run *s, const ls_layer *l, int feed, int head) {
     const ls_decoder *d = s->d;
+    const ls_feed *f = s->b->feed + feed;
+    ls_mixer m = ls_mixer_of(d, l, f);
     int width = d->head_width, repeats = d->heads / d->kv_heads;
     size_t stride = (size_t)(d->heads + 2 * d->kv_heads) * width;
     int64_t at = (int64_t)f->slot * d->kv_heads + head;
-    int64_t row = (int64_t)(m->base + f->staged - f->nodes) * l->row_bytes;
+    int64_t row = (int64_t)(m.base + f->staged - f->nodes) * l->row_bytes;
     char *keys = l->keys + at * l->key_stride + row;
     char *values = l->values + at * l->value_stride + (int64_t)l->lead * l->row_bytes + row;
     for (int n = 0; n < f->nodes; n++) {
@@ -183,16 +134,16 @@ static void stage(const step *s, const ls_layer *l, const ls_feed *f, int head, 
         for (int r = 0; r < repeats; r++)
             feature(s, l, f->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
         feature(s, l, f->first + n, l->k_norm, k);
-        put_row(m, k, keys + (int64_t)n * l->row_bytes);
-        put_row(m, k + (size_t)d->kv_heads * width, values + (int64_t)n * l->row_bytes);
+        put_row(&m, k, keys + (int64_t)n * l->row_bytes);
+        put_row(&m, k + (size_t)d->kv_heads * width, values + (int64_t)n * l->row_bytes);
     }
 }
 
 /* One chunk of one kv head of one feed. */
-static void mix_chunk(const step *s, const ls_layer *l, int feed, int head, int chunk) {
+static void mix_chunk(const ls_run *s, const ls_layer *l, int feed, int head, int chunk) {
     const ls_decoder *d = s->d;
     const ls_feed *f = s->b->feed + feed;
-    ls_mixer m = mixer_of(d, l, f);
+    ls_mixer m = ls_mixer_of(d, l, f);
     int64_t stride = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
     size_t at = (size_t)(head * ls_mix_chunks(&m) + chunk) * ls_mix_partial(&m);
     ls_current()->near(&m, head, chunk, s->wide + f->first * stride, stride,
@@ -201,10 +152,10 @@ static void mix_chunk(const step *s, const ls_layer *l, int feed, int head, int 
 }
 
 /* All of one kv head of one feed, once its chunks are done. */
-static void gather(const step *s, const ls_layer *l, int feed, int head) {
+static void gather(const ls_run *s, const ls_layer *l, int feed, int head) {
     const ls_decoder *d = s->d;
     const ls_feed *f = s->b->feed + feed;
-    ls_mixer m = mixer_of(d, l, f);
+    ls_mixer m = ls_mixer_of(d, l, f);
     int64_t in = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
     int64_t out = (int64_t)d->heads * d->head_width;
     int chunks = ls_mix_chunks(&m);
@@ -214,13 +165,13 @@ static void gather(const step *s, const ls_layer *l, int feed, int head) {
                          s->mixed + f->first * out, out, ls_scratch(ls_mix_scratch(&m)));
 }
 
-static int chunks_of(const step *s, const ls_layer *l, int feed) {
-    ls_mixer m = mixer_of(s->d, l, s->b->feed + feed);
+static int chunks_of(const ls_run *s, const ls_layer *l, int feed) {
+    ls_mixer m = ls_mixer_of(s->d, l, s->b->feed + feed);
     return ls_mix_chunks(&m);
 }
 
 /* The chunks of all feeds and heads, shared out evenly: how long a cache is does not matter. */
-static void mix_chunks(const step *s, const ls_layer *l, int items, int thread, int threads) {
+static void mix_chunks(const ls_run *s, const ls_layer *l, int items, int thread, int threads) {
     int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
     for (int feed = 0, begin = 0; feed < s->b->feeds; feed++) {
         int chunks = chunks_of(s, l, feed), end = begin + chunks * s->d->kv_heads;
@@ -231,14 +182,12 @@ static void mix_chunks(const step *s, const ls_layer *l, int items, int thread, 
 }
 
 /* Every mixer of a layer; ends without a barrier. */
-static void mix_all(const step *s, const ls_layer *l, int thread, int threads) {
+static void mix_all(const ls_run *s, const ls_layer *l, int thread, int threads) {
     int heads = s->d->kv_heads, items = s->b->feeds * heads, pieces = 0;
     int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
     for (int feed = 0; feed < s->b->feeds; feed++) pieces += heads * chunks_of(s, l, feed);
     for (int i = first; i < last; i++) {
-        const ls_feed *f = s->b->feed + i / heads;
-        ls_mixer m = mixer_of(s->d, l, f);
-        stage(s, l, f, i % heads, &m);
+        ls_stage(s, l, i / heads, i % heads);
         if (pieces == items) mix_chunk(s, l, i / heads, i % heads, 0);
     }
     if (pieces > items) {
@@ -250,7 +199,7 @@ static void mix_all(const step *s, const ls_layer *l, int thread, int threads) {
 }
 
 /* Norm (null: none) and prepare the rows of this thread for `layer`; returns the prepared rows. */
-static ls_rows prepare(const step *s, const ls_linear *layer, const float *norm, const float *x,
+static ls_rows prepare(const ls_run *s, const ls_linear *layer, const float *norm, const float *x,
                        int rows, int thread, int threads) {
     ls_rows to = ls_rows_at(layer, rows, s->prepared);
     int first = ls_share(rows, thread, threads), last = ls_share(rows, thread + 1, threads);
@@ -266,7 +215,7 @@ static ls_rows prepare(const step *s, const ls_linear *layer, const float *norm,
     return to;
 }
 
-static ls_rows prepare_gated(const step *s, const ls_linear *down, int thread, int threads) {
+static ls_rows prepare_gated(const ls_run *s, const ls_linear *down, int thread, int threads) {
     int width = s->d->mlp_width, rows = s->b->rows;
     ls_rows to = ls_rows_at(down, rows, s->prepared);
     float *line = ls_scratch((size_t)width * sizeof(float));
@@ -289,11 +238,11 @@ static void multiply(const ls_linear *layer, const ls_rows *x, float *y, int add
     ls_barrier(threads);
 }
 
-static void block(const step *s, const ls_layer *l, int thread, int threads) {
+static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
     ls_rows x = prepare(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
     multiply(l->qkv, &x, s->wide, 0, thread, threads);
-    mix_all(s, l, thread, threads);
+    b->chained ? ls_mix_chain(s, l, thread, threads) : mix_all(s, l, thread, threads);
     ls_barrier(threads);
     x = prepare(s, l->out, NULL, s->mixed, b->rows, thread, threads);
     multiply(l->out, &x, s->x, 1, thread, threads);
@@ -304,7 +253,7 @@ static void block(const step *s, const ls_layer *l, int thread, int threads) {
 }
 
 static void step_body(void *context, int thread, int threads) {
-    const step *s = context;
+    const ls_run *s = context;
     const ls_decoder *d = s->d;
     const ls_batch *b = s->b;
     embed(s, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
@@ -319,10 +268,10 @@ static void step_body(void *context, int thread, int threads) {
 
 /* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
 LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
-    step s = {.d = d, .b = b, .x = workspace};
-    s.wide = s.x + up64(d->width) * (size_t)b->rows;
-    s.mixed = s.wide + up64(wide_width(d)) * (size_t)b->rows;
-    s.partials = s.mixed + up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
+    ls_run s = {.d = d, .b = b, .x = workspace};
+    s.wide = s.x + ls_up64(d->width) * (size_t)b->rows;
+    s.mixed = s.wide + ls_up64(wide_width(d)) * (size_t)b->rows;
+    s.partials = s.mixed + ls_up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
     s.prepared = s.partials + partial_floats(d, b);
     ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
 }

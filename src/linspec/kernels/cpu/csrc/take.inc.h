@@ -1,8 +1,8 @@
 /* Weighted sums of rows, the end of all that a mixer does. Part of every isa_*.c. */
 
 /* Rows i.. at `rows + places[i] * stride`, or side by side without places. coded: int8 codes, whose
- * scale is in the weights already. ahead: bytes to the row
- * that is asked for meanwhile. */
+ * scale is in the weights already. ahead: bytes to
+ * the row that is asked for meanwhile, if any. */
 typedef struct {
     const char *rows;
     const int32_t *places;
@@ -70,7 +70,7 @@ INLINE void take_columns(const source *s, const taker *takers, int count, int co
         }
     for (int i = 0; i < s->count; i++) {
         const char *row = s->rows + (s->places ? s->places[i] : i) * s->stride;
-        if (parts == 4) fetch(row + s->ahead, column, coded);
+        if (parts == 4 && s->ahead) fetch(row + s->ahead, column, coded);
         vf values[4];
         EACH_PART values[c] = load_row(row, column + 16 * c, n, coded);
         EACH_TAKER {

@@ -11,6 +11,10 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
+/* keys that meet queries at once: as many as the registers can hold */
+#ifndef LS_KEYS
+#define LS_KEYS 1
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 INLINE vf vf_load(const float *p) {
@@ -144,6 +148,6 @@ INLINE vf vf_exp(vf x) {
     {.name = set,       .int8 = int8_tile,      .int4 = int4_tile,        .f32 = f32_tile, \
      .bf16 = bf16_tile, .put_codes = put_codes, .put_floats = put_floats, .finish = finish, \
      .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .near = mix_near, \
-     .gather = mix_gather}
+     .gather = mix_gather, .fold = mix_fold}
 
 #endif
