@@ -22,7 +22,7 @@ import torch
 
 from linspec.errors import ConfigError
 
-ABI = 3
+ABI = 4
 SWITCH = "LINSPEC_CPU_KERNELS"
 F32, BF16, INT8, INT4 = range(4)
 

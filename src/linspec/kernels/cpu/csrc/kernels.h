@@ -18,7 +18,7 @@
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
 #define LS_MIX_FLOATS 32 /* of scratch for a query, see ls_mix_scratch */
 #define LS_CHUNK 1024 /* rows within reach whose sums are made apart: threads share out long caches so */
-#define LS_ABI 3     /* raised with every change of what Python relies on */
+#define LS_ABI 4     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
 
