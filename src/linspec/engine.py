@@ -124,8 +124,9 @@ class Engine:
             emitted += self._prefilled(row, count, output, places[row.slot])
         nodes = sum(len(feed.tokens) for feed in feeds)
         drafts = max((len(tree) - 1 for tree in trees), default=0)
-        times = RoundTimes(drafted - began, stepped - drafted, nodes, drafts)
-        self._account(batch.decoding, batch.prefilling, times, began)
+        rest = self.clock() - stepped
+        times = RoundTimes(drafted - began, stepped - drafted, nodes, drafts, rest)
+        self._account(batch.decoding, batch.prefilling, times)
         for item in emitted:
             if item.finished:
                 self._retire(item.row)
@@ -214,11 +215,10 @@ class Engine:
         decoding: Sequence[Row],
         prefilling: Sequence[tuple[Row, int]],
         times: RoundTimes,
-        began: float,
     ) -> None:
         if self.policy is not None and decoding and not prefilling:
             self.policy.observe_round(times)
-        seconds = self.clock() - began
+        seconds = times.draft + times.step + times.rest
         for row in decoding:
             row.stats.decode_seconds += seconds
         for row, _ in prefilling:

@@ -41,6 +41,7 @@ def simulate(
     *,
     rounds: int,
     draft: Callable[[int], float] = lambda nodes: 0.0,
+    rest: Callable[[int], float] = lambda nodes: 0.0,
     policy: Auto | None = None,
     rows: int = 1,
 ) -> tuple[int, float, int, list[int]]:
@@ -56,6 +57,7 @@ def simulate(
             step=costs(rows + sum(plan)),
             nodes=rows + sum(plan),
             drafts=max(plan),
+            rest=rest(max(plan)),
         )
         for row, budget in zip(slots, plan, strict=True):
             accepted = min(budget, drafter.right(turn))
@@ -64,7 +66,7 @@ def simulate(
                 drafter.observe(row, chain(range(budget + 1)), range(accepted + 1))
             tokens += accepted + 1
         policy.observe_round(times)
-        seconds += times.draft + times.step
+        seconds += times.draft + times.step + times.rest
         nodes += sum(plan)
     for row in slots:
         policy.release(row.slot)
@@ -149,3 +151,20 @@ def test_short_requests_do_not_each_try_a_hopeless_drafter_again() -> None:
         if budget
     ]
     assert len(drafted) <= 20
+
+
+def test_what_every_round_costs_beside_its_step_makes_drafts_pay() -> None:
+    """They once were left out: half of a small model's round is not its step."""
+    steep = CostCurve({1: 0.1e-3, 64: 6.4e-3})
+    two = Simulated(lambda turn: 2)
+    assert simulate(two, steep, rounds=300)[3][-1] in (0, 4)
+    budgets = simulate(two, steep, rounds=300, rest=lambda nodes: 0.3e-3)[3]
+    assert sorted(budgets[-50:])[25] == 2
+
+
+def test_trees_that_take_long_to_commit_are_left_out() -> None:
+    budgets = simulate(
+        Simulated(lambda turn: 2), CHEAP, rounds=500, rest=lambda nodes: 4e-3 if nodes else 0.2e-3
+    )[3]
+    # but for the probes, one in 17 rounds
+    assert sum(map(bool, budgets[100:])) <= 400 // 16

@@ -1,8 +1,9 @@
 """Choose the tree that maximises tokens per second (goodput, Liu et al. 2024, arXiv 2406.14066).
 
-A tree of n drafts is worth (1 + accepted(n)) / (step(n + 1) + draft). The step's cost comes from a
-curve measured on this machine and model, corrected by the rounds as they run; the accepted tokens
-from the drafter's own estimate, corrected per request. 0 drafts is a candidate like any other, so a
+A tree of n drafts is worth (1 + accepted(n)) / (step(n + 1) + draft + rest). The step's cost comes from
+a curve measured on this machine and model, corrected by the rounds as they run; the rest is what every
+round costs beside its step, much of it with a small model; the accepted tokens come from the drafter's
+own estimate, corrected per request. 0 drafts is a candidate like any other, so a
 drafter that does not pay is switched off; it is tried again at growing intervals.
 """
 
@@ -52,7 +53,8 @@ class _Record:
 
 @dataclass(slots=True)
 class _DraftCost:
-    """Seconds of drafting n nodes, a + b·n: a line through the rounds so far, old ones fading."""
+    """Seconds that n drafts add to a round beside its step, a + b·n: a line through the rounds so far,
+    old ones fading."""
 
     weight: float = 0.0
     nodes: float = 0.0
@@ -100,8 +102,12 @@ class Auto(Policy):
         self._hope = True
         self._drift = 1.0
         self._draft = _DraftCost()
+        # seconds of a plain round beside its step; None until one was seen
+        self._rest: float | None = None
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
+        if self._rest is None:
+            return [0] * len(rows)
         # a new request starts from what the drafter brought in others, and as patient
         prior, patience = self._overall.ratio(), self._overall.patience
         records = [
@@ -118,7 +124,7 @@ class Auto(Policy):
     def _choose(self, records: list[_Record], drafter: Drafter) -> None:
         """Best (size of tree, rows that get one): rows with the best record come first."""
         ranked = sorted(records, key=_Record.ratio, reverse=True)
-        plain = len(ranked) / self._step(len(ranked))
+        plain = len(ranked) / self._round(len(ranked))
         best, best_nodes, best_rows = plain * _MARGIN, 0, 0
         self._hope = False
         most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self._draft.largest))
@@ -126,7 +132,7 @@ class Auto(Policy):
             gain, tokens = drafter.expected(nodes), float(len(ranked))
             for rows, record in enumerate(ranked, 1):
                 tokens += min(record.ratio() * gain, nodes)
-                seconds = self._step(len(ranked) + rows * nodes) + self._draft(nodes)
+                seconds = self._round(len(ranked) + rows * nodes) + self._draft(nodes)
                 self._hope |= (len(ranked) + rows * nodes) / seconds > plain * _MARGIN
                 if tokens / seconds > best:
                     best, best_nodes, best_rows = tokens / seconds, nodes, rows
@@ -154,8 +160,10 @@ class Auto(Policy):
         self._overall.patience = max(self._overall.patience, record.patience)
         return 4
 
-    def _step(self, nodes: int) -> float:
-        return self._drift * self.costs(nodes)
+    def _round(self, nodes: int) -> float:
+        """Seconds of a round over `nodes` nodes, without what drafts add."""
+        assert self._rest is not None
+        return self._drift * self.costs(nodes) + self._rest
 
     def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
         record = self._records.get(row.slot)
@@ -169,8 +177,11 @@ class Auto(Policy):
 
     def observe_round(self, times: RoundTimes) -> None:
         self._drift = 0.95 * self._drift + 0.05 * times.step / self.costs(times.nodes)
-        if times.drafts:
-            self._draft.observe(times.drafts, times.draft)
+        if not times.drafts:
+            self._rest = times.rest if self._rest is None else 0.95 * self._rest + 0.05 * times.rest
+        elif self._rest is not None:
+            # a tree also takes longer to verify and to commit than a token
+            self._draft.observe(times.drafts, times.draft + times.rest - self._rest)
 
     def release(self, slot: int) -> None:
         self._records.pop(slot, None)

@@ -16,13 +16,15 @@ from linspec.row import Row
 class RoundTimes:
     """Seconds of one round: drafting, and the target's step over `nodes` packed nodes of all rows.
 
-    drafts: draft nodes of the largest tree; 0 when nothing was drafted.
+    drafts: draft nodes of the largest tree; 0 when nothing was drafted. rest: what came after the
+    step, such as verifying and committing.
     """
 
     draft: float
     step: float
     nodes: int
     drafts: int = 0
+    rest: float = 0.0
 
 
 class Policy(ABC):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from linspec.files import cache_dir
+from linspec.kernels.cpu.library import ABI
 from linspec.models.backbone import Generator
 from linspec.state import DecoderState
 from linspec.step import Feed
@@ -110,7 +111,7 @@ def _cache_path(model: Generator) -> Path:
         torch.__version__,
         str(torch.get_num_threads()),
         str(model.prepared),
-        model.kernels,
+        f"{model.kernels} {ABI}",
     )
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     return cache_dir() / "costs" / f"{key}.json"
