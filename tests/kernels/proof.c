@@ -15,6 +15,8 @@ const char *ls_isa_at(int32_t i);
 int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows);
 void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride, int32_t rows,
                        float *y, int64_t y_stride, void *workspace, int32_t threads);
+int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g);
+void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads);
 
 enum { RANDOM, LOWEST, HIGHEST, STYLES };
 #define MOST_ROWS 17
@@ -290,6 +292,8 @@ static void mixers(void) {
     }
 }
 
+#include "proof_heads.inc.h"
+
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
     plain = ls_current();
@@ -299,6 +303,7 @@ int main(void) {
         linears();
         for (int width = 1; width <= 70; width++) rows_of_width(width);
         mixers();
+        all_heads();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;

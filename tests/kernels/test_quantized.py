@@ -7,20 +7,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from linspec.compress.load import load_for
 from linspec.drafters.draft_model import DraftModel
+from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.medusa import Medusa
+from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.evaluate.quantize import quantize
+from linspec.kernels.linear import Quantizer
 from linspec.llm import LLM
 from linspec.models import memory
+from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model, load_tokenizer, resolve
 from linspec.models.quantized import map_tensors, write_aligned
 from linspec.sampling import SamplingParams
 from linspec.step import Feed
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
+
+
+def quantised_heads(model: Decoder, bits: int) -> Medusa:
+    """The student's heads on its teacher, whose hidden states are much the same."""
+    shape = HeadsConfig(width=256, vocab_size=4096, heads=3, hidden=512)
+    heads = MedusaHeads(shape, model.head, [[0.3, 0.1, 0.1], [0.2, 0.1], [0.2]])
+    heads.load_state_dict(load_file(resolve("embedded-aug") / "medusa" / "drafter.safetensors"))
+    return Medusa(PackedHeads.of(heads, Quantizer(bits, {})))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +45,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"data": [folder / "text.txt"], "calibration_bytes": 0, "limit_bytes": 1000}
     report = quantize("embedded-aug", folder / "int4", bits=4, **settings)
     assert report.megabytes_after < 0.4 * report.megabytes_before
+    # too little text to say more than that both were measured
+    found = report.drafters["medusa"]
+    assert len(found["first_guess_before"]) == len(found["first_guess_after"]) == 3
     return folder / "int4"
 
 
@@ -43,8 +60,13 @@ def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
     assert torch.equal(*logits)
 
 
-def test_drafters_come_along(small: Path) -> None:
+def test_drafters_come_along_quantised(small: Path) -> None:
     llm = LLM(small, drafter="medusa", policy=6)
+    assert isinstance(llm.engine.drafter, Medusa)
+    assert isinstance(llm.engine.drafter.heads, PackedHeads)
+    assert len((small / "medusa" / "drafter.safetensors").read_bytes()) < 0.3 * len(
+        (resolve("embedded-aug") / "medusa" / "drafter.safetensors").read_bytes()
+    )
     plain = LLM(small)
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     for prompt in ("def area(", "import os\n\n\nclass"):
@@ -53,12 +75,26 @@ def test_drafters_come_along(small: Path) -> None:
         )
 
 
+def test_a_quantised_draft_model_drafts(small: Path) -> None:
+    """From its own directory, as any draft model."""
+    llm = LLM("embedded-softmax", drafter=f"student:{small}", policy=4, max_batch=1)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    found = llm.generate("import os\n\n\nclass", params)[0]
+    assert found.stats.accepted > 0
+    plain = LLM("embedded-softmax", max_batch=1)
+    assert found.token_ids == plain.generate("import os\n\n\nclass", params)[0].token_ids
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_speculation_is_lossless_with_quantised_weights(bits: int) -> None:
     """Softmax and integer weights: every bit of every logit, so no near tie can differ."""
     model, tokenizer = load_for("embedded-softmax", bits), load_tokenizer("embedded-softmax")
     plain = LLM(model, tokenizer=tokenizer)
-    drafters = (PromptLookup(), DraftModel(load_for("embedded-aug", 4), model.config, 8))
+    drafters = (
+        PromptLookup(),
+        DraftModel(load_for("embedded-aug", 4), model.config, 8),
+        quantised_heads(model, bits),
+    )
     params = SamplingParams(max_tokens=50, ignore_eos=True, logprobs=2)
     for prompt in (TEXT[:150], "x = [1, 2, 3]\n" * 8):
         expected = plain.generate(prompt, params)[0]

@@ -1,0 +1,255 @@
+"""Packed heads: what trained heads compute, in one call, with any weights, on disk and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from linspec.compress.load import load_for, quantize_model
+from linspec.config import DecoderConfig
+from linspec.drafters import make_drafter, packed
+from linspec.drafters.draft_model import DraftModel
+from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
+from linspec.drafters.medusa import Medusa
+from linspec.drafters.packed import PackedHeads
+from linspec.drafters.saved import load_heads, save_heads, save_packed
+from linspec.errors import DrafterError
+from linspec.kernels.cpu import linear
+from linspec.kernels.cpu.library import Found, load
+from linspec.kernels.cpu.threads import torch_on_one_thread
+from linspec.kernels.linear import Quantizer, fuse, integer_bits
+from linspec.models.decoder import Decoder
+
+WIDTH, VOCAB = 48, 70
+CONFIG = DecoderConfig(
+    vocab_size=VOCAB, width=WIDTH, layers=1, heads=2, kv_heads=1, head_width=24, mlp_width=40
+)
+SHAPE = HeadsConfig(width=WIDTH, vocab_size=VOCAB, heads=3)
+SHAPES = [
+    pytest.param(
+        replace(SHAPE, blocks=blocks, hidden=hidden, shared_head=shared),
+        id=f"{blocks}-{hidden}-{'shared' if shared else 'own'}",
+    )
+    for blocks, hidden in ((1, 0), (2, 0), (1, 33), (2, 40))
+    for shared in (True, False)
+]
+RATES = [[0.5, 0.2, 0.1], [0.4, 0.1], [0.3]]
+
+native = pytest.mark.skipif(load().library is None, reason=load().reason)
+
+
+def make_model() -> Decoder:
+    generator = torch.Generator().manual_seed(0)
+    model = Decoder(CONFIG).eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.3, generator=generator)
+    return model
+
+
+def trained(shape: HeadsConfig, model: Decoder) -> MedusaHeads:
+    """Heads that compute something, for a target that is prepared here."""
+    heads = MedusaHeads(shape, model.head, RATES)
+    generator = torch.Generator().manual_seed(1)
+    for weight in heads.parameters():
+        nn.init.normal_(weight, std=0.2, generator=generator)
+    heads.bind(model.prepare().head)
+    return heads.requires_grad_(False)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def hidden(rows: int) -> torch.Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+@native
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_packed_heads_compute_what_trained_heads_do(shape: HeadsConfig, bits: int | None) -> None:
+    heads, h = trained(shape, make_model()), hidden(5)
+    made = PackedHeads.of(heads, Quantizer(bits, {}) if bits else fuse)
+    # up to five layers round weights and inputs: to 8 bits each by less than a hundredth, to 4 by a tenth
+    near = {None: 1e-5, 8: 0.03, 4: 0.3}[bits]
+    assert distance(made.features(h), heads.features(h)) < near
+    # a shared output layer of floats is copied in 8 bits
+    assert distance(made(h), heads(h)) < max(near, 0.03 if shape.shared_head else 0)
+
+
+@native
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_one_call_guesses_what_the_layers_say(shape: HeadsConfig, bits: int | None) -> None:
+    made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits, {}) if bits else fuse)
+    h = hidden(4)
+    found = torch.tensor(made.guess(list(h), 3, 6)).view(4, 3, 6)
+    logits = made(h)
+    # another silu may move an 8-bit code by one
+    near = (1e-4 if bits is None and not shape.shared_head else 0.02) * float(logits.std())
+    torch.testing.assert_close(
+        logits.gather(-1, found), logits.topk(6).values, rtol=0, atol=max(near, 1e-5)
+    )
+    assert all(len(set(row)) == 6 for head in found.tolist() for row in head)
+
+
+@native
+def test_rows_heads_and_ranks_are_guessed_alike_alone_and_together() -> None:
+    made = PackedHeads.of(trained(SHAPE, make_model()), Quantizer(8, {}))
+    rows = list(hidden(9))
+    together = torch.tensor(made.guess(rows, 3, 5)).view(9, 3, 5)
+    for row, whole in zip(rows, together, strict=True):
+        assert made.guess([row], 2, 3) == [whole[:2, :3].flatten().tolist()]
+    with torch_on_one_thread():
+        assert made.guess(rows, 3, 5) == together.flatten(1).tolist()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_without_the_library_torch_guesses(
+    bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(SHAPE, shared_head=False, hidden=40)
+    made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits or 8, {}))
+    rows = list(hidden(3))
+    expected = made.guess(rows, 3, 1)
+    for module in (packed, linear):
+        monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
+    monkeypatch.setattr(packed, "HeadsCall", None)
+    assert made.guess(rows, 3, 1) == expected
+
+
+def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
+    class Counted(MedusaHeads):
+        asked: list[tuple[int, int]]
+
+        def guess(self, hidden, heads, top):  # type: ignore[no-untyped-def]
+            self.asked.append((heads, top))
+            return super().guess(hidden, heads, top)
+
+    heads = Counted(SHAPE, make_model().head, RATES)
+    heads.asked = []
+    drafter, row = Medusa(heads), SimpleNamespace(hidden=hidden(1)[0], root=7)
+    trees = [drafter.propose([row], [n])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
+    assert heads.asked[0] == (1, 1) and heads.asked[-1] == (3, 3)
+    for tree in trees:
+        assert tree.tokens == trees[-1].tokens[: len(tree)]
+        assert tree.parents == trees[-1].parents[: len(tree)]
+
+
+def test_heads_that_were_never_calibrated_are_refused() -> None:
+    with pytest.raises(DrafterError, match="never calibrated"):
+        Medusa(MedusaHeads(SHAPE, make_model().head))
+
+
+# ---- on disk
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_model()
+    heads = MedusaHeads(replace(SHAPE, shared_head=False, hidden=33), model.head, RATES)
+    generator = torch.Generator().manual_seed(1)
+    for weight in heads.parameters():
+        nn.init.normal_(weight, std=0.2, generator=generator)
+    return save_heads(heads, model, tmp_path_factory.mktemp("plain") / "medusa", dtype=None)
+
+
+def quantised(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
+    model = make_model()
+    heads = load_heads(plain, model)
+    assert isinstance(heads, MedusaHeads)
+    heads.bind(model.prepare().head)
+    made = PackedHeads.of(heads, Quantizer(bits, {}))
+    return made, save_packed(made, model, out / "packed", bits, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits: int) -> None:
+    made, folder = quantised(plain, tmp_path, bits)
+    loaded = load_heads(folder, make_model())
+    assert isinstance(loaded, PackedHeads) and loaded.accuracies == RATES
+    assert torch.equal(loaded(hidden(3)), made(hidden(3)))
+    weights = [tensor for tensor in loaded.state_dict().values() if tensor.dtype == torch.uint8]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in weights}) == 1
+    assert json.loads((folder / "drafter.json").read_text())["loss"] == 1.0
+
+
+def test_heads_keep_the_bits_they_were_saved_with(plain: Path, tmp_path: Path) -> None:
+    _, folder = quantised(plain, tmp_path, 4)
+    drafter = make_drafter(f"medusa:{folder}", make_model(), None, 1)
+    assert isinstance(drafter, Medusa) and isinstance(drafter.heads, PackedHeads)
+    assert integer_bits(drafter.heads.outputs[0]) == 4
+
+
+@native
+@pytest.mark.parametrize(("bits", "expected"), [(None, 8), (8, 8), (4, 4)])
+def test_plain_heads_get_the_bits_of_their_target(
+    plain: Path, bits: int | None, expected: int
+) -> None:
+    model = make_model()
+    if bits:
+        quantize_model(model, bits, {})
+    drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+    assert isinstance(drafter, Medusa) and isinstance(drafter.heads, PackedHeads)
+    assert integer_bits(drafter.heads.outputs[0]) == expected
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "drafter.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(folder: Path) -> None:
+    path = folder / "drafter.safetensors"
+    path.write_bytes(path.read_bytes()[:-70])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "missing or damaged"),
+        (lambda d: (d / "drafter.safetensors").unlink(), "missing or damaged"),
+        (lambda d: rewrite(d, blocks=2), "missing or damaged"),
+        (lambda d: rewrite(d, quantization={"format": 7, "bits": 8}), "format 7, this linspec"),
+        (lambda d: rewrite(d, quantization={"format": 1, "bits": 3}), "3 bits; known: 8 and 4"),
+        (lambda d: rewrite(d, quantization={"format": 1, "bits": 4}), "missing or damaged"),
+        (lambda d: rewrite(d, quantization=None), "format None"),
+        (lambda d: rewrite(d, target="other"), "trained for another model"),
+        (lambda d: rewrite(d, accuracies=[[0.001] * 71]), "71 guesses but has only 70 tokens"),
+    ],
+)
+def test_damaged_or_foreign_packed_heads(
+    plain: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    _, folder = quantised(plain, tmp_path, 8)
+    damage(folder)
+    with pytest.raises(DrafterError, match=message):
+        load_heads(folder, make_model())
+
+
+def test_a_prepared_model_still_knows_its_heads(plain: Path) -> None:
+    """It once had no weights to be known by: a second drafter for one model was an AttributeError."""
+    model = make_model()
+    for _ in range(2):
+        drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+        assert isinstance(drafter, Medusa)
+
+
+def test_shared_heads_copied_for_drafts_are_not_saved(tmp_path: Path) -> None:
+    model = make_model()
+    made: Heads = PackedHeads.of(trained(SHAPE, model), Quantizer(8, {}))
+    made(hidden(1))
+    assert not [name for name in made.state_dict() if not name.startswith("blocks.")]
+
+
+def test_draft_models_get_the_bits_of_their_target() -> None:
+    drafter = make_drafter("student:embedded-aug", load_for("embedded-softmax", 8), None, 1)
+    assert isinstance(drafter, DraftModel)
+    assert integer_bits(drafter.model.head) == 8
