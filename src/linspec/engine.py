@@ -144,6 +144,8 @@ class Engine:
         if self.drafter is None or self.policy is None or not rows:
             return trees
         budgets = self.policy.plan(rows, self.drafter)
+        if not any(budgets):
+            return trees
         budgets = [min(b, self._room(row)) for b, row in zip(budgets, rows, strict=True)]
         drafting = [i for i, budget in enumerate(budgets) if budget > 0]
         if drafting:

@@ -42,6 +42,7 @@ def simulate(
     rounds: int,
     draft: Callable[[int], float] = lambda nodes: 0.0,
     rest: Callable[[int], float] = lambda nodes: 0.0,
+    slower: Callable[[int], float] = lambda nodes: 1.0,
     policy: Auto | None = None,
     rows: int = 1,
 ) -> tuple[int, float, int, list[int]]:
@@ -54,7 +55,7 @@ def simulate(
         budgets.append(plan[0])
         times = RoundTimes(
             draft=draft(max(plan)) if max(plan) else 1e-6,
-            step=costs(rows + sum(plan)),
+            step=costs(rows + sum(plan)) * slower(max(plan)),
             nodes=rows + sum(plan),
             drafts=max(plan),
             rest=rest(max(plan)),
@@ -168,3 +169,19 @@ def test_trees_that_take_long_to_commit_are_left_out() -> None:
     )[3]
     # but for the probes, one in 17 rounds
     assert sum(map(bool, budgets[100:])) <= 400 // 16
+
+
+def test_steps_that_drafting_makes_slower_are_left_out() -> None:
+    """They once raised what plain rounds were believed to cost, and drafting went on at a loss."""
+    budgets = simulate(
+        Simulated(lambda turn: 2), CHEAP, rounds=500, slower=lambda nodes: 4.0 if nodes else 1.0
+    )[3]
+    assert sum(map(bool, budgets[100:])) <= 400 // 16
+
+
+def test_a_machine_that_becomes_slower_does_not_switch_drafting_off() -> None:
+    turns = iter(range(10**6))
+    budgets = simulate(
+        Simulated(lambda turn: 3), CHEAP, rounds=1000, slower=lambda n: 1.0 + (next(turns) > 200)
+    )[3]
+    assert sum(map(bool, budgets[-300:])) >= 250

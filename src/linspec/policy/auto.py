@@ -20,6 +20,10 @@ from linspec.row import Row
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
 _FORGET = 0.9
 _PRIOR = 1.0
+# how fast plain rounds are learned from, and how much longer than expected one may take to be believed
+_PLAIN_RATE, _SPIKE = 0.1, 2.0
+# while every round drafts, plain rounds are looked at again this often
+_PLAIN_ROUNDS = 64
 # speculation has to promise this much more than plain decoding before it is used
 _MARGIN = 1.03
 # a new request is looked at again after 1, 2, 4 and from then on every 8 rounds
@@ -102,11 +106,15 @@ class Auto(Policy):
         self._hope = True
         self._drift = 1.0
         self._draft = _DraftCost()
-        # seconds of a plain round beside its step; None until one was seen
-        self._rest: float | None = None
+        # seconds of a plain round beside its step
+        self._rest = 0.0
+        # the first round is plain
+        self._since_plain = _PLAIN_ROUNDS
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
-        if self._rest is None:
+        self._since_plain += 1
+        if self._since_plain > _PLAIN_ROUNDS:
+            self._since_plain = 0
             return [0] * len(rows)
         # a new request starts from what the drafter brought in others, and as patient
         prior, patience = self._overall.ratio(), self._overall.patience
@@ -162,7 +170,6 @@ class Auto(Policy):
 
     def _round(self, nodes: int) -> float:
         """Seconds of a round over `nodes` nodes, without what drafts add."""
-        assert self._rest is not None
         return self._drift * self.costs(nodes) + self._rest
 
     def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
@@ -176,12 +183,18 @@ class Auto(Policy):
             record.patience, record.age = _FIRST_PATIENCE, _REPLAN_ROUNDS
 
     def observe_round(self, times: RoundTimes) -> None:
-        self._drift = 0.95 * self._drift + 0.05 * times.step / self.costs(times.nodes)
+        curve = self.costs(times.nodes)
+        known = self._draft(times.drafts) if times.drafts else 0.0
+        # a round that took far longer than it should have met something else
+        step = min(times.step, _SPIKE * (self._drift * curve + known))
         if not times.drafts:
-            self._rest = times.rest if self._rest is None else 0.95 * self._rest + 0.05 * times.rest
-        elif self._rest is not None:
-            # a tree also takes longer to verify and to commit than a token
-            self._draft.observe(times.drafts, times.draft + times.rest - self._rest)
+            rest = min(times.rest, _SPIKE * self._rest or times.rest)
+            self._drift += _PLAIN_RATE * (step / curve - self._drift)
+            self._rest += (_PLAIN_RATE if self._rest else 1.0) * (rest - self._rest)
+        else:
+            # drafting also pushes weights out of the caches, and trees take longer to verify and commit
+            more = step - self._drift * curve + times.rest - self._rest
+            self._draft.observe(times.drafts, times.draft + more)
 
     def release(self, slot: int) -> None:
         self._records.pop(slot, None)
