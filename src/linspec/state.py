@@ -11,6 +11,9 @@ Positions inside a slot are counted from its *origin*, the absolute position of 
 
 from __future__ import annotations
 
+import math
+import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +37,19 @@ _LAYOUT_COLUMNS_KEPT = 1024
 def add_products(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The plain fold: sums [.., S, V] plus keysᵀ values, in the dtype of the sums."""
     return sums + keys.to(sums.dtype).mT @ values.to(sums.dtype)
+
+
+def zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Zeros that a CPU has no memory for until something is written: most slots are rarely used."""
+    count = math.prod(shape)
+    if torch.device(device).type != "cpu" or not count:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    # private where the choice exists: a forked child must not write into its parent's state
+    options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    pages = mmap.mmap(-1, count * dtype.itemsize, **options)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +113,11 @@ class RowState:
         self.folds = folds or [add_products] * layers
         rows = self._resting_rows() + STAGE_ROWS
         self.dtype = dtype
-        like = torch.zeros((), dtype=torch.int8 if spec.coded else dtype, device=device)
+        kept = torch.int8 if spec.coded else dtype
         shape = (layers, slots, spec.kv_heads)
         key_width, value_width = spec.row_widths()
-        self.keys = like.new_zeros(*shape, rows, key_width)
-        self.values = like.new_zeros(*shape, spec.lead + rows, value_width)
+        self.keys = zeros((*shape, rows, key_width), kept, device)
+        self.values = zeros((*shape, spec.lead + rows, value_width), kept, device)
         # sums over thousands of tokens lose their small terms below float32
         wide = torch.promote_types(dtype, torch.float32)
         sums = (spec.kv_heads, spec.sum_width, spec.sum_columns or spec.value_width)
@@ -133,8 +149,18 @@ class RowState:
         if rows <= have:
             return
         more = max(rows, 2 * have) - have
-        self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
-        self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+        self.keys = self._grown(self.keys, more)
+        self.values = self._grown(self.values, more)
+
+    def _grown(self, rows: torch.Tensor, more: int) -> torch.Tensor:
+        """A copy with `more` rows a slot; slots without a token stay zero, and so without memory."""
+        shape = list(rows.shape)
+        shape[3] += more
+        grown = zeros(shape, rows.dtype, rows.device)
+        for slot, length in enumerate(self.lengths):
+            if length or self.parents[slot]:
+                grown[:, slot, :, : rows.shape[3]] = rows[:, slot]
+        return grown
 
     def layout(self, start: int, parents: Sequence[Sequence[int]]) -> Layout:
         """Layout of new nodes with `parents` (indices into each slot's staged rows) from slot `start`."""

@@ -14,7 +14,7 @@
 #include "kernels.h"
 
 #define MOST_THREADS 256
-#define SPIN_NS 60000 /* between calls: about what Python needs between two steps of a small model */
+#define SPIN_NS 250000 /* between calls: more than Python needs between two steps of a small model */
 #define BARRIER_SPINS 4000 /* then let others run: the thread waited for may need this core */
 
 static pthread_mutex_t entry = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
