@@ -9,7 +9,7 @@ import torch
 from linspec.drafters.base import DRAFTERS, Drafter
 from linspec.drafters.heads import MedusaHeads
 from linspec.row import Row
-from linspec.state import STAGE_ROWS
+from linspec.row_state import STAGE_ROWS
 from linspec.tree import TokenTree, best_first, root_only
 
 
