@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
-from linspec.state import DecoderState, Snapshot
+from linspec.row_state import Snapshot
+from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.tree import TokenTree
 

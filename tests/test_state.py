@@ -22,7 +22,8 @@ from helpers import (
 
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.state import STAGE_ROWS, DecoderState, RowSpec, RowState
+from linspec.row_state import STAGE_ROWS, RowSpec, RowState
+from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.tree import from_paths
 

@@ -31,7 +31,8 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, ContextOverflow, StateError
 from linspec.models.decoder import Decoder
-from linspec.state import STAGE_ROWS, DecoderState
+from linspec.row_state import STAGE_ROWS
+from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.tree import TokenTree, ancestor_matrix, chain, from_paths
 

@@ -101,9 +101,8 @@ class Engine:
     def step(self) -> list[Emitted]:
         """One step for every running request; returns what each of them emitted."""
         batch = self.scheduler.next_batch()
-        # prompts take large operators, which torch should share among its threads
-        alone = self.model.native is not None and not batch.prefilling
-        with torch_on_one_thread() if alone else nullcontext():
+        # torch's threads would wait on the cores that the kernels' own threads need
+        with nullcontext() if self.model.native is None else torch_on_one_thread():
             return self._step(batch)
 
     def _step(self, batch: Batch) -> list[Emitted]:

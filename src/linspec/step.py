@@ -14,7 +14,8 @@ import torch
 
 from linspec.errors import ConfigError, StateError
 from linspec.layout import Layout
-from linspec.state import STAGE_ROWS, DecoderState, RowState
+from linspec.row_state import STAGE_ROWS, RowState
+from linspec.state import DecoderState
 from linspec.tree import TokenTree
 
 

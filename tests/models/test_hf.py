@@ -21,8 +21,8 @@ from linspec.models.decoder import Decoder
 from linspec.models.hf import LinspecCache, LinspecForCausalLM
 from linspec.models.hf_config import LinspecConfig
 from linspec.models.hub import load_model, save_model
+from linspec.row_state import STAGE_ROWS
 from linspec.sampling import SamplingParams
-from linspec.state import STAGE_ROWS
 from linspec.verify.lossless import LosslessVerifier
 
 PAD, EOS = 0, 3

@@ -31,8 +31,8 @@ from linspec.models.hub import load_tokenizer, resolve
 from linspec.policy.base import Policy
 from linspec.progress import Progress
 from linspec.row import Row
+from linspec.row_state import Snapshot
 from linspec.sampling import Sampler, SamplingParams
-from linspec.state import Snapshot
 from linspec.train.data import end_of_text
 
 PLAIN = "plain"

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from linspec.registry import Registry
 from linspec.row import Row
-from linspec.state import STAGE_ROWS
+from linspec.row_state import STAGE_ROWS
 from linspec.tree import TokenTree, chain
 
 # A fresh drafter is believed to be right this often at each depth, as if seen this many times.

@@ -10,7 +10,7 @@ from linspec.drafters.base import DRAFTERS, Drafter
 from linspec.drafters.heads import Heads
 from linspec.errors import DrafterError
 from linspec.row import Row
-from linspec.state import STAGE_ROWS
+from linspec.row_state import STAGE_ROWS
 from linspec.tree import TokenTree, best_first, root_only
 
 

@@ -32,7 +32,7 @@ from linspec.mixers.blocks import convolve, convolve_both
 from linspec.registry import Registry
 from linspec.relative import RelativeBias
 from linspec.rope import rotate
-from linspec.state import RowSpec, RowState, add_products
+from linspec.row_state import RowSpec, RowState, add_products
 
 if TYPE_CHECKING:
     from linspec.step import Segment

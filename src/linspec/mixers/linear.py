@@ -22,7 +22,7 @@ from linspec.config import MixerConfig, StackConfig
 from linspec.layout import Layout
 from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
-from linspec.state import RowSpec
+from linspec.row_state import RowSpec
 
 # ‖x‖ below this is treated as this: padding rows are all zero and must stay zero
 NORM_FLOOR = 1e-6

@@ -14,7 +14,7 @@ from linspec.layout import Layout
 from linspec.mixers.base import MIXERS
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.mixers.linear import GroupedLinear, causal_window
-from linspec.state import RowSpec
+from linspec.row_state import RowSpec
 
 DEFAULT_KEEP = 16
 # tokens that one compressed row stands for, unless `features` says otherwise

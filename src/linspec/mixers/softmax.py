@@ -11,7 +11,7 @@ from linspec.kv import rounded
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
-from linspec.state import RowSpec, RowState
+from linspec.row_state import RowSpec, RowState
 
 if TYPE_CHECKING:
     from linspec.step import Segment

@@ -9,7 +9,7 @@ import torch
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
-from linspec.state import RowSpec
+from linspec.row_state import RowSpec
 
 
 @MIXERS.register(

@@ -14,7 +14,7 @@ from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
-from linspec.state import RowState
+from linspec.row_state import RowState
 from linspec.step import Segment
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from linspec.errors import ConfigError
 from linspec.kv import check_kv
 from linspec.mixers.base import Mixer
-from linspec.state import RowSpec
+from linspec.row_state import RowSpec
 
 
 def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:

@@ -23,7 +23,8 @@ from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
-from linspec.state import DecoderState, Fold, RowSpec, RowState, Snapshot
+from linspec.row_state import Fold, RowSpec, RowState, Snapshot
+from linspec.state import DecoderState
 from linspec.step import Segment
 
 

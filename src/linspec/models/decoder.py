@@ -20,7 +20,8 @@ from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
-from linspec.state import STAGE_ROWS, DecoderState
+from linspec.row_state import STAGE_ROWS
+from linspec.state import DecoderState
 from linspec.step import Feed, Segment, depths, segments_of
 
 

@@ -19,7 +19,8 @@ from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
 from linspec.models.gau import GatedAttentionUnit, TokenShift
 from linspec.rope import Rotary, inverse_frequencies
-from linspec.state import DecoderState, add_products
+from linspec.row_state import add_products
+from linspec.state import DecoderState
 from linspec.step import Segment
 
 

@@ -20,7 +20,7 @@ from linspec.mixers.base import Rope, tap_distances
 from linspec.mixers.linear import GroupedLinear
 from linspec.relative import RelativeBias
 from linspec.rope import rotate
-from linspec.state import RowSpec, RowState
+from linspec.row_state import RowSpec, RowState
 from linspec.step import Segment
 
 

@@ -23,14 +23,15 @@ from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
-from linspec.state import STAGE_ROWS
+from linspec.row_state import STAGE_ROWS
 from linspec.tree import ancestor_bits
 
 if TYPE_CHECKING:
     from linspec.mixers.base import Mixer
     from linspec.models.block import Block
     from linspec.models.decoder import Decoder
-    from linspec.state import DecoderState, RowSpec
+    from linspec.row_state import RowSpec
+    from linspec.state import DecoderState
     from linspec.step import Feed
 
 # Widest head that the C side has room for.

@@ -162,7 +162,7 @@ const ls_ops *ls_current(void);
 /* pool.c: `body(context, thread, threads)` on every thread of the pool, the caller being thread 0.
  * spin_ns: how long the threads wait awake for the next call. After a step or a draft that is longer than
  * Python needs until the next one; after a single layer it is short, as torch's operators come between. */
-#define LS_SPIN_STEP 300000
+#define LS_SPIN_STEP 250000
 #define LS_SPIN_LAYER 60000
 typedef void (*ls_body)(void *context, int thread, int threads);
 void ls_parallel(ls_body body, void *context, int threads, int spin_ns);
