@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from linspec.cli import app
 from linspec.cli.console import importing
 from linspec.train.drafter import DrafterConfig
-from linspec.train.linearize import LinearizeConfig
+from linspec.train.linearize_config import LinearizeConfig
 
 VERBS = (
     "demo",

@@ -25,7 +25,8 @@ from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
 from linspec.train import loop
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
-from linspec.train.linearize import LinearizeConfig, continue_training, linearize
+from linspec.train.linearize import continue_training, linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.loop import Trainer
 from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
@@ -430,7 +431,8 @@ def test_merged_lora_gives_the_same_logits(tiny_teacher: Callable[..., Decoder])
 SCRIPT = """
 import sys
 from linspec.config import MixerConfig
-from linspec.train.linearize import LinearizeConfig, linearize
+from linspec.train.linearize import linearize
+from linspec.train.linearize_config import LinearizeConfig
 config = LinearizeConfig(tokens=8 * 256, context=64, batch_tokens=256, precision="float32")
 linearize(sys.argv[1], sys.argv[2], data=[sys.argv[3]], config=config,
           mixer=MixerConfig(name="aug", group=8, taps=4))

@@ -18,7 +18,8 @@ from linspec.evaluate.study.seq2seq import tiny_t5
 from linspec.models.hub import load_generator, save_model
 from linspec.models.t5 import T5
 from linspec.train.finetune import finetune_loss
-from linspec.train.linearize import LinearizeConfig, continue_training, linearize
+from linspec.train.linearize import continue_training, linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.objective import next_tokens
 from linspec.train.pretrain import initialize
 from linspec.train.student import with_mixers

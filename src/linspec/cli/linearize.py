@@ -122,8 +122,8 @@ def linearize(
     A decoder or a T5: of that, encoder and decoder are replaced, cross-attention stays, and it learns
     to write the second half of a window (--context) from the first.
     """
-    from linspec.train.linearize import LinearizeConfig
     from linspec.train.linearize import linearize as library
+    from linspec.train.linearize_config import LinearizeConfig
 
     place_on("cpu", threads)
     config = configure(LinearizeConfig, locals())

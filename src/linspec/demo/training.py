@@ -18,7 +18,8 @@ from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
 from linspec.train.finetune import finetune_loss
-from linspec.train.linearize import RECORD, LinearizeConfig, linearize
+from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.student import make_mixer, spread, student_mixers, with_mixers
 
 MIXER, STUDENT = "aug", "embedded-aug"

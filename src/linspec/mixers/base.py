@@ -28,7 +28,7 @@ from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse
 from linspec.kv import rounded
 from linspec.layout import Layout, StagedTree
-from linspec.mixers.blocks import convolve, convolve_both
+from linspec.mixers.blocks import convolve, convolve_both, tap_distances
 from linspec.registry import Registry
 from linspec.relative import RelativeBias
 from linspec.rope import rotate
@@ -390,21 +390,6 @@ class Mixer(nn.Module):
         for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
             out[i, :, :n] = o[i, :, base : base + n]
         return out
-
-
-def tap_distances(
-    offsets: torch.Tensor, columns: torch.Tensor, visible: torch.Tensor, taps: int, lead: int
-) -> torch.Tensor:
-    """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
-
-    offsets [R, N], columns [R, C], visible [R, N, C]: see Layout. A node's window is itself and its
-    nearest ancestors; past the root it reads committed rows.
-    """
-    before = torch.arange(-lead, 0, device=columns.device).expand(len(columns), -1)
-    columns = torch.cat((before, columns), dim=1)
-    visible = F.pad(visible, (lead, 0), value=True)
-    distance = offsets[:, :, None] - columns[:, None, :]
-    return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)
 
 
 MIXERS: Registry[type[Mixer]] = Registry("mixer")

@@ -75,3 +75,18 @@ def join(o: torch.Tensor, repeats: int, time: int) -> torch.Tensor:
     """[B, Hkv, n, rep * block, V] -> [B, H, T, V], padding dropped."""
     o = o.unflatten(3, (repeats, -1)).transpose(2, 3)  # [B, Hkv, rep, n, block, V]
     return o.flatten(3, 4).flatten(1, 2)[:, :, :time]
+
+
+def tap_distances(
+    offsets: torch.Tensor, columns: torch.Tensor, visible: torch.Tensor, taps: int, lead: int
+) -> torch.Tensor:
+    """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
+
+    offsets [R, N], columns [R, C], visible [R, N, C]: see Layout. A node's window is itself and its
+    nearest ancestors; past the root it reads committed rows.
+    """
+    before = torch.arange(-lead, 0, device=columns.device).expand(len(columns), -1)
+    columns = torch.cat((before, columns), dim=1)
+    visible = F.pad(visible, (lead, 0), value=True)
+    distance = offsets[:, :, None] - columns[:, None, :]
+    return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)

@@ -16,7 +16,8 @@ from torch import nn
 from linspec.flash_config import FlashConfig
 from linspec.kernels.linear import Fuse
 from linspec.layout import Layout
-from linspec.mixers.base import Rope, tap_distances
+from linspec.mixers.base import Rope
+from linspec.mixers.blocks import tap_distances
 from linspec.mixers.linear import GroupedLinear
 from linspec.relative import RelativeBias
 from linspec.rope import rotate

@@ -31,6 +31,7 @@ from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
 from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
+from linspec.models.matching import fill, match, own_tensors
 from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, load_quantized
 from linspec.models.skeleton import without_memory
@@ -137,15 +138,15 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     if family is not None:
         config = family.adapt(config, shapes.keys())
     model = _skeleton(config, kind.model, folder)
-    expected = _own_tensors(model)
+    expected = own_tensors(model)
     if family is not None:
         expected = family.to_theirs(expected, config)
-    names = _match(expected, shapes, family, folder)
+    names = match(expected, shapes, family, folder)
     check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
     tensors = read_tensors(files, names, dtype)
     if family is not None:
         tensors = family.to_ours(tensors, config)
-    _fill(model, tensors)
+    fill(model, tensors)
     model.eval()
     assert isinstance(model, wanted)
     return model
@@ -231,8 +232,8 @@ def save_model(
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
-    family = families.family_of(model.config, _own_tensors(model))
-    tensors = {name: cast(tensor, dtype) for name, tensor in _own_tensors(model).items()}
+    family = families.family_of(model.config, own_tensors(model))
+    tensors = {name: cast(tensor, dtype) for name, tensor in own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
     with _aside(Path(out)) as aside:
@@ -286,84 +287,6 @@ def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) 
             return model(config)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from error
-
-
-def _own_tensors(model: Model) -> Tensors:
-    """The state dict; what several modules share is stored once, under its first name."""
-    tensors = dict(model.state_dict())
-    for alias in _aliases(model):
-        del tensors[alias]
-    return tensors
-
-
-def _aliases(model: Model) -> dict[str, str]:
-    """Further names of shared parameters, and the first name of each."""
-    first: dict[int, str] = {}
-    found: dict[str, str] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        if id(weight) in first:
-            found[name] = first[id(weight)]
-        else:
-            first[id(weight)] = name
-    return found
-
-
-def _match(
-    expected: Tensors, found: Mapping[str, tuple[int, ...]], family: Family | None, folder: Path
-) -> dict[str, str]:
-    """Names on disk to expected names; raises CheckpointError unless each has its tensor."""
-    names: dict[str, str] = {}
-    strange: list[str] = []
-    for name, shape in found.items():
-        target = _target(name, expected, family)
-        if target is None:
-            strange += [] if _ignored(name, family) else [name]
-        elif shape != tuple(expected[target].shape):
-            raise CheckpointError(
-                f"{name} in {folder} has shape {list(shape)}, config.json asks for "
-                f"{list(expected[target].shape)}; config.json and weights are of different models"
-            )
-        else:
-            names[name] = target
-    missing = sorted(set(expected) - set(names.values()))
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} of {len(expected)} tensors: {_some(missing)}; "
-            "the checkpoint is incomplete or config.json is of another model"
-        )
-    if strange:
-        raise CheckpointError(
-            f"{folder} has {len(strange)} tensors that the model of config.json does not have: "
-            f"{_some(strange)}; leaving them out would change the model"
-        )
-    return names
-
-
-def _target(name: str, expected: Tensors, family: Family | None) -> str | None:
-    if family is not None:
-        name = family.current(name)
-    if name in expected:
-        return name
-    full = f"{family.prefix}{name}" if family else name
-    return full if full in expected else None
-
-
-def _ignored(name: str, family: Family | None) -> bool:
-    """Constants that old checkpoints carry, and the copy of a tied embedding."""
-    return family is not None and name.endswith(family.ignored)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-
-
-def _fill(model: Model, tensors: Tensors) -> None:
-    """Give the skeleton its tensors; afterwards nothing in it is without memory."""
-    shared = {alias: tensors[first] for alias, first in _aliases(model).items()}
-    model.load_state_dict(tensors | shared, assign=True)
-    model.tie()
-    bare = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not bare, f"buffers must be persistent to be loaded: {bare}"
 
 
 def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:

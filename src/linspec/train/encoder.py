@@ -25,7 +25,8 @@ from linspec.errors import ConfigError, InputError
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer, resolve, save_model
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import FROM_NOTHING, RECORD, record_files
+from linspec.train.linearize import RECORD, record_files
+from linspec.train.linearize_config import FROM_NOTHING
 from linspec.train.loop import LossFn, TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import changed_layers, make_mixer, student_mixers

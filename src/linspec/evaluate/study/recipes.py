@@ -28,7 +28,8 @@ from linspec.evaluate.study.table import (
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, LinearizeConfig, linearize
+from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.run import begun
 
 # so many times the tokens and the context of a cell of the quality table

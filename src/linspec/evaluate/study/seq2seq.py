@@ -35,7 +35,8 @@ from linspec.evaluate.study.table import (
 from linspec.evaluate.study.training import recipe
 from linspec.models.hub import load_seq2seq, load_tokenizer
 from linspec.train.data import end_of_text, train_and_heldout
-from linspec.train.linearize import RECORD, LinearizeConfig, linearize
+from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.loop import TrainConfig
 from linspec.train.pretrain import Recipe, train_from_nothing
 from linspec.train.run import begun

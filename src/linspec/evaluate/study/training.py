@@ -16,7 +16,8 @@ from linspec.evaluate.study.variants import Unmasked, variant
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import CLOSE_LR, RECORD, LinearizeConfig, linearize
+from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize_config import CLOSE_LR, LinearizeConfig
 from linspec.train.run import begun
 
 KIND = "train"

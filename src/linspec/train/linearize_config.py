@@ -1,0 +1,102 @@
+"""How a student is trained: budget, stages, rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from linspec.config import MixerConfig
+from linspec.errors import ConfigError
+from linspec.train.loop import TrainConfig
+
+# measured in docs/results/core.md
+CLOSE_LR = 3e-4
+FAR_LR, FAR_TRANSFER = 2e-3, 0.4
+# weights that start where they say nothing and have far to go
+FROM_NOTHING = ("alpha", "taps", "gamma", "gate_bias", "gate_map")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearizeConfig:
+    """How long and how to train.
+
+    tokens: of both stages together; transfer_share: of them for stage 1, None for what the mixers
+    need. context: tokens of a window; batch_tokens: tokens of a step. lr: of finetuning, likewise;
+    transfer_lr: of stage 1; muon_lr: when set, the blocks' matrices use Muon in finetuning.
+    mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
+    kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
+    else adapters of this rank. recall_share: of the windows, how many are texts that ask for what
+    stood above (see `RecallWindows`), for a teacher that was trained on such.
+    """
+
+    tokens: int = 2_200_000
+    transfer_share: float | None = None
+    context: int = 1024
+    batch_tokens: int = 4096
+    lr: float | None = None
+    transfer_lr: float = 5e-3
+    muon_lr: float | None = None
+    mixer_lr_factor: float = 10.0
+    warmup: int = 10
+    kl_weight: float = 1.0
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    precision: str = "auto"
+    save_every: float = 120.0
+    seed: int = 0
+    recall_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "context", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("transfer_share", "recall_share"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise ConfigError(f"{name} must be in 0..1, got {share}")
+        for name in ("kl_weight", "lora_rank"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types: the same as before there was a recall_share, where it is 0."""
+        return {k: v for k, v in asdict(self).items() if k != "recall_share" or v}
+
+    @property
+    def rows(self) -> int:
+        """Windows of a step."""
+        return max(1, self.batch_tokens // self.context)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of both stages."""
+        return max(1, round(self.tokens / (self.rows * self.context)))
+
+    def completed(self, changed: Iterable[MixerConfig]) -> LinearizeConfig:
+        """With a share and a rate that suit these mixers, where none was given.
+
+        Mixers that keep the teacher's weights for the tokens within reach start next to it: a
+        transfer would be time lost and a high rate would only move them away.
+        """
+        close = all(mixer.kernel == "softmax" for mixer in changed)
+        share, lr = (0.0, CLOSE_LR) if close else (FAR_TRANSFER, FAR_LR)
+        return replace(
+            self,
+            transfer_share=share if self.transfer_share is None else self.transfer_share,
+            lr=lr if self.lr is None else self.lr,
+        )
+
+    def stage(self, steps: int, *, transfer: bool) -> TrainConfig:
+        """Settings of the training loop for one stage of a completed configuration."""
+        assert self.lr is not None
+        return TrainConfig(
+            steps=steps,
+            lr=self.transfer_lr if transfer else self.lr,
+            muon_lr=None if transfer or self.lora_rank else self.muon_lr,
+            warmup=self.warmup,
+            lr_factors=tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING),
+            precision=self.precision,
+            save_every=self.save_every,
+            seed=self.seed,
+        )
