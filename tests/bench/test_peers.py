@@ -13,6 +13,7 @@ from linspec.bench.peers import base, run
 from linspec.bench.peers.base import Format, Peer, Prompts, Session
 from linspec.bench.peers.cells import Cache, Cell, Plan, Result
 from linspec.bench.peers.client import QuietMachine, WorkerError
+from linspec.bench.peers.openvino import steps_of
 from linspec.bench.peers.own import OwnSession
 from linspec.bench.peers.page import summary, write_page
 from linspec.bench.peers.rows import rows_of
@@ -167,3 +168,8 @@ def test_guard_runs_while_the_block_does(tmp_path: Path) -> None:
 def test_two_words_are_one_verb() -> None:
     found = CliRunner().invoke(app, ["bench", "peers", "--peers", "nobody"])
     assert found.exit_code == 1 and "unknown peer" in found.output
+
+
+def test_a_step_of_several_rows_lasts_as_long_as_its_tokens_together() -> None:
+    assert steps_of([2.0, 2.0, 3.0, 3.0], 2) == pytest.approx([4e-6, 6e-6])
+    assert steps_of([2.0, 3.0], 1) == pytest.approx([2e-6, 3e-6])

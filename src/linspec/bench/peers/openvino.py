@@ -6,6 +6,7 @@ rows go through the runtime itself, with the same model and the same type of cac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def _group(form: Format) -> int:
     return -1 if form.bits == 8 else 128
 
 
+def steps_of(durations: Sequence[float], rows: int) -> list[float]:
+    """Seconds of each step from GenAI's microseconds, which are of a token: a step's, shared among rows."""
+    return [sum(durations[i : i + rows]) / 1e6 for i in range(0, len(durations), rows)]
+
+
 PEER = OpenVino()
 
 
@@ -92,7 +98,7 @@ class _Session(Session):
         ids = np.array(self.prompts, dtype=np.int64)
         inputs = self.genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
         metrics = self.pipe.generate(inputs, config).perf_metrics
-        later = [each / 1e6 for each in metrics.raw_metrics.m_durations]
+        later = steps_of(metrics.raw_metrics.m_durations, len(self.prompts))
         return [metrics.get_ttft().mean / 1e3, *later]
 
     def rows(self, count: int, repeats: int) -> list[float] | None:
