@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linspec.evaluate.study.paper import comparison
+from linspec.evaluate.study.paper import comparison, speaks
 from linspec.evaluate.study.plan import Plan
 from linspec.evaluate.study.table import TABLES, Results, Section, Table
 from linspec.files import replace_text
+from linspec.models.hub import EMBEDDED
 from linspec.report.data import Table as Grid
 from linspec.report.plots import standalone
 
@@ -31,7 +32,8 @@ def write_page(
     """Write `page` and its plots, each whole or not at all."""
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [_INTRODUCTION, _command(plan, tables), _facts(plan, machine)]
-    parts.append("## Beside the paper\n\n" + comparison(results))
+    if speaks(results) or len(tables) == len(TABLES.names()):
+        parts.append("## Beside the paper\n\n" + comparison(results))
     parts += [_section(table.section(results), page) for table in tables]
     replace_text(page, "\n".join(parts))
 
@@ -43,6 +45,9 @@ def _command(plan: Plan, tables: Sequence[Table]) -> str:
     size, _, tokens = plan.size.name.partition("-")
     words += ["--size", size, *(("--tokens", tokens) if tokens else ())]
     words += [word for row in plan.mixers for word in ("--mixer", row)]
+    if str(plan.teacher) not in EMBEDDED:
+        words += ["--teacher", Path(plan.teacher).name]
+    words += ["--recall-share", str(plan.recall_share)] if plan.recall_share else []
     # names of the domains: where their files lie differs from machine to machine
     words += [word for name in plan.domains for word in ("--data", name)]
     words += ["--seeds", str(plan.seeds), "--out", "DIR"]

@@ -193,6 +193,11 @@ CLAIMS = (
 )
 
 
+def speaks(results: Results) -> bool:
+    """Whether the results say anything about a claim of the paper."""
+    return any(claim.ours(results) for claim in CLAIMS)
+
+
 def comparison(results: Results) -> str:
     """Every claim as a row, and below it those whose direction is not the paper's."""
     lines = [
