@@ -28,6 +28,7 @@ from linspec.errors import (
     InputError,
     UnsupportedModel,
 )
+from linspec.kernels.linear import Quantizer
 from linspec.mixers.relu import Relu
 from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
@@ -310,3 +311,14 @@ def test_a_real_encoder(tmp_path: Path) -> None:
         expected = theirs(ids, attention_mask=mask).last_hidden_state[mask.bool()]
         actual = load_encoder(package.MODEL_DIR)(ids, mask)[mask.bool()]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "near"), [(8, 0.99), (4, 0.9)])
+def test_a_quantised_encoder_is_near_the_original(bits: int, near: float, tmp_path: Path) -> None:
+    save("bare", tmp_path)
+    ids, mask = torch.arange(48).reshape(4, 12), torch.ones(4, 12, dtype=torch.bool)
+    whole = load_encoder(tmp_path).prepare().embed_text(ids, mask)
+    coded = load_encoder(tmp_path).prepare(Quantizer(bits, {})).embed_text(ids, mask)
+    cosines = (whole * coded).sum(-1)
+    assert not torch.equal(whole, coded)
+    assert bool((cosines > near).all())

@@ -19,6 +19,7 @@ import torch
 import typer
 
 from linspec.errors import InputError
+from linspec.kernels.linear import Quantizer, check_bits, fuse
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer
 from linspec.train.data import train_and_heldout
@@ -111,13 +112,16 @@ def main(
     field: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
     texts: Annotated[int, typer.Option(help="Most texts, from the held-out part.")] = 300,
     context: Annotated[int, typer.Option(help="Most tokens of a text.")] = 256,
+    quantize: Annotated[int | None, typer.Option(help="Bits of STUDENT's weights: 8 or 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Compare sentence embeddings on held-out text."""
+    if quantize is not None:
+        check_bits(quantize)
     held_out = paragraphs(train_and_heldout(data or ["stdlib"], field)[1])[:texts]
     report = compare_encoders(
         load_encoder(teacher),
-        load_encoder(student),
+        load_encoder(student).prepare(fuse if quantize is None else Quantizer(quantize, {})),
         load_tokenizer(teacher),
         held_out,
         context=context,

@@ -15,6 +15,7 @@ from torch import nn
 
 from linspec.config import EncoderConfig
 from linspec.errors import ConfigError
+from linspec.kernels.linear import Fuse, fuse
 from linspec.models.block import ACTIVATIONS, make_norm
 from linspec.models.encoder import Encoder
 
@@ -122,8 +123,11 @@ class Bert(nn.Module):
                 "was trained for the task, or use embed_text, which needs none"
             )
 
-    def prepare(self) -> Bert:
-        """Turn this model into its inference form, in place; returns it."""
+    def prepare(self, fuse: Fuse = fuse) -> Bert:
+        """Turn this model into its inference form, in place; returns it.
+
+        `fuse` makes the layers of the encoder, by default in the precision of the weights.
+        """
         self.eval().requires_grad_(False)
-        self.encoder.prepare()
+        self.encoder.prepare(fuse)
         return self

@@ -10,7 +10,7 @@ from torch import nn
 
 from linspec.config import EncoderConfig
 from linspec.errors import ContextOverflow, InputError
-from linspec.kernels.linear import fuse
+from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
@@ -123,8 +123,8 @@ class Encoder(nn.Module):
             rope = self.rotary(positions, x.dtype)
         return self.norm(x) if self.config.post_norm else x, rope
 
-    def prepare(self) -> None:
-        """Replace every part by its inference form."""
+    def prepare(self, fuse: Fuse = fuse) -> None:
+        """Replace every part by its inference form; `fuse` makes the linear layers."""
         for block in self.layers:
             block.prepare(fuse)
             block.settle()

@@ -148,7 +148,9 @@ BOUNDS: tuple[Bound, ...] = (
         least={8: 1.2, 4: 1.35},
         aim={8: 1.08, 4: 1.2},
         measure=_nodes(8),
-        why=("at this bandwidth eight rows take longer to multiply than the weights take to arrive"),
+        why=(
+            "at this bandwidth eight rows take longer to multiply than the weights take to arrive"
+        ),
         below=True,
     ),
     Bound(
