@@ -278,10 +278,41 @@ static void mixer(int width, int squares, int group, int window, int coded) {
     free(keys), free(values), free(sums), free(kernel), free(q), free(out[0]), free(out[1]);
 }
 
+/* sums after rows have closed: as plain C has them, and near those in double */
+static void fold(int width, int squares) {
+    enum { ROWS = 150, FIRST = 3, LAST = 141, HEAD = 1, KV = 2 };
+    size_t size = (size_t)(width * width), row = (size_t)width;
+    float *keys = floats(KV * ROWS * row), *values = floats(KV * ROWS * row), *start = floats(size);
+    ls_mixer m = {.heads = KV, .kv_heads = KV, .width = width, .squares = squares,
+                  .row_bytes = 4 * width, .key_stride = ROWS * 4 * width,
+                  .value_stride = ROWS * 4 * width, .keys = (char *)keys, .values = (char *)values};
+    float *sums[2];
+    for (int i = 0; i < 2; i++) {
+        sums[i] = need(size * sizeof(float));
+        memcpy(sums[i], start, size * sizeof(float));
+        (i ? ls_current() : plain)->fold(&m, HEAD, FIRST, LAST, sums[i]);
+    }
+    expect(memcmp(sums[0], sums[1], size * sizeof(float)) == 0, "fold", width, squares, 0, 0);
+    double *exact = need(size * sizeof(double));
+    for (size_t i = 0; i < size; i++) exact[i] = (double)start[i];
+    for (int r = FIRST; r < LAST; r++) {
+        const float *k = keys + (HEAD * ROWS + r) * row, *v = values + (HEAD * ROWS + r) * row;
+        double length = 0.0;
+        for (int i = 0; i < width; i++) length += (double)k[i] * (double)k[i];
+        double scale = squares ? 1.0 : 1.0 / sqrt(length);
+        for (size_t i = 0; i < size; i++) exact[i] += (double)k[i / row] * scale * (double)v[i % row];
+    }
+    int far = 0;
+    for (size_t i = 0; i < size; i++) far += fabs(exact[i] - (double)sums[1][i]) > 1e-4;
+    expect(far == 0, "fold in double", width, squares, 0, 0);
+    free(keys), free(values), free(start), free(sums[0]), free(sums[1]), free(exact);
+}
+
 static void mixers(void) {
     const int widths[] = {2, 24, 64, 80, 112};
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
         for (int squares = 0; squares < 2; squares++) {
+            fold(widths[i], squares);
             mixer(widths[i], squares, 16, 0, 0);
             mixer(widths[i], squares, 0, 9, 0);
             mixer(widths[i], squares, 0, 0, 0);
