@@ -62,6 +62,7 @@ class Latency(Table):
                     "context": context,
                     "decoded": size.decoded,
                     "repeats": size.repeats,
+                    "shares": "layer by layer",
                     "threads": torch.get_num_threads(),
                 },
                 rank=1.5,
@@ -79,7 +80,10 @@ class Latency(Table):
         for _ in range(size.repeats):
             for name, model in models.items():
                 runs[name].append(_run(model, ids[:context], ids[context:]))
-        return {name: _median(each) for name, each in runs.items()}
+        return {
+            name: _median(each) | _shares(models[name], ids[:context], ids[context:])
+            for name, each in runs.items()
+        }
 
     def _model(self, mixer: MixerConfig, context: int) -> Decoder:
         """The teacher with this mixer and room for the context: speed does not ask for training."""
@@ -102,7 +106,8 @@ class Latency(Table):
         text = (
             "Batch 1, the teacher's weights, one step for the whole prompt, then one token at a time; "
             "medians. Peak memory is the growth of the process while it reads the prompt, sampled. "
-            "Attention includes its projections.\n\n" + self.reasons(results)
+            "The shares are those of a run layer by layer, as the one-call step that is timed has no layers; "
+            "attention includes its projections.\n\n" + self.reasons(results)
         )
         return Section("Latency and memory", text, tuple(grids), self._plots(results))
 
@@ -139,27 +144,40 @@ class Latency(Table):
 
 def _run(model: Decoder, prompt: list[int], after: list[int]) -> dict[str, Any]:
     """One prompt read and some tokens decoded."""
-    state, prefill = model.new_state(), Stopwatch()
-    with PeakMemory() as peak, prefill.watch(model):
+    state = model.new_state()
+    with PeakMemory() as peak:
         began = time.perf_counter()
-        model.step([Feed(0, prompt, all_logits=False)], state)
-        state.commit(0, range(len(prompt)))
+        _read(model, state, prompt)
         seconds = time.perf_counter() - began
     # the first step after a prompt moves its rows into place
     _decode(model, state, after[:1])
-    decode = Stopwatch()
-    with decode.watch(model):
-        began = time.perf_counter()
-        _decode(model, state, after[1:])
-        decoding = time.perf_counter() - began
+    began = time.perf_counter()
+    _decode(model, state, after[1:])
+    decoding = time.perf_counter() - began
     return {
         "prefill_ms": 1000 * seconds,
         "decode_ms": 1000 * decoding / (len(after) - 1),
         "peak_bytes": peak.bytes,
         "state_bytes": state.bytes(0),
-        "prefill_shares": prefill.shares(seconds),
-        "decode_shares": decode.shares(decoding),
     }
+
+
+def _shares(model: Decoder, prompt: list[int], after: list[int]) -> dict[str, Any]:
+    """Which part of the time the parts of a block take, layer by layer."""
+    model.native = None
+    state, found = model.new_state(), {}
+    for stage, work in (("prefill", _read), ("decode", _decode)):
+        watch = Stopwatch()
+        with watch.watch(model):
+            began = time.perf_counter()
+            work(model, state, prompt if stage == "prefill" else after)
+            found[f"{stage}_shares"] = watch.shares(time.perf_counter() - began)
+    return found
+
+
+def _read(model: Decoder, state: DecoderState, prompt: list[int]) -> None:
+    model.step([Feed(0, prompt, all_logits=False)], state)
+    state.commit(0, range(len(prompt)))
 
 
 def _decode(model: Decoder, state: DecoderState, tokens: list[int]) -> None:
@@ -169,12 +187,10 @@ def _decode(model: Decoder, state: DecoderState, tokens: list[int]) -> None:
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the figures; the shares are those of the median prefill and decoding."""
+    """Medians of the figures."""
     found: dict[str, Any] = {"state_bytes": runs[0]["state_bytes"]}
     for stage in ("prefill", "decode"):
-        ranked = sorted(runs, key=lambda run: run[f"{stage}_ms"])
         found[f"{stage}_ms"] = statistics.median(run[f"{stage}_ms"] for run in runs)
-        found[f"{stage}_shares"] = ranked[len(ranked) // 2][f"{stage}_shares"]
     # the first repeat grows the heap that later ones reuse
     peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"] is not None]
     return found | {"peak_bytes": max(peaks) if peaks else None}
