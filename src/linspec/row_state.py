@@ -153,12 +153,13 @@ class RowState:
         self.values = self._grown(self.values, more)
 
     def _grown(self, rows: torch.Tensor, more: int) -> torch.Tensor:
-        """A copy with `more` rows a slot; slots without a token stay zero, and so without memory."""
+        """A copy with `more` rows a slot; slots without a row stay zero, and so without memory."""
         shape = list(rows.shape)
         shape[3] += more
         grown = zeros(shape, rows.dtype, rows.device)
         for slot, length in enumerate(self.lengths):
-            if length or self.parents[slot]:
+            # a chain is in `long` before its nodes are recorded
+            if length or self.parents[slot] or slot in self.long:
                 grown[:, slot, :, : rows.shape[3]] = rows[:, slot]
         return grown
 

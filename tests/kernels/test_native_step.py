@@ -171,6 +171,23 @@ def test_a_prompt_has_the_same_bits_on_every_instruction_set(
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_a_longer_prompt_beside_a_prompt_changes_nothing(
+    library: ctypes.CDLL, mixer: str, kv: str
+) -> None:
+    """The buffers grow for the second one when the first is staged and nothing of it recorded."""
+    made = model(mixer)
+    short, long = [3] * 70 + list(range(20)), list(range(97)) * 4
+    state, alone = made.new_state(2, kv), made.new_state(2, kv)
+    made.step([Feed(0, short), Feed(1, long)], state)
+    made.step([Feed(0, short)], alone)
+    for each in (state, alone):
+        each.commit(0, range(len(short)))
+    after = [made.step([Feed(0, [7])], each).logits for each in (state, alone)]
+    assert torch.equal(*after)
+
+
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 def test_a_dropped_prompt_leaves_nothing(library: ctypes.CDLL, mixer: str) -> None:
     made = model(mixer)

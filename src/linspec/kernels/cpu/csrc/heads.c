@@ -15,8 +15,6 @@ typedef struct {
     char *prepared;
 } guess;
 
-static size_t up64(size_t n) { return (n + 63) & ~(size_t)63; }
-
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
 static int all_rows(const ls_guess *g) { return g->heads * g->rows; }
@@ -34,8 +32,8 @@ static size_t prepared_bytes(const ls_heads *h, const ls_guess *g) {
 /* Bytes of workspace that `ls_heads_guess` needs. */
 LS_API int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g) {
     size_t rows = (size_t)all_rows(g);
-    size_t floats = up64(rows * h->width) + up64(rows * h->inner) + up64(h->inner) +
-                    up64(rows * h->vocabulary);
+    size_t floats = ls_up64(rows * h->width) + ls_up64(rows * h->inner) + ls_up64(h->inner) +
+                    ls_up64(rows * h->vocabulary);
     return (int64_t)(floats * sizeof(float) + prepared_bytes(h, g));
 }
 
@@ -111,9 +109,9 @@ static void guess_body(void *context, int thread, int threads) {
 LS_API void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads) {
     size_t rows = (size_t)all_rows(g);
     guess s = {.h = h, .g = g, .x = workspace};
-    s.wide = s.x + up64(rows * h->width);
-    s.ones = s.wide + up64(rows * h->inner);
-    s.logits = s.ones + up64(h->inner);
-    s.prepared = (char *)(s.logits + up64(rows * h->vocabulary));
+    s.wide = s.x + ls_up64(rows * h->width);
+    s.ones = s.wide + ls_up64(rows * h->inner);
+    s.logits = s.ones + ls_up64(h->inner);
+    s.prepared = (char *)(s.logits + ls_up64(rows * h->vocabulary));
     ls_parallel(guess_body, &s, threads, LS_SPIN_STEP);
 }

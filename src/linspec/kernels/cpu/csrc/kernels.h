@@ -169,6 +169,9 @@ void ls_parallel(ls_body body, void *context, int threads, int spin_ns);
 void ls_barrier(int threads); /* inside a body only */
 void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid until its next call */
 
+/* bytes or floats, rounded up to what the parts of a workspace begin at */
+static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
+
 /* linear.c */
 size_t ls_rows_bytes(const ls_linear *layer, int rows);
 ls_rows ls_rows_at(const ls_linear *layer, int rows, void *memory);

@@ -3,8 +3,6 @@
 
 #define CHUNK_BYTES (256 * 1024) /* of prepared rows that one pass over the weights serves */
 
-static size_t up64(size_t n) { return (n + 63) & ~(size_t)63; }
-
 static int is_integer(const ls_linear *layer) { return layer->kind >= LS_INT8; }
 
 static size_t row_bytes(const ls_linear *layer) {
@@ -17,17 +15,17 @@ static size_t row_offsets(const ls_linear *layer) {
 
 /* Memory that `rows` prepared rows need. */
 size_t ls_rows_bytes(const ls_linear *layer, int rows) {
-    return up64(rows * row_bytes(layer)) + up64(rows * row_offsets(layer) * sizeof(int32_t)) +
-           up64(rows * sizeof(float));
+    return ls_up64(rows * row_bytes(layer)) + ls_up64(rows * row_offsets(layer) * sizeof(int32_t)) +
+           ls_up64(rows * sizeof(float));
 }
 
 /* `memory` cut into the parts of prepared rows. */
 ls_rows ls_rows_at(const ls_linear *layer, int rows, void *memory) {
     char *at = memory;
     ls_rows x = {rows, at, NULL, NULL};
-    at += up64(rows * row_bytes(layer));
+    at += ls_up64(rows * row_bytes(layer));
     x.offsets = (int32_t *)at;
-    at += up64(rows * row_offsets(layer) * sizeof(int32_t));
+    at += ls_up64(rows * row_offsets(layer) * sizeof(int32_t));
     x.scales = (float *)at;
     return x;
 }

@@ -53,8 +53,6 @@ typedef struct {
     void *prepared;
 } ls_run;
 
-static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
-
 /* The mixer of one layer over the rows of one feed. */
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_feed *f);
 /* Stage the keys and values of one feed in one kv head, and turn its queries into features. */
