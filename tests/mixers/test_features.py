@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import GROUP, assert_close, feed, random_tokens, tiny_config, tiny_model
 
-from linspec.config import MixerConfig
+from linspec.config import DecoderConfig, EncoderConfig, MixerConfig
 from linspec.mixers import MIXERS
+from linspec.mixers.blocks import join
 from linspec.mixers.decay import Fading
 from linspec.mixers.linear import GroupedLinear, unit
 from linspec.mixers.random_features import orthogonal_rows
@@ -87,6 +88,30 @@ def test_yoso_features_are_the_series_of_its_weights() -> None:
     assert near_zero.any()
     assert (found > 0).all()
     assert float((found - exact)[near_zero].abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("stack", [DecoderConfig, EncoderConfig])
+def test_yoso_reads_far_groups_alike_from_cosines_and_from_sums(
+    stack: type[DecoderConfig] | type[EncoderConfig], span: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = MixerConfig(name="yoso", group=GROUP, span=span)
+    shape = {"vocab_size": 1, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_width": 1}
+    mixer = MIXERS["yoso"](stack(**shape, head_width=WIDTH, mixers=(named,)), named)
+    q, k = (x[:, :1, ..., : 4 * GROUP - 1, :] for x in pairs())
+
+    def read() -> torch.Tensor:
+        if mixer.config.causal:
+            found = mixer._far_blocks(q, k, k, None)
+        else:
+            found = mixer._distant_blocks(q, k, k, alone=False)
+        # without what fills the last group
+        return join(found, 2, q.shape[3])
+
+    from_cosines = read()
+    monkeypatch.setattr(mixer, "sum_width", lambda: 0)
+    assert_close(from_cosines, read())
+    assert from_cosines.abs().max() > 0
 
 
 def test_linformer_starts_with_averages() -> None:

@@ -27,8 +27,9 @@ def study(
         typer.Option(help="default, small or tiny cells.", show_default="by --budget"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seeds of cells that train.")] = 1,
-    mixer: Annotated[
-        list[str] | None, typer.Option(help="Rows to fill; repeatable.", show_default="all")
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="An attention or recipe to fill; repeatable.", show_default="all"),
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(help="Training tokens of a cell.", show_default="the size's")
@@ -60,7 +61,7 @@ def study(
             budget=budget,
             tokens=tokens,
             seeds=seeds,
-            mixers=mixer or (),
+            rows=row or (),
             encoder=encoder,
             recall_share=recall_share or 0.0,
         )

@@ -233,16 +233,32 @@ class GroupedLinear(Mixer):
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         heads = q.unflatten(1, (self.kv_heads, self.repeats))
-        near_q, near_k = self.near_queries(heads), self.near_keys(k)
-        blocks, far = self._blocks(near_q), None
-        if self.summed:
-            summed, keys = blocks, near_k
-            if not self.one_map:
-                summed, keys = self._blocks(self.summed_queries(heads)), self.summed_keys(k)
-            closed = self._closed_sums(self._split(keys), self._split(v), sums)
-            far = summed @ closed.to(summed.dtype)
+        blocks, near_k = self._blocks(self.near_queries(heads)), self.near_keys(k)
+        far = None
+        if self.one_map and self.summed:
+            far = self._read_closed(blocks, near_k, v, sums)
+        elif self.summed:
+            far = self._far_blocks(heads, k, v, sums)
         near = self._near_blocks(blocks, near_k, v)
         return join(self.combine(near, far), self.repeats, q.shape[2])
+
+    def _far_blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What queries [B, Hkv, rep, T, K'] read from the groups beyond reach: [B, Hkv, n, rep * G, V'].
+
+        start: as in `_closed_sums`. For mixers whose summed features are a map of their own.
+        """
+        return self._read_closed(
+            self._blocks(self.summed_queries(q)), self.summed_keys(k), v, start
+        )
+
+    def _read_closed(
+        self, blocks: torch.Tensor, keys: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `_far_blocks`, from summed features: blocks [B, Hkv, n, rep * G, S], keys [B, Hkv, T, S]."""
+        closed = self._closed_sums(self._split(keys), self._split(v), start)
+        return blocks @ closed.to(blocks.dtype)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return split(x, self.mixer.group)
@@ -302,9 +318,7 @@ class GroupedLinear(Mixer):
         near = self._near_both(self._blocks(self.near_queries(heads)), self.near_keys(k), v, real)
         far = None
         if self.summed:
-            products = group_sums(self._split(self.summed_keys(k)), self._split(v))
-            queries = self._blocks(self.summed_queries(heads))
-            far = queries @ self._distant_sums(products, alone=near is None).to(queries.dtype)
+            far = self._distant_blocks(heads, k, v, alone=near is None)
         return join(self.combine(near, far), self.repeats, q.shape[2])
 
     def _near_both(
@@ -319,6 +333,14 @@ class GroupedLinear(Mixer):
         seen = seen | ~seen.any(-1, keepdim=True)
         weights = self.near_weights(q @ keys.mT, seen, self._block_bias(keys.shape[3], reach))
         return None if weights is None else weights @ windows(v, None, reach, group, reach)
+
+    def _distant_blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, alone: bool
+    ) -> torch.Tensor:
+        """As `_far_blocks`, from groups to both sides; alone: see `_distant_sums`."""
+        products = group_sums(self._split(self.summed_keys(k)), self._split(v))
+        queries = self._blocks(self.summed_queries(q))
+        return queries @ self._distant_sums(products, alone=alone).to(queries.dtype)
 
     def _distant_sums(self, products: torch.Tensor, *, alone: bool) -> torch.Tensor:
         """Sums over all groups that a group does not see exactly: [B, Hkv, n, S, V'].

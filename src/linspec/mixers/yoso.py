@@ -57,6 +57,31 @@ class Yoso(GroupedLinear):
         pairs = (turned * x.unsqueeze(-2) * (c * share)).flatten(-2)
         return torch.cat((torch.full_like(x[..., :1], a), b * x, pairs), dim=-1)
 
+    def _far_blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
+    ) -> torch.Tensor:
+        if start is not None or k.shape[2] > self.sum_width():
+            return super()._far_blocks(q, k, v, start)
+        return self._far_products(q, k, v)
+
+    def _distant_blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, alone: bool
+    ) -> torch.Tensor:
+        if k.shape[2] > self.sum_width():
+            return super()._distant_blocks(q, k, v, alone=alone)
+        return self._far_products(q, k, v)
+
+    def _far_products(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The same from the cosines themselves: with fewer keys than features that is less work."""
+        blocks = self._blocks(unit(q))
+        cosines = blocks @ unit(k).mT[:, :, None]
+        a, b, c = taylor_factors(HASH_BITS)
+        # how many groups back a key lies; in an encoder, how many away
+        key = torch.arange(k.shape[2], device=k.device) // self.mixer.group
+        away = torch.arange(blocks.shape[2], device=k.device)[:, None, None] - key
+        far = (away if self.config.causal else away.abs()) >= self.mixer.span
+        return ((a + b * cosines + c * cosines.square()) * far) @ v[:, :, None]
+
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return unit(o)
 

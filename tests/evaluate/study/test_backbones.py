@@ -70,7 +70,7 @@ def plan(tmp_path: Path, encoder: str) -> Plan:
         teacher=str(model_dir("softmax")),
         data=[str(book)],
         size=SMALL,
-        mixers=["local"],
+        rows=["local"],
         encoder=encoder,
     )
 
@@ -100,7 +100,7 @@ def test_another_encoder_is_another_cell(plan: Plan, tmp_path: Path) -> None:
 def test_every_attention_is_a_cell_or_says_why_not(
     plan: Plan, table: type[Encoders] | type[Seq2Seq]
 ) -> None:
-    cells = table(replace(plan, mixers=())).cells()
+    cells = table(replace(plan, rows=())).cells()
     assert {(c.row, c.column) for c in cells} == {
         (r, p) for r in attentions() for p in (PLAIN, AUG)
     }
@@ -135,9 +135,8 @@ def test_a_t5_is_trained_once_and_linearized_on_both_sides(plan: Plan) -> None:
 
 
 def test_flash_is_trained_from_nothing(plan: Plan) -> None:
-    found = study(plan, ["flash"]).to_json()["tables"]["flash"]["rows"]
+    found = study(replace(plan, rows=()), ["flash"]).to_json()["tables"]["flash"]["rows"]
     rows = {row["row"]: row for row in found}
-    # a row of --mixer is not a variant: all of them are wanted
     assert list(rows) == ["quadratic", "local", "grouped", "aug"]
     assert rows["aug"]["parameters"] > rows["quadratic"]["parameters"]
     told = [line for line in comparison(Results(_done(plan, rows))).splitlines() if "FLASH" in line]

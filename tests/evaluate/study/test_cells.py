@@ -73,7 +73,7 @@ def test_tables_of_trained_cells(tmp_path: Path) -> None:
     book.write_text(" ".join(rng.choice(("ab", "cd", "end", "the")) for _ in range(900)))
     teacher = str(model_dir("softmax"))
     data = [str(book)]
-    plan = make_plan(tmp_path / "out", teacher=teacher, data=data, size=SIZE, mixers=["local"])
+    plan = make_plan(tmp_path / "out", teacher=teacher, data=data, size=SIZE, rows=["local"])
     found = study(plan, ["quality", "design"]).to_json()
     assert found["remaining"] == 0
     quality, design = (found["tables"][name] for name in ("quality", "design"))
@@ -95,9 +95,7 @@ def test_tables_of_speed(tmp_path: Path) -> None:
     rng = random.Random(0)
     book.write_text(" ".join(rng.choice(("ab", "cd", "end", "the")) for _ in range(900)))
     teacher = str(model_dir("softmax"))
-    plan = make_plan(
-        tmp_path / "out", teacher=teacher, data=[str(book)], size=SIZE, mixers=["local"]
-    )
+    plan = make_plan(tmp_path / "out", teacher=teacher, data=[str(book)], size=SIZE, rows=["local"])
     found = study(plan, ["latency", "speculation"]).to_json()
     assert found["remaining"] == 0
     latency, speculation = (found["tables"][name]["rows"] for name in ("latency", "speculation"))

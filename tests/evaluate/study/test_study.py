@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from linspec.evaluate.study import TABLES, Plan, Size, make_plan, study
 from linspec.evaluate.study.attentions import PARTS, PLAIN, attentions
 from linspec.evaluate.study.cache import Cache
 from linspec.evaluate.study.quality import Quality
+from linspec.evaluate.study.recipes import Recipes
 from linspec.evaluate.study.run import order
 from linspec.evaluate.study.table import Cell, Results, with_spread
 from linspec.mixers import MIXERS
@@ -53,9 +55,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.fixture
 def plan(tmp_path: Path, text: Path) -> Plan:
     teacher = str(model_dir("softmax"))
-    return make_plan(
-        tmp_path / "out", teacher=teacher, data=[str(text)], size=SIZE, mixers=["local"]
-    )
+    return make_plan(tmp_path / "out", teacher=teacher, data=[str(text)], size=SIZE, rows=["local"])
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_finished_cells_are_kept_and_a_sitting_ends_with_its_budget(
 
 def test_more_seeds_add_to_what_is_there(plan: Plan, made_up: list[Cell]) -> None:
     study(plan, ["quality"])
-    more = Plan(plan.out, plan.teacher, plan.domains, plan.size, 3, plan.mixers)
+    more = Plan(plan.out, plan.teacher, plan.domains, plan.size, 3, plan.rows)
     found = study(more, ["quality"]).to_json()["tables"]["quality"]
     assert found["done"] == found["total"] == len(made_up) == 21
     assert len({row["key"] for row in found["rows"]}) == 21
@@ -168,7 +168,7 @@ def test_order_is_by_rank_and_measures_nothing_twice(ranks: list[tuple[int, int,
 def test_the_key_covers_what_determines_the_figures(plan: Plan, text: Path) -> None:
     def keys(**changed: Any) -> set[str]:
         options = {"teacher": plan.teacher, "data": [str(text)], "size": SIZE} | changed
-        cells = Quality(make_plan(plan.out, mixers=["local"], **options)).cells()
+        cells = Quality(make_plan(plan.out, rows=["local"], **options)).cells()
         return {cell.key for cell in cells if not cell.undefined}
 
     before = keys()
@@ -215,3 +215,15 @@ def test_every_table_says_where_it_comes_from(plan: Plan) -> None:
         assert entry.paper and entry.summary
         # an empty table is shown too
         assert entry.value(plan).section(Results([])).title
+
+
+def test_rows_are_chosen_by_name_and_an_unknown_one_is_said(
+    plan: Plan, made_up: list[Cell]
+) -> None:
+    with pytest.raises(ConfigError, match="row 'locl' to choose; there are 'softmax'"):
+        study(replace(plan, rows=("locl",)), ["quality"])
+    with pytest.raises(ConfigError, match="filled whole"):
+        study(plan, ["design"])
+    recipes = Recipes(replace(plan, rows=("linspec",)))
+    assert {cell.row for cell in recipes.cells()} == {"control: the teacher trained on", "linspec"}
+    assert not made_up and not plan.out.exists()

@@ -51,9 +51,13 @@ class Encoders(Table):
     name = "encoders"
     place = 4
 
+    def choices(self) -> list[str]:
+        return attentions()
+
     def cells(self) -> list[Cell]:
-        rows = filter(self.wanted, attentions())
-        return [cell for row in rows for part in (PLAIN, AUG) for cell in self._place(row, part)]
+        return [
+            cell for row in self.rows for part in (PLAIN, AUG) for cell in self._place(row, part)
+        ]
 
     def _place(self, row: str, part: str) -> list[Cell]:
         size = self.plan.size
@@ -136,8 +140,7 @@ class Encoders(Table):
         return asdict(found)
 
     def section(self, results: Results) -> Section:
-        rows = [row for row in attentions() if self.wanted(row)]
-        grids = self.figure_grids(results, rows, (PLAIN, AUG), _FIGURES)
+        grids = self.figure_grids(results, self.rows, (PLAIN, AUG), _FIGURES)
         size = self.plan.size
         text = (
             f"all-MiniLM-L6-v2 unless another encoder is given, {size.encoder_tokens:,} training tokens "

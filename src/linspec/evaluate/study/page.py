@@ -44,7 +44,7 @@ def _command(plan: Plan, tables: Sequence[Table]) -> str:
         words += [word for table in tables for word in ("--table", table.name)]
     size, _, tokens = plan.size.name.partition("-")
     words += ["--size", size, *(("--tokens", tokens) if tokens else ())]
-    words += [word for row in plan.mixers for word in ("--mixer", row)]
+    words += [word for row in plan.rows for word in ("--row", row)]
     if str(plan.teacher) not in EMBEDDED:
         words += ["--teacher", Path(plan.teacher).name]
     words += ["--recall-share", str(plan.recall_share)] if plan.recall_share else []

@@ -97,7 +97,7 @@ def size_for(budget: float | None) -> Size:
 class Plan:
     """One study. domains: data by name, the first one is that of the headline.
 
-    mixers: rows to fill, all when empty. encoder: directory of a pretrained encoder, or empty.
+    rows: those to fill, all when empty. encoder: directory of a pretrained encoder, or empty.
     recall_share: see `LinearizeConfig`, for the recipes.
     """
 
@@ -106,7 +106,7 @@ class Plan:
     domains: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"stdlib": ("stdlib",)})
     size: Size = field(default_factory=Size)
     seeds: int = 1
-    mixers: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     encoder: str = ""
     recall_share: float = 0.0
 
@@ -162,7 +162,7 @@ def make_plan(
     budget: float | None = None,
     tokens: int | None = None,
     seeds: int = 1,
-    mixers: Sequence[str] = (),
+    rows: Sequence[str] = (),
     encoder: str | None = None,
     recall_share: float = 0.0,
 ) -> Plan:
@@ -188,7 +188,7 @@ def make_plan(
     for source in data:
         domains |= known_sources(source, out)
     encoder = packaged_encoder() if encoder is None else encoder
-    return Plan(out, teacher, domains, size, seeds, tuple(mixers), encoder, recall_share)
+    return Plan(out, teacher, domains, size, seeds, tuple(rows), encoder, recall_share)
 
 
 def packaged_encoder() -> str:

@@ -31,10 +31,13 @@ class Quality(Table):
     name = "quality"
     place = 0
 
+    def choices(self) -> list[str]:
+        return attentions()
+
     def cells(self) -> list[Cell]:
         found = []
         for place, domain in enumerate(self.plan.domains):
-            for row in filter(self.wanted, attentions()):
+            for row in self.rows:
                 for part in PARTS:
                     found += self._place(row, part, domain, place)
         return found
@@ -68,8 +71,7 @@ class Quality(Table):
         return train_and_score(self.plan, cell, folder)
 
     def section(self, results: Results) -> Section:
-        size, rows = self.plan.size, [row for row in attentions() if self.wanted(row)]
-        grids = []
+        size, rows, grids = self.plan.size, self.rows, []
         for domain in self.plan.domains:
             columns = [self.column(part, domain) for part in PARTS]
             if domain == self.plan.domain or self._begun(results, rows, columns):

@@ -124,7 +124,7 @@ class Recipes(Table):
         )
 
     @cached_property
-    def recipes(self) -> list[Recipe]:
+    def _telling(self) -> list[Recipe]:
         """Those that say something about this teacher: at most a quarter of its layers stay softmax."""
         config, context = self.plan.config, self._config(RECIPES[0]).context
         return [
@@ -133,6 +133,14 @@ class Recipes(Table):
             if (config.max_positions > context or not recipe.far)
             and 4 * recipe.options.get("softmax_layers", 0) <= max(4, config.layers)
         ]
+
+    def choices(self) -> list[str]:
+        return [recipe.label for recipe in self._telling]
+
+    @cached_property
+    def recipes(self) -> list[Recipe]:
+        """Those to fill."""
+        return [recipe for recipe in self._telling if recipe.label in self.rows]
 
     def cells(self) -> list[Cell]:
         return [
@@ -227,9 +235,8 @@ class Recipes(Table):
             + "\n\n"
             + self.reasons(results)
         )
-        rows = [recipe.label for recipe in self.recipes]
         columns = ("bits per byte", "above the control", *list(_COLUMNS)[1:])
-        return Section("Recipes", text, (self.grid(results, rows, columns, show, "recipe"),))
+        return Section("Recipes", text, (self.grid(results, self.rows, columns, show, "recipe"),))
 
 
 _COLUMNS = {

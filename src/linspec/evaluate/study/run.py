@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.machine import machine
-from linspec.errors import CheckpointError, LinspecError
+from linspec.errors import CheckpointError, ConfigError, LinspecError
 from linspec.evaluate.study.cache import Cache
 from linspec.evaluate.study.page import write_page
 from linspec.evaluate.study.plan import Plan
@@ -82,11 +82,12 @@ def study(
     one. page: the markdown file, OUT/paper.md if None; its plots lie in a folder beside it. A cell
     that fails (a loss that is not finite) is a result and says why. Ctrl-C loses at most the cell
     under way, which goes on from its own state; finished cells are not measured again. Several
-    processes may fill one folder. Raises ConfigError for an unknown table, CheckpointError when the
-    disk refuses.
+    processes may fill one folder. Raises ConfigError for an unknown table or row, CheckpointError when
+    the disk refuses.
     """
     made = tuple(TABLES[name](plan) for name in tables or TABLES.names())
     made = tuple(sorted(made, key=lambda table: table.place))
+    _check_rows(plan.rows, made)
     cache, began, measured = Cache(plan.out), clock(), 0
     page = page or plan.out / "paper.md"
     by_name = {table.name: table for table in made}
@@ -106,6 +107,15 @@ def study(
     cells = _state(made, cache)
     remaining = sum(result is None and not cell.undefined for cell, result in cells)
     return Study(plan, made, tuple(cells), measured, remaining, clock() - began, page)
+
+
+def _check_rows(asked: Sequence[str], tables: Sequence[Table]) -> None:
+    known = list(dict.fromkeys(row for table in tables for row in table.choices()))
+    for row in asked:
+        if row not in known:
+            names = "', '".join(known)
+            there = f"there are '{names}'" if known else "these tables are filled whole"
+            raise ConfigError(f"no table has a row {row!r} to choose; {there}")
 
 
 def order(cells: Sequence[Cell]) -> list[Cell]:

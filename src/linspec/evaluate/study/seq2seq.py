@@ -78,9 +78,13 @@ class Seq2Seq(Table):
     name = "t5"
     place = 5
 
+    def choices(self) -> list[str]:
+        return attentions()
+
     def cells(self) -> list[Cell]:
-        rows = filter(self.wanted, attentions())
-        return [cell for row in rows for part in (PLAIN, AUG) for cell in self._place(row, part)]
+        return [
+            cell for row in self.rows for part in (PLAIN, AUG) for cell in self._place(row, part)
+        ]
 
     def _place(self, row: str, part: str) -> list[Cell]:
         try:
@@ -179,7 +183,7 @@ class Seq2Seq(Table):
         return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
 
     def section(self, results: Results) -> Section:
-        size, rows = self.plan.size, [row for row in attentions() if self.wanted(row)]
+        size = self.plan.size
         text = (
             f"The teacher is a T5 of 3 + 3 layers and width 128, trained here from nothing for "
             f"{size.t5_tokens:,} tokens. Every cell replaces the self-attention of its encoder and of "
@@ -187,5 +191,5 @@ class Seq2Seq(Table):
             f"trained on for the same. Held out: the second half of windows of {size.context} tokens, "
             "given the first. Its cross-attention stays softmax.\n\n" + self.reasons(results)
         )
-        grids = self.figure_grids(results, rows, (PLAIN, AUG), _FIGURES)
+        grids = self.figure_grids(results, self.rows, (PLAIN, AUG), _FIGURES)
         return Section("T5", text, grids)

@@ -56,11 +56,13 @@ class Speculation(Table):
     name = "speculation"
     place = 3
 
+    def choices(self) -> list[str]:
+        return attentions()
+
     def cells(self) -> list[Cell]:
         return [
             self._cell(row, part)
-            for row in attentions()
-            if self.wanted(row)
+            for row in self.rows
             for part in (PLAIN, AUG)
             if (row, part) != ("softmax", AUG)
         ]

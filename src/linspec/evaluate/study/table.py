@@ -83,7 +83,7 @@ class Results:
 
 
 def with_spread(figures: Sequence[float], digits: int = 3) -> str:
-    """'1.424 (1.415–1.430)': the mean, and from three seeds on the lowest and highest."""
+    """'1.424 (1.415–1.430)': the mean, and of several seeds the lowest and highest."""
     if not figures:
         return "–"
     mean = f"{statistics.mean(figures):.{digits}f}"
@@ -121,9 +121,15 @@ class Table:
         """`cells`, once."""
         return self.cells()
 
-    def wanted(self, row: str) -> bool:
-        """Whether the user asked for this row; softmax always stands beside."""
-        return not self.plan.mixers or row == "softmax" or row in self.plan.mixers
+    def choices(self) -> Sequence[str]:
+        """Rows that the user can choose among, first the one that always stands beside; () if none."""
+        return ()
+
+    @cached_property
+    def rows(self) -> list[str]:
+        """The choices that the user asked for."""
+        choices, asked = self.choices(), self.plan.rows
+        return [row for row in choices if not asked or row == choices[0] or row in asked]
 
     def grid(
         self,
