@@ -16,13 +16,19 @@ from linspec.models.hub import EMBEDDED
 from linspec.report.data import Table as Grid
 from linspec.report.plots import standalone
 
-_INTRODUCTION = """\
+_PAPER = """\
 # The paper's tables, measured here
 
 You et al. 2024, "When Linear Attention Meets Autoregressive Decoding" (arXiv 2406.07368), at the
 size of this machine. The command below writes this page; a dash is a cell that is not measured yet.
 The teacher, the data and the budgets are small: directions and ratios compare with the paper,
 absolute figures do not.
+"""
+_RECIPES = """\
+# Linearization recipes side by side
+
+One teacher made linear in several ways, each at the same number of tokens. The command below writes
+this page; a dash is a cell that is not measured yet.
 """
 
 
@@ -31,7 +37,8 @@ def write_page(
 ) -> None:
     """Write `page` and its plots, each whole or not at all."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [_INTRODUCTION, _command(plan, tables), _facts(plan, machine)]
+    introduction = _RECIPES if [table.name for table in tables] == ["recipes"] else _PAPER
+    parts = [introduction, _command(plan, tables), _facts(plan, machine)]
     if speaks(results) or len(tables) == len(TABLES.names()):
         parts.append("## Beside the paper\n\n" + comparison(results))
     parts += [_section(table.section(results), page) for table in tables]
