@@ -214,6 +214,11 @@ def test_output_in_use(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
             ConfigError,
             "beyond the teacher's 128 positions",
         ),
+        (
+            {"mixer": "aug", "taps": SHORT.context + 1},
+            ConfigError,
+            f"longer than the {SHORT.context} tokens of a training text",
+        ),
     ],
 )
 def test_bad_input_is_refused(

@@ -121,6 +121,7 @@ def test_reach_and_adapters_work_for_a_t5(t5_dir: Path, tmp_path: Path, corpus: 
     [
         ({"mixer": "gla"}, "'gla' has no bidirectional form and fits decoders only"),
         ({"keep_softmax": (3,)}, r"no layer 3: layers are 0\.\.2"),
+        ({"mixer": "aug", "taps": SHORT.context}, f"the {SHORT.context // 2} tokens of a training"),
         ({"config": replace(SHORT, context=1)}, "no source and target; give 2 or more"),
     ],
 )

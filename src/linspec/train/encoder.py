@@ -29,7 +29,7 @@ from linspec.train.linearize import RECORD, record_files
 from linspec.train.linearize_config import FROM_NOTHING
 from linspec.train.loop import LossFn, TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.student import changed_layers, make_mixer, student_mixers
+from linspec.train.student import changed_layers, check_taps, make_mixer, student_mixers
 from linspec.train.transfer import Transfer, relative_error
 
 # shorter paragraphs are headings and lines of code fences
@@ -131,6 +131,7 @@ def linearize_encoder(
         raise ConfigError(f"{out} is the source itself; choose another --out directory")
     teacher, tokenizer = load_encoder(source), load_tokenizer(source)
     mixers = student_mixers(teacher.config, make_mixer(mixer), keep_softmax)
+    check_taps(mixers, config.context)
     student = Bert(teacher.config.with_mixers(mixers))
     student.load_state_dict(teacher.state_dict(), strict=False)
     texts = Texts(

@@ -42,6 +42,7 @@ from linspec.train.student import (
     by_need,
     changed_layers,
     check_mixers,
+    check_taps,
     make_mixer,
     spread,
     student_mixers,
@@ -151,6 +152,8 @@ class _Task:
         changed = self.changed
         config = config.completed([self.mixers[layer] for layer in changed])
         _check_context(self.teacher.config, config.context)
+        halves = 2 if isinstance(self.teacher.config, Seq2SeqConfig) else 1
+        check_taps((self.mixers[layer] for layer in changed), config.context // halves)
         check_mixers(self.teacher, self.mixers)
         if not 0 <= self.softmax_layers < max(1, len(changed)):
             raise ConfigError(

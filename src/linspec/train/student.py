@@ -100,6 +100,16 @@ def check_mixers(teacher: Predictor, mixers: tuple[MixerConfig, ...]) -> None:
         _make_student(teacher, mixers)
 
 
+def check_taps(mixers: Iterable[MixerConfig], length: int) -> None:
+    """Raise ConfigError if a convolution reaches beyond training texts of `length` tokens."""
+    taps = max((mixer.taps for mixer in mixers), default=0)
+    if taps > length:
+        raise ConfigError(
+            f"a convolution of {taps} taps is longer than the {length} tokens of a training text, so "
+            "some would learn nothing; choose fewer --taps or a longer --context"
+        )
+
+
 def _make_student(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     kind: Callable[..., P] = type(teacher)
     return kind(teacher.config.with_mixers(mixers))

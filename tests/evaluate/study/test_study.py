@@ -26,7 +26,7 @@ from linspec.mixers import MIXERS
 SIZE = Size(
     name="test",
     tokens=64,
-    context=16,
+    context=32,
     batch_tokens=32,
     group=4,
     taps=3,
