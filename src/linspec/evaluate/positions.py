@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
+from linspec.models.hub import with_tokenizer
 from linspec.progress import Progress
 from linspec.train.data import end_of_text, tokenize
 
@@ -79,10 +79,7 @@ def by_position(
     window apart. A softmax model's texts end at its positions, and held-out text that is too short
     shortens them: `limit` says so. Raises ConfigError for sizes below 2, InputError without text.
     """
-    if not isinstance(model, Decoder):
-        tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, device=device)
-    check_tokenizer(tokenizer, model.config)
+    model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     context = model.config.max_positions if context is None else context
     if min(length, context) < 2 or texts < 1:
         raise ConfigError(

@@ -24,7 +24,7 @@ import torch
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
+from linspec.models.hub import load_model, with_tokenizer
 from linspec.progress import Progress
 from linspec.train.data import end_of_text
 from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
@@ -110,10 +110,7 @@ def evaluate_recall(
     `limits`. Raises ConfigError for sizes that cannot be built.
     """
     _check(lengths, samples, seeds)
-    if not isinstance(model, Decoder):
-        tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, device=device)
-    check_tokenizer(tokenizer, model.config)
+    model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)
     documents = texts or held_out_documents(data, field)

@@ -22,7 +22,7 @@ from linspec.errors import ConfigError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.recall import filler_ids, limits_of, reads
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer
+from linspec.models.hub import load_model, with_tokenizer
 
 PASSAGE = 128
 # of a repeated passage, tokens that do not count: they are what tells that it is one
@@ -82,10 +82,7 @@ def evaluate_repeats(
             f"texts of {list(lengths)} tokens must hold a passage twice, which has more than "
             f"{_OPENING} tokens, and samples must be 1 or more; got {passage} and {samples}"
         )
-    if not isinstance(model, Decoder):
-        tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model, device=device)
-    check_tokenizer(tokenizer, model.config)
+    model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)
     stream = filler_ids(tokenizer, model, held_out_documents(data, field), max(lengths))

@@ -214,6 +214,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> 
         )
 
 
+def with_tokenizer(
+    model: str | Path | Decoder, tokenizer: Any = None, *, device: str = "cpu"
+) -> tuple[Decoder, Any]:
+    """A decoder and its tokenizer, both loaded where `model` is a source; see `check_tokenizer`."""
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model, device=device)
+    check_tokenizer(tokenizer, model.config)
+    return model, tokenizer
+
+
 def save_model(
     model: Model,
     tokenizer: PreTrainedTokenizerBase | None,

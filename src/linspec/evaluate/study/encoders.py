@@ -12,14 +12,14 @@ from typing import Any
 from linspec.config import EncoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.embeddings import compare_encoders
-from linspec.evaluate.study.attentions import AUG, PLAIN, Choice, attentions, choose
+from linspec.evaluate.study.attentions import AUG, PLAIN, Choice, choose
+from linspec.evaluate.study.grid import BackboneTable
 from linspec.evaluate.study.table import (
     TABLES,
     Cell,
     Result,
     Results,
     Section,
-    Table,
 )
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer
@@ -45,45 +45,22 @@ _FIGURES = {
     summary="BERT: sentence embeddings with each bidirectional attention, against the original's",
     paper="You et al. 2024, arXiv 2406.07368, table 1",
 )
-class Encoders(Table):
+class Encoders(BackboneTable):
     """How close the embeddings of a linearized encoder are to those of the one it was made from."""
 
     name = "encoders"
     place = 4
+    kind = "encoder"
 
-    def choices(self) -> list[str]:
-        return attentions()
-
-    def cells(self) -> list[Cell]:
-        return [
-            cell for row in self.rows for part in (PLAIN, AUG) for cell in self._place(row, part)
-        ]
-
-    def _place(self, row: str, part: str) -> list[Cell]:
+    def choose(self, row: str, part: str) -> Choice:
         size = self.plan.size
         short = replace(size, group=min(_GROUP, size.group), taps=min(_TAPS, size.taps))
-        try:
-            choice = choose(row, part, short, (EncoderConfig,))
-        except ConfigError as error:
-            return [Cell(table=self.name, row=row, column=part, undefined=str(error))]
+        choice = choose(row, part, short, (EncoderConfig,))
         if not self.plan.encoder:
-            return [Cell(table=self.name, row=row, column=part, undefined=_NONE)]
-        settings = self._settings(choice)
-        rank = {"softmax": 0.5, "local": 1.5}.get(row, 2.5)
-        return [
-            Cell(
-                table=self.name,
-                row=row,
-                column=part,
-                kind="encoder",
-                settings=settings,
-                seed=seed,
-                rank=rank,
-            )
-            for seed in range(self.plan.seeds)
-        ]
+            raise ConfigError(_NONE)
+        return choice
 
-    def _settings(self, choice: Choice) -> dict[str, Any]:
+    def settings(self, choice: Choice) -> dict[str, Any]:
         size, domain = self.plan.size, self.plan.prose
         original = self._original
         context = min(_CONTEXT, size.context, original.config.max_positions)

@@ -6,14 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from linspec.errors import ConfigError
-from linspec.evaluate.study.attentions import AUG, PARTS, PLAIN, attentions, choose
+from linspec.evaluate.study.attentions import AUG, PARTS, PLAIN, choose
+from linspec.evaluate.study.grid import AttentionTable
 from linspec.evaluate.study.table import (
     TABLES,
     Cell,
     Result,
     Results,
     Section,
-    Table,
     with_spread,
 )
 from linspec.evaluate.study.training import KIND, train_and_score, training_settings
@@ -25,14 +25,11 @@ from linspec.report.data import Bar, Bars
     summary="each linear attention × {plain, +conv, +grouped, +α·grouped, aug}, softmax beside",
     paper="You et al. 2024, arXiv 2406.07368, tables 2, 12, 14, 15 and 16",
 )
-class Quality(Table):
+class Quality(AttentionTable):
     """Bits per byte of the decoder on held-out text. Columns are `part` or `part (domain)`."""
 
     name = "quality"
     place = 0
-
-    def choices(self) -> list[str]:
-        return attentions()
 
     def cells(self) -> list[Cell]:
         found = []

@@ -21,16 +21,15 @@ from linspec.config import (
     RelativeConfig,
     Seq2SeqConfig,
 )
-from linspec.errors import ConfigError
 from linspec.evaluate.continuations import evaluate_continuations
-from linspec.evaluate.study.attentions import AUG, PLAIN, Choice, attentions, choose
+from linspec.evaluate.study.attentions import AUG, PLAIN, Choice, choose
+from linspec.evaluate.study.grid import BackboneTable
 from linspec.evaluate.study.table import (
     TABLES,
     Cell,
     Result,
     Results,
     Section,
-    Table,
 )
 from linspec.evaluate.study.training import recipe
 from linspec.models.hub import load_seq2seq, load_tokenizer
@@ -72,41 +71,17 @@ def tiny_t5(vocab_size: int, end: int) -> Seq2SeqConfig:
     summary="T5: each attention in encoder and decoder, plain and aug, softmax beside",
     paper="You et al. 2024, arXiv 2406.07368, tables 3 and 14",
 )
-class Seq2Seq(Table):
+class Seq2Seq(BackboneTable):
     """Held-out bits per byte of the second half of a window, given the first."""
 
     name = "t5"
     place = 5
+    kind = "t5"
 
-    def choices(self) -> list[str]:
-        return attentions()
+    def choose(self, row: str, part: str) -> Choice:
+        return choose(row, part, self.plan.size, (EncoderConfig, DecoderConfig))
 
-    def cells(self) -> list[Cell]:
-        return [
-            cell for row in self.rows for part in (PLAIN, AUG) for cell in self._place(row, part)
-        ]
-
-    def _place(self, row: str, part: str) -> list[Cell]:
-        try:
-            choice = choose(row, part, self.plan.size, (EncoderConfig, DecoderConfig))
-        except ConfigError as error:
-            return [Cell(table=self.name, row=row, column=part, undefined=str(error))]
-        rank = {"softmax": 0.6, "local": 1.6}.get(row, 2.6)
-        settings = self._settings(choice)
-        return [
-            Cell(
-                table=self.name,
-                row=row,
-                column=part,
-                kind="t5",
-                settings=settings,
-                seed=seed,
-                rank=rank,
-            )
-            for seed in range(self.plan.seeds)
-        ]
-
-    def _settings(self, choice: Choice) -> dict[str, Any]:
+    def settings(self, choice: Choice) -> dict[str, Any]:
         size = self.plan.size
         return {
             "teacher": self._identity,

@@ -16,9 +16,10 @@ from linspec.bench.speed import bench
 from linspec.config import MixerConfig
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import ConfigError
-from linspec.evaluate.study.attentions import AUG, PLAIN, attentions, choose
+from linspec.evaluate.study.attentions import AUG, PLAIN, choose
 from linspec.evaluate.study.cache import workplace
-from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Section, Table
+from linspec.evaluate.study.grid import AttentionTable
+from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Section
 from linspec.evaluate.study.training import KIND, train, training_settings
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model
@@ -50,14 +51,11 @@ _LOOKUP, _MEDUSA = "prompt-lookup", "medusa"
     summary="plain against speculative decoding, one tree step against candidates one by one",
     paper="You et al. 2024, arXiv 2406.07368, tables 8 and 9",
 )
-class Speculation(Table):
+class Speculation(AttentionTable):
     """Students are those of the quality table; their Medusa heads are trained here."""
 
     name = "speculation"
     place = 3
-
-    def choices(self) -> list[str]:
-        return attentions()
 
     def cells(self) -> list[Cell]:
         return [
