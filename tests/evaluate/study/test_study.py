@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, InputError, TrainingError
 from linspec.evaluate.study import TABLES, Plan, Size, make_plan, study
-from linspec.evaluate.study.attentions import PARTS, PLAIN, attentions
+from linspec.evaluate.study.attentions import AUG, PARTS, PLAIN, attentions
 from linspec.evaluate.study.cache import Cache
+from linspec.evaluate.study.paper import comparison
 from linspec.evaluate.study.quality import Quality
 from linspec.evaluate.study.recipes import Recipes
 from linspec.evaluate.study.run import order
@@ -227,3 +228,24 @@ def test_rows_are_chosen_by_name_and_an_unknown_one_is_said(
     recipes = Recipes(replace(plan, rows=("linspec",)))
     assert {cell.row for cell in recipes.cells()} == {"control: the teacher trained on", "linspec"}
     assert not made_up and not plan.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("plain", "aug", "told"),
+    [
+        ([4.0], [3.0], "| same |"),
+        ([4.0], [5.0], "| differs |"),
+        ([4.0, 4.2], [3.0, 3.2], "| same |"),
+        ([4.0, 4.2], [3.0, 4.1], "| same, but seeds overlap |"),
+        ([4.0, 4.2], [4.1, 5.0], "| differs, but seeds overlap |"),
+        ([4.0], [], "| not measured yet |"),
+    ],
+)
+def test_seeds_that_overlap_are_said(plain: list[float], aug: list[float], told: str) -> None:
+    done = [
+        (Cell(table="quality", row="local", column=part), {"perplexity": value})
+        for part, values in ((PLAIN, plain), (AUG, aug))
+        for value in values
+    ]
+    line = next(line for line in comparison(Results(done)).splitlines() if "| aug / local" in line)
+    assert line.endswith(told)

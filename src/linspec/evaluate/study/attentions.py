@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
 
 from linspec.config import DecoderConfig, EncoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.study.plan import Size
 from linspec.evaluate.study.variants import variant
-from linspec.mixers import MIXERS
+from linspec.mixers import MIXERS, Mixer
 from linspec.train.student import make_mixer
 
 PLAIN, CONV, BOTH, ALPHA, AUG = PARTS = ("plain", "+conv", "+grouped", "+α·grouped", "aug")
@@ -68,8 +71,16 @@ def choose(row: str, part: str, size: Size, stacks: Sequence[Stack] = (DecoderCo
     else:
         found = Choice(_arranged(base, kernel, taps, size), "both" if part == BOTH else "")
     for stack in stacks:
-        _build(found, stack, arranged=part not in (PLAIN, CONV))
+        made = _build(found, stack)
+        if part not in (PLAIN, CONV) and not hasattr(made, "alpha"):
+            raise ConfigError(f"mixer {found.mixer.name!r} has no grouped arrangement")
     return found
+
+
+@torch.no_grad()
+def in_one_call(mixer: dict[str, Any]) -> bool:
+    """Whether the C library decodes with a mixer, given as JSON types, in one call a step."""
+    return _build(Choice(MixerConfig(**mixer)), DecoderConfig).native_form() is not None
 
 
 def _arranged(base: str, kernel: str, taps: int, size: Size) -> MixerConfig:
@@ -82,8 +93,8 @@ def _arranged(base: str, kernel: str, taps: int, size: Size) -> MixerConfig:
     return make_mixer(name, group=size.group, span=1, kernel=kernel, taps=taps)
 
 
-def _build(choice: Choice, stack: Stack, *, arranged: bool) -> None:
-    """Raise what building the mixer raises, on the smallest stack."""
+def _build(choice: Choice, stack: Stack) -> Mixer:
+    """The mixer on the smallest stack; raises what building it raises."""
     with variant(choice.mixer, choice.variant) as mixer:
         shape = stack(
             vocab_size=1,
@@ -95,6 +106,4 @@ def _build(choice: Choice, stack: Stack, *, arranged: bool) -> None:
             mlp_width=1,
             mixers=(mixer,),
         )
-        made = MIXERS[mixer.name](shape, mixer)
-    if arranged and not hasattr(made, "alpha"):
-        raise ConfigError(f"mixer {choice.mixer.name!r} has no grouped arrangement")
+        return MIXERS[mixer.name](shape, mixer)

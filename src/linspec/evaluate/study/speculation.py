@@ -16,7 +16,7 @@ from linspec.bench.speed import bench
 from linspec.config import MixerConfig
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import ConfigError
-from linspec.evaluate.study.attentions import AUG, PLAIN, choose
+from linspec.evaluate.study.attentions import AUG, PLAIN, choose, in_one_call
 from linspec.evaluate.study.cache import workplace
 from linspec.evaluate.study.grid import AttentionTable
 from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Section
@@ -125,7 +125,9 @@ class Speculation(AttentionTable):
         return train_drafter(student, out, data=data, config=config, resume=resume)
 
     def section(self, results: Results) -> Section:
-        rows = [cell.row for cell in self.listed if not cell.undefined]
+        defined = [cell for cell in self.listed if not cell.undefined]
+        rows = [cell.row for cell in defined]
+        native = [cell.row for cell in defined if in_one_call(cell.settings["student"]["mixer"])]
         grid = self.grid(
             results, rows, _COLUMNS, lambda row, column: self._show(results, row, column)
         )
@@ -135,6 +137,8 @@ class Speculation(AttentionTable):
             "`auto` policy, medians; output equal to plain decoding or the cell fails. In brackets: "
             "against plain decoding. τ: tokens per round. Right: a tree of "
             f"{TREE_NODES} nodes in one step against each of its paths in a step of its own.\n\n"
+            f"One call of the C library a step: {'; '.join(native)}. The others decode in "
+            "torch, operation by operation: compare them with each other.\n\n"
             + self.reasons(results)
         )
         return Section("Speculation", text, (grid,), self._plots(results, rows))
