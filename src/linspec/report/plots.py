@@ -136,9 +136,11 @@ def _bars(bars: Bars) -> Any:
     axes.bar_label(drawn, labels=labels, padding=4, color=_TEXT)
     axes.set_yticks(places, [bar.label for bar in bars.bars])
     axes.tick_params(axis="y", colors=_TEXT)
-    axes.invert_yaxis()
+    # the first bar on top, and as much room above it as between two
+    axes.set_ylim(len(bars.bars) - 0.5, -0.5)
     axes.margins(x=0.16)
-    axes.set_xlabel(bars.x_label)
+    # a label wider than the bars' part reaches under their names, not out of the picture
+    axes.set_xlabel(bars.x_label, loc="right")
     axes.tick_params(length=0)
     axes.set_xlim(left=0)
     axes.set_xticks([])

@@ -209,6 +209,8 @@ def test_spread() -> None:
     assert with_spread([]) == "–"
     assert with_spread([1.5]) == "1.500"
     assert with_spread([1.0, 2.0, 3.0]) == "2.000 (1.000–3.000)"
+    assert with_spread([7.0, 7.0], 0) == "7"
+    assert with_spread([-0.5, 1.0], 1, sign="+", unit="%") == "+0.2% (-0.5% to +1.0%)"
 
 
 def test_every_table_says_where_it_comes_from(plan: Plan) -> None:
@@ -238,14 +240,16 @@ def test_rows_are_chosen_by_name_and_an_unknown_one_is_said(
         ([4.0, 4.2], [3.0, 3.2], "| same |"),
         ([4.0, 4.2], [3.0, 4.1], "| same, but seeds overlap |"),
         ([4.0, 4.2], [4.1, 5.0], "| differs, but seeds overlap |"),
+        # a seed that only one of them has counts for neither
+        ([4.0, 2.0], [3.0], "| same |"),
         ([4.0], [], "| not measured yet |"),
     ],
 )
 def test_seeds_that_overlap_are_said(plain: list[float], aug: list[float], told: str) -> None:
     done = [
-        (Cell(table="quality", row="local", column=part), {"perplexity": value})
+        (Cell(table="quality", row="local", column=part, seed=seed), {"perplexity": value})
         for part, values in ((PLAIN, plain), (AUG, aug))
-        for value in values
+        for seed, value in enumerate(values)
     ]
     line = next(line for line in comparison(Results(done)).splitlines() if "| aug / local" in line)
     assert line.endswith(told)

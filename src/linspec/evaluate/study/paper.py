@@ -34,11 +34,7 @@ def _place(
     table: str, name: str, first: tuple[str, str], second: tuple[str, str]
 ) -> Callable[[Results], Pairs]:
     """One figure at two places of a table."""
-
-    def find(results: Results) -> Pairs:
-        return results.figures(table, *first, name), results.figures(table, *second, name)
-
-    return find
+    return lambda results: results.pairs(table, first, second, name)
 
 
 def _in_one_cell(

@@ -212,16 +212,13 @@ class Recipes(Table):
         }
 
     def section(self, results: Results) -> Section:
-        control = results.mean(self.name, RECIPES[0].label, _COLUMN, "bits_per_byte")
+        control = (RECIPES[0].label, _COLUMN)
 
         def show(row: str, column: str) -> str:
             if column == "above the control":
-                mean = results.mean(self.name, row, _COLUMN, "bits_per_byte")
-                return (
-                    "–"
-                    if mean is None or control is None
-                    else f"{100 * (mean / control - 1):+.1f}%"
-                )
+                pairs = results.pairs(self.name, (row, _COLUMN), control, "bits_per_byte")
+                above = [100 * (ours / theirs - 1) for ours, theirs in zip(*pairs, strict=True)]
+                return with_spread(above, 1, sign="+", unit="%")
             name, digits = _COLUMNS[column]
             return with_spread(results.figures(self.name, row, _COLUMN, name), digits)
 

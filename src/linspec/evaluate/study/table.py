@@ -60,21 +60,36 @@ class Results:
     """Finished cells of all tables; figures come as the list of their seeds."""
 
     def __init__(self, done: Iterable[tuple[Cell, Result]]) -> None:
-        self._found: dict[tuple[str, str, str], list[Result]] = {}
+        self._found: dict[tuple[str, str, str], dict[int, Result]] = {}
         for cell, result in done:
-            self._found.setdefault((cell.table, cell.row, cell.column), []).append(result)
+            self._found.setdefault((cell.table, cell.row, cell.column), {})[cell.seed] = result
+
+    def _seeds(self, table: str, row: str, column: str) -> dict[int, Result]:
+        return self._found.get((table, row, column), {})
 
     def of(self, table: str, row: str, column: str) -> list[Result]:
         """The results of one place, a seed each; those that failed are left out."""
-        return [r for r in self._found.get((table, row, column), []) if "error" not in r]
+        return [r for r in self._seeds(table, row, column).values() if "error" not in r]
 
     def errors(self, table: str, row: str, column: str) -> list[str]:
         """Why seeds of one place failed."""
-        return [r["error"] for r in self._found.get((table, row, column), []) if "error" in r]
+        return [r["error"] for r in self._seeds(table, row, column).values() if "error" in r]
 
     def figures(self, table: str, row: str, column: str, name: str) -> list[float]:
         """One figure of every seed of one place."""
-        return [float(r[name]) for r in self.of(table, row, column) if r.get(name) is not None]
+        return list(self._by_seed(table, row, column, name).values())
+
+    def _by_seed(self, table: str, row: str, column: str, name: str) -> dict[int, float]:
+        seeds = self._seeds(table, row, column).items()
+        return {seed: float(r[name]) for seed, r in seeds if r.get(name) is not None}
+
+    def pairs(
+        self, table: str, first: tuple[str, str], second: tuple[str, str], name: str
+    ) -> tuple[list[float], list[float]]:
+        """One figure at two places (row, column), of the seeds that both have."""
+        ours, theirs = (self._by_seed(table, *place, name) for place in (first, second))
+        both = [seed for seed in ours if seed in theirs]
+        return [ours[seed] for seed in both], [theirs[seed] for seed in both]
 
     def mean(self, table: str, row: str, column: str, name: str) -> float | None:
         """The mean over seeds, None when nothing is measured yet."""
@@ -82,14 +97,19 @@ class Results:
         return statistics.mean(figures) if figures else None
 
 
-def with_spread(figures: Sequence[float], digits: int = 3) -> str:
-    """'1.424 (1.415–1.430)': the mean, and of several seeds the lowest and highest."""
+def with_spread(
+    figures: Sequence[float], digits: int = 3, *, sign: str = "", unit: str = ""
+) -> str:
+    """'1.424 (1.415–1.430)': the mean and, where seeds differ, the lowest and highest.
+
+    sign: '+' for differences, '+0.2 (-0.5 to +1.0)'.
+    """
     if not figures:
         return "–"
-    mean = f"{statistics.mean(figures):.{digits}f}"
-    if len(figures) < 2:
-        return mean
-    return f"{mean} ({min(figures):.{digits}f}–{max(figures):.{digits}f})"
+    shown = (statistics.mean(figures), min(figures), max(figures))
+    mean, lowest, highest = (f"{figure:{sign}.{digits}f}{unit}" for figure in shown)
+    to = " to " if sign else "–"
+    return mean if lowest == highest else f"{mean} ({lowest}{to}{highest})"
 
 
 class Table:
