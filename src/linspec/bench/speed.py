@@ -119,14 +119,7 @@ def bench(
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_for(model, quantize, device=device)
-    names = [name for name in dict.fromkeys(drafters) if name != "none"]
-    # before the model is prepared: heads are matched to the plain weights
-    made = {name: make_drafter(name, model, source, 1) for name in names}
-    common: dict[str, Any] = {"tokenizer": tokenizer, "max_batch": 1, "kv": kv}
-    modes = {PLAIN: LLM(model, **common)}
-    for name, drafter in made.items():
-        assert drafter is not None
-        modes[name] = LLM(model, drafter=drafter, policy=policy, **common)
+    modes = _modes(model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv=kv)
     limit = model.config.position_limit
     fitting = [c for c in contexts if limit is None or c + tokens <= limit]
     skipped = tuple(_skip(c, tokens, limit) for c in contexts if c not in fitting)
@@ -154,6 +147,24 @@ def bench(
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }
     return Speed(machine(bandwidth=bandwidth), settings, tuple(rows), skipped)
+
+
+def _modes(
+    model: Decoder,
+    source: Path | None,
+    drafters: Sequence[str],
+    policy: str | int | Policy,
+    **common: Any,
+) -> dict[str, LLM]:
+    """Plain decoding, and decoding with each drafter; common: for all of them."""
+    names = [name for name in dict.fromkeys(drafters) if name != "none"]
+    # before the model is prepared: heads are matched to the plain weights
+    made = {name: make_drafter(name, model, source, 1) for name in names}
+    modes = {PLAIN: LLM(model, **common)}
+    for name, drafter in made.items():
+        assert drafter is not None
+        modes[name] = LLM(model, drafter=drafter, policy=policy, **common)
+    return modes
 
 
 def _check(contexts: Sequence[int], tokens: int, repeats: int) -> None:

@@ -134,13 +134,7 @@ def verify(
         expected, _ = _greedy(plain, texts, tokens, progress, 0)
         alone, tau = _greedy(single, texts, tokens, progress, prompts)
         ragged, _ = _greedy(fast, texts, tokens, progress, 2 * prompts)
-    found = []
-    compared = 0
-    for outputs in (alone, ragged):
-        for i, text in enumerate(texts):
-            different = divergence(fast.model, i, text, expected[i], outputs[i])
-            compared += different.position if different else len(expected[i])
-            found += [different] if different else []
+    compared, found = _compare(fast.model, texts, expected, (alone, ragged))
     ties = tuple(d for d in found if d.near_tie)
     real = [d for d in found if not d.near_tie]
     return Report(
@@ -202,6 +196,22 @@ def _greedy(
             accepted += piece.done.stats.accepted
             progress.update(done + len(outputs))
     return [outputs[i] for i in range(len(prompts))], 1 + accepted / rounds if rounds else 1.0
+
+
+def _compare(
+    model: Generator,
+    texts: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    runs: Sequence[Sequence[Sequence[int]]],
+) -> tuple[int, list[Divergence]]:
+    """How many tokens of `runs` were compared, and where outputs first differ from `expected`."""
+    compared, found = 0, []
+    for outputs in runs:
+        for i, text in enumerate(texts):
+            different = divergence(model, i, text, expected[i], outputs[i])
+            compared += different.position if different else len(expected[i])
+            found += [different] if different else []
+    return compared, found
 
 
 @torch.inference_mode()
