@@ -78,7 +78,9 @@ class Quality(AttentionTable):
             f"Held-out bits per byte (lower is better) after {size.tokens:,} training tokens for "
             f"every cell, context {size.context}, groups of {size.group}, {size.taps} taps; the "
             "softmax row is the teacher trained on for the same tokens. With several seeds: mean "
-            "(lowest–highest).\n\n" + self.reasons(results)
+            "(lowest–highest). In the grouped arrangement all attentions but local:softmax weigh the "
+            "tokens of a group by the paper's relu(q̂·k̂)², also those whose own weights there are the "
+            "teacher's softmax (gdn, gla, hedgehog).\n\n" + self.reasons(results)
         )
         return Section("Quality", text, tuple(grids), self._plots(results, rows))
 
