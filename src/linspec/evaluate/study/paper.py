@@ -201,6 +201,8 @@ def speaks(results: Results) -> bool:
 def comparison(results: Results) -> str:
     """Every claim as a row of means, and below it those whose direction is not the paper's."""
     lines = [
+        "Means over the seeds that both sides have; a direction is that of every seed unless it says "
+        "otherwise.\n",
         "| what | paper | ratio | here | ratio | direction |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -222,14 +224,12 @@ def comparison(results: Results) -> str:
 
 
 def _direction(paper: Pair, ours: Pairs) -> str:
-    first, second = ours
-    if not first or not second:
+    if not all(ours):
         return "not measured yet"
-    same = (paper[0] - paper[1]) * (mean(first) - mean(second)) > 0
-    direction = "same" if same else "differs"
-    # of several seeds, one of the smaller side lies above one of the larger
-    mixed = min(max(first), max(second)) > max(min(first), min(second))
-    return f"{direction}, but seeds overlap" if mixed else direction
+    falls = paper[0] < paper[1]
+    same = [(first < second) == falls for first, second in zip(*ours, strict=True)]
+    direction = "same" if (mean(ours[0]) < mean(ours[1])) == falls else "differs"
+    return direction if all(same) or not any(same) else f"{direction}, not in every seed"
 
 
 def _pair(pair: Pair | None) -> str:
