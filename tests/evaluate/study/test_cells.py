@@ -177,7 +177,7 @@ def test_a_recipe_stands_where_it_says_something_about_the_teacher(tmp_path: Pat
     deep = DecoderConfig(**shape, layers=8, head_width=64, mlp_width=64, max_positions=4096)
     few, many = rows(small), rows(deep)
     assert few < many
-    assert {"linspec, two softmax layers", "linspec, 1,024 exact rows"} <= many - few
+    assert {"linspec, two softmax layers, 128 rows", "linspec, 1,024 exact rows"} <= many - few
     # a teacher that was trained on recall texts is linearized on them: other cells
     plain, asking = (
         {

@@ -76,13 +76,14 @@ _LIGER = "Lan et al. 2025, arXiv 2503.01496"
 RECIPES = (
     Recipe("control: the teacher trained on", "", "softmax", training={"lr": 3e-4}),
     Recipe("linspec", _OURS),
+    Recipe("linspec, one softmax layer", _OURS, options={"softmax_layers": 1}),
     Recipe(
-        "linspec, one softmax layer",
+        "linspec, one softmax layer, 128 rows",
         _OURS,
         options={"softmax_layers": 1, "rows": 128},
     ),
     Recipe(
-        "linspec, two softmax layers",
+        "linspec, two softmax layers, 128 rows",
         _OURS,
         options={"softmax_layers": 2, "rows": 128},
     ),
