@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import linspec.files
-from linspec.files import replace_dir
+from linspec.errors import CheckpointError
+from linspec.files import exclusive, replace_dir
 
 
 def write(target: Path, text: str) -> None:
@@ -45,3 +48,26 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert (target / "file").read_text() == "first"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_who_waits_for_a_directory_gets_it_after_its_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen, waiting = [], threading.Event()
+
+    def wait() -> None:
+        waiting.set()
+        with exclusive(tmp_path, wait=True):
+            seen.append("second")
+
+    thread = threading.Thread(target=wait)
+    with exclusive(tmp_path):
+        thread.start()
+        waiting.wait()
+        with pytest.raises(CheckpointError, match="in use"), exclusive(tmp_path):
+            pass
+        while "waiting for the process" not in capsys.readouterr().err:
+            time.sleep(0.001)
+        seen.append("first")
+    thread.join()
+    assert seen == ["first", "second"]

@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,17 +83,23 @@ def replace_text(target: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold `directory` for one writer; raises CheckpointError if another process holds it."""
+def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold `directory` for one writer; raises CheckpointError if another process holds it.
+
+    wait: until it is free, instead.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError(
-                f"{directory} is in use by another linspec process; wait for it to end or choose "
-                "another --out directory"
-            ) from error
+            if not wait:
+                raise CheckpointError(
+                    f"{directory} is in use by another linspec process; wait for it to end or choose "
+                    "another --out directory"
+                ) from error
+            print(f"waiting for the process that uses {directory}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

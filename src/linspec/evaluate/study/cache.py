@@ -2,6 +2,7 @@
 
 OUT/cells/KEY.json     a finished cell, written aside and renamed: whole or not there
 OUT/models/KEY/        a cell under way, or what later cells reuse of it
+OUT/teachers/NAME/     a teacher that is trained for the study, for many cells
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from typing import Any
 from linspec.errors import CheckpointError
 from linspec.evaluate.study.table import Cell, Result
 from linspec.files import exclusive, replace_text
+
+
+@contextlib.contextmanager
+def shared_teacher(out: Path, name: str) -> Iterator[Path]:
+    """The folder of a teacher of several cells: one process trains it, the others wait for it."""
+    with exclusive(out / "teachers" / ".turns" / name, wait=True):
+        yield out / "teachers" / name
 
 
 def workplace(out: Path, cell: Cell) -> Path:

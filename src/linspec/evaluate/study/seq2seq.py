@@ -23,6 +23,7 @@ from linspec.config import (
 )
 from linspec.evaluate.continuations import evaluate_continuations
 from linspec.evaluate.study.attentions import AUG, PLAIN, Choice, choose
+from linspec.evaluate.study.cache import shared_teacher
 from linspec.evaluate.study.grid import BackboneTable
 from linspec.evaluate.study.table import (
     TABLES,
@@ -129,12 +130,9 @@ class Seq2Seq(BackboneTable):
     def _teacher(self) -> Path:
         """Its directory in the study's folder; trained by the first cell that needs it."""
         documents = train_and_heldout(self.plan.domains[self.plan.domain])[0]
-        return train_from_nothing(
-            self.plan.out / "teachers" / f"t5-{self._identity}",
-            self._recipe,
-            documents,
-            load_tokenizer(self.plan.teacher),
-        )
+        tokenizer = load_tokenizer(self.plan.teacher)
+        with shared_teacher(self.plan.out, f"t5-{self._identity}") as out:
+            return train_from_nothing(out, self._recipe, documents, tokenizer)
 
     def measure(self, cell: Cell, folder: Path) -> Result:
         settings, data = cell.settings, self.plan.domains[cell.settings["domain"]]

@@ -10,6 +10,7 @@ from typing import Any
 from linspec.config import MixerConfig
 from linspec.evaluate.perplexity import Score, evaluate
 from linspec.evaluate.study.attentions import Choice
+from linspec.evaluate.study.cache import shared_teacher
 from linspec.evaluate.study.plan import Plan, Size
 from linspec.evaluate.study.table import Cell, Result
 from linspec.evaluate.study.variants import Unmasked, variant
@@ -113,7 +114,8 @@ def _domain_teacher(plan: Plan, settings: dict[str, Any]) -> Path:
     )
     name = f"{settings['domain']}-{settings['text']}-{settings['teacher'][:12]}-{tokens}-{context}"
     data = plan.domains[settings["domain"]]
-    return _linearize(plan.teacher, plan.out / "teachers" / name, MixerConfig(), data, config)
+    with shared_teacher(plan.out, name) as out:
+        return _linearize(plan.teacher, out, MixerConfig(), data, config)
 
 
 def _linearize(
