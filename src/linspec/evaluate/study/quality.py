@@ -68,10 +68,11 @@ class Quality(AttentionTable):
         return train_and_score(self.plan, cell, folder)
 
     def section(self, results: Results) -> Section:
-        size, rows, grids = self.plan.size, self.rows, []
+        size, grids = self.plan.size, []
         for domain in self.plan.domains:
             columns = [self.column(part, domain) for part in PARTS]
-            if domain == self.plan.domain or self._begun(results, rows, columns):
+            begun = [row for row in self.rows if self._begun(results, row, columns)]
+            if rows := self.rows if domain == self.plan.domain else begun:
                 show = partial(self._show, results)
                 grids.append(self.grid(results, rows, columns, show))
         text = (
@@ -80,12 +81,13 @@ class Quality(AttentionTable):
             "softmax row is the teacher trained on for the same tokens. With several seeds: mean "
             "(lowest–highest). In the grouped arrangement all attentions but local:softmax weigh the "
             "tokens of a group by the paper's relu(q̂·k̂)², also those whose own weights there are the "
-            "teacher's softmax (gdn, gla, hedgehog).\n\n" + self.reasons(results)
+            "teacher's softmax (gdn, gla, hedgehog). Of other domains, the rows that are begun.\n\n"
+            + self.reasons(results)
         )
-        return Section("Quality", text, tuple(grids), self._plots(results, rows))
+        return Section("Quality", text, tuple(grids), self._plots(results, self.rows))
 
-    def _begun(self, results: Results, rows: list[str], columns: list[str]) -> bool:
-        return any(results.of(self.name, row, column) for row in rows for column in columns)
+    def _begun(self, results: Results, row: str, columns: list[str]) -> bool:
+        return any(results.of(self.name, row, column) for column in columns)
 
     def _show(self, results: Results, row: str, column: str) -> str:
         return with_spread(results.figures(self.name, row, column, "bits_per_byte"))
