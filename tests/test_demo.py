@@ -18,7 +18,9 @@ from linspec.config import DecoderConfig
 from linspec.demo import DemoResult, run_demo, training
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget, training_speed, training_tokens
-from linspec.demo.measure import cut, pick_prompts, state_bytes
+from linspec.demo.measure import NONE, cut, pick_prompts, state_bytes
+from linspec.demo.page import headline
+from linspec.demo.result import STUDENT, TEACHER, Decoded
 from linspec.demo.work import Work
 from linspec.errors import CheckpointError, DrafterError, InputError
 from linspec.files import exclusive
@@ -311,3 +313,40 @@ def test_state_bytes_are_those_of_a_state(softmax: Path) -> None:
     model.step([Feed(0, [1] * 48)], state)
     state.commit(0, range(48))
     assert state_bytes(model, (48,)) == {48: state.bytes(0)}
+
+
+@pytest.mark.parametrize(
+    ("per_round", "told"),
+    [(1.4, "1.40 tokens per round, at 2.00 times"), (1.0, "No drafter paid on this machine")],
+)
+def test_a_drafter_that_was_left_out_is_not_praised(per_round: float, told: str) -> None:
+    def row(drafter: str, speed: float, tokens: float) -> Decoded:
+        return Decoded(
+            model=STUDENT,
+            drafter=drafter,
+            tokens_per_s=speed,
+            tokens_per_round=tokens,
+            tokens=64,
+            acceptance=(),
+            lossless=True,
+        )
+
+    result = DemoResult(
+        teacher_bits_per_byte=1.0,
+        student_bits_per_byte=1.0,
+        swapped_bits_per_byte=2.0,
+        shipped_student_bits_per_byte=None,
+        lossless=True,
+        rows=(row(NONE, 100.0, 1.0), row("medusa", 200.0, per_round)),
+        comparison=(),
+        state_bytes={TEACHER: {1024: 8}, STUDENT: {1024: 1}},
+        linearize_tokens=1,
+        heads_tokens=1,
+        parameters=1,
+        seconds=1.0,
+        phases={},
+        machine={},
+        report=Path("report.html"),
+    )
+    assert told in headline(result)
+    assert headline(result).endswith("and every token is the same.")
