@@ -39,9 +39,10 @@ class BackboneTable(AttentionTable):
 
     def _place(self, row: str, part: str) -> list[Cell]:
         try:
-            settings = self.settings(self.choose(row, part))
+            choice = self.choose(row, part)
         except ConfigError as error:
             return [Cell(table=self.name, row=row, column=part, undefined=str(error))]
+        settings = self.settings(choice)
         # after the same place of the tables before this one
         rank = (self.place + 1) / 10
         rank += _HEADLINE.index(row) if row in _HEADLINE else len(_HEADLINE)

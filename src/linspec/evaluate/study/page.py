@@ -55,10 +55,12 @@ def _command(plan: Plan, tables: Sequence[Table]) -> str:
     if str(plan.teacher) not in EMBEDDED:
         words += ["--teacher", Path(plan.teacher).name]
     words += ["--recall-share", str(plan.recall_share)] if plan.recall_share else []
-    # names of the domains: where their files lie differs from machine to machine
     words += [word for name in plan.domains for word in ("--data", name)]
     words += ["--seeds", str(plan.seeds), "--out", "DIR"]
-    return f"```bash\n{shlex.join(words)}\n```\n"
+    # where files lie differs from machine to machine
+    files = ", ".join(name for name in plan.domains if name != "stdlib")
+    told = f"\nName the files of this data in place of: {files}.\n" if files else ""
+    return f"```bash\n{shlex.join(words)}\n```\n{told}"
 
 
 def _facts(plan: Plan, machine: Mapping[str, Any]) -> str:
