@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from linspec.train import loop
 from linspec.train.loop import TrainConfig, Trainer, make_optimizers, mean_loss, schedule
 
 SHORT = TrainConfig(
-    steps=12, lr=1e-2, warmup=2, precision="float32", compile=False, save_every=0.0, log_every=1
+    steps=12, lr=1e-2, warmup=2, precision="float32", compile="off", save_every=0.0, log_every=1
 )
 
 
@@ -68,7 +70,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     tmp_path: Path, muon: float | None
 ) -> None:
     config = TrainConfig(
-        steps=12, lr=1e-2, muon_lr=muon, precision="float32", compile=False, save_every=0.0
+        steps=12, lr=1e-2, muon_lr=muon, precision="float32", compile="off", save_every=0.0
     )
     whole = problem()
     trainer(tmp_path / "whole", whole, config).run()
@@ -127,7 +129,7 @@ def test_nan_loss_stops_with_the_last_good_state_on_disk(tmp_path: Path) -> None
 
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
     config = TrainConfig(
-        steps=12, lr=1e-2, warmup=2, precision="float32", compile=False, save_every=1e9
+        steps=12, lr=1e-2, warmup=2, precision="float32", compile="off", save_every=1e9
     )
     calls = []
 
@@ -215,24 +217,48 @@ def test_wrong_settings_are_named() -> None:
         TrainConfig(steps=0, lr=1.0)
     with pytest.raises(ConfigError, match="precision"):
         TrainConfig(steps=1, lr=1.0, precision="fp8")
+    with pytest.raises(ConfigError, match="compile must be auto, on or off"):
+        TrainConfig(steps=1, lr=1.0, compile="yes")
 
 
 def test_long_runs_are_compiled_only_where_there_is_a_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda f: compiled.append(f) or f)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or f)
     config = TrainConfig(steps=8, lr=1e-2, precision="float32")
     trainer(tmp_path / "short", problem(), config).run()
     assert not compiled
     monkeypatch.setattr(loop, "_COMPILE_PAYS_AFTER", 0.0)
     with caplog.at_level(logging.INFO, "linspec"):
-        monkeypatch.setattr(loop.shutil, "which", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
         trainer(tmp_path / "none", problem(), config).run()
     assert not compiled and caplog.text.count("no C++ compiler") == 1
-    monkeypatch.setattr(loop.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     trainer(tmp_path / "long", problem(), config).run()
     assert len(compiled) == 1
+
+
+def test_compile_off_never_compiles_and_on_does_from_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def compile_(f: Any, **options: Any) -> Any:
+        def counted(x: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return f(x)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(loop, "_COMPILE_PAYS_AFTER", 0.0)
+    config = TrainConfig(steps=8, lr=1e-2, precision="float32", compile="off")
+    assert not any(e["compiled"] for e in trainer(tmp_path / "off", problem(), config).run())
+    assert not calls
+    log = trainer(tmp_path / "on", problem(), replace(config, compile="on", log_every=1)).run()
+    # once more than there are steps: the first batch is checked
+    assert len(calls) == 9 and all(entry["compiled"] for entry in log)
 
 
 def test_state_says_how_it_was_made(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def tiny_recipe(
             lr=1e-2,
             warmup=2,
             precision="float32",
-            compile=False,
+            compile="off",
             save_every=0.0,
             log_every=1,
         ),

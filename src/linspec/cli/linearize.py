@@ -20,6 +20,7 @@ from linspec.cli.console import (
 )
 from linspec.cli.options import (
     BatchTokens,
+    Compile,
     Context,
     Data,
     Field,
@@ -113,6 +114,7 @@ def linearize(
     recall_share: RecallShare = None,
     lora_rank: LoraRank = None,
     seed: Order = None,
+    compile: Compile = "auto",
     resume: Resume = False,
     threads: Threads = None,
     as_json: Json = False,

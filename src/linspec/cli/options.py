@@ -32,6 +32,12 @@ Rate = Annotated[float | None, typer.Option(help="Learning rate.")]
 RecallShare = Annotated[
     float | None, typer.Option(help="Share of the windows that ask for what stood far above.")
 ]
+Compile = Annotated[
+    str,
+    typer.Option(
+        help="Compile the training step: auto (where it pays), on or off. The result is the same."
+    ),
+]
 Order = Annotated[int | None, typer.Option("--seed", help="Order of the data.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last saved state in the output.")

@@ -18,6 +18,7 @@ from linspec.cli.console import (
 )
 from linspec.cli.options import (
     BatchTokens,
+    Compile,
     Context,
     Data,
     Field,
@@ -45,6 +46,7 @@ def pretrain(
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
     ] = None,
+    compile: Compile = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -56,7 +58,9 @@ def pretrain(
         raise ConfigError(f"--steps must be 1 or more, got {steps}")
     place_on("cpu", threads)
     with quiet_stdout():
-        library.pretrain(out, recipe=recipe, data=data or (), resume=resume, steps=steps)
+        library.pretrain(
+            out, recipe=recipe, data=data or (), resume=resume, steps=steps, compile=compile
+        )
     report_written(out, as_json)
 
 
@@ -75,6 +79,7 @@ def train_drafter(
     batch_tokens: BatchTokens = None,
     lr: Rate = None,
     seed: Order = None,
+    compile: Compile = "auto",
     resume: Resume = False,
     threads: Threads = None,
     as_json: Json = False,

@@ -41,11 +41,25 @@ def windows(
     v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block + after, V]; lead [B, Hkv, before, V]
     precedes v.
     """
-    short = -v.shape[2] % block
-    v = F.pad(v, (0, 0, before if lead is None else 0, short + after))
+    # pieces of whole blocks, not overlapping views: the compiled backward of `unfold` is wrong
+    ahead, behind, count = -(-before // block), -(-after // block), -(-v.shape[2] // block)
+    room = ahead * block - (0 if lead is None else before)
     if lead is not None:
         v = torch.cat((lead, v), dim=2)
-    return v.unfold(2, before + block + after, block).mT
+    missing = (ahead + count + behind) * block - room - v.shape[2]
+    blocks = F.pad(v, (0, 0, room, missing)).unflatten(2, (-1, block))
+    pieces = [blocks[:, :, i : i + count] for i in range(ahead + 1 + behind)]
+    if ahead:
+        pieces[0] = pieces[0][:, :, :, ahead * block - before :]
+    if behind:
+        pieces[-1] = pieces[-1][:, :, :, : after - (behind - 1) * block]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
+
+
+def shifted(x: torch.Tensor, dim: int, length: int, count: int, at: int) -> torch.Tensor:
+    """The `length` entries of `x` from 0, 1, … count - 1 on along `dim`, stacked at the new axis `at`."""
+    # copies, not the overlapping views of `unfold`: see `windows`
+    return torch.stack([x.narrow(dim, i, length) for i in range(count)], dim=at)
 
 
 def convolve(

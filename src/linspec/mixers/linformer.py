@@ -12,7 +12,7 @@ from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.layout import Layout
 from linspec.mixers.base import MIXERS
-from linspec.mixers.blocks import join, masked_softmax, split, windows
+from linspec.mixers.blocks import join, masked_softmax, shifted, split, windows
 from linspec.mixers.linear import GroupedLinear, causal_window
 from linspec.row_state import RowSpec
 
@@ -169,8 +169,7 @@ class Linformer(GroupedLinear):
             kept = start.to(new.dtype).unflatten(2, (self.keep, self.rows))
             new = F.pad(torch.cat((kept, new), dim=2), (0, 0, 0, 0, ahead, 0))
         # group i sees the `keep` groups that end just before its reach
-        seen = new.unfold(2, self.keep, 1)[:, :, : -(-k.shape[2] // self.mixer.group)]
-        rows = seen.movedim(-1, 3).flatten(3, 4)
+        rows = shifted(new, 2, -(-k.shape[2] // self.mixer.group), self.keep, at=3).flatten(3, 4)
         return rows.split((self.head_width, self.head_width, 1), dim=-1)
 
     # ---- encoder form

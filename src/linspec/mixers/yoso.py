@@ -7,6 +7,7 @@ import math
 import torch
 
 from linspec.mixers.base import MIXERS
+from linspec.mixers.blocks import shifted
 from linspec.mixers.linear import GroupedLinear, unit
 
 HASH_BITS = 8
@@ -47,7 +48,7 @@ class Yoso(GroupedLinear):
         x = unit(x)
         width, half = x.shape[-1], x.shape[-1] // 2
         # channel i times channel i + j for all i, around the end: each pair once up to j = half - 1
-        turned = torch.cat((x, x[..., :half]), dim=-1).unfold(-1, width, 1)
+        turned = shifted(torch.cat((x, x[..., :half]), dim=-1), -1, width, half + 1, at=-2)
         share = x.new_full((half + 1, 1), math.sqrt(2))
         share[0] = 1
         if width % 2 == 0:

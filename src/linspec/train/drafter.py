@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class DrafterConfig:
     decay: float = 0.8
     calibration_tokens: int = 65_536
     precision: str = "auto"
+    compile: str = "auto"
     save_every: float = 120.0
     seed: int = 0
 
@@ -59,6 +61,10 @@ class DrafterConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.context <= self.heads:
             raise ConfigError(f"context must exceed the {self.heads} heads, got {self.context}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types: what decides the result; a compiled run is the same run."""
+        return {name: value for name, value in asdict(self).items() if name != "compile"}
 
     @property
     def rows(self) -> int:
@@ -72,6 +78,7 @@ class DrafterConfig:
             steps=max(1, round(self.tokens / (self.rows * self.context))),
             lr=self.lr,
             precision=self.precision,
+            compile=self.compile,
             save_every=self.save_every,
             seed=self.seed,
         )
@@ -106,7 +113,7 @@ def train_drafter(
         "target": fingerprint(target),
         "data": [str(d) for d in data],
         "field": field,
-        "config": asdict(config),
+        "config": config.to_json(),
     }
     accelerator = make_accelerator()
     with training_run(out, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:

@@ -24,10 +24,11 @@ from linspec.config import MixerConfig
 from linspec.errors import ConfigError, InputError
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer, resolve, save_model
+from linspec.train.compiled import LossFn
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import RECORD, record_files
 from linspec.train.linearize_config import FROM_NOTHING
-from linspec.train.loop import LossFn, TrainConfig, Trainer
+from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import changed_layers, check_taps, make_mixer, student_mixers
 from linspec.train.transfer import Transfer, relative_error
@@ -70,7 +71,7 @@ class EncoderTraining:
             warmup=self.warmup,
             lr_factors=factors,
             seed=self.seed,
-            compile=False,
+            compile="off",
         )
 
 

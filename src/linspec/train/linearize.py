@@ -29,10 +29,11 @@ from linspec.models.hub import (
     resolve,
     save_model,
 )
+from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.loop import LossFn, TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.loop import TrainConfig, Trainer, log_lines, mean_loss
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run

@@ -27,7 +27,7 @@ class LinearizeConfig:
     mixer_lr_factor: on the rate of α, taps and gates, which start at nothing and have far to go.
     kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
     else adapters of this rank. recall_share: of the windows, how many are texts that ask for what
-    stood above (see `RecallWindows`), for a teacher that was trained on such.
+    stood above (see `RecallWindows`), for a teacher that was trained on such. compile: see TrainConfig.
     """
 
     tokens: int = 2_200_000
@@ -43,6 +43,7 @@ class LinearizeConfig:
     lora_rank: int = 0
     lora_alpha: int = 16
     precision: str = "auto"
+    compile: str = "auto"
     save_every: float = 120.0
     seed: int = 0
     recall_share: float = 0.0
@@ -60,8 +61,11 @@ class LinearizeConfig:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types: the same as before there was a recall_share, where it is 0."""
-        return {k: v for k, v in asdict(self).items() if k != "recall_share" or v}
+        """Plain JSON types: what decides the result; without a recall_share of 0, as before there was one."""
+        kept = asdict(self)
+        # a compiled run is the same run
+        del kept["compile"]
+        return {k: v for k, v in kept.items() if k != "recall_share" or v}
 
     @property
     def rows(self) -> int:
@@ -97,6 +101,7 @@ class LinearizeConfig:
             warmup=self.warmup,
             lr_factors=tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING),
             precision=self.precision,
+            compile=self.compile,
             save_every=self.save_every,
             seed=self.seed,
         )

@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import math
-import shutil
 import signal
 import threading
 import time
@@ -27,11 +26,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from linspec.errors import CheckpointError, ConfigError, TrainingError
 from linspec.files import replace_dir
 from linspec.progress import Progress
+from linspec.train.compiled import COMPILE_CHOICES, CompiledLoss, LossFn, has_compiler
 from linspec.train.run import make_accelerator
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ _PROBE_STEPS = 3
 # Compiling costs about 20 s and makes a step 1.4 times as fast: it must save more than it costs.
 _COMPILE_PAYS_AFTER = 150.0
 
-LossFn = Callable[[torch.Tensor], torch.Tensor]
 BatchFn = Callable[[int], torch.Tensor]
 
 
@@ -54,7 +52,8 @@ class TrainConfig:
     muon_lr: when set, 2-D weights of the blocks use Muon with this rate, the rest AdamW with `lr`.
     lr_factors: (end of a weight's name, factor on `lr`) pairs; such weights never use Muon.
     precision: 'auto' computes in bfloat16 where the processor has fast bfloat16, else float32.
-    compile: compile the step where there is a C++ compiler and enough steps are left to pay for it.
+    compile: 'on' compiles the step, 'off' does not, 'auto' does where there is a C++ compiler and enough
+    steps are left to pay for it. Compiled or not, the run is the same: see `CompiledLoss`.
     """
 
     steps: int
@@ -68,7 +67,7 @@ class TrainConfig:
     seed: int = 0
     lr_factors: tuple[tuple[str, float], ...] = ()
     precision: str = "auto"
-    compile: bool = True
+    compile: str = "auto"
     save_every: float = 120.0
     log_every: int = 10
 
@@ -77,6 +76,8 @@ class TrainConfig:
             raise ConfigError(f"steps must be 1 or more, got {self.steps}")
         if self.precision not in ("auto", "bf16", "float32"):
             raise ConfigError(f"precision must be auto, bf16 or float32, got {self.precision!r}")
+        if self.compile not in COMPILE_CHOICES:
+            raise ConfigError(f"compile must be auto, on or off, got {self.compile!r}")
 
 
 def schedule(step: int, config: TrainConfig) -> float:
@@ -191,7 +192,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.named, config)
         self.base_rates = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.loss_fn, self.batch_fn = loss_fn, batch_fn
-        self._compiled: LossFn | None = None
+        self._compiled: CompiledLoss | None = None
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -220,6 +221,8 @@ class Trainer:
     def _run_steps(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
         saved_at = began = time.monotonic()
         before, first = self.seconds, self.step
+        if self.config.compile == "on":
+            self._consider_compiling(0.0)
         while self.step < self.config.steps:
             step_began = time.monotonic()
             loss, tokens = self._train_step()
@@ -238,24 +241,17 @@ class Trainer:
                 saved_at = now
 
     def _consider_compiling(self, step_seconds: float) -> None:
-        left = (self.config.steps - self.step) * step_seconds
-        if not self.config.compile or left < _COMPILE_PAYS_AFTER:
+        """Compile now if it is wanted and pays; step_seconds: what a plain step takes, 0 if unknown."""
+        if self._compiled is not None or self.config.compile == "off":
             return
-        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        left = (self.config.steps - self.step) * step_seconds
+        if self.config.compile == "auto" and left < _COMPILE_PAYS_AFTER:
+            return
+        if not has_compiler():
             log.info("%s: steps are not compiled: no C++ compiler found", self.label)
             return
-        log.info("%s: compiling the step: about %.0f s are left", self.label, left)
-        self._compiled = torch.compile(self.loss_fn)
-
-    def _loss(self, batch: torch.Tensor) -> torch.Tensor:
-        if self._compiled is None:
-            return self.loss_fn(batch)
-        try:
-            return self._compiled(batch)
-        except TorchDynamoException as error:
-            log.warning("%s: steps are not compiled: %s", self.label, str(error).split("\n")[0])
-            self._compiled = None
-            return self.loss_fn(batch)
+        log.info("%s: compiling the step", self.label)
+        self._compiled = CompiledLoss(self.loss_fn, self.named, self.label)
 
     def _train_step(self) -> tuple[float, int]:
         factor = schedule(self.step, self.config)
@@ -266,7 +262,7 @@ class Trainer:
         with torch.autocast(
             self.accelerator.device.type, torch.bfloat16, enabled=self._use_bfloat16()
         ):
-            loss = self._loss(batch)
+            loss = (self._compiled or self.loss_fn)(batch)
         value = self._finite(loss)
         self.accelerator.backward(loss)
         self._average_gradients()
@@ -309,6 +305,7 @@ class Trainer:
                     "loss": round(loss, 5),
                     "tokens": self.tokens,
                     "seconds": round(self.seconds, 1),
+                    "compiled": self._compiled is not None and self._compiled.compiled,
                 }
             )
 

@@ -159,16 +159,18 @@ def pretrain(
     data: Sequence[str] = (),
     resume: bool = False,
     steps: int | None = None,
+    compile: str = "auto",
 ) -> Path:
     """Train `recipe` into the model directory `out`; returns it.
 
     `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
     `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
-    from the last saved state. Raises ConfigError for an unknown recipe.
+    from the last saved state. compile: see TrainConfig. Raises ConfigError for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
     plan = RECIPES[recipe]()
+    plan = replace(plan, train=replace(plan.train, compile=compile))
     if steps is not None:
         plan = replace(plan, train=replace(plan.train, steps=steps))
     out, accelerator = Path(out), make_accelerator()

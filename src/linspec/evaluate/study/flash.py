@@ -93,7 +93,7 @@ class FromNothing(Table):
         found = Recipe(
             model=shape,
             # compiling would cost about what it saves
-            train=TrainConfig(**settings["training"], seed=cell.seed, compile=False),
+            train=TrainConfig(**settings["training"], seed=cell.seed, compile="off"),
             tokens_per_step=settings["tokens_per_step"],
             stages=((1.0, shape.max_positions),),
         )

@@ -111,7 +111,7 @@ class Seq2Seq(BackboneTable):
                 weight_decay=0.1,
                 seed=1,
                 # would cost about what it saves
-                compile=False,
+                compile="off",
             ),
             tokens_per_step=size.batch_tokens,
             stages=((1.0, size.context),),
