@@ -304,7 +304,7 @@ def test_a_failure_once_left_the_step_half_committed(
 
 
 def test_placing_that_raised_once_lost_its_slot_for_good(models: dict[str, Decoder]) -> None:
-    faults = Faults({n: ("open", 0) for n in range(1, 8)})
+    faults = Faults(dict.fromkeys(range(1, 8), ("open", 0)))
     run, params = Run(models["aug"], "lookup", faults, 512), SamplingParams(max_tokens=3)
     for _ in range(8):
         run.submit(PROMPTS[1], params, faults)
