@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,73 @@ def test_a_result_as_json(plain: LLM) -> None:
     assert {"text", "token_ids", "tokens_per_round", "tokens_per_s", "rounds"} <= set(data)
     assert (data["rounds"], data["tokens_per_round"]) == (3, 1.0)
     assert [entry["token"] for entry in data["logprobs"]] == data["token_ids"]
+
+
+class Torn:
+    """A tokenizer that cannot write one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(tiny_tokenizer(), name)
+
+    def __call__(self, text: str) -> object:
+        return tiny_tokenizer()(text)
+
+    def decode(self, tokens: Sequence[int], **options: object) -> str:
+        if self.token in tokens:
+            raise RuntimeError("torn")
+        return tiny_tokenizer().decode(tokens, **options)
+
+
+def test_text_that_cannot_be_written_ends_its_request_alone(plain: LLM) -> None:
+    """A failing tokenizer once ended every request of the call."""
+    params = SamplingParams(max_tokens=12)
+    whole = plain.generate(PROMPTS, params)
+    seen = [
+        set(tiny_tokenizer()(p)["input_ids"][-4:]) | set(r.token_ids)
+        for p, r in zip(PROMPTS, whole, strict=True)
+    ]
+    at, token = next(
+        (i, token)
+        for i, result in enumerate(whole)
+        for token in result.token_ids[2:]
+        if not any(token in others for j, others in enumerate(seen) if j != i)
+        and token not in tiny_tokenizer()(PROMPTS[i])["input_ids"]
+    )
+    llm = LLM(text_model("aug"), tokenizer=Torn(token), max_batch=3)
+    for index, result in enumerate(llm.generate(PROMPTS, params, return_errors=True)):
+        if index == at:
+            assert (result.finish_reason, str(result.error)) == ("error", "torn")
+            assert whole[index].text.startswith(result.text) and result.to_json()["error"] == "torn"
+        else:
+            assert result.error is None and result.token_ids == whole[index].token_ids
+    assert sorted(llm.engine.scheduler.free) == [0, 1, 2]
+    done, error = 0, None
+    try:
+        for piece in llm.stream(PROMPTS, params):
+            done += piece.done is not None
+    except RuntimeError as raised:
+        error = raised
+    # after the others have got all of theirs
+    assert done == len(PROMPTS) and str(error) == "torn"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_may_say_nothing_says_so(plain: LLM, temperature: float) -> None:
+    bans = dict.fromkeys(range(len(tiny_tokenizer())), float("-inf"))
+    params = SamplingParams(temperature=temperature, logit_bias=bans)
+    with pytest.raises(InputError, match="nothing is allowed"):
+        plain.generate("ab", params)
+    assert sorted(plain.engine.scheduler.free) == [0, 1, 2]
+
+
+def test_closed_streams_give_their_slots_back(plain: LLM) -> None:
+    for pieces in range(1, 6):
+        stream = plain.stream(PROMPTS, SamplingParams(max_tokens=30))
+        for _ in range(pieces):
+            next(stream)
+        stream.close()
+        assert sorted(plain.engine.scheduler.free) == [0, 1, 2]
+        assert not any(plain.engine.state.staged(slot) for slot in range(3))

@@ -16,7 +16,7 @@ FLOORS = (
     "mixers",
     "models",
     "sampling row drafters verify policy compress",
-    "scheduler engine text llm plugins",
+    "isolation scheduler engine text llm plugins",
     "train evaluate bench report",
     "demo",
     "cli",

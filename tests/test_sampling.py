@@ -200,11 +200,16 @@ def test_no_token_is_drawn_from_nothing(bad) -> None:
         Sampler(SamplingParams(temperature=1.0), (), 2).draw(torch.tensor(bad))
 
 
-def test_banning_every_token_is_named() -> None:
-    params = SamplingParams(temperature=1.0, logit_bias={0: -math.inf, 1: -math.inf})
-    sampler = Sampler(params, (), 2)
-    with pytest.raises(InputError, match="bans every token"):
-        sampler.draw(sampler.probabilities(torch.zeros(2)))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banning_every_token_is_named(temperature: float) -> None:
+    """Greedy once took token 0."""
+    bans = {0: -math.inf, 1: -math.inf}
+    sampler = Sampler(SamplingParams(temperature=temperature, logit_bias=bans), (), 2)
+    for banned in (sampler.scores, sampler.probabilities):
+        with pytest.raises(InputError, match="nothing is allowed"):
+            banned(torch.zeros(2))
+    one = Sampler(SamplingParams(temperature=temperature, logit_bias={0: -math.inf}), (), 2)
+    assert one.draw(one.probabilities(torch.zeros(2))) == 1
 
 
 def test_seeds_decide_the_uniforms_and_nothing_global_does() -> None:

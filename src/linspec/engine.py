@@ -3,20 +3,27 @@
 A round is: plan, propose, step, accept, commit, observe. It does not know which drafter, verifier,
 policy or mixer takes part, and rows of a batch need nothing in common: prompts that are still being
 read ride in the same step as trees that are being verified.
+
+What goes wrong for one row ends that row with its error, and the others get what they would have got.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from linspec.drafters.base import Drafter
-from linspec.errors import ContextOverflow, InputError
-from linspec.kernels.cpu.threads import torch_on_one_thread
+from linspec.errors import ContextOverflow, DrafterError, InputError, StateError
+from linspec.isolation import isolated
+from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.models.backbone import Generator
-from linspec.models.decoder import StepOutput
 from linspec.models.memory import check_state
 from linspec.policy.base import Policy, RoundTimes
 from linspec.row import Row
@@ -26,15 +33,46 @@ from linspec.step import Feed
 from linspec.tree import TokenTree, root_only
 from linspec.verify.base import Accepted, Verifier
 
+# `Emitted.finished` of a row that failed
+FAILED = "error"
+
+_log = logging.getLogger("linspec")
+
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """New tokens of one row; `finished` is None, 'stop' (end of sequence) or 'length'."""
+    """What a step brought to one row.
+
+    finished: None, 'stop' (end of sequence), 'length', or 'error', which `error` explains. accepted is
+    None where the row failed before a verifier had its say.
+    """
 
     row: Row
     tokens: tuple[int, ...]
-    accepted: Accepted
+    accepted: Accepted | None
     finished: str | None
+    error: Exception | None = None
+
+    @classmethod
+    def failure(cls, row: Row, error: Exception) -> Emitted:
+        """The end of a row that failed; what it emitted in earlier steps stands."""
+        return cls(row, (), None, FAILED, error)
+
+
+def raise_first(emitted: Iterable[Emitted]) -> None:
+    """Raise the error of the first row that failed, for who cannot go on without it."""
+    for item in emitted:
+        if item.error is not None:
+            raise item.error
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one row has in a step: a tree that is verified, or (None) a piece of its prompt."""
+
+    row: Row
+    feed: Feed
+    tree: TokenTree | None
 
 
 class Engine:
@@ -62,6 +100,7 @@ class Engine:
         self.state = model.new_state(slots, kv)
         self.clock = clock
         self._requests = 0
+        self._driver = (os.getpid(), threading.get_ident())
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         """Queue a prompt of token ids; returns the number that its row carries as `request`.
@@ -79,19 +118,12 @@ class Engine:
                 "linearize the model: linear mixers have no such limit"
             )
         check_state(self.state, len(prompt))
+        self.check_process()
+        self._requests += 1
         # made here, so that foreign tokens are refused now and not when a slot is free
         sampler = Sampler(params, prompt, self.model.config.vocab_size)
-
-        def place(slot: int) -> Row:
-            fed, source = self.model.open(prompt, slot, self.state)
-            # penalties are about the output and what it goes on from; a source is neither
-            own = Sampler(params, fed, self.model.config.vocab_size) if source else sampler
-            return Row(request, slot, own, fed, len(fed), source=source)
-
-        self._requests += 1
-        request = self._requests
-        self.scheduler.submit(place)
-        return request
+        self.scheduler.submit(Row(self._requests, sampler, list(prompt), len(prompt)))
+        return self._requests
 
     @property
     def busy(self) -> bool:
@@ -99,61 +131,160 @@ class Engine:
         return self.scheduler.busy
 
     def step(self) -> list[Emitted]:
-        """One step for every running request; returns what each of them emitted."""
+        """One step for every running request; returns what each of them emitted.
+
+        A request that cannot go on ends with finished 'error'; it takes nothing from the others.
+        """
+        self.check_process()
+        emitted = self._admit()
         batch = self.scheduler.next_batch()
-        # torch's threads would wait on the cores that the kernels' own threads need
-        with nullcontext() if self.model.native is None else torch_on_one_thread():
-            return self._step(batch)
+        if batch.decoding or batch.prefilling:
+            # torch's threads would wait on the cores that the kernels' own threads need
+            with nullcontext() if self.model.native is None else torch_on_one_thread():
+                found = self._step(batch)
+            emitted += [self._closed(item) for item in found]
+        return emitted
+
+    def check_process(self) -> None:
+        """Raise StateError or ConfigError in a forked process that has not all that this engine needs."""
+        check_fork()
+        if self.busy and not outlived_fork(*self._driver):
+            raise StateError(
+                "this process was forked while another thread of its parent generated with this engine, "
+                "which may have stopped anywhere; make another on the same model: LLM(llm.model, "
+                "tokenizer=llm.tokenizer)"
+            )
+        self._driver = (os.getpid(), threading.get_ident())
+
+    def _admit(self) -> list[Emitted]:
+        """Let waiting requests in; returns those that cannot begin, whose slots are free again."""
+        refused: list[Emitted] = []
+        while admitted := self.scheduler.admit():
+            for row in admitted:
+                try:
+                    self._open(row)
+                except Exception as error:
+                    refused.append(self._closed(Emitted.failure(row, error)))
+        return refused
+
+    def _open(self, row: Row) -> None:
+        fed, source = self.model.open(row.tokens, row.slot, self.state)
+        row.tokens, row.prompt_length, row.source = fed, len(fed), source
+        if source:
+            # penalties are about the output and what it goes on from; a source is neither
+            row.sampler = Sampler(row.params, fed, self.model.config.vocab_size)
 
     def _step(self, batch: Batch) -> list[Emitted]:
         began = self.clock()
         trees = self._propose(batch.decoding)
         drafted = self.clock()
-        feeds = [Feed.tree(row.slot, tree) for row, tree in zip(batch.decoding, trees, strict=True)]
-        feeds += [self._prompt_feed(row, count) for row, count in batch.prefilling]
-        order = sorted(range(len(feeds)), key=lambda i: feeds[i].slot)
-        output = self.model.step([feeds[i] for i in order], self.state)
-        places = {feeds[i].slot: output.rows[at] for at, i in enumerate(order)}
+        parts, emitted = self._parts(batch, trees)
+        outputs = isolated(parts, self._forward)
         stepped = self.clock()
-        emitted = [
-            self._round(row, tree, output, places[row.slot])
-            for row, tree in zip(batch.decoding, trees, strict=True)
-        ]
-        for row, count in batch.prefilling:
-            emitted += self._prefilled(row, count, output, places[row.slot])
-        nodes = sum(len(feed.tokens) for feed in feeds)
-        drafts = max((len(tree) - 1 for tree in trees), default=0)
+        for part, output in zip(parts, outputs, strict=True):
+            if isinstance(output, Exception):
+                emitted.append(Emitted.failure(part.row, output))
+            else:
+                emitted += self._judged(part, *output)
+        nodes = sum(len(part.feed.tokens) for part in parts)
+        drafts = max((len(part.tree) - 1 for part in parts if part.tree is not None), default=0)
         rest = self.clock() - stepped
         times = RoundTimes(drafted - began, stepped - drafted, nodes, drafts, rest)
-        self._account(batch.decoding, batch.prefilling, times)
-        for item in emitted:
-            if item.finished:
-                self._retire(item.row)
+        # a round that was repeated row by row says nothing about what rounds cost
+        usual = bool(batch.decoding) and not batch.prefilling and not any(e.error for e in emitted)
+        self._account(batch, times, usual)
         return emitted
+
+    def _parts(
+        self, batch: Batch, trees: Sequence[TokenTree | Exception]
+    ) -> tuple[list[_Part], list[Emitted]]:
+        """What the rows have in the step, and the failures of those that have nothing."""
+        parts, failures = [], []
+        for row, tree in zip(batch.decoding, trees, strict=True):
+            if isinstance(tree, Exception):
+                failures.append(Emitted.failure(row, tree))
+            else:
+                parts.append(_Part(row, Feed.tree(row.slot, tree), tree))
+        parts += [_Part(row, self._prompt_feed(row, n), None) for row, n in batch.prefilling]
+        return parts, failures
+
+    def _forward(self, parts: Sequence[_Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Hidden states and logits of each part; where it raises, nothing is staged."""
+        order = sorted(range(len(parts)), key=lambda i: parts[i].feed.slot)
+        try:
+            output = self.model.step([parts[i].feed for i in order], self.state)
+        except Exception:
+            for part in parts:
+                self.state.drop(part.feed.slot)
+            raise
+        places = dict(zip(order, output.rows, strict=True))
+        return [(output.hidden[places[i]], output.logits[places[i]]) for i in range(len(parts))]
+
+    def _judged(self, part: _Part, hidden: torch.Tensor, logits: torch.Tensor) -> list[Emitted]:
+        """What a part of a step has brought its row: tokens, nothing yet, or an error."""
+        try:
+            if part.tree is None:
+                return self._prefilled(part.row, len(part.feed.tokens), hidden, logits)
+            return [self._round(part.row, part.tree, hidden, logits)]
+        except Exception as error:
+            return [Emitted.failure(part.row, error)]
 
     def cancel(self) -> None:
         """Drop every request."""
         for row in self.scheduler.clear():
-            self._forget(row)
+            error = self._forget(row)
+            if error is not None:
+                _log.warning("request %d was dropped, but not by all", row.request, exc_info=error)
 
     # ---- decoding
 
-    def _propose(self, rows: list[Row]) -> list[TokenTree]:
-        trees = [root_only(row.root) for row in rows]
-        if self.drafter is None or self.policy is None or not rows:
+    def _propose(self, rows: list[Row]) -> list[TokenTree | Exception]:
+        """A tree per row, or the error of the policy or the drafter about it."""
+        trees: list[TokenTree | Exception] = [root_only(row.root) for row in rows]
+        if self.drafter is None or self.policy is None:
             return trees
-        budgets = self.policy.plan(rows, self.drafter)
-        if not any(budgets):
-            return trees
-        budgets = [min(b, self._room(row)) for b, row in zip(budgets, rows, strict=True)]
-        drafting = [i for i, budget in enumerate(budgets) if budget > 0]
-        if drafting:
-            proposed = self.drafter.propose(
-                [rows[i] for i in drafting], [budgets[i] for i in drafting]
-            )
-            for i, tree in zip(drafting, proposed, strict=True):
-                trees[i] = tree
+        asked: list[tuple[int, int]] = []
+        for i, budget in enumerate(isolated(rows, self._planned)):
+            if isinstance(budget, Exception):
+                trees[i] = budget
+            elif budget > 0:
+                asked.append((i, budget))
+        proposed = isolated([(rows[i], budget) for i, budget in asked], self._drafted)
+        for (i, _), tree in zip(asked, proposed, strict=True):
+            trees[i] = tree
         return trees
+
+    def _planned(self, rows: Sequence[Row]) -> list[int]:
+        assert self.policy is not None and self.drafter is not None
+        budgets = self.policy.plan(rows, self.drafter)
+        _check_count("policy", budgets, rows)
+        # where nothing is drafted, nobody asks how much could be
+        return [
+            min(budget, self._room(row)) if budget > 0 else 0
+            for row, budget in zip(rows, budgets, strict=True)
+        ]
+
+    def _drafted(self, asked: Sequence[tuple[Row, int]]) -> list[TokenTree]:
+        assert self.drafter is not None
+        trees = self.drafter.propose([row for row, _ in asked], [budget for _, budget in asked])
+        _check_count("drafter", trees, asked)
+        for (row, budget), tree in zip(asked, trees, strict=True):
+            self._check_tree(row, budget, tree)
+        return trees
+
+    def _check_tree(self, row: Row, budget: int, tree: TokenTree) -> None:
+        """Raise DrafterError for a tree that would harm the step that it shares with others."""
+        vocabulary = self.model.config.vocab_size
+        if tree.tokens[0] != row.root or len(tree) > budget + 1:
+            raise DrafterError(
+                f"the drafter proposed {len(tree) - 1} draft tokens behind token {tree.tokens[0]}; asked "
+                f"were at most {budget} behind token {row.root}"
+            )
+        if min(tree.tokens) < 0 or max(tree.tokens) >= vocabulary:
+            raise DrafterError(
+                f"the drafter proposed tokens {min(tree.tokens)} to {max(tree.tokens)}, but the model has "
+                f"{vocabulary} tokens: ids go from 0 to {vocabulary - 1}"
+            )
 
     def _room(self, row: Row) -> int:
         """Draft tokens that could still be emitted or fit the model's positions."""
@@ -168,8 +299,10 @@ class Engine:
         assert self.drafter is not None
         return min(places, self.drafter.max_nodes)
 
-    def _round(self, row: Row, tree: TokenTree, output: StepOutput, at: slice) -> Emitted:
-        accepted = self.verifier.accept(tree, output.logits[at], row.sampler)
+    def _round(
+        self, row: Row, tree: TokenTree, hidden: torch.Tensor, logits: torch.Tensor
+    ) -> Emitted:
+        accepted = self.verifier.accept(tree, logits, row.sampler)
         path = accepted.path
         self.state.commit(row.slot, path)
         row.stats.count(tree, path)
@@ -177,7 +310,7 @@ class Engine:
             expected = self.drafter.expected(len(tree) - 1)
             self.policy.observe(row, len(tree) - 1, len(path) - 1, expected)
             self.drafter.observe(row, tree, path)
-        row.hidden = output.hidden[at][path[-1]]
+        row.hidden = hidden[path[-1]]
         return self._extend(row, tree, accepted)
 
     def _extend(self, row: Row, tree: TokenTree, accepted: Accepted) -> Emitted:
@@ -200,43 +333,64 @@ class Engine:
         chunk = row.tokens[row.prefilled : row.prefilled + count]
         return Feed(row.slot, chunk, all_logits=False)
 
-    def _prefilled(self, row: Row, count: int, output: StepOutput, at: slice) -> list[Emitted]:
+    def _prefilled(
+        self, row: Row, count: int, hidden: torch.Tensor, logits: torch.Tensor
+    ) -> list[Emitted]:
         self.state.commit(row.slot, range(count))
         row.prefilled += count
         if row.prefilling:
             return []
-        row.hidden = output.hidden[at][-1]
+        row.hidden = hidden[-1]
         tree = root_only(row.root)
-        return [self._extend(row, tree, self.verifier.accept(tree, output.logits[at], row.sampler))]
+        return [self._extend(row, tree, self.verifier.accept(tree, logits, row.sampler))]
 
     # ---- bookkeeping
 
-    def _account(
-        self,
-        decoding: Sequence[Row],
-        prefilling: Sequence[tuple[Row, int]],
-        times: RoundTimes,
-    ) -> None:
-        if self.policy is not None and decoding and not prefilling:
-            self.policy.observe_round(times)
+    def _account(self, batch: Batch, times: RoundTimes, usual: bool) -> None:
         seconds = times.draft + times.step + times.rest
-        for row in decoding:
+        for row in batch.decoding:
             row.stats.decode_seconds += seconds
-        for row, _ in prefilling:
+        for row, _ in batch.prefilling:
             row.stats.prefill_seconds += seconds
+        if self.policy is None or not usual:
+            return
+        try:
+            self.policy.observe_round(times)
+        except Exception:
+            # it is about no row, and decides about speed alone
+            _log.warning("the policy did not take the times of a round", exc_info=True)
 
-    def retire(self, row: Row) -> None:
-        """End a running request early, for a stop string or a client that left."""
-        if row in self.scheduler.running:
-            self._retire(row)
+    def retire(self, row: Row) -> Exception | None:
+        """End a running request early, for a stop string or a client that left.
 
-    def _retire(self, row: Row) -> None:
+        Its slot is free then; returns the error of a plug-in that could not let go of it.
+        """
+        return self._retire(row) if row in self.scheduler.running else None
+
+    def _closed(self, item: Emitted) -> Emitted:
+        """Free what a finished row held; a plug-in that cannot let go of it has failed the row."""
+        error = self._retire(item.row) if item.finished else None
+        if error is None or item.error is not None:
+            return item
+        return replace(item, finished=FAILED, error=error)
+
+    def _retire(self, row: Row) -> Exception | None:
         self.scheduler.retire(row)
-        self._forget(row)
+        return self._forget(row)
 
-    def _forget(self, row: Row) -> None:
-        self.state.drop(row.slot)
-        if self.drafter is not None:
-            self.drafter.release(row.slot)
-        if self.policy is not None:
-            self.policy.release(row.slot)
+    def _forget(self, row: Row) -> Exception | None:
+        """Forget a row everywhere; returns the first error, which kept nobody else from forgetting."""
+        forget: list[Callable[[int], None]] = [self.state.drop]
+        forget += [part.release for part in (self.drafter, self.policy) if part is not None]
+        errors = []
+        for each in forget:
+            try:
+                each(row.slot)
+            except Exception as error:
+                errors.append(error)
+        return errors[0] if errors else None
+
+
+def _check_count(what: str, given: Sequence[object], asked: Sequence[object]) -> None:
+    if len(given) != len(asked):
+        raise DrafterError(f"the {what} answered {len(given)} times for {len(asked)} requests")

@@ -9,7 +9,7 @@ for piece in llm.stream("class Stack:"):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ import torch
 from linspec.compress.load import load_for
 from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
-from linspec.engine import Emitted, Engine
+from linspec.engine import FAILED, Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.kernels.cpu.threads import check_fork
 from linspec.kv import check_kv
 from linspec.models.backbone import Generator
 from linspec.models.hub import load_generator, resolve
@@ -40,8 +41,9 @@ Prompt = str | Sequence[int]
 class Generation:
     """One finished request.
 
-    finish_reason: 'stop' (end of sequence or stop string) or 'length'. tokens_per_s counts
-    generated tokens over the seconds of the steps after the prompt was read.
+    finish_reason: 'stop' (end of sequence or stop string), 'length', or 'error' for one that could not
+    go on: `error` says why, and the text is what came before. tokens_per_s counts generated tokens over
+    the seconds of the steps after the prompt was read.
     """
 
     prompt_tokens: int
@@ -50,6 +52,7 @@ class Generation:
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] | None
     stats: Stats
+    error: Exception | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,6 +79,8 @@ class Generation:
         }
         if self.logprobs is not None:
             found["logprobs"] = [asdict(each) for each in self.logprobs]
+        if self.error is not None:
+            found["error"] = str(self.error)
         return found
 
     def summary(self) -> str:
@@ -120,17 +125,21 @@ class _Request:
         for token in emitted.tokens:
             self.tokens.append(token)
             if self.text.push(token):
-                finished = "stop"
+                finished = finished if finished == FAILED else "stop"
                 break
-        if emitted.accepted.logprobs is not None:
+        if emitted.accepted is not None and emitted.accepted.logprobs is not None:
             self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
         if finished and not self.text.stopped:
             self.text.finish()
         piece = self.text.release(last=finished is not None)
-        done = self._result(emitted.row, finished) if finished else None
+        done = self._result(emitted.row, finished, emitted.error) if finished else None
         return Piece(self.index, piece, tuple(self.tokens[before:]), done)
 
-    def _result(self, row: Row, reason: str) -> Generation:
+    def failed(self, row: Row, error: Exception) -> Piece:
+        """The last piece where `take` raised: what was shown before stands."""
+        return Piece(self.index, "", (), self._result(row, FAILED, error))
+
+    def _result(self, row: Row, reason: str, error: Exception | None) -> Generation:
         return Generation(
             prompt_tokens=row.prompt_tokens,
             token_ids=tuple(self.tokens),
@@ -138,6 +147,7 @@ class _Request:
             finish_reason=reason,
             logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
             stats=row.stats,
+            error=error,
         )
 
 
@@ -149,9 +159,10 @@ class LLM:
     drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
-    once. quantize: 8 or 4 bits for the weights of a model directory, made as it is loaded (CPU
-    only). kv: 'int8' keeps the caches of softmax layers in about a quarter of the memory. Raises
-    CheckpointError, DrafterError or ConfigError before any long work.
+    once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
+    weights of a model directory, made as it is loaded (CPU only). kv: 'int8' keeps the caches of softmax
+    layers in about a quarter of the memory. Raises CheckpointError, DrafterError or ConfigError before
+    any long work.
     """
 
     def __init__(
@@ -169,6 +180,7 @@ class LLM:
         quantize: int | None = None,
         kv: str = "float",
     ) -> None:
+        check_fork()
         check_kv(kv)
         source = resolve(model) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
@@ -184,7 +196,7 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         self.tokenizer = tokenizer
-        made = make_drafter(drafter, self.model, source, max_batch)
+        made = make_drafter(drafter, self.model, source, max_batch, tokenizer)
         self.model.prepare()
         self.engine = Engine(
             self.model,
@@ -214,20 +226,32 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_errors: bool = False,
     ) -> list[Generation]:
-        """Finish every prompt; results in the order of the prompts."""
-        done = {piece.index: piece.done for piece in self.stream(prompts, params) if piece.done}
+        """Finish every prompt; results in the order of the prompts.
+
+        One that fails takes nothing from the others. When all have ended, its error is raised, or with
+        `return_errors` is part of its result.
+        """
+        pieces = self.stream(prompts, params, return_errors=return_errors)
+        done = {piece.index: piece.done for piece in pieces if piece.done}
         return [done[i] for i in sorted(done)]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        return_errors: bool = False,
     ) -> Iterator[Piece]:
         """Pieces of text as they are decided, of all prompts as they come.
 
-        Leaving the loop early (or Ctrl-C) cancels what is left.
+        Leaving the loop early (or Ctrl-C) cancels what is left. The last piece of a prompt that failed
+        has a `done` with its error; when all have ended the first such error is raised, unless
+        `return_errors`.
         """
+        self.engine.check_process()
         requests = self._requests(prompts, params)
         limit = self.model.config.position_limit
         for request in requests:
@@ -238,17 +262,33 @@ class LLM:
                 )
         self._check_idle()
         by_row: dict[int, _Request] = {}
+        errors: list[Exception] = []
         try:
             for request in requests:
                 by_row[self.engine.submit(request.prompt, request.params)] = request
             while self.engine.busy:
                 for emitted in self.engine.step():
-                    piece = by_row[emitted.row.request].take(emitted)
-                    if piece.done:
-                        self.engine.retire(emitted.row)
+                    piece = self._piece(by_row[emitted.row.request], emitted)
+                    if piece.done is not None and piece.done.error is not None:
+                        errors.append(piece.done.error)
                     yield piece
         finally:
             self.engine.cancel()
+        if errors and not return_errors:
+            raise errors[0]
+
+    def _piece(self, request: _Request, emitted: Emitted) -> Piece:
+        """What `emitted` is for the caller; a row that has ended for the caller is retired."""
+        try:
+            piece = request.take(emitted)
+        except Exception as error:
+            piece = request.failed(emitted.row, error)
+        if piece.done is None:
+            return piece
+        late = self.engine.retire(emitted.row)
+        if late is None or piece.done.error is not None:
+            return piece
+        return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))
 
     def _check_idle(self) -> None:
         if self.engine.busy:

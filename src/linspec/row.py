@@ -53,21 +53,25 @@ class Stats:
             self.hits[depth] += depth < len(path) - 1
 
 
-@dataclass(slots=True)
-class Row:
-    """A request in a slot.
+# the slot of a request that waits for one
+UNPLACED = -1
 
-    request: the engine's number of the request. source: what an encoder has read, () for a decoder
-    alone. tokens: prompt and output; once the prompt is
-    processed the last one is the root of the next tree, decided but not committed. hidden: the final
-    hidden state [D] at the last committed token.
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A request, which waits or has a slot.
+
+    request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
+    has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
+    one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
+    the last committed token.
     """
 
     request: int
-    slot: int
     sampler: Sampler
     tokens: list[int]
     prompt_length: int
+    slot: int = UNPLACED
     prefilled: int = 0
     source: tuple[int, ...] = ()
     hidden: torch.Tensor | None = None

@@ -131,13 +131,21 @@ class Sampler:
         return self.greedy and self.params.repetition_penalty == 1 and not self.params.logit_bias
 
     def scores(self, logits: Tensor, extra: Sequence[int] = ()) -> Tensor:
-        """Float32 logits [V] after the repetition penalty (Keskar et al. 2019) and the bias."""
+        """Float32 logits [V] after the repetition penalty (Keskar et al. 2019) and the bias.
+
+        Raises InputError when the bias leaves no token.
+        """
         scores = logits.float()
         if self.params.repetition_penalty != 1:
             scores = self._penalized(scores, extra)
         if self.params.logit_bias:
             ids, bias = self._bias_ids.to(scores.device), self._bias.to(scores.device)
             scores = scores.index_add(0, ids, bias)
+            if float(scores.max()) == -math.inf:
+                raise InputError(
+                    "nothing is allowed: the logit bias bans every token that could come next; leave at "
+                    "least one of them without a bias of -inf"
+                )
         return scores
 
     def probabilities(self, logits: Tensor, extra: Sequence[int] = ()) -> Tensor:
@@ -161,8 +169,8 @@ class Sampler:
         total = float(cumulative[-1])
         if not 0 < total < math.inf:
             raise InputError(
-                f"cannot draw a token from probabilities that sum to {total}: the logits hold NaN, "
-                "or the logit bias bans every token"
+                f"cannot draw a token from probabilities that sum to {total}: nothing is allowed, or "
+                "the logits hold NaN, as damaged weights make them"
             )
         # the first token whose cumulative mass exceeds the point: a token of mass 0 never does
         point = self.uniform() * total

@@ -8,7 +8,6 @@ of a token budget, so that a long prompt never stalls the others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from linspec.errors import ConfigError
@@ -24,32 +23,42 @@ class Batch:
 
 
 class Scheduler:
-    """First come, first served, in `slots` places."""
+    """First come, first served, in `slots` places.
+
+    A slot is either free or that of a row in `running`, whatever becomes of the row.
+    """
 
     def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
         if slots < 1:
             raise ConfigError(f"max_batch must be 1 or more, got {slots}")
         self.prefill_tokens = prefill_tokens
-        self._free = list(range(slots))
-        self._waiting: deque[Callable[[int], Row]] = deque()
+        self.free = list(range(slots))
+        self._waiting: deque[Row] = deque()
         self.running: list[Row] = []
 
-    def submit(self, place: Callable[[int], Row]) -> None:
-        """Queue a request; `place(slot)` makes its row once a slot is free."""
-        self._waiting.append(place)
+    def submit(self, row: Row) -> None:
+        """Queue a request until a slot is free."""
+        self._waiting.append(row)
 
     @property
     def busy(self) -> bool:
         """True while any request runs or waits."""
         return bool(self.running or self._waiting)
 
-    def next_batch(self) -> Batch:
-        """Admit what fits, then share out the step."""
-        while self._waiting and self._free:
+    def admit(self) -> list[Row]:
+        """Give free slots to those that wait; returns the rows that run from now on."""
+        admitted = []
+        while self._waiting and self.free:
+            row = self._waiting.popleft()
             # the lowest slot: neighbouring slots form one dense segment
-            slot = min(self._free)
-            self._free.remove(slot)
-            self.running.append(self._waiting.popleft()(slot))
+            row.slot = min(self.free)
+            self.free.remove(row.slot)
+            self.running.append(row)
+            admitted.append(row)
+        return admitted
+
+    def next_batch(self) -> Batch:
+        """Share out the step among those that run."""
         left, prefilling = self.prefill_tokens, []
         for row in self.running:
             count = min(row.prompt_length - row.prefilled, left)
@@ -62,7 +71,7 @@ class Scheduler:
     def retire(self, row: Row) -> None:
         """The request has ended; its slot is free."""
         self.running.remove(row)
-        self._free.append(row.slot)
+        self.free.append(row.slot)
 
     def clear(self) -> list[Row]:
         """Drop everything that waits and runs; returns the rows that ran."""

@@ -21,11 +21,14 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads, save_heads, save_packed
 from linspec.errors import DrafterError
+from linspec.kernels import linear as linear_layers
 from linspec.kernels.cpu import linear
+from linspec.kernels.cpu import step as native_step
 from linspec.kernels.cpu.library import Found, load
 from linspec.kernels.cpu.threads import torch_on_one_thread
-from linspec.kernels.linear import Quantizer, fuse, integer_bits
+from linspec.kernels.linear import PackedLinear, Quantizer, fuse, integer_bits
 from linspec.models.decoder import Decoder
+from linspec.models.fingerprint import fingerprint
 
 WIDTH, VOCAB = 48, 70
 CONFIG = DecoderConfig(
@@ -240,6 +243,54 @@ def test_a_prepared_model_still_knows_its_heads(plain: Path) -> None:
     for _ in range(2):
         drafter = make_drafter(f"medusa:{plain}", model, None, 1)
         assert isinstance(drafter, Medusa)
+
+
+def test_making_a_drafter_once_prepared_the_target(plain: Path) -> None:
+    model = make_model()
+    before = {name: id(part) for name, part in model.named_modules()}
+    drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+    assert isinstance(drafter, Medusa)
+    assert not model.prepared and model.head.weight.requires_grad
+    assert {name: id(part) for name, part in model.named_modules()} == before
+    # heads that share the output layer use the one that the target has when they draft
+    assert drafter.heads.target_head is model.head
+    model.prepare()
+    assert drafter.heads.target_head is model.head
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_guess_alike_before_and_after_their_target_is_prepared(
+    shared: bool, tmp_path: Path
+) -> None:
+    model = make_model()
+    heads = MedusaHeads(replace(SHAPE, shared_head=shared), model.head, RATES)
+    generator = torch.Generator().manual_seed(1)
+    for weight in heads.parameters():
+        nn.init.normal_(weight, std=0.2, generator=generator)
+    folder = save_heads(heads, model, tmp_path / "medusa", dtype=None)
+    early, late = make_model(), make_model().prepare()
+    first = make_drafter(f"medusa:{folder}", early, None, 1)
+    early.prepare()
+    second = make_drafter(f"medusa:{folder}", late, None, 1)
+    assert isinstance(first, Medusa) and isinstance(second, Medusa)
+    rows = list(hidden(3))
+    assert type(first.heads) is type(second.heads)
+    assert first.heads.guess(rows, 3, 4) == second.heads.guess(rows, 3, 4)
+
+
+def test_without_the_library_a_second_drafter_was_once_refused(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (packed, linear, linear_layers, native_step):
+        monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
+    model = make_model()
+    known = fingerprint(model)
+    assert isinstance(model.prepare().head, PackedLinear)
+    assert fingerprint(model) == known
+    for _ in range(2):
+        drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+        assert isinstance(drafter, Medusa) and isinstance(drafter.heads, MedusaHeads)
+        assert len(drafter.heads.guess(list(hidden(2)), 3, 2)) == 2
 
 
 def test_shared_heads_copied_for_drafts_are_not_saved(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from linspec.bench.machine import machine
 from linspec.compress.load import load_for
 from linspec.drafters import make_drafter
+from linspec.engine import raise_first
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
@@ -158,8 +159,7 @@ def _modes(
 ) -> dict[str, LLM]:
     """Plain decoding, and decoding with each drafter; common: for all of them."""
     names = [name for name in dict.fromkeys(drafters) if name != "none"]
-    # before the model is prepared: heads are matched to the plain weights
-    made = {name: make_drafter(name, model, source, 1) for name in names}
+    made = {name: make_drafter(name, model, source, 1, common["tokenizer"]) for name in names}
     modes = {PLAIN: LLM(model, **common)}
     for name, drafter in made.items():
         assert drafter is not None
@@ -205,6 +205,7 @@ def _read(llm: LLM, prompt: Sequence[int]) -> _Prefix:
     try:
         while not (emitted := engine.step()):
             pass
+        raise_first(emitted)
         row = emitted[0].row
         assert row.hidden is not None
         return _Prefix(
@@ -224,26 +225,20 @@ def _decode(
     engine = llm.engine
     params = SamplingParams(max_tokens=tokens + 1, ignore_eos=True)
     prompt = prefix.tokens[:-1]
-    row: Row | None = None
-
-    def place(slot: int) -> Row:
-        nonlocal row
-        engine.state.restore(slot, prefix.snapshot)
-        sampler = Sampler(params, prompt, llm.model.config.vocab_size)
-        sampler.observe(prefix.tokens[-1:])
-        row = Row(0, slot, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
-        row.hidden = prefix.hidden
-        return row
-
-    engine.scheduler.submit(place)
+    sampler = Sampler(params, prompt, llm.model.config.vocab_size)
+    sampler.observe(prefix.tokens[-1:])
+    row = Row(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
+    row.hidden = prefix.hidden
+    engine.scheduler.submit(row)
     try:
-        engine.scheduler.next_batch()
-        assert row is not None
+        # by hand: the engine itself would open an empty slot
+        engine.scheduler.admit()
+        engine.state.restore(row.slot, prefix.snapshot)
         if engine.drafter is not None:
             engine.drafter.propose([row], [1])
         began = clock()
         while engine.busy:
-            engine.step()
+            raise_first(engine.step())
         _wait(llm)
         seconds = clock() - began
     finally:

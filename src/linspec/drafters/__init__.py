@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -17,21 +18,29 @@ from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import ConfigError, DrafterError
 from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer, integer_bits
+from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
 from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
 from linspec.models.hub import EMBEDDED, load_model
+from linspec.models.same_tokenizer import check_same_tokenizer
+from linspec.models.tokenizer import load_text_tokenizer
 
 __all__ = ["DRAFTERS", "Drafter", "draft_model", "lookup", "make_drafter", "medusa"]
 
 
 def make_drafter(
-    drafter: str | Drafter, model: Generator, source: Path | None, slots: int
+    drafter: str | Drafter,
+    model: Generator,
+    source: Path | None,
+    slots: int,
+    tokenizer: Any = None,
 ) -> Drafter | None:
     """The drafter that NAME or NAME:DIR stands for; None for 'none'.
 
     Without DIR, 'medusa' looks in the model's own directory and 'student' takes the embedded student
-    for the embedded teacher. Raises ConfigError for an unknown name, DrafterError for a misfit.
+    for the embedded teacher. tokenizer: of `model`, by default the one in `source`; a draft model must
+    have the same. `model` stays as it is. Raises ConfigError for an unknown name, DrafterError for a
+    misfit.
     """
     if isinstance(drafter, Drafter):
         return drafter
@@ -50,16 +59,25 @@ def make_drafter(
         return _medusa(where, model, source)
     if name in ("draft-model", "student"):
         assert isinstance(model, Decoder)
-        kind = DRAFTERS[name]
-        assert issubclass(kind, DraftModel)
-        device = str(model.embed.weight.device)
-        small = load_model(_draft_source(name, where, source), dtype=model.dtype, device=device)
-        bits = integer_bits(model.head)
-        if bits and not small.prepared:
-            # a target that was quantised at load wants a draft model that was
-            quantize_model(small, bits, {})
-        return kind(small.prepare(), model.config, slots)
+        folder = _draft_source(name, where, source)
+        if tokenizer is None and source is not None:
+            tokenizer = load_text_tokenizer(source)
+        if tokenizer is not None:
+            check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
+        return _draft_model(name, folder, model, slots)
     raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")
+
+
+def _draft_model(name: str, folder: str, model: Decoder, slots: int) -> DraftModel:
+    kind = DRAFTERS[name]
+    assert issubclass(kind, DraftModel)
+    device = str(model.embed.weight.device)
+    small = load_model(folder, dtype=model.dtype, device=device)
+    bits = integer_bits(model.head)
+    if bits and not small.prepared:
+        # a target that was quantised at load wants a draft model that was
+        quantize_model(small, bits, {})
+    return kind(small.prepare(), model.config, slots)
 
 
 def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
@@ -70,14 +88,18 @@ def _medusa(where: str, model: Decoder, source: Path | None) -> Medusa:
             "their directory: medusa:DIR"
         )
     heads = load_heads(folder, model)
-    # heads are matched to the plain weights; they run on the prepared output layer
-    head = model.prepare().head
-    heads.bind(head)
-    # other forms of layers are torch's, and so are the heads then
-    native: nn.Module = head
-    if isinstance(heads, MedusaHeads) and isinstance(native, NativeLinear):
-        heads = PackedHeads.of(heads, Quantizer(integer_bits(native) or 8, {}))
+    if isinstance(heads, MedusaHeads) and _runs_natively(model.head):
+        heads = PackedHeads.of(heads, Quantizer(integer_bits(model.head) or 8, {}))
+    # the target may be prepared after its drafter is made
+    heads.follow(model)
     return Medusa(heads)
+
+
+def _runs_natively(head: nn.Module) -> bool:
+    """Whether an output layer is one of linspec's own, or becomes one when it is prepared."""
+    if isinstance(head, nn.Linear):
+        return pick_kernel(head.weight).own
+    return isinstance(head, NativeLinear)
 
 
 def _draft_source(name: str, where: str, source: Path | None) -> str:

@@ -26,7 +26,11 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
-        """A tree per row, rooted at `row.root`, with at most its budget (>= 1) of draft nodes."""
+        """A tree per row, rooted at `row.root`, with at most its budget (>= 1) of draft nodes.
+
+        Where it raises, the engine asks again for each row alone, to end the one whose fault it was: a
+        round that is proposed again gets the same trees.
+        """
 
     @abstractmethod
     def expected(self, nodes: int) -> float:

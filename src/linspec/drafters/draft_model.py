@@ -29,7 +29,7 @@ from linspec.tree import TokenTree, chain
 class DraftModel(ChainDrafter):
     """Chains from a second decoder: its likeliest tokens, or samples when the request samples.
 
-    Raises DrafterError when the vocabularies differ.
+    At its own last position it stops drafting. Raises DrafterError when the vocabularies differ.
     """
 
     name = "draft-model"
@@ -44,11 +44,15 @@ class DraftModel(ChainDrafter):
         self.model = model
         self.state = model.new_state(slots)
         self._fed: dict[int, int] = {}
-        self._generators: dict[int, torch.Generator] = {}
+        # of each slot: its generator, and what that was when the sequence had so many tokens
+        self._generators: dict[int, tuple[torch.Generator, int, torch.Tensor]] = {}
 
     def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+        # behind this model's own last position there is nothing that it could read or draft
+        order = [i for i in order if self._has_room(rows[i], 0)]
         self._catch_up([rows[i] for i in order])
+        generators = {i: self._generator(rows[i]) for i in order}
         drafts: list[list[int]] = [[row.root] for row in rows]
         laws: list[dict[int, torch.Tensor]] = [{} for _ in rows]
         for depth in range(max(budgets)):
@@ -58,7 +62,7 @@ class DraftModel(ChainDrafter):
             feeds = [Feed(rows[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
             logits = self.model.step(feeds, self.state).logits
             for i, scores in zip(live, logits, strict=True):
-                token, law = self._pick(rows[i], scores, drafts[i][1:])
+                token, law = self._pick(rows[i], scores, drafts[i][1:], generators[i])
                 drafts[i].append(token)
                 if law is not None:
                     laws[i][depth] = law
@@ -78,38 +82,54 @@ class DraftModel(ChainDrafter):
             missing = row.tokens[known:-1]
             if missing:
                 feeds.append(Feed(slot, missing, all_logits=False))
-            self._fed[slot] = len(row.tokens) - 1
         if feeds:
             self.model.step(feeds, self.state)
             for feed in feeds:
-                self.state.commit(feed.slot, range(len(feed.tokens)))
+                self._commit(feed.slot, range(len(feed.tokens)))
+
+    def _commit(self, slot: int, path: Sequence[int]) -> None:
+        # what raises half-way is not known, and so read again from the start
+        known = self._fed.pop(slot, 0)
+        self.state.commit(slot, path)
+        self._fed[slot] = known + len(path)
 
     def _has_room(self, row: Row, depth: int) -> bool:
         limit = self.model.config.position_limit
         return limit is None or len(row.tokens) + depth <= limit
 
+    def _generator(self, row: Row) -> torch.Generator | None:
+        """What samples the drafts of a row; a round that is proposed again samples the same."""
+        if row.sampler.greedy:
+            return None
+        found = self._generators.get(row.slot)
+        if found is None:
+            # drafts must not share random numbers with the verifier that judges them
+            seed, generator = row.params.seed, torch.Generator()
+            generator.manual_seed(seed ^ 0x5EED) if seed is not None else generator.seed()
+            found = generator, -1, generator.get_state()
+        generator, length, state = found
+        if length != len(row.tokens):
+            state = generator.get_state()
+            self._generators[row.slot] = generator, len(row.tokens), state
+        return generator.set_state(state)
+
     def _pick(
-        self, row: Row, scores: torch.Tensor, drafted: list[int]
+        self,
+        row: Row,
+        scores: torch.Tensor,
+        drafted: list[int],
+        generator: torch.Generator | None,
     ) -> tuple[int, torch.Tensor | None]:
         """The next draft and, when it was sampled, the distribution it came from."""
-        if row.sampler.greedy:
+        if generator is None:
             return int(row.sampler.scores(scores, drafted).argmax()), None
         law = row.sampler.probabilities(scores, drafted)
-        generator = self._generators.get(row.slot)
-        if generator is None:
-            # drafts must not share random numbers with the verifier that judges them
-            seed = row.params.seed
-            generator = torch.Generator()
-            generator.manual_seed(seed ^ 0x5EED) if seed is not None else generator.seed()
-            self._generators[row.slot] = generator
         return int(torch.multinomial(law.cpu(), 1, generator=generator)), law
 
     def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
         super().observe(row, tree, path)
         staged = len(self.state.staged(row.slot))
-        keep = path[: min(len(path), staged)]
-        self.state.commit(row.slot, keep)
-        self._fed[row.slot] += len(keep)
+        self._commit(row.slot, path[: min(len(path), staged)])
 
     def release(self, slot: int) -> None:
         self._fed.pop(slot, None)

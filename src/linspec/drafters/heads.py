@@ -9,9 +9,9 @@ model's own business, and guesses token t+1+k.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,15 @@ class HeadsConfig:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.hidden < 0:
             raise ConfigError(f"hidden must be 0 or more, got {self.hidden}")
+
+
+class HasHead(Protocol):
+    """A model with an output layer."""
+
+    @property
+    def head(self) -> nn.Module:
+        """From hidden states to logits."""
+        ...
 
 
 class HeadBlock(nn.Module):
@@ -85,17 +94,21 @@ class Heads(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.accuracies = [list(row) for row in accuracies]
-        # in a tuple, so that the target's weights are not registered as this module's
-        self._target = (head,)
+        self._target: tuple[Callable[[], nn.Module]]
+        self.bind(head)
 
     def bind(self, head: nn.Module) -> None:
         """Use `head` as the target's output layer, such as its prepared form."""
-        self._target = (head,)
+        self._target = (lambda: head,)
+
+    def follow(self, model: HasHead) -> None:
+        """Use the output layer that `model` has when it is needed: it may be prepared later."""
+        self._target = (lambda: model.head,)
 
     @property
     def target_head(self) -> nn.Module:
         """The target's output layer."""
-        return self._target[0]
+        return self._target[0]()
 
     @abstractmethod
     def features(self, hidden: torch.Tensor) -> torch.Tensor:

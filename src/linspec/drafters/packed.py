@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.drafters.heads import HeadBlock, Heads, HeadsConfig, MedusaHeads
+from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import NativeLinear
@@ -59,7 +59,7 @@ class PackedHeads(Heads):
 
     @classmethod
     def of(cls, heads: MedusaHeads, fuse: Fuse) -> PackedHeads:
-        """`heads` with the layers that `fuse` makes; their target must have been prepared."""
+        """`heads` with the layers that `fuse` makes."""
         blocks = [_packed_block(cast(HeadBlock, block), fuse) for block in heads.blocks]
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
         outputs = [fuse(_linear(weight)) for weight in own]
@@ -67,6 +67,10 @@ class PackedHeads(Heads):
 
     def bind(self, head: nn.Module) -> None:
         super().bind(head)
+        self._used, self._call = (), None
+
+    def follow(self, model: HasHead) -> None:
+        super().follow(model)
         self._used, self._call = (), None
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,11 @@ BITS = {8: INT8, 4: INT4}
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Which implementation was picked, and why."""
+    """Which implementation was picked, and why; own: linspec's."""
 
     name: str
     reason: str
+    own: bool = False
 
 
 def pick_kernel(weight: torch.Tensor) -> Kernel:
@@ -40,20 +41,25 @@ def pick_kernel(weight: torch.Tensor) -> Kernel:
         return Kernel("torch", f"{weight.dtype} weights are not prepacked")
     found = load()
     if found.library is not None:
-        return Kernel(f"linspec-{found.name}", found.reason)
+        return Kernel(f"linspec-{found.name}", found.reason, own=True)
     if not torch.backends.mkldnn.is_available():
         return Kernel("torch", "this torch was built without oneDNN")
     return Kernel("onednn-packed", f"weights reordered once by oneDNN, as {found.reason}")
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b with W in oneDNN's own order. Inference only; the plain weight is not kept."""
+    """x W^T + b with W in oneDNN's own order. Inference only; the plain weight is made when asked for."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.bias = bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The plain weights [outputs, inputs], for what knows a model by them."""
+        return self.packed.to_dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_contiguous():
@@ -68,7 +74,7 @@ def fuse(*linears: nn.Module) -> nn.Module:
     """One inference layer that returns the outputs of `linears` side by side, in their precision."""
     weight, bias = joined(linears)
     kernel = pick_kernel(weight)
-    if kernel.name.startswith("linspec-"):
+    if kernel.own:
         return NativeLinear(F32, *_sizes(weight), pack.pack_floats(weight), None, bias)
     if kernel.name == "onednn-packed":
         return PackedLinear(weight, bias)

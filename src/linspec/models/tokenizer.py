@@ -65,6 +65,11 @@ class PlainTokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """What does the work, under the name that it has in transformers."""
+        return self._backend
+
     @functools.cached_property
     def _whole(self) -> Any:
         return load_tokenizer(self._folder)

@@ -61,6 +61,7 @@ class _Session(Session):
 
     def open(self, prompts: Prompts) -> float:
         """Read as many tokens of text instead: drafters live on what text is like."""
+        from linspec.engine import raise_first
         from linspec.sampling import SamplingParams
 
         engine = self.llm.engine
@@ -70,15 +71,24 @@ class _Session(Session):
             # another prompt is another place
             begin = prompt[0] % _PLACES * len(prompt)
             engine.submit(self.text[begin : begin + len(prompt)], params)
-        return timed(lambda: [engine.step() for _ in range(-(-len(prompts[0]) // 512))])
+
+        def read() -> None:
+            for _ in range(-(-len(prompts[0]) // 512)):
+                raise_first(engine.step())
+
+        return timed(read)
 
     def decode(self, tokens: int) -> list[float]:
         """A mean for all tokens: rounds emit several at once."""
+        from linspec.engine import raise_first
+
         found: list[Any] = []
 
         def run() -> None:
             while len(found) < tokens:
-                for emitted in self.llm.engine.step():
+                step = self.llm.engine.step()
+                raise_first(step)
+                for emitted in step:
                     found.extend(emitted.tokens)
 
         seconds = timed(run)

@@ -200,7 +200,8 @@ class NativeStep:
         )
         if at == self._state:
             return
-        self._state = at
+        # known when it is done: a process may be forked half-way
+        self._state = ()
         for layer, (part, index) in zip(self._layers, state.layers, strict=True):
             sums = part.sums[index] if part.spec.sum_width else None
             _place(
@@ -211,6 +212,7 @@ class NativeStep:
                 part.values[index],
                 sums,
             )
+        self._state = at
 
     def _rotary(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotary factors of positions 0.. count - 1 and more: [P, K] each."""
