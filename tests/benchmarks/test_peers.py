@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_page_and_json(tmp_path: Path) -> None:
     assert (tmp_path / "cpu" / "toy-at-8-bits.svg").exists()
     data = json.loads(json.dumps(summary(plan, {})))
     assert data["rows"][0]["engine"] == "fake int8" and data["ratios"] == []
+
+
+def test_cells_of_an_older_folder_load(tmp_path: Path) -> None:
+    plan, cache = toy_plan(tmp_path, "fake"), Cache(tmp_path)
+    cell = Cell(shape="toy", context=16, batch=1, peer="fake", form="int8")
+    result = Result(step_s=[[0.01]], bandwidth_gb_s=[10.0])
+    # as 0.1.0 wrote it: without a format
+    record = {"cell": asdict(cell), "result": asdict(result)}
+    (tmp_path / "cells" / f"{cell.key}.json").write_text(json.dumps(record, indent=1) + "\n")
+    assert cache.has(cell) and cache.all() == {cell: result}
+    before = InProcess.started
+    run.compare(plan)
+    assert InProcess.started == before + 1
+    assert len(rows_of(plan)) == 1
 
 
 def test_a_failed_cell_is_named_and_tried_again(tmp_path: Path) -> None:
