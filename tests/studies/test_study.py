@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -193,11 +194,22 @@ def test_a_folder_of_known_files_is_their_domains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"size": "huge"}, {"tokens": 0}, {"seeds": 0}, {"budget": 0.0}]
+    "settings",
+    [
+        *({"size": "huge"}, {"tokens": 0}, {"seeds": 0}, {"teacher": ""}, {"data": [""]}),
+        *({"budget": 0.0}, {"budget": math.nan}, {"budget": math.inf}),
+        *({"recall_share": math.nan}, {"recall_share": 1.5}),
+    ],
 )
 def test_impossible_plans(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         make_plan(tmp_path, **settings)
+
+
+def test_a_budget_that_is_no_number_does_not_run_for_ever(plan: Plan, made_up: list[Cell]) -> None:
+    with pytest.raises(ConfigError, match="--budget must be a finite number above 0, got nan"):
+        study(plan, ["quality"], budget=math.nan)
+    assert not made_up and not plan.out.exists()
 
 
 def test_a_short_sitting_has_small_cells(tmp_path: Path) -> None:
