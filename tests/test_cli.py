@@ -27,11 +27,9 @@ VERBS = (
     "train-drafter",
     "generate",
     "eval",
-    "study",
     "verify",
     "bench",
     "bench load",
-    "bench peers",
     "info",
     "list",
 )
@@ -391,16 +389,18 @@ def test_eval_of_recall_and_of_positions(data: Path) -> None:
     assert len(gained["limits"]) == 2
 
 
-def test_study(tmp_path: Path, data: Path) -> None:
-    args = ("study", "--table", "latency", "--size", "tiny", "--teacher", model_dir("softmax"))
-    args = (*args, "--data", data, "--out", tmp_path / "out", "--page", tmp_path / "page.md")
-    found = run_json(*args)
-    keys = {"out", "page", "size", "seeds", "measured", "remaining", "seconds", "tables"}
-    assert keys == set(found)
-    assert found["measured"] == 2 and found["remaining"] == 0
-    table = found["tables"]["latency"]
-    assert set(table) == {"done", "total", "rows", "undefined"}
-    assert run_json(*args)["tables"] == found["tables"]
-    assert "## Latency and memory" in (tmp_path / "page.md").read_text()
-    assert "0 cells measured" in run(*args).stderr
-    assert "unknown table" in fails(*args, "--table", "nothing")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (("study",), "studies.linearized_llm"),
+        (
+            ("study", "--table", "quality", "--help"),
+            "studies.linearized_llm --table quality --help",
+        ),
+        (("bench", "peers", "--quick"), "benchmarks.peers --quick"),
+    ],
+)
+def test_a_verb_that_moved_answers_with_the_new_command(old: tuple[str, ...], new: str) -> None:
+    found = run(*old)
+    assert found.exit_code == 2 and found.stdout == ""
+    assert found.stderr.count("\n") == 1 and found.stderr.endswith(f"python -m {new}\n")

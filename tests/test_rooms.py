@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,3 +51,24 @@ def test_rooms_import_downwards_only() -> None:
             if FLOOR.get(room, 0) > FLOOR[parts[0]]
         ]
     assert not upwards
+
+
+def test_the_wheel_knows_nothing_of_what_runs_from_a_clone() -> None:
+    beside = {"benchmarks", "studies"}
+    found = {
+        f"{path.name} imports {name}"
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in _imported(node)
+        if name.partition(".")[0] in beside
+    }
+    assert not found
+    project = tomllib.loads((ROOT.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["tool"]["setuptools"]["packages"]["find"] == {"where": ["src"]}
+    assert not beside & {path.name for path in ROOT.parent.iterdir()}
+
+
+def _imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [each.name for each in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []

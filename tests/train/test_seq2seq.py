@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.evaluate.lossless import verify
-from linspec.evaluate.study.seq2seq import tiny_t5
 from linspec.models.hub import load_generator, save_model
 from linspec.models.t5 import T5
 from linspec.train.finetune import finetune_loss
@@ -24,6 +23,7 @@ from linspec.train.objective import next_tokens
 from linspec.train.pretrain import initialize
 from linspec.train.student import with_mixers
 from linspec.train.transfer import Transfer
+from studies.linearized_llm.seq2seq import tiny_t5
 
 SHORT = LinearizeConfig(
     tokens=8 * 128,

@@ -15,8 +15,6 @@ from linspec.cli import (
     evaluate,
     generate,
     linearize,
-    peers,
-    study,
     train,
 )
 from linspec.cli.verbs import Verbs
@@ -40,11 +38,9 @@ for _verb, _name, _example in (
     (generate.generate, "generate", "embedded-aug --prompt 'class Stack:' --drafter medusa"),
     (compress.quantize, "quantize", "embedded-softmax --bits 4 --out small"),
     (evaluate.evaluate, "eval", "embedded-aug --data stdlib --limit-bytes 100000"),
-    (study.study, "study", "--table quality --budget 30 --out runs/study"),
     (evaluate.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.bench, "bench", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
     (bench.bench_load, "bench-load", "small"),
-    (peers.bench_peers, "bench-peers", "--shapes 110m --quick"),
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
 ):

@@ -40,7 +40,7 @@ def pretrain(
     ] = "embedded",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="As in linspec study; repeatable.", show_default="stdlib"),
+        typer.Option(help="stdlib, a file or a folder; repeatable.", show_default="stdlib"),
     ] = None,
     resume: Resume = False,
     steps: Annotated[

@@ -1,4 +1,0 @@
-"""linspec beside the engines that a user would pick instead: `linspec bench peers`.
-
-Nothing is imported here: a peer may run in an interpreter that has neither torch nor transformers.
-"""

@@ -1,0 +1,1 @@
+"""What studies and benchmarks share: cells on disk, checks of a plan, pages, the command line."""
