@@ -13,7 +13,6 @@ from torch import nn
 
 from linspec.config import DecoderConfig, EncoderConfig, MixerConfig, Seq2SeqConfig
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.evaluate.study.seq2seq import tiny_t5
 from linspec.flash_config import FlashConfig
 from linspec.mixers import MIXERS
 from linspec.mixers.blocks import split, windows
@@ -24,6 +23,7 @@ from linspec.models.t5 import T5
 from linspec.train.compiled import CompiledLoss, compare, float32_gradients, gradients
 from linspec.train.drafter import heads_loss
 from linspec.train.finetune import finetune_loss
+from studies.linearized_llm.seq2seq import tiny_t5
 from tests.helpers import randomise
 
 VOCAB, ROWS = 37, 2
