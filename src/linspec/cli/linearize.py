@@ -26,6 +26,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Overwrite,
     Rate,
     RecallShare,
     Resume,
@@ -114,6 +115,7 @@ def linearize(
     lora_rank: LoraRank = None,
     seed: Order = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -148,5 +150,6 @@ def linearize(
             field=field,
             config=config,
             resume=resume,
+            overwrite=overwrite,
         )
     report_written(out, as_json)

@@ -63,8 +63,9 @@ def bench_peers(
 
         from linspec.bench.peers.base import MODULES
         from linspec.bench.peers.cells import Plan
-        from linspec.bench.peers.page import summary, write_page
+        from linspec.bench.peers.page import TITLE, summary, write_page
         from linspec.bench.peers.run import compare
+        from linspec.places import check_text
 
         plan = Plan(
             out=out,
@@ -82,6 +83,7 @@ def bench_peers(
             guard=guard,
         )
         plan = plan.quick() if quick else plan
+        check_text(page or out / "cpu.md", (TITLE,))
         skipped = compare(plan, prepare_only=prepare)
         written = write_page(plan, skipped, page)
     if as_json:

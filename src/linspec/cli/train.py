@@ -24,6 +24,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Overwrite,
     Rate,
     Resume,
     Threads,
@@ -42,6 +43,7 @@ def pretrain(
         typer.Option(help="As in linspec study; repeatable.", show_default="stdlib"),
     ] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
     ] = None,
@@ -56,7 +58,14 @@ def pretrain(
         raise ConfigError(f"--steps must be 1 or more, got {steps}")
     place_on("cpu", threads)
     with quiet_stdout():
-        library.pretrain(out, recipe=recipe, data=data or (), resume=resume, steps=steps)
+        library.pretrain(
+            out,
+            recipe=recipe,
+            data=data or (),
+            resume=resume,
+            steps=steps,
+            overwrite=overwrite,
+        )
     report_written(out, as_json)
 
 
@@ -76,6 +85,7 @@ def train_drafter(
     lr: Rate = None,
     seed: Order = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -87,6 +97,13 @@ def train_drafter(
     config = configure(DrafterConfig, locals())
     with quiet_stdout():
         written = library(
-            model, out, kind=kind, data=sources(data), field=field, config=config, resume=resume
+            model,
+            out,
+            kind=kind,
+            data=sources(data),
+            field=field,
+            config=config,
+            resume=resume,
+            overwrite=overwrite,
         )
     report_written(written, as_json)

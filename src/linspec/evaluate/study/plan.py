@@ -13,6 +13,7 @@ from linspec.config import DecoderConfig
 from linspec.errors import ConfigError
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import load_config, load_model
+from linspec.places import check_workspace
 from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout
 
@@ -184,6 +185,7 @@ def make_plan(
     if seeds < 1 or (budget is not None and budget <= 0):
         raise ConfigError(f"seeds and budget must be above 0, got {seeds} and {budget}")
     out = Path(out)
+    check_workspace(out, "study", "cells/*.json")
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
         domains |= known_sources(source, out)

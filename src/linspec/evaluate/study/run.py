@@ -16,9 +16,10 @@ from typing import Any
 from linspec.bench.machine import machine
 from linspec.errors import CheckpointError, ConfigError, LinspecError
 from linspec.evaluate.study.cache import Cache
-from linspec.evaluate.study.page import write_page
+from linspec.evaluate.study.page import SIGNS, write_page
 from linspec.evaluate.study.plan import Plan
 from linspec.evaluate.study.table import TABLES, Cell, Result, Results, Table
+from linspec.places import check_text, check_workspace
 
 # a further seed is worth a cell this much lower in rank
 _SEED_RANK = 2.0
@@ -88,8 +89,10 @@ def study(
     made = tuple(TABLES[name](plan) for name in tables or TABLES.names())
     made = tuple(sorted(made, key=lambda table: table.place))
     _check_rows(plan.rows, made)
-    cache, began, measured = Cache(plan.out), clock(), 0
     page = page or plan.out / "paper.md"
+    check_workspace(plan.out, "study", "cells/*.json")
+    check_text(page, SIGNS)
+    cache, began, measured = Cache(plan.out), clock(), 0
     by_name = {table.name: table for table in made}
     _write(plan, page, made, cache)
     for cell in order([cell for table in made for cell in table.listed]):
