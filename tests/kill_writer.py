@@ -45,6 +45,8 @@ def main() -> None:
         linspec.files._exchange = lambda a, b: False
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    # what is imported at the first save is imported once, not by every writer
+    save(0, out)
     for _ in sys.stdin:
         writer = os.fork()
         if writer == 0:
