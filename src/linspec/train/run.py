@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from linspec.errors import TrainingError
-from linspec.files import replace_text, restored
+from linspec.files import replace_dir, replace_text, restored
 from linspec.places import TRAINING, Place, mark_folder
 
 Plan = Mapping[str, Any]
@@ -50,10 +50,10 @@ def training_run(
             yield None
             return
         if accelerator.is_main_process and not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            mark_folder(folder, place.kind)
-            replace_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+            # at once: a folder without its plan could neither be resumed nor told from one of others
+            with replace_dir(folder) as aside:
+                mark_folder(aside, place.kind)
+                replace_text(aside / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
         accelerator.wait_for_everyone()
         yield folder
         accelerator.wait_for_everyone()
