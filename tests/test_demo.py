@@ -22,7 +22,7 @@ from linspec.demo.measure import NONE, cut, pick_prompts, state_bytes
 from linspec.demo.page import headline
 from linspec.demo.result import STUDENT, TEACHER, Decoded
 from linspec.demo.work import Work
-from linspec.errors import CheckpointError, DrafterError, InputError
+from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError
 from linspec.files import exclusive
 from linspec.models.decoder import Decoder
 from linspec.models.hub import save_model
@@ -247,7 +247,10 @@ def test_other_plan_starts_anew(tmp_path: Path) -> None:
     work.student.mkdir()
     again = Work(folder, {"seed": 0})
     assert again.resumed and again.recall("linearize_tokens") == 7 and again.student.is_dir()
-    other = Work(folder, {"seed": 1})
+    with pytest.raises(ConfigError, match="holds a demo with other settings"):
+        Work(folder, {"seed": 1})
+    assert work.student.is_dir()
+    other = Work(folder, {"seed": 1}, overwrite=True)
     assert not other.resumed and other.recall("linearize_tokens") is None
     assert not other.student.exists()
 

@@ -12,7 +12,7 @@ import linspec
 ROOT = Path(linspec.__file__).parent
 # lowest first; rooms of one line may know each other
 FLOORS = (
-    "errors registry files progress announce tree layout config flash_config rope relative step kv"
+    "errors registry files places progress announce tree layout config flash_config rope relative step kv"
     " row_state state kernels",
     "mixers",
     "models",

@@ -67,8 +67,9 @@ def peers(
 
         from benchmarks.peers.base import MODULES
         from benchmarks.peers.cells import Plan
-        from benchmarks.peers.page import summary, write_page
+        from benchmarks.peers.page import TITLE, summary, write_page
         from benchmarks.peers.run import compare
+        from linspec.places import check_text
 
         check_places(out, page)
         plan = Plan(
@@ -87,6 +88,7 @@ def peers(
             guard=guard,
         )
         plan = plan.quick() if quick else plan
+        check_text(page or out / "cpu.md", (TITLE,))
         skipped = compare(plan, prepare_only=prepare)
         written = write_page(plan, skipped, page)
     if as_json:

@@ -60,6 +60,7 @@ before; above 1 where a cache keeps some of the weights or the memory became fas
 tokens over the seconds to the first new token; above 8,192 tokens it is not timed. peak: of the process, its
 libraries included. A pass over k tokens is the model's step alone; choosing tokens from its logits is part
 of the decoding and of the curves by acceptance."""
+TITLE = _HEAD.split("\n", 1)[0]
 
 
 def _command(plan: Plan) -> str:

@@ -28,6 +28,8 @@ One teacher made linear in several ways, each at the same number of tokens. The 
 this page; a dash is a cell that is not measured yet.
 """
 
+SIGNS = tuple(text.split("\n", 1)[0] for text in (_PAPER, _RECIPES))
+
 
 def write_page(
     plan: Plan, page: Path, tables: Sequence[Table], results: Results, machine: Mapping[str, Any]

@@ -12,6 +12,7 @@ from pathlib import Path
 from linspec.config import DecoderConfig
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import load_config, load_model
+from linspec.places import check_workspace
 from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout
 from studies.lib.plan import (
@@ -193,6 +194,7 @@ def make_plan(
     if tokens is not None:
         size = _with_tokens(size, tokens)
     out = Path(out)
+    check_workspace(out, "study", "cells/*.json")
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
         domains |= known_sources(source, out)

@@ -15,9 +15,10 @@ from typing import Any
 
 from linspec.bench.machine import machine
 from linspec.errors import CheckpointError, ConfigError, LinspecError
+from linspec.places import check_text, check_workspace
 from studies.lib.plan import check_above_zero, check_places
 from studies.linearized_llm.cache import Cache
-from studies.linearized_llm.page import write_page
+from studies.linearized_llm.page import SIGNS, write_page
 from studies.linearized_llm.plan import Plan
 from studies.linearized_llm.table import TABLES, Cell, Result, Results, Table
 
@@ -91,8 +92,10 @@ def study(
     made = tuple(TABLES[name](plan) for name in tables or TABLES.names())
     made = tuple(sorted(made, key=lambda table: table.place))
     _check_rows(plan.rows, made)
-    cache, began, measured = Cache(plan.out), clock(), 0
     page = page or plan.out / "paper.md"
+    check_workspace(plan.out, "study", "cells/*.json")
+    check_text(page, SIGNS)
+    cache, began, measured = Cache(plan.out), clock(), 0
     by_name = {table.name: table for table in made}
     _write(plan, page, made, cache)
     for cell in order([cell for table in made for cell in table.listed]):

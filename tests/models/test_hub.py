@@ -159,22 +159,20 @@ def test_large_models_are_sharded(config: DecoderConfig, tmp_path: Path) -> None
     assert_same(load_model(tmp_path / "m"), model)
 
 
-def test_saving_over_a_model_replaces_it_and_keeps_other_files(tmp_path: Path) -> None:
+def test_saving_over_a_model_replaces_it_whole_where_that_is_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "m"
     save_model(make(PLAIN), make_tokenizer(), out, shard_bytes=2000)
-    (out / "training").mkdir()
-    (out / "training" / "state.pt").write_bytes(b"state")
-    (out / "log.jsonl").write_text("{}\n")
-    (out / ".lock").touch()
     other = make(OWN, seed=1)
-    save_model(other, make_tokenizer(), out, extra_files={"recipe.json": "{}"})
+    with pytest.raises(ConfigError, match="`save_model` before; give --overwrite"):
+        save_model(other, make_tokenizer(), out)
+    save_model(other, make_tokenizer(), out, extra_files={"recipe.json": "{}"}, overwrite=True)
     assert_same(load_model(out), other)
-    assert (out / "training" / "state.pt").read_bytes() == b"state"
-    assert {"log.jsonl", ".lock", "recipe.json", SINGLE} <= {path.name for path in out.iterdir()}
     assert not list(out.glob("model-*.safetensors"))
     assert not (out / INDEX).exists()
-    save_model(make(PLAIN), None, out, shard_bytes=2000)
-    assert_same(load_model(out), make(PLAIN))
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"did not write: notes\.txt"):
+        save_model(make(PLAIN), None, out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
@@ -187,7 +185,7 @@ def test_failure_while_saving_leaves_the_old_model(
     before = files(saved.parent)
     monkeypatch.setattr(hub, "_write_json", fail)
     with pytest.raises(CheckpointError if failure is OSError else failure, match="no space left"):
-        save_model(make(PLAIN, seed=1), make_tokenizer(), saved)
+        save_model(make(PLAIN, seed=1), make_tokenizer(), saved, overwrite=True)
     with pytest.raises(BaseException, match="no space left"):
         save_model(make(PLAIN, seed=1), make_tokenizer(), saved.parent / "new")
     assert files(saved.parent) == before
@@ -196,7 +194,7 @@ def test_failure_while_saving_leaves_the_old_model(
 
 def test_a_model_can_be_saved_over_the_files_it_was_loaded_from(saved: Path) -> None:
     model = load_model(saved)
-    save_model(model, None, saved)
+    save_model(model, None, saved, overwrite=True)
     assert_same(load_model(saved), model)
     assert_same(model, make(PLAIN))
 

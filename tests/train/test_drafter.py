@@ -57,7 +57,11 @@ def test_trained_heads_load_with_their_accuracies(
     assert len(heads.accuracies) == 3 and all(len(row) == 10 for row in heads.accuracies)
     assert all(0 <= sum(row) <= 1.001 for row in heads.accuracies)
     assert heads.blocks[0].bias.abs().sum() > 0
-    assert sorted(p.name for p in out.iterdir()) == ["drafter.json", "drafter.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "drafter.json",
+        "drafter.safetensors",
+        "linspec.json",
+    ]
 
 
 def test_default_place_is_inside_the_model(
@@ -168,7 +172,7 @@ def test_old_heads_stay_until_the_new_ones_are_whole(
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_heads", full)
         with pytest.raises(CheckpointError, match="No space left"):
-            run(teacher_dir, out, corpus, config=other)
+            run(teacher_dir, out, corpus, config=other, overwrite=True)
     assert (out / "drafter.safetensors").read_bytes() == before
     load_heads(out, load_model(teacher_dir))
     run(teacher_dir, out, corpus, config=other, resume=True)

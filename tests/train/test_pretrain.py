@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from linspec.errors import CheckpointError, ConfigError
+from linspec.errors import CheckpointError, ConfigError, TrainingError
 from linspec.files import exclusive
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_config, load_model, load_tokenizer
@@ -69,6 +69,21 @@ def test_killed_pretraining_resumes_bit_for_bit(
     monkeypatch.setattr(Trainer, "_train_step", step)
     cut = pretrain(tmp_path / "cut", recipe="tiny", resume=True)
     assert_same(load_model(whole), load_model(cut))
+
+
+def test_resuming_with_other_settings_trained_another_model_and_training_stayed_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pretrain(tmp_path / "m", recipe="tiny", steps=2)
+    assert not (out / "training").exists()
+    with pytest.raises(TrainingError, match="started with recipe"):
+        pretrain(out, recipe="tiny", steps=3, resume=True)
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        pretrain(tmp_path / "n", recipe="tiny", steps=3, resume=True)
+    monkeypatch.setattr(Trainer, "_train_step", None)
+    assert pretrain(out, recipe="tiny", steps=2, resume=True) == out
+    with pytest.raises(ConfigError, match="give --overwrite"):
+        pretrain(out, recipe="tiny", steps=2)
 
 
 def test_a_base_is_trained_on_with_its_tokenizer_and_more_positions(

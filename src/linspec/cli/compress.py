@@ -16,7 +16,7 @@ from linspec.cli.console import (
     say,
     sources,
 )
-from linspec.cli.options import Data, Field, Json, Model, Threads
+from linspec.cli.options import Data, Field, Json, Model, Overwrite, Threads
 
 
 @guarded()
@@ -30,6 +30,7 @@ def quantize(
         int, typer.Option(help="Text that 4-bit weights are fitted to; 0 fits to none.")
     ] = 200_000,
     limit_bytes: Annotated[int, typer.Option(help="Held-out text for the quality.")] = 100_000,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +47,7 @@ def quantize(
             field=field,
             calibration_bytes=calibration_bytes,
             limit_bytes=limit_bytes,
+            overwrite=overwrite,
         )
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     say(f"written to {out}")

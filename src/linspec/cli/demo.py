@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linspec.cli.console import guarded, place_on, print_json, quiet_stdout
-from linspec.cli.options import Json, Threads
+from linspec.cli.options import Json, Overwrite, Threads
 
 
 @guarded("give the same command to go on with what is trained")
@@ -17,6 +17,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the report and the model go.")] = Path(
         "linspec-demo"
     ),
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -25,6 +26,6 @@ def demo(
     with quiet_stdout(as_json):
         from linspec.demo import run_demo
 
-        result = run_demo(out=out, quick=quick)
+        result = run_demo(out=out, quick=quick, overwrite=overwrite)
     if as_json:
         print_json(result.to_json())

@@ -27,6 +27,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Overwrite,
     Rate,
     RecallShare,
     Resume,
@@ -116,6 +117,7 @@ def linearize(
     seed: Order = None,
     compile: Compile = "auto",
     resume: Resume = False,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -150,5 +152,6 @@ def linearize(
             field=field,
             config=config,
             resume=resume,
+            overwrite=overwrite,
         )
     report_written(out, as_json)

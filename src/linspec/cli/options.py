@@ -42,3 +42,6 @@ Order = Annotated[int | None, typer.Option("--seed", help="Order of the data.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last saved state in the output.")
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the same command wrote there before.")
+]

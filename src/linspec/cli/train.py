@@ -25,6 +25,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Overwrite,
     Rate,
     Resume,
     Threads,
@@ -43,6 +44,7 @@ def pretrain(
         typer.Option(help="stdlib, a file or a folder; repeatable.", show_default="stdlib"),
     ] = None,
     resume: Resume = False,
+    overwrite: Overwrite = False,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
     ] = None,
@@ -59,7 +61,13 @@ def pretrain(
     place_on("cpu", threads)
     with quiet_stdout():
         library.pretrain(
-            out, recipe=recipe, data=data or (), resume=resume, steps=steps, compile=compile
+            out,
+            recipe=recipe,
+            data=data or (),
+            resume=resume,
+            steps=steps,
+            overwrite=overwrite,
+            compile=compile,
         )
     report_written(out, as_json)
 
@@ -81,6 +89,7 @@ def train_drafter(
     seed: Order = None,
     compile: Compile = "auto",
     resume: Resume = False,
+    overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -92,6 +101,13 @@ def train_drafter(
     config = configure(DrafterConfig, locals())
     with quiet_stdout():
         written = library(
-            model, out, kind=kind, data=sources(data), field=field, config=config, resume=resume
+            model,
+            out,
+            kind=kind,
+            data=sources(data),
+            field=field,
+            config=config,
+            resume=resume,
+            overwrite=overwrite,
         )
     report_written(written, as_json)

@@ -28,7 +28,7 @@ from linspec.demo.result import SHIPPED, STUDENT, SWAPPED, TEACHER, Decoded, Dem
 from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
 from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
-from linspec.demo.work import Work
+from linspec.demo.work import RECORD, Work
 from linspec.drafters.saved import load_heads
 from linspec.errors import InputError
 from linspec.files import exclusive
@@ -36,9 +36,11 @@ from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve
-from linspec.report.html import write_report
+from linspec.places import check_text, check_workspace
+from linspec.report.html import SIGNS, write_report
 from linspec.train.data import train_and_heldout
 
+REPORT = "report.html"
 PHASES = ("load", "linearize", "heads", "quality", "decode", "speed", "report")
 
 
@@ -51,17 +53,22 @@ def run_demo(
     data: Sequence[str | Path] = ("stdlib",),
     seed: int = 0,
     echo: Echo | None = None,
+    overwrite: bool = False,
 ) -> DemoResult:
     """Run the demo and write `out/report.html`; returns what was measured.
 
     quick: under 90 seconds instead of six minutes. student: a linear model to show beside the one
     made here, None for none. echo: takes the lines of the demo; None prints them to standard error.
-    Ctrl-C loses nothing: trained models lie in `out`, and the same call goes on from there. Raises
-    CheckpointError or InputError before any long work.
+    Ctrl-C loses nothing: trained models lie in `out`, and the same call goes on from there. out: a new
+    or empty folder, or that of a demo; one with other settings is made anew if `overwrite` says so.
+    Raises ConfigError, CheckpointError or InputError before any long work.
     """
     out = Path(out)
+    inputs = (resolve(teacher), *([resolve(student)] if student else []), *data)
+    check_workspace(out, "demo", f"*/{RECORD}", inputs)
+    check_text(out / REPORT, SIGNS)
     with exclusive(out):
-        demo = _Demo(out, quick, teacher, student, data, seed, Screen(echo))
+        demo = _Demo(out, quick, teacher, student, data, seed, Screen(echo), overwrite)
         try:
             return demo.run()
         except KeyboardInterrupt:
@@ -81,7 +88,9 @@ class _Demo:
         data: Sequence[str | Path],
         seed: int,
         screen: Screen,
+        overwrite: bool,
     ) -> None:
+        self.overwrite = overwrite
         self.out, self.quick, self.seed, self.screen = out, quick, seed, screen
         self.source, self.shipped = teacher, student
         self.data = tuple(data)
@@ -122,7 +131,8 @@ class _Demo:
             "seed": self.seed,
             "budget": asdict(self.budget),
         }
-        self.work = Work(self.out / ("quick" if self.quick else "full"), plan)
+        folder = self.out / ("quick" if self.quick else "full")
+        self.work = Work(folder, plan, overwrite=self.overwrite)
         if self.work.resumed:
             self.screen.say(f"going on with {self.work.folder}; remove it to start anew")
         self.parameters = sum(weight.numel() for weight in self.teacher.parameters())
@@ -214,7 +224,7 @@ class _Demo:
             seconds=round(sum(phases.values()), 1),
             phases=phases,
             machine=machine(),
-            report=self.out / "report.html",
+            report=self.out / REPORT,
         )
 
     def _evidence(self, scores: Scores, showcase: Showcase, speed: ContextSpeed) -> Evidence:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.demo.budget import Clock
+from linspec.errors import ConfigError
 from linspec.files import replace_text
 
 RECORD = "demo.json"
@@ -19,17 +20,28 @@ RECORD = "demo.json"
 class Work:
     """Files and record of one demo in `folder`.
 
-    A record that was made for another plan is discarded together with its models.
+    overwrite: a record that was made for another plan is discarded together with its models; without
+    it such a folder is refused by ConfigError.
     """
 
     def __init__(
-        self, folder: Path, plan: Mapping[str, Any], clock: Clock = time.monotonic
+        self,
+        folder: Path,
+        plan: Mapping[str, Any],
+        clock: Clock = time.monotonic,
+        *,
+        overwrite: bool = False,
     ) -> None:
         self.folder, self.clock = folder, clock
         self.student = folder / "student"
         plan = json.loads(json.dumps(plan))
         stored = _read(folder / RECORD)
         self.resumed = stored.get("plan") == plan
+        if stored and not self.resumed and not overwrite:
+            raise ConfigError(
+                f"{folder} holds a demo with other settings or of another linspec; give --overwrite "
+                "(overwrite=True in Python) to make it anew, or choose another --out"
+            )
         if not self.resumed:
             shutil.rmtree(self.student, ignore_errors=True)
             stored = {"plan": plan, "facts": {}, "seconds": {}}

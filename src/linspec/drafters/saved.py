@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, DrafterError
-from linspec.files import replace_dir
 from linspec.kernels.linear import Blank
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.models.skeleton import without_memory
+from linspec.places import Place
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 
@@ -35,36 +35,39 @@ CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 def save_heads(
     heads: MedusaHeads,
     model: Decoder,
-    out: str | Path,
+    out: str | Path | Place,
     *,
     dtype: torch.dtype | None = torch.bfloat16,
     facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Replace the drafter directory `out` by these heads; returns it.
+    """Write these heads to the drafter directory `out`; returns it.
 
-    `dtype` converts the weights, None keeps them; `facts` are added to drafter.json. Raises
-    CheckpointError when the disk refuses; `out` then stays as it was.
+    `dtype` converts the weights, None keeps them; `facts` are added to drafter.json. `out`,
+    `overwrite`: see `save_model`. Raises ConfigError when `out` may not be written, CheckpointError
+    when the disk refuses; `out` then stays as it was.
     """
-    out = Path(out)
+    if not isinstance(out, Place):
+        place = Place(Path(out), "save_heads", overwrite=overwrite)
+        with place.held():
+            return save_heads(heads, model, place, dtype=dtype, facts=facts)
     tensors = {
         name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for name, tensor in heads.state_dict().items()
     }
-    with replace_dir(out) as aside:
-        try:
-            save_file(tensors, aside / WEIGHTS_FILE)
-        except SafetensorError as error:
-            raise CheckpointError(f"could not write {out}: {error}") from error
+    with out.replaced() as aside:
+        save_file(tensors, aside / WEIGHTS_FILE)
         _write_config(aside, heads, model, facts or {})
-    return out
+    return out.path
 
 
 def save_packed(
-    heads: PackedHeads, model: Decoder, out: str | Path, bits: int, facts: Mapping[str, Any]
+    heads: PackedHeads, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]
 ) -> Path:
-    """The same for packed heads, with weights of `bits` bits."""
-    out = Path(out)
-    with replace_dir(out) as aside:
+    """The same for packed heads, with weights of `bits` bits; `out` must be new."""
+    place = Place(out, "quantize")
+    place.check()
+    with place.replaced() as aside:
         write_aligned(heads.state_dict(), aside / WEIGHTS_FILE)
         _write_config(aside, heads, model, {**facts, ENTRY: entry_of(bits)})
     return out

@@ -12,6 +12,7 @@ from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
 from linspec.errors import ConfigError
+from linspec.files import is_leftover
 from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
 from linspec.train.drafter import calibrate
@@ -44,6 +45,8 @@ def find_companions(folder: Path, model: Decoder, stream: np.ndarray) -> list[Co
     """
     found = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
+        if is_leftover(path.parent.name):
+            continue
         heads = load_heads(path.parent, model)
         if not isinstance(heads, MedusaHeads):
             raise ConfigError(

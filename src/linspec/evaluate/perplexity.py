@@ -100,6 +100,7 @@ def evaluate(
     rows: int | None = None,
     bf16: bool = False,
     kv: str = "float",
+    label: str = "eval",
 ) -> Score:
     """The score of `model` on `documents`.
 
@@ -109,8 +110,8 @@ def evaluate(
     first token is predicted from the end-of-text token. limit_bytes takes documents in order and
     cuts the last one between characters. rows: windows of a batch. bf16: compute in bfloat16,
     float32 if False. kv: 'int8' measures what a state with coded rows computes, window by window in
-    the step form. Raises ConfigError for impossible sizes and InputError when there is nothing
-    to predict.
+    the step form. label: what progress is called. Raises ConfigError for impossible sizes and
+    InputError when there is nothing to predict.
     """
     context = model.config.max_positions if context is None else context
     stride = max(1, context // 2) if stride is None else stride
@@ -124,7 +125,7 @@ def evaluate(
     windows = [w for ids in encoded if ids for w in _windows([first, *ids], context, stride)]
     # equal lengths side by side: little padding
     windows.sort(key=lambda window: len(window.ids), reverse=True)
-    nats = _nats(model, windows, rows or max(1, _BATCH_TOKENS // context), bf16, kv, tokens)
+    nats = _nats(model, windows, rows or max(1, _BATCH_TOKENS // context), bf16, kv, label)
     per_token = nats / tokens
     perplexity = math.exp(per_token) if per_token < 700 else math.inf
     return Score(nats / math.log(2) / size, perplexity, tokens, size)
@@ -174,12 +175,12 @@ def _windows(ids: Sequence[int], context: int, stride: int) -> Iterator[_Window]
 
 
 def _nats(
-    model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, kv: str, tokens: int
+    model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, kv: str, label: str
 ) -> float:
     """Negative log-likelihood of all scored tokens."""
-    total, done = 0.0, 0
+    total, done, tokens = 0.0, 0, sum(window.scored for window in windows)
     device = model.embed.weight.device
-    with Progress("eval", tokens) as progress:
+    with Progress(label, tokens) as progress:
         for begin in range(0, len(windows), rows):
             batch = windows[begin : begin + rows]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from linspec.compress.moments import input_moments
 from linspec.evaluate.drafters import find_companions, save_companion
 from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
 from linspec.kernels.linear import check_bits
+from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_tokenizer, resolve
 from linspec.models.quantized import save_quantized
+from linspec.places import Place
 from linspec.train.data import end_of_text, load_documents, tokenize
 
 
@@ -57,41 +60,53 @@ def quantize(
     field: str = "text",
     calibration_bytes: int = 200_000,
     limit_bytes: int = 100_000,
+    overwrite: bool = False,
 ) -> Quantized:
     """Write the model in `source` to `out` with weights of `bits` bits, its drafters too.
 
     data: text whose training part calibrates 4-bit weights (`calibration_bytes` of it; 0 leaves that
-    out) and whose held-out part measures the quality (`limit_bytes` of it). Raises ConfigError when
-    the model is quantised already or `bits` is neither 8 nor 4, and CheckpointError for bad files.
+    out) and whose held-out part measures the quality (`limit_bytes` of it). out: new or empty, or
+    what this function wrote before if `overwrite` says so (see `Place`). Raises ConfigError when the
+    model is quantised already, `out` may not be written or `bits` is neither 8 nor 4, and
+    CheckpointError for bad files.
     """
     check_bits(bits)
     folder = resolve(source)
-    model, tokenizer = load_plain(folder), load_tokenizer(folder)
-    check_tokenizer(tokenizer, model.config)
-    documents = held_out_documents(data, field)
-    before = evaluate(model, tokenizer, documents, limit_bytes=limit_bytes).bits_per_byte
-    stream = tokenize(
-        limited(documents, limit_bytes), tokenizer, end_of_text(tokenizer, model.config)
-    )
-    companions = find_companions(folder, model, stream)
-    size = sum(tensor.nbytes for tensor in model.parameters())
-    moments: Mapping[nn.Module, torch.Tensor] = {}
-    if bits == 4 and calibration_bytes:
-        text = load_documents(data, "train", field)
-        with input_moments(model) as moments:
-            evaluate(model, tokenizer, text, limit_bytes=calibration_bytes)
-    quantize_model(model, bits, moments)
-    after = evaluate(model, tokenizer, documents, limit_bytes=limit_bytes).bits_per_byte
-    tensors = model.state_dict().values()
-    facts = {
-        "bits_per_byte_before": before,
-        "bits_per_byte_after": after,
-        "increase": after / before - 1,
-        "megabytes_before": size / 1e6,
-        "megabytes_after": sum(tensor.nbytes for tensor in tensors) / 1e6,
-    }
-    with save_quantized(model, tokenizer, Path(out), bits, facts) as aside:
-        for companion in companions:
-            save_companion(companion, model, aside, bits, stream)
+    place = Place(Path(out), "quantize", inputs=(folder,), holders=data, overwrite=overwrite)
+    with place.held():
+        model, tokenizer = load_plain(folder), load_tokenizer(folder)
+        check_tokenizer(tokenizer, model.config)
+        documents = held_out_documents(data, field)
+        score = partial(evaluate, model, tokenizer, documents, limit_bytes=limit_bytes)
+        before = score(label="quality before").bits_per_byte
+        eos = end_of_text(tokenizer, model.config)
+        stream = tokenize(limited(documents, limit_bytes), tokenizer, eos)
+        companions = find_companions(folder, model, stream)
+        size = sum(tensor.nbytes for tensor in model.parameters())
+        moments: Mapping[nn.Module, torch.Tensor] = {}
+        if bits == 4 and calibration_bytes:
+            moments = _moments(
+                model, tokenizer, load_documents(data, "train", field), calibration_bytes
+            )
+        quantize_model(model, bits, moments)
+        after = score(label="quality after").bits_per_byte
+        facts = {
+            "bits_per_byte_before": before,
+            "bits_per_byte_after": after,
+            "increase": after / before - 1,
+            "megabytes_before": size / 1e6,
+            "megabytes_after": sum(t.nbytes for t in model.state_dict().values()) / 1e6,
+        }
+        with save_quantized(model, tokenizer, place, bits, facts) as aside:
+            for companion in companions:
+                save_companion(companion, model, aside, bits, stream)
     drafters = {companion.folder.name: companion.to_json() for companion in companions}
     return Quantized(bits=bits, **facts, drafters=drafters)
+
+
+def _moments(
+    model: Decoder, tokenizer: Any, documents: Sequence[str], limit_bytes: int
+) -> dict[nn.Module, torch.Tensor]:
+    with input_moments(model) as moments:
+        evaluate(model, tokenizer, documents, limit_bytes=limit_bytes, label="calibration")
+    return moments

@@ -12,6 +12,7 @@ generate(): `linspec.LLM` has the drafters that linear states allow.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.hf_cache import UNCROPPABLE, LinspecCache
 from linspec.models.hf_config import LinspecConfig
 from linspec.models.padding import from_left, to_left
+from linspec.places import Place
 from linspec.state import DecoderState
 from linspec.step import Feed
 
@@ -70,6 +72,23 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
                     "config.json and weights are of different models"
                 )
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but all at once; files of others in `save_directory` stay.
+
+        Raises ConfigError for a place that may not be written, such as the directory that the model
+        was loaded from, and CheckpointError where a file that linspec did not write is in the way.
+        """
+        if not kwargs.get("is_main_process", True):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        inputs = (self.name_or_path,) if self.name_or_path else ()
+        place = Place(
+            Path(save_directory), "save_pretrained", inputs=inputs, overwrite=True, beside=True
+        )
+        with place.held(), place.replaced() as aside:
+            return super().save_pretrained(aside, *args, **kwargs)
 
     # ---- embeddings
 

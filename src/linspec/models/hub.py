@@ -12,20 +12,17 @@ checkpoint is run.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.files import restored
 from linspec.models import families
 from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
@@ -37,7 +34,6 @@ from linspec.models.quantized import ENTRY, load_quantized
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
 from linspec.models.weights import (
-    INDEX,
     SHARD_BYTES,
     cast,
     read_json,
@@ -46,6 +42,7 @@ from linspec.models.weights import (
     weight_files,
     write_tensors,
 )
+from linspec.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +62,7 @@ def resolve(source: str | Path) -> Path:
                 "again, or give the path of a model directory"
             )
         return folder
-    folder = Path(source)
+    folder = restored(Path(source))
     if not folder.is_dir():
         raise CheckpointError(
             f"{source} is not a directory; give the path of a model directory or one of "
@@ -228,26 +225,33 @@ def with_tokenizer(
 def save_model(
     model: Model,
     tokenizer: PreTrainedTokenizerBase | None,
-    out: str | Path,
+    out: str | Path | Place,
     dtype: torch.dtype | None = None,
     extra_files: Mapping[str, str] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model directory and return its path.
 
     An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
     format. `dtype` converts the weights, None keeps them as they are. `extra_files` are texts to
-    lie beside the model. Other files in `out` stay. Until the last moment `out` is untouched: a
-    failure while writing, Ctrl-C included, leaves it as it was. Raises CheckpointError.
+    lie beside the model. `out` must be new or empty, or a model that this function saved before if
+    `overwrite` says so; a Place is one that the caller holds. Until the last moment `out` is
+    untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises ConfigError when
+    `out` may not be written, CheckpointError when the disk refuses.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
+    if not isinstance(out, Place):
+        place = Place(Path(out), "save_model", overwrite=overwrite)
+        with place.held():
+            return save_model(model, tokenizer, place, dtype, extra_files, shard_bytes=shard_bytes)
     family = families.family_of(model.config, own_tensors(model))
     tensors = {name: cast(tensor, dtype) for name, tensor in own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
-    with _aside(Path(out)) as aside:
+    with out.replaced() as aside:
         named = tensors if family is None else family.on_disk(tensors, model.config)
         write_tensors(named, aside, shard_bytes)
         if tokenizer is not None:
@@ -256,7 +260,7 @@ def save_model(
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
-    return Path(out)
+    return out.path
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
@@ -337,36 +341,3 @@ def _dtype_name(tensors: Tensors) -> str:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """An empty directory beside `out`; its files move into `out` when the block succeeds."""
-    target = out.resolve()
-    aside = target.with_name(f".{target.name}.writing-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        _publish(aside, target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"could not write {out}: {error}; free some space or choose another directory"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish(aside: Path, target: Path) -> None:
-    """Rename every file into `target`, config.json last: without it the directory is no model."""
-    if not target.exists():
-        aside.rename(target)
-        return
-    (target / "config.json").unlink(missing_ok=True)
-    for old in (target / INDEX, *target.glob("model*.safetensors")):
-        old.unlink(missing_ok=True)
-    for new in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        place = target / new.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        new.replace(place)

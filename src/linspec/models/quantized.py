@@ -20,12 +20,12 @@ import torch
 
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError
-from linspec.files import replace_dir
 from linspec.kernels.linear import BITS, Blank
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 from linspec.models.weights import SINGLE
+from linspec.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,20 +41,26 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def save_quantized(
     model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
-    out: Path,
+    out: Path | Place,
     bits: int,
     facts: Mapping[str, Any],
 ) -> Iterator[Path]:
     """Write a quantised model to `out`; inside the block more files can be laid beside it.
 
-    `facts` go into the configuration. All or nothing: `out` is replaced when the block ends. Raises
+    `facts` go into the configuration. `out` must be new or empty, or a Place that the caller holds.
+    All or nothing: it is there when the block ends. Raises ConfigError when `out` may not be written,
     CheckpointError when the disk refuses.
     """
+    if not isinstance(out, Place):
+        place = Place(out, "quantize")
+        with place.held(), save_quantized(model, tokenizer, place, bits, facts) as aside:
+            yield aside
+        return
     from linspec.models.hub import config_file
 
     entry = {**entry_of(bits), "identity": model.identity, **facts}
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
-    with replace_dir(out) as aside:
+    with out.replaced() as aside:
         write_aligned(dict(model.state_dict()), aside / SINGLE)
         tokenizer.save_pretrained(aside)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from linspec.files import cache_dir
+from linspec.errors import CheckpointError
+from linspec.files import cache_dir, replace_text
 from linspec.kernels.cpu.library import ABI
 from linspec.models.backbone import Generator
 from linspec.state import DecoderState
@@ -92,12 +94,9 @@ def load_or_measure(model: Generator) -> CostCurve:
     except (OSError, ValueError):
         pass
     curve = measure(model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(curve.seconds)))
-    except OSError:
-        # a read-only home only means measuring again next time
-        pass
+    # a read-only home only means measuring again next time
+    with contextlib.suppress(CheckpointError):
+        replace_text(path, json.dumps(dict(curve.seconds)))
     return curve
 
 

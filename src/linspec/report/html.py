@@ -15,6 +15,9 @@ from linspec.report.plots import render
 from linspec.report.style import STYLE
 from linspec.report.tree import render_round
 
+# how a page of linspec is told from others; the second stands in those of linspec 0.1
+SIGNS = ('<meta name="generator" content="linspec">', "<title>linspec")
+
 
 def write_report(report: Report, path: Path) -> Path:
     """Write the page as a whole; returns its path. Raises CheckpointError when the disk refuses."""
@@ -38,6 +41,7 @@ def render_html(report: Report) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{SIGNS[0]}\n"
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(report.title)}</title>\n<style>\n{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{_join(body)}\n</main>\n</body>\n</html>\n"

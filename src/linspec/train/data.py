@@ -18,14 +18,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from linspec.errors import InputError
-from linspec.files import cache_dir
+from linspec.errors import CheckpointError, InputError
+from linspec.files import cache_dir, replace_file
 from linspec.models.backbone import GeneratorConfig
+from linspec.progress import Progress
 
 Split = Literal["train", "heldout", "all"]
 
 # One file (or record) in this many is held out, chosen by the hash of its bytes.
 HELD_OUT_SHARE = 20
+# characters that are tokenized between two saves
+_SLICE = 16_000_000
 
 
 def is_held_out(content: bytes) -> bool:
@@ -187,25 +190,56 @@ def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarra
     if path.exists():
         stored: np.ndarray = np.load(path, mmap_mode="r")
         return stored
-    pieces = [
-        np.asarray([*encoded.ids, eos_id], dtype=np.int32)
-        for encoded in backend.encode_batch(documents, add_special_tokens=False)
-    ]
-    stream = np.concatenate(pieces)
+    stream = _encode(_slices(documents), backend, eos_id, path)
     _store(path, stream)
     return stream
 
 
+def _slices(documents: list[str]) -> list[list[str]]:
+    """The documents in order, cut into lists of about `_SLICE` characters."""
+    found: list[list[str]] = [[]]
+    size = 0
+    for text in documents:
+        if found[-1] and size + len(text) > _SLICE:
+            found.append([])
+            size = 0
+        found[-1].append(text)
+        size += len(text)
+    return found
+
+
+def _encode(slices: list[list[str]], backend: Any, eos_id: int, path: Path) -> np.ndarray:
+    """The tokens of all slices; finished ones are kept beside `path` until all are done."""
+    if len(slices) == 1:
+        return _encode_slice(slices[0], backend, eos_id)
+    found = []
+    kept = [path.with_name(f"{path.stem}-{i}.npy") for i in range(len(slices))]
+    with Progress("tokenize", len(slices)) as progress:
+        for done, (documents, part) in enumerate(zip(slices, kept, strict=True), 1):
+            if part.exists():
+                found.append(np.load(part))
+            else:
+                found.append(_encode_slice(documents, backend, eos_id))
+                _store(part, found[-1])
+            progress.update(done)
+    stream = np.concatenate(found)
+    for part in kept:
+        part.unlink(missing_ok=True)
+    return stream
+
+
+def _encode_slice(documents: list[str], backend: Any, eos_id: int) -> np.ndarray:
+    pieces = [
+        np.asarray([*encoded.ids, eos_id], dtype=np.int32)
+        for encoded in backend.encode_batch(documents, add_special_tokens=False)
+    ]
+    return np.concatenate(pieces)
+
+
 def _store(path: Path, stream: np.ndarray) -> None:
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(aside, stream)
-        aside.replace(path)
-    except OSError:
-        # the cache only saves time: a full or read-only disk must not stop the work
-        with contextlib.suppress(OSError):
-            aside.unlink()
+    # the cache only saves time: a full or read-only disk must not stop the work
+    with contextlib.suppress(CheckpointError), replace_file(path) as file:
+        np.save(file, stream)
 
 
 class Windows:

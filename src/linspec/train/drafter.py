@@ -21,7 +21,9 @@ from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
-from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer
+from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.places import Place
+from linspec.progress import Progress
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
@@ -93,12 +95,15 @@ def train_drafter(
     field: str = "text",
     config: DrafterConfig | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train and calibrate heads for the model directory `model`; returns where they are.
 
-    out: MODEL/medusa if None. Calibration measures, on text held out of `data`, how often each
-    head's rank-i guess is right. Killed at any moment, the same call with `resume` goes on; heads
-    that were in `out` before stay until the new ones are whole.
+    out: MODEL/medusa if None, where `--drafter medusa` looks; else a directory of its own, new or
+    empty, or what this function wrote before if `overwrite` says so (see `Place`). Calibration
+    measures, on text held out of `data`, how often each head's rank-i guess is right. Killed at any
+    moment, the same call with `resume` goes on; heads that were in `out` before stay until the new
+    ones are whole.
 
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
@@ -106,7 +111,8 @@ def train_drafter(
     config = config or DrafterConfig()
     if kind not in KINDS:
         raise ConfigError(f"cannot train a drafter of kind {kind!r}; known: {', '.join(KINDS)}")
-    out = _place(model, out, kind)
+    place = _place(model, out, kind, data, overwrite)
+    place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)
     check_tokenizer(tokenizer, target.config)
     plan = {
@@ -116,7 +122,7 @@ def train_drafter(
         "config": config.to_json(),
     }
     accelerator = make_accelerator()
-    with training_run(out, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:
+    with training_run(place, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             eos = end_of_text(tokenizer, target.config)
             train, heldout = (tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field))
@@ -131,16 +137,29 @@ def train_drafter(
                     "loss": round(mean_loss(log), 5),
                     "tokens": log[-1]["tokens"],
                 }
-                save_heads(heads, target, out, facts=facts)
-    return out
+                save_heads(heads, target, place, facts=facts)
+    return place.path
 
 
-def _place(model: str | Path, out: str | Path | None, kind: str) -> Path:
-    if out is not None:
-        return Path(out)
-    if str(model) in EMBEDDED:
-        raise ConfigError(f"{model} ships with linspec and cannot be written to; give --out")
-    return Path(model) / kind
+def _place(
+    model: str | Path,
+    out: str | Path | None,
+    kind: str,
+    data: Sequence[str | Path],
+    overwrite: bool,
+) -> Place:
+    folder = resolve(model)
+    if out is None:
+        if str(model) in EMBEDDED:
+            raise ConfigError(f"{model} ships with linspec and cannot be written to; give --out")
+        out = folder / kind
+    elif Path(out).resolve() == folder.resolve():
+        raise ConfigError(
+            f"{out} is the model itself, and heads lie in a directory of their own; leave out --out "
+            f"and they go to {folder / kind}, where `--drafter {kind}` looks for them"
+        )
+    holders = (folder, *data)
+    return Place(Path(out), "train-drafter", holders=holders, overwrite=overwrite)
 
 
 def _train(
@@ -217,15 +236,17 @@ def calibrate(
     device = target.embed.weight.device
     hits = torch.zeros(heads.config.heads, ranks, dtype=torch.long)
     seen = torch.zeros(heads.config.heads, 1, dtype=torch.long)
-    for start in range(0, length - context + 1, context):
-        ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
-        ids = ids[None].to(device)
-        hidden = target.hidden(ids)
-        chosen = target.head(hidden).argmax(-1)
-        features = heads.features(hidden)
-        for k in range(1, heads.config.heads + 1):
-            guesses = heads.logits(features[:, :-k, k - 1], k - 1).topk(ranks).indices
-            right = guesses == chosen[:, k:, None]
-            hits[k - 1] += right.sum((0, 1)).cpu()
-            seen[k - 1] += right.shape[1]
+    starts = range(0, length - context + 1, context)
+    with Progress("calibrate heads", len(starts)) as progress:
+        for done, start in enumerate(starts, 1):
+            ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
+            hidden = target.hidden(ids[None].to(device))
+            chosen = target.head(hidden).argmax(-1)
+            features = heads.features(hidden)
+            for k in range(1, heads.config.heads + 1):
+                guesses = heads.logits(features[:, :-k, k - 1], k - 1).topk(ranks).indices
+                right = guesses == chosen[:, k:, None]
+                hits[k - 1] += right.sum((0, 1)).cpu()
+                seen[k - 1] += right.shape[1]
+            progress.update(done)
     return [[round(rate, 5) for rate in row] for row in (hits / seen).tolist()]

@@ -23,10 +23,10 @@ from torch import nn
 from linspec.config import MixerConfig
 from linspec.errors import ConfigError, InputError
 from linspec.models.bert import Bert
-from linspec.models.hub import load_encoder, load_tokenizer, resolve, save_model
+from linspec.models.hub import load_encoder, load_tokenizer, save_model
 from linspec.train.compiled import LossFn
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, record_files
+from linspec.train.linearize import RECORD, output_place, record_files
 from linspec.train.linearize_config import FROM_NOTHING
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
@@ -121,15 +121,15 @@ def linearize_encoder(
     field: str = "text",
     config: EncoderTraining | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train the encoder `source` with other mixers into the model directory `out`; returns it.
 
     mixer: a registered name with the sizes of `make_mixer`, or a MixerConfig. The other arguments are
     those of `linearize`, and so are the errors.
     """
-    config, out = config or EncoderTraining(), Path(out)
-    if out.resolve() == resolve(source).resolve():
-        raise ConfigError(f"{out} is the source itself; choose another --out directory")
+    config, place = config or EncoderTraining(), output_place(out, source, data, overwrite)
+    place.check(resume=resume)
     teacher, tokenizer = load_encoder(source), load_tokenizer(source)
     mixers = student_mixers(teacher.config, make_mixer(mixer), keep_softmax)
     check_taps(mixers, config.context)
@@ -146,12 +146,12 @@ def linearize_encoder(
         "config": asdict(config),
     }
     accelerator = make_accelerator()
-    with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+    with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             logs = _train(teacher, student, texts, config, folder, resume=resume)
             size = sum(weight.numel() for weight in student.parameters())
-            save_model(student, tokenizer, out, extra_files=record_files(plan, logs, size))
-    return out
+            save_model(student, tokenizer, place, extra_files=record_files(plan, logs, size))
+    return place.path
 
 
 def _train(
@@ -205,6 +205,7 @@ def main(
     context: int = 256,
     seed: int = 0,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Linearize an encoder; see `linearize_encoder`."""
     config = EncoderTraining(
@@ -222,6 +223,7 @@ def main(
         field=field,
         config=config,
         resume=resume,
+        overwrite=overwrite,
     )
 
 

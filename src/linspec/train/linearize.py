@@ -29,6 +29,7 @@ from linspec.models.hub import (
     resolve,
     save_model,
 )
+from linspec.places import Place
 from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
@@ -37,6 +38,7 @@ from linspec.train.loop import TrainConfig, Trainer, log_lines, mean_loss
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
+from linspec.train.search import span_losses
 from linspec.train.student import (
     DEFAULT_GROUP,
     DEFAULT_ROWS,
@@ -74,6 +76,7 @@ def linearize(
     field: str = "text",
     config: LinearizeConfig | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
@@ -86,7 +89,8 @@ def linearize(
     do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
-    with `resume` goes on from the last saved state.
+    with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
+    before if `overwrite` says that it may be replaced (see `Place`).
 
     An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
     learns to predict the second half of a window of `context` tokens from the first.
@@ -105,9 +109,8 @@ def linearize(
         keep=keep,
         seed=mixer_seed,
     )
-    out = Path(out)
-    if out.resolve() == resolve(source).resolve():
-        raise ConfigError(f"{out} is the source itself; choose another --out directory")
+    place = output_place(out, source, data, overwrite)
+    place.check(resume=resume)
     teacher, tokenizer = load_generator(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
@@ -118,17 +121,27 @@ def linearize(
     config = task.checked(config or LinearizeConfig())
     plan = task.to_json(source, config)
     accelerator = make_accelerator()
-    with training_run(out, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+    with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            student = with_mixers(teacher, task.final_mixers(windows, folder))
+            student = with_mixers(
+                teacher, task.final_mixers(windows, folder, config.tokens, accelerator)
+            )
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
                 files = record_files(plan, logs, sum(p.numel() for p in student.parameters()))
                 kind = dtype or stored_dtype(source)
-                save_model(stages.student, tokenizer, out, kind, extra_files=files)
-    return out
+                save_model(stages.student, tokenizer, place, kind, extra_files=files)
+    return place.path
+
+
+def output_place(
+    out: str | Path, source: str | Path, data: Sequence[str | Path], overwrite: bool
+) -> Place:
+    """Where a linearization of `source` may write."""
+    inputs = (resolve(source),)
+    return Place(Path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -175,19 +188,33 @@ class _Task:
             "config": config.to_json(),
         }
 
-    def final_mixers(self, windows: Windows, folder: Path) -> tuple[MixerConfig, ...]:
-        """The mixers, after what the teacher's layers need where that is to be measured."""
-        changed = self.changed
-        if not changed or (self.rows is None and not self.softmax_layers):
+    def final_mixers(
+        self, windows: Windows, folder: Path, tokens: int, accelerator: Accelerator
+    ) -> tuple[MixerConfig, ...]:
+        """The mixers, after what the teacher's layers need where that is to be measured.
+
+        tokens: of the training that follows. One process measures, all read what it found.
+        """
+        changed, kept = self.changed, self.softmax_layers
+        if not changed or (self.rows is None and not kept):
             return self.mixers
-        return by_need(
+        losses = partial(
+            span_losses,
             self.teacher,
-            self.mixers,
+            self.mixers[changed[0]],
             changed,
             windows,
-            folder,
-            rows=self.rows,
-            softmax_layers=self.softmax_layers,
+            tokens,
+            folder / "reach.json",
+            groups=(self.rows or 0) // self.mixers[changed[0]].group,
+            needed=kept > 0,
+        )
+        if accelerator.is_main_process:
+            losses()
+        accelerator.wait_for_everyone()
+        reach = losses()
+        return by_need(
+            self.teacher, self.mixers, changed, reach, rows=self.rows, softmax_layers=kept
         )
 
 
@@ -199,6 +226,7 @@ def continue_training(
     field: str = "text",
     config: LinearizeConfig | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train `source` on with its own mixers, on cross-entropy alone, into `out`; returns it.
 
@@ -206,7 +234,14 @@ def continue_training(
     """
     layers = range(len(load_generator(source).config.mixers))
     return linearize(
-        source, out, keep_softmax=layers, data=data, field=field, config=config, resume=resume
+        source,
+        out,
+        keep_softmax=layers,
+        data=data,
+        field=field,
+        config=config,
+        resume=resume,
+        overwrite=overwrite,
     )
 
 

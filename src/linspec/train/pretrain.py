@@ -6,8 +6,10 @@ that ask for what stood up to 4,096 tokens above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,24 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
-from linspec.models.hub import load_config, load_model, load_tokenizer, save_model
+from linspec.models.hub import load_config, load_model, load_tokenizer, resolve, save_model
 from linspec.models.kinds import kind_of
+from linspec.places import Place
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
 from linspec.train.objective import Predictor, next_tokens
 from linspec.train.recall_texts import with_recall
-from linspec.train.run import locked, make_accelerator
+from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.tokenizer import train_tokenizer
+
+KIND, RECORD = "pretrain", "pretrain.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,35 +158,44 @@ def context_at(step: int, recipe: Recipe) -> int:
 
 
 def pretrain(
-    out: Path,
+    out: str | Path,
     *,
     recipe: str = "embedded",
     data: Sequence[str] = (),
     resume: bool = False,
     steps: int | None = None,
     compile: str = "auto",
+    overwrite: bool = False,
 ) -> Path:
     """Train `recipe` into the model directory `out`; returns it.
 
     `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
     `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
-    from the last saved state. compile: see TrainConfig. Raises ConfigError for an unknown recipe.
+    from the last saved state. out: new or empty, or what this function wrote before if `overwrite`
+    says so (see `Place`). compile: see TrainConfig. Raises ConfigError for an unknown recipe,
+    TrainingError when there is nothing to resume or the run was started with other settings.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
-    plan = RECIPES[recipe]()
-    plan = replace(plan, train=replace(plan.train, compile=compile))
+    wanted = RECIPES[recipe]()
     if steps is not None:
-        plan = replace(plan, train=replace(plan.train, steps=steps))
-    out, accelerator = Path(out), make_accelerator()
-    with locked(out, accelerator):
-        if data:
-            found = [files for source in data for files in known_sources(source, out).values()]
-            plan = replace(plan, sources=tuple(file for files in found for file in files))
-        documents, _ = train_and_heldout(plan.sources)
-        tokenizer = _tokenizer(documents, plan, out, resume, accelerator)
-        _train(plan, documents, tokenizer, out, torch.bfloat16, accelerator, resume)
-    return out
+        wanted = replace(wanted, train=replace(wanted.train, steps=steps))
+    base = (resolve(wanted.base),) if wanted.base else ()
+    place = Place(Path(out), KIND, inputs=base, holders=data, overwrite=overwrite)
+    place.check(resume=resume)
+    plan = {"recipe": asdict(wanted), "data": [str(each) for each in data]}
+    # a compiled run is the same run: it is not part of the plan
+    wanted = replace(wanted, train=replace(wanted.train, compile=compile))
+    accelerator = make_accelerator()
+    with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            if data:
+                wanted = replace(wanted, sources=_files(data, folder))
+            documents, _ = train_and_heldout(wanted.sources)
+            tokenizer = _tokenizer(documents, wanted, folder, accelerator)
+            run = _Run(wanted, plan, place, folder, accelerator, resume)
+            run.train(documents, tokenizer, torch.bfloat16)
+    return place.path
 
 
 def train_from_nothing(
@@ -196,51 +210,66 @@ def train_from_nothing(
 
     The same call goes on with what is there. dtype: of the saved weights.
     """
-    out, accelerator = Path(out), make_accelerator()
-    with locked(out, accelerator):
-        # the last file of a model to be written
-        if not (out / "config.json").exists():
-            _train(recipe, documents, tokenizer, out, dtype, accelerator, None)
-    return out
+    place, accelerator = Place(Path(out), KIND), make_accelerator()
+    # the last file of a model to be written; models of linspec 0.1 have no record
+    if (place.path / "config.json").exists() and not begun(place.path, RECORD):
+        return place.path
+    plan, resume = {"recipe": asdict(recipe)}, begun(place.path, RECORD)
+    with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            run = _Run(recipe, plan, place, folder, accelerator, resume)
+            run.train(documents, tokenizer, dtype)
+    return place.path
 
 
-def _train(
-    plan: Recipe,
-    documents: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    out: Path,
-    dtype: torch.dtype,
-    accelerator: Accelerator,
-    resume: bool | None,
-) -> None:
-    """Train a model of the recipe's shape and save it; resume None: if there is a state."""
-    model = _model(plan)
-    model.to(accelerator.device)
-    stream = tokenize(documents, tokenizer, end_of_text(tokenizer, plan.model))
-    windows = with_recall(
-        Windows(stream, plan.stages[-1][1], plan.train.seed, process=accelerator.process_index),
-        tokenizer,
-        plan.sources,
-        plan.recall_share,
-    )
+def _files(data: Sequence[str], folder: Path) -> tuple[str, ...]:
+    found = [files for source in data for files in known_sources(source, folder).values()]
+    return tuple(file for files in found for file in files)
 
-    def batch(step: int) -> torch.Tensor:
-        context = context_at(step, plan)
-        return windows.batch(step, plan.tokens_per_step // context, context)
 
-    trainer = Trainer(
-        model,
-        lambda ids: next_token_loss(model, ids),
-        batch,
-        plan.train,
-        out / "training",
-        label="pretrain",
-        accelerator=accelerator,
-    )
-    log = trainer.run(resume=trainer.has_state if resume is None else resume)
-    if accelerator.is_main_process:
-        save_model(model, tokenizer, out, dtype, extra_files={"log.jsonl": log_lines(log)})
-    accelerator.wait_for_everyone()
+@dataclass(frozen=True)
+class _Run:
+    """One pretraining in `place`, with its state in `folder`."""
+
+    recipe: Recipe
+    plan: Mapping[str, Any]
+    place: Place
+    folder: Path
+    accelerator: Accelerator
+    resume: bool
+
+    def train(
+        self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+    ) -> None:
+        """Train a model of the recipe's shape and save it."""
+        recipe = self.recipe
+        model = _model(recipe).to(self.accelerator.device)
+        stream = tokenize(documents, tokenizer, end_of_text(tokenizer, recipe.model))
+        context, process = recipe.stages[-1][1], self.accelerator.process_index
+        windows = with_recall(
+            Windows(stream, context, recipe.train.seed, process=process),
+            tokenizer,
+            recipe.sources,
+            recipe.recall_share,
+        )
+        trainer = Trainer(
+            model,
+            partial(next_token_loss, model),
+            partial(self._batch, windows),
+            recipe.train,
+            self.folder / "pretrain",
+            label="pretrain",
+            accelerator=self.accelerator,
+        )
+        log = trainer.run(resume=self.resume and trainer.has_state)
+        if self.accelerator.is_main_process:
+            record = json.dumps({"plan": self.plan, "tokens": log[-1]["tokens"]}, indent=2) + "\n"
+            files = {RECORD: record, "log.jsonl": log_lines(log)}
+            save_model(model, tokenizer, self.place, dtype, extra_files=files)
+
+    def _batch(self, windows: Windows, step: int) -> torch.Tensor:
+        context = context_at(step, self.recipe)
+        return windows.batch(step, self.recipe.tokens_per_step // context, context)
 
 
 def _model(plan: Recipe) -> Predictor:
@@ -255,17 +284,16 @@ def _model(plan: Recipe) -> Predictor:
 
 
 def _tokenizer(
-    documents: list[str], plan: Recipe, out: Path, resume: bool, accelerator: Accelerator
+    documents: list[str], recipe: Recipe, folder: Path, accelerator: Accelerator
 ) -> PreTrainedTokenizerBase:
     """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
-    if plan.base:
-        return load_tokenizer(plan.base)
-    folder = out / "training-tokenizer"
-    if resume and folder.exists():
-        kept: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-        return kept
-    tokenizer = train_tokenizer(documents, plan.model.vocab_size)
+    if recipe.base:
+        return load_tokenizer(recipe.base)
+    kept = folder / "tokenizer"
+    if kept.exists():
+        return load_tokenizer(kept)
+    tokenizer = train_tokenizer(documents, recipe.model.vocab_size)
     if accelerator.is_main_process:
-        with replace_dir(folder) as aside:
+        with replace_dir(kept) as aside:
             tokenizer.save_pretrained(aside)
     return tokenizer

@@ -6,7 +6,7 @@ of rows that every layer gets alike is wasted on most of them, so it goes where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -55,24 +55,41 @@ class Reach:
         return sorted(self.losses, key=lambda layer: -self.losses[layer][near])[:count]
 
 
-def measure_reach(
-    teacher: Predictor, mixer: MixerConfig, layers: Sequence[int], batch: torch.Tensor
-) -> Reach:
-    """Swap `mixer` into one of `layers` at a time, at spans of 1, 2, 4, … groups.
+def tried_spans(context: int, group: int) -> tuple[int, ...]:
+    """1, 2, 4, … groups, as far as texts of `context` tokens show."""
+    most = -(-context // group)
+    return tuple(1 << i for i in range(most.bit_length()) if 1 << i <= most)
 
-    batch [B, T + 1]: text to measure on; longer spans than it is are not tried.
+
+def measure_reach(
+    teacher: Predictor,
+    mixer: MixerConfig,
+    layers: Sequence[int],
+    batch: torch.Tensor,
+    *,
+    spans: Sequence[int] = (),
+    known: Mapping[int, Sequence[float]] | None = None,
+    keep: Callable[[Mapping[int, list[float]]], None] = lambda losses: None,
+) -> Reach:
+    """Swap `mixer` into one of `layers` at a time, at `spans` (all that the text shows if empty).
+
+    batch [B, T + 1]: text to measure on. known: losses that were measured before, a layer's may be
+    the first few; keep: is given all losses after every new one.
     """
-    most = -(-(batch.shape[1] - 1) // mixer.group)
-    reach = Reach([1 << i for i in range(most.bit_length()) if 1 << i <= most], {})
-    with torch.no_grad(), _precision(batch.device), Progress("reach", len(layers)) as progress:
-        loss = _loss_of(teacher, batch)
-        for done, layer in enumerate(layers, 1):
-            found = []
-            for span in reach.spans:
+    reach = Reach(list(spans or tried_spans(batch.shape[1] - 1, mixer.group)), {})
+    found = {layer: list((known or {}).get(layer, ())) for layer in layers}
+    done, total = sum(map(len, found.values())), len(layers) * len(reach.spans)
+    with torch.no_grad(), _precision(batch.device), Progress("reach", total, done) as progress:
+        loss = _loss_of(teacher, batch) if done < total else None
+        for layer, losses in found.items():
+            for span in reach.spans[len(losses) :]:
+                assert loss is not None
                 with _swapped(teacher, layer, replace(mixer, span=span)):
-                    found.append(loss(layer))
-            reach.losses[layer] = found
-            progress.update(done, f"layer {layer}: {found[0]:.3f} to {found[-1]:.3f} nats")
+                    losses.append(loss(layer))
+                done += 1
+                keep(found)
+                progress.update(done, f"layer {layer}: {losses[0]:.3f} to {losses[-1]:.3f} nats")
+    reach.losses.update(found)
     return reach
 
 

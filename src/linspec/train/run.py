@@ -17,7 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from linspec.errors import TrainingError
-from linspec.files import exclusive, replace_text
+from linspec.files import replace_dir, replace_text, restored
+from linspec.places import TRAINING, Place, mark_folder
 
 Plan = Mapping[str, Any]
 # in the folder of a run under way
@@ -30,33 +31,29 @@ def make_accelerator() -> Accelerator:
 
 
 @contextlib.contextmanager
-def locked(out: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold `out` for this run; raises CheckpointError if another run holds it."""
-    with exclusive(out) if accelerator.is_main_process else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
 def training_run(
-    out: Path, plan: Plan, record: str, *, resume: bool, accelerator: Accelerator
+    place: Place, plan: Plan, record: str, *, resume: bool, accelerator: Accelerator
 ) -> Iterator[Path | None]:
     """Yield the folder for the stages' states, or None when the run asked for is already done.
 
-    record: name of the JSON file in `out` that a finished run leaves, with its plan under "plan".
-    Raises TrainingError when there is nothing to resume or what is there was asked for differently.
+    record: name of the JSON file in the place that a finished run leaves, with its plan under "plan".
+    Raises ConfigError when the place may not be written (see `Place`), TrainingError when there is
+    nothing to resume or what is there was asked for differently.
     """
     plan = json.loads(json.dumps(plan))
-    folder = out / "training"
-    if resume and not out.is_dir():
+    out, folder = place.path, place.path / TRAINING
+    if resume and not restored(out).is_dir():
         raise TrainingError(f"nothing to resume in {out}; run without --resume first")
-    with locked(out, accelerator):
+    main = accelerator.is_main_process
+    with place.held(resume=resume) if main else contextlib.nullcontext():
         if resume and _is_done(out, plan, folder, record):
             yield None
             return
         if accelerator.is_main_process and not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            replace_text(folder / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+            # at once: a folder without its plan could neither be resumed nor told from one of others
+            with replace_dir(folder) as aside:
+                mark_folder(aside, place.kind)
+                replace_text(aside / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
         accelerator.wait_for_everyone()
         yield folder
         accelerator.wait_for_everyone()
@@ -66,7 +63,7 @@ def training_run(
 
 def begun(out: Path, record: str) -> bool:
     """Whether `out` holds a run that can be resumed: one under way, or a finished one."""
-    return (out / "training" / PLAN_FILE).exists() or (out / record).exists()
+    return (out / TRAINING / PLAN_FILE).exists() or (out / record).exists()
 
 
 def _is_done(out: Path, plan: Plan, folder: Path, record: str) -> bool:

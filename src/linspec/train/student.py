@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from linspec.config import MixerConfig, Seq2SeqConfig, StackConfig
 from linspec.errors import ConfigError
-from linspec.files import replace_text
 from linspec.mixers import MIXERS
-from linspec.models.decoder import Decoder
-from linspec.train.data import Windows
 from linspec.train.objective import Predictor
-from linspec.train.reach import Reach, measure_reach
+from linspec.train.reach import Reach
 
 DEFAULT_GROUP = 64
 DEFAULT_ROWS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# the layers are measured on the tokens of so many windows ...
-REACH_WINDOWS = 8
-# ... in texts of so many times the training context, where the teacher has the positions
-REACH_BEYOND = 4
 # mixers that by default keep the teacher's softmax weights within reach ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
@@ -132,37 +123,24 @@ def by_need(
     teacher: Predictor,
     mixers: tuple[MixerConfig, ...],
     layers: Sequence[int],
-    windows: Windows,
-    folder: Path,
+    reach: Reach | None,
     *,
     rows: int | None,
     softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
-    """`mixers` with what the teacher's `layers` need; measured once for a run that is resumed.
+    """`mixers` with what the teacher's `layers` need, as `reach` says; the same for all without one.
 
-    Texts to measure on are longer than the windows of training where the teacher can read them: what
-    a layer needs from far above shows nowhere else. softmax_layers: so many stay as they are. rows:
-    see `linearize`; None leaves the spans.
+    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
     """
-    file = folder / "reach.json"
-    if not file.exists():
-        # a T5 has no positions of its own: nobody says that it can read more than it trained on
-        most = teacher.config.max_positions if isinstance(teacher, Decoder) else windows.context
-        context = min(REACH_BEYOND * windows.context, most)
-        count = REACH_WINDOWS * windows.context // context
-        batch = windows.batch(0, count, context).to(teacher.embed.weight.device)
-        measured = measure_reach(teacher, mixers[layers[0]], layers, batch)
-        replace_text(file, json.dumps([measured.spans, list(measured.losses.values())]))
-    spans, losses = json.loads(file.read_text(encoding="utf-8"))
-    reach = Reach(spans, dict(zip(layers, losses, strict=True)))
+    group = mixers[layers[0]].group
+    reach = reach or Reach([max(1, (rows or 0) // group)], {layer: [0.0] for layer in layers})
     kept = reach.neediest(softmax_layers)
     found = list(mixers)
     for layer in kept:
         found[layer] = teacher.config.mixers[layer]
     rest = reach.without(kept)
     if rows is not None:
-        groups = len(rest.losses) * rows // mixers[layers[0]].group
-        for layer, span in rest.spans_by_need(groups).items():
+        for layer, span in rest.spans_by_need(len(rest.losses) * rows // group).items():
             found[layer] = replace(found[layer], span=span)
     return tuple(found)
 

@@ -1,0 +1,141 @@
+"""A search for spans costs a share of its run, keeps its progress, and says what it does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from linspec.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.train import reach as reach_module
+from linspec.train.data import Windows
+from linspec.train.reach import Reach
+from linspec.train.search import PASSES, SHARE, Costs, choose, span_losses
+from linspec.train.student import by_need, make_mixer
+
+
+def shape(layers: int, width: int, positions: int) -> Decoder:
+    """A decoder without memory for its weights."""
+    with torch.device("meta"):
+        return Decoder(
+            DecoderConfig(
+                vocab_size=49_152,
+                width=width,
+                layers=layers,
+                heads=width // 64,
+                kv_heads=width // 64,
+                head_width=64,
+                mlp_width=3 * width,
+                max_positions=positions,
+            )
+        )
+
+
+@given(
+    layers=st.integers(1, 40),
+    width=st.sampled_from([64, 576, 2048]),
+    positions=st.sampled_from([1024, 8192, 131_072]),
+    trained=st.sampled_from([64, 512, 1024]),
+    tokens=st.integers(1, 10**8),
+    groups=st.integers(1, 16),
+)
+def test_a_search_took_many_times_as_long_as_its_run(
+    layers: int, width: int, positions: int, trained: int, tokens: int, groups: int
+) -> None:
+    costs = Costs(shape(layers, width, positions), make_mixer("aug"), range(layers))
+    search, least = choose(costs, trained, tokens, longest=positions, groups=groups)
+    run = PASSES * costs.forward(tokens, trained)
+    if search is None:
+        assert least.cost > SHARE * run
+        return
+    assert search.cost <= SHARE * run
+    assert search.spans[-1] > groups or search.spans[-1] * 64 >= min(4 * trained, positions)
+
+
+def test_a_135m_model_was_searched_for_47_minutes_before_three_minutes_of_training() -> None:
+    costs = Costs(shape(30, 576, 8192), make_mixer("aug"), range(30))
+    assert choose(costs, 1024, 30_000, longest=8192, groups=6)[0] is None
+    found, _ = choose(costs, 1024, 2_200_000, longest=8192, groups=6)
+    assert found is not None and found.spans == (1, 2, 4, 8, 16, 32, 64)
+
+
+@pytest.fixture
+def windows() -> Windows:
+    return Windows(np.random.default_rng(0).integers(1, 290, 4000), 64, 0)
+
+
+def search(teacher: Decoder, windows: Windows, file: Path, **options: Any) -> Reach | None:
+    settings: dict[str, Any] = {"groups": 1, "needed": False} | options
+    tokens = settings.pop("tokens", 10**6)
+    mixer = make_mixer("aug", group=8, taps=4)
+    return span_losses(teacher, mixer, (0, 1), windows, tokens, file, **settings)
+
+
+def test_a_search_that_was_interrupted_began_again(
+    tiny_teacher: Callable[..., Decoder],
+    windows: Windows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    teacher = tiny_teacher().requires_grad_(False)
+    whole = search(teacher, windows, tmp_path / "whole.json")
+    measured, swap = [], reach_module._swapped
+
+    def killed(teacher: Any, layer: int, mixer: Any) -> Any:
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        measured.append((layer, mixer.span))
+        return swap(teacher, layer, mixer)
+
+    monkeypatch.setattr(reach_module, "_swapped", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(teacher, windows, tmp_path / "cut.json")
+    again: list[tuple[int, int]] = []
+
+    def watched(teacher: Any, layer: int, mixer: Any) -> Any:
+        again.append((layer, mixer.span))
+        return swap(teacher, layer, mixer)
+
+    monkeypatch.setattr(reach_module, "_swapped", watched)
+    found = search(teacher, windows, tmp_path / "cut.json")
+    assert whole is not None and found == whole
+    assert not set(again) & set(measured)
+    assert len(again) + len(measured) == sum(map(len, whole.losses.values()))
+    monkeypatch.setattr(reach_module, "_swapped", None)
+    assert search(teacher, windows, tmp_path / "cut.json") == whole
+
+
+def test_a_run_too_short_for_a_search_spreads_evenly_and_says_so(
+    tiny_teacher: Callable[..., Decoder],
+    windows: Windows,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    teacher = tiny_teacher()
+    with caplog.at_level(logging.WARNING):
+        assert search(teacher, windows, tmp_path / "reach.json", tokens=1) is None
+    assert "spans are not searched" in caplog.text and "--tokens" in caplog.text
+    mixers = (make_mixer("aug", group=8),) * 2
+    found = by_need(teacher, mixers, (0, 1), None, rows=24, softmax_layers=0)
+    assert [mixer.span for mixer in found] == [3, 3]
+    # what is needed is measured all the same, and its price is told
+    with caplog.at_level(logging.WARNING):
+        assert search(teacher, windows, tmp_path / "need.json", tokens=1, needed=True)
+    assert "% of the run; --span" in caplog.text
+
+
+def test_a_search_of_linspec_0_1_goes_on(
+    tiny_teacher: Callable[..., Decoder], windows: Windows, tmp_path: Path
+) -> None:
+    (tmp_path / "reach.json").write_text(json.dumps([[1, 2], [[2.0, 1.0], [3.0, 1.0]]]))
+    found = search(tiny_teacher(), windows, tmp_path / "reach.json")
+    assert found == Reach([1, 2], {0: [2.0, 1.0], 1: [3.0, 1.0]})
