@@ -15,6 +15,7 @@ from linspec.errors import ConfigError
 from linspec.files import replace_text
 from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
+from linspec.models.origin import share_origin
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach, measure_reach
@@ -119,6 +120,7 @@ def with_mixers(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     """A student with the teacher's weights; what only its mixers have starts at its own init."""
     student = _make_student(teacher, mixers)
     student.load_state_dict(teacher.state_dict(), strict=False)
+    share_origin(teacher, student)
     return student
 
 
