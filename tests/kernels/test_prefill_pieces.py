@@ -9,6 +9,8 @@ difference is that of any change of 1e-7, and the test compares it with one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -16,6 +18,9 @@ from linspec.compress.load import load_for
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_tokenizer
+from linspec.row import Row
+from linspec.sampling import Sampler, SamplingParams
+from linspec.scheduler import Scheduler
 from linspec.step import Feed
 
 TOKENS = 480
@@ -41,6 +46,28 @@ def ids() -> list[int]:
         found: list[int] = load_tokenizer("embedded-aug")(file.read() * 2)["input_ids"]
     assert len(found) >= TOKENS
     return found[:TOKENS]
+
+
+@pytest.mark.parametrize("budget", [512, 100, 64, 33])
+def test_pieces_of_a_prompt_begin_at_multiples_of_64_beside_other_prompts(budget: int) -> None:
+    scheduler, lengths = Scheduler(4, budget), (40, 700, 33, 130)
+
+    def place(length: int) -> Callable[[int], Row]:
+        sampler = Sampler(SamplingParams(), [1], 10)
+        return lambda slot: Row(slot, slot, sampler, [1] * length, length)
+
+    for length in lengths:
+        scheduler.submit(place(length))
+    begins = []
+    while any(row.prefilling for row in scheduler.running) or not scheduler.running:
+        batch = scheduler.next_batch()
+        assert sum(count for _, count in batch.prefilling) <= budget
+        assert batch.prefilling
+        for row, count in batch.prefilling:
+            begins.append(row.prefilled)
+            row.prefilled += count
+    assert [row.prefilled for row in scheduler.running] == list(lengths)
+    assert all(begin % min(64, budget) == 0 for begin in begins)
 
 
 @pytest.mark.slow
