@@ -22,7 +22,7 @@ from helpers import (
 
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.row_state import STAGE_ROWS, RowSpec, RowState
+from linspec.row_state import STAGE_ROWS, RowSpec, RowState, add_products
 from linspec.state import DecoderState
 from linspec.step import Feed
 from linspec.tree import from_paths
@@ -306,7 +306,7 @@ def test_sums_are_kept_in_float32_or_wider(dtype: torch.dtype, sums: torch.dtype
 def test_sums_over_many_groups_are_far_better_than_bf16_running_sums() -> None:
     generator = torch.Generator().manual_seed(0)
     spec = RowSpec(kv_heads=1, key_width=4, value_width=4, group=GROUP, sum_width=4)
-    state = RowState(spec, 1, 1, dtype=torch.bfloat16)
+    state = RowState(spec, [add_products], 1, dtype=torch.bfloat16)
     exact = torch.zeros(4, 4, dtype=torch.float64)
     running = torch.zeros(4, 4, dtype=torch.bfloat16)
     for _ in range(1000):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,6 +132,7 @@ class _Request:
             self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
         if finished and not self.text.stopped:
             self.text.finish()
+            finished = "stop" if self.text.stopped else finished
         piece = self.text.release(last=finished is not None)
         done = self._result(emitted.row, finished, emitted.error) if finished else None
         return Piece(self.index, piece, tuple(self.tokens[before:]), done)
@@ -218,9 +220,22 @@ class LLM:
             except UnicodeEncodeError as error:
                 raise InputError(f"the prompt is not valid text: {error.reason}") from error
             ids = self.tokenizer(prompt)["input_ids"]
+            start = self._start
+            # a rendered chat template begins with the token that the tokenizer adds
+            if start and ids[: 2 * len(start)] == start * 2:
+                ids = ids[len(start) :]
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         return ids
+
+    @cached_property
+    def _start(self) -> list[int]:
+        """The tokens that the tokenizer puts in front of every text."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        places = range(len(whole) - len(bare) + 1)
+        begin = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+        return list(whole[:begin])
 
     def generate(
         self,

@@ -95,26 +95,28 @@ class Snapshot:
 
 
 class RowState:
-    """Committed and staged rows of `layers` layers and `slots` sequences."""
+    """Committed and staged rows of `slots` sequences, in one layer for each of `folds`.
+
+    folds[i]: what the mixer of layer i makes of its sums when rows close. There is no default: sums
+    that are folded by another mixer's rule are wrong without a sign of it.
+    """
 
     @torch.inference_mode()
     def __init__(
         self,
         spec: RowSpec,
-        layers: int,
+        folds: Sequence[Fold],
         slots: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         layouts: Layouts | None = None,
-        folds: Sequence[Fold] | None = None,
     ) -> None:
-        self.spec, self.layers = spec, layers
-        self.folds = folds or [add_products] * layers
+        self.spec, self.layers, self.folds = spec, len(folds), list(folds)
         rows = self._resting_rows() + STAGE_ROWS
         self.dtype = dtype
         kept = torch.int8 if spec.coded else dtype
-        shape = (layers, slots, spec.kv_heads)
+        shape = (self.layers, slots, spec.kv_heads)
         key_width, value_width = spec.row_widths()
         self.keys = zeros((*shape, rows, key_width), kept, device)
         self.values = zeros((*shape, spec.lead + rows, value_width), kept, device)
@@ -122,7 +124,7 @@ class RowState:
         wide = torch.promote_types(dtype, torch.float32)
         sums = (spec.kv_heads, spec.sum_width, spec.sum_columns or spec.value_width)
         summed = slots if spec.sum_width else 0
-        self.sums = torch.zeros(layers, summed, *sums, dtype=wide, device=device)
+        self.sums = torch.zeros(self.layers, summed, *sums, dtype=wide, device=device)
         self.lengths = [0] * slots
         self.origins = [0] * slots
         self.parents: list[list[int]] = [[] for _ in range(slots)]

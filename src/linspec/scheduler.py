@@ -22,6 +22,12 @@ class Batch:
     prefilling: list[tuple[Row, int]]
 
 
+# Pieces of a prompt end at multiples of it. Grouped mixers add up the rows of a piece in another order
+# when it begins elsewhere, and quantised layers make a visible difference of that: a prompt would
+# read otherwise beside other requests.
+PIECE = 64
+
+
 class Scheduler:
     """First come, first served, in `slots` places.
 
@@ -60,8 +66,11 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """Share out the step among those that run."""
         left, prefilling = self.prefill_tokens, []
+        unit = min(PIECE, self.prefill_tokens)
         for row in self.running:
-            count = min(row.prompt_length - row.prefilled, left)
+            count = row.prompt_length - row.prefilled
+            if count > left:
+                count = left - left % unit
             if row.prefilling and count:
                 prefilling.append((row, count))
                 left -= count

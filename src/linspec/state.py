@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 
 from linspec.errors import StateError
-from linspec.row_state import Fold, Layouts, RowSpec, RowState, Snapshot, add_products
+from linspec.row_state import Fold, Layouts, RowSpec, RowState, Snapshot
 
 
 class DecoderState:
-    """What a whole decoder remembers of up to `slots` sequences: one RowState per kind of layer."""
+    """What a whole decoder remembers of up to `slots` sequences: one RowState per kind of layer.
+
+    specs and folds: one for each layer, as its mixer gives them.
+    """
 
     def __init__(
         self,
         specs: Sequence[RowSpec],
+        folds: Sequence[Fold],
         slots: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        folds: Sequence[Fold] | None = None,
     ) -> None:
-        folds = folds or [add_products] * len(specs)
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         kinds = list(dict.fromkeys(specs))
         # a layout depends on the offset in a buffer and on the tree, not on what the rows hold
         layouts: Layouts = OrderedDict()
         self.parts = [
             RowState(
                 kind,
-                specs.count(kind),
+                [fold for fold, spec in zip(folds, specs, strict=True) if spec == kind],
                 slots,
-                dtype=dtype,
-                device=device,
                 layouts=layouts,
-                folds=[fold for fold, spec in zip(folds, specs, strict=True) if spec == kind],
+                **self._options,
             )
             for kind in kinds
         ]
@@ -47,6 +49,15 @@ class DecoderState:
             self.layers.append((self.parts[part], seen[part]))
             seen[part] += 1
         self.slots = slots
+
+    def empty(self, slots: int) -> Self:
+        """An empty state of the same model for `slots` sequences."""
+        specs = [part.spec for part, _ in self.layers]
+        folds = [part.folds[index] for part, index in self.layers]
+        return self._make(specs, folds, slots)
+
+    def _make(self, specs: Sequence[RowSpec], folds: Sequence[Fold], slots: int) -> Self:
+        return type(self)(specs, folds, slots, **self._options)
 
     def length(self, slot: int) -> int:
         """Committed tokens of `slot`."""

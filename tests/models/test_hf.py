@@ -215,6 +215,76 @@ def test_cache_rows_can_be_picked(saved: Saved) -> None:
     assert repr(cache) == "LinspecCache(rows=-1, columns=0)"
 
 
+# ---- hidden states
+
+
+def layer_by_layer(decoder: Decoder, ids: torch.Tensor) -> list[torch.Tensor]:
+    x, rope = decoder.enter(ids, torch.arange(ids.shape[1]))
+    states = [x]
+    for block in decoder.layers:
+        states.append(block(states[-1], rope))
+    return [*states[:-1], decoder.leave(states[-1])]
+
+
+@pytest.mark.parametrize("mixers", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_hidden_states_are_given(saved: Saved, mixers: tuple[str, ...], cached: bool) -> None:
+    decoder, model = saved(*mixers)
+    batch = left_padded([random_tokens(63), random_tokens(40, seed=1)])
+    out = model(**batch, use_cache=cached, output_hidden_states=True)
+    assert len(out.hidden_states) == len(mixers) + 1
+    for row, mask, at in zip(batch["input_ids"], batch["attention_mask"], range(2), strict=True):
+        for state, expected in zip(
+            out.hidden_states, layer_by_layer(decoder, row[None, mask.bool()]), strict=True
+        ):
+            torch.testing.assert_close(state[at, mask.bool()], expected[0], rtol=0, atol=1e-10)
+    again = model(**batch, use_cache=cached)
+    assert again.hidden_states is None
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[real], again.logits[real], rtol=0, atol=1e-10)
+    last = model(**batch, use_cache=cached, output_hidden_states=True, logits_to_keep=1)
+    assert last.logits.shape[1] == 1
+    assert last.hidden_states[-1].shape[1] == 63
+
+
+def test_hidden_states_and_tuples_asked_for_by_the_configuration_are_given(saved: Saved) -> None:
+    _, model = saved("aug", "softmax")
+    ids = torch.tensor([random_tokens(9)])
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 3
+    assert len(model(ids, use_cache=True).hidden_states) == 3
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    logits, states = model(ids)
+    assert len(states) == 3
+    assert logits.shape == (1, 9, VOCAB)
+    assert model(ids, return_dict=True).logits.shape == (1, 9, VOCAB)
+
+
+def test_generate_returns_hidden_states(saved: Saved) -> None:
+    decoder, model = saved("aug", "softmax")
+    out = model.generate(
+        torch.tensor([random_tokens(9)]),
+        max_new_tokens=4,
+        min_new_tokens=4,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    found = [torch.cat([step[layer] for step in out.hidden_states], dim=1) for layer in range(3)]
+    for state, expected in zip(found, layer_by_layer(decoder, out.sequences[:, :-1]), strict=True):
+        torch.testing.assert_close(state, expected, rtol=0, atol=1e-10)
+
+
+def test_a_prepared_decoder_has_no_hidden_states_to_give(saved: Saved) -> None:
+    _, model = saved("aug", "softmax")
+    model = model.float()
+    model.decoder.prepare()
+    if model.decoder.native is None:
+        pytest.skip("no C library")
+    with pytest.raises(ConfigError, match="was prepared"):
+        model(torch.tensor([random_tokens(9)]), use_cache=True, output_hidden_states=True)
+
+
 # ---- training
 
 
@@ -387,10 +457,12 @@ def test_prompts_that_cannot_be_continued_are_refused(saved: Saved) -> None:
 def test_what_would_be_ignored_is_refused(saved: Saved) -> None:
     _, model = saved("aug")
     ids = torch.tensor([random_tokens(4)])
-    with pytest.raises(ConfigError, match="no attentions"):
+    with pytest.raises(ConfigError, match="no attention weights"):
         model(ids, output_attentions=True)
-    with pytest.raises(ConfigError, match="no hidden_states"):
-        model(ids, output_hidden_states=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "_output_attentions", True)
+        with pytest.raises(ConfigError, match="no attention weights"):
+            model(ids)
     with pytest.raises(ConfigError, match="not inputs_embeds"):
         model(None, inputs_embeds=torch.zeros(1, 2, 16))
     with pytest.raises(ConfigError, match="differentiable form"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
-from linspec.row_state import Fold, RowSpec, RowState, Snapshot
+from linspec.row_state import Fold, RowSpec, RowState, Snapshot, add_products
 from linspec.state import DecoderState
 from linspec.step import Segment
 
@@ -133,15 +133,17 @@ class SourceState(DecoderState):
     def __init__(
         self,
         specs: Sequence[RowSpec],
+        folds: Sequence[Fold],
         slots: int,
         source: RowSpec,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        folds: Sequence[Fold],
+        **options: Any,
     ) -> None:
-        super().__init__(specs, slots, dtype=dtype, device=device, folds=folds)
-        self.source = RowState(source, len(specs), slots, dtype=dtype, device=device)
+        super().__init__(specs, folds, slots, **options)
+        # a source has no groups that could close
+        self.source = RowState(source, [add_products] * len(specs), slots, **options)
+
+    def _make(self, specs: Sequence[RowSpec], folds: Sequence[Fold], slots: int) -> Self:
+        return type(self)(specs, folds, slots, self.source.spec, **self._options)
 
     def read(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Make keys and values [L, H, S, K] the source of `slot`, ahead of its first token."""
@@ -201,11 +203,11 @@ class CrossDecoder(Decoder):
         mixers = [block.mixer for block in self.layers]
         return SourceState(
             row_specs(mixers, kv),
+            [mixer.fold for mixer in mixers],
             slots,
             source,
             dtype=weight.dtype,
             device=weight.device,
-            folds=[mixer.fold for mixer in mixers],
         )
 
     def run(

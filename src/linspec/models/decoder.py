@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +23,8 @@ from linspec.rope import Rotary
 from linspec.row_state import STAGE_ROWS
 from linspec.state import DecoderState
 from linspec.step import Feed, Segment, depths, segments_of
+
+Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,14 @@ class Decoder(nn.Module):
         """The blocks, first to last."""
         return cast("list[Block]", list(self.blocks))
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1."""
+    def hidden(self, ids: torch.Tensor, through: Through = Block.__call__) -> torch.Tensor:
+        """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1.
+
+        through: runs one block on its input; a caller can look at it, or recompute it later.
+        """
         x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
         for block in self.layers:
-            x = block(x, rope)
+            x = through(block, x, rope)
         return self.leave(x)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,10 +158,10 @@ class Decoder(nn.Module):
         mixers = [block.mixer for block in self.layers]
         return DecoderState(
             row_specs(mixers, kv),
+            [mixer.fold for mixer in mixers],
             slots,
             dtype=self.dtype,
             device=self.embed.weight.device,
-            folds=[mixer.fold for mixer in mixers],
         )
 
     def open(

@@ -94,10 +94,10 @@ class Flash(Decoder):
         units, shifts = [b.mixer for b in self.units], [b.shift for b in self.units]
         return DecoderState(
             row_specs(units, kv) + [shift.row_spec() for shift in shifts],
+            [unit.fold for unit in units] + [add_products] * len(shifts),
             slots,
             dtype=self.embed.weight.dtype,
             device=self.embed.weight.device,
-            folds=[unit.fold for unit in units] + [add_products] * len(shifts),
         )
 
     def run(

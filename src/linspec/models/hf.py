@@ -12,26 +12,36 @@ generate(): `linspec.LLM` has the drafters that linear states allow.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linspec.config import DecoderConfig
-from linspec.errors import CheckpointError, ConfigError, InputError, StateError
-from linspec.models.decoder import Decoder
+from linspec.errors import CheckpointError, ConfigError, StateError
+from linspec.mixers.base import Rope
+from linspec.models.block import Block
+from linspec.models.decoder import Decoder, StepOutput, Through
 from linspec.models.hf_cache import UNCROPPABLE, LinspecCache
 from linspec.models.hf_config import LinspecConfig
+from linspec.models.hf_request import (
+    IGNORED_LABEL,
+    check_positions,
+    check_prompts,
+    check_request,
+    real_tokens,
+)
 from linspec.models.padding import from_left, to_left
 from linspec.places import Place
 from linspec.state import DecoderState
 from linspec.step import Feed
-
-IGNORED_LABEL = -100
 
 
 class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
@@ -45,6 +55,8 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
     decoder: Decoder
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
     _no_split_modules = ("Block",)
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: LinspecConfig) -> None:
         super().__init__(config)
@@ -133,30 +145,68 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values or use_cache=True: run the inference form and commit; nothing is
         differentiable then. labels: as input_ids, -100 where no loss is wanted; they need the full
         form. logits_to_keep: only the last so many positions, or those of an index tensor; 0 keeps
-        all.
+        all. output_hidden_states: what enters each block and what leaves the last norm, [B, T, D]
+        each; those at padding mean nothing.
         """
         if past_key_values is None and use_cache:
             past_key_values = LinspecCache()
-        _check_request(input_ids, past_key_values, labels, kwargs)
-        real = _real(input_ids, attention_mask, past_key_values)
-        _check_positions(kwargs.pop("position_ids", None), real, past_key_values)
+        watch = check_request(self.config, input_ids, past_key_values, labels, kwargs)
+        real = real_tokens(input_ids, attention_mask, past_key_values)
+        check_positions(kwargs.pop("position_ids", None), real, past_key_values)
         if past_key_values is None:
-            logits = self._full(input_ids, real, logits_to_keep)
+            logits, states = self._full(input_ids, real, logits_to_keep, watch)
         else:
-            logits = self._step(input_ids, real, past_key_values, logits_to_keep)
-        loss = None if labels is None else self._loss(logits, labels, real, kwargs)
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        return out.to_tuple() if return_dict is False else out
+            logits, states = self._step(input_ids, real, past_key_values, logits_to_keep, watch)
+        out = CausalLMOutputWithPast(
+            loss=None if labels is None else self._loss(logits, labels, real, kwargs),
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if watch else None,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return out if as_dict else out.to_tuple()
 
     def _full(
-        self, ids: torch.Tensor, real: torch.Tensor | None, keep: int | torch.Tensor
-    ) -> torch.Tensor:
-        if real is None:
-            hidden = self.decoder.hidden(ids)
-        else:
+        self,
+        ids: torch.Tensor,
+        real: torch.Tensor | None,
+        keep: int | torch.Tensor,
+        watch: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits, and the hidden states if `watch`."""
+        shifts = None
+        if real is not None:
             ids, shifts = to_left(ids, real)
-            hidden = from_left(self.decoder.hidden(ids), shifts)
-        return self.decoder.head(hidden[:, _kept(keep)])
+        states: list[torch.Tensor] = []
+        through = self._through(states if watch else None)
+        states.append(self.decoder.hidden(ids, through))
+        if shifts is not None:
+            states = [from_left(each, shifts) for each in states]
+        return self.decoder.head(states[-1][:, _kept(keep)]), states
+
+    def _through(self, entered: list[torch.Tensor] | None) -> Through:
+        """Runs a block, notes what enters it, and recomputes it in the backward pass if that is on."""
+        recomputed = self.gradient_checkpointing and self.training
+        chosen = self.decoder.layers[:: self._every_layers] if recomputed else []
+
+        def run(block: Block, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+            if entered is not None:
+                entered.append(x)
+            if any(block is each for each in chosen):
+                return cast("torch.Tensor", self._recomputing(block.__call__, x, rope))
+            return cast("torch.Tensor", block(x, rope))
+
+        return run
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Called by transformers: blocks are no module that it knows how to switch."""
+        self.gradient_checkpointing = enable
+        self._recomputing, self._every_layers = gradient_checkpointing_func, every_n_layers
 
     def _step(
         self,
@@ -164,21 +214,28 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         real: torch.Tensor | None,
         cache: LinspecCache,
         keep: int | torch.Tensor,
-    ) -> torch.Tensor:
-        """Run and commit the real tokens of each row; their logits in the padded places."""
+        watch: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run and commit the real tokens of each row; logits, and hidden states, in padded places."""
         state = cache.bind(self.decoder, len(ids))
         wanted = torch.ones_like(ids, dtype=torch.bool) if real is None else real
-        only_last = isinstance(keep, int) and keep == 1 and bool(wanted[:, -1].all())
+        only_last = not watch and isinstance(keep, int) and keep == 1 and bool(wanted[:, -1].all())
         tokens = [row[mine].tolist() for row, mine in zip(ids, wanted, strict=True)]
         feeds = [Feed(i, row, all_logits=not only_last) for i, row in enumerate(tokens) if row]
-        logits = _run(self.decoder, feeds, state) if feeds else None
+        with _inputs_of_blocks(self.decoder, watch) as states:
+            output = _run(self.decoder, feeds, state) if feeds else self._nothing()
         cache.columns += ids.shape[1]
-        if only_last and logits is not None:
-            return logits[:, None].clone()
-        padded = self.decoder.embed.weight.new_zeros(*ids.shape, self.shape.vocab_size)
-        if logits is not None:
-            padded[wanted] = logits
-        return padded[:, _kept(keep)]
+        if only_last and feeds:
+            return output.logits[:, None].clone(), []
+        states = [_padded(each, wanted) for each in (*states, output.hidden) if watch]
+        return _padded(output.logits, wanted)[:, _kept(keep)], states
+
+    def _nothing(self) -> StepOutput:
+        """What a step without tokens would return."""
+        weight = self.decoder.embed.weight
+        return StepOutput(
+            weight.new_zeros(0, self.shape.width), weight.new_zeros(0, self.shape.vocab_size), []
+        )
 
     def _loss(
         self,
@@ -214,7 +271,7 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation {generation_config.cache_implementation!r} is not for "
                 "linspec models, which bring their own cache; leave it out"
             )
-        _check_prompts(model_kwargs.get("attention_mask"))
+        check_prompts(model_kwargs.get("attention_mask"))
         given = model_kwargs.get("past_key_values")
         if given is not None:
             given._is_user_defined = True
@@ -226,99 +283,49 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         raise StateError("linear state cannot be paged; linspec.LLM batches continuously by itself")
 
 
-def _run(decoder: Decoder, feeds: list[Feed], state: DecoderState) -> torch.Tensor:
+def _run(decoder: Decoder, feeds: list[Feed], state: DecoderState) -> StepOutput:
     """Step and commit whole chains; an interrupted step leaves nothing staged."""
     try:
-        logits = decoder.step(feeds, state).logits
+        output = decoder.step(feeds, state)
     except BaseException:
         for feed in feeds:
             state.drop(feed.slot)
         raise
     for feed in feeds:
         state.commit(feed.slot, range(len(feed.tokens)))
-    return logits
+    return output
+
+
+@contextlib.contextmanager
+def _inputs_of_blocks(decoder: Decoder, watch: bool) -> Iterator[list[torch.Tensor]]:
+    """A list that gets what enters each block of a step, [M, D]: what its first norm is called with."""
+    if watch and decoder.native is not None:
+        raise ConfigError(
+            "this decoder was prepared: it computes a step in one call and shows no hidden states; "
+            "load the model again and do not prepare it"
+        )
+    seen: list[torch.Tensor] = []
+    hooks = [
+        block.mixer_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for block in decoder.layers
+        if watch
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _padded(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """rows [P, X] at the P places that are true in `wanted` [B, T]: [B, T, X], zero elsewhere."""
+    padded = rows.new_zeros(*wanted.shape, rows.shape[1])
+    padded[wanted] = rows
+    return padded
 
 
 def _kept(keep: int | torch.Tensor) -> slice | torch.Tensor:
     return slice(-keep, None) if isinstance(keep, int) else keep
-
-
-def _check_request(
-    ids: Any, cache: Any, labels: torch.Tensor | None, kwargs: dict[str, Any]
-) -> None:
-    """Raise for what would otherwise be ignored in silence."""
-    if kwargs.pop("inputs_embeds", None) is not None or ids is None:
-        raise ConfigError("linspec models take input_ids, not inputs_embeds")
-    if ids.dim() != 2 or not ids.shape[1]:
-        raise InputError(f"input_ids must be [rows, tokens], got shape {tuple(ids.shape)}")
-    for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.pop(name, None):
-            raise ConfigError(
-                f"linspec models have no {name.removeprefix('output_')} to return; leave {name} "
-                "out, or use the decoder itself: linspec.load_model(...)"
-            )
-    if cache is not None and not isinstance(cache, LinspecCache):
-        raise StateError(
-            f"a linspec model cannot use a {type(cache).__name__}; leave past_key_values out, or "
-            "pass linspec.models.hf.LinspecCache()"
-        )
-    if cache is not None and labels is not None:
-        raise ConfigError("labels need the differentiable form; leave use_cache and the cache out")
-
-
-def _real(
-    ids: torch.Tensor, mask: torch.Tensor | None, cache: LinspecCache | None
-) -> torch.Tensor | None:
-    """Which of the new ids are real, [B, T]; None for all. The mask may cover the cache, too."""
-    if mask is None:
-        return None
-    past = 0 if cache is None else cache.columns
-    if (
-        mask.dim() != 2
-        or len(mask) != len(ids)
-        or mask.shape[1]
-        not in (
-            ids.shape[1],
-            past + ids.shape[1],
-        )
-    ):
-        raise InputError(
-            f"attention_mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(ids.shape)}"
-            f" after {past} columns; it must have one column for each"
-        )
-    real = mask[:, -ids.shape[1] :].bool()
-    return None if bool(real.all()) else real
-
-
-def _check_positions(
-    positions: torch.Tensor | None, real: torch.Tensor | None, cache: LinspecCache | None
-) -> None:
-    """Raise InputError unless `positions` are what the decoder counts itself."""
-    if positions is None:
-        return
-    rows = torch.ones_like(positions, dtype=torch.bool) if real is None else real
-    counted = rows.long().cumsum(1) - 1
-    if cache is not None and cache.state is not None:
-        starts = [cache.state.length(slot) for slot in range(cache.state.slots)]
-        counted = counted + torch.tensor(starts, device=counted.device)[:, None]
-    if bool(((positions != counted) & rows).any()):
-        raise InputError(
-            "position_ids must count the real tokens of each row from 0; several texts packed into "
-            "one row would see each other, so give each its own row"
-        )
-
-
-def _check_prompts(mask: torch.Tensor | None) -> None:
-    """Raise InputError for prompts that generate() could not continue."""
-    if mask is None:
-        return
-    real = mask.bool()
-    if not bool(real.any(1).all()):
-        raise InputError("a prompt is all padding; give it at least one token")
-    if not bool(real[:, -1].all()):
-        raise InputError(
-            "prompts are padded on the right, where new tokens would go; set padding_side='left'"
-        )
 
 
 AutoModelForCausalLM.register(LinspecConfig, LinspecForCausalLM, exist_ok=True)

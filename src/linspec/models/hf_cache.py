@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ class LinspecCache(Cache):
                 "past_key_values.batch_repeat_interleave(n) to go on with n copies of each row"
             )
         return self.state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinspecCache:
+        other = copy.copy(self)
+        # field by field the copy would hold every weight of the mixers, whose fold rules states keep
+        if self.state is not None:
+            other.state = self.state.empty(self.state.slots)
+            for slot in range(self.state.slots):
+                other.state.restore(slot, self.state.snapshot(slot))
+        return other
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen so far, padding included."""
@@ -116,17 +126,10 @@ class LinspecCache(Cache):
         old = self.state
         if old is None:
             return
-        new = old if len(rows) == old.slots else _with_slots(old, len(rows))
+        new = old if len(rows) == old.slots else old.empty(len(rows))
         moved = [(slot, row) for slot, row in enumerate(rows) if new is not old or slot != row]
         # all copies before any restore: rows change places
         copies = {row: old.snapshot(row) for row in {row for _, row in moved}}
         for slot, row in moved:
             new.restore(slot, copies[row])
         self.state = new
-
-
-def _with_slots(state: DecoderState, slots: int) -> DecoderState:
-    """An empty state of the same model for `slots` sequences."""
-    keys = state.parts[0].keys
-    specs = [part.spec for part, _ in state.layers]
-    return DecoderState(specs, slots, dtype=keys.dtype, device=keys.device)

@@ -15,12 +15,13 @@ from __future__ import annotations
 import importlib.resources
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linspec.config import DecoderConfig
+from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.files import restored
 from linspec.models import families
@@ -30,6 +31,7 @@ from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
 from linspec.models.matching import fill, match, own_tensors
 from linspec.models.memory import check_memory
+from linspec.models.origin import GENERATION, origin_of, remember_origin
 from linspec.models.quantized import ENTRY, load_quantized
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
@@ -39,6 +41,7 @@ from linspec.models.weights import (
     read_json,
     read_shapes,
     read_tensors,
+    same_tensors,
     weight_files,
     write_tensors,
 )
@@ -47,6 +50,7 @@ from linspec.places import Place
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HEAD = "lm_head.weight"
 EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -134,6 +138,7 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     shapes = read_shapes(files)
     if family is not None:
         config = family.adapt(config, shapes.keys())
+        config = _with_own_head(config, family, files, shapes)
     model = _skeleton(config, kind.model, folder)
     expected = own_tensors(model)
     if family is not None:
@@ -144,9 +149,26 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     if family is not None:
         tensors = family.to_ours(tensors, config)
     fill(model, tensors)
+    remember_origin(model, folder, files, dtype)
     model.eval()
     assert isinstance(model, wanted)
     return model
+
+
+def _with_own_head(
+    config: ModelConfig, family: Family, files: list[Path], shapes: Mapping[str, Any]
+) -> ModelConfig:
+    """The configuration, untied where the file has an output matrix that is not the embedding."""
+    decoder = config.decoder if isinstance(config, Seq2SeqConfig) else config
+    if not isinstance(decoder, DecoderConfig) or not decoder.tied_embeddings:
+        return config
+    embedding = next((rule.theirs for rule in family.rules if rule.ours[0].endswith("embed")), "")
+    names = [f"{embedding}.weight", f"{embedding.removeprefix(family.prefix)}.weight"]
+    tied = [name for name in names if name in shapes]
+    if HEAD not in shapes or not tied or same_tensors(files, HEAD, tied[0]):
+        return config
+    decoder = replace(decoder, tied_embeddings=False)
+    return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder
 
 
 def _wrong_kind(folder: Path, found: ModelConfig, wanted: Kind) -> UnsupportedModel:
@@ -235,11 +257,12 @@ def save_model(
     """Write a model directory and return its path.
 
     An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
-    format. `dtype` converts the weights, None keeps them as they are. `extra_files` are texts to
-    lie beside the model. `out` must be new or empty, or a model that this function saved before if
-    `overwrite` says so; a Place is one that the caller holds. Until the last moment `out` is
-    untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises ConfigError when
-    `out` may not be written, CheckpointError when the disk refuses.
+    format. `dtype` converts the weights; None takes that of the checkpoint that the model was loaded
+    from, unless the model was converted since. The sampling defaults of that checkpoint are kept.
+    `extra_files` are texts to lie beside the model. `out` must be new or empty, or a model that this
+    function saved before if `overwrite` says so; a Place is one that the caller holds. Until the last
+    moment `out` is untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises
+    ConfigError when `out` may not be written, CheckpointError when the disk refuses.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
@@ -248,6 +271,8 @@ def save_model(
         with place.held():
             return save_model(model, tokenizer, place, dtype, extra_files, shard_bytes=shard_bytes)
     family = families.family_of(model.config, own_tensors(model))
+    origin = origin_of(model)
+    dtype = dtype or origin.dtype_to_save(own_tensors(model))
     tensors = {name: cast(tensor, dtype) for name, tensor in own_tensors(model).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
@@ -256,7 +281,7 @@ def save_model(
         write_tensors(named, aside, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        _write_json(aside / "generation_config.json", write_ids(model.config))
+        _write_json(aside / GENERATION, {**origin.generation, **write_ids(model.config)})
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
@@ -272,7 +297,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     data = read_json(folder / "config.json")
     if data.get("model_type") == "linspec":
         return _read_own_config(data, folder), None
-    generation = folder / "generation_config.json"
+    generation = folder / GENERATION
     if generation.exists():
         given = read_json(generation)
         data |= {key: given[key] for key in GENERATION_IDS if given.get(key) is not None}

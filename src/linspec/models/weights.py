@@ -6,6 +6,7 @@ Pickled weights (pytorch_model.bin, *.pt, *.ckpt) are never opened: unpickling r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 4 * 10**9
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +47,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).exists():
         return _shards(folder)
+    if numbered := _numbered(folder):
+        return numbered
     pickles = sorted(path.name for kind in PICKLES for path in folder.glob(kind))
     if pickles:
         raise CheckpointError(
@@ -48,6 +58,31 @@ def weight_files(folder: Path) -> list[Path]:
             "writes safetensors"
         )
     raise CheckpointError(f"no weights in {folder}: neither {SINGLE} nor {INDEX} is there")
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Shards that lie in `folder` without an index; raises CheckpointError unless one set is complete."""
+    sets: dict[tuple[str, int], dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if parts := SHARD.fullmatch(path.name):
+            name, number, count = parts[1], int(parts[2]), int(parts[3])
+            sets.setdefault((name, count), {})[number] = path
+    if len(sets) > 1:
+        found = ", ".join(f"{name}-*-of-{count:05d}" for name, count in sets)
+        raise CheckpointError(
+            f"{folder} has shards of several sets ({found}) and no {INDEX} that says which to read; "
+            "keep one set, or copy the index"
+        )
+    for (name, count), shards in sets.items():
+        missing = [number for number in range(1, count + 1) if number not in shards]
+        if missing:
+            listed = ", ".join(f"{name}-{number:05d}-of-{count:05d}" for number in missing[:4])
+            raise CheckpointError(
+                f"{folder} has {len(shards)} of {count} shards and no {INDEX}; missing: {listed}"
+                f"{', ...' if len(missing) > 4 else ''} (.safetensors). Copy or download them again"
+            )
+        return [shards[number] for number in range(1, count + 1)]
+    return []
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -70,6 +105,8 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
+                    if name in shapes:
+                        raise CheckpointError(f"{name} is in {path} and in another shard as well")
                     shapes[name] = tuple(file.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
@@ -77,7 +114,7 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(
-    files: list[Path], names: Mapping[str, str], dtype: torch.dtype
+    files: list[Path], names: Mapping[str, str], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Tensors of `files` that `names` maps to a new name; floats are turned into `dtype`."""
     tensors: dict[str, torch.Tensor] = {}
@@ -90,6 +127,23 @@ def read_tensors(
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
     return tensors
+
+
+def read_dtype(files: list[Path]) -> torch.dtype | None:
+    """The dtype in which no float of `files` loses anything; None if they hold no floats."""
+    found: torch.dtype | None = None
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        for kind in kinds & FLOATS.keys():
+            found = FLOATS[kind] if found is None else torch.promote_types(found, FLOATS[kind])
+    return found
+
+
+def same_tensors(files: list[Path], first: str, second: str) -> bool:
+    """Whether two tensors of `files` are equal, number by number."""
+    found = read_tensors(files, {first: first, second: second}, None)
+    return torch.equal(found[first], found[second])
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

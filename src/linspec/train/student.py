@@ -11,6 +11,7 @@ import torch
 from linspec.config import MixerConfig, Seq2SeqConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
+from linspec.models.origin import share_origin
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach
 
@@ -110,6 +111,7 @@ def with_mixers(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     """A student with the teacher's weights; what only its mixers have starts at its own init."""
     student = _make_student(teacher, mixers)
     student.load_state_dict(teacher.state_dict(), strict=False)
+    share_origin(teacher, student)
     return student
 
 
