@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from checkpoints import model_dir
-from linspec.evaluate.study import make_plan, study
+from studies.linearized_llm import make_plan, study
 
 from linspec.demo import run_demo
 from linspec.drafters.saved import save_heads
