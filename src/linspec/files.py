@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linspec.errors import CheckpointError
+from linspec.messages import because
 
 # of Linux's renameat2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
@@ -34,8 +35,7 @@ def replace_dir(target: Path) -> Iterator[Path]:
         _swap(aside, target)
     except OSError as error:
         raise CheckpointError(
-            f"could not write {target}: {error.strerror or error}. Nothing there was changed; "
-            "free some space or choose another directory."
+            f"could not write {target}: {because(error)}. Nothing there was changed"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -77,7 +77,7 @@ def replace_text(target: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
         aside.replace(target)
     except OSError as error:
-        raise CheckpointError(f"could not write {target}: {error.strerror or error}") from error
+        raise CheckpointError(f"could not write {target}: {because(error)}") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from linspec.errors import ConfigError
+from linspec.config import check_size
 from linspec.row import Row
 
 
@@ -27,8 +27,8 @@ class Scheduler:
     """First come, first served, in `slots` places."""
 
     def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
-        if slots < 1:
-            raise ConfigError(f"max_batch must be 1 or more, got {slots}")
+        check_size("max_batch", slots)
+        check_size("prefill_tokens", prefill_tokens)
         self.prefill_tokens = prefill_tokens
         self._free = list(range(slots))
         self._waiting: deque[Callable[[int], Row]] = deque()

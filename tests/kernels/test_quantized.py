@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linspec import ram
 from linspec.compress.load import load_for
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
@@ -162,7 +163,7 @@ def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_said_before_loading(
     small: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(ram, "available_bytes", lambda: 2**20)
     with pytest.raises(CheckpointError, match=r"needs .* GiB"):
         load_model(small if quantised else "embedded-aug")
 
@@ -171,7 +172,7 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = LLM("embedded-softmax", max_batch=1)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
+    monkeypatch.setattr(ram, "available_bytes", lambda: 2**10)
     llm.generate([5] * 20, SamplingParams(max_tokens=1))
     with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
         llm.generate([5] * 200, SamplingParams(max_tokens=1))
@@ -180,11 +181,11 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
 def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a model that lies in the page cache would be refused for the memory that it takes itself."""
     (tmp_path / "meminfo").write_text("MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "meminfo")
     memory.check_memory(4096 * 1024, tmp_path)
     with pytest.raises(CheckpointError, match="are free"):
         memory.check_memory(4096 * 1024 + 1, tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "nothing")
     memory.check_memory(2**60, tmp_path)
 
 

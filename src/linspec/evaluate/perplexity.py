@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.compress.load import load_for
-from linspec.errors import ConfigError, InputError
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_tokenizer
 from linspec.progress import Progress
@@ -185,6 +185,8 @@ def _nats(
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 total += _batch_nats(model, batch, device, kv)
             done += sum(window.scored for window in batch)
+            if not math.isfinite(total):
+                raise NotFinite("the losses of the held-out text")
             progress.update(done, f"{total / done / math.log(2):.3f} bits per token")
     return total
 

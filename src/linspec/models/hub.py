@@ -24,10 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from linspec.border import read_json
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.messages import because, did_you_mean, shown
 from linspec.models import families
 from linspec.models.bert import Bert
+from linspec.models.checksums import write_checksums
 from linspec.models.decoder import Decoder
 from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
@@ -40,7 +43,6 @@ from linspec.models.weights import (
     INDEX,
     SHARD_BYTES,
     cast,
-    read_json,
     read_shapes,
     read_tensors,
     weight_files,
@@ -68,8 +70,9 @@ def resolve(source: str | Path) -> Path:
     folder = Path(source)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{source} is not a directory; give the path of a model directory or one of "
+            f"{shown(str(source))} is not a directory; give the path of a model directory or one of "
             f"{', '.join(EMBEDDED)}. linspec downloads nothing by itself"
+            f"{did_you_mean(source, EMBEDDED)}"
         )
     return folder
 
@@ -128,6 +131,18 @@ def load_generator(
     return load_model(folder, dtype=dtype, device=device)
 
 
+def load_any(source: str | Path) -> Model:
+    """Whatever model is in `source`, in float32 on the CPU; raises like `load_model`."""
+    folder = resolve(source)
+    kind = kind_of(_read_config(folder)[0])
+    loaders: dict[str, Callable[[Path], Model]] = {
+        "load_model": load_model,
+        "load_encoder": load_encoder,
+        "load_seq2seq": load_seq2seq,
+    }
+    return loaders[kind.loader](folder)
+
+
 def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     config, family = _read_config(folder)
     kind = kind_of(config)
@@ -143,7 +158,7 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
         expected = family.to_theirs(expected, config)
     names = match(expected, shapes, family, folder)
     check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
-    tensors = read_tensors(files, names, dtype)
+    tensors = read_tensors(files, names, expected, dtype)
     if family is not None:
         tensors = family.to_ours(tensors, config)
     fill(model, tensors)
@@ -189,7 +204,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         )
     # the tokenizers library raises bare Exception for a malformed tokenizer.json
     except Exception as error:
-        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder}: {error}; copy its files again"
+        ) from error
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -253,6 +270,7 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         _write_json(aside / "generation_config.json", write_ids(model.config))
+        write_checksums(aside)
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
@@ -261,7 +279,7 @@ def save_model(
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     """The configuration and the family of the format on disk, None for linspec's own."""
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"no config.json in {folder}: not a model directory, or one whose saving was cut off"
         )
@@ -350,8 +368,9 @@ def _aside(out: Path) -> Iterator[Path]:
         yield aside
         _publish(aside, target)
     except (OSError, SafetensorError) as error:
+        reason = because(error) if isinstance(error, OSError) else error
         raise CheckpointError(
-            f"could not write {out}: {error}; free some space or choose another directory"
+            f"could not write {out}: {reason}; free some space or choose another directory"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

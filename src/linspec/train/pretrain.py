@@ -21,6 +21,7 @@ from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
+from linspec.messages import did_you_mean, shown
 from linspec.models.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.models.kinds import kind_of
 from linspec.train.corpora import known_sources
@@ -167,7 +168,10 @@ def pretrain(
     from the last saved state. Raises ConfigError for an unknown recipe.
     """
     if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        raise ConfigError(
+            f"unknown recipe {shown(repr(recipe))}; known: {', '.join(RECIPES)}"
+            f"{did_you_mean(recipe, RECIPES)}"
+        )
     plan = RECIPES[recipe]()
     if steps is not None:
         plan = replace(plan, train=replace(plan.train, steps=steps))
