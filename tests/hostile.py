@@ -217,12 +217,12 @@ def _retyped(header: dict[str, Any], name: str, data: bytearray, rng: random.Ran
 def _poison(entry: dict[str, Any], data: bytearray, rng: random.Random) -> None:
     """NaN, infinity or a huge number somewhere in a tensor of floats, noise in one of bytes."""
     begin, end = entry["data_offsets"]
-    codes = {"F32": ("<f", 4), "BF16": ("<H", 2)}
-    if entry["dtype"] not in codes:
-        for _ in range(8):
+    sizes = {"F32": 4, "BF16": 2}
+    if entry["dtype"] not in sizes or begin == end:
+        for _ in range(8 if begin < end else 0):
             data[rng.randrange(begin, end)] = rng.randrange(256)
         return
-    code, size = codes[entry["dtype"]]
+    size = sizes[entry["dtype"]]
     at = begin + rng.randrange((end - begin) // size) * size
     value = rng.choice((float("nan"), float("inf"), float("-inf"), 3e38))
     word = struct.pack("<f", value)
