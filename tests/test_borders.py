@@ -176,6 +176,31 @@ def test_verify_files_on_the_command_line(tmp_path: Path) -> None:
     assert "tensors" in CliRunner().invoke(app, ["verify", model, "--files"]).stdout
 
 
+# ---- tokenizers
+
+
+def test_a_tokenizer_setting_of_a_wrong_type_showed_at_the_first_prompt(tmp_path: Path) -> None:
+    folder = copy_of(model_dir("softmax"), tmp_path)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(read_json(path) | {"model_max_length": [1], "tokenizer_class": 5}))
+    with pytest.raises(CheckpointError, match="cannot read the tokenizer"):
+        LLM(folder)
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words(tmp_path: Path) -> None:
+    folder = copy_of(model_dir("softmax"), tmp_path)
+    path = folder / "tokenizer.json"
+    data = read_json(path)
+    data["model"] = {"type": "WordLevel", "vocab": {"a": 1, "b": 2}, "unk_token": "[UNK]"}
+    data["pre_tokenizer"] = {"type": "Whitespace"}
+    path.write_text(json.dumps(data))
+    (tmp_path / "data.txt").write_text("what nobody knows\n")
+    with pytest.raises(InputError, match="cannot encode the prompt"):
+        LLM(folder).generate("what nobody knows", SHORT)
+    with pytest.raises(InputError, match="cannot encode the text"):
+        evaluate_source(folder, [tmp_path / "data.txt"])
+
+
 # ---- JSON
 
 

@@ -230,7 +230,7 @@ def test_a_traceback_is_kept_where_the_cache_cannot_be_written(
         (MemoryError(), "the memory of this machine is used up"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "ask for less"),
         (PermissionError(13, "Permission denied", "a.txt"), "a.txt: this user may not open it"),
-        (OSError(28, "No space left on device"), "the disk is full; free some space"),
+        (OSError(28, "No space left on device"), "No space left on the disk; free some space"),
         (OSError("odd"), "odd; try another path"),
     ],
 )

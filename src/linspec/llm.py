@@ -213,10 +213,21 @@ class LLM:
                     f"the prompt is not valid text at character {error.start}: {error.reason}; leave "
                     "that character out"
                 ) from error
-            ids = self.tokenizer(prompt)["input_ids"]
+            ids = self._tokenize(prompt)
         if not ids:
             raise InputError("the prompt is empty; give at least one token")
         return ids
+
+    def _tokenize(self, prompt: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        # the tokenizers library raises bare Exception for what its file cannot encode
+        except Exception as error:
+            raise InputError(
+                f"this tokenizer cannot encode the prompt: {error}; write it otherwise, or copy the "
+                "tokenizer's files again"
+            ) from error
+        return token_ids(ids, self.model.config.vocab_size) if ids else []
 
     def generate(
         self,

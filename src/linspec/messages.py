@@ -17,7 +17,7 @@ _RULES = {
     errno.EACCES: ("this user may not open it", "change its permissions or choose another path"),
     errno.EPERM: ("this user may not change it", "change its permissions or choose another path"),
     errno.EROFS: ("the file system is read-only", "choose a directory that can be written"),
-    errno.ENOSPC: ("the disk is full", "free some space or choose another disk"),
+    errno.ENOSPC: ("No space left on the disk", "free some space or choose another disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another disk"),
     errno.EFBIG: ("the file would be too large for its file system", "choose another disk"),
     errno.EISDIR: ("it is a directory where a file is needed", "name a file"),

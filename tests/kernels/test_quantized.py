@@ -163,7 +163,7 @@ def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_said_before_loading(
     small: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
 ) -> None:
-    monkeypatch.setattr(ram, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
     with pytest.raises(CheckpointError, match=r"needs .* GiB"):
         load_model(small if quantised else "embedded-aug")
 
@@ -172,7 +172,7 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = LLM("embedded-softmax", max_batch=1)
-    monkeypatch.setattr(ram, "available_bytes", lambda: 2**10)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
     llm.generate([5] * 20, SamplingParams(max_tokens=1))
     with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
         llm.generate([5] * 200, SamplingParams(max_tokens=1))

@@ -159,7 +159,15 @@ def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    # the tokenizers library raises bare Exception for what its file cannot encode
+    except Exception as error:
+        raise InputError(
+            f"this tokenizer cannot encode the text: {error}; copy the tokenizer's files again"
+        ) from error
     return found
 
 

@@ -199,9 +199,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             "Copy the tokenizer files of the original model into it"
         )
     try:
-        return _tokenizer_class(folder).from_pretrained(
+        tokenizer = _tokenizer_class(folder).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        # settings of a wrong type show when they are first used
+        tokenizer.decode(tokenizer("a b", verbose=False)["input_ids"])
+        return tokenizer
     # the tokenizers library raises bare Exception for a malformed tokenizer.json
     except Exception as error:
         raise CheckpointError(

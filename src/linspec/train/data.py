@@ -221,10 +221,15 @@ def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarra
     if path.exists():
         stored: np.ndarray = np.load(path, mmap_mode="r")
         return stored
-    pieces = [
-        np.asarray([*encoded.ids, eos_id], dtype=np.int32)
-        for encoded in backend.encode_batch(documents, add_special_tokens=False)
-    ]
+    try:
+        encodings = backend.encode_batch(documents, add_special_tokens=False)
+    # the library raises bare Exception for what its file cannot encode
+    except Exception as error:
+        raise InputError(
+            f"this tokenizer cannot encode the data: {error}; leave out what it does not know, or copy "
+            "the tokenizer's files again"
+        ) from error
+    pieces = [np.asarray([*encoded.ids, eos_id], dtype=np.int32) for encoded in encodings]
     stream = np.concatenate(pieces)
     _store(path, stream)
     return stream
