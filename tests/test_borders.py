@@ -37,6 +37,8 @@ from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
 from linspec.kernels.cpu.library import INT8, LinearStruct
 from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.linear import Quantizer
+from linspec.kv import decode, encode
 from linspec.models.hub import load_model, save_model
 from linspec.policy.costs import _stored
 from linspec.step import Feed
@@ -390,6 +392,23 @@ def test_a_packed_layer_of_other_tensors_never_reaches_c() -> None:
         layer.scales = scales
         with pytest.raises(StateError, match="scales of a layer of 4 outputs"):
             layer.struct()
+
+
+@pytest.mark.parametrize("value", [1e-42, 1e-38, float("nan"), float("inf"), 3e38])
+def test_activations_without_an_inverse_overflowed_the_sum_of_their_codes(value: float) -> None:
+    """Sums of codes overflowed, which the sanitizers refuse; NaN must come out as NaN, the rest finite."""
+    weights = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        linear = torch.nn.Linear(40, 4, bias=False)
+        linear.weight = torch.nn.Parameter(weights, requires_grad=False)
+        layer = Quantizer(bits, {})(linear)
+        x = torch.zeros(2, 40)
+        x[0, 3] = value
+        y = layer(x)
+        assert bool(y[1].eq(0).all())
+        assert bool(y[0].isfinite().all()) == bool(torch.isfinite(x).all()) or value == 3e38
+    rows = decode(encode(torch.full((2, 8), value)), 8, torch.float32)
+    assert bool(rows.isfinite().all()) == bool(torch.tensor(value).isfinite())
 
 
 @pytest.mark.parametrize("token", [-1, 10**6, 2**70])

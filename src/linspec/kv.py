@@ -39,7 +39,8 @@ def encode(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     most = x.abs().amax(-1, keepdim=True)
     # the C library rounds the same product: equal floats get equal codes
-    inverse = torch.where(most > 0, 127 / most, 0.0)
+    inverse = 127 / most
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
     codes = F.pad((x * inverse).round().to(torch.int8), (0, -x.shape[-1] % 4))
     return torch.cat((codes, (most / 127).view(torch.int8)), dim=-1)
 

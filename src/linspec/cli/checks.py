@@ -58,6 +58,15 @@ def named(param: typer.CallbackParam, value: Path | None) -> Path | None:
     return value
 
 
+def sources(param: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+    """A check that no data source is the empty text, which would be the current directory."""
+    if value is not None and not all(value):
+        raise ConfigError(
+            f"{_option(param)}: a data source has no name; give a file, a folder or 'stdlib'"
+        )
+    return value
+
+
 def _broken(param: typer.CallbackParam, rule: str, value: float) -> ConfigError:
     return ConfigError(f"{_option(param)} {rule}, got {shown(value)}; leave it out for the default")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linspec.cli.checks import named, real, whole
+from linspec.cli.checks import named, real, sources, whole
 
 Model = Annotated[str, typer.Argument(help="A directory, embedded-softmax or embedded-aug.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -28,7 +28,10 @@ Quantize = Annotated[
 Kv = Annotated[str, typer.Option(help="How softmax caches are kept: float or int8.")]
 Data = Annotated[
     list[str] | None,
-    typer.Option(help="stdlib, a text file, a folder, a .jsonl file or a datasets directory."),
+    typer.Option(
+        callback=sources,
+        help="stdlib, a text file, a folder, a .jsonl file or a datasets directory.",
+    ),
 ]
 Field = Annotated[str, typer.Option(help="Where the text is in .jsonl and datasets.")]
 Tokens = Annotated[int | None, typer.Option(callback=whole(), help="Training tokens.")]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from linspec.cli.checks import named, whole
+from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import (
     RESUME,
     configure,
@@ -41,7 +42,9 @@ def pretrain(
     ] = "embedded",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="As in linspec study; repeatable.", show_default="stdlib"),
+        typer.Option(
+            callback=named_sources, help="As in linspec study; repeatable.", show_default="stdlib"
+        ),
     ] = None,
     resume: Resume = False,
     steps: Annotated[
