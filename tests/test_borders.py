@@ -418,6 +418,22 @@ def test_a_step_with_foreign_tokens_read_other_memory(token: int) -> None:
         model.step([Feed(0, [token])], model.new_state(1))
 
 
+@pytest.mark.parametrize("kind", ["aug", "int8"])
+def test_tensors_at_odd_places_of_a_mapped_file_are_moved(kind: str, tmp_path: Path) -> None:
+    """C reads floats at addresses that floats can have."""
+    folder = copy_of(workshop(kind), tmp_path)
+    for path in (folder / "model.safetensors", folder / "medusa" / "drafter.safetensors"):
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        # a header that is a byte longer
+        header = content[8 : 8 + length] + b" "
+        path.write_bytes(struct.pack("<Q", length + 1) + header + content[8 + length :])
+    llm = LLM(folder, drafter="medusa", policy=2)
+    assert len(llm.generate("abcd", SHORT)[0].token_ids) == 3
+    for tensor in llm.model.state_dict().values():
+        assert tensor.data_ptr() % tensor.itemsize == 0
+
+
 def test_a_file_whose_header_claims_more_than_the_file_holds(tmp_path: Path) -> None:
     folder = copy_of(workshop("int8"), tmp_path)
     path = folder / "model.safetensors"

@@ -33,7 +33,7 @@ from linspec.models.fingerprint import fingerprint
 from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.models.skeleton import without_memory
-from linspec.models.tensors import check_tensors
+from linspec.models.tensors import aligned, check_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 
@@ -105,7 +105,8 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
     if ENTRY in data:
         return _load_packed(plain, data[ENTRY], model, folder)
     with _named(folder):
-        tensors = load_file(folder / WEIGHTS_FILE)
+        read = load_file(folder / WEIGHTS_FILE)
+        tensors = {name: aligned(tensor) for name, tensor in read.items()}
     check_tensors(
         tensors, plain.state_dict(), folder / WEIGHTS_FILE, exact=False, error=DrafterError
     )

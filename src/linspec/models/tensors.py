@@ -93,5 +93,10 @@ def check_finite(
         raise error(f"{path}: {shown(name)} holds NaN or infinity: it is damaged; {AGAIN}")
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` at an address that its numbers may have; a file can place it anywhere when it is mapped."""
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

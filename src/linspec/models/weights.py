@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from linspec.border import read_json
 from linspec.errors import CheckpointError
 from linspec.messages import because
-from linspec.models.tensors import SMALL, check_dtype, check_finite
+from linspec.models.tensors import SMALL, aligned, check_dtype, check_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def read_tensors(
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
                     if name in names:
-                        tensor = file.get_tensor(name)
+                        tensor = aligned(file.get_tensor(name))
                         check_dtype(name, tensor.dtype, expected[names[name]].dtype, path)
                         if tensor.numel() <= SMALL:
                             check_finite(name, tensor, path)
