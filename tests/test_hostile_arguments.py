@@ -162,7 +162,7 @@ ARGUMENTS = [
     # usage
     (("generate",), "Missing argument"),
     ((*GENERATE, "--max-tokens", "many"), "see linspec generate --help"),
-    ((*GENERATE, "--device", "cuda:99"), "cannot be used"),
+    ((*GENERATE, "--device", "cuda:99"), "no CUDA device can be used"),
 ]
 
 

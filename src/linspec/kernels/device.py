@@ -24,6 +24,6 @@ def pick_device(name: str) -> str:
         raise ConfigError(f"device {shown(repr(name))} is not supported; use cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device {name!r} cannot be used: {torch.cuda.device_count()} CUDA devices are here; use cpu"
+            f"no CUDA device can be used as {name!r}: {torch.cuda.device_count()} are here; use cpu"
         )
     return name
