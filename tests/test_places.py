@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from checkpoints import model_dir
-from studies.linearized_llm import make_plan, study
 
 from linspec.demo import run_demo
 from linspec.drafters.saved import save_heads
@@ -27,6 +26,7 @@ from linspec.train.drafter import train_drafter
 from linspec.train.encoder import linearize_encoder
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.pretrain import pretrain
+from studies.linearized_llm import make_plan, study
 
 Writer = Callable[[Path, Path], Any]
 

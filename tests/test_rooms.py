@@ -12,11 +12,11 @@ import linspec
 ROOT = Path(linspec.__file__).parent
 # lowest first; rooms of one line may know each other
 FLOORS = (
-    "errors registry files places progress announce tree layout config flash_config rope relative step kv"
-    " row_state state kernels",
+    "errors messages border ram registry files places progress announce tree layout config flash_config"
+    " rope relative step kv row_state state kernels",
     "mixers",
     "models",
-    "sampling row drafters verify policy compress",
+    "sampling prompts row drafters verify policy compress",
     "isolation scheduler engine text llm plugins",
     "train evaluate bench report",
     "demo",

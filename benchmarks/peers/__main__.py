@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import whole
 from linspec.cli.console import guarded, numbers, place_on, print_json, quiet_stdout, say
 from linspec.cli.options import Json, Threads
 from linspec.errors import ConfigError
@@ -36,8 +37,12 @@ def peers(
     accept: Annotated[
         str, typer.Option(help="Rates at which drafts are taken to be accepted, like 0,0.5,1.")
     ] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens decoded in a round, at least.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Rounds in which engines take turns.")] = 3,
+    tokens: Annotated[
+        int, typer.Option(callback=whole(), help="Tokens decoded in a round, at least.")
+    ] = 16,
+    rounds: Annotated[
+        int, typer.Option(callback=whole(), help="Rounds in which engines take turns.")
+    ] = 3,
     again: Annotated[
         bool, typer.Option("--again", help="Measure finished cells of these groups too.")
     ] = False,

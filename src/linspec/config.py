@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
+from linspec.border import parse
 from linspec.errors import ConfigError
+from linspec.messages import did_you_mean, shown
 
 KERNELS = ("own", "softmax", "relu2")
 HEADS = ("none", "pooler", "masked-lm", "classifier")
+# what `parse` lets a JSON object of these classes hold: nothing that they do not know
+STRICT = {"extra": "forbid"}
+# the largest of each size that is believed: far beyond every model there is, far below what makes
+# a shape hang or a product of sizes leave 64 bits
+MOST = 2**31 - 1
+LARGEST = {
+    "vocab_size": 2**24,
+    "width": 2**20,
+    "layers": 2**10,
+    "heads": 2**14,
+    "kv_heads": 2**14,
+    "head_width": 2**16,
+    "mlp_width": 2**24,
+    "blocks": 2**8,
+    "taps": 2**16,
+    "features": 2**20,
+    "group": 2**24,
+    "span": 2**24,
+    "seed": 2**63 - 1,
+    "max_batch": 2**16,
+    "draft nodes": 10**9,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,19 +60,12 @@ class MixerConfig:
     features: int = 0
     keep: int = 0
     seed: int = 0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise ConfigError(f"group size must be 1 or more, got {self.group}")
-        if self.span < 1:
-            raise ConfigError(f"span must be 1 or more groups, got {self.span}")
-        if self.kernel not in KERNELS:
-            raise ConfigError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
-        if self.taps < 0:
-            raise ConfigError(f"convolution taps must be 0 or more, got {self.taps}")
-        for name in ("features", "keep", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_sizes(self, "group span")
+        check_sizes(self, "taps window features keep seed", least=0)
+        check_choice("kernel", self.kernel, KERNELS)
         if self.name == "window" and self.window < 1:
             raise ConfigError(
                 f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"
@@ -69,11 +87,20 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.kind not in ("default", "linear", "llama3"):
             raise ConfigError(
                 f"rope scaling {self.kind!r} is not supported; supported: default, linear, llama3"
+            )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            check_positive(f"rope {name}", getattr(self, name))
+        check_sizes(self, "original_max_positions")
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise ConfigError(
+                f"rope low_freq_factor and high_freq_factor are both {self.low_freq_factor}; "
+                "llama3 scaling needs two different ones, such as 1 and 4"
             )
 
 
@@ -86,8 +113,10 @@ class RelativeConfig:
 
     buckets: int = 32
     max_distance: int = 128
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        check_sizes(self, "buckets max_distance")
         if self.buckets < 4 or self.max_distance <= self.buckets // 2:
             raise ConfigError(
                 "a relative bias needs 4 or more buckets and a max_distance above half of them, "
@@ -128,11 +157,19 @@ class StackConfig:
     scaled_scores: bool = True
     max_positions: int = 2048
     pad_id: int | None = None
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
+        check_sizes(self, "vocab_size width layers heads kv_heads head_width mlp_width")
+        check_sizes(self, "max_positions")
+        check_positive("norm_eps", self.norm_eps, zero=True)
         if not self.mixers:
             object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
-        check_sizes(self, "vocab_size width layers heads kv_heads head_width mlp_width")
+        if self.heads * self.head_width > LARGEST["width"]:
+            raise ConfigError(
+                f"{self.heads} heads of {self.head_width} features are more than {LARGEST['width']} "
+                "features; check heads and head_width"
+            )
         if len(self.mixers) != self.layers:
             raise ConfigError(f"{len(self.mixers)} mixers given for {self.layers} layers")
         if self.heads % self.kv_heads:
@@ -183,18 +220,8 @@ class StackConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
-        known = dict(data)
-        try:
-            known["mixers"] = tuple(MixerConfig(**m) for m in known.get("mixers", ()))
-            known["rope"] = RopeConfig(**known.get("rope", {}))
-            if known.get("relative") is not None:
-                known["relative"] = RelativeConfig(**known["relative"])
-            for name in {"eos_ids", "labels"} & set(known):
-                known[name] = tuple(known[name])
-            return cls(**known)
-        except TypeError as error:
-            raise ConfigError(f"not a {cls.__name__}: {error}") from error
+        """The inverse of `to_dict`; raises ConfigError on unknown, missing or mistyped entries."""
+        return parse(cls, data, f"not a {cls.__name__}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +235,10 @@ class DecoderConfig(StackConfig):
     logit_scale: float = 1.0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        StackConfig.__post_init__(self)
+        check_positive("logit_scale", self.logit_scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +258,8 @@ class EncoderConfig(StackConfig):
 
     def __post_init__(self) -> None:
         StackConfig.__post_init__(self)
-        if self.head not in HEADS:
-            raise ConfigError(f"head must be one of {', '.join(HEADS)}, got {self.head!r}")
+        check_sizes(self, "token_types", least=0)
+        check_choice("head", self.head, HEADS)
         if (self.head == "classifier") != bool(self.labels):
             raise ConfigError(
                 f"head {self.head!r} with labels {self.labels}: a classifier needs labels"
@@ -248,12 +279,16 @@ class Seq2SeqConfig:
     decoder: DecoderConfig
     family: str = "t5"
     start_id: int = 0
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width"):
             ours, theirs = getattr(self.encoder, name), getattr(self.decoder, name)
             if ours != theirs:
                 raise ConfigError(f"the encoder's {name} is {ours}, the decoder's {theirs}")
+        check_sizes(self, "start_id", least=0)
+        if self.start_id >= self.vocab_size:
+            raise ConfigError(f"start_id {self.start_id} is none of {self.vocab_size} tokens")
 
     @property
     def vocab_size(self) -> int:
@@ -295,19 +330,39 @@ class Seq2SeqConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`; raises ConfigError on unknown or missing keys."""
-        try:
-            sides = {
-                "encoder": EncoderConfig.from_dict(data["encoder"]),
-                "decoder": DecoderConfig.from_dict(data["decoder"]),
-            }
-            return cls(**(data | sides))
-        except (TypeError, KeyError) as error:
-            raise ConfigError(f"not a {cls.__name__}: {error}") from error
+        """The inverse of `to_dict`; raises ConfigError on unknown, missing or mistyped entries."""
+        return parse(cls, data, f"not a {cls.__name__}")
 
 
-def check_sizes(config: object, names: str) -> None:
-    """Raise ConfigError unless every one of the named (space-separated) sizes is 1 or more."""
+def check_sizes(config: object, names: str, *, least: int = 1) -> None:
+    """Raise ConfigError unless every one of the named (space-separated) sizes is a sound one."""
     for name in names.split():
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be 1 or more, got {getattr(config, name)}")
+        check_size(name, getattr(config, name), least=least)
+
+
+def check_size(name: str, value: object, *, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number from `least` to the largest believed."""
+    most = LARGEST.get(name, MOST)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a whole number, got {shown(value)}")
+    if value < least:
+        raise ConfigError(f"{name} must be {least} or more, got {shown(value)}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {shown(value)}")
+
+
+def check_positive(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0, or 0 where that is allowed."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if not 0 < number < math.inf and not (zero and number == 0):
+        rule = "0 or more" if zero else "above 0"
+        raise ConfigError(f"{name} must be finite and {rule}, got {shown(value)}")
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of the `known` words."""
+    if value not in known:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(known)}, got {shown(repr(value))}"
+            f"{did_you_mean(value, known)}"
+        )

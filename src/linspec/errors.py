@@ -3,11 +3,13 @@
 LinspecError
 ├── ConfigError          a setting breaks a rule (also a ValueError)
 ├── InputError           a prompt, text or data set cannot be used (also a ValueError)
+│   └── WrongType            it is not even of a type that could be (also a TypeError)
 ├── CheckpointError      a model directory cannot be read or written
 │   └── UnsupportedModel     the directory is sound, its family is not known
 ├── StateError           a state cannot do what was asked
 │   └── ContextOverflow      a sequence outgrew what the model can attend to
 ├── DrafterError         a drafter does not fit its target
+├── NotFinite            a model computes NaN or infinity
 └── TrainingError        training cannot go on (NaN loss, output in use)
 
 Messages name the value, the rule and the way out.
@@ -28,6 +30,10 @@ class InputError(LinspecError, ValueError):
     """A prompt, a text or a data set cannot be used."""
 
 
+class WrongType(InputError, TypeError):
+    """A prompt or a setting is of a type that can never be used."""
+
+
 class CheckpointError(LinspecError):
     """A model directory cannot be read or written."""
 
@@ -46,6 +52,16 @@ class ContextOverflow(StateError):
 
 class DrafterError(LinspecError):
     """A drafter does not fit the model it should draft for."""
+
+
+class NotFinite(LinspecError):
+    """A model computes NaN or infinity; `what` names the values, in the plural."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what} are NaN or infinite: the weights are damaged, or too large for their number "
+            "format; `linspec verify MODEL --files` says whether a file is damaged"
+        )
 
 
 class TrainingError(LinspecError):

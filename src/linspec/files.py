@@ -84,7 +84,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"could not write {target}: {reason}. Nothing there was changed; free some space or "
-            "choose another place."
+            "choose another place"
         ) from error
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Self
 
-from linspec.config import DecoderConfig, MixerConfig, RelativeConfig
+from linspec.config import (
+    DecoderConfig,
+    MixerConfig,
+    RelativeConfig,
+    check_choice,
+    check_sizes,
+)
 from linspec.errors import ConfigError
 
 VARIANTS = ("quadratic", "local", "grouped", "aug")
@@ -40,8 +46,9 @@ class FlashConfig(DecoderConfig):
     turned: int = 32
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ConfigError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        check_choice("variant", self.variant, VARIANTS)
+        check_sizes(self, "layers width head_width group turned")
+        check_sizes(self, "taps", least=0)
         if (self.variant == "aug") != (self.taps > 0):
             raise ConfigError(
                 f"variant {self.variant!r} with {self.taps} taps: 'aug' needs taps, such as 32, and "

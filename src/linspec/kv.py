@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.errors import ConfigError
+from linspec.messages import did_you_mean, shown
 
 KINDS = ("float", "int8")
 _SCALE_BYTES = 4
@@ -22,7 +23,10 @@ _SCALE_BYTES = 4
 def check_kv(kind: str) -> None:
     """Raises ConfigError unless `kind` names a way to keep the rows of a cache."""
     if kind not in KINDS:
-        raise ConfigError(f"a cache can be kept as {' or '.join(KINDS)}, got {kind!r}")
+        raise ConfigError(
+            f"a cache can be kept as {' or '.join(KINDS)}, got {shown(repr(kind))}"
+            f"{did_you_mean(kind, KINDS)}"
+        )
 
 
 def coded_width(width: int) -> int:
@@ -35,7 +39,8 @@ def encode(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     most = x.abs().amax(-1, keepdim=True)
     # the C library rounds the same product: equal floats get equal codes
-    inverse = torch.where(most > 0, 127 / most, 0.0)
+    inverse = 127 / most
+    inverse = torch.where(inverse.isfinite(), inverse, 0.0)
     codes = F.pad((x * inverse).round().to(torch.int8), (0, -x.shape[-1] % 4))
     return torch.cat((codes, (most / 127).view(torch.int8)), dim=-1)
 

@@ -12,30 +12,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from linspec.compress.load import load_for
+from linspec.config import check_size
 from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import FAILED, Emitted, Engine
-from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
+from linspec.kernels.device import pick_device
 from linspec.kv import check_kv
+from linspec.messages import shown
 from linspec.models.backbone import Generator
 from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
 from linspec.models.tokenizer import load_text_tokenizer
 from linspec.policy import make_policy
 from linspec.policy.base import Policy
+from linspec.prompts import Prompt, as_prompts, token_ids
 from linspec.row import Row, Stats
 from linspec.sampling import SamplingParams
 from linspec.text import Detokenizer
 from linspec.verify import VERIFIERS
 from linspec.verify.base import TokenLogprob
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,9 @@ class LLM:
     ) -> None:
         check_fork()
         check_kv(kv)
+        check_size("max_batch", max_batch)
+        check_size("prefill_tokens", prefill_tokens)
+        device = pick_device(device)
         source = resolve(model) if isinstance(model, str | Path) else None
         if isinstance(model, str | Path):
             options: dict[str, Any] = {"dtype": dtype, "device": device}
@@ -213,13 +218,16 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode."""
         if not isinstance(prompt, str):
-            ids = list(prompt)
+            ids = token_ids(prompt, self.model.config.vocab_size)
         else:
             try:
                 prompt.encode("utf-8")
             except UnicodeEncodeError as error:
-                raise InputError(f"the prompt is not valid text: {error.reason}") from error
-            ids = self.tokenizer(prompt)["input_ids"]
+                raise InputError(
+                    f"the prompt is not valid text at character {error.start}: {error.reason}; leave "
+                    "that character out"
+                ) from error
+            ids = self._tokenize(prompt)
             start = self._start
             # a rendered chat template begins with the token that the tokenizer adds
             if start and ids[: 2 * len(start)] == start * 2:
@@ -236,6 +244,17 @@ class LLM:
         places = range(len(whole) - len(bare) + 1)
         begin = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
         return list(whole[:begin])
+
+    def _tokenize(self, prompt: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        # the tokenizers library raises bare Exception for what its file cannot encode
+        except Exception as error:
+            raise InputError(
+                f"this tokenizer cannot encode the prompt: {error}; write it otherwise, or copy the "
+                "tokenizer's files again"
+            ) from error
+        return token_ids(ids, self.model.config.vocab_size) if ids else []
 
     def generate(
         self,
@@ -317,24 +336,22 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[_Request]:
-        prompts = _as_list(prompts)
-        if not len(prompts):
+        given = as_prompts(prompts)
+        if not given:
             raise InputError("no prompts were given")
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(prompts)
-        if len(params) != len(prompts):
-            raise ConfigError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+            params = [params or SamplingParams()] * len(given)
+        if not isinstance(params, Sequence) or not all(
+            isinstance(p, SamplingParams) for p in params
+        ):
+            raise WrongType(f"params are SamplingParams, one or a list, got {shown(repr(params))}")
+        if len(params) != len(given):
+            raise ConfigError(
+                f"{len(params)} sampling parameters for {len(given)} prompts; give one for all, or one "
+                "for each"
+            )
         continues = not isinstance(self.model, T5)
         return [
             _Request(i, self.tokenizer, self.encode(prompt), each, continues=continues)
-            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+            for i, (prompt, each) in enumerate(zip(given, params, strict=True))
         ]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, as text or token ids, is a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [cast("Sequence[int]", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from linspec.errors import ConfigError
+from linspec.messages import did_you_mean, shown
 
 T = TypeVar("T")
 
@@ -49,9 +50,12 @@ class Registry(Generic[T]):
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of `name`; raises ConfigError with the known names if there is none."""
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             known = ", ".join(sorted(self._entries))
-            raise ConfigError(f"unknown {self.axis} {name!r}; known: {known}")
+            raise ConfigError(
+                f"unknown {self.axis} {shown(repr(name))}; known: {known}"
+                f"{did_you_mean(name, self._entries)}"
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

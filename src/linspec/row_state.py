@@ -24,6 +24,7 @@ import torch
 from linspec.errors import StateError
 from linspec.kv import coded_width, decode, encode
 from linspec.layout import Layout
+from linspec.ram import available_bytes
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
@@ -48,7 +49,13 @@ def zeros(
         return torch.zeros(*shape, dtype=dtype, device=device)
     # private where the choice exists: a forked child must not write into its parent's state
     options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-    pages = mmap.mmap(-1, count * dtype.itemsize, **options)
+    try:
+        pages = mmap.mmap(-1, count * dtype.itemsize, **options)
+    except (OSError, OverflowError, ValueError) as error:
+        raise StateError(
+            f"the system has no address space for {count * dtype.itemsize / 2**30:.1f} GiB of state; "
+            "lower max_batch, the context or the span"
+        ) from error
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
@@ -115,6 +122,7 @@ class RowState:
         self.spec, self.layers, self.folds = spec, len(folds), list(folds)
         rows = self._resting_rows() + STAGE_ROWS
         self.dtype = dtype
+        self._check_memory(rows, slots)
         kept = torch.int8 if spec.coded else dtype
         shape = (self.layers, slots, spec.kv_heads)
         key_width, value_width = spec.row_widths()
@@ -130,6 +138,22 @@ class RowState:
         self.parents: list[list[int]] = [[] for _ in range(slots)]
         self.long: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._layouts: Layouts = OrderedDict() if layouts is None else layouts
+
+    def _check_memory(self, rows: int, slots: int) -> None:
+        """Raise StateError unless one full slot, and the sums of all, fit into memory."""
+        spec, free = self.spec, available_bytes()
+        key_width, value_width = spec.row_widths()
+        kept = 1 if spec.coded else self.dtype.itemsize
+        one = (rows * (key_width + value_width) + spec.lead * value_width) * kept
+        # float32 or wider, and written when they are made
+        sums = spec.sum_width * (spec.sum_columns or spec.value_width) * max(4, self.dtype.itemsize)
+        needed = self.layers * spec.kv_heads * (one + sums * slots)
+        if free is not None and needed > free:
+            raise StateError(
+                f"the state of one sequence, {rows} rows in each of {self.layers} layers, and the sums of "
+                f"{slots} need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
+                "lower max_batch, or take a model of smaller group, span or window"
+            )
 
     def _resting_rows(self) -> int:
         """Most committed rows that stay in the buffer between rounds."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from linspec.config import check_size
 from linspec.errors import ConfigError, InputError
+from linspec.messages import shown
 
 # below this, scores divided by the temperature leave float32
 MIN_TEMPERATURE = 1e-6
@@ -48,8 +51,13 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ConfigError(f"logit_bias must be a mapping, got {shown(repr(self.logit_bias))}")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        given: Any = self.stop
+        if not isinstance(given, Iterable) or isinstance(given, bytes):
+            raise ConfigError(f"stop must hold texts, got {shown(repr(given))}")
+        stop = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "stop", stop)
         self._check_lengths()
         self._check_warpers()
@@ -60,30 +68,33 @@ class SamplingParams:
         return self.temperature == 0
 
     def _check_lengths(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be 1 or more, got {self.max_tokens}")
+        check_size("max_tokens", self.max_tokens)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(
                 f"stop must hold non-empty strings, got {self.stop!r}; use () to stop at none"
             )
-        if self.logprobs is not None and self.logprobs < 0:
+        if self.logprobs is not None:
+            check_size("logprobs", self.logprobs, least=0)
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**64):
             raise ConfigError(
-                f"logprobs must be 0 or more, got {self.logprobs}; use None to report none"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ConfigError(
-                f"seed must be from 0 to 2**64 - 1, got {self.seed}; use None for fresh entropy"
+                f"seed must be a whole number from 0 to 2**64 - 1, got {shown(self.seed)}; use None for "
+                "fresh entropy"
             )
 
     def _check_warpers(self) -> None:
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ConfigError(
+                    f"{name} must be a number, got {shown(repr(getattr(self, name)))}"
+                )
         # "not >=" instead of "<": NaN must fail too
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature must be 0 (greedy) or finite and at least {MIN_TEMPERATURE}, "
                 f"got {self.temperature}"
             )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 (keep all) or more, got {self.top_k}")
+        # 0 keeps all
+        check_size("top_k", self.top_k, least=0)
         if not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"top_p must be above 0 and at most 1 (keep all), got {self.top_p}; "
@@ -95,6 +106,10 @@ class SamplingParams:
                 "use 1.0 for none"
             )
         for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or not isinstance(bias, int | float):
+                raise ConfigError(
+                    f"logit_bias maps token ids to numbers, got {shown(repr(token))}: {shown(repr(bias))}"
+                )
             if math.isnan(bias) or bias == math.inf:
                 raise ConfigError(
                     f"logit_bias of token {token} must be a finite number or -inf, got {bias}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from linspec.errors import ConfigError
+from linspec.config import check_size
 from linspec.row import Row
 
 
@@ -35,8 +35,8 @@ class Scheduler:
     """
 
     def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
-        if slots < 1:
-            raise ConfigError(f"max_batch must be 1 or more, got {slots}")
+        check_size("max_batch", slots)
+        check_size("prefill_tokens", prefill_tokens)
         self.prefill_tokens = prefill_tokens
         self.free = list(range(slots))
         self._waiting: deque[Row] = deque()

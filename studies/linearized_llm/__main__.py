@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import real, whole
 from linspec.cli.console import guarded, place_on, print_json, quiet_stdout, say, sources
 from linspec.cli.options import Data, Json, RecallShare, Threads
 from studies.lib.command import AGAIN, called, command
@@ -22,19 +23,25 @@ def study(
         list[str] | None, typer.Option(help="A table; repeatable.", show_default="all")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Minutes of this sitting.", show_default="no limit")
+        float | None,
+        typer.Option(
+            callback=real(above=0), help="Minutes of this sitting.", show_default="no limit"
+        ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="default, small or tiny cells.", show_default="by --budget"),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds of cells that train.")] = 1,
+    seeds: Annotated[int, typer.Option(callback=whole(), help="Seeds of cells that train.")] = 1,
     row: Annotated[
         list[str] | None,
         typer.Option(help="An attention or recipe to fill; repeatable.", show_default="all"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Training tokens of a cell.", show_default="the size's")
+        int | None,
+        typer.Option(
+            callback=whole(), help="Training tokens of a cell.", show_default="the size's"
+        ),
     ] = None,
     teacher: Annotated[str, typer.Option(help="The softmax model.")] = "embedded-softmax",
     encoder: Annotated[

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linspec.bench.machine import info, machine, pick_device, set_threads
+from linspec.bench.machine import info, machine, set_threads
 from linspec.errors import ConfigError
+from linspec.kernels.device import pick_device
 
 
 def test_facts_about_this_machine() -> None:

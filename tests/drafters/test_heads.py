@@ -157,7 +157,7 @@ def torn_config(folder: Path) -> None:
         (torn_config, "cannot read"),
         (lambda d: rewrite(d, kind="eagle"), "kind 'eagle', expected 'medusa'"),
         (lambda d: rewrite(d, heads=0), "heads must be 1 or more"),
-        (lambda d: rewrite(d, blocks=2), "missing or damaged"),
+        (lambda d: rewrite(d, blocks=2), "lacks blocks.1.bias"),
         (lambda d: rewrite(d, accuracies=[[0.5]] * 4), "4 tokens deep but has only 3 heads"),
     ],
 )

@@ -219,10 +219,13 @@ def cut(folder: Path) -> None:
     [
         (cut, "missing or damaged"),
         (lambda d: (d / "drafter.safetensors").unlink(), "missing or damaged"),
-        (lambda d: rewrite(d, blocks=2), "missing or damaged"),
+        (lambda d: rewrite(d, blocks=2), "lacks blocks.1.back.0.packed"),
         (lambda d: rewrite(d, quantization={"format": 7, "bits": 8}), "format 7, this linspec"),
         (lambda d: rewrite(d, quantization={"format": 1, "bits": 3}), "3 bits; known: 8 and 4"),
-        (lambda d: rewrite(d, quantization={"format": 1, "bits": 4}), "missing or damaged"),
+        (
+            lambda d: rewrite(d, quantization={"format": 1, "bits": 4}),
+            "what no such model has: blocks.0.back.0.scales",
+        ),
         (lambda d: rewrite(d, quantization=None), "format None"),
         (lambda d: rewrite(d, target="other"), "trained for another model"),
         (lambda d: rewrite(d, accuracies=[[0.001] * 71]), "71 guesses but has only 70 tokens"),

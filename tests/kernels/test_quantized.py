@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linspec import ram
 from linspec.compress.load import load_for
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
@@ -180,11 +181,11 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
 def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a model that lies in the page cache would be refused for the memory that it takes itself."""
     (tmp_path / "meminfo").write_text("MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n")
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "meminfo")
     memory.check_memory(4096 * 1024, tmp_path)
     with pytest.raises(CheckpointError, match="are free"):
         memory.check_memory(4096 * 1024 + 1, tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "nothing")
     memory.check_memory(2**60, tmp_path)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from linspec.errors import DrafterError, InputError
+from linspec.errors import DrafterError, NotFinite
 from linspec.sampling import Sampler, SamplingParams
 from linspec.tree import TokenTree, chain, root_only
 from linspec.verify import LosslessVerifier, lossless
@@ -239,7 +239,7 @@ def test_nan_logits_are_named_not_sampled() -> None:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=0), [0], 3)
     logits = torch.full((2, 3), float("nan"))
     for proposals in ({}, {0: torch.ones(3) / 3}):
-        with pytest.raises(InputError, match="NaN"):
+        with pytest.raises(NotFinite, match="NaN"):
             LosslessVerifier().accept(TokenTree((0, 1), (-1, 0), proposals), logits, sampler)
 
 

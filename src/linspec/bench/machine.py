@@ -14,8 +14,11 @@ import torch
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
 from linspec.kernels.linear import pick_kernel
+from linspec.messages import shown
 
 _BANDWIDTH_BYTES = 2**28
+# more threads only take turns, and the system refuses thousands of them
+MOST_THREADS_A_CORE = 16
 
 
 def machine(*, bandwidth: bool = False) -> dict[str, Any]:
@@ -69,29 +72,17 @@ def package_version(name: str) -> str:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use this many threads; None leaves its choice. Raises ConfigError below 1."""
+    """Let torch use this many threads; None leaves its choice. Raises ConfigError
+    below 1 and far above the cores."""
     if threads is None:
         return
-    if threads < 1:
-        raise ConfigError(f"threads must be 1 or more, got {threads}")
-    torch.set_num_threads(threads)
-
-
-def pick_device(name: str) -> str:
-    """The device for 'cpu', 'cuda' or 'auto'; raises ConfigError for one that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or auto") from error
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or auto")
-    if kind == "cuda" and not torch.cuda.is_available():
+    most = MOST_THREADS_A_CORE * usable_cores()
+    if not 1 <= threads <= most:
         raise ConfigError(
-            "no CUDA device can be used here; leave out --device, or use --device cpu"
+            f"threads must be 1 or more and at most {most} on {usable_cores()} cores, got "
+            f"{shown(threads)}; leave them out for all cores"
         )
-    return name
+    torch.set_num_threads(threads)
 
 
 def cpu_name() -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import whole
 from linspec.cli.console import (
     guarded,
     numbers,
@@ -26,8 +27,10 @@ def bench(
     drafter: Annotated[
         list[str] | None, typer.Option(help="A drafter beside plain decoding; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens decoded in a repeat.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Repeats after a warm-up; the median counts.")] = 5,
+    tokens: Annotated[int, typer.Option(callback=whole(), help="Tokens decoded in a repeat.")] = 64,
+    repeats: Annotated[
+        int, typer.Option(callback=whole(), help="Repeats after a warm-up; the median counts.")
+    ] = 5,
     policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
     data: Data = None,
     bandwidth: Annotated[
@@ -66,8 +69,12 @@ def bench(
 @guarded()
 def bench_load(
     model: Model,
-    tokens: Annotated[int, typer.Option(help="Tokens that a process generates.")] = 4,
-    repeats: Annotated[int, typer.Option(help="Processes of each kind; medians count.")] = 5,
+    tokens: Annotated[
+        int, typer.Option(callback=whole(), help="Tokens that a process generates.")
+    ] = 4,
+    repeats: Annotated[
+        int, typer.Option(callback=whole(), help="Processes of each kind; medians count.")
+    ] = 5,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import whole
 from linspec.cli.console import (
     guarded,
     place_on,
@@ -16,20 +16,25 @@ from linspec.cli.console import (
     say,
     sources,
 )
-from linspec.cli.options import Data, Field, Json, Model, Overwrite, Threads
+from linspec.cli.options import Data, Field, Json, Model, Out, Overwrite, Threads
 
 
 @guarded()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    out: Out,
     bits: Annotated[int, typer.Option(help="Bits of a weight, 8 or 4.")] = 8,
     data: Data = None,
     field: Field = "text",
     calibration_bytes: Annotated[
-        int, typer.Option(help="Text that 4-bit weights are fitted to; 0 fits to none.")
+        int,
+        typer.Option(
+            callback=whole(0), help="Text that 4-bit weights are fitted to; 0 fits to none."
+        ),
     ] = 200_000,
-    limit_bytes: Annotated[int, typer.Option(help="Held-out text for the quality.")] = 100_000,
+    limit_bytes: Annotated[
+        int, typer.Option(callback=whole(), help="Held-out text for the quality.")
+    ] = 100_000,
     overwrite: Overwrite = False,
     threads: Threads = None,
     as_json: Json = False,

@@ -13,6 +13,9 @@ import json
 import math
 import os
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,10 +23,17 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 
 from linspec.errors import ConfigError, InputError, LinspecError
+from linspec.files import cache_dir
+from linspec.messages import because, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C")
+
+# longer messages are those of libraries, which quote whole files
+_LONGEST_LINE = 1000
+# how torch says it, in errors of no class of their own
+_NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
 RESUME = "give the same command with --resume to go on"
 AGAIN = "nothing was changed; give the same command again"
@@ -44,14 +54,12 @@ def guarded(after_interrupt: str = AGAIN) -> Callable[[Callable[P, R]], Callable
                 # the reader has what it wanted; the interpreter must not flush into the closed pipe
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(0) from None
-            except LinspecError as error:
+            except typer.Exit:
+                raise
+            except Exception as error:
                 if os.environ.get("LINSPEC_DEBUG"):
                     raise
-                say(f"error: {_one_line(error)}")
-            except (OSError, MemoryError, RuntimeError) as error:
-                if os.environ.get("LINSPEC_DEBUG") or isinstance(error, typer.Exit):
-                    raise
-                say(f"error: {_one_line(error)} (LINSPEC_DEBUG=1 shows where)")
+                say(explain(error))
             raise typer.Exit(1)
 
         return run
@@ -59,8 +67,38 @@ def guarded(after_interrupt: str = AGAIN) -> Callable[[Callable[P, R]], Callable
     return wrap
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def explain(error: Exception) -> str:
+    """One line for an error: what to do about it, or where the traceback of an unexpected one is kept."""
+    if isinstance(error, LinspecError):
+        return f"error: {_one_line(str(error))}"
+    if isinstance(error, OSError):
+        return f"error: {_one_line(because(error))}"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        return (
+            f"error: the memory of this machine is used up ({_one_line(str(error)) or 'MemoryError'}); "
+            "close other programs, or ask for less: a shorter context, fewer tokens or rows at once"
+        )
+    return (
+        f"unexpected error: {type(error).__name__}: {_one_line(str(error))}; this is a fault of "
+        f"linspec's: please report it with the traceback that is kept in {keep_traceback(error)}"
+    )
+
+
+def keep_traceback(error: Exception) -> Path:
+    """The file that now holds the traceback: in the cache directory, or a temporary one."""
+    text = "".join(traceback.format_exception(error))
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (cache_dir() / "errors", Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            return folder / name
+    return Path("nowhere: no directory can be written")
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
 
 
 def say(text: str) -> None:
@@ -94,7 +132,9 @@ def importing() -> Iterator[None]:
 
 def print_json(data: Mapping[str, Any]) -> None:
     """One JSON object on stdout; what JSON cannot say (NaN, infinity) becomes null."""
-    print(json.dumps(_finite(data), ensure_ascii=False), flush=True)
+    text = json.dumps(_finite(data), ensure_ascii=False)
+    # names of files need not be Unicode
+    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -164,7 +204,8 @@ def report_written(out: Path, as_json: bool) -> None:
 def place_on(device: str, threads: int | None) -> str:
     """Apply --threads; returns the device, checked."""
     # torch takes seconds to import: --help must not wait for it
-    from linspec.bench.machine import pick_device, set_threads
+    from linspec.bench.machine import set_threads
+    from linspec.kernels.device import pick_device
 
     set_threads(threads)
     return pick_device(device)
@@ -193,14 +234,24 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         try:
             text = _decode(file.read_bytes(), str(file))
         except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}") from error
+            raise InputError(f"cannot read {because(error)}") from error
     elif prompt == "-":
-        text = _decode(sys.stdin.buffer.read(), "standard input")
+        text = _decode(_standard_input(), "standard input")
     else:
         text = prompt or ""
     if not text:
         raise InputError("the prompt is empty; give at least one character")
     return text
+
+
+def _standard_input() -> bytes:
+    # Python has no stdin at all where the caller closed it
+    if sys.stdin is None or sys.stdin.closed:
+        raise InputError("standard input is closed; give --prompt TEXT, or pipe the text in")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise InputError(f"cannot read standard input: {because(error)}") from error
 
 
 def _decode(content: bytes, source: str) -> str:
@@ -210,16 +261,11 @@ def _decode(content: bytes, source: str) -> str:
         raise InputError(f"{source} is not UTF-8 text (byte {error.start}); convert it") from error
 
 
-def above_zero(number: int | None, option: str) -> int:
-    """The number, 0 when it was not given; raises ConfigError for one below 1."""
-    if number is not None and number < 1:
-        raise ConfigError(f"{option} must be 1 or more, got {number}; leave it out for the default")
-    return number or 0
-
-
 def numbers(text: str, option: str) -> list[int]:
     """The numbers of a list like 128,2048; raises ConfigError for anything else."""
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}") from error
+        raise ConfigError(
+            f"{option} takes numbers separated by commas, got {shown(repr(text))}"
+        ) from error

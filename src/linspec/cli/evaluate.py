@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from linspec.cli.checks import whole
 from linspec.cli.console import (
     guarded,
     numbers,
@@ -26,9 +27,12 @@ def evaluate(
     model: Model,
     data: Data = None,
     field: Field = "text",
-    limit_bytes: Annotated[int | None, typer.Option(help="Stop after this much text.")] = None,
+    limit_bytes: Annotated[
+        int | None, typer.Option(callback=whole(), help="Stop after this much text.")
+    ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a window.", show_default="the model's")
+        int | None,
+        typer.Option(callback=whole(), help="Tokens of a window.", show_default="the model's"),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     quantize: Quantize = None,
@@ -45,12 +49,16 @@ def evaluate(
     lengths: Annotated[
         str, typer.Option(help="With --recall, --repeats: tokens of the texts.")
     ] = "512,1024,2048,4096",
-    samples: Annotated[int, typer.Option(help="With --recall: texts of a kind and seed.")] = 16,
-    seeds: Annotated[int, typer.Option(help="With --recall: seeds.")] = 1,
+    samples: Annotated[
+        int, typer.Option(callback=whole(), help="With --recall: texts of a kind and seed.")
+    ] = 16,
+    seeds: Annotated[int, typer.Option(callback=whole(), help="With --recall: seeds.")] = 1,
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Measure perplexity along long texts instead.")
     ] = False,
-    length: Annotated[int, typer.Option(help="With --by-position: tokens of a text.")] = 32768,
+    length: Annotated[
+        int, typer.Option(callback=whole(), help="With --by-position: tokens of a text.")
+    ] = 32768,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -115,22 +123,33 @@ def _perplexity(model: str, options: Options) -> Options:
 def verify(
     model: Model,
     drafter: DrafterName = "none",
-    prompts: Annotated[int, typer.Option(help="Prompts, from held-out text.")] = 64,
-    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 128,
-    draws: Annotated[int, typer.Option(help="Samples for the test of the distribution.")] = 2000,
+    prompts: Annotated[
+        int, typer.Option(callback=whole(), help="Prompts, from held-out text.")
+    ] = 64,
+    tokens: Annotated[int, typer.Option(callback=whole(), help="New tokens of each.")] = 128,
+    draws: Annotated[
+        int, typer.Option(callback=whole(0), help="Samples for the test of the distribution.")
+    ] = 2000,
     policy: Annotated[str, typer.Option(help="Number of draft tokens, or auto.")] = "12",
     data: Data = None,
-    seed: Annotated[int, typer.Option(help="Choice of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of the prompts.")] = 0,
     quantize: Quantize = None,
     kv: Kv = "float",
+    files: Annotated[
+        bool, typer.Option("--files", help="Read all files instead: checksums, every value.")
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Check that a drafter changes nothing: greedy token for token, samples by a chi-square test.
 
-    Exits with 1 when greedy output differs by more than near ties (logits closer than 1e-4).
+    Exits with 1 when greedy output differs by more than near ties (logits closer than 1e-4), and with
+    --files when a file of the model or of a drafter in it is damaged.
     """
+    if files:
+        _verify_files(model, as_json)
+        return
     from linspec.evaluate.lossless import verify as library
 
     place = place_on(device, threads)
@@ -151,3 +170,11 @@ def verify(
     print_json(report.to_json()) if as_json else print_facts(report.to_json())
     if not report.lossless_greedy:
         raise typer.Exit(1)
+
+
+def _verify_files(model: str, as_json: bool) -> None:
+    from linspec.evaluate.files import verify_files
+
+    with quiet_stdout():
+        found = verify_files(model).to_json()
+    print_json(found) if as_json else print_facts(found)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import real, whole
 from linspec.cli.console import (
     configure,
     guarded,
@@ -25,11 +26,19 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - is stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among k tokens; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among this mass.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(callback=real(least=0), help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(callback=whole(0), help="Sample among k tokens; 0 is all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(callback=real(above=0, most=1), help="Sample among this mass.")
+    ] = 1.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(callback=real(above=0), help="Above 1 repeats less.")
+    ] = 1.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
     ] = None,
@@ -37,10 +46,16 @@ def generate(
         bool, typer.Option("--ignore-eos", help="Go on after the end of text.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Equal seeds, equal text.", show_default="random")
+        int | None,
+        typer.Option(
+            callback=whole(0, 2**64 - 1), help="Equal seeds, equal text.", show_default="random"
+        ),
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log-probabilities, and of the K likeliest.")
+        int | None,
+        typer.Option(
+            callback=whole(0), help="With --json: log-probabilities, and of the K likeliest."
+        ),
     ] = None,
     drafter: DrafterName = "none",
     policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import real, whole
 from linspec.cli.console import (
     RESUME,
-    above_zero,
     configure,
     guarded,
     numbers,
@@ -27,6 +26,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Out,
     Overwrite,
     Rate,
     RecallShare,
@@ -35,12 +35,16 @@ from linspec.cli.options import (
     Tokens,
 )
 
-Group = Annotated[int, typer.Option(help="Tokens per group.")]
+Group = Annotated[int, typer.Option(callback=whole(), help="Tokens per group.")]
 Taps = Annotated[
     int | None,
-    typer.Option(help="Causal convolution taps.", show_default="32 for aug, else 0"),
+    typer.Option(
+        callback=whole(0), help="Causal convolution taps.", show_default="32 for aug, else 0"
+    ),
 ]
-Window = Annotated[int | None, typer.Option(help="Tokens of mixer 'window'.", show_default="64")]
+Window = Annotated[
+    int | None, typer.Option(callback=whole(), help="Tokens of mixer 'window'.", show_default="64")
+]
 Span = Annotated[
     str,
     typer.Option(
@@ -50,7 +54,9 @@ Span = Annotated[
 ]
 Rows = Annotated[
     int,
-    typer.Option(help="Tokens seen exactly, mean of the layers; each gets what it needs."),
+    typer.Option(
+        callback=whole(), help="Tokens seen exactly, mean of the layers; each gets what it needs."
+    ),
 ]
 Kernel = Annotated[
     str | None,
@@ -62,36 +68,46 @@ Kernel = Annotated[
 Features = Annotated[
     int | None,
     typer.Option(
+        callback=whole(),
         help="Random features of performer and rfa; rows that linformer makes of a group.",
         show_default="d·ln d for head width d; an eighth of the group",
     ),
 ]
 Keep = Annotated[
-    int | None, typer.Option(help="Closed groups that linformer remembers.", show_default="16")
+    int | None,
+    typer.Option(
+        callback=whole(), help="Closed groups that linformer remembers.", show_default="16"
+    ),
 ]
-MixerSeed = Annotated[int, typer.Option(help="Of what performer and rfa draw at random.")]
+MixerSeed = Annotated[
+    int, typer.Option(callback=whole(0), help="Of what performer and rfa draw at random.")
+]
 KeepSoftmax = Annotated[
     str,
     typer.Option(help="Layers that stay as they are, like 0,5; T5 counts its encoder's first."),
 ]
 SoftmaxLayers = Annotated[
-    int, typer.Option(help="How many more stay: those that need to see far most.")
+    int,
+    typer.Option(callback=whole(0), help="How many more stay: those that need to see far most."),
 ]
 TransferShare = Annotated[
     float | None,
     typer.Option(
+        callback=real(least=0, most=1),
         help="Share of them that matches the teacher by layer.",
         show_default="0.4, or 0 with kernel softmax",
     ),
 ]
-KlWeight = Annotated[float | None, typer.Option(help="Weight of the KL to the teacher.")]
-LoraRank = Annotated[int | None, typer.Option(help="0 trains all weights.")]
+KlWeight = Annotated[
+    float | None, typer.Option(callback=real(least=0), help="Weight of the KL to the teacher.")
+]
+LoraRank = Annotated[int | None, typer.Option(callback=whole(0), help="0 trains all weights.")]
 
 
 @guarded(RESUME)
 def linearize(
     source: Model,
-    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    out: Out,
     mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
     group: Group = 64,
     taps: Taps = None,
@@ -143,8 +159,8 @@ def linearize(
             span=chosen[0] if len(chosen) == 1 else chosen or None,
             rows=rows,
             kernel=kernel,
-            features=above_zero(features, "--features"),
-            keep=above_zero(keep, "--keep"),
+            features=features or 0,
+            keep=keep or 0,
             mixer_seed=mixer_seed,
             keep_softmax=numbers(keep_softmax, "--keep-softmax"),
             softmax_layers=softmax_layers,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from linspec.cli.checks import named, whole
+from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import (
     RESUME,
     configure,
@@ -25,6 +27,7 @@ from linspec.cli.options import (
     Json,
     Model,
     Order,
+    Out,
     Overwrite,
     Rate,
     Resume,
@@ -35,29 +38,31 @@ from linspec.cli.options import (
 
 @guarded(RESUME)
 def pretrain(
-    out: Annotated[Path, typer.Option(help="Model directory to write.")],
+    out: Out,
     recipe: Annotated[
         str, typer.Option(help="embedded, recall, flash-aug or flash-quadratic.")
     ] = "embedded",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="stdlib, a file or a folder; repeatable.", show_default="stdlib"),
+        typer.Option(
+            callback=named_sources,
+            help="stdlib, a file or a folder; repeatable.",
+            show_default="stdlib",
+        ),
     ] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")
+        int | None,
+        typer.Option(callback=whole(), help="Optimizer steps.", show_default="the recipe's"),
     ] = None,
     compile: Compile = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Train a small softmax model: from nothing, or the embedded one on, to recall from far above."""
-    from linspec.errors import ConfigError
     from linspec.train import pretrain as library
 
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--steps must be 1 or more, got {steps}")
     place_on("cpu", threads)
     with quiet_stdout():
         library.pretrain(
@@ -77,9 +82,10 @@ def train_drafter(
     model: Model,
     kind: Annotated[str, typer.Option(help="Kind of drafter.")] = "medusa",
     out: Annotated[
-        Path | None, typer.Option(help="Where it goes.", show_default="MODEL/medusa")
+        Path | None,
+        typer.Option(callback=named, help="Where it goes.", show_default="MODEL/medusa"),
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Medusa heads.")] = None,
+    heads: Annotated[int | None, typer.Option(callback=whole(), help="Medusa heads.")] = None,
     data: Data = None,
     field: Field = "text",
     tokens: Tokens = None,

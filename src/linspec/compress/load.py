@@ -14,6 +14,7 @@ from linspec.kernels.linear import Quantizer, check_bits
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import load_model
+from linspec.models.tensors import check_finite
 
 
 def load_plain(source: str | Path) -> Decoder:
@@ -23,6 +24,9 @@ def load_plain(source: str | Path) -> Decoder:
         raise ConfigError(
             f"{source} is quantised already; quantise the model that it was made from"
         )
+    # all weights are read anyway: integers would hide a damaged one for good
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor, source)
     return model
 
 

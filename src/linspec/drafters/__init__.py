@@ -16,9 +16,10 @@ from linspec.drafters.lookup import PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
-from linspec.errors import ConfigError, DrafterError
+from linspec.errors import ConfigError, DrafterError, WrongType
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
+from linspec.messages import did_you_mean, shown
 from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
 from linspec.models.hub import EMBEDDED, load_model
@@ -44,6 +45,8 @@ def make_drafter(
     """
     if isinstance(drafter, Drafter):
         return drafter
+    if not isinstance(drafter, str):
+        raise WrongType(f"a drafter is a name or a Drafter, got {shown(repr(drafter))}")
     name, _, where = drafter.partition(":")
     if name == "none":
         return None
@@ -65,7 +68,10 @@ def make_drafter(
         if tokenizer is not None:
             check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
         return _draft_model(name, folder, model, slots)
-    raise ConfigError(f"unknown drafter {name!r}; known: none, {', '.join(DRAFTERS.names())}")
+    known = ("none", *DRAFTERS.names())
+    raise ConfigError(
+        f"unknown drafter {shown(repr(name))}; known: {', '.join(known)}{did_you_mean(name, known)}"
+    )
 
 
 def _draft_model(name: str, folder: str, model: Decoder, slots: int) -> DraftModel:

@@ -17,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.config import check_sizes
 from linspec.errors import ConfigError
+
+# of all heads together: published sets have up to 8
+MOST_BLOCKS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +41,13 @@ class HeadsConfig:
     shared_head: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("width", "vocab_size", "heads", "blocks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.hidden < 0:
-            raise ConfigError(f"hidden must be 0 or more, got {self.hidden}")
+        check_sizes(self, "width vocab_size heads blocks")
+        check_sizes(self, "hidden", least=0)
+        if self.heads * self.blocks > MOST_BLOCKS:
+            raise ConfigError(
+                f"{self.heads} heads of {self.blocks} blocks are more than {MOST_BLOCKS} blocks; use "
+                "fewer heads, such as 4"
+            )
 
 
 class HasHead(Protocol):

@@ -9,6 +9,7 @@ heads have an entry `quantization` there, as quantised models have, and their we
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
@@ -19,14 +20,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from linspec.border import parse, read_json
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, DrafterError
 from linspec.kernels.linear import Blank
+from linspec.messages import shown
+from linspec.models.checksums import write_checksums
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
+from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.models.skeleton import without_memory
+from linspec.models.tensors import aligned, check_tensors
 from linspec.places import Place
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
@@ -57,6 +63,7 @@ def save_heads(
     }
     with out.replaced() as aside:
         save_file(tensors, aside / WEIGHTS_FILE)
+        write_checksums(aside)
         _write_config(aside, heads, model, facts or {})
     return out.path
 
@@ -69,6 +76,7 @@ def save_packed(
     place.check()
     with place.replaced() as aside:
         write_aligned(heads.state_dict(), aside / WEIGHTS_FILE)
+        write_checksums(aside)
         _write_config(aside, heads, model, {**facts, ENTRY: entry_of(bits)})
     return out
 
@@ -93,14 +101,19 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
     data = read_drafter(folder)
     config = _heads_config(data, folder)
     _check_target(config, data, model, folder)
-    accuracies = data.get("accuracies", [])
-    _check_accuracies(accuracies, config, folder)
+    accuracies = _accuracies(data.get("accuracies", []), config, folder)
+    _check_weights(folder)
     with without_memory():
         plain = MedusaHeads(config, model.head, accuracies)
     if ENTRY in data:
         return _load_packed(plain, data[ENTRY], model, folder)
     with _named(folder):
-        plain.load_state_dict(load_file(folder / WEIGHTS_FILE), assign=True)
+        read = load_file(folder / WEIGHTS_FILE)
+        tensors = {name: aligned(tensor) for name, tensor in read.items()}
+    check_tensors(
+        tensors, plain.state_dict(), folder / WEIGHTS_FILE, exact=False, error=DrafterError
+    )
+    plain.load_state_dict(tensors, assign=True)
     return plain.to(model.embed.weight.device, model.dtype).eval()
 
 
@@ -117,7 +130,9 @@ def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -
     with without_memory():
         heads = PackedHeads.of(plain, Blank(bits))
     with _named(folder):
-        heads.load_state_dict(map_tensors(folder / WEIGHTS_FILE), assign=True)
+        tensors = map_tensors(folder / WEIGHTS_FILE)
+    check_tensors(tensors, heads.state_dict(), folder / WEIGHTS_FILE, error=DrafterError)
+    heads.load_state_dict(tensors, assign=True)
     return heads.requires_grad_(False).eval()
 
 
@@ -127,10 +142,36 @@ def _named(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointError) as error:
-        raise DrafterError(f"{folder / WEIGHTS_FILE} is missing or damaged: {error}") from error
+        raise DrafterError(
+            f"{folder / WEIGHTS_FILE} is missing or damaged: {error}; train the drafter again: "
+            "linspec train-drafter"
+        ) from error
 
 
-def _check_accuracies(accuracies: Any, config: HeadsConfig, folder: Path) -> None:
+def _check_weights(folder: Path) -> None:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise DrafterError(f"{path} is missing or damaged; copy the drafter again")
+    check_memory(path.stat().st_size, folder)
+
+
+def _accuracies(given: Any, config: HeadsConfig, folder: Path) -> list[list[float]]:
+    """The accuracies of drafter.json, each a share of the guesses."""
+    try:
+        accuracies = parse(list[list[float]], given, f"{folder / CONFIG_FILE}: accuracies")
+    except ConfigError as error:
+        raise DrafterError(f"{error}; calibrate it again with linspec train-drafter") from error
+    wrong = [share for share in itertools.chain(*accuracies) if not 0 <= share <= 1]
+    if wrong:
+        raise DrafterError(
+            f"{folder / CONFIG_FILE}: accuracies must be shares in 0..1, got {wrong[0]}; calibrate it "
+            "again with linspec train-drafter"
+        )
+    _check_depth(accuracies, config, folder)
+    return accuracies
+
+
+def _check_depth(accuracies: list[list[float]], config: HeadsConfig, folder: Path) -> None:
     if len(accuracies) > config.heads:
         raise DrafterError(
             f"{folder} is calibrated for drafts {len(accuracies)} tokens deep but has only "
@@ -147,26 +188,25 @@ def _check_accuracies(accuracies: Any, config: HeadsConfig, folder: Path) -> Non
 def read_drafter(folder: Path) -> dict[str, Any]:
     """What drafter.json says; raises DrafterError when there is none or it is not of Medusa heads."""
     path = folder / CONFIG_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise DrafterError(
             f"no drafter in {folder}: {CONFIG_FILE} is missing; train one: linspec train-drafter"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DrafterError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict) or data.get("kind") != "medusa":
-        kind = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise DrafterError(f"{path} describes a drafter of kind {kind!r}, expected 'medusa'")
+        )
+    data = read_json(path, DrafterError)
+    if data.get("kind") != "medusa":
+        raise DrafterError(
+            f"{path} describes a drafter of kind {shown(repr(data.get('kind')))}, expected 'medusa'"
+        )
     return data
 
 
 def _heads_config(data: Mapping[str, Any], folder: Path) -> HeadsConfig:
     known = {field.name for field in fields(HeadsConfig)}
+    shape = {key: value for key, value in data.items() if key in known}
     try:
-        return HeadsConfig(**{key: value for key, value in data.items() if key in known})
-    except (TypeError, ConfigError) as error:
-        raise DrafterError(f"{folder / CONFIG_FILE} is not a sound drafter: {error}") from error
+        return parse(HeadsConfig, shape, f"{folder / CONFIG_FILE} is not a sound drafter")
+    except ConfigError as error:
+        raise DrafterError(str(error)) from error
 
 
 def _check_target(
@@ -182,5 +222,5 @@ def _check_target(
     if data.get("target") != ours:
         raise DrafterError(
             f"the drafter in {folder} was trained for another model: fingerprint "
-            f"{data.get('target')}, this model has {ours}; train its own: linspec train-drafter"
+            f"{shown(data.get('target'))}, this model has {ours}; train its own: linspec train-drafter"
         )

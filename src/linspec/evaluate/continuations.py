@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from linspec.errors import ConfigError, InputError
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import Score, held_out_documents, limited
 from linspec.models.hub import check_tokenizer, load_seq2seq, load_tokenizer
 from linspec.models.t5 import T5
@@ -73,6 +73,8 @@ def evaluate_continuations(
         for begin in range(0, len(windows), rows):
             batch = windows[begin : begin + rows]
             nats += _nats(model, batch)
+            if not math.isfinite(nats):
+                raise NotFinite("the losses of the held-out text")
             progress.update(begin + len(batch), f"{len(batch)} windows at a time")
     tokens, size = (sum(found) for found in zip(*map(_sizes, windows), strict=True))
     perplexity = math.exp(nats / tokens) if nats / tokens < 700 else math.inf

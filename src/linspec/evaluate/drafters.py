@@ -11,10 +11,11 @@ import numpy as np
 from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, DrafterError
 from linspec.files import is_leftover
 from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
+from linspec.models.tensors import check_finite
 from linspec.train.drafter import calibrate
 
 _CONTEXT = 512
@@ -52,6 +53,8 @@ def find_companions(folder: Path, model: Decoder, stream: np.ndarray) -> list[Co
             raise ConfigError(
                 f"{path.parent} is quantised already; quantise the one it was made from"
             )
+        for name, tensor in heads.state_dict().items():
+            check_finite(name, tensor, path.parent, DrafterError)
         found.append(Companion(path.parent, heads, _first_guesses(model, heads, stream), []))
     return found
 

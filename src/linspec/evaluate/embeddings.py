@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from linspec.errors import InputError
+from linspec.errors import InputError, NotFinite
 from linspec.kernels.linear import Quantizer, check_bits, fuse
 from linspec.models.bert import Bert
 from linspec.models.hub import load_encoder, load_tokenizer
@@ -82,6 +82,8 @@ def embed_all(model: Bert, ids: Sequence[Sequence[int]], rows: int) -> torch.Ten
             [torch.tensor(ids[i]) for i in picked], batch_first=True, padding_value=-1
         )
         found[torch.tensor(picked)] = model.embed_text(batch.clamp_min(0), batch >= 0).float()
+    if not bool(torch.isfinite(found).all()):
+        raise NotFinite("the embeddings")
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.compress.load import load_for
-from linspec.errors import ConfigError, InputError
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_tokenizer
 from linspec.progress import Progress
@@ -160,7 +160,15 @@ def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+    # the tokenizers library raises bare Exception for what its file cannot encode
+    except Exception as error:
+        raise InputError(
+            f"this tokenizer cannot encode the text: {error}; copy the tokenizer's files again"
+        ) from error
     return found
 
 
@@ -186,6 +194,8 @@ def _nats(
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 total += _batch_nats(model, batch, device, kv)
             done += sum(window.scored for window in batch)
+            if not math.isfinite(total):
+                raise NotFinite("the losses of the held-out text")
             progress.update(done, f"{total / done / math.log(2):.3f} bits per token")
     return total
 

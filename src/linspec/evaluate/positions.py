@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.errors import ConfigError, InputError
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
 from linspec.models.hub import with_tokenizer
@@ -101,6 +101,8 @@ def by_position(
             fresh += _fresh_losses(model, ids, context).cpu() / count
             progress.update(i + 1)
     beyond = slice(context, None) if usable > context else slice(None)
+    if not bool(torch.isfinite(long.sum() + fresh.sum())):
+        raise NotFinite("the losses of the held-out text")
     drift = math.exp(float(long[beyond].mean() - fresh[beyond].mean()))
     return Positions(usable, context, count, _stretches(long, fresh), drift, limit)
 

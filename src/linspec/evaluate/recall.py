@@ -13,6 +13,7 @@ text hang on what stood far above, and they are where a bounded state fails.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from linspec.errors import ConfigError, InputError
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
 from linspec.models.hub import load_model, with_tokenizer
@@ -263,6 +264,8 @@ def _answers(
                 wanted = torch.tensor(text.ids[begin:end], device=device)
                 right = logs.argmax(-1) == wanted
                 mean = float(logs.gather(1, wanted[:, None]).mean())
+                if math.isnan(mean):
+                    raise NotFinite("the scores of the answers")
                 result = (bool(right.all()), float(right.float().mean()), mean)
                 found.setdefault(distance, []).append(result)
     return found

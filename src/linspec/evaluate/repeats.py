@@ -9,6 +9,7 @@ again at its end. What a model gains on it, in nats, is what it remembers of it 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.recall import filler_ids, limits_of, reads
 from linspec.models.decoder import Decoder
@@ -124,4 +125,6 @@ def _nats(model: Decoder, texts: Sequence[list[int]], passage: int) -> tuple[flo
             at = slice(begin + _OPENING - 1, begin + passage - 1)
             wanted = ids[begin + _OPENING : begin + passage]
             totals[i] += float(F.cross_entropy(model.head(states[at]).float(), wanted))
+    if not all(map(math.isfinite, totals)):
+        raise NotFinite("the losses of the passages")
     return totals[0] / len(texts), totals[1] / len(texts)

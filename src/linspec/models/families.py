@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from linspec.config import DecoderConfig, MixerConfig, RopeConfig
-from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.errors import CheckpointError, UnsupportedModel
 from linspec.models.bert_family import BERT
 from linspec.models.family import (
     Family,
@@ -52,7 +52,6 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
             "checkpoint, or dequantize it with transformers and save it again"
         )
     # the table of all configurations, for which linspec's own directories need not wait
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     # a copy: transformers completes nested settings in place
@@ -62,7 +61,10 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
         # it belongs to the file, not to the model, so transformers keeps it out of the settings
         hf.architectures = data.get("architectures")
         return family.read(hf)
-    except (ConfigError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except UnsupportedModel:
+        raise
+    # the file is checked by transformers' own classes, which raise whatever a wrong type leads to
+    except Exception as error:
         raise CheckpointError(
             f"config.json is not a sound {family.name} config: {error}"
         ) from error

@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linspec.border import read_json
 from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.files import restored
+from linspec.messages import did_you_mean, shown
 from linspec.models import families
 from linspec.models.bert import Bert
+from linspec.models.checksums import write_checksums
 from linspec.models.decoder import Decoder
 from linspec.models.family import Family, ModelConfig, Tensors, write_ids
 from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
@@ -38,7 +41,6 @@ from linspec.models.t5 import T5
 from linspec.models.weights import (
     SHARD_BYTES,
     cast,
-    read_json,
     read_shapes,
     read_tensors,
     same_tensors,
@@ -69,8 +71,9 @@ def resolve(source: str | Path) -> Path:
     folder = restored(Path(source))
     if not folder.is_dir():
         raise CheckpointError(
-            f"{source} is not a directory; give the path of a model directory or one of "
+            f"{shown(str(source))} is not a directory; give the path of a model directory or one of "
             f"{', '.join(EMBEDDED)}. linspec downloads nothing by itself"
+            f"{did_you_mean(source, EMBEDDED)}"
         )
     return folder
 
@@ -129,6 +132,18 @@ def load_generator(
     return load_model(folder, dtype=dtype, device=device)
 
 
+def load_any(source: str | Path) -> Model:
+    """Whatever model is in `source`, in float32 on the CPU; raises like `load_model`."""
+    folder = resolve(source)
+    kind = kind_of(_read_config(folder)[0])
+    loaders: dict[str, Callable[[Path], Model]] = {
+        "load_model": load_model,
+        "load_encoder": load_encoder,
+        "load_seq2seq": load_seq2seq,
+    }
+    return loaders[kind.loader](folder)
+
+
 def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     config, family = _read_config(folder)
     kind = kind_of(config)
@@ -145,7 +160,7 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
         expected = family.to_theirs(expected, config)
     names = match(expected, shapes, family, folder)
     check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
-    tensors = read_tensors(files, names, dtype)
+    tensors = read_tensors(files, names, expected, dtype)
     if family is not None:
         tensors = family.to_ours(tensors, config)
     fill(model, tensors)
@@ -203,12 +218,17 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
             "Copy the tokenizer files of the original model into it"
         )
     try:
-        return _tokenizer_class(folder).from_pretrained(
+        tokenizer = _tokenizer_class(folder).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
+        # settings of a wrong type show when they are first used
+        tokenizer.decode(tokenizer("a b", verbose=False)["input_ids"])
+        return tokenizer
     # the tokenizers library raises bare Exception for a malformed tokenizer.json
     except Exception as error:
-        raise CheckpointError(f"cannot read the tokenizer in {folder}: {error}") from error
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder}: {error}; copy its files again"
+        ) from error
 
 
 def _tokenizer_class(folder: Path) -> Any:
@@ -282,6 +302,7 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         _write_json(aside / GENERATION, {**origin.generation, **write_ids(model.config)})
+        write_checksums(aside)
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
@@ -290,7 +311,7 @@ def save_model(
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     """The configuration and the family of the format on disk, None for linspec's own."""
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"no config.json in {folder}: not a model directory, or one whose saving was cut off"
         )

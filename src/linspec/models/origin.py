@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.models.weights import read_dtype, read_json
+from linspec.border import read_json
+from linspec.models.weights import read_dtype
 
 GENERATION = "generation_config.json"
 _FIELD = "origin"

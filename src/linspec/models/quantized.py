@@ -21,9 +21,11 @@ import torch
 from linspec.config import DecoderConfig
 from linspec.errors import CheckpointError
 from linspec.kernels.linear import BITS, Blank
+from linspec.models.checksums import write_checksums
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
+from linspec.models.tensors import check_tensors
 from linspec.models.weights import SINGLE
 from linspec.places import Place
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 ENTRY = "quantization"
 FORMAT = 1
 _ALIGNMENT = 64
+# as safetensors itself limits it
+_LONGEST_HEADER = 100_000_000
+_UNSOUND = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -62,6 +67,7 @@ def save_quantized(
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
     with out.replaced() as aside:
         write_aligned(dict(model.state_dict()), aside / SINGLE)
+        write_checksums(aside)
         tokenizer.save_pretrained(aside)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         yield aside
@@ -71,17 +77,15 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     """The model that `save_quantized` wrote; raises CheckpointError for another version or bad files."""
     bits = check_entry(entry, folder)
     path = folder / SINGLE
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
     with without_memory():
         model = Decoder(config).eval().prepare(Blank(bits))
+        # as they are saved, whatever they are trained in
+        model.embed.to(torch.bfloat16)
     tensors = map_tensors(path)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-        raise CheckpointError(
-            f"the tensors of {path} are not those of config.json; the two are of different models"
-        )
+    check_tensors(tensors, model.state_dict(), path)
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     model.identity = str(entry.get("identity"))
@@ -133,14 +137,15 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("the header is longer than the file")
+            if length > min(size, _LONGEST_HEADER):
+                raise ValueError("the header is longer than the file or than 100 MB")
             header = json.loads(file.read(length))
         whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         data = whole[8 + length :]
         header.pop("__metadata__", None)
         return {name: _view(data, entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    # RuntimeError: torch's, for shapes that are no sizes
+    except (*_UNSOUND, RecursionError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is damaged or cut short ({error}); copy or download it again"
         ) from error
@@ -149,6 +154,8 @@ def map_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _view(data: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
     begin, end = entry["data_offsets"]
     dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError("offsets and shapes must be whole numbers of 0 or more")
     if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("a tensor does not fit into the file")
     part = data[begin:end]

@@ -9,13 +9,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from linspec.border import read_json
 from linspec.errors import CheckpointError
+from linspec.messages import because
+from linspec.models.tensors import SMALL, aligned, check_dtype, check_finite
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,22 +32,11 @@ FLOATS = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises CheckpointError if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; copy the file again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object; copy the file again")
-    return data
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights; raises CheckpointError when any is missing."""
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    if (folder / INDEX).exists():
+    if (folder / INDEX).is_file():
         return _shards(folder)
     if numbered := _numbered(folder):
         return numbered
@@ -91,9 +82,9 @@ def _shards(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder / INDEX} has no weight_map; copy the file again")
     shards = [folder / name for name in sorted(set(names.values()))]
     for shard in shards:
-        if shard.parent != folder:
+        if shard.parent != folder or "\0" in shard.name:
             raise CheckpointError(f"{folder / INDEX} points outside its directory: {shard}")
-        if not shard.exists():
+        if not shard.is_file():
             raise CheckpointError(f"shard {shard} is missing; copy or download it again")
     return shards
 
@@ -114,16 +105,27 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(
-    files: list[Path], names: Mapping[str, str], dtype: torch.dtype | None
+    files: list[Path],
+    names: Mapping[str, str],
+    expected: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors of `files` that `names` maps to a new name; floats are turned into `dtype`."""
+    """Tensors of `files` that `names` maps to a new name; floats are turned into `dtype`.
+
+    Raises CheckpointError for integers where `expected` has floats, and the other way round, and for small
+    tensors that are not finite.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in sorted(file.keys()):
                     if name in names:
-                        tensors[names[name]] = cast(file.get_tensor(name), dtype)
+                        tensor = aligned(file.get_tensor(name))
+                        check_dtype(name, tensor.dtype, expected[names[name]].dtype, path)
+                        if tensor.numel() <= SMALL:
+                            check_finite(name, tensor, path)
+                        tensors[names[name]] = cast(tensor, dtype)
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from error
     return tensors
@@ -142,8 +144,14 @@ def read_dtype(files: list[Path]) -> torch.dtype | None:
 
 def same_tensors(files: list[Path], first: str, second: str) -> bool:
     """Whether two tensors of `files` are equal, number by number."""
-    found = read_tensors(files, {first: first, second: second}, None)
-    return torch.equal(found[first], found[second])
+    found = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found += [aligned(file.get_tensor(n)) for n in {first, second} & set(file.keys())]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+    return len(found) == 2 and torch.equal(*found)
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -152,7 +160,8 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged or cut short ({error}); copy or download it again")
+    reason = because(error) if isinstance(error, OSError) else error
+    return CheckpointError(f"{path} is damaged or cut short ({reason}); copy or download it again")
 
 
 def write_tensors(

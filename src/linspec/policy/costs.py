@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from linspec.errors import CheckpointError
+from linspec.border import read_json
+from linspec.errors import CheckpointError, LinspecError
 from linspec.files import cache_dir, replace_text
 from linspec.kernels.cpu.library import ABI
 from linspec.models.backbone import Generator
@@ -88,16 +89,24 @@ def _quickest_step(
 def load_or_measure(model: Generator) -> CostCurve:
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
-    try:
-        stored = json.loads(path.read_text())
-        return CostCurve({int(n): float(s) for n, s in stored.items()})
-    except (OSError, ValueError):
-        pass
+    stored = _stored(path)
+    if stored is not None:
+        return stored
     curve = measure(model)
     # a read-only home only means measuring again next time
     with contextlib.suppress(CheckpointError):
         replace_text(path, json.dumps(dict(curve.seconds)))
     return curve
+
+
+def _stored(path: Path) -> CostCurve | None:
+    """The curve in a file; None where there is none, or what is there are not the seconds of steps."""
+    try:
+        seconds = {int(n): float(s) for n, s in read_json(path).items()}
+    except (LinspecError, ValueError, TypeError):
+        return None
+    sound = seconds and all(n > 0 and 0 < s < math.inf for n, s in seconds.items())
+    return CostCurve(seconds) if sound else None
 
 
 def _cache_path(model: Generator) -> Path:

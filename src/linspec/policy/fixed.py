@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from linspec.config import check_size
 from linspec.drafters.base import Drafter
-from linspec.errors import ConfigError
 from linspec.policy.base import POLICIES, Policy
 from linspec.row import Row
 
@@ -17,8 +17,8 @@ class Fixed(Policy):
     name = "fixed"
 
     def __init__(self, nodes: int) -> None:
-        if nodes < 0:
-            raise ConfigError(f"draft nodes must be 0 (plain decoding) or more, got {nodes}")
+        # 0 is plain decoding
+        check_size("draft nodes", nodes, least=0)
         self.nodes = nodes
 
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:

@@ -25,7 +25,8 @@ def known_sources(source: str, out: Path) -> dict[str, tuple[str, ...]]:
     if source == "stdlib":
         return {"stdlib": ("stdlib",)}
     path = Path(source)
-    if not path.exists():
+    # the empty path would be the current directory
+    if not source or not path.exists():
         raise InputError(f"{path} does not exist; give 'stdlib', a file or a folder")
     found: dict[str, tuple[str, ...]] = {}
     if (path / _WIKITEXT).exists():

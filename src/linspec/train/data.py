@@ -20,6 +20,7 @@ import torch
 
 from linspec.errors import CheckpointError, InputError
 from linspec.files import cache_dir, replace_file
+from linspec.messages import because, did_you_mean, shown
 from linspec.models.backbone import GeneratorConfig
 from linspec.progress import Progress
 
@@ -98,9 +99,14 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
 def _read(source: str | Path, field: str) -> Iterator[str]:
     if str(source) == "stdlib":
         return _read_stdlib()
+    if not str(source):
+        raise InputError("a data source has no name; give a file, a folder or 'stdlib'")
     path = Path(source)
     if not path.exists():
-        raise InputError(f"{path} does not exist; give a file, a folder or 'stdlib'")
+        raise InputError(
+            f"{path} does not exist; give a file, a folder or 'stdlib'"
+            f"{did_you_mean(source, ('stdlib',))}"
+        )
     if path.is_dir():
         is_dataset = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
         return _read_dataset(path, field) if is_dataset else _read_folder(path)
@@ -110,6 +116,8 @@ def _read(source: str | Path, field: str) -> Iterator[str]:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {because(error)}") from error
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out"
@@ -129,14 +137,28 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number} is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}:{number} is not JSON: {error}; mend the line or leave it out"
+            ) from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise InputError(
-                f"{path}:{number} has no text under {field!r}; it has: {keys}. Use --field"
+                f"{path}:{number} has no text under {field!r}; it has: {shown(keys)}. Use --field"
             )
+        _check_unicode(record[field], f"{path}:{number}")
         yield record[field]
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Raise InputError for half a surrogate pair, which JSON can write and no text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} is not Unicode text at character {error.start}: {error.reason}; mend the line or "
+            "leave it out"
+        ) from error
 
 
 def _read_dataset(path: Path, field: str) -> Iterator[str]:
@@ -144,14 +166,26 @@ def _read_dataset(path: Path, field: str) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise InputError(f"{path} is a datasets directory: pip install 'linspec[data]'") from error
-    loaded: Any = datasets.load_from_disk(str(path))
+    try:
+        loaded: Any = datasets.load_from_disk(str(path))
+    # whatever Arrow and datasets make of damaged files
+    except Exception as error:
+        raise InputError(
+            f"{path} is no sound datasets directory: {error}; save the data again"
+        ) from error
     parts = loaded.values() if isinstance(loaded, dict) else [loaded]
     for part in parts:
         if field not in part.column_names:
             raise InputError(
                 f"{path} has no column {field!r}; it has: {', '.join(part.column_names)}"
             )
-        yield from part[field]
+        for number, text in enumerate(part[field], 1):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{path}: row {number} of column {field!r} holds {shown(repr(text))}, no text; name a "
+                    "column of texts with --field"
+                )
+            yield text
 
 
 def _read_stdlib() -> Iterator[str]:
@@ -229,11 +263,15 @@ def _encode(slices: list[list[str]], backend: Any, eos_id: int, path: Path) -> n
 
 
 def _encode_slice(documents: list[str], backend: Any, eos_id: int) -> np.ndarray:
-    pieces = [
-        np.asarray([*encoded.ids, eos_id], dtype=np.int32)
-        for encoded in backend.encode_batch(documents, add_special_tokens=False)
-    ]
-    return np.concatenate(pieces)
+    try:
+        encodings = backend.encode_batch(documents, add_special_tokens=False)
+    # the library raises bare Exception for what its file cannot encode
+    except Exception as error:
+        raise InputError(
+            f"this tokenizer cannot encode the data: {error}; leave out what it does not know, or copy "
+            "the tokenizer's files again"
+        ) from error
+    return np.concatenate([np.asarray([*each.ids, eos_id], dtype=np.int32) for each in encodings])
 
 
 def _store(path: Path, stream: np.ndarray) -> None:

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from linspec.config import check_positive, check_sizes
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
+from linspec.messages import did_you_mean, shown
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
@@ -58,9 +60,10 @@ class DrafterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("heads", "blocks", "tokens", "batch_tokens", "calibration_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_sizes(self, "heads blocks tokens context batch_tokens calibration_tokens")
+        check_sizes(self, "hidden seed", least=0)
+        check_positive("lr", self.lr)
+        check_positive("decay", self.decay)
         if self.context <= self.heads:
             raise ConfigError(f"context must exceed the {self.heads} heads, got {self.context}")
 
@@ -110,7 +113,10 @@ def train_drafter(
     """
     config = config or DrafterConfig()
     if kind not in KINDS:
-        raise ConfigError(f"cannot train a drafter of kind {kind!r}; known: {', '.join(KINDS)}")
+        raise ConfigError(
+            f"cannot train a drafter of kind {shown(repr(kind))}; known: {', '.join(KINDS)}"
+            f"{did_you_mean(kind, KINDS)}"
+        )
     place = _place(model, out, kind, data, overwrite)
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)

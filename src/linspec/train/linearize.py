@@ -20,8 +20,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig
+from linspec.border import read_json
+from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig, check_size
 from linspec.errors import CheckpointError, ConfigError
+from linspec.messages import shown
 from linspec.models.hub import (
     check_tokenizer,
     load_generator,
@@ -98,6 +100,7 @@ def linearize(
     Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
     loss is not finite or there is nothing to resume.
     """
+    check_size("rows", rows)
     wanted = make_mixer(
         mixer,
         group=group,
@@ -247,11 +250,14 @@ def continue_training(
 
 def stored_dtype(source: str | Path) -> torch.dtype:
     """The dtype of a model directory's weights as its config.json gives it, else float32."""
-    data = json.loads((resolve(source) / "config.json").read_text(encoding="utf-8"))
+    data = read_json(resolve(source) / "config.json")
     name = data.get("dtype") or data.get("torch_dtype") or "float32"
     found = getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise CheckpointError(f"{source}: config.json names an unknown dtype {name!r}")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(
+            f"{source}: config.json names an unknown dtype {shown(repr(name))}; known: float32, bfloat16, "
+            "float16, float64"
+        )
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from linspec.config import MixerConfig
+from linspec.config import MixerConfig, check_positive, check_sizes
 from linspec.errors import ConfigError
 from linspec.train.loop import TrainConfig
 
@@ -49,16 +50,17 @@ class LinearizeConfig:
     recall_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "context", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_sizes(self, "tokens context batch_tokens")
+        check_sizes(self, "warmup lora_rank seed", least=0)
+        for name in ("lr", "transfer_lr", "muon_lr", "mixer_lr_factor"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         for name in ("transfer_share", "recall_share"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise ConfigError(f"{name} must be in 0..1, got {share}")
-        for name in ("kl_weight", "lora_rank"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ConfigError(f"kl_weight must be finite and 0 or more, got {self.kl_weight}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: what decides the result; without a recall_share of 0, as before there was one."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from linspec.errors import CheckpointError, ConfigError, TrainingError
@@ -32,6 +32,7 @@ from linspec.files import replace_dir
 from linspec.progress import Progress
 from linspec.train.compiled import COMPILE_CHOICES, CompiledLoss, LossFn, has_compiler
 from linspec.train.run import make_accelerator
+from linspec.train.saved_state import read_state
 
 log = logging.getLogger(__name__)
 
@@ -349,17 +350,13 @@ class Trainer:
         folder = self.folder
         if not self.has_state:
             raise TrainingError(f"nothing to resume in {folder}; run without --resume first")
-        meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "state.safetensors")
-        saved = {k.removeprefix("weight.") for k in tensors if k.startswith("weight.")}
-        if saved != set(self.named):
-            raise TrainingError(f"{folder} belongs to another model or recipe; use another --out")
+        meta, tensors = read_state(folder, self.named)
         with torch.no_grad():
             for name, weight in self.named.items():
                 weight.copy_(tensors[f"weight.{name}"])
         self._load_moments(tensors)
-        self.step, self.tokens = meta["step"], meta["tokens"]
-        self.seconds, self.log = meta["seconds"], meta["log"]
+        self.step, self.tokens = meta.step, meta.tokens
+        self.seconds, self.log = meta.seconds, meta.log
 
     def _load_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for i, optimizer in enumerate(self.optimizers):

@@ -23,6 +23,7 @@ from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import ConfigError
 from linspec.files import replace_dir
 from linspec.flash_config import FlashConfig
+from linspec.messages import did_you_mean, shown
 from linspec.models.hub import load_config, load_model, load_tokenizer, resolve, save_model
 from linspec.models.kinds import kind_of
 from linspec.places import Place
@@ -176,7 +177,10 @@ def pretrain(
     TrainingError when there is nothing to resume or the run was started with other settings.
     """
     if recipe not in RECIPES:
-        raise ConfigError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        raise ConfigError(
+            f"unknown recipe {shown(repr(recipe))}; known: {', '.join(RECIPES)}"
+            f"{did_you_mean(recipe, RECIPES)}"
+        )
     wanted = RECIPES[recipe]()
     if steps is not None:
         wanted = replace(wanted, train=replace(wanted.train, steps=steps))

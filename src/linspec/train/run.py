@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from linspec.border import read_json
 from linspec.errors import TrainingError
 from linspec.files import replace_dir, replace_text, restored
+from linspec.messages import shown
 from linspec.places import TRAINING, Place, mark_folder
 
 Plan = Mapping[str, Any]
@@ -72,7 +74,10 @@ def _is_done(out: Path, plan: Plan, folder: Path, record: str) -> bool:
         return False
     if not (out / record).exists():
         raise TrainingError(f"nothing to resume in {out}; run without --resume first")
-    _check_same(_read(out / record).get("plan", {}), plan, out)
+    before = _read(out / record).get("plan", {})
+    if not isinstance(before, dict):
+        raise TrainingError(f"{out / record} holds no plan; run without --resume")
+    _check_same(before, plan, out)
     return True
 
 
@@ -80,14 +85,10 @@ def _check_same(before: Plan, now: Plan, out: Path) -> None:
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
             raise TrainingError(
-                f"the run in {out} was started with {key} = {before.get(key)}, now it is "
+                f"the run in {out} was started with {key} = {shown(before.get(key))}, now it is "
                 f"{now.get(key)}; resume with the same settings or use another --out"
             )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from error
-    return data if isinstance(data, dict) else {}
+    return read_json(path, TrainingError)

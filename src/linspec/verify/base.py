@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from linspec.errors import InputError
+from linspec.errors import InputError, NotFinite
 from linspec.registry import Registry
 from linspec.sampling import Sampler
 from linspec.tree import TokenTree
@@ -66,7 +67,7 @@ Rule = Callable[[int, tuple[int, ...]], int]
 
 def walk(tree: TokenTree, logits: Tensor, sampler: Sampler, rule: Rule) -> Accepted:
     """Go down from the root while a child carries the token that `rule` decides on."""
-    check_rows(tree, logits)
+    check_logits(tree, logits)
     path = [0]
     while True:
         token = rule(path[-1], path_tokens(tree, path))
@@ -106,10 +107,13 @@ def child_with(tree: TokenTree, node: int, token: int) -> int | None:
     return next((c for c in tree.children[node] if tree.tokens[c] == token), None)
 
 
-def check_rows(tree: TokenTree, logits: Tensor) -> None:
-    """Raise InputError unless there is one row of logits per node."""
+def check_logits(tree: TokenTree, logits: Tensor) -> None:
+    """Raise InputError unless there is a row of logits for each node, NotFinite for NaN in one."""
     if logits.ndim != 2 or logits.shape[0] != len(tree):
         raise InputError(
             f"verifying a tree of {len(tree)} nodes needs logits [{len(tree)}, vocab], "
             f"got {list(logits.shape)}"
         )
+    # the largest of a row is not finite where any is NaN or infinite, and where all are -infinity
+    if not all(map(math.isfinite, logits.amax(-1).tolist())):
+        raise NotFinite("the scores of the next token")

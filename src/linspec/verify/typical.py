@@ -15,7 +15,7 @@ from torch import Tensor
 from linspec.errors import ConfigError
 from linspec.sampling import Sampler
 from linspec.tree import TokenTree
-from linspec.verify.base import VERIFIERS, Accepted, check_rows, conclude, path_tokens
+from linspec.verify.base import VERIFIERS, Accepted, check_logits, conclude, path_tokens
 from linspec.verify.greedy import GreedyVerifier
 
 
@@ -47,7 +47,7 @@ class TypicalVerifier:
         """Take the deepest plausible path, the likeliest of several, and draw the bonus token."""
         if sampler.greedy:
             return GreedyVerifier().accept(tree, logits, sampler)
-        check_rows(tree, logits)
+        check_logits(tree, logits)
         plausible = self._plausible(tree, logits, sampler)
         best = max(plausible, key=lambda node: (tree.depths[node], plausible[node]))
         path = tree.path_to(best)

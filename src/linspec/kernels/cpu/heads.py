@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p, pointer
+from ctypes import POINTER, byref, c_int32, c_int64, c_void_p, pointer
 from typing import Any
 
 import torch
 
-from linspec.kernels.cpu.library import LinearStruct, load
+from linspec.kernels.cpu.library import LinearStruct, Table, load
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
@@ -22,7 +22,7 @@ from linspec.kernels.cpu.threads import native_threads
 Blocks = Sequence[tuple[Sequence[NativeLinear], Sequence[NativeLinear]]]
 
 
-class _Heads(Structure):
+class _Heads(Table):
     """`ls_heads` of csrc/kernels.h."""
 
     _fields_ = (
@@ -32,7 +32,7 @@ class _Heads(Structure):
     )
 
 
-class _Guess(Structure):
+class _Guess(Table):
     """`ls_guess` of csrc/kernels.h."""
 
     _fields_ = (

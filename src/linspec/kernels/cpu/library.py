@@ -17,17 +17,39 @@ from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, StateError
+from linspec.messages import did_you_mean, shown
 
-ABI = 4
+ABI = 5
 SWITCH = "LINSPEC_CPU_KERNELS"
 F32, BF16, INT8, INT4 = range(4)
 
 
-class LinearStruct(ctypes.Structure):
+class Table(ctypes.Structure):
+    """A structure of the C side whose whole numbers are checked: ctypes itself cuts off high bits."""
+
+    _most: ClassVar[dict[str, int]] = {}
+
+    def __init_subclass__(cls) -> None:
+        bits = {c_int32: 31, c_int64: 63}
+        # fields may have a third entry, for bits
+        kinds = {field[0]: field[1] for field in cls._fields_}
+        cls._most = {name: 2 ** bits[kind] for name, kind in kinds.items() if kind in bits}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        most = self._most.get(name)
+        if most is not None and not -most <= value < most:
+            raise StateError(
+                f"{name} is {value}, which the kernels cannot count; use a smaller model or a shorter text"
+            )
+        super().__setattr__(name, value)
+
+
+class LinearStruct(Table):
     """`ls_linear` of csrc/kernels.h."""
 
     _fields_ = (
@@ -67,7 +89,10 @@ def load() -> Found:
         return _none(f"{path.name} is of another version; install linspec again")
     if wanted and not library.ls_use_isa(wanted.encode()):
         sets = ", ".join(instruction_sets(library))
-        raise ConfigError(f"{SWITCH}={wanted} cannot be used here; use off or one of {sets}")
+        near = did_you_mean(wanted, ("off", *instruction_sets(library)))
+        raise ConfigError(
+            f"{SWITCH}={shown(wanted)} cannot be used here; use off or one of {sets}{near}"
+        )
     name = library.ls_isa().decode()
     if not _passes(library):
         return _none(f"{name} failed its self-test")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.errors import StateError
 from linspec.kernels.cpu import library as native
 from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, load
@@ -77,6 +78,7 @@ class NativeLinear(nn.Module):
         packed = cast(torch.Tensor, self.packed)
         # weights that are loaded later replace the first ones
         if self._struct is None or self._struct.weights != packed.data_ptr():
+            self._check()
             self._struct = pack.struct(
                 self.kind,
                 packed,
@@ -86,6 +88,29 @@ class NativeLinear(nn.Module):
                 bias=self.bias,
             )
         return self._struct
+
+    def _check(self) -> None:
+        """Raise StateError unless all tensors are what the C side takes them for."""
+        shape, scales = pack.packed_shapes(self.kind, self.out_features, self.in_features)
+        wanted = (
+            ("packed", shape, _DTYPES[self.kind]),
+            ("scales", scales, torch.float32),
+            ("bias", (self.out_features,), torch.float32),
+        )
+        for name, sizes, dtype in wanted:
+            tensor = getattr(self, name)
+            if tensor is None and (name == "bias" or sizes is None):
+                continue
+            if (
+                tensor is None
+                or (tuple(tensor.shape), tensor.dtype) != (sizes, dtype)
+                or not tensor.is_contiguous()
+            ):
+                found = None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+                raise StateError(
+                    f"{name} of a layer of {self.out_features} outputs is {found}, its kernel takes "
+                    f"contiguous {dtype} {sizes}; load or quantise the model again"
+                )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         library = load().library

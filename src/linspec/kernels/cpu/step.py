@@ -12,17 +12,20 @@ except where a group of a linear mixer closes in between.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p, pointer
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p, pointer
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from linspec.kernels.cpu.library import BF16, F32, LinearStruct, load
+from linspec.errors import InputError, StateError
+from linspec.kernels.cpu.library import BF16, F32, LinearStruct, Table, load
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
+from linspec.messages import shown
 from linspec.row_state import STAGE_ROWS
 from linspec.tree import ancestor_bits
 
@@ -38,12 +41,12 @@ if TYPE_CHECKING:
 _HEAD_WIDTH = 512
 
 
-class _Layer(Structure):
+class _Layer(Table):
     """`ls_layer` of csrc/step.c."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("part", "window", "group", "span", "squares", "taps")),
-        ("lead", c_int32),
+        *((name, c_int64) for name in ("window", "group", "span")),
+        *((name, c_int32) for name in ("part", "squares", "taps", "lead")),
         ("alpha", c_float),
         *((name, c_void_p) for name in ("kernel", "mixer_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, POINTER(LinearStruct)) for name in ("qkv", "out", "gate_up", "down")),
@@ -53,7 +56,7 @@ class _Layer(Structure):
     )
 
 
-class _Decoder(Structure):
+class _Decoder(Table):
     """`ls_decoder` of csrc/step.c."""
 
     _fields_ = (
@@ -66,7 +69,7 @@ class _Decoder(Structure):
     )
 
 
-class _Feed(Structure):
+class _Feed(Table):
     """`ls_feed` of csrc/step.c."""
 
     _fields_ = (
@@ -76,7 +79,7 @@ class _Feed(Structure):
     )
 
 
-class _Batch(Structure):
+class _Batch(Table):
     """`ls_batch` of csrc/step.c."""
 
     _fields_ = (
@@ -177,7 +180,7 @@ class NativeStep:
             feeds=len(feeds),
             wanted=len(wanted),
             chained=chained,
-            ids=_ints(ids),
+            ids=_tokens(ids, config.vocab_size),
             places=_ints(positions),
             outputs=_ints(wanted),
             cosines=cosines.data_ptr(),
@@ -331,5 +334,21 @@ def _pieces(feed: Feed, state: DecoderState) -> ctypes.Array[_Feed]:
     return table
 
 
+def _tokens(ids: Sequence[int], vocabulary: int) -> ctypes.Array[c_int32]:
+    """Token ids, each a row of the embeddings: the C side reads it unseen."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(
+            f"token ids from {shown(min(ids))} to {shown(max(ids))} are not all in 0..{vocabulary - 1}, "
+            "which this model has"
+        )
+    return _ints(ids)
+
+
 def _ints(numbers: Sequence[int]) -> ctypes.Array[c_int32]:
-    return (c_int32 * len(numbers))(*numbers)
+    try:
+        # ctypes would cut off high bits
+        return (c_int32 * len(numbers)).from_buffer(array("i", numbers))
+    except OverflowError as error:
+        raise StateError(
+            "a text is longer than the 2^31 tokens that the kernels can count; shorten it"
+        ) from error

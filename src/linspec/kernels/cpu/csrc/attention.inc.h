@@ -51,10 +51,10 @@ static void look(const ls_mixer *m, int node, view *v) {
     v->count = m->base;
     for (; seen; seen &= seen - 1)
         v->ancestors[v->count++ - m->base] = (uint8_t)__builtin_ctzll(seen);
-    v->first = 0;
-    if (m->window) v->first = v->count - m->window;
-    if (m->group) v->first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
-    if (v->first < 0) v->first = 0;
+    int64_t first = 0;
+    if (m->window) first = v->count - m->window;
+    if (m->group) first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
+    v->first = first > 0 ? (int32_t)first : 0;
 }
 
 /* place in the buffer of the row at `position`, which may be negative for values */

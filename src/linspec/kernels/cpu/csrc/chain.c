@@ -23,8 +23,8 @@ size_t ls_chain_floats(const ls_decoder *d, const ls_batch *b) {
 static ls_mixer piece_of(const ls_run *s, const ls_layer *l, int piece) {
     ls_mixer m = ls_mixer_of(s->d, l, s->b->feed + piece);
     if (!m.sums || piece == 0) return m;
-    m.closed = (m.base / m.group - (m.span - 1)) * m.group;
-    if (m.closed < 0) m.closed = 0;
+    int64_t closed = (m.base / m.group - (m.span - 1)) * m.group;
+    m.closed = closed > 0 ? (int32_t)closed : 0;
     m.sums = s->partials + (size_t)(piece - 1) * sum_floats(s->d);
     return m;
 }

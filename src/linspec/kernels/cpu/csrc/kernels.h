@@ -18,7 +18,7 @@
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
 #define LS_MIX_FLOATS 32 /* of scratch for a query, see ls_mix_scratch */
 #define LS_CHUNK 1024 /* rows within reach whose sums are made apart: threads share out long caches so */
-#define LS_ABI 4     /* raised with every change of what Python relies on */
+#define LS_ABI 5     /* raised with every change of what Python relies on */
 
 enum ls_kind { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT4 = 3 };
 
@@ -67,8 +67,8 @@ typedef struct {
     int32_t base;                   /* committed rows that every node sees */
     int32_t staged, nodes;          /* staged rows after this step; new nodes, the last of them */
     int32_t closed;                 /* first rows that the sums hold already */
-    int32_t window;                 /* nearest rows that a node sees; 0 is all */
-    int32_t group, span;            /* rows of a group, groups within reach; group 0 is all rows */
+    int64_t window;                 /* nearest rows that a node sees; 0 is all */
+    int64_t group, span;            /* rows of a group, groups within reach; group 0 is all rows */
     int32_t squares;                /* weights relu(q.k)^2 of unit features instead of a softmax */
     int32_t taps;                   /* of the convolution over values; the rows before the first one
                                        lie before `values` */
@@ -93,10 +93,10 @@ static inline size_t ls_mix_partial(const ls_mixer *m) {
 }
 /* chunks that the rows within reach of a node may fill */
 static inline int ls_mix_chunks(const ls_mixer *m) {
-    int most = m->base + m->staged;
+    int64_t most = (int64_t)m->base + m->staged;
     if (m->window && m->window < most) most = m->window;
     if (m->group && m->group * m->span < most) most = m->group * m->span;
-    return (most + LS_CHUNK - 1) / LS_CHUNK;
+    return (int)((most + LS_CHUNK - 1) / LS_CHUNK);
 }
 
 /* What becomes of the sums of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,

@@ -16,14 +16,24 @@ static float scale_of(const float *x, int width, vf *inverse) {
         poison += v * vf_all(0.0f);
     }
     float most = vf_top(top);
-    *inverse = vf_all(most > 0.0f ? 127.0f / most : 0.0f);
+    /* rows below 4e-37 have no inverse: they are zeros */
+    float factor = most > 0.0f ? 127.0f / most : 0.0f;
+    *inverse = vf_all(__builtin_isfinite(factor) ? factor : 0.0f);
     return most / 127.0f + vf_sum(poison);
+}
+
+/* The codes of a row whose scale is NaN: any other would overflow when they are added up. */
+static float put_zeros(int padded, int size, int each, int8_t *codes, int32_t *offsets, float scale) {
+    for (int q = 0; q < padded / 4; q++) memset(codes + (size_t)q * size * 4, 0, 4);
+    for (int g = 0; g < (each ? padded / LS_GROUP : 1); g++) offsets[(size_t)g * size] = 0;
+    return scale;
 }
 
 static float put_codes(const float *x, int width, int padded, int size, int each, int8_t *codes,
                        int32_t *offsets) {
     vf inverse;
     float scale = scale_of(x, width, &inverse);
+    if (!__builtin_isfinite(scale)) return put_zeros(padded, size, each, codes, offsets, scale);
     int32_t total = 0;
     for (int i = 0; i < padded; i += LS_GROUP) {
         int32_t four[8], sum;

@@ -47,7 +47,7 @@ static size_t partials_before(const ls_decoder *d, const ls_layer *l, const ls_b
     size_t floats = 0;
     for (int i = 0; i < feed; i++) {
         ls_mixer m = ls_mixer_of(d, l, b->feed + i);
-        floats += (size_t)(m.kv_heads * ls_mix_chunks(&m)) * ls_mix_partial(&m);
+        floats += (size_t)m.kv_heads * (size_t)ls_mix_chunks(&m) * ls_mix_partial(&m);
     }
     return floats;
 }
@@ -145,7 +145,7 @@ static void mix_chunk(const ls_run *s, const ls_layer *l, int feed, int head, in
     const ls_feed *f = s->b->feed + feed;
     ls_mixer m = ls_mixer_of(d, l, f);
     int64_t stride = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
-    size_t at = (size_t)(head * ls_mix_chunks(&m) + chunk) * ls_mix_partial(&m);
+    size_t at = ((size_t)head * (size_t)ls_mix_chunks(&m) + (size_t)chunk) * ls_mix_partial(&m);
     ls_current()->near(&m, head, chunk, s->wide + f->first * stride, stride,
                        s->partials + partials_before(d, l, s->b, feed) + at,
                        ls_scratch(ls_mix_scratch(&m)));
@@ -159,7 +159,7 @@ static void gather(const ls_run *s, const ls_layer *l, int feed, int head) {
     int64_t in = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
     int64_t out = (int64_t)d->heads * d->head_width;
     int chunks = ls_mix_chunks(&m);
-    size_t at = (size_t)(head * chunks) * ls_mix_partial(&m);
+    size_t at = (size_t)head * (size_t)chunks * ls_mix_partial(&m);
     ls_current()->gather(&m, head, chunks, s->wide + f->first * in, in,
                          s->partials + partials_before(d, l, s->b, feed) + at,
                          s->mixed + f->first * out, out, ls_scratch(ls_mix_scratch(&m)));

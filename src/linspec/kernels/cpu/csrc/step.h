@@ -5,8 +5,9 @@
 #include "kernels.h"
 
 typedef struct {
+    int64_t window, group, span;
     int32_t part;                  /* kind of state, an index into a feed's bases */
-    int32_t window, group, span, squares, taps;
+    int32_t squares, taps;
     int32_t lead;                  /* value rows before the origin */
     float alpha;
     const float *kernel;           /* [heads][taps] */

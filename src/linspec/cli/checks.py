@@ -1,0 +1,75 @@
+"""Checks of options that run before a verb begins: numbers within bounds, directories with a name.
+
+Rate = Annotated[float | None, typer.Option(callback=real(above=0), help="Learning rate.")]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from linspec.errors import ConfigError
+from linspec.messages import shown
+
+Number = int | float | None
+
+
+def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[..., Number]:
+    """A check that a whole number lies in least..most."""
+
+    def check(param: typer.CallbackParam, value: int | None) -> Number:
+        if value is not None and value < least:
+            raise _broken(param, f"must be {least} or more", value)
+        if value is not None and value > most:
+            raise _broken(param, f"must be at most {most}", value)
+        return value
+
+    return check
+
+
+def real(
+    *, above: float | None = None, least: float | None = None, most: float | None = None
+) -> Callable[..., Number]:
+    """A check that a number is finite, and above, at least or at most the given bounds."""
+    bounds = ((f"above {above}", above), (f"{least} or more", least), (f"at most {most}", most))
+    rule = " and ".join(["finite", *(text for text, bound in bounds if bound is not None)])
+
+    def check(param: typer.CallbackParam, value: float | None) -> Number:
+        if value is None:
+            return None
+        low = (above is None or value > above) and (least is None or value >= least)
+        if not math.isfinite(value) or not low or (most is not None and value > most):
+            raise _broken(param, f"must be {rule}", value)
+        return value
+
+    return check
+
+
+def named(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """A check that a path to write to names a directory of its own."""
+    if value is not None and value.name in ("", ".."):
+        raise ConfigError(
+            f"{_option(param)} must name a new directory, got {str(value)!r}, which is there already; "
+            "give a name, such as ./model"
+        )
+    return value
+
+
+def sources(param: typer.CallbackParam, value: list[str] | None) -> list[str] | None:
+    """A check that no data source is the empty text, which would be the current directory."""
+    if value is not None and not all(value):
+        raise ConfigError(
+            f"{_option(param)}: a data source has no name; give a file, a folder or 'stdlib'"
+        )
+    return value
+
+
+def _broken(param: typer.CallbackParam, rule: str, value: float) -> ConfigError:
+    return ConfigError(f"{_option(param)} {rule}, got {shown(value)}; leave it out for the default")
+
+
+def _option(param: typer.CallbackParam) -> str:
+    return max(param.opts, key=len)
