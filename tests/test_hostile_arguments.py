@@ -104,9 +104,6 @@ ARGUMENTS = [
     ((*GENERATE, "--threads", "99999999999"), "--threads must be at most"),
     ((*GENERATE, "--threads", "0"), "--threads must be 1 or more"),
     ((*GENERATE, "--quantize", "3"), "8 or 4 bits"),
-    (("study", "--budget", "nan"), "--budget must be finite and above 0, got nan"),
-    (("study", "--budget", "-1"), "--budget must be finite"),
-    (("study", "--seeds", "0"), "--seeds must be 1 or more"),
     (
         ("quantize", "{model}", "--out", "out", "--limit-bytes", "0"),
         "--limit-bytes must be 1 or more",
@@ -119,7 +116,6 @@ ARGUMENTS = [
     (("bench", "{model}", "--repeats", "0"), "--repeats must be 1 or more"),
     (("bench", "{model}", "--contexts", "0x10"), "--contexts takes numbers"),
     (("bench", "load", "{model}", "--tokens", "0"), "--tokens must be 1 or more"),
-    (("bench", "peers", "--rounds", "0"), "--rounds must be 1 or more"),
     # places
     (("linearize", "{model}", "--out", "."), "--out must name a new directory"),
     (("linearize", "{model}", "--out", ""), "--out must name a new directory"),
@@ -158,7 +154,6 @@ ARGUMENTS = [
     (("genrate", "x"), "Did you mean 'generate'?"),
     (("pretrain", "--out", "out", "--recipe", "embeded"), "did you mean 'embedded'?"),
     (("train-drafter", "{model}", "--kind", "medua"), "did you mean 'medusa'?"),
-    (("study", "--table", "qualty"), "did you mean 'quality'?"),
     # usage
     (("generate",), "Missing argument"),
     ((*GENERATE, "--max-tokens", "many"), "see linspec generate --help"),

@@ -21,7 +21,7 @@ from linspec.errors import CheckpointError, ConfigError
 from linspec.evaluate.quantize import quantize
 from linspec.files import exclusive, replace_dir, replace_text, tidy
 from linspec.models.hub import load_model, load_tokenizer, save_model
-from linspec.places import MARK, Place, check_text, check_workspace, read_mark
+from linspec.places import MARK, Place, check_text, check_workspace, mark_folder, read_mark
 from linspec.train.drafter import train_drafter
 from linspec.train.encoder import linearize_encoder
 from linspec.train.linearize import continue_training, linearize
@@ -224,17 +224,19 @@ def test_directories_of_linspec_0_1_are_known_by_their_records(tmp_path: Path) -
 
 def test_a_workspace_goes_on_and_is_not_taken_from_others(tmp_path: Path) -> None:
     out = tmp_path / "study"
+    out.mkdir()
     for _ in range(2):
-        check_workspace(out, "study", "cells/*.json")
+        check_workspace(out, "study", ("cells/*.json",))
+        mark_folder(out, "study")
         (out / "mine.txt").write_text("mine")
     with pytest.raises(
         ConfigError, match=r"`linspec demo` did not write: linspec\.json, mine\.txt"
     ):
-        check_workspace(out, "demo", "*/demo.json")
+        check_workspace(out, "demo", ("*/demo.json",))
     old = tmp_path / "old"
     (old / "cells").mkdir(parents=True)
     (old / "cells" / "a.json").write_text("{}")
-    check_workspace(old, "study", "cells/*.json")
+    check_workspace(old, "study", ("cells/*.json",))
 
 
 def test_a_page_over_a_text_of_others_is_refused(tmp_path: Path, model: Path) -> None:

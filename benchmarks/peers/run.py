@@ -16,7 +16,7 @@ from benchmarks.peers.cells import NODES, Cache, Cell, Plan, Result
 from benchmarks.peers.client import Client, QuietMachine, WorkerError, interpreter, worker
 from benchmarks.peers.shapes import EMBEDDED, SHAPES, Shape, write_checkpoint
 from linspec.bench.machine import machine, read_bandwidth
-from linspec.places import check_workspace
+from linspec.places import check_workspace, mark_folder
 from linspec.progress import Progress
 
 # room for what is decoded behind the context
@@ -36,7 +36,8 @@ Active = dict[Cell, tuple[Client, Result]]
 
 def compare(plan: Plan, *, prepare_only: bool = False) -> dict[str, str]:
     """Measure what of `plan` is not in its cache yet; returns the peers left out, with reasons."""
-    check_workspace(plan.out, "bench peers", "cells/*.json")
+    check_workspace(plan.out, "benchmarks.peers", ("cells/*.json",))
+    mark_folder(plan.out, "benchmarks.peers")
     cache = Cache(plan.out)
     skipped = _left_out(plan)
     groups = [

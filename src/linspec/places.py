@@ -199,27 +199,26 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def mark_folder(folder: Path, kind: str) -> None:
-    """Say that `kind` fills this folder bit by bit."""
-    replace_text(folder / MARK, json.dumps({"format": 1, "kind": kind}) + "\n")
+    """Say that `kind` fills this folder bit by bit, if nothing says so yet."""
+    if _read(folder / MARK).get("kind") != kind:
+        replace_text(folder / MARK, json.dumps({"format": 1, "kind": kind}) + "\n")
 
 
-def check_workspace(out: Path, kind: str, sign: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Make or take up a folder that `kind` fills bit by bit and never replaces; mark it.
+def check_workspace(
+    out: Path, kind: str, signs: Sequence[str], inputs: Sequence[str | Path] = ()
+) -> None:
+    """Raise ConfigError for a folder of others; `kind` fills its own bit by bit and never replaces it.
 
-    sign: a pattern of files that say that `kind` began it before there were marks. Raises ConfigError
-    for a folder of others, which is left alone.
+    signs: patterns of files that say that `kind` began it before there were marks.
     """
     _check_kind(out)
     Place(out, kind, holders=inputs)._check_inputs()
     data = _read(out / MARK) if out.is_dir() else {}
-    ours = data.get("kind") == kind or (not data and any(out.glob(sign)))
-    if not ours:
-        if out.is_dir() and any(_content(out)):
-            raise ConfigError(
-                f"{out} holds files that {_by(kind)} did not write: {_some(set(_content(out)))}; "
-                f"{_OTHER}"
-            )
-        mark_folder(out, kind)
+    ours = data.get("kind") == kind or (not data and any(any(out.glob(each)) for each in signs))
+    if not ours and out.is_dir() and any(_content(out)):
+        raise ConfigError(
+            f"{out} holds files that {_by(kind)} did not write: {_some(set(_content(out)))}; {_OTHER}"
+        )
 
 
 def check_text(path: Path, signs: Sequence[str]) -> None:
@@ -266,6 +265,9 @@ def _what(path: Path) -> str:
 
 
 def _by(kind: str) -> str:
+    """How a user calls it: a module of a clone, a function, or a verb."""
+    if "." in kind:
+        return f"`python -m {kind}`"
     return f"`{kind}`" if "_" in kind else f"`linspec {kind}`"
 
 

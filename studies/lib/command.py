@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import typer
 
+from linspec.cli.verbs import Verb
+
 AGAIN = "give the same command to go on; finished cells are kept"
 
 
 def command(verb: Callable[..., None], module: str, example: str) -> typer.Typer:
     """`python -m MODULE` for one verb, with an example that runs."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(epilog=f"Example: {called(module)} {example}".rstrip())(verb)
+    app.command(cls=Verb, epilog=f"Example: {called(module)} {example}".rstrip())(verb)
     return app
 
 

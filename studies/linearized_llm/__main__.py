@@ -11,7 +11,7 @@ from linspec.cli.checks import real, whole
 from linspec.cli.console import guarded, place_on, print_json, quiet_stdout, say, sources
 from linspec.cli.options import Data, Json, RecallShare, Threads
 from studies.lib.command import AGAIN, called, command
-from studies.linearized_llm.page import MODULE
+from studies.linearized_llm.plan import MODULE
 
 
 @guarded(AGAIN)

@@ -9,10 +9,9 @@ from typing import Any
 from linspec.models.hub import EMBEDDED
 from studies.lib import page as pages
 from studies.linearized_llm.paper import comparison, speaks
-from studies.linearized_llm.plan import Plan
+from studies.linearized_llm.plan import MODULE, Plan
 from studies.linearized_llm.table import TABLES, Results, Section, Table
 
-MODULE = "studies.linearized_llm"
 _PAPER = """\
 # The paper's tables, measured here
 

@@ -23,6 +23,9 @@ from studies.lib.plan import (
     check_share,
 )
 
+MODULE = "studies.linearized_llm"
+# what a study leaves in its folder
+CELLS = ("cells/*.json", "data/*.jsonl")
 # the domain of prose, if there is one; a package that is nothing but a pretrained encoder: the
 # extra 'encoders'
 _WIKITEXT_DOMAIN = "wikitext2"
@@ -194,7 +197,7 @@ def make_plan(
     if tokens is not None:
         size = _with_tokens(size, tokens)
     out = Path(out)
-    check_workspace(out, "study", "cells/*.json")
+    check_workspace(out, MODULE, CELLS)
     domains: dict[str, tuple[str, ...]] = {}
     for source in data:
         domains |= known_sources(source, out)

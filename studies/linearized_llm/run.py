@@ -15,11 +15,11 @@ from typing import Any
 
 from linspec.bench.machine import machine
 from linspec.errors import CheckpointError, ConfigError, LinspecError
-from linspec.places import check_text, check_workspace
+from linspec.places import check_text, check_workspace, mark_folder
 from studies.lib.plan import check_above_zero, check_places
 from studies.linearized_llm.cache import Cache
 from studies.linearized_llm.page import SIGNS, write_page
-from studies.linearized_llm.plan import Plan
+from studies.linearized_llm.plan import CELLS, MODULE, Plan
 from studies.linearized_llm.table import TABLES, Cell, Result, Results, Table
 
 # a further seed is worth a cell this much lower in rank
@@ -93,12 +93,14 @@ def study(
     made = tuple(sorted(made, key=lambda table: table.place))
     _check_rows(plan.rows, made)
     page = page or plan.out / "paper.md"
-    check_workspace(plan.out, "study", "cells/*.json")
+    check_workspace(plan.out, MODULE, CELLS)
     check_text(page, SIGNS)
     cache, began, measured = Cache(plan.out), clock(), 0
     by_name = {table.name: table for table in made}
+    wanted = order([cell for table in made for cell in table.listed])
+    mark_folder(plan.out, MODULE)
     _write(plan, page, made, cache)
-    for cell in order([cell for table in made for cell in table.listed]):
+    for cell in wanted:
         if cache.get(cell) is not None:
             continue
         left = None if budget is None else 60 * budget - (clock() - began)

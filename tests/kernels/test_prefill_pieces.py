@@ -9,8 +9,6 @@ difference is that of any change of 1e-7, and the test compares it with one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -52,14 +50,12 @@ def ids() -> list[int]:
 def test_pieces_of_a_prompt_begin_at_multiples_of_64_beside_other_prompts(budget: int) -> None:
     scheduler, lengths = Scheduler(4, budget), (40, 700, 33, 130)
 
-    def place(length: int) -> Callable[[int], Row]:
+    for place, length in enumerate(lengths):
         sampler = Sampler(SamplingParams(), [1], 10)
-        return lambda slot: Row(slot, slot, sampler, [1] * length, length)
-
-    for length in lengths:
-        scheduler.submit(place(length))
+        scheduler.submit(Row(place, sampler, [1] * length, length))
+    scheduler.admit()
     begins = []
-    while any(row.prefilling for row in scheduler.running) or not scheduler.running:
+    while any(row.prefilling for row in scheduler.running):
         batch = scheduler.next_batch()
         assert sum(count for _, count in batch.prefilling) <= budget
         assert batch.prefilling

@@ -251,6 +251,7 @@ def test_failed_write_leaves_the_old_page(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(full_report("old"), path)
     before = path.read_text()
+    (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError):
-        write_report(full_report("new"), tmp_path / "missing" / "report.html")
+        write_report(full_report("new"), tmp_path / "file" / "report.html")
     assert path.read_text() == before

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, InputError, TrainingError
 from linspec.mixers import MIXERS
+from linspec.places import mark_folder
 from studies.linearized_llm import TABLES, Plan, Size, make_plan, study
 from studies.linearized_llm.attentions import AUG, PARTS, PLAIN, attentions
 from studies.linearized_llm.cache import Cache
 from studies.linearized_llm.paper import comparison
+from studies.linearized_llm.plan import MODULE
 from studies.linearized_llm.quality import Quality
 from studies.linearized_llm.recipes import Recipes
 from studies.linearized_llm.run import order
@@ -134,6 +136,7 @@ def test_a_damaged_file_is_a_cell_not_measured(plan: Plan, made_up: list[Cell]) 
 
 
 def test_a_cell_that_another_process_has_is_left_to_it(plan: Plan, made_up: list[Cell]) -> None:
+    mark_folder(plan.out, MODULE)
     cache = Cache(plan.out)
     taken = order(Quality(plan).cells())[2]
     with cache.claim(taken) as folder:
@@ -190,7 +193,7 @@ def test_a_folder_of_known_files_is_their_domains(tmp_path: Path) -> None:
     record = json.loads(Path(plan.domains["gsm8k"][0]).read_text())
     assert record == {"text": "1 + 1?\n2 — zwei\n"}
     with pytest.raises(InputError, match="does not exist"):
-        make_plan(tmp_path, data=[str(tmp_path / "nowhere")])
+        make_plan(tmp_path / "other", data=[str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from linspec.cli.console import explain, say
 from linspec.messages import did_you_mean
@@ -27,18 +27,8 @@ _LONGEST_LINE = 1000
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
-class Verbs(TyperGroup):
-    """The verbs of the command line."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
-        """Join the words of a verb of two; a verb that moved is answered with the new command."""
-        for old, module in MOVED.items():
-            if tuple(args[: len(old)]) == old:
-                print(_moved(old, module, args[len(old) :]), file=sys.stderr)
-                ctx.exit(2)
-        if args[:1] == ["bench"] and args[1:2] and args[1] in SECOND:
-            args = [f"bench-{args[1]}", *args[2:]]
-        return super().parse_args(ctx, args)
+class _OneLine:
+    """A command whose every failure is one line and an exit code."""
 
     def main(
         self,
@@ -51,7 +41,9 @@ class Verbs(TyperGroup):
     ) -> Any:
         """Run the verb that `args` name, and exit with its code."""
         try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            code = super().main(  # type: ignore[misc]  # of what it is mixed into
+                args, prog_name, complete_var, False, windows_expand_args, **extra
+            )
         except UsageError as error:
             code = _wrong_usage(error)
         except typer.Abort:
@@ -63,6 +55,24 @@ class Verbs(TyperGroup):
             say(explain(error))
             code = 1
         sys.exit(code)
+
+
+class Verb(_OneLine, TyperCommand):
+    """A command of its own."""
+
+
+class Verbs(_OneLine, TyperGroup):
+    """The verbs of the command line."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
+        """Join the words of a verb of two; a verb that moved is answered with the new command."""
+        for old, module in MOVED.items():
+            if tuple(args[: len(old)]) == old:
+                print(_moved(old, module, args[len(old) :]), file=sys.stderr)
+                ctx.exit(2)
+        if args[:1] == ["bench"] and args[1:2] and args[1] in SECOND:
+            args = [f"bench-{args[1]}", *args[2:]]
+        return super().parse_args(ctx, args)
 
 
 def _wrong_usage(error: Any) -> int:

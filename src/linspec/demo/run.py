@@ -36,7 +36,7 @@ from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve
-from linspec.places import check_text, check_workspace
+from linspec.places import check_text, check_workspace, mark_folder
 from linspec.report.html import SIGNS, write_report
 from linspec.train.data import train_and_heldout
 
@@ -65,7 +65,8 @@ def run_demo(
     """
     out = Path(out)
     inputs = (resolve(teacher), *([resolve(student)] if student else []), *data)
-    check_workspace(out, "demo", f"*/{RECORD}", inputs)
+    check_workspace(out, "demo", (f"*/{RECORD}",), inputs)
+    mark_folder(out, "demo")
     check_text(out / REPORT, SIGNS)
     with exclusive(out):
         demo = _Demo(out, quick, teacher, student, data, seed, Screen(echo), overwrite)

@@ -32,7 +32,7 @@ class Progress:
     step: int
     tokens: int
     seconds: float
-    log: list[dict[str, float]]
+    log: list[dict[str, float | bool]]
     config: dict[str, Any]
 
     def __post_init__(self) -> None:
