@@ -50,22 +50,22 @@ def test_paths_depths_children_and_ancestors_tell_one_story(tree: TokenTree) -> 
         assert tree.depths[node] == len(path) - 1
         assert all(tree.parents[b] == a for a, b in itertools.pairwise(path))
         assert all(b in tree.children[a] for a, b in itertools.pairwise(path))
-        assert tuple(tree.ancestors[node].nonzero().flatten().tolist()) == path
+        assert tuple(tree.shape.ancestors[node].nonzero().flatten().tolist()) == path
     assert sorted(itertools.chain(*tree.children)) == list(range(1, len(tree)))
     assert all(list(children) == sorted(children) for children in tree.children)
 
 
 @given(trees())
 def test_a_tree_is_a_chain_iff_no_node_branches_off(tree: TokenTree) -> None:
-    assert tree.is_chain == (tree.depths == tuple(range(len(tree))))
+    assert tree.shape.is_chain == (tree.depths == tuple(range(len(tree))))
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=30))
 def test_ancestors_of_a_chain_are_causal(tokens: list[int]) -> None:
     tree = chain(tokens)
-    assert tree.is_chain
+    assert tree.shape.is_chain
     assert tree.tokens == tuple(tokens)
-    assert torch.equal(tree.ancestors, torch.ones(len(tree), len(tree)).tril().bool())
+    assert torch.equal(tree.shape.ancestors, torch.ones(len(tree), len(tree)).tril().bool())
 
 
 def test_root_only_is_a_tree_of_one_node() -> None:

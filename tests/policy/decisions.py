@@ -21,7 +21,7 @@ from linspec.drafters.base import ChainDrafter, Drafter
 from linspec.policy.auto import Auto
 from linspec.policy.base import RoundTimes
 from linspec.policy.costs import CostCurve
-from linspec.tree import TokenTree, chain
+from linspec.tree import Budget, TokenTree, chain
 
 FILE = Path(__file__).with_name("decisions.json")
 SCENARIOS, ROUNDS = 28, 240
@@ -43,11 +43,11 @@ class Table(Drafter):
         self.gains = [0.0, *accumulate(gains)]
         self.max_nodes = len(gains)
 
-    def propose(self, rows: Sequence[Any], budgets: Sequence[int]) -> list[TokenTree]:
+    def propose(self, rows: Sequence[Any], budgets: Sequence[Budget]) -> list[TokenTree]:
         raise NotImplementedError
 
-    def expected(self, nodes: int) -> float:
-        return self.gains[min(nodes, self.max_nodes)]
+    def expected(self, budget: Budget) -> float:
+        return self.gains[min(budget.nodes, self.max_nodes)]
 
 
 @dataclass
@@ -104,11 +104,11 @@ def decisions(seed: int) -> list[list[int]]:
         rows: list[Any] = [SimpleNamespace(slot=slot) for slot in rates if rng.random() < 0.95]
         if not rows:
             continue
-        plan = list(policy.plan(rows, drafts))
+        plan = [budget.nodes for budget in policy.plan(rows, drafts)]
         for row, nodes in zip(rows, plan, strict=True):
             accepted = next((d for d in range(nodes) if rng.random() > rates[row.slot]), nodes)
             if nodes:
-                policy.observe(row, nodes, accepted, drafts.expected(nodes))
+                policy.observe(row, nodes, accepted, drafts.expected(Budget.of(nodes)))
                 drafts.observe(row, chain(range(nodes + 1)), range(accepted + 1))
         policy.observe_round(here.times(turn, len(rows) + sum(plan), max(plan), rng))
         found.append(plan)

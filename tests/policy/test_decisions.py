@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from decisions import FILE, SCENARIOS, decisions
 
 RECORDED = json.loads(FILE.read_text())
