@@ -312,6 +312,18 @@ def test_staged_nodes_must_be_committed_or_named_as_parents() -> None:
     assert state.staged(0).parents == (-1, 0)
 
 
+def test_more_nodes_than_the_stage_holds_are_refused_in_pieces_too() -> None:
+    """Only the nodes of one step were once counted; ancestors beyond the 64th were lost in the kernels."""
+    model = tiny_model("aug")
+    state = prefilled(model, [1, 2, 3])
+    model.step([Feed(0, [1] * 40)], state)
+    with pytest.raises(ConfigError, match="a tree of 65 nodes is too large: 64 nodes"):
+        model.step([Feed(0, [1] * 25, range(39, 64))], state)
+    assert len(state.staged(0)) == 40
+    model.step([Feed(0, [1] * 24, range(39, 63))], state)
+    assert len(state.staged(0)) == STAGE_ROWS
+
+
 def test_nothing_can_be_staged_behind_a_long_chain() -> None:
     """It once could, and read rows that were never written."""
     model = tiny_model("aug")

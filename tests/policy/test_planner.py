@@ -131,14 +131,14 @@ def test_rounds_correct_what_was_measured() -> None:
     assert model.round(1) == 1.0 and model.drafting(4) == 0.0
     for _ in range(100):
         model.observe(RoundTimes(draft=0.0, step=2.0, nodes=1, rest=0.5))
-    assert model.round(1) == pytest.approx(2.5)
-    assert model.round(3) == pytest.approx(6.5)
+    assert model.round(1) == pytest.approx(2.5, rel=1e-3)
+    assert model.round(3) == pytest.approx(6.5, rel=1e-3)
     for drafts in (2, 4) * 50:
         step = 2.0 * (1 + drafts)
         model.observe(RoundTimes(0.25 * drafts, step, 1 + drafts, drafts, rest=0.5))
     assert model.largest == 4
-    assert model.drafting(3) == pytest.approx(0.75)
-    assert model.drafting(8) == pytest.approx(2.0)
+    assert model.drafting(3) == pytest.approx(0.75, rel=1e-2)
+    assert model.drafting(8) == pytest.approx(2.0, rel=1e-2)
 
 
 def test_one_disturbed_round_changes_little() -> None:
