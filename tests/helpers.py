@@ -125,11 +125,17 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(count)]
 
 
-def random_tree(rng: random.Random, nodes: int, *, reach: int | None = None) -> TokenTree:
+def random_tree(
+    rng: random.Random, nodes: int, *, reach: int | None = None, depth: int | None = None
+) -> TokenTree:
     """Random topology; a small `reach` takes parents among the newest nodes, for deep trees."""
-    parents = [-1]
+    parents, depths = [-1], [0]
     for node in range(1, nodes):
-        parents.append(rng.randrange(0 if reach is None else max(0, node - reach), node))
+        parent = rng.randrange(0 if reach is None else max(0, node - reach), node)
+        if depth is not None and depths[parent] >= depth:
+            parent = parents[parent]
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
     return TokenTree(tuple(rng.randrange(VOCAB) for _ in parents), tuple(parents))
 
 

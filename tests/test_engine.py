@@ -22,7 +22,7 @@ from linspec.policy.base import Policy
 from linspec.policy.fixed import Fixed
 from linspec.row import Row
 from linspec.sampling import SamplingParams
-from linspec.tree import TokenTree
+from linspec.tree import Budget, TokenTree
 from linspec.verify import LosslessVerifier
 
 SLOTS = 4
@@ -36,11 +36,11 @@ class RandomTrees(Drafter):
     def __init__(self, model: Decoder) -> None:
         self.model, self.rng = model, random.Random(3)
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
         return [self._tree(row, budget) for row, budget in zip(rows, budgets, strict=True)]
 
-    def _tree(self, row: Row, budget: int) -> TokenTree:
-        tree = random_tree(self.rng, 1 + self.rng.randrange(budget + 1))
+    def _tree(self, row: Row, budget: Budget) -> TokenTree:
+        tree = random_tree(self.rng, 1 + self.rng.randrange(budget.nodes + 1), depth=budget.depth)
         tokens = [row.root, *tree.tokens[1:]]
         for node in range(1, len(tokens)):
             if self.rng.random() < 0.5:
@@ -49,7 +49,7 @@ class RandomTrees(Drafter):
                 tokens[node] = int(full_logits(self.model, [text])[0].argmax())
         return TokenTree(tuple(tokens), tree.parents)
 
-    def expected(self, nodes: int) -> float:
+    def expected(self, budget: Budget) -> float:
         return 1.0
 
 

@@ -22,7 +22,7 @@ from linspec.policy.fixed import Fixed
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
 from linspec.step import Feed
-from linspec.tree import TokenTree, chain
+from linspec.tree import Budget, TokenTree, chain
 from linspec.verify import LosslessVerifier
 from linspec.verify.base import Accepted
 
@@ -67,7 +67,7 @@ class HostileDrafter(Drafter):
     def __init__(self, inner: Drafter, faults: Faults) -> None:
         self.inner, self.faults, self.max_nodes = inner, faults, inner.max_nodes
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
         trees = self.inner.propose(rows, budgets)
         # after the work is done: asked again, the inner drafter has to say the same
         self.faults.at("propose", *rows)
@@ -75,8 +75,8 @@ class HostileDrafter(Drafter):
         foreign = [chain((row.root, VOCAB)) for row in rows]
         return [f if b else tree for f, b, tree in zip(foreign, bad, trees, strict=True)]
 
-    def expected(self, nodes: int) -> float:
-        return self.inner.expected(nodes)
+    def expected(self, budget: Budget) -> float:
+        return self.inner.expected(budget)
 
     def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
         self.inner.observe(row, tree, path)
@@ -96,7 +96,7 @@ class HostilePolicy(Policy):
     def __init__(self, faults: Faults, nodes: int) -> None:
         self.faults, self.nodes = faults, nodes
 
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
         self.faults.at("plan", *rows)
         return Fixed(self.nodes).plan(rows, drafter)
 
@@ -328,7 +328,7 @@ def test_a_tree_that_would_harm_the_step_is_refused(
     """Draft tokens beyond the vocabulary were once looked up in the embedding all the same."""
 
     class Bad(PromptLookup):
-        def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
             return [tree(row) for row in rows]
 
     engine = Engine(

@@ -17,7 +17,7 @@ FLOORS = (
     "mixers",
     "models",
     "sampling prompts row drafters verify policy compress",
-    "isolation scheduler engine text llm plugins",
+    "isolation proposals scheduler engine text llm plugins",
     "train evaluate bench report",
     "demo",
     "cli",

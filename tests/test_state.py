@@ -25,7 +25,7 @@ from linspec.models.decoder import Decoder
 from linspec.row_state import STAGE_ROWS, RowSpec, RowState, add_products
 from linspec.state import DecoderState
 from linspec.step import Feed
-from linspec.tree import from_paths
+from linspec.tree import chain_shape, from_paths
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 MODELS = [pytest.param((mixer_config(name, taps),), id=f"{name}-{taps}") for name, taps in CASES]
@@ -85,7 +85,7 @@ def test_restore_brings_back_what_snapshot_saw(layers: Layers, length: int) -> N
     assert len(copy) == len(state.parts)
     for slot in (0, 1):
         state.restore(slot, copy)
-        assert state.staged(slot) == []
+        assert not state.staged(slot)
         assert_same_bytes(state.snapshot(slot), copy)
         assert torch.equal(model.step([Feed.tree(slot, TREE)], state).logits, expected)
 
@@ -166,7 +166,7 @@ def test_reset_leaves_no_trace(layers: Layers) -> None:
     state.reset(0)
     fresh = model.new_state()
     assert state.length(0) == 0
-    assert state.staged(0) == []
+    assert not state.staged(0)
     assert_same_bytes(state.snapshot(0), fresh.snapshot(0))
     step = [Feed.tree(0, TREE)]
     assert torch.equal(model.step(step, state).logits, model.step(step, fresh).logits)
@@ -312,7 +312,7 @@ def test_sums_over_many_groups_are_far_better_than_bf16_running_sums() -> None:
     for _ in range(1000):
         k, v = torch.rand(2, 1, 1, GROUP, 4, generator=generator).bfloat16()
         state.stage(0, 0, [GROUP], k, v)
-        state.record(0, range(-1, GROUP - 1))
+        state.record(0, chain_shape(GROUP))
         state.commit(0, range(GROUP))
         exact += k[0, 0].double().T @ v[0, 0].double()
         running += k[0, 0].T @ v[0, 0]

@@ -34,7 +34,7 @@ from linspec.models.decoder import Decoder
 from linspec.row_state import STAGE_ROWS
 from linspec.state import DecoderState
 from linspec.step import Feed
-from linspec.tree import TokenTree, ancestor_matrix, chain, from_paths
+from linspec.tree import TokenTree, chain, from_paths
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 # from every offset the longest branch, 2 * GROUP + 2 deep, crosses two borders or more
@@ -174,7 +174,7 @@ def stage_randomly(
         new = random_tokens(count, seed=rng.randrange(2**20))
         logits = model.step([Feed(0, new, parents)], state).logits
         tokens += new
-        seen = ancestor_matrix(tuple(state.staged(0)))
+        seen = state.staged(0).ancestors
         paths = [[*text, *(tokens[n] for n in row.nonzero().flatten().tolist())] for row in seen]
         assert_close(logits, full_logits(model, paths[-count:]))
     return tokens
@@ -192,7 +192,7 @@ def round_randomly(
     if rng.random() < 0.2:
         state.drop(0)
         return []
-    row = ancestor_matrix(tuple(state.staged(0)))[rng.randrange(len(tokens))]
+    row = state.staged(0).ancestors[rng.randrange(len(tokens))]
     path = row.nonzero().flatten().tolist()
     path = path[: rng.randint(0, len(path))] if rng.random() < 0.3 else path
     state.commit(0, path)
@@ -279,9 +279,9 @@ def test_slots_may_come_in_any_order() -> None:
     ("feeds", "error", "message"),
     [
         ([Feed(0, [])], ConfigError, "slot 0 was fed no tokens"),
-        ([Feed(0, [1, 2], [-1, 1])], ConfigError, "node 1 of slot 0 has parent 1"),
-        ([Feed(0, [1, 2], [-1, 7])], ConfigError, "node 1 of slot 0 has parent 7"),
-        ([Feed(0, [1, 2], [-1, -2])], ConfigError, "node 1 of slot 0 has parent -2"),
+        ([Feed(0, [1, 2], [-1, 1])], ConfigError, "slot 0: node 1 has parent 1"),
+        ([Feed(0, [1, 2], [-1, 7])], ConfigError, "slot 0: node 1 has parent 7"),
+        ([Feed(0, [1, 2], [-1, -2])], ConfigError, "slot 0: node 1 has parent -2"),
         ([Feed(0, [1, 2], [-1])], ConfigError, "2 tokens and 1 parents"),
         ([Feed(0, [1] * 65, [-1] + [0] * 64)], ConfigError, "a tree of 65 nodes is too large"),
         ([Feed(0, [1]), Feed(0, [2])], ConfigError, r"slots \[1, 0, 0\] are not different"),
@@ -298,7 +298,7 @@ def test_malformed_feeds_are_refused_before_any_change(
     with pytest.raises(error, match=message):
         model.step([Feed(1, [9]), *feeds] if feeds[0].slot == 0 else feeds, state)
     assert_same_bytes(state.snapshot(0), before)
-    assert state.staged(0) == state.staged(1) == []
+    assert not state.staged(0) and not state.staged(1)
 
 
 def test_staged_nodes_must_be_committed_or_named_as_parents() -> None:
@@ -309,7 +309,19 @@ def test_staged_nodes_must_be_committed_or_named_as_parents() -> None:
         model.step([Feed(0, [6])], state)
     with pytest.raises(ConfigError, match="a tree of 72 nodes is too large"):
         model.step([Feed(0, [1] * 70, range(-1, 69))], state)
-    assert state.staged(0) == [-1, 0]
+    assert state.staged(0).parents == (-1, 0)
+
+
+def test_more_nodes_than_the_stage_holds_are_refused_in_pieces_too() -> None:
+    """Only the nodes of one step were once counted; ancestors beyond the 64th were lost in the kernels."""
+    model = tiny_model("aug")
+    state = prefilled(model, [1, 2, 3])
+    model.step([Feed(0, [1] * 40)], state)
+    with pytest.raises(ConfigError, match="a tree of 65 nodes is too large: 64 nodes"):
+        model.step([Feed(0, [1] * 25, range(39, 64))], state)
+    assert len(state.staged(0)) == 40
+    model.step([Feed(0, [1] * 24, range(39, 63))], state)
+    assert len(state.staged(0)) == STAGE_ROWS
 
 
 def test_nothing_can_be_staged_behind_a_long_chain() -> None:
@@ -349,7 +361,7 @@ def test_a_softmax_model_refuses_positions_beyond_its_limit(
         model.step([Feed(1, [2]), Feed(0, random_tokens(count))], state)
     for slot in (0, 1):
         assert_same_bytes(state.snapshot(slot), before[slot])
-        assert state.staged(slot) == []
+        assert not state.staged(slot)
     # the depth counts, not the number of nodes
     wide = Feed(0, [1] * 9, [-1] * 9)
     if count > 1:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from linspec.errors import ConfigError
-from linspec.tree import TokenTree, best_first, chain, from_paths, root_only
+from linspec.tree import TokenTree, best_first, chain, from_paths, root_only, shape_of
 
 
 @st.composite
@@ -50,22 +50,22 @@ def test_paths_depths_children_and_ancestors_tell_one_story(tree: TokenTree) -> 
         assert tree.depths[node] == len(path) - 1
         assert all(tree.parents[b] == a for a, b in itertools.pairwise(path))
         assert all(b in tree.children[a] for a, b in itertools.pairwise(path))
-        assert tuple(tree.ancestors[node].nonzero().flatten().tolist()) == path
+        assert tuple(tree.shape.ancestors[node].nonzero().flatten().tolist()) == path
     assert sorted(itertools.chain(*tree.children)) == list(range(1, len(tree)))
     assert all(list(children) == sorted(children) for children in tree.children)
 
 
 @given(trees())
 def test_a_tree_is_a_chain_iff_no_node_branches_off(tree: TokenTree) -> None:
-    assert tree.is_chain == (tree.depths == tuple(range(len(tree))))
+    assert tree.shape.is_chain == (tree.depths == tuple(range(len(tree))))
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=30))
 def test_ancestors_of_a_chain_are_causal(tokens: list[int]) -> None:
     tree = chain(tokens)
-    assert tree.is_chain
+    assert tree.shape.is_chain
     assert tree.tokens == tuple(tokens)
-    assert torch.equal(tree.ancestors, torch.ones(len(tree), len(tree)).tril().bool())
+    assert torch.equal(tree.shape.ancestors, torch.ones(len(tree), len(tree)).tril().bool())
 
 
 def test_root_only_is_a_tree_of_one_node() -> None:
@@ -135,3 +135,29 @@ def test_broken_trees_are_refused(tokens, parents) -> None:
 def test_a_chain_needs_its_root() -> None:
     with pytest.raises(ConfigError, match="at least its root"):
         chain([])
+
+
+def test_trees_of_one_form_share_what_is_computed_of_it() -> None:
+    first, second = (TokenTree(tokens, (-1, 0, 0)) for tokens in ((1, 2, 3), (4, 5, 6)))
+    assert first.shape is second.shape is shape_of([-1, 0, 0])
+    assert first.shape.ancestor_bits == (0b001, 0b011, 0b101)
+    assert first.shape.deepest == 1 and shape_of(()).deepest == 0
+
+
+def test_nodes_that_are_staged_apart_may_have_several_roots() -> None:
+    shape = shape_of([-1, -1, 1, 0])
+    assert shape.depths == (0, 0, 1, 1)
+    assert shape.path_to(3) == (0, 3)
+    assert shape.ancestors.tolist()[3] == [True, False, False, True]
+    with pytest.raises(ConfigError, match="node 1 has parent 1, which is not before it"):
+        shape_of([-1, 1])
+
+
+def test_the_first_nodes_of_a_tree_are_a_tree() -> None:
+    law = torch.tensor([0.5, 0.5])
+    tree = TokenTree((1, 2, 3, 4), (-1, 0, 0, 2), {0: law, 2: law}, (1.0, 0.5, 0.25, 0.5))
+    cut = tree.first(2)
+    assert (cut.tokens, cut.parents, cut.confidences) == ((1, 2), (-1, 0), (1.0, 0.5))
+    assert list(cut.proposals) == [0]
+    with pytest.raises(ConfigError, match="a confidence for each of its 2 nodes"):
+        TokenTree((1, 2), (-1, 0), confidences=(1.0,))

@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from linspec.drafters.base import Drafter
-from linspec.errors import ContextOverflow, DrafterError, InputError, StateError
+from linspec.errors import ContextOverflow, InputError, StateError
 from linspec.isolation import isolated
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.models.backbone import Generator
 from linspec.models.memory import check_state
+from linspec.policy.acceptance import expected_of
 from linspec.policy.base import Policy, RoundTimes
+from linspec.proposals import Proposals
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
 from linspec.scheduler import Batch, Scheduler
@@ -238,66 +240,12 @@ class Engine:
 
     # ---- decoding
 
-    def _propose(self, rows: list[Row]) -> list[TokenTree | Exception]:
+    def _propose(self, rows: list[Row]) -> Sequence[TokenTree | Exception]:
         """A tree per row, or the error of the policy or the drafter about it."""
-        trees: list[TokenTree | Exception] = [root_only(row.root) for row in rows]
         if self.drafter is None or self.policy is None:
-            return trees
-        asked: list[tuple[int, int]] = []
-        for i, budget in enumerate(isolated(rows, self._planned)):
-            if isinstance(budget, Exception):
-                trees[i] = budget
-            elif budget > 0:
-                asked.append((i, budget))
-        proposed = isolated([(rows[i], budget) for i, budget in asked], self._drafted)
-        for (i, _), tree in zip(asked, proposed, strict=True):
-            trees[i] = tree
-        return trees
-
-    def _planned(self, rows: Sequence[Row]) -> list[int]:
-        assert self.policy is not None and self.drafter is not None
-        budgets = self.policy.plan(rows, self.drafter)
-        _check_count("policy", budgets, rows)
-        # where nothing is drafted, nobody asks how much could be
-        return [
-            min(budget, self._room(row)) if budget > 0 else 0
-            for row, budget in zip(rows, budgets, strict=True)
-        ]
-
-    def _drafted(self, asked: Sequence[tuple[Row, int]]) -> list[TokenTree]:
-        assert self.drafter is not None
-        trees = self.drafter.propose([row for row, _ in asked], [budget for _, budget in asked])
-        _check_count("drafter", trees, asked)
-        for (row, budget), tree in zip(asked, trees, strict=True):
-            self._check_tree(row, budget, tree)
-        return trees
-
-    def _check_tree(self, row: Row, budget: int, tree: TokenTree) -> None:
-        """Raise DrafterError for a tree that would harm the step that it shares with others."""
-        vocabulary = self.model.config.vocab_size
-        if tree.tokens[0] != row.root or len(tree) > budget + 1:
-            raise DrafterError(
-                f"the drafter proposed {len(tree) - 1} draft tokens behind token {tree.tokens[0]}; asked "
-                f"were at most {budget} behind token {row.root}"
-            )
-        if min(tree.tokens) < 0 or max(tree.tokens) >= vocabulary:
-            raise DrafterError(
-                f"the drafter proposed tokens {min(tree.tokens)} to {max(tree.tokens)}, but the model has "
-                f"{vocabulary} tokens: ids go from 0 to {vocabulary - 1}"
-            )
-
-    def _room(self, row: Row) -> int:
-        """Draft tokens that could still be emitted or fit the model's positions."""
-        limit = self.model.config.position_limit
-        places = (
-            row.remaining - 1 if limit is None else min(row.remaining - 1, limit - len(row.tokens))
-        )
-        return 0 if places < 1 else self._nodes_for(places)
-
-    def _nodes_for(self, places: int) -> int:
-        """A tree of this many nodes is never deeper than `places`."""
-        assert self.drafter is not None
-        return min(places, self.drafter.max_nodes)
+            return [root_only(row.root) for row in rows]
+        config = self.model.config
+        return Proposals(self.drafter, self.policy, self.verifier, config).trees(rows)
 
     def _round(
         self, row: Row, tree: TokenTree, hidden: torch.Tensor, logits: torch.Tensor
@@ -307,7 +255,7 @@ class Engine:
         self.state.commit(row.slot, path)
         row.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
-            expected = self.drafter.expected(len(tree) - 1)
+            expected = expected_of(tree, self.drafter)
             self.policy.observe(row, len(tree) - 1, len(path) - 1, expected)
             self.drafter.observe(row, tree, path)
         row.hidden = hidden[path[-1]]
@@ -389,8 +337,3 @@ class Engine:
             except Exception as error:
                 errors.append(error)
         return errors[0] if errors else None
-
-
-def _check_count(what: str, given: Sequence[object], asked: Sequence[object]) -> None:
-    if len(given) != len(asked):
-        raise DrafterError(f"the {what} answered {len(given)} times for {len(asked)} requests")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.tree import ancestor_matrix
+from linspec.tree import Shape
 
-# (committed rows, parents of all staged rows, how many of these are new) of each slot
-Rows = Sequence[tuple[int, tuple[int, ...], int]]
+# (committed rows, shape of all staged rows, how many of these are new) of each slot
+Rows = Sequence[tuple[int, Shape, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +37,12 @@ class StagedTree:
 
 
 @lru_cache(maxsize=256)
-def staged_tree(parents: tuple[int, ...], new: int, device: torch.device) -> StagedTree:
-    """The tree of staged rows with `parents`, of which the last `new` are new."""
-    seen = ancestor_matrix(parents)
-    depths = seen.sum(1) - 1
-    first = len(parents) - new
-    deepest = int(depths[first:].max()) if new else 0
-    return StagedTree(seen[first:].to(device), depths.to(device), deepest)
+def staged_tree(shape: Shape, new: int, device: torch.device) -> StagedTree:
+    """The tree of staged rows of `shape`, of which the last `new` are new."""
+    first = len(shape) - new
+    deepest = max(shape.depths[first:], default=0)
+    depths = torch.tensor(shape.depths, dtype=torch.long, device=device)
+    return StagedTree(shape.ancestors[first:].to(device), depths, deepest)
 
 
 class Layout:
@@ -55,9 +54,9 @@ class Layout:
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         self.rows, self.device = rows, device
-        trees = [staged_tree(parents, new, device) for _, parents, new in rows]
+        trees = [staged_tree(shape, new, device) for _, shape, new in rows]
         self.tree = trees[0] if len(rows) == 1 else None
-        self.width = max(base + len(parents) for base, parents, _ in rows)
+        self.width = max(base + len(shape) for base, shape, _ in rows)
         self.deepest = max(row[0] + tree.deepest for row, tree in zip(rows, trees, strict=True))
         self.plain = all(row[0] + 1 == self.width and len(row[1]) == 1 for row in rows)
         self._memo: dict[Hashable, Any] = {}
@@ -94,13 +93,13 @@ class Layout:
         offsets = torch.zeros(count, nodes, dtype=torch.long)
         columns = torch.arange(self.width).repeat(count, 1)
         visible = torch.zeros(count, nodes, self.width, dtype=torch.bool)
-        for i, (base, parents, new) in enumerate(self.rows):
-            total, seen = base + len(parents), ancestor_matrix(parents)
-            depths = base + seen.sum(1) - 1
-            offsets[i, :new] = depths[len(parents) - new :]
+        for i, (base, shape, new) in enumerate(self.rows):
+            total, first = base + len(shape), len(shape) - new
+            depths = torch.tensor(shape.depths) + base
+            offsets[i, :new] = depths[first:]
             columns[i, base:total] = depths
             visible[i, :new, :base] = True
-            visible[i, :new, base:total] = seen[len(parents) - new :]
+            visible[i, :new, base:total] = shape.ancestors[first:]
         return offsets.to(self.device), columns.to(self.device), visible.to(self.device)
 
     def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
@@ -116,7 +115,8 @@ class Layout:
 
     def _ancestry(self) -> torch.Tensor:
         seen = torch.zeros(len(self.rows), self.width, self.width, dtype=torch.bool)
-        for i, (base, parents, _) in enumerate(self.rows):
-            chain = (*range(-1, base - 1), *(p + base for p in parents))
-            seen[i, : len(chain), : len(chain)] = ancestor_matrix(chain)
+        for i, (base, shape, _) in enumerate(self.rows):
+            total = base + len(shape)
+            seen[i, :total, :base] = torch.ones(total, base, dtype=torch.bool).tril()
+            seen[i, base:total, base:total] = shape.ancestors
         return seen.to(self.device)

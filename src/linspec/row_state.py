@@ -25,6 +25,7 @@ from linspec.errors import StateError
 from linspec.kv import coded_width, decode, encode
 from linspec.layout import Layout
 from linspec.ram import available_bytes
+from linspec.tree import Shape, shape_of
 
 # Rows that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer.
 STAGE_ROWS = 64
@@ -33,6 +34,7 @@ Layouts = OrderedDict[tuple[Any, ...], Layout]
 Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _LAYOUTS_KEPT = 1024
 _LAYOUT_COLUMNS_KEPT = 1024
+NOTHING_STAGED = shape_of(())
 
 
 def add_products(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -135,7 +137,7 @@ class RowState:
         self.sums = torch.zeros(self.layers, summed, *sums, dtype=wide, device=device)
         self.lengths = [0] * slots
         self.origins = [0] * slots
-        self.parents: list[list[int]] = [[] for _ in range(slots)]
+        self.staged = [NOTHING_STAGED] * slots
         self.long: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._layouts: Layouts = OrderedDict() if layouts is None else layouts
 
@@ -185,16 +187,14 @@ class RowState:
         grown = zeros(shape, rows.dtype, rows.device)
         for slot, length in enumerate(self.lengths):
             # a chain is in `long` before its nodes are recorded
-            if length or self.parents[slot] or slot in self.long:
+            if length or self.staged[slot] or slot in self.long:
                 grown[:, slot, :, : rows.shape[3]] = rows[:, slot]
         return grown
 
-    def layout(self, start: int, parents: Sequence[Sequence[int]]) -> Layout:
-        """Layout of new nodes with `parents` (indices into each slot's staged rows) from slot `start`."""
-        rows = []
-        for slot, new in enumerate(parents, start):
-            base = self.lengths[slot] - self.origins[slot]
-            rows.append((base, (*self.parents[slot], *new), len(new)))
+    def layout(self, start: int, shapes: Sequence[Shape], new: Sequence[int]) -> Layout:
+        """Layout of slots `start`..: `shapes` of what each has staged, of which the last `new` are new."""
+        bases = [self.lengths[slot] - self.origins[slot] for slot in range(start, start + len(new))]
+        rows = list(zip(bases, shapes, new, strict=True))
         key = tuple(rows)
         found = self._layouts.get(key)
         if found is None:
@@ -224,7 +224,7 @@ class RowState:
             self.values[layer, start + i, :, lead + first : lead + first + n] = v[i, :, :n]
 
     def _next_row(self, slot: int) -> int:
-        return self.lengths[slot] - self.origins[slot] + len(self.parents[slot])
+        return self.lengths[slot] - self.origins[slot] + len(self.staged[slot])
 
     def stage_long(
         self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
@@ -283,9 +283,9 @@ class RowState:
             decode(values, self.spec.value_width, self.dtype),
         )
 
-    def record(self, slot: int, parents: Sequence[int]) -> None:
-        """Record the tree structure of rows that every layer has just staged."""
-        self.parents[slot] += parents
+    def record(self, slot: int, staged: Shape) -> None:
+        """Record the shape of all rows that `slot` has staged, the newest of them in every layer just now."""
+        self.staged[slot] = staged
 
     # ---- committing
 
@@ -303,7 +303,7 @@ class RowState:
 
     def drop(self, slot: int) -> None:
         """Forget everything staged in `slot`."""
-        self.parents[slot] = []
+        self.staged[slot] = NOTHING_STAGED
         self.long.pop(slot, None)
 
     def _gather(self, slot: int, path: Sequence[int]) -> None:

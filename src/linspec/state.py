@@ -10,6 +10,7 @@ import torch
 
 from linspec.errors import StateError
 from linspec.row_state import Fold, Layouts, RowSpec, RowState, Snapshot
+from linspec.tree import Shape
 
 
 class DecoderState:
@@ -63,9 +64,9 @@ class DecoderState:
         """Committed tokens of `slot`."""
         return self.parts[0].lengths[slot]
 
-    def staged(self, slot: int) -> list[int]:
-        """Parents of the staged nodes of `slot`."""
-        return self.parts[0].parents[slot]
+    def staged(self, slot: int) -> Shape:
+        """The shape of the staged nodes of `slot`."""
+        return self.parts[0].staged[slot]
 
     def staged_aside(self, slot: int) -> bool:
         """Whether `slot` has staged a long chain, which nothing can be staged behind."""
@@ -76,14 +77,14 @@ class DecoderState:
         for part in self.parts:
             part.reserve(slot, new)
 
-    def record(self, slot: int, parents: Sequence[int]) -> None:
-        """Note the parents of nodes that a step has staged in every layer."""
+    def record(self, slot: int, staged: Shape) -> None:
+        """Note the shape of all staged nodes of `slot` after a step has staged more in every layer."""
         for part in self.parts:
-            part.record(slot, parents)
+            part.record(slot, staged)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Fold the staged nodes of `path` into `slot`; drops the rest. Raises StateError on a bad path."""
-        parents = self.staged(slot)
+        parents = self.staged(slot).parents
         before = -1
         for node in path:
             if not 0 <= node < len(parents) or parents[node] != before:

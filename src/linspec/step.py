@@ -16,7 +16,7 @@ from linspec.errors import ConfigError, StateError
 from linspec.layout import Layout
 from linspec.row_state import STAGE_ROWS, RowState
 from linspec.state import DecoderState
-from linspec.tree import TokenTree
+from linspec.tree import Shape, TokenTree, chain_shape, shape_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,14 @@ class Feed:
 
 @dataclass
 class Segment:
-    """Neighbouring slots whose new nodes the mixers see as one dense group."""
+    """Neighbouring slots whose new nodes the mixers see as one dense group.
+
+    lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last.
+    """
 
     start: int
     lengths: list[int]
-    parents: list[Sequence[int]]
+    shapes: list[Shape]
     long: bool
 
     @property
@@ -87,7 +90,7 @@ class Segment:
     def layout(self, state: RowState) -> Layout:
         """Who sees whom, for a segment of trees; computed once for all layers of `state`."""
         if id(state) not in self._layouts:
-            self._layouts[id(state)] = state.layout(self.start, self.parents)
+            self._layouts[id(state)] = state.layout(self.start, self.shapes, self.lengths)
         return self._layouts[id(state)]
 
     def __post_init__(self) -> None:
@@ -102,50 +105,42 @@ def segments_of(feeds: Sequence[Feed], state: DecoderState) -> list[Segment]:
     segments: list[Segment] = []
     first = 0
     for feed in feeds:
-        count, parents = len(feed.tokens), _parents(feed, state)
+        count, shape = len(feed.tokens), _shape(feed, state)
         long = count > STAGE_ROWS
         last = segments[-1] if segments else None
         if last is None or last.long != long or last.slots.stop != feed.slot:
             last = Segment(feed.slot, [], [], long, first)
             segments.append(last)
         last.lengths.append(count)
-        last.parents.append(parents)
+        last.shapes.append(shape)
         first += count
     return segments
 
 
-def _parents(feed: Feed, state: DecoderState) -> Sequence[int]:
-    count, staged = len(feed.tokens), len(state.staged(feed.slot))
+def _shape(feed: Feed, state: DecoderState) -> Shape:
+    """The shape of what the slot has staged after this step; raises ConfigError on a malformed feed."""
+    count, staged = len(feed.tokens), state.staged(feed.slot)
     if count == 0:
         raise ConfigError(f"slot {feed.slot} was fed no tokens; leave it out of the step")
     if state.staged_aside(feed.slot):
         raise StateError(
-            f"slot {feed.slot} has staged a chain of {staged} tokens; commit it before staging more"
+            f"slot {feed.slot} has staged a chain of {len(staged)} tokens; commit it before staging more"
         )
     if feed.parents is None:
         if staged:
             raise ConfigError(f"slot {feed.slot} has staged nodes: name the parents of new ones")
-        return range(-1, count - 1)
+        return chain_shape(count)
     if len(feed.parents) != count:
         raise ConfigError(
             f"slot {feed.slot} was fed {count} tokens and {len(feed.parents)} parents"
         )
-    if count > STAGE_ROWS and (staged or any(p != i - 1 for i, p in enumerate(feed.parents))):
+    try:
+        shape = shape_of((*staged.parents, *feed.parents))
+    except ConfigError as error:
+        raise ConfigError(f"slot {feed.slot}: {error}") from error
+    if len(shape) > STAGE_ROWS and (staged or not shape.is_chain):
         raise ConfigError(
-            f"a tree of {staged + count} nodes is too large: {STAGE_ROWS} nodes can be staged at once, "
+            f"a tree of {len(shape)} nodes is too large: {STAGE_ROWS} nodes can be staged at once, "
             "or a longer chain from the last committed token"
         )
-    for i, parent in enumerate(feed.parents):
-        if not -1 <= parent < staged + i:
-            raise ConfigError(
-                f"node {i} of slot {feed.slot} has parent {parent}, which is not before it"
-            )
-    return feed.parents
-
-
-def depths(parents: Sequence[int], staged: Sequence[int]) -> list[int]:
-    """Depth of each new node, given the parents of nodes staged before."""
-    found: list[int] = []
-    for parent in (*staged, *parents):
-        found.append(0 if parent < 0 else found[parent] + 1)
-    return found[len(staged) :]
+    return shape

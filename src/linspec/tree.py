@@ -2,12 +2,15 @@
 
 Nodes are in topological order. Node 0 is the root: the newest token of the sequence, already decided
 but not yet committed to the state. Every other node is a draft token; its parent precedes it.
+
+A tree has its tokens and its `Shape`. Trees of equal form share one shape, which computes depths, children
+and ancestors once; whoever needs them reads them there.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -15,33 +18,27 @@ import torch
 
 from linspec.errors import ConfigError
 
+# shapes of more nodes are those of prompts, which are long and seldom come again
+_SHAPES_KEPT, _NODES_KEPT = 512, 128
+
 
 @dataclass(frozen=True)
-class TokenTree:
-    """Tokens and parents of one sequence's draft.
+class Shape:
+    """The parent of each node; parents precede their children. Made by `shape_of`.
 
-    proposals: for a node whose children were *sampled* from a drafter's distribution, that
-    distribution [vocab]; absent for drafts that are certain (heads, look-up). The lossless sampling
-    verifier needs it.
+    Nodes without a parent have -1: they follow the last committed token. A tree has one of them, its root;
+    nodes that are staged over several steps may have more. Raises ConfigError for any other parents.
     """
 
-    tokens: tuple[int, ...]
     parents: tuple[int, ...]
-    proposals: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.tokens or len(self.tokens) != len(self.parents):
-            raise ConfigError(
-                f"a tree needs as many parents as tokens and at least its root, got "
-                f"{len(self.tokens)} tokens and {len(self.parents)} parents"
-            )
-        if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
-            raise ConfigError(
-                f"parents must be topological with -1 for the root, got {self.parents}"
-            )
+        for node, parent in enumerate(self.parents):
+            if not -1 <= parent < node:
+                raise ConfigError(f"node {node} has parent {parent}, which is not before it")
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.parents)
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
@@ -52,9 +49,14 @@ class TokenTree:
         return tuple(depths)
 
     @cached_property
+    def deepest(self) -> int:
+        """The greatest depth; 0 without nodes."""
+        return max(self.depths, default=0)
+
+    @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Children of each node, in node order."""
-        found: list[list[int]] = [[] for _ in self.tokens]
+        found: list[list[int]] = [[] for _ in self.parents]
         for node, parent in enumerate(self.parents):
             if parent >= 0:
                 found[parent].append(node)
@@ -66,9 +68,19 @@ class TokenTree:
         return all(p == i - 1 for i, p in enumerate(self.parents))
 
     @cached_property
+    def ancestor_bits(self) -> tuple[int, ...]:
+        """For each node an integer whose bit i says that node i is the node itself or an ancestor."""
+        bits: list[int] = []
+        for node, parent in enumerate(self.parents):
+            bits.append((bits[parent] if parent >= 0 else 0) | 1 << node)
+        return tuple(bits)
+
+    @cached_property
     def ancestors(self) -> torch.Tensor:
-        """[N, N] bool: entry (i, j) says that j is i or an ancestor of i."""
-        return ancestor_matrix(self.parents)
+        """[N, N] bool: entry (i, j) says that j is i or an ancestor of i. Do not write to it."""
+        count = len(self)
+        rows = [[bool(bits >> node & 1) for node in range(count)] for bits in self.ancestor_bits]
+        return torch.tensor(rows, dtype=torch.bool).view(count, count)
 
     def path_to(self, node: int) -> tuple[int, ...]:
         """Nodes from the root to `node`, both included."""
@@ -78,15 +90,113 @@ class TokenTree:
         return tuple(reversed(path))
 
 
-@lru_cache(maxsize=256)
-def ancestor_matrix(parents: tuple[int, ...]) -> torch.Tensor:
-    """[N, N] bool of self-or-ancestor relations for topologically ordered parents; do not write to it."""
-    rows: list[list[bool]] = []
-    for node, parent in enumerate(parents):
-        row = [False] * len(parents) if parent < 0 else rows[parent][:]
-        row[node] = True
-        rows.append(row)
-    return torch.tensor(rows, dtype=torch.bool).view(len(parents), len(parents))
+def shape_of(parents: Iterable[int]) -> Shape:
+    """The shape with `parents`; raises ConfigError unless each is -1 or an earlier node."""
+    parents = tuple(parents)
+    return _kept_shape(parents) if len(parents) <= _NODES_KEPT else Shape(parents)
+
+
+@lru_cache(maxsize=_SHAPES_KEPT)
+def _kept_shape(parents: tuple[int, ...]) -> Shape:
+    return Shape(parents)
+
+
+def chain_shape(nodes: int) -> Shape:
+    """The shape of a chain."""
+    return shape_of(range(-1, nodes - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The largest tree that a sequence may get: most draft nodes, and the greatest depth of one.
+
+    Depth is what room costs: a draft at depth d needs d more positions, however wide its tree.
+    """
+
+    nodes: int
+    depth: int
+
+    @classmethod
+    def of(cls, nodes: int) -> Budget:
+        """`nodes` draft nodes, as deep as they can be."""
+        return cls(nodes, nodes)
+
+    def within(self, nodes: int, depth: int) -> Budget:
+        """The part of this budget that has at most `nodes` nodes and `depth`."""
+        depth = min(self.depth, depth)
+        return Budget(min(self.nodes, nodes), depth) if depth > 0 else NO_DRAFTS
+
+    @property
+    def chain(self) -> int:
+        """Most draft tokens of a chain."""
+        return min(self.nodes, self.depth)
+
+    def allows(self, tree: TokenTree) -> bool:
+        """Whether `tree` keeps to this budget."""
+        return len(tree) <= self.nodes + 1 and tree.shape.deepest <= self.depth
+
+
+NO_DRAFTS = Budget(0, 0)
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Tokens and parents of one sequence's draft.
+
+    proposals: for a node whose children were *sampled* from a drafter's distribution, that
+    distribution [vocab]; absent for drafts that are certain (heads, look-up). The lossless sampling
+    verifier needs it. confidences: where a drafter has them, its own estimate for each node that the node is
+    accepted once its parent is; that of the root is 1.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    proposals: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    confidences: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokens or len(self.tokens) != len(self.parents):
+            raise ConfigError(
+                f"a tree needs as many parents as tokens and at least its root, got "
+                f"{len(self.tokens)} tokens and {len(self.parents)} parents"
+            )
+        if self.parents[0] != -1 or self.parents.count(-1) > 1:
+            raise ConfigError(f"a tree has one root, node 0, with parent -1; got {self.parents}")
+        if self.confidences is not None and len(self.confidences) != len(self.tokens):
+            raise ConfigError(
+                f"a tree needs a confidence for each of its {len(self.tokens)} nodes or none at all, "
+                f"got {len(self.confidences)}"
+            )
+        # made here, so that no broken tree goes further
+        self.shape  # noqa: B018
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Depths, children and ancestors, shared by all trees of this form."""
+        return shape_of(self.parents)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Distance of each node from the root."""
+        return self.shape.depths
+
+    @property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Children of each node, in node order."""
+        return self.shape.children
+
+    def path_to(self, node: int) -> tuple[int, ...]:
+        """Nodes from the root to `node`, both included."""
+        return self.shape.path_to(node)
+
+    def first(self, nodes: int) -> TokenTree:
+        """The tree of the first `nodes` nodes, the root included."""
+        kept = {node: law for node, law in self.proposals.items() if node < nodes}
+        sure = None if self.confidences is None else self.confidences[:nodes]
+        return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure)
 
 
 def root_only(token: int) -> TokenTree:
@@ -94,18 +204,10 @@ def root_only(token: int) -> TokenTree:
     return TokenTree((token,), (-1,))
 
 
-def chain(tokens: Iterable[int]) -> TokenTree:
+def chain(tokens: Iterable[int], proposals: Mapping[int, torch.Tensor] | None = None) -> TokenTree:
     """Every token is the only child of the one before it; the first is the root."""
     tokens = tuple(tokens)
-    return TokenTree(tokens, tuple(range(-1, len(tokens) - 1)))
-
-
-def ancestor_bits(parents: Sequence[int]) -> list[int]:
-    """For each node an integer whose bit i says that node i is the node itself or an ancestor."""
-    bits: list[int] = []
-    for node, parent in enumerate(parents):
-        bits.append((bits[parent] if parent >= 0 else 0) | 1 << node)
-    return bits
+    return TokenTree(tokens, chain_shape(len(tokens)).parents, proposals or {})
 
 
 def from_paths(root: int, paths: Iterable[Sequence[int]]) -> TokenTree:

@@ -29,6 +29,7 @@ from linspec.kernels.cpu.threads import torch_on_one_thread
 from linspec.kernels.linear import PackedLinear, Quantizer, fuse, integer_bits
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
+from linspec.tree import Budget
 
 WIDTH, VOCAB = 48, 70
 CONFIG = DecoderConfig(
@@ -139,11 +140,16 @@ def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
     heads = Counted(SHAPE, make_model().head, RATES)
     heads.asked = []
     drafter, row = Medusa(heads), SimpleNamespace(hidden=hidden(1)[0], root=7)
-    trees = [drafter.propose([row], [n])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
+    trees = [drafter.propose([row], [Budget.of(n)])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
     assert heads.asked[0] == (1, 1) and heads.asked[-1] == (3, 3)
     for tree in trees:
         assert tree.tokens == trees[-1].tokens[: len(tree)]
         assert tree.parents == trees[-1].parents[: len(tree)]
+    # a shallow tree asks fewer heads, and each as often as a deep one
+    (flat,) = drafter.propose([row], [Budget(63, 1)])  # type: ignore[list-item]
+    assert heads.asked[-1] == (1, len(RATES[0]))
+    assert flat.shape.children[0] == tuple(range(1, 1 + len(RATES[0])))
+    assert drafter.expected(Budget(63, 1)) == pytest.approx(sum(RATES[0]))
 
 
 def test_heads_that_were_never_calibrated_are_refused() -> None:

@@ -24,7 +24,7 @@ from linspec.evaluate.lossless import (
 )
 from linspec.llm import LLM
 from linspec.row import Row
-from linspec.tree import TokenTree
+from linspec.tree import Budget, TokenTree
 from linspec.verify import Accepted
 
 
@@ -83,7 +83,7 @@ def test_samples_of_the_wrong_distribution_are_caught() -> None:
     class Sly(DraftModel):
         """Says that it drew from a sharper distribution than it did."""
 
-        def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
             trees = super().propose(rows, budgets)
             return [
                 TokenTree(t.tokens, t.parents, {n: q**3 / (q**3).sum() for n, q in t.proposals.items()})

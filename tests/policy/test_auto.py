@@ -14,7 +14,7 @@ from linspec.policy.auto import Auto
 from linspec.policy.base import RoundTimes
 from linspec.policy.costs import CostCurve
 from linspec.policy.fixed import Fixed
-from linspec.tree import chain
+from linspec.tree import Budget, chain
 
 # one row for 1 ms, eight for 1.2 ms, then each further one a tenth: a machine that verifies cheaply
 CHEAP = CostCurve({1: 1.0e-3, 8: 1.2e-3, 64: 7.0e-3})
@@ -31,7 +31,7 @@ class Simulated(ChainDrafter):
         super().__init__()
         self.right = right
 
-    def draft(self, rows: Sequence[Any], budgets: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[Any], lengths: Sequence[int]) -> list[list[int]]:
         raise NotImplementedError
 
 
@@ -51,7 +51,7 @@ def simulate(
     slots: list[Any] = [SimpleNamespace(slot=i) for i in range(rows)]
     tokens, seconds, nodes, budgets = 0, 0.0, 0, []
     for turn in range(rounds):
-        plan = policy.plan(slots, drafter)
+        plan = [budget.nodes for budget in policy.plan(slots, drafter)]
         budgets.append(plan[0])
         times = RoundTimes(
             draft=draft(max(plan)) if max(plan) else 1e-6,
@@ -63,7 +63,7 @@ def simulate(
         for row, budget in zip(slots, plan, strict=True):
             accepted = min(budget, drafter.right(turn))
             if budget:
-                policy.observe(row, budget, accepted, drafter.expected(budget))
+                policy.observe(row, budget, accepted, drafter.expected(Budget.of(budget)))
                 drafter.observe(row, chain(range(budget + 1)), range(accepted + 1))
             tokens += accepted + 1
         policy.observe_round(times)
@@ -134,8 +134,8 @@ def test_rows_of_a_batch_are_planned_together() -> None:
 
 def test_fixed_budgets() -> None:
     drafter = Simulated(lambda turn: 0)
-    assert Fixed(5).plan([None, None], drafter) == [5, 5]  # type: ignore[list-item]
-    assert Fixed(500).plan([None], drafter) == [drafter.max_nodes]  # type: ignore[list-item]
+    assert Fixed(5).plan([None, None], drafter) == [Budget(5, 5)] * 2  # type: ignore[list-item]
+    assert Fixed(500).plan([None], drafter) == [Budget.of(drafter.max_nodes)]  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="0"):
         Fixed(-1)
 

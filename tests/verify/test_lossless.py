@@ -153,6 +153,25 @@ def test_children_beyond_the_support_of_the_proposal_count_as_certain(table_mode
     assert p_value(model, params, counts) > 1e-4
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["certain", "sampled"])
+def test_cutting_drafts_by_their_tokens_is_exact_for_certain_ones_alone(
+    table_model, sampled: bool
+) -> None:
+    """Why a policy is not asked about sampled drafts: see `Verifier`."""
+    model = table_model(vocab_size=5)
+    proposals = table_model(vocab_size=5, seed=9).distributions(SamplingParams(temperature=0.9))
+    drafter = SamplingDrafter(proposals, width=1, depth=1)
+
+    def propose(history: list[int]) -> TokenTree:
+        tree = drafter.propose(history[-2], history[-1])
+        tree = tree if sampled else TokenTree(tree.tokens, tree.parents)
+        return tree if tree.tokens[1] < 2 else tree.first(1)
+
+    counts = emitted_triples(model, SamplingParams(temperature=1.5, seed=11), propose, 8_000)
+    p = p_value(model, SamplingParams(temperature=1.5), counts)
+    assert p < 1e-4 if sampled else p > 1e-4
+
+
 @pytest.mark.parametrize("mistake", ["no residual", "proposal keeps its draws", "not normalized"])
 def test_the_statistics_catch_wrong_rules(table_model, monkeypatch, mistake) -> None:
     if mistake == "no residual":

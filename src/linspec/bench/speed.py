@@ -35,6 +35,7 @@ from linspec.row import Row
 from linspec.row_state import Snapshot
 from linspec.sampling import Sampler, SamplingParams
 from linspec.train.data import end_of_text
+from linspec.tree import Budget
 
 PLAIN = "plain"
 # Characters per token of no tokenizer are so many that a context could not be filled from this.
@@ -235,7 +236,7 @@ def _decode(
         engine.scheduler.admit()
         engine.state.restore(row.slot, prefix.snapshot)
         if engine.drafter is not None:
-            engine.drafter.propose([row], [1])
+            engine.drafter.propose([row], [Budget.of(1)])
         began = clock()
         while engine.busy:
             raise_first(engine.step())

@@ -23,6 +23,8 @@ class Recorder:
 
     name: ClassVar[str] = "recorder"
     lossless: ClassVar[bool] = True
+    # whatever the rule inside does
+    divides: ClassVar[bool] = True
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier

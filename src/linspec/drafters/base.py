@@ -9,7 +9,7 @@ from typing import ClassVar
 from linspec.registry import Registry
 from linspec.row import Row
 from linspec.row_state import STAGE_ROWS
-from linspec.tree import TokenTree, chain
+from linspec.tree import Budget, TokenTree, chain
 
 # A fresh drafter is believed to be right this often at each depth, as if seen this many times.
 PRIOR_RATE = 0.5
@@ -25,16 +25,17 @@ class Drafter(ABC):
     max_nodes: int = STAGE_ROWS - 1
 
     @abstractmethod
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
-        """A tree per row, rooted at `row.root`, with at most its budget (>= 1) of draft nodes.
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        """A tree per row, rooted at `row.root`, within its budget of at least one node and a depth of one.
 
-        Where it raises, the engine asks again for each row alone, to end the one whose fault it was: a
-        round that is proposed again gets the same trees.
+        Nodes that matter more come first: a policy may have only the first of them verified. Where it
+        raises, the engine asks again for each row alone, to end the one whose fault it was: a round that
+        is proposed again gets the same trees.
         """
 
     @abstractmethod
-    def expected(self, nodes: int) -> float:
-        """Draft tokens that a tree of `nodes` drafts is expected to have accepted."""
+    def expected(self, budget: Budget) -> float:
+        """Draft tokens that the best tree within `budget` is expected to have accepted."""
 
     def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
         """Learn what the verifier accepted; called before `row.tokens` grows."""
@@ -50,17 +51,17 @@ class ChainDrafter(Drafter):
         self._tried: list[float] = []
         self._hits: list[float] = []
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
-        drafts = self.draft(rows, budgets)
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        drafts = self.draft(rows, [budget.chain for budget in budgets])
         return [chain((row.root, *draft)) for row, draft in zip(rows, drafts, strict=True)]
 
-    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
-        """Draft tokens for each row, at most its budget."""
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+        """Draft tokens for each row, at most so many."""
         raise NotImplementedError
 
-    def expected(self, nodes: int) -> float:
+    def expected(self, budget: Budget) -> float:
         total, reach = 0.0, 1.0
-        for depth in range(nodes):
+        for depth in range(budget.chain):
             known = depth < len(self._tried)
             tried, hits = (self._tried[depth], self._hits[depth]) if known else (0.0, 0.0)
             reach *= (hits + PRIOR_RATE * PRIOR_COUNT) / (tried + PRIOR_COUNT)

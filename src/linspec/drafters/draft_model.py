@@ -17,7 +17,7 @@ from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.row import Row
 from linspec.step import Feed
-from linspec.tree import TokenTree, chain
+from linspec.tree import Budget, TokenTree, chain
 
 
 @DRAFTERS.register(
@@ -47,7 +47,7 @@ class DraftModel(ChainDrafter):
         # of each slot: its generator, and what that was when the sequence had so many tokens
         self._generators: dict[int, tuple[torch.Generator, int, torch.Tensor]] = {}
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
         # behind this model's own last position there is nothing that it could read or draft
         order = [i for i in order if self._has_room(rows[i], 0)]
@@ -55,8 +55,9 @@ class DraftModel(ChainDrafter):
         generators = {i: self._generator(rows[i]) for i in order}
         drafts: list[list[int]] = [[row.root] for row in rows]
         laws: list[dict[int, torch.Tensor]] = [{} for _ in rows]
-        for depth in range(max(budgets)):
-            live = [i for i in order if depth < budgets[i] and self._has_room(rows[i], depth)]
+        lengths = [budget.chain for budget in budgets]
+        for depth in range(max(lengths)):
+            live = [i for i in order if depth < lengths[i] and self._has_room(rows[i], depth)]
             if not live:
                 break
             feeds = [Feed(rows[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
@@ -66,10 +67,7 @@ class DraftModel(ChainDrafter):
                 drafts[i].append(token)
                 if law is not None:
                     laws[i][depth] = law
-        return [
-            TokenTree(tree.tokens, tree.parents, law)
-            for tree, law in zip(map(chain, drafts), laws, strict=True)
-        ]
+        return [chain(tokens, law) for tokens, law in zip(drafts, laws, strict=True)]
 
     def _catch_up(self, rows: Sequence[Row]) -> None:
         """Commit what the target has decided since the last draft, all but the root."""

@@ -30,15 +30,15 @@ class PromptLookup(ChainDrafter):
         self._indexed: dict[int, int] = {}
         self._seen: dict[int, list[int]] = {}
 
-    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
-        return [self._continue(row, budget) for row, budget in zip(rows, budgets, strict=True)]
+    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+        return [self._continue(row, length) for row, length in zip(rows, lengths, strict=True)]
 
-    def _continue(self, row: Row, budget: int) -> list[int]:
+    def _continue(self, row: Row, length: int) -> list[int]:
         ends = self._index(row)
         for size in range(self.max_ngram, self.min_ngram - 1, -1):
             end = ends.get(tuple(row.tokens[-size:]))
             if end is not None:
-                return self._seen[row.slot][end : end + budget]
+                return self._seen[row.slot][end : end + length]
         return []
 
     def _index(self, row: Row) -> dict[tuple[int, ...], int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 
@@ -11,7 +13,7 @@ from linspec.drafters.heads import Heads
 from linspec.errors import DrafterError
 from linspec.row import Row
 from linspec.row_state import STAGE_ROWS
-from linspec.tree import TokenTree, best_first, root_only
+from linspec.tree import Budget, TokenTree, best_first, root_only
 
 
 @DRAFTERS.register(
@@ -24,46 +26,87 @@ class Medusa(Drafter):
     """Trees of the heads' likeliest tokens, shaped by their accuracies on held-out data.
 
     Head k guesses the token k places behind the root. The tree of n nodes holds the n rank paths that
-    are likeliest to be right, so smaller budgets are prefixes of larger ones.
+    are likeliest to be right, so smaller budgets are prefixes of larger ones of the same depth.
     """
 
     name = "medusa"
 
     def __init__(self, heads: Heads) -> None:
-        self.heads, accuracies = heads, heads.accuracies
-        self._paths = best_first(accuracies, STAGE_ROWS - 1)
-        if not self._paths:
+        self.heads = heads
+        self._ranked: dict[int, _Ranked] = {}
+        self.max_nodes = len(self._within(len(heads.accuracies)).paths)
+        if not self.max_nodes:
             raise DrafterError(
                 "these heads were never calibrated, so no tree can be made of them; train them with "
                 "linspec train-drafter"
             )
-        self.max_nodes = len(self._paths)
-        index = {path: node for node, path in enumerate(self._paths, 1)}
-        index[()] = 0
-        self._parents = (-1, *(index[path[:-1]] for path in self._paths))
-        # what the tree of n nodes asks of the heads: how many of them, and how many guesses each
-        self._depths = list(accumulate((len(path) for path in self._paths), max, initial=0))
-        self._tops = list(accumulate((path[-1] + 1 for path in self._paths), max, initial=0))
-        gains = (
-            prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in self._paths
-        )
-        self._gains = list(accumulate(gains, initial=0.0))
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
+    def _within(self, depth: int) -> _Ranked:
+        """The rank paths of at most `depth`: near the end of its room a tree is wide, not small."""
+        depth = min(depth, len(self.heads.accuracies))
+        if depth not in self._ranked:
+            self._ranked[depth] = _ranked(self.heads.accuracies[:depth])
+        return self._ranked[depth]
+
+    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
         hidden = [row.hidden for row in rows if row.hidden is not None]
-        nodes = min(max(budgets), self.max_nodes)
-        heads, top = self._depths[nodes], self._tops[nodes]
+        shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
+        heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
+        top = max(ranked.top(nodes) for ranked, nodes in shapes)
         guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
-        places = [(len(path) - 1) * top + path[-1] for path in self._paths[:nodes]]
         trees = []
-        for row, budget in zip(rows, budgets, strict=True):
+        for row, (ranked, nodes) in zip(rows, shapes, strict=True):
             if row.hidden is None:
                 trees.append(root_only(row.root))
                 continue
             guessed = next(guesses)
-            tokens = (row.root, *(guessed[place] for place in places[:budget]))
-            trees.append(TokenTree(tokens, self._parents[: len(tokens)]))
+            found = [guessed[depth * top + rank] for depth, rank in ranked.ends[:nodes]]
+            trees.append(TokenTree((row.root, *found), ranked.parents[: len(found) + 1]))
         return trees
 
-    def expected(self, nodes: int) -> float:
-        return self._gains[min(nodes, len(self._gains) - 1)]
+    def expected(self, budget: Budget) -> float:
+        gains = self._within(budget.depth).gains
+        return gains[min(budget.nodes, len(gains) - 1)]
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """The rank paths of some heads, likeliest first; what the tree of the first n of them is.
+
+    parents: of the nodes, root first. gains[n]: drafts that n nodes are expected to have accepted.
+    """
+
+    paths: list[tuple[int, ...]]
+    parents: tuple[int, ...]
+    gains: list[float]
+
+    @cached_property
+    def ends(self) -> list[tuple[int, int]]:
+        """Where each node's token is found: which head guessed it, and as its which best."""
+        return [(len(path) - 1, path[-1]) for path in self.paths]
+
+    @cached_property
+    def _heads(self) -> list[int]:
+        return list(accumulate((len(path) for path in self.paths), max, initial=0))
+
+    @cached_property
+    def _tops(self) -> list[int]:
+        return list(accumulate((path[-1] + 1 for path in self.paths), max, initial=0))
+
+    def heads(self, nodes: int) -> int:
+        """How many heads the first `nodes` nodes need."""
+        return self._heads[min(nodes, len(self.paths))]
+
+    def top(self, nodes: int) -> int:
+        """How many guesses of each."""
+        return self._tops[min(nodes, len(self.paths))]
+
+
+def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
+    paths = best_first(accuracies, STAGE_ROWS - 1)
+    index = {path: node for node, path in enumerate(paths, 1)}
+    index[()] = 0
+    gains = (prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in paths)
+    return _Ranked(
+        paths, (-1, *(index[path[:-1]] for path in paths)), list(accumulate(gains, initial=0.0))
+    )

@@ -22,7 +22,8 @@ from linspec.models.padding import from_left, to_left
 from linspec.rope import Rotary
 from linspec.row_state import STAGE_ROWS
 from linspec.state import DecoderState
-from linspec.step import Feed, Segment, depths, segments_of
+from linspec.step import Feed, Segment, segments_of
+from linspec.tree import Shape
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -199,32 +200,31 @@ class Decoder(nn.Module):
 
     def _step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
         segments = segments_of(feeds, state)
-        places = [self._positions(feed, state) for feed in feeds]
+        shapes = [shape for segment in segments for shape in segment.shapes]
+        places = [self._positions(*each, state) for each in zip(feeds, shapes, strict=True)]
         for feed in feeds:
             state.reserve(feed.slot, len(feed.tokens))
         rows, wanted = _wanted(feeds)
         if self.native is not None:
-            hidden, logits = self._in_one_call(self.native, feeds, segments, places, wanted, state)
+            hidden, logits = self._in_one_call(self.native, feeds, shapes, places, wanted, state)
         else:
             hidden, logits = self._by_layers(feeds, segments, places, wanted, state)
-        for segment in segments:
-            for slot, new in zip(segment.slot_range, segment.parents, strict=True):
-                state.record(slot, new)
+        for feed, shape in zip(feeds, shapes, strict=True):
+            state.record(feed.slot, shape)
         return StepOutput(hidden, logits, rows)
 
     def _in_one_call(
         self,
         native: NativeStep,
         feeds: Sequence[Feed],
-        segments: list[Segment],
+        shapes: Sequence[Shape],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
         state: DecoderState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the `wanted` nodes: all trees together, or chain by chain."""
-        if not any(segment.long for segment in segments):
-            parents = [each for segment in segments for each in segment.parents]
-            return native.run(feeds, parents, places, wanted, state)
+        if all(len(feed.tokens) <= STAGE_ROWS for feed in feeds):
+            return native.run(feeds, shapes, places, wanted, state)
         outputs, first = [], 0
         for feed, place in zip(feeds, places, strict=True):
             rows = range(first, first + len(place))
@@ -261,12 +261,9 @@ class Decoder(nn.Module):
             x = block.step(x, rope, segments, part, layer)
         return x
 
-    def _positions(self, feed: Feed, state: DecoderState) -> list[int]:
+    def _positions(self, feed: Feed, shape: Shape, state: DecoderState) -> list[int]:
         start = state.length(feed.slot)
-        if feed.parents is None:
-            places = list(range(start, start + len(feed.tokens)))
-        else:
-            places = [start + d for d in depths(feed.parents, state.staged(feed.slot))]
+        places = [start + depth for depth in shape.depths[len(shape) - len(feed.tokens) :]]
         limit = self.config.position_limit
         if limit is not None and max(places, default=0) >= limit:
             raise ContextOverflow(

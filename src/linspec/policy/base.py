@@ -1,4 +1,4 @@
-"""Who decides, before a round, how many draft nodes each row gets. 0 is legal and truly plain."""
+"""Who decides, before a round, how large a tree each row gets. No nodes are legal and truly plain."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import ClassVar
 from linspec.drafters.base import Drafter
 from linspec.registry import Registry
 from linspec.row import Row
+from linspec.tree import Budget, TokenTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +29,20 @@ class RoundTimes:
 
 
 class Policy(ABC):
-    """Budgets of draft nodes, one per row and round."""
+    """Budgets of drafts, one per row and round."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
-        """Most draft nodes for each row's next tree."""
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+        """The largest tree for each row's next round; the engine bounds its depth by the row's room."""
+
+    def keep(self, row: Row, tree: TokenTree) -> int:
+        """How many draft nodes of a proposed tree are verified, the first ones; all of them by default.
+
+        Asked only where the verifier's rule allows it: see `Verifier.divides`.
+        """
+        return len(tree) - 1
 
     def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
         """One row's outcome."""

@@ -86,13 +86,13 @@ def _quickest_step(
     return min(times[1:])
 
 
-def load_or_measure(model: Generator) -> CostCurve:
+def load_or_measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
     stored = _stored(path)
     if stored is not None:
         return stored
-    curve = measure(model)
+    curve = measure(model, clock)
     # a read-only home only means measuring again next time
     with contextlib.suppress(CheckpointError):
         replace_text(path, json.dumps(dict(curve.seconds)))

@@ -8,6 +8,7 @@ from linspec.config import check_size
 from linspec.drafters.base import Drafter
 from linspec.policy.base import POLICIES, Policy
 from linspec.row import Row
+from linspec.tree import Budget
 
 
 @POLICIES.register("fixed", summary="the same number of draft nodes every round", paper="-")
@@ -21,5 +22,5 @@ class Fixed(Policy):
         check_size("draft nodes", nodes, least=0)
         self.nodes = nodes
 
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[int]:
-        return [min(self.nodes, drafter.max_nodes)] * len(rows)
+    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+        return [Budget.of(min(self.nodes, drafter.max_nodes))] * len(rows)

@@ -49,10 +49,21 @@ class Verifier(Protocol):
     """The rule that turns a tree and the target's logits into a path and one bonus token.
 
     lossless: whether the output has exactly the target's distribution.
+
+    divides: whether the rule divides by the distribution that drafts were sampled from
+    (`TokenTree.proposals`), as rejection sampling does. Such a rule is exact only if it sees every draw: a
+    policy that drops one because of its token, or of the drafter's confidence in it, changes which drafts are
+    judged, and with that the output. A rule that samples from the target and follows the draft that matches
+    is exact for any tree, and so for any part of one. Hence what a policy may do:
+
+    - before drafting: any budget, that is any number of nodes and any depth, with every verifier;
+    - after drafting (`Policy.keep`): verify the first nodes of a tree alone, unless the verifier divides
+      and the tree has proposals. The engine does not ask then.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
+    divides: ClassVar[bool]
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Judge `tree` by `logits` [N, V]; the sampler's history ends with the tree's root."""
@@ -60,6 +71,13 @@ class Verifier(Protocol):
 
 
 VERIFIERS: Registry[type[Verifier]] = Registry("verifier")
+
+
+def may_cut(verifier: Verifier, tree: TokenTree) -> bool:
+    """Whether a part of `tree` may be verified in its place: see `Verifier`."""
+    # a rule that does not say what it does may divide
+    return not tree.proposals or not getattr(verifier, "divides", True)
+
 
 Rule = Callable[[int, tuple[int, ...]], int]
 """(node, draft tokens on the path to it) -> the token that follows the node."""

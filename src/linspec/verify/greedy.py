@@ -23,6 +23,7 @@ class GreedyVerifier:
 
     name: ClassVar[str] = "greedy"
     lossless: ClassVar[bool] = True
+    divides: ClassVar[bool] = False
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Descend while a child carries the argmax of its parent's scores."""

@@ -37,6 +37,7 @@ class LosslessVerifier:
 
     name: ClassVar[str] = "lossless"
     lossless: ClassVar[bool] = True
+    divides: ClassVar[bool] = True
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Sample the target along the tree, helped by the proposals where there are any."""

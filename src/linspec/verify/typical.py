@@ -34,6 +34,7 @@ class TypicalVerifier:
 
     name: ClassVar[str] = "typical"
     lossless: ClassVar[bool] = False
+    divides: ClassVar[bool] = False
 
     epsilon: float = 0.09
     delta: float = 0.3

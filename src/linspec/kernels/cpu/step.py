@@ -27,7 +27,7 @@ from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
 from linspec.messages import shown
 from linspec.row_state import STAGE_ROWS
-from linspec.tree import ancestor_bits
+from linspec.tree import Shape, chain_shape
 
 if TYPE_CHECKING:
     from linspec.mixers.base import Mixer
@@ -129,22 +129,22 @@ class NativeStep:
     def run(
         self,
         feeds: Sequence[Feed],
-        parents: Sequence[Sequence[int]],
+        shapes: Sequence[Shape],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
         state: DecoderState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [P, D] and logits [P, vocab] of the `wanted` of all new nodes, packed.
 
-        parents and places: of the new nodes of each feed, as in `Segment` and in positions. Rows are
-        staged in `state`, which must have room; recording them is the caller's.
+        shapes: of all that each slot has staged then; places: positions of the new nodes of each feed.
+        Rows are staged in `state`, which must have room; recording them is the caller's.
         """
         self._bind(state)
         return self._run(
             [token for feed in feeds for token in feed.tokens],
             [place for each in places for place in each],
             wanted,
-            _feeds(feeds, parents, state),
+            _feeds(feeds, shapes, state),
         )
 
     def run_chain(
@@ -306,18 +306,18 @@ def _place(
 
 
 def _feeds(
-    feeds: Sequence[Feed], parents: Sequence[Sequence[int]], state: DecoderState
+    feeds: Sequence[Feed], shapes: Sequence[Shape], state: DecoderState
 ) -> ctypes.Array[_Feed]:
     table = (_Feed * len(feeds))()
     first = 0
-    for entry, feed, new in zip(table, feeds, parents, strict=True):
-        known = (*state.staged(feed.slot), *new)
-        entry.slot, entry.first, entry.nodes, entry.staged = feed.slot, first, len(new), len(known)
+    for entry, feed, shape in zip(table, feeds, shapes, strict=True):
+        new, staged = len(feed.tokens), len(shape)
+        entry.slot, entry.first, entry.nodes, entry.staged = feed.slot, first, new, staged
         entry.bases = _ints(
             [part.lengths[feed.slot] - part.origins[feed.slot] for part in state.parts]
         )
-        entry.ancestors = (c_uint64 * len(known))(*ancestor_bits(known))
-        first += len(new)
+        entry.ancestors = (c_uint64 * staged)(*shape.ancestor_bits)
+        first += new
     return table
 
 
@@ -330,7 +330,7 @@ def _pieces(feed: Feed, state: DecoderState) -> ctypes.Array[_Feed]:
         nodes = min(STAGE_ROWS, count - first)
         entry.first, entry.nodes, entry.staged = first, nodes, nodes
         entry.bases = _ints([base + first for base in bases])
-        entry.ancestors = (c_uint64 * nodes)(*ancestor_bits(range(-1, nodes - 1)))
+        entry.ancestors = (c_uint64 * nodes)(*chain_shape(nodes).ancestor_bits)
     return table
 
 
