@@ -17,7 +17,7 @@ FLOORS = (
     "mixers",
     "models",
     "sampling prompts row drafters verify policy compress",
-    "isolation scheduler engine text llm plugins",
+    "isolation scheduler prompt_logprobs engine text encoding results llm plugins",
     "train evaluate bench report",
     "demo",
     "cli",
