@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linspec.errors import InputError
+from linspec.errors import ConfigError, InputError
 from linspec.sampling.params import SamplingParams
 from linspec.sampling.rules import make_rules
 from linspec.sampling.warpers import keep_min_p, keep_top_k, keep_top_p
@@ -108,6 +108,10 @@ class Sampler:
             rule.observe(tokens)
 
     def _check_params(self) -> None:
+        if self.params.n != 1:
+            raise ConfigError(
+                f"n = {self.params.n} sequences need a request each; use LLM, or params.sequences()"
+            )
         self._check_ids("logit_bias", self.params.logit_bias)
         self._check_ids("allowed_token_ids", self.params.allowed_token_ids or ())
         self._check_ids("stop_token_ids", self.params.stop_token_ids)
