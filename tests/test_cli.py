@@ -26,6 +26,7 @@ VERBS = (
     "linearize",
     "train-drafter",
     "generate",
+    "chat",
     "eval",
     "verify",
     "bench",

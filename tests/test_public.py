@@ -15,16 +15,22 @@ from linspec import announce
 
 PUBLIC = {
     "LLM",
+    "Drafter",
     "Generation",
     "LinspecError",
+    "Mixer",
     "Piece",
+    "Policy",
     "SamplingParams",
     "TokenTree",
+    "Verifier",
     "__version__",
     "linearize",
+    "load",
     "load_model",
     "load_tokenizer",
     "pretrain",
+    "quantize",
     "save_model",
     "train_drafter",
 }

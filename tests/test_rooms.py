@@ -17,7 +17,7 @@ FLOORS = (
     "mixers",
     "models",
     "sampling prompts row drafters verify policy compress",
-    "isolation proposals scheduler engine text llm plugins",
+    "isolation proposals scheduler prompt_logprobs engine text encoding results llm plugins",
     "train evaluate bench report",
     "demo",
     "cli",

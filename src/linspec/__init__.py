@@ -21,44 +21,62 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from linspec.drafters.base import Drafter
     from linspec.errors import LinspecError
-    from linspec.llm import LLM, Generation, Piece
-    from linspec.models.hub import load_model, load_tokenizer, save_model
+    from linspec.evaluate.quantize import quantize
+    from linspec.llm import LLM
+    from linspec.mixers.base import Mixer
+    from linspec.models.hub import load, load_model, load_tokenizer, save_model
+    from linspec.policy.base import Policy
+    from linspec.results import Generation, Piece
     from linspec.sampling import SamplingParams
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.pretrain import pretrain
     from linspec.tree import TokenTree
+    from linspec.verify.base import Verifier
 
     __version__: str
 
 __all__ = [
     "LLM",
+    "Drafter",
     "Generation",
     "LinspecError",
+    "Mixer",
     "Piece",
+    "Policy",
     "SamplingParams",
     "TokenTree",
+    "Verifier",
     "__version__",
     "linearize",
+    "load",
     "load_model",
     "load_tokenizer",
     "pretrain",
+    "quantize",
     "save_model",
     "train_drafter",
 ]
 
 _HOMES = {
     "LLM": "linspec.llm",
-    "Generation": "linspec.llm",
+    "Drafter": "linspec.drafters.base",
+    "Generation": "linspec.results",
     "LinspecError": "linspec.errors",
-    "Piece": "linspec.llm",
+    "Mixer": "linspec.mixers.base",
+    "Piece": "linspec.results",
+    "Policy": "linspec.policy.base",
     "SamplingParams": "linspec.sampling",
     "TokenTree": "linspec.tree",
+    "Verifier": "linspec.verify.base",
     "linearize": "linspec.train.linearize",
+    "load": "linspec.models.hub",
     "load_model": "linspec.models.hub",
     "load_tokenizer": "linspec.models.hub",
     "pretrain": "linspec.train.pretrain",
+    "quantize": "linspec.evaluate.quantize",
     "save_model": "linspec.models.hub",
     "train_drafter": "linspec.train.drafter",
 }

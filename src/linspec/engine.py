@@ -27,6 +27,7 @@ from linspec.models.backbone import Generator
 from linspec.models.memory import check_state
 from linspec.policy.acceptance import expected_of
 from linspec.policy.base import Policy, RoundTimes
+from linspec.prompt_logprobs import refuse_source, score_prompt
 from linspec.proposals import Proposals
 from linspec.row import Row
 from linspec.sampling import Sampler, SamplingParams
@@ -123,7 +124,8 @@ class Engine:
         self.check_process()
         self._requests += 1
         # made here, so that foreign tokens are refused now and not when a slot is free
-        sampler = Sampler(params, prompt, self.model.config.vocab_size)
+        config = self.model.config
+        sampler = Sampler(params, prompt, config.vocab_size, config.eos_ids)
         self.scheduler.submit(Row(self._requests, sampler, list(prompt), len(prompt)))
         return self._requests
 
@@ -174,7 +176,8 @@ class Engine:
         row.tokens, row.prompt_length, row.source = fed, len(fed), source
         if source:
             # penalties are about the output and what it goes on from; a source is neither
-            row.sampler = Sampler(row.params, fed, self.model.config.vocab_size)
+            row.sampler = row.sampler.restarted(fed)
+            refuse_source(row)
 
     def _step(self, batch: Batch) -> list[Emitted]:
         began = self.clock()
@@ -264,10 +267,9 @@ class Engine:
     def _extend(self, row: Row, tree: TokenTree, accepted: Accepted) -> Emitted:
         """Append the round's tokens, up to the end of the sequence or the request's limit."""
         tokens, finished = accepted.emitted(tree)[: row.remaining], None
-        if not row.params.ignore_eos:
-            ends = [i for i, token in enumerate(tokens) if token in self.model.config.eos_ids]
-            if ends:
-                tokens, finished = tokens[: ends[0] + 1], "stop"
+        ends = [i for i, token in enumerate(tokens) if token in row.sampler.ends]
+        if ends:
+            tokens, finished = tokens[: ends[0] + 1], "stop"
         row.tokens += tokens
         row.sampler.observe(tokens)
         limit = self.model.config.position_limit
@@ -279,18 +281,20 @@ class Engine:
 
     def _prompt_feed(self, row: Row, count: int) -> Feed:
         chunk = row.tokens[row.prefilled : row.prefilled + count]
-        return Feed(row.slot, chunk, all_logits=False)
+        return Feed(row.slot, chunk, all_logits=row.params.prompt_logprobs is not None)
 
     def _prefilled(
         self, row: Row, count: int, hidden: torch.Tensor, logits: torch.Tensor
     ) -> list[Emitted]:
         self.state.commit(row.slot, range(count))
+        if row.params.prompt_logprobs is not None:
+            score_prompt(row, logits)
         row.prefilled += count
         if row.prefilling:
             return []
         row.hidden = hidden[-1]
         tree = root_only(row.root)
-        return [self._extend(row, tree, self.verifier.accept(tree, logits, row.sampler))]
+        return [self._extend(row, tree, self.verifier.accept(tree, logits[-1:], row.sampler))]
 
     # ---- bookkeeping
 

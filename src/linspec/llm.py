@@ -9,8 +9,7 @@ for piece in llm.stream("class Stack:"):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,139 +19,26 @@ from linspec.compress.load import load_for
 from linspec.config import check_size
 from linspec.drafters import make_drafter
 from linspec.drafters.base import Drafter
+from linspec.encoding import Conversation, TextEncoder, as_conversations
 from linspec.engine import FAILED, Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
-from linspec.kv import check_kv
+from linspec.kv import check_held, kv_of
 from linspec.messages import shown
 from linspec.models.backbone import Generator
+from linspec.models.dtype import pick_dtype
 from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
 from linspec.models.tokenizer import load_text_tokenizer
 from linspec.policy import make_policy
 from linspec.policy.base import Policy
-from linspec.prompts import Prompt, as_prompts, token_ids
-from linspec.row import Row, Stats
+from linspec.prompts import Prompt, as_prompts
+from linspec.results import Collector, Generation, Piece, joined
 from linspec.sampling import SamplingParams
-from linspec.text import Detokenizer
 from linspec.verify import VERIFIERS
-from linspec.verify.base import TokenLogprob
 
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One finished request.
-
-    finish_reason: 'stop' (end of sequence or stop string), 'length', or 'error' for one that could not
-    go on: `error` says why, and the text is what came before. tokens_per_s counts generated tokens over
-    the seconds of the steps after the prompt was read.
-    """
-
-    prompt_tokens: int
-    token_ids: tuple[int, ...]
-    text: str
-    finish_reason: str
-    logprobs: tuple[TokenLogprob, ...] | None
-    stats: Stats
-    error: Exception | None = None
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
-        seconds = self.stats.decode_seconds
-        return (len(self.token_ids) - 1) / seconds if seconds else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        stats = self.stats
-        found: dict[str, Any] = {
-            "text": self.text,
-            "token_ids": list(self.token_ids),
-            "tokens_per_round": stats.tokens_per_round,
-            "tokens_per_s": self.tokens_per_s,
-            "rounds": stats.rounds,
-            "prompt_tokens": self.prompt_tokens,
-            "finish_reason": self.finish_reason,
-            "drafted": stats.drafted,
-            "accepted": stats.accepted,
-            "acceptance": stats.acceptance,
-            "prefill_seconds": stats.prefill_seconds,
-            "decode_seconds": stats.decode_seconds,
-        }
-        if self.logprobs is not None:
-            found["logprobs"] = [asdict(each) for each in self.logprobs]
-        if self.error is not None:
-            found["error"] = str(self.error)
-        return found
-
-    def summary(self) -> str:
-        """One line for people."""
-        return (
-            f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
-            f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New text of request `index`; `done` is set on its last piece."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    done: Generation | None
-
-
-class _Request:
-    """Collects what the engine emits for one prompt."""
-
-    def __init__(
-        self,
-        index: int,
-        tokenizer: Any,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        *,
-        continues: bool,
-    ) -> None:
-        self.index, self.prompt, self.params = index, prompt, params
-        # the output of an encoder-decoder does not go on from its prompt
-        self.text = Detokenizer(tokenizer, prompt if continues else (), params.stop)
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-
-    def take(self, emitted: Emitted) -> Piece:
-        """Add a round's tokens, up to a stop string."""
-        before, finished = len(self.tokens), emitted.finished
-        for token in emitted.tokens:
-            self.tokens.append(token)
-            if self.text.push(token):
-                finished = finished if finished == FAILED else "stop"
-                break
-        if emitted.accepted is not None and emitted.accepted.logprobs is not None:
-            self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
-        if finished and not self.text.stopped:
-            self.text.finish()
-            finished = "stop" if self.text.stopped else finished
-        piece = self.text.release(last=finished is not None)
-        done = self._result(emitted.row, finished, emitted.error) if finished else None
-        return Piece(self.index, piece, tuple(self.tokens[before:]), done)
-
-    def failed(self, row: Row, error: Exception) -> Piece:
-        """The last piece where `take` raised: what was shown before stands."""
-        return Piece(self.index, "", (), self._result(row, FAILED, error))
-
-    def _result(self, row: Row, reason: str, error: Exception | None) -> Generation:
-        return Generation(
-            prompt_tokens=row.prompt_tokens,
-            token_ids=tuple(self.tokens),
-            text=self.text.full,
-            finish_reason=reason,
-            logprobs=None if self.params.logprobs is None else tuple(self.logprobs),
-            stats=row.stats,
-            error=error,
-        )
+__all__ = ["LLM", "Generation", "Piece"]
 
 
 class LLM:
@@ -164,9 +50,11 @@ class LLM:
     Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
     (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
     once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
-    weights of a model directory, made as it is loaded (CPU only). kv: 'int8' keeps the caches of softmax
-    layers in about a quarter of the memory. Raises CheckpointError, DrafterError or ConfigError before
-    any long work.
+    weights of a model directory, made as it is loaded (CPU only). device: 'cpu', 'cuda' or 'auto'.
+    dtype: what a model directory computes in, 'float32', 'bfloat16', a torch.dtype or 'auto': float32 on
+    a CPU, that of the weights on a GPU. kv_cache_dtype: 'auto' keeps the caches of softmax layers in that
+    dtype, 'int8' in about a quarter of the memory; `kv` is its old name. max_model_len: most tokens of a
+    prompt and its output. Raises CheckpointError, DrafterError or ConfigError before any long work.
     """
 
     def __init__(
@@ -179,19 +67,22 @@ class LLM:
         policy: str | int | Policy = "auto",
         max_batch: int = 8,
         prefill_tokens: int = 512,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
         quantize: int | None = None,
-        kv: str = "float",
+        kv_cache_dtype: str = "auto",
+        max_model_len: int | None = None,
+        kv: str | None = None,
     ) -> None:
         check_fork()
-        check_kv(kv)
+        kept = kv_of(kv_cache_dtype, kv)
         check_size("max_batch", max_batch)
         check_size("prefill_tokens", prefill_tokens)
-        device = pick_device(device)
+        place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
+        computed = pick_dtype(dtype, source, place)
         if isinstance(model, str | Path):
-            options: dict[str, Any] = {"dtype": dtype, "device": device}
+            options: dict[str, Any] = {"dtype": computed, "device": place}
             self.model: Generator = (
                 load_generator(model, **options)
                 if quantize is None
@@ -202,7 +93,10 @@ class LLM:
             self.model = model
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
+        check_held(kv_cache_dtype, self.model.dtype)
+        self.max_model_len = self._longest(max_model_len)
         self.tokenizer = tokenizer
+        self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, self.model, source, max_batch, tokenizer)
         self.model.prepare()
         self.engine = Engine(
@@ -212,49 +106,47 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
-            kv=kv,
+            kv=kept,
         )
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode."""
-        if not isinstance(prompt, str):
-            ids = token_ids(prompt, self.model.config.vocab_size)
-        else:
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"the prompt is not valid text at character {error.start}: {error.reason}; leave "
-                    "that character out"
-                ) from error
-            ids = self._tokenize(prompt)
-            start = self._start
-            # a rendered chat template begins with the token that the tokenizer adds
-            if start and ids[: 2 * len(start)] == start * 2:
-                ids = ids[len(start) :]
-        if not ids:
-            raise InputError("the prompt is empty; give at least one token")
-        return ids
+    def _longest(self, max_model_len: int | None) -> int | None:
+        if max_model_len is None:
+            return None
+        # a prompt and a new token
+        check_size("max_model_len", max_model_len, least=2)
+        limit = self.model.config.position_limit
+        if limit is not None and max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len must be at most {limit}, the positions of this model, got {max_model_len}; "
+                "lower it, or linearize the model: linear mixers have no such limit"
+            )
+        return max_model_len
 
-    @cached_property
-    def _start(self) -> list[int]:
-        """The tokens that the tokenizer puts in front of every text."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        places = range(len(whole) - len(bare) + 1)
-        begin = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
-        return list(whole[:begin])
+    def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode.
 
-    def _tokenize(self, prompt: str) -> list[int]:
-        try:
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
-        # the tokenizers library raises bare Exception for what its file cannot encode
-        except Exception as error:
-            raise InputError(
-                f"this tokenizer cannot encode the prompt: {error}; write it otherwise, or copy the "
-                "tokenizer's files again"
-            ) from error
-        return token_ids(ids, self.model.config.vocab_size) if ids else []
+        add_special_tokens: put those around a text that the tokenizer puts there, such as a beginning.
+        """
+        return self.encoder.encode(prompt, special=add_special_tokens)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        return_errors: bool = False,
+    ) -> list[Generation]:
+        """Answer a conversation or several, as the chat template of the tokenizer writes them.
+
+        messages: dicts with 'role' and 'content'. Raises ConfigError for a tokenizer without template.
+        """
+        prompts = [
+            self.encoder.chat(each, template=chat_template, answer=add_generation_prompt)
+            for each in as_conversations(messages)
+        ]
+        return self.generate(prompts, params, return_errors=return_errors)
 
     def generate(
         self,
@@ -268,9 +160,7 @@ class LLM:
         One that fails takes nothing from the others. When all have ended, its error is raised, or with
         `return_errors` is part of its result.
         """
-        pieces = self.stream(prompts, params, return_errors=return_errors)
-        done = {piece.index: piece.done for piece in pieces if piece.done}
-        return [done[i] for i in sorted(done)]
+        return joined(self.stream(prompts, params, return_errors=return_errors))
 
     def stream(
         self,
@@ -279,7 +169,7 @@ class LLM:
         *,
         return_errors: bool = False,
     ) -> Iterator[Piece]:
-        """Pieces of text as they are decided, of all prompts as they come.
+        """Pieces of text as they are decided, of all prompts and sequences as they come.
 
         Leaving the loop early (or Ctrl-C) cancels what is left. The last piece of a prompt that failed
         has a `done` with its error; when all have ended the first such error is raised, unless
@@ -287,15 +177,8 @@ class LLM:
         """
         self.engine.check_process()
         requests = self._requests(prompts, params)
-        limit = self.model.config.position_limit
-        for request in requests:
-            if limit is not None and len(request.prompt) > limit:
-                raise ContextOverflow(
-                    f"prompt {request.index} has {len(request.prompt)} tokens, this model takes "
-                    f"{limit}; shorten it, or linearize the model: linear mixers have no such limit"
-                )
         self._check_idle()
-        by_row: dict[int, _Request] = {}
+        by_row: dict[int, Collector] = {}
         errors: list[Exception] = []
         try:
             for request in requests:
@@ -311,7 +194,7 @@ class LLM:
         if errors and not return_errors:
             raise errors[0]
 
-    def _piece(self, request: _Request, emitted: Emitted) -> Piece:
+    def _piece(self, request: Collector, emitted: Emitted) -> Piece:
         """What `emitted` is for the caller; a row that has ended for the caller is retired."""
         try:
             piece = request.take(emitted)
@@ -335,7 +218,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[_Request]:
+    ) -> list[Collector]:
         given = as_prompts(prompts)
         if not given:
             raise InputError("no prompts were given")
@@ -350,8 +233,37 @@ class LLM:
                 f"{len(params)} sampling parameters for {len(given)} prompts; give one for all, or one "
                 "for each"
             )
+        return [
+            request
+            for index, (prompt, each) in enumerate(zip(given, params, strict=True))
+            for request in self._sequences(index, self.encode(prompt), each)
+        ]
+
+    def _sequences(self, index: int, prompt: list[int], params: SamplingParams) -> list[Collector]:
+        """The sequences of one request."""
+        if params.bad_words:
+            params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
+        params = self._within_length(index, len(prompt), params)
         continues = not isinstance(self.model, T5)
         return [
-            _Request(i, self.tokenizer, self.encode(prompt), each, continues=continues)
-            for i, (prompt, each) in enumerate(zip(given, params, strict=True))
+            Collector((index, i), self.tokenizer, prompt, each, continues=continues)
+            for i, each in enumerate(params.sequences())
         ]
+
+    def _within_length(self, index: int, size: int, params: SamplingParams) -> SamplingParams:
+        """`params` with no more tokens than there is room for; raises ContextOverflow where none is."""
+        limit = self.model.config.position_limit
+        if limit is not None and size > limit:
+            raise ContextOverflow(
+                f"prompt {index} has {size} tokens, this model takes {limit}; shorten it, or linearize "
+                "the model: linear mixers have no such limit"
+            )
+        if self.max_model_len is None:
+            return params
+        room = self.max_model_len - size
+        if room < max(1, params.min_tokens):
+            raise ContextOverflow(
+                f"prompt {index} has {size} tokens and asks for {max(1, params.min_tokens)} more at least; "
+                f"max_model_len is {self.max_model_len}: shorten the prompt or raise max_model_len"
+            )
+        return replace(params, max_tokens=min(params.max_tokens, room))

@@ -9,6 +9,7 @@ import torch
 
 from linspec.sampling import Sampler, SamplingParams
 from linspec.tree import TokenTree
+from linspec.verify.base import TokenLogprob
 
 
 @dataclass(slots=True)
@@ -64,7 +65,8 @@ class Row:
     request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
     has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
     one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
-    the last committed token.
+    the last committed token. prompt_logprobs: of the prompt tokens that were read, where the request asks for
+    them.
     """
 
     request: int
@@ -76,6 +78,7 @@ class Row:
     source: tuple[int, ...] = ()
     hidden: torch.Tensor | None = None
     stats: Stats = field(default_factory=Stats)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
     def params(self) -> SamplingParams:

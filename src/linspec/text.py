@@ -25,17 +25,30 @@ class Detokenizer:
     """Turns one request's token stream into text, piece by piece.
 
     `push` takes one token; `full` is the text so far. A tail that could still become a stop string,
-    or a character whose bytes are not complete, is held back until it is decided. Special tokens are
-    not shown; a stop string may name them.
+    or a character whose bytes are not complete, is held back until it is decided. A stop string may name
+    special tokens, which are shown only with `special`.
+
+    keep_stop: the text ends behind a stop string, not before it. min_tokens: stop strings that are complete
+    by then end nothing.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int],
+        stop: Sequence[str],
+        *,
+        special: bool = False,
+        keep_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self.tokenizer, self._special = tokenizer, special
+        self._left = min_tokens
         # tokens of which `_shown` is the text; they end where a character ends
         self._context, self._pending, self._shown = _context_of(self._decode, list(prompt))
         self.full = ""
         self._released = 0
-        self._stops = _Stops(tokenizer, stop)
+        self._stops = _Stops(tokenizer, stop, special=special, keep=keep_stop)
 
     @property
     def stopped(self) -> bool:
@@ -43,12 +56,13 @@ class Detokenizer:
         return self._stops.found
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=not self._special)
         return text
 
     def push(self, token: int) -> bool:
         """Add one token; True when a stop string is complete (the text then ends before it)."""
         self._pending.append(token)
+        self._left -= 1
         text = self._decode([*self._context, *self._pending])
         undecided = text.endswith(_PARTIAL) or len(text) <= len(self._shown)
         new = "" if undecided and len(self._pending) < _PATIENCE else self._accept(text)
@@ -67,7 +81,7 @@ class Detokenizer:
 
     def _add(self, new: str, token: int | None = None) -> bool:
         self.full += new
-        end = self._stops.push(new, token)
+        end = self._stops.push(new, token, heeded=self._left < 0)
         if end is not None:
             self.full = self.full[:end]
         return self.stopped
@@ -108,21 +122,27 @@ def _context_of(decode: Any, prompt: list[int]) -> tuple[list[int], list[int], s
 class _Stops:
     """Looks for stop strings in the text as it is shown, and as it would be with its special tokens."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], *, special: bool, keep: bool) -> None:
         self.stop, self.found = tuple(stop), False
+        self._all_shown, self._keep = special, keep
         self._tokenizer = tokenizer
         self._shown = self._marked = ""
         # where special tokens stand in the marked text: begin and end of each
         self._hidden: list[tuple[int, int]] = []
 
-    def push(self, new: str, token: int | None) -> int | None:
-        """Add shown text, and the token that came with it; where the shown text ends, if it does."""
+    def push(self, new: str, token: int | None, *, heeded: bool = True) -> int | None:
+        """Add shown text, and the token that came with it; where the shown text ends, if it does.
+
+        Stop strings that are complete while they are not `heeded` count no more.
+        """
         if not self.stop:
             return None
         before = len(self._shown), len(self._marked)
         self._shown += new
         self._marked += new
         self._mark("" if token is None else self._special(token))
+        if not heeded:
+            return None
         ends = [
             *self._matches(self._shown, before[0], []),
             *map(self._place, self._matches(self._marked, before[1], self._hidden)),
@@ -137,19 +157,22 @@ class _Stops:
 
     def _special(self, token: int) -> str:
         """How a token is written that is not shown; '' for one that is."""
-        if self._tokenizer.decode([token], skip_special_tokens=True):
+        if self._all_shown or self._tokenizer.decode([token], skip_special_tokens=True):
             return ""
         name: str = self._tokenizer.decode([token], skip_special_tokens=False)
         return name
 
     def _matches(self, text: str, begin: int, hidden: list[tuple[int, int]]) -> Iterator[int]:
-        """Where stop strings that end behind `begin` start, with all or nothing of a special token."""
+        """Where the text ends for stop strings that end behind `begin`.
+
+        One matches with all or nothing of a special token.
+        """
         for stop in self.stop:
             start = text.find(stop, max(0, begin - len(stop) + 1))
             while start >= 0:
                 end = start + len(stop)
                 if not any(a < start < b or a < end < b for a, b in hidden):
-                    yield start
+                    yield end if self._keep else start
                     break
                 start = text.find(stop, start + 1)
 

@@ -10,6 +10,7 @@ import typer
 from linspec.cli import (
     about,
     bench,
+    chat,
     compress,
     demo,
     evaluate,
@@ -36,6 +37,7 @@ for _verb, _name, _example in (
     (linearize.linearize, "linearize", "embedded-softmax --mixer aug --out student"),
     (train.train_drafter, "train-drafter", "student --kind medusa"),
     (generate.generate, "generate", "embedded-aug --prompt 'class Stack:' --drafter medusa"),
+    (chat.chat, "chat", "path/to/a/chat-model --drafter prompt-lookup"),
     (compress.quantize, "quantize", "embedded-softmax --bits 4 --out small"),
     (evaluate.evaluate, "eval", "embedded-aug --data stdlib --limit-bytes 100000"),
     (evaluate.verify, "verify", "embedded-aug --drafter medusa"),

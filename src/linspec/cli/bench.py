@@ -37,7 +37,7 @@ def bench(
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
     quantize: Quantize = None,
-    kv: Kv = "float",
+    kv: Kv = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,

@@ -67,6 +67,16 @@ def sources(param: typer.CallbackParam, value: list[str] | None) -> list[str] | 
     return value
 
 
+def cache_dtype(value: str) -> str:
+    """The kind of cache that a name stands for; raises ConfigError for an unknown one."""
+    # the library imports torch, which --help must not wait for
+    if value == "auto":
+        return "float"
+    from linspec.kv import kv_of
+
+    return kv_of(value)
+
+
 def _broken(param: typer.CallbackParam, rule: str, value: float) -> ConfigError:
     return ConfigError(f"{_option(param)} {rule}, got {shown(value)}; leave it out for the default")
 

@@ -36,7 +36,7 @@ def evaluate(
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     quantize: Quantize = None,
-    kv: Kv = "float",
+    kv: Kv = "auto",
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall from far above instead.")
     ] = False,
@@ -134,7 +134,7 @@ def verify(
     data: Data = None,
     seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of the prompts.")] = 0,
     quantize: Quantize = None,
-    kv: Kv = "float",
+    kv: Kv = "auto",
     files: Annotated[
         bool, typer.Option("--files", help="Read all files instead: checksums, every value.")
     ] = False,

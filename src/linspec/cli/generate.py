@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linspec.cli.checks import real, whole
+from linspec.cli.checks import whole
 from linspec.cli.console import (
     configure,
     guarded,
@@ -18,7 +18,27 @@ from linspec.cli.console import (
     read_prompt,
     say,
 )
-from linspec.cli.options import Device, DrafterName, Json, Kv, Model, Quantize, Threads
+from linspec.cli.options import (
+    Device,
+    DrafterName,
+    FrequencyPenalty,
+    Json,
+    Kv,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    Model,
+    PolicyName,
+    PresencePenalty,
+    Quantize,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    VerifierName,
+)
 
 
 @guarded()
@@ -26,31 +46,22 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - is stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
-    max_tokens: Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(callback=real(least=0), help="0 takes the likeliest token.")
-    ] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(callback=whole(0), help="Sample among k tokens; 0 is all.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(callback=real(above=0, most=1), help="Sample among this mass.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(callback=real(above=0), help="Above 1 repeats less.")
-    ] = 1.0,
+    max_tokens: MaxTokens = 128,
+    min_tokens: MinTokens = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the output; repeatable.")
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end of text.")
     ] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            callback=whole(0, 2**64 - 1), help="Equal seeds, equal text.", show_default="random"
-        ),
-    ] = None,
+    seed: Seed = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -58,12 +69,10 @@ def generate(
         ),
     ] = None,
     drafter: DrafterName = "none",
-    policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
-    verifier: Annotated[
-        str, typer.Option(help="lossless, greedy or typical (lossy).")
-    ] = "lossless",
+    policy: PolicyName = "auto",
+    verifier: VerifierName = "lossless",
     quantize: Quantize = None,
-    kv: Kv = "float",
+    kv: Kv = "auto",
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -85,7 +94,7 @@ def generate(
             max_batch=1,
             device=place,
             quantize=quantize,
-            kv=kv,
+            kv_cache_dtype=kv,
         )
     if as_json:
         with quiet_stdout():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linspec.cli.checks import named, real, sources, whole
+from linspec.cli.checks import cache_dtype, named, real, sources, whole
 
 Model = Annotated[str, typer.Argument(help="A directory, embedded-softmax or embedded-aug.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -25,7 +25,51 @@ DrafterName = Annotated[
 Quantize = Annotated[
     int | None, typer.Option(help="Turn the weights into 8 or 4 bits as they are loaded.")
 ]
-Kv = Annotated[str, typer.Option(help="How softmax caches are kept: float or int8.")]
+Kv = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        # its name in 0.1.0
+        "--kv",
+        callback=cache_dtype,
+        help="How softmax caches are kept: auto (as the model computes), float32 or int8.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]
+MinTokens = Annotated[
+    int, typer.Option(callback=whole(0), help="Tokens before the output may end.")
+]
+Temperature = Annotated[
+    float, typer.Option(callback=real(least=0), help="0 takes the likeliest token.")
+]
+TopK = Annotated[int, typer.Option(callback=whole(0), help="Sample among k tokens; 0 is all.")]
+TopP = Annotated[
+    float, typer.Option(callback=real(above=0, most=1), help="Sample among this mass.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        callback=real(least=0, most=1), help="Sample what is this many times as likely as the best."
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(callback=real(above=0), help="Above 1 repeats less.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(callback=real(least=-2, most=2), help="Taken from tokens of the output.")
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option(callback=real(least=-2, most=2), help="The same, each time that they occur."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        callback=whole(0, 2**64 - 1), help="Equal seeds, equal text.", show_default="random"
+    ),
+]
+PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens.")]
+VerifierName = Annotated[str, typer.Option(help="lossless, greedy or typical (lossy).")]
 Data = Annotated[
     list[str] | None,
     typer.Option(

@@ -63,7 +63,12 @@ class DraftModel(ChainDrafter):
             feeds = [Feed(rows[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
             logits = self.model.step(feeds, self.state).logits
             for i, scores in zip(live, logits, strict=True):
-                token, law = self._pick(rows[i], scores, drafts[i][1:], generators[i])
+                try:
+                    token, law = self._pick(rows[i], scores, drafts[i][1:], generators[i])
+                except Exception:
+                    # nothing may follow these drafts; if they come true, the verifier says so
+                    order.remove(i)
+                    continue
                 drafts[i].append(token)
                 if law is not None:
                     laws[i][depth] = law

@@ -52,6 +52,11 @@ class Generator(Protocol):
         ...
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What is computed and kept in states; embeddings may be narrower."""
+        ...
+
+    @property
     def kernels(self) -> str:
         """What computes a step, for whoever keeps its cost."""
         ...

@@ -24,6 +24,6 @@ def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:
     if all(spec.group for spec in specs):
         raise ConfigError(
             "no layer of this model keeps a softmax cache, so there is nothing to keep as int8; "
-            "leave out kv (--kv)"
+            "leave out kv_cache_dtype (--kv-cache-dtype)"
         )
     return [spec if spec.group else replace(spec, coded=True) for spec in specs]

@@ -132,6 +132,16 @@ def load_generator(
     return load_model(folder, dtype=dtype, device=device)
 
 
+def load(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Decoder | T5, PreTrainedTokenizerBase]:
+    """The model that generates in `source`, as plain modules, and its tokenizer.
+
+    For text use LLM. Raises CheckpointError for a directory that cannot be read.
+    """
+    return load_generator(source, dtype=dtype, device=device), load_tokenizer(source)
+
+
 def load_any(source: str | Path) -> Model:
     """Whatever model is in `source`, in float32 on the CPU; raises like `load_model`."""
     folder = resolve(source)

@@ -98,6 +98,11 @@ class T5(nn.Module):
         return self
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the decoder."""
+        return self.decoder.dtype
+
+    @property
     def kernels(self) -> str:
         """Those of the decoder."""
         return self.decoder.kernels
