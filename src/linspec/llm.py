@@ -18,7 +18,7 @@ import torch
 
 from linspec.compress.load import load_for
 from linspec.config import check_size
-from linspec.drafters import make_drafter
+from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine import FAILED, Emitted, Engine
 from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
@@ -36,8 +36,8 @@ from linspec.prompts import Prompt, as_prompts, token_ids
 from linspec.row import Row, Stats
 from linspec.sampling import SamplingParams
 from linspec.text import Detokenizer
-from linspec.verify import VERIFIERS
-from linspec.verify.base import TokenLogprob
+from linspec.verify import make_verifier
+from linspec.verify.base import TokenLogprob, Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +160,10 @@ class LLM:
 
     model: a directory, 'embedded-softmax', 'embedded-aug', or a loaded model (then give `tokenizer`).
     An encoder-decoder reads its prompts and answers them.
-    drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
-    Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
-    (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
+    drafter: 'none', NAME or NAME:key=value,… of `linspec list`, such as 'prompt-lookup:max_ngram=3',
+    'medusa' or 'draft-model:DIR', or a Drafter. verifier: 'lossless' (greedy requests are verified
+    greedily), 'greedy', 'typical' (lossy) or a Verifier. policy: 'auto', a number of draft nodes, or a
+    Policy. max_batch: sequences that run at
     once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
     weights of a model directory, made as it is loaded (CPU only). kv: 'int8' keeps the caches of softmax
     layers in about a quarter of the memory. Raises CheckpointError, DrafterError or ConfigError before
@@ -175,7 +176,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "none",
-        verifier: str = "lossless",
+        verifier: str | Verifier = "lossless",
         policy: str | int | Policy = "auto",
         max_batch: int = 8,
         prefill_tokens: int = 512,
@@ -203,11 +204,11 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         self.tokenizer = tokenizer
-        made = make_drafter(drafter, self.model, source, max_batch, tokenizer)
+        made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
         self.model.prepare()
         self.engine = Engine(
             self.model,
-            verifier=VERIFIERS[verifier](),
+            verifier=make_verifier(verifier),
             drafter=made,
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,

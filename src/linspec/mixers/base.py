@@ -392,4 +392,4 @@ class Mixer(nn.Module):
         return out
 
 
-MIXERS: Registry[type[Mixer]] = Registry("mixer")
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers")

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from linspec.drafters.base import Drafter
-from linspec.policy.base import POLICIES, Policy, RoundTimes
-from linspec.policy.costs import CostCurve
+from linspec.policy.base import POLICIES, Policy, PolicyContext, RoundTimes
+from linspec.policy.costs import CostCurve, load_or_measure
 from linspec.row import Row
 
 CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 63)
@@ -97,7 +98,10 @@ class _DraftCost:
 class Auto(Policy):
     """Budgets that maximise predicted goodput of the whole batch."""
 
-    name = "auto"
+    @classmethod
+    def build(cls, context: PolicyContext) -> Self:
+        """By the costs of the target on this machine, measured if they are not known."""
+        return cls(load_or_measure(context.target))
 
     def __init__(self, costs: CostCurve) -> None:
         self.costs = costs

@@ -59,7 +59,7 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: Registry[type[Verifier]] = Registry("verifier")
+VERIFIERS: Registry[Verifier] = Registry("verifier", "linspec.verifiers")
 
 Rule = Callable[[int, tuple[int, ...]], int]
 """(node, draft tokens on the path to it) -> the token that follows the node."""
