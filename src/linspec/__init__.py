@@ -21,43 +21,75 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
     from linspec.errors import LinspecError
     from linspec.llm import LLM, Generation, Piece
+    from linspec.mixers import MIXERS, Mixer
     from linspec.models.hub import load_model, load_tokenizer, save_model
+    from linspec.options import option
+    from linspec.policy import POLICIES, Policy, PolicyContext
+    from linspec.row import Row
     from linspec.sampling import SamplingParams
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.pretrain import pretrain
     from linspec.tree import TokenTree
+    from linspec.verify import VERIFIERS, Verifier
 
     __version__: str
 
 __all__ = [
+    "DRAFTERS",
     "LLM",
+    "MIXERS",
+    "POLICIES",
+    "VERIFIERS",
+    "ChainDrafter",
+    "Drafter",
+    "DrafterContext",
     "Generation",
     "LinspecError",
+    "Mixer",
     "Piece",
+    "Policy",
+    "PolicyContext",
+    "Row",
     "SamplingParams",
     "TokenTree",
+    "Verifier",
     "__version__",
     "linearize",
     "load_model",
     "load_tokenizer",
+    "option",
     "pretrain",
     "save_model",
     "train_drafter",
 ]
 
 _HOMES = {
+    "DRAFTERS": "linspec.drafters",
     "LLM": "linspec.llm",
+    "MIXERS": "linspec.mixers",
+    "POLICIES": "linspec.policy",
+    "VERIFIERS": "linspec.verify",
+    "ChainDrafter": "linspec.drafters",
+    "Drafter": "linspec.drafters",
+    "DrafterContext": "linspec.drafters",
     "Generation": "linspec.llm",
     "LinspecError": "linspec.errors",
+    "Mixer": "linspec.mixers",
     "Piece": "linspec.llm",
+    "Policy": "linspec.policy",
+    "PolicyContext": "linspec.policy",
+    "Row": "linspec.row",
     "SamplingParams": "linspec.sampling",
     "TokenTree": "linspec.tree",
+    "Verifier": "linspec.verify",
     "linearize": "linspec.train.linearize",
     "load_model": "linspec.models.hub",
     "load_tokenizer": "linspec.models.hub",
+    "option": "linspec.options",
     "pretrain": "linspec.train.pretrain",
     "save_model": "linspec.models.hub",
     "train_drafter": "linspec.train.drafter",

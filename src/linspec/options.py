@@ -59,10 +59,6 @@ class Setting:
         """Plain JSON types; default is None where the setting has to be given."""
         return {key: getattr(self, key) for key in ("name", "kind", "default", "help")}
 
-    def __str__(self) -> str:
-        value = f"={self.default}" if self.default is not None else f" ({self.kind})"
-        return f"{self.name}{value}: {self.help}"
-
 
 def settings_of(options: type[Any]) -> list[Setting]:
     """Every field of an options class; raises ConfigError for a class that cannot be read from a spec."""
@@ -115,7 +111,7 @@ def parse_options(options: type[Any], settings: str | None, axis: str, name: str
             raise ConfigError(f"{who} needs {each.name}, {each.help}: {name}:{way}")
     try:
         return options(**given)
-    except ConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{who}: {error}") from error
 
 

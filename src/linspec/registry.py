@@ -49,11 +49,18 @@ class Registry(Generic[T]):
     """Names of one axis (mixer, drafter, verifier, policy) and what they stand for.
 
     group: of its entry points, None where there are none. beside: names that users write for no
-    plug-in, such as 'none'.
+    plug-in, such as 'none'. options: of those that are registered without any of their own.
     """
 
-    def __init__(self, axis: str, group: str | None = None, *, beside: Sequence[str] = ()) -> None:
-        self.axis, self.group, self.beside = axis, group, tuple(beside)
+    def __init__(
+        self,
+        axis: str,
+        group: str | None = None,
+        *,
+        beside: Sequence[str] = (),
+        options: type[Any] | None = None,
+    ) -> None:
+        self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
         self._entries: dict[str, Entry[T]] = {}
         self._broken: dict[str, str] = {}
         self._looked_outside = False
@@ -75,6 +82,7 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.axis} {name!r} is registered twice")
         if not name or set(name) & set(":, \t\n"):
             raise ConfigError(f"{self.axis} {name!r}: a name is one word without colons and commas")
+        options = options or self.options
         settings_of(options or NoOptions)
 
         def add(value: type[T]) -> type[T]:

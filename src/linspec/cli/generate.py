@@ -60,7 +60,7 @@ def generate(
     drafter: DrafterName = "none",
     policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
     verifier: Annotated[
-        str, typer.Option(help="lossless, greedy or typical (lossy).")
+        str, typer.Option(help="lossless, greedy or typical (lossy), with options as a drafter.")
     ] = "lossless",
     quantize: Quantize = None,
     kv: Kv = "float",

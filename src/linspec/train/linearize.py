@@ -48,6 +48,7 @@ from linspec.train.student import (
     changed_layers,
     check_mixers,
     check_taps,
+    leaves_span,
     make_mixer,
     spread,
     student_mixers,
@@ -119,7 +120,7 @@ def linearize(
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
         mixers = spread(mixers, span, keep_softmax)
-    free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
+    free = span is None and leaves_span(mixer) and wanted.kernel == "softmax"
     task = _Task(teacher, mixers, rows if free else None, softmax_layers, data, field)
     config = task.checked(config or LinearizeConfig())
     plan = task.to_json(source, config)
