@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import linspec
-from linspec import DRAFTERS, MIXERS, POLICIES, VERIFIERS
+from linspec import DRAFTERS, LLM, MIXERS, POLICIES, VERIFIERS
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.errors import ConfigError, DrafterError, WrongType
@@ -186,6 +186,18 @@ def test_unknown_names_and_keys_are_named_with_the_way_out(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         axis.read(spec)
+
+
+def test_a_policy_was_once_checked_only_where_a_drafter_needed_it() -> None:
+    for policy, message in (
+        ("aut", "did you mean 'auto'"),
+        ("fixed:node=3", "did you mean 'nodes'"),
+        (-1, "draft nodes must be 0 or more, got -1"),
+        (True, "nodes must be a whole number"),
+        (10**30, "nodes must be a whole number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            LLM(model_dir("aug"), policy=policy)
 
 
 def test_what_is_no_name_is_refused_by_its_type() -> None:

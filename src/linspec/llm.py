@@ -30,7 +30,7 @@ from linspec.models.backbone import Generator
 from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
 from linspec.models.tokenizer import load_text_tokenizer
-from linspec.policy import make_policy
+from linspec.policy import check_policy, make_policy
 from linspec.policy.base import Policy
 from linspec.prompts import Prompt, as_prompts, token_ids
 from linspec.row import Row, Stats
@@ -187,6 +187,7 @@ class LLM:
     ) -> None:
         check_fork()
         check_kv(kv)
+        check_policy(policy)
         check_size("max_batch", max_batch)
         check_size("prefill_tokens", prefill_tokens)
         device = pick_device(device)

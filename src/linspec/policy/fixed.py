@@ -19,6 +19,9 @@ class FixedOptions:
 
     nodes: int = option("draft nodes of every tree; 0 is plain decoding", short=True)
 
+    def __post_init__(self) -> None:
+        check_size("draft nodes", self.nodes, least=0)
+
 
 @POLICIES.register(
     "fixed",
