@@ -26,7 +26,7 @@ from linspec.plugins import catalogue
 from linspec.policy import make_policy
 from linspec.policy.fixed import Fixed
 from linspec.registry import Registry
-from linspec.train.student import make_mixer
+from linspec.train.student import leaves_span, make_mixer
 from linspec.verify import LosslessVerifier, TypicalVerifier, make_verifier
 
 
@@ -161,6 +161,7 @@ def test_drafters_policies_verifiers_and_mixers_share_one_syntax() -> None:
     assert isinstance(make_verifier("lossless"), LosslessVerifier)
     assert make_verifier(verifier) is verifier
     assert make_mixer("aug:softmax") == make_mixer("aug")
+    assert leaves_span("aug:own") and not leaves_span("aug:span=3")
     assert make_mixer("aug:own,taps=8", group=16) == make_mixer(
         "aug", kernel="own", taps=8, group=16
     )
@@ -235,6 +236,7 @@ MODULES = {
     "sound": SOUND,
     "broken": "raise RuntimeError('made for another version')",
     "empty": "",
+    "ending": "raise SystemExit(3)",
     "doubled": SOUND.replace("outside", "medusa"),
 }
 
@@ -247,7 +249,10 @@ def outside(tmp_path: Path) -> Path:
     info = tmp_path / "guests-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guests\nVersion: 1.0\n")
-    names = ["outside = guest_sound", *(f"{n} = guest_{n}" for n in ("broken", "empty", "doubled"))]
+    names = [
+        "outside = guest_sound",
+        *(f"{n} = guest_{n}" for n in ("broken", "empty", "ending", "doubled")),
+    ]
     (info / "entry_points.txt").write_text("\n".join(["[linspec.drafters]", *names]))
     return tmp_path
 
@@ -261,10 +266,11 @@ def test_plug_ins_of_other_packages_are_loaded_and_broken_ones_named(
     monkeypatch.setattr(DRAFTERS, "_looked_outside", False)
     with caplog.at_level(logging.WARNING, "linspec"):
         assert "outside" in DRAFTERS.names() and "medusa" in DRAFTERS
-    assert len(caplog.messages) == 3
+    assert len(caplog.messages) == 4
     for name, message in (
         ("broken", "'broken' of package 'guests' cannot be used: RuntimeError: .*another version"),
         ("empty", "guest_empty registers no such name"),
+        ("ending", "SystemExit"),
         ("doubled", "'medusa' is registered twice"),
     ):
         with pytest.raises(ConfigError, match=message):

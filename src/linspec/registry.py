@@ -169,6 +169,7 @@ class Registry(Generic[T]):
         """Why an entry point brought no plug-in of its name; None when it did."""
         try:
             point.load()
-        except Exception as error:
+        # some modules end the program that imports them
+        except (Exception, SystemExit) as error:
             return f"{type(error).__name__}: {shown(str(error))}"
         return None if point.name in self._entries else f"{point.value} registers no such name"

@@ -84,8 +84,8 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps`, `window`, `features`, `keep`
-    and `mixer_seed` (see `make_mixer` for what None and 0 mean), or a MixerConfig. span: may give one
+    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group`, `span`, `kernel`,
+    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig. span: may give one
     for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
     the mean; measured on the teacher, layers that need to see far get more of them (see
     `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
