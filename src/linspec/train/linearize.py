@@ -85,11 +85,11 @@ def linearize(
     """Train `source` with other mixers into the model directory `out`; returns it.
 
     mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group`, `span`, `kernel`,
-    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig. span: may give one
-    for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
-    the mean; measured on the teacher, layers that need to see far get more of them (see
-    `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
-    do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
+    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig.
+    span: may give one for each layer. rows: with kernel softmax and no span given, tokens that a
+    layer sees exactly in the mean; measured on the teacher, layers that need to see far get more of
+    them (see `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers:
+    how many more do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
