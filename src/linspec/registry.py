@@ -107,7 +107,7 @@ class Registry(Generic[T]):
     def read(self, spec: str) -> tuple[Entry[T], Any]:
         """The entry that a spec names, and the options that it gives."""
         name, settings = read_spec(spec)
-        if name in self.beside:
+        if name in self.beside and settings is not None:
             raise ConfigError(f"{self.axis} {name!r} takes no options; leave them out")
         entry = self.entry(name)
         return entry, parse_options(entry.options or NoOptions, settings, self.axis, name)
