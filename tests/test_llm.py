@@ -209,8 +209,8 @@ class Torn:
     def __getattr__(self, name: str) -> object:
         return getattr(tiny_tokenizer(), name)
 
-    def __call__(self, text: str) -> object:
-        return tiny_tokenizer()(text)
+    def __call__(self, text: str, **options: bool) -> object:
+        return tiny_tokenizer()(text, **options)
 
     def decode(self, tokens: Sequence[int], **options: object) -> str:
         if self.token in tokens:

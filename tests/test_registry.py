@@ -111,12 +111,11 @@ def test_what_was_written_for_a_path_is_what_arrives() -> None:
 
 
 def test_a_setting_that_has_to_be_given_is_asked_for() -> None:
-    for axis, name, message in (
-        (DRAFTERS, "draft-model", "drafter 'draft-model' needs path, .*: draft-model:PATH"),
-        (POLICIES, "fixed", "policy 'fixed' needs nodes, .*: fixed:NODES"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            axis.read(name)
+    with pytest.raises(ConfigError, match="policy 'fixed' needs nodes, .*: fixed:NODES"):
+        POLICIES.read("fixed")
+    for name in ("draft-model", "student"):
+        with pytest.raises(DrafterError, match=f"needs a model directory: --drafter {name}:DIR"):
+            LLM(model_dir("aug"), drafter=name)
 
 
 def test_options_without_help_or_of_other_types_are_refused_when_they_are_registered() -> None:
@@ -219,7 +218,8 @@ def test_the_catalogue_shows_every_option_with_default_and_help() -> None:
         "default": str(LookupOptions().max_ngram),
         "help": "tokens of the longest n-gram that is looked for",
     }
-    assert drafters["draft-model"][0]["default"] is None
+    policies = {each["name"]: each["options"] for each in found["policies"]}
+    assert policies["fixed"][0]["default"] is None
     mixers = {each["name"]: [o["name"] for o in each["options"]] for each in found["mixers"]}
     assert "window" in mixers["window"] and "window" not in mixers["aug"]
     assert "features" in mixers["performer"] and "features" not in mixers["aug"]

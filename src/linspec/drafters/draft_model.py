@@ -32,7 +32,9 @@ from linspec.tree import TokenTree, chain
 class DraftModelOptions:
     """Which model drafts."""
 
-    path: str = option("the directory or name of the smaller model", short=True)
+    path: str | None = option(
+        "directory or name of the smaller model; it has to be given", default=None, short=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,20 @@ class DraftModel(ChainDrafter):
     def build(cls, context: DrafterContext, options: DraftModelOptions | StudentOptions) -> Self:
         """With a model from disk, whose tokenizer has to be the target's."""
         target = context.decoder(cls.name)
-        folder = options.path or _embedded_student(context)
+        folder = options.path or cls._without_path(context)
         tokenizer = context.tokenizer
         if tokenizer is None and context.source is not None:
             tokenizer = load_text_tokenizer(context.source)
         if tokenizer is not None:
             check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
         return cls(_ready_model(folder, target), target.config, context.slots)
+
+    @classmethod
+    def _without_path(cls, context: DrafterContext) -> str:
+        """The model that drafts where none is named."""
+        raise DrafterError(
+            f"drafter {cls.name!r} needs a model directory: --drafter {cls.name}:DIR"
+        )
 
     def propose(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[TokenTree]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
@@ -190,11 +199,11 @@ class Student(DraftModel):
             )
         super().__init__(model, target, slots)
 
-
-def _embedded_student(context: DrafterContext) -> str:
-    if context.source is not None and context.source.name == EMBEDDED["embedded-softmax"]:
-        return "embedded-aug"
-    raise DrafterError("drafter 'student' needs a model directory: --drafter student:DIR")
+    @classmethod
+    def _without_path(cls, context: DrafterContext) -> str:
+        if context.source is not None and context.source.name == EMBEDDED["embedded-softmax"]:
+            return "embedded-aug"
+        return super()._without_path(context)
 
 
 def _ready_model(folder: str, target: Decoder) -> Decoder:
