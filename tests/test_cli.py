@@ -202,7 +202,12 @@ def test_list() -> None:
     assert {"softmax", "aug", "local", "grouped"} <= set(names["mixers"])
     assert {"medusa", "prompt-lookup", "student"} <= set(names["drafters"])
     assert all(m["state"] and m["cost"] and m["direction"] for m in found["mixers"])
+    (lookup,) = [each for each in found["drafters"] if each["name"] == "prompt-lookup"]
+    assert lookup["needs"] == "nothing"
+    defaults = {each["name"]: each["default"] for each in lookup["options"]}
+    assert defaults == {"max_ngram": "4", "min_ngram": "2", "tokens": "63"}
     shown = run("list").stdout
+    assert "max_ngram" in shown
     assert "arXiv" in shown
     assert "causal" in shown
 
@@ -274,6 +279,7 @@ def test_a_directory_of_pickles(tmp_path: Path) -> None:
         (("--prompt", "x", "--max-tokens", "-1"), "--max-tokens must be 1 or more, got -1"),
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--drafter", "nonsense"), "unknown drafter 'nonsense'"),
+        (("--prompt", "x", "--drafter", "prompt-lookup:tokens=x"), "tokens must be a whole number"),
         (("--prompt", "x", "--drafter", "medusa"), "no Medusa heads"),
         (("--prompt", "x", "--verifier", "nonsense"), "unknown verifier"),
         (("--prompt", "x", "--drafter", "prompt-lookup", "--policy", "x"), "unknown policy"),

@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md is a real mixer that passes the proof of all mixers."""
+"""The worked examples of CONTRIBUTING.md are a real mixer and a real drafter, with the proofs of all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from guests.proof import check_lossless
 
+from linspec import DRAFTERS
 from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers import MIXERS
 from linspec.models.decoder import Decoder
+from linspec.registry import Registry
 from linspec.step import Feed
 from linspec.tree import TokenTree
 
@@ -20,15 +24,32 @@ PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 GROUP = 4
 
 
+def worked_example(number: int, registry: Registry[Any]) -> Iterator[str]:
+    """The name that the page's block `number` registers, as long as a test lasts."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 2 and len(blocks[1].splitlines()) <= 40
+    before = set(registry.names())
+    exec(
+        compile(blocks[number], str(PAGE), "exec", dont_inherit=True),
+        {"__name__": "worked_example"},
+    )
+    (name,) = set(registry.names()) - before
+    yield name
+    registry.forget(name)
+
+
 @pytest.fixture
 def example() -> Iterator[str]:
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 1
-    before = set(MIXERS.names())
-    exec(compile(blocks[0], str(PAGE), "exec"), {"__name__": "worked_example"})
-    (name,) = set(MIXERS.names()) - before
-    yield name
-    MIXERS.forget(name)
+    yield from worked_example(0, MIXERS)
+
+
+@pytest.fixture
+def drafter() -> Iterator[str]:
+    yield from worked_example(1, DRAFTERS)
+
+
+def test_worked_drafter_is_lossless_and_remembers(drafter: str) -> None:
+    check_lossless(f"{drafter}:length=2")
 
 
 @pytest.mark.parametrize("taps", [0, 3])

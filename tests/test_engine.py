@@ -13,7 +13,7 @@ from helpers import VOCAB, full_logits, random_tokens, random_tree, randomise, t
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel, Student
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.engine import Engine
 from linspec.errors import ContextOverflow, InputError
@@ -61,7 +61,7 @@ def random_heads(model: Decoder) -> Medusa:
 
 
 DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
-    "lookup": lambda model: PromptLookup(min_ngram=1),
+    "lookup": lambda model: PromptLookup(options=LookupOptions(min_ngram=1)),
     "itself": lambda model: DraftModel(model, model.config, SLOTS),
     "other": lambda model: DraftModel(
         tiny_model("softmax", seed=9, dtype=model.embed.weight.dtype), model.config, SLOTS

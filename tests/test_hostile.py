@@ -13,7 +13,7 @@ from test_engine import RandomTrees, random_heads
 
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
-from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.engine import Emitted, Engine
 from linspec.errors import DrafterError, InputError
 from linspec.models.decoder import Decoder, StepOutput
@@ -30,8 +30,8 @@ SLOTS = 3
 HISTORIES = 240
 # where a request may fail; "time" is about no request and may harm none
 PLACES = (
-    *("open", "plan", "propose", "foreign", "step", "accept", "path"),
-    *("policy", "drafter", "sampler", "release", "time"),
+    *("open", "started", "plan", "propose", "foreign", "step", "accept", "path"),
+    *("policy", "drafter", "sampler", "finished", "time"),
 )
 
 
@@ -45,7 +45,6 @@ class Faults:
     def __init__(self, planted: dict[int, tuple[str, int]]) -> None:
         self.planted = planted
         self.visits: dict[tuple[int, str], int] = {}
-        self.slots: dict[int, int] = {}
 
     def due(self, request: int, place: str) -> bool:
         visit = self.visits[request, place] = self.visits.get((request, place), -1) + 1
@@ -54,7 +53,6 @@ class Faults:
 
     def at(self, place: str, *rows: Row) -> None:
         for row in rows:
-            self.slots[row.slot] = row.request
             if self.due(row.request, place):
                 raise Planted(f"request {row.request} at {place}")
 
@@ -82,10 +80,14 @@ class HostileDrafter(Drafter):
         self.inner.observe(row, tree, path)
         self.faults.at("drafter", row)
 
-    def release(self, slot: int) -> None:
-        self.inner.release(slot)
-        if self.faults.due(self.faults.slots.get(slot, 0), "release"):
-            raise Planted("release")
+    def started(self, row: Row) -> None:
+        self.inner.started(row)
+        self.faults.at("started", row)
+
+    def finished(self, row: Row) -> None:
+        self.inner.finished(row)
+        if self.faults.due(row.request, "finished"):
+            raise Planted("finished")
 
 
 class HostilePolicy(Policy):
@@ -159,7 +161,7 @@ class HostileSampler(Sampler):
 
 
 DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
-    "lookup": lambda model: PromptLookup(min_ngram=1),
+    "lookup": lambda model: PromptLookup(options=LookupOptions(min_ngram=1)),
     "draft-model": lambda model: DraftModel(tiny_model("aug", seed=8), model.config, SLOTS),
     "itself": lambda model: DraftModel(model, model.config, SLOTS),
     "medusa": random_heads,
@@ -289,7 +291,7 @@ def test_a_failure_once_left_the_step_half_committed(
     place: str, models: dict[str, Decoder]
 ) -> None:
     """Rows before the failing one had advanced, and their tokens were never returned."""
-    faults = Faults({2: (place, 1 if place not in ("open", "release") else 0)})
+    faults = Faults({2: (place, 1 if place not in ("open", "started", "finished") else 0)})
     run, params = Run(models["aug"], "itself", faults, 512), SamplingParams(max_tokens=12)
     for prompt in (1, 2, 3):
         run.submit(PROMPTS[prompt], params, faults)

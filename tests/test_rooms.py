@@ -12,8 +12,8 @@ import linspec
 ROOT = Path(linspec.__file__).parent
 # lowest first; rooms of one line may know each other
 FLOORS = (
-    "errors messages border ram registry files places progress announce tree layout config flash_config"
-    " rope relative step kv row_state state kernels",
+    "errors messages border ram options registry files places progress announce tree layout config"
+    " flash_config rope relative step kv row_state state kernels",
     "mixers",
     "models",
     "sampling prompts row drafters verify policy compress",

@@ -21,31 +21,42 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
-    from linspec.drafters.base import Drafter
+    from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
     from linspec.errors import LinspecError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
-    from linspec.mixers.base import Mixer
+    from linspec.mixers import MIXERS, Mixer
     from linspec.models.hub import load, load_model, load_tokenizer, save_model
-    from linspec.policy.base import Policy
+    from linspec.options import option
+    from linspec.policy import POLICIES, Policy, PolicyContext
     from linspec.results import Generation, Piece
+    from linspec.row import Row
     from linspec.sampling import SamplingParams
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.pretrain import pretrain
-    from linspec.tree import TokenTree
-    from linspec.verify.base import Verifier
+    from linspec.tree import Budget, TokenTree
+    from linspec.verify import VERIFIERS, Verifier
 
     __version__: str
 
 __all__ = [
+    "DRAFTERS",
     "LLM",
+    "MIXERS",
+    "POLICIES",
+    "VERIFIERS",
+    "Budget",
+    "ChainDrafter",
     "Drafter",
+    "DrafterContext",
     "Generation",
     "LinspecError",
     "Mixer",
     "Piece",
     "Policy",
+    "PolicyContext",
+    "Row",
     "SamplingParams",
     "TokenTree",
     "Verifier",
@@ -54,6 +65,7 @@ __all__ = [
     "load",
     "load_model",
     "load_tokenizer",
+    "option",
     "pretrain",
     "quantize",
     "save_model",
@@ -61,20 +73,30 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DRAFTERS": "linspec.drafters",
     "LLM": "linspec.llm",
-    "Drafter": "linspec.drafters.base",
+    "MIXERS": "linspec.mixers",
+    "POLICIES": "linspec.policy",
+    "VERIFIERS": "linspec.verify",
+    "Budget": "linspec.tree",
+    "ChainDrafter": "linspec.drafters",
+    "Drafter": "linspec.drafters",
+    "DrafterContext": "linspec.drafters",
     "Generation": "linspec.results",
     "LinspecError": "linspec.errors",
-    "Mixer": "linspec.mixers.base",
+    "Mixer": "linspec.mixers",
     "Piece": "linspec.results",
-    "Policy": "linspec.policy.base",
+    "Policy": "linspec.policy",
+    "PolicyContext": "linspec.policy",
+    "Row": "linspec.row",
     "SamplingParams": "linspec.sampling",
     "TokenTree": "linspec.tree",
-    "Verifier": "linspec.verify.base",
+    "Verifier": "linspec.verify",
     "linearize": "linspec.train.linearize",
     "load": "linspec.models.hub",
     "load_model": "linspec.models.hub",
     "load_tokenizer": "linspec.models.hub",
+    "option": "linspec.options",
     "pretrain": "linspec.train.pretrain",
     "quantize": "linspec.evaluate.quantize",
     "save_model": "linspec.models.hub",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -167,6 +168,8 @@ class Engine:
             for row in admitted:
                 try:
                     self._open(row)
+                    if self.drafter is not None:
+                        self.drafter.started(row)
                 except Exception as error:
                     refused.append(self._closed(Emitted.failure(row, error)))
         return refused
@@ -332,12 +335,15 @@ class Engine:
 
     def _forget(self, row: Row) -> Exception | None:
         """Forget a row everywhere; returns the first error, which kept nobody else from forgetting."""
-        forget: list[Callable[[int], None]] = [self.state.drop]
-        forget += [part.release for part in (self.drafter, self.policy) if part is not None]
+        forget: list[Callable[[], None]] = [partial(self.state.drop, row.slot)]
+        if self.drafter is not None:
+            forget.append(partial(self.drafter.finished, row))
+        if self.policy is not None:
+            forget.append(partial(self.policy.release, row.slot))
         errors = []
         for each in forget:
             try:
-                each(row.slot)
+                each()
             except Exception as error:
                 errors.append(error)
         return errors[0] if errors else None

@@ -17,7 +17,7 @@ import torch
 
 from linspec.compress.load import load_for
 from linspec.config import check_size
-from linspec.drafters import make_drafter
+from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
 from linspec.encoding import Conversation, TextEncoder, as_conversations
 from linspec.engine import FAILED, Emitted, Engine
@@ -31,12 +31,13 @@ from linspec.models.dtype import pick_dtype
 from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
 from linspec.models.tokenizer import load_text_tokenizer
-from linspec.policy import make_policy
+from linspec.policy import check_policy, make_policy
 from linspec.policy.base import Policy
 from linspec.prompts import Prompt, as_prompts
 from linspec.results import Collector, Generation, Piece, joined
 from linspec.sampling import SamplingParams
-from linspec.verify import VERIFIERS
+from linspec.verify import make_verifier
+from linspec.verify.base import Verifier
 
 __all__ = ["LLM", "Generation", "Piece"]
 
@@ -46,9 +47,10 @@ class LLM:
 
     model: a directory, 'embedded-softmax', 'embedded-aug', or a loaded model (then give `tokenizer`).
     An encoder-decoder reads its prompts and answers them.
-    drafter: 'none', 'prompt-lookup', 'medusa[:DIR]', 'draft-model:DIR', 'student[:DIR]' or a
-    Drafter. verifier: 'lossless' (greedy requests are verified greedily), 'greedy' or 'typical'
-    (lossy). policy: 'auto', a number of draft nodes, or a Policy. max_batch: sequences that run at
+    drafter: 'none', NAME or NAME:key=value,… of `linspec list`, such as 'prompt-lookup:max_ngram=3',
+    'medusa' or 'draft-model:DIR', or a Drafter. verifier: 'lossless' (greedy requests are verified
+    greedily), 'greedy', 'typical' (lossy) or a Verifier. policy: 'auto', a number of draft nodes, or a
+    Policy. max_batch: sequences that run at
     once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
     weights of a model directory, made as it is loaded (CPU only). device: 'cpu', 'cuda' or 'auto'.
     dtype: what a model directory computes in, 'float32', 'bfloat16', a torch.dtype or 'auto': float32 on
@@ -63,7 +65,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "none",
-        verifier: str = "lossless",
+        verifier: str | Verifier = "lossless",
         policy: str | int | Policy = "auto",
         max_batch: int = 8,
         prefill_tokens: int = 512,
@@ -76,6 +78,7 @@ class LLM:
     ) -> None:
         check_fork()
         kept = kv_of(kv_cache_dtype, kv)
+        check_policy(policy)
         check_size("max_batch", max_batch)
         check_size("prefill_tokens", prefill_tokens)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
@@ -97,11 +100,11 @@ class LLM:
         self.max_model_len = self._longest(max_model_len)
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
-        made = make_drafter(drafter, self.model, source, max_batch, tokenizer)
+        made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
         self.model.prepare()
         self.engine = Engine(
             self.model,
-            verifier=VERIFIERS[verifier](),
+            verifier=make_verifier(verifier),
             drafter=made,
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,

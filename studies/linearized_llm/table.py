@@ -205,4 +205,4 @@ class Table:
         return "\n".join(f"- {', '.join(places)}: {why}" for why, places in lines.items())
 
 
-TABLES: Registry[type[Table]] = Registry("table")
+TABLES: Registry[Table] = Registry("table")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from linspec.drafters import make_drafter
+from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.errors import DrafterError
 from linspec.llm import LLM
@@ -89,7 +89,7 @@ def test_a_draft_model_with_another_tokenizer_of_the_same_size_was_once_accepted
         LLM(model_dir("aug"), drafter=f"{name}:{folder}", policy=4)
     source = model_dir("softmax")
     with pytest.raises(DrafterError, match="another tokenizer"):
-        make_drafter(f"{name}:{folder}", text_model("softmax"), source, 1)
+        make_drafter(f"{name}:{folder}", DrafterContext(text_model("softmax"), source=source))
 
 
 def test_the_same_tokenizer_is_the_same_however_it_was_read() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from linspec.compress.load import load_for, quantize_model
 from linspec.config import DecoderConfig
-from linspec.drafters import make_drafter, packed
+from linspec.drafters import DrafterContext, make_drafter, packed
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.medusa import Medusa
@@ -192,7 +192,7 @@ def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits:
 
 def test_heads_keep_the_bits_they_were_saved_with(plain: Path, tmp_path: Path) -> None:
     _, folder = quantised(plain, tmp_path, 4)
-    drafter = make_drafter(f"medusa:{folder}", make_model(), None, 1)
+    drafter = make_drafter(f"medusa:{folder}", DrafterContext(make_model()))
     assert isinstance(drafter, Medusa) and isinstance(drafter.heads, PackedHeads)
     assert integer_bits(drafter.heads.outputs[0]) == 4
 
@@ -205,7 +205,7 @@ def test_plain_heads_get_the_bits_of_their_target(
     model = make_model()
     if bits:
         quantize_model(model, bits, {})
-    drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+    drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
     assert isinstance(drafter, Medusa) and isinstance(drafter.heads, PackedHeads)
     assert integer_bits(drafter.heads.outputs[0]) == expected
 
@@ -250,14 +250,14 @@ def test_a_prepared_model_still_knows_its_heads(plain: Path) -> None:
     """It once had no weights to be known by: a second drafter for one model was an AttributeError."""
     model = make_model()
     for _ in range(2):
-        drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+        drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
         assert isinstance(drafter, Medusa)
 
 
 def test_making_a_drafter_once_prepared_the_target(plain: Path) -> None:
     model = make_model()
     before = {name: id(part) for name, part in model.named_modules()}
-    drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+    drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
     assert isinstance(drafter, Medusa)
     assert not model.prepared and model.head.weight.requires_grad
     assert {name: id(part) for name, part in model.named_modules()} == before
@@ -278,9 +278,9 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
         nn.init.normal_(weight, std=0.2, generator=generator)
     folder = save_heads(heads, model, tmp_path / "medusa", dtype=None)
     early, late = make_model(), make_model().prepare()
-    first = make_drafter(f"medusa:{folder}", early, None, 1)
+    first = make_drafter(f"medusa:{folder}", DrafterContext(early))
     early.prepare()
-    second = make_drafter(f"medusa:{folder}", late, None, 1)
+    second = make_drafter(f"medusa:{folder}", DrafterContext(late))
     assert isinstance(first, Medusa) and isinstance(second, Medusa)
     rows = list(hidden(3))
     assert type(first.heads) is type(second.heads)
@@ -297,7 +297,7 @@ def test_without_the_library_a_second_drafter_was_once_refused(
     assert isinstance(model.prepare().head, PackedLinear)
     assert fingerprint(model) == known
     for _ in range(2):
-        drafter = make_drafter(f"medusa:{plain}", model, None, 1)
+        drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
         assert isinstance(drafter, Medusa) and isinstance(drafter.heads, MedusaHeads)
         assert len(drafter.heads.guess(list(hidden(2)), 3, 2)) == 2
 
@@ -310,6 +310,6 @@ def test_shared_heads_copied_for_drafts_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_draft_models_get_the_bits_of_their_target() -> None:
-    drafter = make_drafter("student:embedded-aug", load_for("embedded-softmax", 8), None, 1)
+    drafter = make_drafter("student:embedded-aug", DrafterContext(load_for("embedded-softmax", 8)))
     assert isinstance(drafter, DraftModel)
     assert integer_bits(drafter.model.head) == 8

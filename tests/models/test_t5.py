@@ -19,7 +19,7 @@ from linspec.config import (
     RelativeConfig,
     Seq2SeqConfig,
 )
-from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.engine import Engine
 from linspec.errors import (
@@ -201,7 +201,7 @@ def test_a_fork_has_the_source_and_goes_on_alone() -> None:
 
 def decode(model: T5, sources: list[list[int]], nodes: int, slots: int) -> list[list[int]]:
     """Greedy outputs, drafted by prompt look-up when there are nodes for it."""
-    drafter = PromptLookup(min_ngram=1) if nodes else None
+    drafter = PromptLookup(options=LookupOptions(min_ngram=1)) if nodes else None
     engine = Engine(
         model, verifier=GreedyVerifier(), drafter=drafter, policy=Fixed(nodes), slots=slots
     )
@@ -274,10 +274,10 @@ def test_misuse_is_named(tmp_path: Path) -> None:
         model.read([[1], []], [0, 1], state)
     with pytest.raises(InputError, match="a source has no tokens"):
         model(torch.ones(1, 2).long(), torch.ones(1, 2).long(), torch.zeros(1, 2))
-    from linspec.drafters import make_drafter
+    from linspec.drafters import DrafterContext, make_drafter
 
     with pytest.raises(DrafterError, match="drafts for decoders"):
-        make_drafter(Medusa.name, model, None, 1)
+        make_drafter(Medusa.name, DrafterContext(model))
     with pytest.raises(ConfigError, match="a relative bias needs 4 or more buckets"):
         RelativeConfig(buckets=2)
 

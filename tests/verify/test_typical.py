@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from linspec.errors import ConfigError
 from linspec.sampling import Sampler, SamplingParams
 from linspec.tree import chain, from_paths
-from linspec.verify import VERIFIERS, GreedyVerifier, TypicalVerifier
+from linspec.verify import VERIFIERS, GreedyVerifier, TypicalOptions, TypicalVerifier
 
 SAMPLED = SamplingParams(temperature=1.0, seed=0)
 
@@ -124,4 +124,4 @@ def test_temperature_zero_is_the_greedy_rule(table_model, seed) -> None:
 @pytest.mark.parametrize("setting", [{"epsilon": 0.0}, {"delta": 1.0}, {"delta": float("nan")}])
 def test_thresholds_outside_their_range_are_refused(setting) -> None:
     with pytest.raises(ConfigError, match=next(iter(setting))):
-        TypicalVerifier(**setting)
+        TypicalOptions(**setting)

@@ -21,7 +21,7 @@ import torch
 
 from linspec.bench.machine import machine
 from linspec.compress.load import load_for
-from linspec.drafters import make_drafter
+from linspec.drafters import DrafterContext, make_drafter
 from linspec.engine import raise_first
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
@@ -160,7 +160,8 @@ def _modes(
 ) -> dict[str, LLM]:
     """Plain decoding, and decoding with each drafter; common: for all of them."""
     names = [name for name in dict.fromkeys(drafters) if name != "none"]
-    made = {name: make_drafter(name, model, source, 1, common["tokenizer"]) for name in names}
+    context = DrafterContext(model, common["tokenizer"], source)
+    made = {name: make_drafter(name, context) for name in names}
     modes = {PLAIN: LLM(model, **common)}
     for name, drafter in made.items():
         assert drafter is not None
@@ -236,6 +237,7 @@ def _decode(
         engine.scheduler.admit()
         engine.state.restore(row.slot, prefix.snapshot)
         if engine.drafter is not None:
+            engine.drafter.started(row)
             engine.drafter.propose([row], [Budget.of(1)])
         began = clock()
         while engine.busy:

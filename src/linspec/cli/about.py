@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from linspec.cli.console import guarded, place_on, print_facts, print_json, print_table
 from linspec.cli.options import Json, Threads
 
@@ -18,7 +21,7 @@ def info(threads: Threads = None, as_json: Json = False) -> None:
 
 @guarded()
 def list_plugins(as_json: Json = False) -> None:
-    """Every mixer, drafter, verifier and policy, with the paper it comes from."""
+    """Every mixer, drafter, verifier and policy, with its options and the paper it comes from."""
     from linspec.plugins import catalogue
 
     found = catalogue()
@@ -26,5 +29,20 @@ def list_plugins(as_json: Json = False) -> None:
         print_json(found)
         return
     for axis, entries in found.items():
-        columns = list(dict.fromkeys(key for entry in entries for key in entry))
+        options = _options(entries)
+        columns = [key for key in dict.fromkeys(k for e in entries for k in e) if key != "options"]
         print_table(axis, columns, [[e.get(key, "") for key in columns] for e in entries])
+        print_table(f"options of {axis}", ["name", "option", "default", "help"], options)
+
+
+def _options(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line for each option; those that several plug-ins share stand once."""
+    names: dict[tuple[str, str, str], list[str]] = {}
+    for entry in entries:
+        for each in entry["options"]:
+            default = each["default"] if each["default"] is not None else "must be given"
+            names.setdefault((each["name"], default, each["help"]), []).append(entry["name"])
+    return [
+        ["all" if 1 < len(who) == len(entries) else ", ".join(who), *option]
+        for option, who in names.items()
+    ]

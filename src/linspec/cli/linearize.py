@@ -108,7 +108,9 @@ LoraRank = Annotated[int | None, typer.Option(callback=whole(0), help="0 trains 
 def linearize(
     source: Model,
     out: Out,
-    mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
+    mixer: Annotated[
+        str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
+    ] = "aug",
     group: Group = 64,
     taps: Taps = None,
     window: Window = None,

@@ -20,7 +20,9 @@ Threads = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 DrafterName = Annotated[
     str,
-    typer.Option(help="none, prompt-lookup, medusa[:DIR], draft-model:DIR or student[:DIR]."),
+    typer.Option(
+        help="none, NAME or NAME:key=value,… of linspec list, such as medusa or medusa:DIR."
+    ),
 ]
 Quantize = Annotated[
     int | None, typer.Option(help="Turn the weights into 8 or 4 bits as they are loaded.")

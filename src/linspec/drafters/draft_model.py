@@ -8,16 +8,44 @@ the same at any context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 
+from linspec.compress.load import quantize_model
 from linspec.config import DecoderConfig
-from linspec.drafters.base import DRAFTERS, ChainDrafter
+from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
 from linspec.errors import DrafterError
+from linspec.kernels.linear import integer_bits
 from linspec.models.decoder import Decoder
+from linspec.models.hub import EMBEDDED, load_model
+from linspec.models.same_tokenizer import check_same_tokenizer
+from linspec.models.tokenizer import load_text_tokenizer
+from linspec.options import option
 from linspec.row import Row
 from linspec.step import Feed
 from linspec.tree import Budget, TokenTree, chain
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelOptions:
+    """Which model drafts."""
+
+    path: str | None = option(
+        "directory or name of the smaller model; it has to be given", default=None, short=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StudentOptions:
+    """Which student drafts."""
+
+    path: str | None = option(
+        "the student's directory or name; none is the embedded student, for its teacher",
+        default=None,
+        short=True,
+    )
 
 
 @DRAFTERS.register(
@@ -25,14 +53,13 @@ from linspec.tree import Budget, TokenTree, chain
     summary="a smaller model with the same tokenizer drafts a chain",
     paper="Leviathan et al. 2023, arXiv 2211.17192",
     needs="a model directory: draft-model:DIR",
+    options=DraftModelOptions,
 )
 class DraftModel(ChainDrafter):
     """Chains from a second decoder: its likeliest tokens, or samples when the request samples.
 
     At its own last position it stops drafting. Raises DrafterError when the vocabularies differ.
     """
-
-    name = "draft-model"
 
     def __init__(self, model: Decoder, target: DecoderConfig, slots: int) -> None:
         super().__init__()
@@ -46,6 +73,25 @@ class DraftModel(ChainDrafter):
         self._fed: dict[int, int] = {}
         # of each slot: its generator, and what that was when the sequence had so many tokens
         self._generators: dict[int, tuple[torch.Generator, int, torch.Tensor]] = {}
+
+    @classmethod
+    def build(cls, context: DrafterContext, options: DraftModelOptions | StudentOptions) -> Self:
+        """With a model from disk, whose tokenizer has to be the target's."""
+        target = context.decoder(cls.name)
+        folder = options.path or cls._without_path(context)
+        tokenizer = context.tokenizer
+        if tokenizer is None and context.source is not None:
+            tokenizer = load_text_tokenizer(context.source)
+        if tokenizer is not None:
+            check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
+        return cls(_ready_model(folder, target), target.config, context.slots)
+
+    @classmethod
+    def _without_path(cls, context: DrafterContext) -> str:
+        """The model that drafts where none is named."""
+        raise DrafterError(
+            f"drafter {cls.name!r} needs a model directory: --drafter {cls.name}:DIR"
+        )
 
     def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
         order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
@@ -134,9 +180,9 @@ class DraftModel(ChainDrafter):
         staged = len(self.state.staged(row.slot))
         self._commit(row.slot, path[: min(len(path), staged)])
 
-    def release(self, slot: int) -> None:
-        self._fed.pop(slot, None)
-        self._generators.pop(slot, None)
+    def finished(self, row: Row) -> None:
+        self._fed.pop(row.slot, None)
+        self._generators.pop(row.slot, None)
 
 
 @DRAFTERS.register(
@@ -144,11 +190,10 @@ class DraftModel(ChainDrafter):
     summary="the linearized student drafts for its softmax teacher, lossless for the teacher",
     paper="You et al. 2024, arXiv 2406.07368; Leviathan et al. 2023, arXiv 2211.17192",
     needs="a linearized copy of the target: student:DIR",
+    options=StudentOptions,
 )
 class Student(DraftModel):
     """A draft model whose drafting cost does not grow with the context."""
-
-    name = "student"
 
     def __init__(self, model: Decoder, target: DecoderConfig, slots: int) -> None:
         if not model.config.linear:
@@ -156,3 +201,19 @@ class Student(DraftModel):
                 "the student still has softmax layers; linearize it, or use it as 'draft-model'"
             )
         super().__init__(model, target, slots)
+
+    @classmethod
+    def _without_path(cls, context: DrafterContext) -> str:
+        if context.source is not None and context.source.name == EMBEDDED["embedded-softmax"]:
+            return "embedded-aug"
+        return super()._without_path(context)
+
+
+def _ready_model(folder: str, target: Decoder) -> Decoder:
+    """The model in `folder` in its inference form, on the target's device and in its dtype."""
+    small = load_model(folder, dtype=target.dtype, device=str(target.embed.weight.device))
+    bits = integer_bits(target.head)
+    if bits and not small.prepared:
+        # a target that was quantised at load wants a draft model that was
+        quantize_model(small, bits, {})
+    return small.prepare()

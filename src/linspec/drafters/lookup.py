@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from linspec.drafters.base import DRAFTERS, ChainDrafter
+from linspec.drafters.base import DRAFTERS, MAX_NODES, ChainDrafter, DrafterContext
+from linspec.errors import ConfigError
+from linspec.options import option
 from linspec.row import Row
+
+
+@dataclass(frozen=True, slots=True)
+class LookupOptions:
+    """What is looked for, and how much is drafted."""
+
+    max_ngram: int = option("tokens of the longest n-gram that is looked for", default=4)
+    min_ngram: int = option("tokens of the shortest", default=2)
+    tokens: int = option("most draft tokens of a round", default=MAX_NODES)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ConfigError(
+                "min_ngram must be 1 or more and at most max_ngram, got "
+                f"min_ngram={self.min_ngram} and max_ngram={self.max_ngram}"
+            )
+        if not 1 <= self.tokens <= MAX_NODES:
+            raise ConfigError(f"tokens must be in 1..{MAX_NODES}, got {self.tokens}")
 
 
 @DRAFTERS.register(
@@ -13,6 +34,7 @@ from linspec.row import Row
     summary="copies what followed the same n-gram earlier in the prompt and output",
     paper="Saxena 2023, prompt lookup decoding",
     needs="nothing",
+    options=LookupOptions,
 )
 class PromptLookup(ChainDrafter):
     """Drafts the continuation of the latest earlier match of the longest suffix n-gram.
@@ -21,11 +43,13 @@ class PromptLookup(ChainDrafter):
     at any context.
     """
 
-    name = "prompt-lookup"
-
-    def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
-        super().__init__()
-        self.max_ngram, self.min_ngram = max_ngram, min_ngram
+    def __init__(
+        self, context: DrafterContext | None = None, options: LookupOptions | None = None
+    ) -> None:
+        super().__init__(context, options)
+        options = options or LookupOptions()
+        self.max_ngram, self.min_ngram = options.max_ngram, options.min_ngram
+        self.max_nodes = options.tokens
         self._ends: dict[int, dict[tuple[int, ...], int]] = {}
         self._indexed: dict[int, int] = {}
         self._seen: dict[int, list[int]] = {}
@@ -56,7 +80,6 @@ class PromptLookup(ChainDrafter):
         self._indexed[row.slot] = max(done, len(seen))
         return ends
 
-    def release(self, slot: int) -> None:
-        self._ends.pop(slot, None)
-        self._indexed.pop(slot, None)
-        self._seen.pop(slot, None)
+    def finished(self, row: Row) -> None:
+        for kept in (self._ends, self._indexed, self._seen):
+            kept.pop(row.slot, None)

@@ -7,13 +7,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
+from pathlib import Path
+from typing import Self
 
-from linspec.drafters.base import DRAFTERS, Drafter
-from linspec.drafters.heads import Heads
+from torch import nn
+
+from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
+from linspec.drafters.heads import Heads, MedusaHeads
+from linspec.drafters.packed import PackedHeads
+from linspec.drafters.saved import load_heads
 from linspec.errors import DrafterError
+from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
+from linspec.models.decoder import Decoder
+from linspec.options import option
 from linspec.row import Row
-from linspec.row_state import STAGE_ROWS
 from linspec.tree import Budget, TokenTree, best_first, root_only
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaOptions:
+    """Where the heads are."""
+
+    path: Path | None = option(
+        "directory of the heads; none is 'medusa' in the model's directory",
+        default=None,
+        short=True,
+    )
 
 
 @DRAFTERS.register(
@@ -21,6 +41,7 @@ from linspec.tree import Budget, TokenTree, best_first, root_only
     summary="extra heads guess the next tokens; a tree calibrated on data is verified",
     paper="Cai et al. 2024, arXiv 2401.10774",
     needs="trained heads: linspec train-drafter",
+    options=MedusaOptions,
 )
 class Medusa(Drafter):
     """Trees of the heads' likeliest tokens, shaped by their accuracies on held-out data.
@@ -28,8 +49,6 @@ class Medusa(Drafter):
     Head k guesses the token k places behind the root. The tree of n nodes holds the n rank paths that
     are likeliest to be right, so smaller budgets are prefixes of larger ones of the same depth.
     """
-
-    name = "medusa"
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -40,6 +59,19 @@ class Medusa(Drafter):
                 "these heads were never calibrated, so no tree can be made of them; train them with "
                 "linspec train-drafter"
             )
+
+    @classmethod
+    def build(cls, context: DrafterContext, options: MedusaOptions) -> Self:
+        """With heads from disk."""
+        target = context.decoder(cls.name)
+        beside = context.source / "medusa" if context.source else None
+        folder = options.path or beside
+        if folder is None or not folder.exists():
+            raise DrafterError(
+                f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL`, or name "
+                "their directory: medusa:DIR"
+            )
+        return cls(ready_heads(folder, target))
 
     def _within(self, depth: int) -> _Ranked:
         """The rank paths of at most `depth`: near the end of its room a tree is wide, not small."""
@@ -103,10 +135,26 @@ class _Ranked:
 
 
 def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
-    paths = best_first(accuracies, STAGE_ROWS - 1)
+    paths = best_first(accuracies, MAX_NODES)
     index = {path: node for node, path in enumerate(paths, 1)}
     index[()] = 0
     gains = (prod(accuracies[depth][rank] for depth, rank in enumerate(path)) for path in paths)
     return _Ranked(
         paths, (-1, *(index[path[:-1]] for path in paths)), list(accumulate(gains, initial=0.0))
     )
+
+
+def ready_heads(folder: Path, target: Decoder) -> Heads:
+    """The heads in `folder` in the form that suits `target`, which may be prepared later."""
+    heads = load_heads(folder, target)
+    if isinstance(heads, MedusaHeads) and _runs_natively(target.head):
+        heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
+    heads.follow(target)
+    return heads
+
+
+def _runs_natively(head: nn.Module) -> bool:
+    """Whether an output layer is one of linspec's own, or becomes one when it is prepared."""
+    if isinstance(head, nn.Linear):
+        return pick_kernel(head.weight).own
+    return isinstance(head, NativeLinear)

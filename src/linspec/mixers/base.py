@@ -29,6 +29,7 @@ from linspec.kernels.linear import Fuse
 from linspec.kv import rounded
 from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve, convolve_both, tap_distances
+from linspec.mixers.options import MixerOptions
 from linspec.registry import Registry
 from linspec.relative import RelativeBias
 from linspec.rope import rotate
@@ -392,4 +393,4 @@ class Mixer(nn.Module):
         return out
 
 
-MIXERS: Registry[type[Mixer]] = Registry("mixer")
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=MixerOptions)

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from linspec.errors import ConfigError, WrongType
-from linspec.messages import did_you_mean, shown
+from linspec.errors import WrongType
+from linspec.messages import shown
 from linspec.models.backbone import Generator
-from linspec.policy.auto import Auto
-from linspec.policy.base import POLICIES, Policy
-from linspec.policy.costs import load_or_measure
-from linspec.policy.fixed import Fixed
+from linspec.policy import auto, fixed
+from linspec.policy.base import POLICIES, Policy, PolicyContext
 
 # more draft nodes than any tree has; longer numbers Python itself refuses to read
 _DIGITS = 9
 
-__all__ = ["POLICIES", "Policy", "make_policy"]
+__all__ = ["POLICIES", "Policy", "PolicyContext", "auto", "check_policy", "fixed", "make_policy"]
 
 
 def make_policy(policy: str | int | Policy, model: Generator) -> Policy:
-    """'auto', a fixed number of draft nodes, or a policy as it is."""
+    """The policy that NAME or NAME:key=value,… stands for; a number is a fixed one of so many nodes."""
+    return (
+        policy
+        if isinstance(policy, Policy)
+        else POLICIES.build(_spec(policy), PolicyContext(model))
+    )
+
+
+def check_policy(policy: str | int | Policy) -> None:
+    """Raise what `make_policy` would raise about the spec, without measuring a model for it."""
+    if not isinstance(policy, Policy):
+        POLICIES.read(_spec(policy))
+
+
+def _spec(policy: object) -> str:
+    """A name with its options for whatever was written."""
     if isinstance(policy, int):
-        return Fixed(policy)
-    if isinstance(policy, Policy):
-        return policy
+        return f"fixed:nodes={shown(policy)}"
     if not isinstance(policy, str):
         raise WrongType(
             f"a policy is 'auto', a number of draft nodes or a Policy, got {shown(repr(policy))}"
         )
-    if policy == "auto":
-        return Auto(load_or_measure(model))
-    if policy.isascii() and policy.isdecimal() and len(policy) <= _DIGITS:
-        return Fixed(int(policy))
-    raise ConfigError(
-        f"unknown policy {shown(repr(policy))}; use 'auto' or a number of draft nodes below 10^{_DIGITS}"
-        f"{did_you_mean(policy, ('auto',))}"
-    )
+    number = policy.isascii() and policy.isdecimal() and len(policy) <= _DIGITS
+    return f"fixed:nodes={policy}" if number else policy

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from linspec.drafters.base import Drafter
 from linspec.policy.acceptance import AcceptanceModel
-from linspec.policy.base import POLICIES, Policy, RoundTimes
+from linspec.policy.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policy.cost_model import CostModel
-from linspec.policy.costs import CostCurve
+from linspec.policy.costs import CostCurve, load_or_measure
 from linspec.policy.exploration import Exploration
 from linspec.policy.planner import choose, next_size, sizes_up_to
 from linspec.row import Row
@@ -55,7 +56,10 @@ class _Plan:
 class Auto(Policy):
     """Budgets that maximise predicted goodput of the whole batch."""
 
-    name = "auto"
+    @classmethod
+    def build(cls, context: PolicyContext) -> Self:
+        """By the costs of the target on this machine, measured if they are not known."""
+        return cls(load_or_measure(context.target))
 
     def __init__(self, costs: CostCurve) -> None:
         self.costs = CostModel(costs)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from linspec.drafters.base import Drafter
+from linspec.models.backbone import Generator
 from linspec.registry import Registry
 from linspec.row import Row
 from linspec.tree import Budget, TokenTree
@@ -28,10 +29,20 @@ class RoundTimes:
     rest: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy is made for: the model that verifies."""
+
+    target: Generator
+
+
 class Policy(ABC):
-    """Budgets of drafts, one per row and round."""
+    """Budgets of drafts, one per row and round; made like a drafter (see there)."""
 
     name: ClassVar[str]
+
+    def __init__(self, context: PolicyContext | None = None, options: Any = None) -> None:
+        """Keep nothing; a policy keeps what it needs of them."""
 
     @abstractmethod
     def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
@@ -54,4 +65,6 @@ class Policy(ABC):
         """The request in `slot` has ended."""
 
 
-POLICIES: Registry[type[Policy]] = Registry("policy")
+POLICIES: Registry[Policy] = Registry(
+    "policy", "linspec.policies", beside=("a number of draft nodes",)
+)

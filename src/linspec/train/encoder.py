@@ -192,7 +192,9 @@ def _batch(texts: Texts, rows: int, offset: int, step: int) -> torch.Tensor:
 def main(
     source: Annotated[Path, typer.Argument(help="Directory of the encoder.")],
     out: Annotated[Path, typer.Option(help="Model directory to write.")],
-    mixer: Annotated[str, typer.Option(help="A mixer that linspec list shows.")] = "aug",
+    mixer: Annotated[
+        str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
+    ] = "aug",
     group: Annotated[int, typer.Option(help="Tokens per group.")] = 32,
     span: Annotated[int | None, typer.Option(help="Groups to each side, its own included.")] = None,
     kernel: Annotated[str | None, typer.Option(help="'own' or 'softmax'.")] = None,

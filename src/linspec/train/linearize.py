@@ -48,6 +48,7 @@ from linspec.train.student import (
     changed_layers,
     check_mixers,
     check_taps,
+    leaves_span,
     make_mixer,
     spread,
     student_mixers,
@@ -83,12 +84,12 @@ def linearize(
 ) -> Path:
     """Train `source` with other mixers into the model directory `out`; returns it.
 
-    mixer: a registered name, sized by `group`, `span`, `kernel`, `taps`, `window`, `features`, `keep`
-    and `mixer_seed` (see `make_mixer` for what None and 0 mean), or a MixerConfig. span: may give one
-    for each layer. rows: with kernel softmax and no span given, tokens that a layer sees exactly in
-    the mean; measured on the teacher, layers that need to see far get more of them (see
-    `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers: how many more
-    do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
+    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group`, `span`, `kernel`,
+    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig.
+    span: may give one for each layer. rows: with kernel softmax and no span given, tokens that a
+    layer sees exactly in the mean; measured on the teacher, layers that need to see far get more of
+    them (see `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers:
+    how many more do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
     `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
     on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
     with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
@@ -119,7 +120,7 @@ def linearize(
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
         mixers = spread(mixers, span, keep_softmax)
-    free = span is None and not isinstance(mixer, MixerConfig) and wanted.kernel == "softmax"
+    free = span is None and leaves_span(mixer) and wanted.kernel == "softmax"
     task = _Task(teacher, mixers, rows if free else None, softmax_layers, data, field)
     config = task.checked(config or LinearizeConfig())
     plan = task.to_json(source, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,8 +41,9 @@ def make_mixer(
     keep: int = 0,
     seed: int = 0,
 ) -> MixerConfig:
-    """The configuration of a mixer by name; raises ConfigError for an unknown one.
+    """The configuration of NAME, NAME:KERNEL or NAME:key=value,…; raises ConfigError for an unknown one.
 
+    What the name gives goes before the arguments.
     Mixers that see a few groups exactly keep the teacher's softmax weights there, over two groups:
     with one, a token at the start of a group would see nothing of its past exactly. features, keep,
     seed: see MixerConfig; 0 for the mixer's default.
@@ -50,13 +51,17 @@ def make_mixer(
     if isinstance(mixer, MixerConfig):
         MIXERS.entry(mixer.name)
         return mixer
-    MIXERS.entry(mixer)
+    entry, options = MIXERS.read(mixer)
+    if chosen := options.given():
+        sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
+        sizes |= {"window": window, "features": features, "keep": keep, "seed": seed}
+        return make_mixer(entry.name, **sizes | chosen)
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
         window = DEFAULT_WINDOW if mixer == "window" else 0
     return MixerConfig(
-        name=mixer,
+        name=entry.name,
         group=group,
         span=span if span is not None else 2 if mixer in SEE_EXACTLY else 1,
         kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
@@ -66,6 +71,11 @@ def make_mixer(
         keep=keep,
         seed=seed,
     )
+
+
+def leaves_span(mixer: str | MixerConfig) -> bool:
+    """Whether this mixer says nothing about its span."""
+    return not isinstance(mixer, MixerConfig) and MIXERS.read(mixer)[1].span is None
 
 
 def student_mixers(

@@ -70,7 +70,7 @@ class Verifier(Protocol):
         ...
 
 
-VERIFIERS: Registry[type[Verifier]] = Registry("verifier")
+VERIFIERS: Registry[Verifier] = Registry("verifier", "linspec.verifiers")
 
 
 def may_cut(verifier: Verifier, tree: TokenTree) -> bool:

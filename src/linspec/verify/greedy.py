@@ -21,7 +21,7 @@ from linspec.verify.base import VERIFIERS, Accepted, Rule, walk
 class GreedyVerifier:
     """Exact for requests at temperature 0; raises ConfigError for any other."""
 
-    name: ClassVar[str] = "greedy"
+    name: ClassVar[str]
     lossless: ClassVar[bool] = True
     divides: ClassVar[bool] = False
 

@@ -35,7 +35,7 @@ class LosslessVerifier:
     the order drawn. A drafter that drops a draw because of its token makes the output inexact.
     """
 
-    name: ClassVar[str] = "lossless"
+    name: ClassVar[str]
     lossless: ClassVar[bool] = True
     divides: ClassVar[bool] = True
 

@@ -13,10 +13,24 @@ import torch
 from torch import Tensor
 
 from linspec.errors import ConfigError
+from linspec.options import option
 from linspec.sampling import Sampler
 from linspec.tree import TokenTree
 from linspec.verify.base import VERIFIERS, Accepted, check_logits, conclude, path_tokens
 from linspec.verify.greedy import GreedyVerifier
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalOptions:
+    """When a draft token is plausible."""
+
+    epsilon: float = option("probability that is always enough, in 0..1", default=0.09)
+    delta: float = option("share of exp(-entropy) that is enough, in 0..1", default=0.3)
+
+    def __post_init__(self) -> None:
+        for name, value in (("epsilon", self.epsilon), ("delta", self.delta)):
+            if not 0 < value < 1:
+                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
 
 
 @VERIFIERS.register(
@@ -24,25 +38,20 @@ from linspec.verify.greedy import GreedyVerifier
     summary="keep draft tokens above an entropy-dependent threshold; changes the distribution",
     paper="Medusa, Cai et al. 2024, arXiv 2401.10774",
     lossless="no",
+    options=TypicalOptions,
 )
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TypicalVerifier:
     """Keeps token x iff p(x) > min(epsilon, delta * exp(-H(p))), with the entropy H in nats.
 
     At temperature 0 p is a point mass, for which this is the greedy rule.
     """
 
-    name: ClassVar[str] = "typical"
+    name: ClassVar[str]
     lossless: ClassVar[bool] = False
     divides: ClassVar[bool] = False
 
-    epsilon: float = 0.09
-    delta: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name, value in (("epsilon", self.epsilon), ("delta", self.delta)):
-            if not 0 < value < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, got {value}")
+    def __init__(self, options: TypicalOptions | None = None) -> None:
+        self.options = options or TypicalOptions()
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Take the deepest plausible path, the likeliest of several, and draw the bonus token."""
@@ -73,4 +82,4 @@ class TypicalVerifier:
     def threshold(self, p: Tensor) -> float:
         """The probability that a draft token must exceed under `p` [V]."""
         entropy = float(torch.special.entr(p).sum())
-        return min(self.epsilon, self.delta * math.exp(-entropy))
+        return min(self.options.epsilon, self.options.delta * math.exp(-entropy))

@@ -1,0 +1,61 @@
+"""Guests: plug-ins outside the tree, one file and one registration line each, that run everywhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from checkpoints import model_dir
+from typer.testing import CliRunner
+
+import linspec
+from guests import suffix_drafter
+from guests.proof import check_lossless
+from linspec import DRAFTERS, LLM, LinspecError, SamplingParams
+from linspec.cli import app
+
+GUESTS = [suffix_drafter]
+
+
+@pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: guest.__name__)
+def test_a_guest_imports_public_names_only(guest: object) -> None:
+    tree = ast.parse(Path(str(guest.__file__)).read_text())  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("linspec"):
+            assert node.module == "linspec"
+            assert {name.name for name in node.names} <= set(linspec.__all__)
+
+
+def test_the_suffix_drafter_is_lossless_and_remembers() -> None:
+    check_lossless("guest-suffix:max_length=3")
+
+
+def test_the_command_line_takes_a_guest_with_its_options() -> None:
+    command = ["generate", str(model_dir("aug")), "--prompt", "abcd end abcd", "--json"]
+    command += ["--max-tokens", "12", "--policy", "4"]
+    plain = json.loads(CliRunner().invoke(app, command).stdout)
+    done = CliRunner().invoke(app, [*command, "--drafter", "guest-suffix:max_length=2,memory=50"])
+    assert json.loads(done.stdout)["token_ids"] == plain["token_ids"]
+    refused = CliRunner().invoke(app, [*command, "--drafter", "guest-suffix:memory=0"])
+    assert refused.exit_code == 1
+    assert "drafter 'guest-suffix': max_length and memory must be 1 or more" in refused.stderr
+
+
+def test_a_guest_forgets_what_it_may_not_keep() -> None:
+    llm = LLM(model_dir("aug"), drafter="guest-suffix:memory=20", policy=4)
+    drafter = llm.engine.drafter
+    assert isinstance(drafter, suffix_drafter.SuffixDrafter)
+    llm.generate(["abcd end", "the end"], SamplingParams(max_tokens=8))
+    assert drafter.known == {} and 0 < len(drafter.followers) <= 20
+    # a client that leaves early
+    next(llm.stream("abcd", SamplingParams(max_tokens=8)))
+    assert drafter.known == {}
+
+
+def test_a_guest_is_listed() -> None:
+    (entry,) = [entry for entry in DRAFTERS if entry.name == "guest-suffix"]
+    assert [setting.name for setting in entry.settings] == ["max_length", "memory"]
+    with pytest.raises(LinspecError, match="did you mean 'guest-suffix'"):
+        DRAFTERS.read("guest-sufix")
