@@ -54,6 +54,7 @@ from linspec.train.student import (
     student_mixers,
     with_mixers,
 )
+from linspec.train.sums import keep_useful_sums
 from linspec.train.transfer import Transfer
 
 RECORD = "linearize.json"
@@ -95,6 +96,9 @@ def linearize(
     with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
     before if `overwrite` says that it may be replaced (see `Place`).
 
+    Sums over closed groups stay only where they lower the loss of texts of four times the context, with
+    the kernel softmax (see `keep_useful_sums`).
+
     An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
     learns to predict the second half of a window of `context` tokens from the first.
 
@@ -134,7 +138,9 @@ def linearize(
             stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
-                files = record_files(plan, logs, sum(p.numel() for p in student.parameters()))
+                sums = keep_useful_sums(stages.student, windows)
+                size = sum(p.numel() for p in student.parameters())
+                files = record_files(plan, logs, size, sums=sums.to_json() if sums else None)
                 kind = dtype or stored_dtype(source)
                 save_model(stages.student, tokenizer, place, kind, extra_files=files)
     return place.path
@@ -290,15 +296,16 @@ def _windows(
 
 
 def record_files(
-    plan: dict[str, Any], logs: dict[str, list[dict[str, float]]], size: int
+    plan: dict[str, Any], logs: dict[str, list[dict[str, float]]], size: int, **facts: Any
 ) -> dict[str, str]:
-    """The files that say what was done: linearize.json and log.jsonl."""
+    """The files that say what was done: linearize.json, with further facts, and log.jsonl."""
     done = {
         "plan": plan,
         "parameters": size,
         "tokens": {stage: log[-1]["tokens"] for stage, log in logs.items()},
         "seconds": {stage: log[-1]["seconds"] for stage, log in logs.items()},
         "losses": {stage: round(mean_loss(log), 5) for stage, log in logs.items()},
+        **facts,
     }
     lines: list[dict[str, float | str]] = [
         {"stage": stage, **entry} for stage, log in logs.items() for entry in log

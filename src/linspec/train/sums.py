@@ -1,0 +1,68 @@
+"""Whether a student's sums over closed groups earn their place: measured beyond the trained length.
+
+A sum without a denominator grows with the text, so an α that helps within the training context can harm
+behind it. A student reads texts of any length: what its sums do there decides whether they stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from linspec.train.data import Windows
+from linspec.train.finetune import finetune_loss
+from linspec.train.objective import Predictor, blocks_of
+
+# texts of so many times the training context ...
+BEYOND = 4
+# ... so many of them
+TEXTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SumsReport:
+    """Nats per token of long texts with the sums and without them, and whether they stayed."""
+
+    context: int
+    with_sums: float
+    without: float
+    kept: bool
+
+    def to_json(self) -> dict[str, float | bool]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def alphas(model: Predictor) -> list[nn.Parameter]:
+    """The share of the sums in every layer that has a learned one beside the teacher's exact weights.
+
+    Other kernels have learned to lean on their sums: there they are part of the method.
+    """
+    mixers = (block.mixer for block in blocks_of(model))
+    found = (getattr(m, "alpha", None) for m in mixers if m.mixer.kernel == "softmax")
+    return [alpha for alpha in found if isinstance(alpha, nn.Parameter)]
+
+
+@torch.no_grad()
+def keep_useful_sums(student: Predictor, windows: Windows) -> SumsReport | None:
+    """Set α to 0 in all layers of `student` unless the sums lower the loss of long training texts.
+
+    None for a student that has no α, or none that is not 0.
+    """
+    learned = alphas(student)
+    if not any(bool(alpha) for alpha in learned):
+        return None
+    context = BEYOND * windows.context
+    batch = windows.batch(0, TEXTS, context).to(learned[0].device)
+    before = [alpha.clone() for alpha in learned]
+    with_sums = float(finetune_loss(student, batch))
+    for alpha in learned:
+        alpha.zero_()
+    without = float(finetune_loss(student, batch))
+    kept = with_sums < without
+    if kept:
+        for alpha, value in zip(learned, before, strict=True):
+            alpha.copy_(value)
+    return SumsReport(context, with_sums, without, kept)
