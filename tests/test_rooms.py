@@ -15,7 +15,7 @@ FLOORS = (
     "errors messages border ram registry files places progress announce tree layout config flash_config"
     " rope relative step kv row_state state kernels",
     "mixers",
-    "models",
+    "models checkpoints",
     "sampling prompts row drafters verify policy compress",
     "isolation scheduler engine text llm plugins",
     "train evaluate bench report",
