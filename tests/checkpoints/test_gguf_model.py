@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import IDS, byte_words, tiny, write
+from gguf_files import IDS, byte_words, hf_config, tiny, write
 from gguf_files import _keys as keys_of
-from gguf_files import hf_config
 from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams

@@ -1,4 +1,4 @@
-"""Files that are damaged, cut or hostile: a named error at once, never a traceback, a loop or a large array."""
+"""Damaged, cut and hostile files: a named error at once, never a traceback, a loop or a large array."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf_files import byte_words, packed, string, tiny, write, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,24 +48,21 @@ def header_bytes() -> int:
 
 
 def survives(content: bytes) -> bool:
-    """Whether the file is read; False for a named error. Anything else fails the test."""
-    import torch
-
+    """Whether the file is read; False for an error that names it. Anything else fails the test."""
     path = folder() / "damaged.gguf"
     path.write_bytes(content)
     gguf_reader._read.cache_clear()
-    began = time.process_time()
+    began, error = time.process_time(), None
     try:
         file = read_gguf(path)
         read_config(file)
         read_tokenizer(file)
         load_gguf(path, torch.float32)
-    except CheckpointError as error:
-        assert str(path) in str(error) or "GiB" in str(error)
-        return False
-    finally:
-        assert time.process_time() - began < SECONDS
-    return True
+    except CheckpointError as found:
+        error = str(found)
+    assert time.process_time() - began < SECONDS
+    assert error is None or str(path) in error
+    return error is None
 
 
 def damaged(rng: random.Random) -> bytes:
@@ -104,7 +102,7 @@ def test_thousands_of_damaged_headers_give_a_model_or_a_named_error(seed: int) -
 
 def test_a_file_cut_anywhere_is_named() -> None:
     step = 97
-    for end in [*range(0, 200), *range(200, header_bytes(), step), len(sound()) - 33]:
+    for end in [*range(200), *range(200, header_bytes(), step), len(sound()) - 33]:
         assert not survives(sound()[:end])
 
 
