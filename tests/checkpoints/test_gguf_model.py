@@ -162,6 +162,8 @@ def test_a_file_says_that_it_is_dequantised(
         ({"llama.block_count": 2**31}, "claims 2147483648 layers"),
         ({"llama.embedding_length": 128}, "shape"),
         ({"llama.attention.head_count": 0}, "0 attention heads"),
+        ({"llama.attention.key_length": 0}, "heads of 0 features"),
+        ({"llama.attention.head_count": 2**20}, "heads of 0 features"),
         ({"llama.attention.head_count": 7}, "cannot share"),
         ({"llama.attention.head_count_kv": 3}, "cannot share"),
         ({"llama.attention.head_count": "8"}, "must be a whole number"),

@@ -67,6 +67,11 @@ def _shape(keys: Keys) -> dict[str, Any]:
     if not heads:
         raise CheckpointError(f"{file.path} claims 0 attention heads; there must be 1 or more")
     head_width = keys.whole("arch.attention.key_length", width // heads)
+    if not head_width:
+        raise CheckpointError(
+            f"{file.path} claims heads of 0 features ({heads} heads in a width of {width}); there must "
+            "be 1 or more"
+        )
     if keys.whole("arch.attention.value_length", head_width) != head_width:
         raise UnsupportedModel(
             f"{file.path}: keys and values of different widths are not supported"
