@@ -15,7 +15,7 @@ FLOORS = (
     "errors messages border ram options registry files places progress announce tree layout config"
     " flash_config rope relative step kv row_state state kernels",
     "mixers",
-    "models",
+    "models checkpoints",
     "sampling prompts row drafters verify policy compress",
     "isolation proposals scheduler prompt_logprobs engine text encoding results llm plugins",
     "train evaluate bench report",

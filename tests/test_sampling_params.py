@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.engine import Engine, raise_first
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
@@ -106,7 +106,7 @@ def heads() -> Medusa:
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "lookup": lambda: PromptLookup(min_ngram=1),
+    "lookup": lambda: PromptLookup(options=LookupOptions(min_ngram=1)),
     "medusa": heads,
     # the model itself: most of its drafts come true
     "draft-model": lambda: DraftModel(model(), model().config, SLOTS),

@@ -118,7 +118,7 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "local", "group": 0}, "group size must be 1 or more, got 0"),
+        ({"name": "local", "group": 0}, "group must be 1 or more, got 0"),
         ({"name": "local", "taps": -1}, "taps must be 0 or more, got -1"),
         ({"name": "window"}, "needs a window of 1 or more tokens, got 0"),
         ({"name": "performer", "features": -1}, "features must be 0 or more, got -1"),

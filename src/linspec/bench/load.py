@@ -74,8 +74,9 @@ def bench_load(
     if tokens < 1 or repeats < 1:
         raise ConfigError(f"tokens and repeats must be 1 or more, got {tokens} and {repeats}")
     folder = resolve(model)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    size = sum(path.stat().st_size for path in files if path.suffix == ".safetensors") / 1e6
+    files = [folder] if folder.is_file() else sorted(filter(Path.is_file, folder.iterdir()))
+    weights = [path for path in files if path == folder or path.suffix == ".safetensors"]
+    size = sum(path.stat().st_size for path in weights) / 1e6
     text = load_text_tokenizer(folder).decode(range(10, 10 + _PROMPT_TOKENS))
     command = [*(sys.executable, "-m", "linspec", "generate", str(folder), "--prompt", text)]
     command += ["--max-tokens", str(tokens), "--ignore-eos"]

@@ -15,6 +15,7 @@ from linspec.cli import (
     demo,
     evaluate,
     generate,
+    get,
     linearize,
     train,
 )
@@ -43,6 +44,7 @@ for _verb, _name, _example in (
     (evaluate.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.bench, "bench", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
     (bench.bench_load, "bench-load", "small"),
+    (get.get, "get", "smollm2"),
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
 ):

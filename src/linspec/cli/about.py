@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from linspec.cli.console import guarded, place_on, print_facts, print_json, print_table
 from linspec.cli.options import Json, Threads
 
 
 @guarded()
-def info(threads: Threads = None, as_json: Json = False) -> None:
-    """Versions, devices and the kernels that will be used, with the reason."""
-    from linspec.bench.machine import info as library
-
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="A model, to say what it is instead.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices and the kernels that will be used, with the reason; or what MODEL is."""
     place_on("cpu", threads)
-    facts = library()
+    if model is None:
+        from linspec.bench.machine import info as library
+
+        facts = library()
+    else:
+        from linspec.models.description import describe
+
+        facts = describe(model)
     print_json(facts) if as_json else print_facts(facts)
 
 

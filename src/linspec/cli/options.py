@@ -9,7 +9,9 @@ import typer
 
 from linspec.cli.checks import cache_dtype, named, real, sources, whole
 
-Model = Annotated[str, typer.Argument(help="A directory, embedded-softmax or embedded-aug.")]
+Model = Annotated[
+    str, typer.Argument(help="A directory, a GGUF file, embedded-softmax, embedded-aug or smollm2.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Threads = Annotated[
     int | None,

@@ -60,7 +60,7 @@ def verify_files(source: str | Path) -> FilesReport:
     sums = check_files(folder)
     model = load_any(folder)
     tensors = _all_finite(model, folder)
-    if any((folder / name).exists() for name in TOKENIZER_FILES):
+    if folder.is_file() or any((folder / name).exists() for name in TOKENIZER_FILES):
         check_tokenizer(load_tokenizer(folder), model.config)
     drafters = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):

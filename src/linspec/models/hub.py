@@ -1,4 +1,4 @@
-"""Model directories: ordinary Hugging Face ones and linspec's own, loaded and saved.
+"""Models on disk: ordinary Hugging Face directories, linspec's own and GGUF files, loaded and saved.
 
     model = load_model("path/to/llama")
     tokenizer = load_tokenizer("path/to/llama")
@@ -22,6 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linspec.border import read_json
+from linspec.checkpoints.gguf_config import read_config
+from linspec.checkpoints.gguf_model import load_gguf
+from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
+from linspec.checkpoints.gguf_tokenizer import load_gguf_tokenizer
+from linspec.checkpoints.packages import PACKAGES
 from linspec.config import DecoderConfig, Seq2SeqConfig
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.files import restored
@@ -59,7 +64,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def resolve(source: str | Path) -> Path:
-    """The directory of `source`: a path, or the name of a model that ships with linspec."""
+    """The directory or GGUF file of `source`: a path, or the name of a model that linspec knows."""
     if isinstance(source, str) and source in EMBEDDED:
         folder = Path(str(importlib.resources.files("linspec") / "embedded" / EMBEDDED[source]))
         if not folder.is_dir():
@@ -68,23 +73,30 @@ def resolve(source: str | Path) -> Path:
                 "again, or give the path of a model directory"
             )
         return folder
+    if isinstance(source, str) and source in PACKAGES:
+        return PACKAGES[source].found()
     folder = restored(Path(source))
-    if not folder.is_dir():
+    if not folder.is_dir() and not is_gguf(folder):
+        names = (*EMBEDDED, *PACKAGES)
         raise CheckpointError(
-            f"{shown(str(source))} is not a directory; give the path of a model directory or one of "
-            f"{', '.join(EMBEDDED)}. linspec downloads nothing by itself"
-            f"{did_you_mean(source, EMBEDDED)}"
+            f"{shown(str(source))} is not a directory; give the path of a model directory, of a GGUF "
+            f"file, or one of {', '.join(names)}. linspec downloads nothing by itself"
+            f"{did_you_mean(source, names)}"
         )
     return folder
 
 
 def load_config(source: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory, without its weights."""
-    folder = resolve(source)
-    config = _read_config(folder)[0]
+    config = load_any_config(source)
     if not isinstance(config, DecoderConfig):
-        raise _wrong_kind(folder, config, KINDS["decoder"])
+        raise _wrong_kind(resolve(source), config, KINDS["decoder"])
     return config
+
+
+def load_any_config(source: str | Path) -> ModelConfig:
+    """The configuration of whatever model is in `source`, without its weights."""
+    return _read_config(resolve(source))[0]
 
 
 def load_model(
@@ -97,8 +109,8 @@ def load_model(
     """
     folder = resolve(source)
     config, family = _read_config(folder)
-    quantization = read_json(folder / "config.json").get(ENTRY)
-    if family is None and quantization is not None and isinstance(config, DecoderConfig):
+    quantization = read_json(folder / "config.json").get(ENTRY) if family is None else None
+    if quantization is not None and isinstance(config, DecoderConfig):
         return _load_quantized(folder, config, quantization, dtype, device)
     return _load(folder, Decoder, dtype).to(device)
 
@@ -159,6 +171,10 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
     kind = kind_of(config)
     if not issubclass(kind.model, wanted):
         raise _wrong_kind(folder, config, next(k for k in KINDS.values() if k.model is wanted))
+    if is_gguf(folder):
+        loaded = load_gguf(folder, dtype)
+        assert isinstance(loaded, wanted)
+        return loaded
     files = weight_files(folder)
     shapes = read_shapes(files)
     if family is not None:
@@ -222,6 +238,8 @@ def _load_quantized(
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `source`; raises CheckpointError if it has none that can be read."""
     folder = resolve(source)
+    if is_gguf(folder):
+        return load_gguf_tokenizer(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"no tokenizer in {folder}: none of {', '.join(TOKENIZER_FILES)} is there. "
@@ -321,6 +339,9 @@ def save_model(
 
 def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
     """The configuration and the family of the format on disk, None for linspec's own."""
+    if is_gguf(folder):
+        config = read_config(read_gguf(folder))
+        return config, families.FAMILIES[config.family]
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"no config.json in {folder}: not a model directory, or one whose saving was cut off"

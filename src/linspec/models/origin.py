@@ -35,7 +35,12 @@ def remember_origin(model: nn.Module, folder: Path, files: list[Path], loaded: t
     """Note where `model` comes from."""
     path = folder / GENERATION
     generation = read_json(path) if path.exists() else {}
-    model.__dict__[_FIELD] = Origin(read_dtype(files), loaded, generation)
+    set_origin(model, Origin(read_dtype(files), loaded, generation))
+
+
+def set_origin(model: nn.Module, origin: Origin) -> None:
+    """Note where `model` comes from, where that is no directory."""
+    model.__dict__[_FIELD] = origin
 
 
 def origin_of(model: nn.Module) -> Origin:
@@ -46,4 +51,4 @@ def origin_of(model: nn.Module) -> Origin:
 
 def share_origin(source: nn.Module, target: nn.Module) -> None:
     """`target` is saved like `source`."""
-    target.__dict__[_FIELD] = origin_of(source)
+    set_origin(target, origin_of(source))

@@ -17,6 +17,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
+from linspec.checkpoints.gguf_tokenizer import end_token, read_tokenizer
 from linspec.models.hub import load_tokenizer, resolve
 
 FILE = "tokenizer.json"
@@ -91,6 +93,9 @@ def load_text_tokenizer(source: str | Path) -> Any:
 
 def plain_tokenizer(folder: Path) -> PlainTokenizer | None:
     """The tokenizer in `folder`, or None where tokenizer.json does not say all of it or cannot be read."""
+    if is_gguf(folder):
+        file = read_gguf(folder)
+        return PlainTokenizer(folder, read_tokenizer(file), end_token(file))
     if not (folder / FILE).exists() or any((folder / name).exists() for name in OLDER):
         return None
     try:

@@ -158,6 +158,8 @@ def _place(
     if out is None:
         if str(model) in EMBEDDED:
             raise ConfigError(f"{model} ships with linspec and cannot be written to; give --out")
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file, and heads need a directory; give --out")
         out = folder / kind
     elif Path(out).resolve() == folder.resolve():
         raise ConfigError(

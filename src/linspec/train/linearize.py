@@ -21,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from linspec.border import read_json
+from linspec.checkpoints.gguf_model import stored_dtype as gguf_dtype
+from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
 from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig, check_size
 from linspec.errors import CheckpointError, ConfigError
 from linspec.messages import shown
@@ -256,7 +258,9 @@ def continue_training(
 
 
 def stored_dtype(source: str | Path) -> torch.dtype:
-    """The dtype of a model directory's weights as its config.json gives it, else float32."""
+    """The dtype of a model's weights as its config.json or GGUF file gives it, else float32."""
+    if is_gguf(resolve(source)):
+        return gguf_dtype(read_gguf(resolve(source)))
     data = read_json(resolve(source) / "config.json")
     name = data.get("dtype") or data.get("torch_dtype") or "float32"
     found = getattr(torch, str(name).removeprefix("torch."), None)

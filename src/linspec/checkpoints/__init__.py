@@ -1,0 +1,1 @@
+"""Checkpoints in formats of other projects: GGUF files, and packages that carry one."""

@@ -1,0 +1,91 @@
+"""The real model of `linspec get smollm2`: transformers' logits and tokens, and the original's token ids.
+
+Skipped where the file is not; LINSPEC_TEST_TEXT names a file of prose, such as WikiText-2, to tokenize too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linspec import LLM, SamplingParams
+from linspec.checkpoints.packages import PACKAGES
+from linspec.models.hub import load_model, load_tokenizer
+from linspec.models.tokenizer import load_text_tokenizer
+
+PATH = PACKAGES["smollm2"].path
+TEXT = os.environ.get("LINSPEC_TEST_TEXT", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PATH.is_file(), reason="no SmolLM2 here; run `linspec get smollm2`"),
+]
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    with warnings.catch_warnings(action="ignore"):
+        return AutoModelForCausalLM.from_pretrained(
+            PATH.parent, gguf_file=PATH.name, dtype=torch.float32
+        ).eval()
+
+
+def test_logits_are_those_of_transformers(theirs: Any) -> None:
+    ours, tokenizer = load_model("smollm2"), load_tokenizer("smollm2")
+    code = inspect.getsource(random)
+    for text in ("The capital of France is Paris, and the year is 1789.", code[:600], "日本語 🙂"):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            expected, found = theirs(ids).logits, ours(ids)
+        # logits are of the order of 30: seven digits of float32 leave a few 1e-5
+        assert float((expected - found).abs().max()) <= 1e-4
+
+
+def test_greedy_answers_are_those_of_transformers(theirs: Any) -> None:
+    llm = LLM("smollm2")
+    prompt = llm.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    answer = llm.generate(prompt, SamplingParams(max_tokens=40))[0]
+    assert answer.text == "The capital of France is Paris." and answer.finish_reason == "stop"
+    ids = torch.tensor([llm.encode(prompt)])
+    expected = theirs.generate(
+        ids, max_new_tokens=40, do_sample=False, eos_token_id=2, pad_token_id=2
+    )
+    assert expected[0, ids.shape[1] :].tolist() == list(answer.token_ids)
+
+
+def texts() -> Iterator[str]:
+    """Prose, code and random characters of all planes."""
+    if TEXT:
+        yield from Path(TEXT).read_text(encoding="utf-8").splitlines()[:10_000]
+    for module in (random, inspect, torch.nn.modules.rnn):
+        yield from inspect.getsource(module).splitlines()
+    rng = random.Random(0)
+    blocks = ((32, 127), (0xA0, 0x3000), (0x3000, 0xD800), (0x1F300, 0x1FA00), (0x30, 0x3A))
+    for _ in range(3000):
+        yield "".join(chr(rng.randrange(*rng.choice(blocks))) for _ in range(20))
+
+
+def test_token_ids_are_those_of_the_original() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        original = AutoTokenizer.from_pretrained(PATH.parent, gguf_file=PATH.name)
+    # transformers forgets that this tokenizer cuts numbers into digits; its own tokenizer.json does not
+    original.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    whole, plain = load_tokenizer("smollm2"), load_text_tokenizer("smollm2")
+    for text in texts():
+        expected = original(text)["input_ids"]
+        assert whole(text)["input_ids"] == expected == plain(text)["input_ids"], text

@@ -1,0 +1,254 @@
+"""Small GGUF files: a writer of our own, and tiny random models of transformers written with it.
+
+    path = write(folder / "x.gguf", keys, tensors)      # any keys and tensors, sound or not
+    model, path = tiny("qwen2", folder, "Q8_0")         # transformers' model with the file's values
+
+The names and the order of llama's q and k rows are those of llama.cpp's converter, written down here once
+more: the reader is held against transformers, not against itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from linspec.checkpoints.gguf_types import TYPES
+
+IDS = {kind.name: number for number, kind in TYPES.items()}
+ALIGNMENT = 32
+WIDTH = 256
+# number of a type, and how struct packs it
+_SCALARS = {bool: (7, "<B"), float: (6, "<f"), int: (4, "<I")}
+_ELEMENTS = {"i": (5, "<i4"), "f": (6, "<f4"), "b": (7, "u1"), "u": (4, "<u4")}
+_BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_1": "attn_norm",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_WHOLE = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.wpe": "position_embd",
+    "transformer.ln_f": "output_norm",
+}
+
+
+def packed(value: Any) -> bytes:
+    """A value with its type in front."""
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + string(value)
+    if isinstance(value, list):
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(string, value))
+    if isinstance(value, np.ndarray):
+        number, kind = _ELEMENTS[value.dtype.kind]
+        return struct.pack("<IIQ", 9, number, len(value)) + value.astype(kind).tobytes()
+    number, kind = _SCALARS[type(value)]
+    return struct.pack("<I", number) + struct.pack(kind, value)
+
+
+def string(text: str) -> bytes:
+    """A string with its length in front."""
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def written(
+    keys: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]]
+) -> bytes:
+    """The bytes of a file; a tensor is its format, its shape [out, in] and its bytes."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
+    head += b"".join(string(name) + packed(value) for name, value in keys.items())
+    data = b""
+    for name, (kind, shape, content) in tensors.items():
+        dims = struct.pack(f"<{len(shape)}Q", *shape[::-1])
+        head += string(name) + struct.pack("<I", len(shape)) + dims
+        head += struct.pack("<IQ", IDS[kind], len(data))
+        data += content + bytes(-len(content) % ALIGNMENT)
+    return head + bytes(-len(head) % ALIGNMENT) + data
+
+
+def write(path: Path, keys: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
+    """A file with these keys and tensors."""
+    path.write_bytes(written(keys, tensors))
+    return path
+
+
+def byte_words() -> dict[str, Any]:
+    """A byte-level tokenizer with a few pairs, as keys."""
+    from tokenizers import pre_tokenizers
+
+    pairs = [("a", "b"), ("c", "d"), ("ab", "cd"), ("e", "n"), ("en", "d"), ("Ġ", "t")]
+    tokens = ["<|end|>", "<|start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += ["".join(pair) for pair in pairs] + ["<tool>"]
+    kinds = [3, 3] + [1] * (len(tokens) - 3) + [4]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in pairs],
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def hf_config(family: str, **changes: Any) -> Any:
+    """A tiny configuration in which no two sizes that could be mixed up are equal."""
+    shared = {"vocab_size": 288, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": None}
+    if family == "gpt2":
+        sizes = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 96}
+    else:
+        sizes = {
+            "hidden_size": WIDTH,
+            "intermediate_size": 512,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 96,
+            "rms_norm_eps": 3e-6,
+            "rope_theta": 5e4,
+            "tie_word_embeddings": family == "qwen2",
+        }
+        sizes |= {"head_dim": 64} if family == "qwen3" else {}
+    return AutoConfig.for_model(family, **shared | sizes | changes)
+
+
+def tiny(family: str, path: Path, kind: str = "F32", **changes: Any) -> tuple[Any, Path]:
+    """A random model of transformers whose weights are the values in the GGUF file beside it."""
+    config = hf_config(family, **changes)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tensors = {}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # norms and biases of a new model are ones and zeros, which hide mistakes
+            weight.add_(torch.randn_like(weight) * 0.05)
+            stored, back = _stored(_as_gguf(name, weight, family, config), kind)
+            weight.copy_(_as_hf(name, back, family, config))
+            tensors[_renamed(name)] = stored
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "llama3":
+        factors = _rope_factors(model, config)
+        tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
+    return model, write(path, {**_keys(family, config), **byte_words()}, tensors)
+
+
+def _renamed(name: str) -> str:
+    stem, _, end = name.rpartition(".")
+    if stem in _WHOLE:
+        return f"{_WHOLE[stem]}.{end}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{_BLOCK[part]}.{end}"
+
+
+def _conv(name: str, family: str) -> bool:
+    return family == "gpt2" and any(part in name for part in (".c_attn.", ".c_proj.", ".c_fc."))
+
+
+def _heads(name: str, config: Any) -> int:
+    if ".q_proj." in name:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def _as_gguf(name: str, weight: torch.Tensor, family: str, config: Any) -> np.ndarray:
+    array = weight.detach().numpy()
+    if _conv(name, family) and array.ndim == 2:
+        return np.ascontiguousarray(array.T)
+    heads = _heads(name, config) if family in ("llama", "mistral") else 0
+    if heads:
+        halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+    return np.ascontiguousarray(array)
+
+
+def _as_hf(name: str, array: np.ndarray, family: str, config: Any) -> torch.Tensor:
+    if _conv(name, family) and array.ndim == 2:
+        array = array.T
+    heads = _heads(name, config) if family in ("llama", "mistral") else 0
+    if heads:
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+        array = pairs.swapaxes(1, 2).reshape(array.shape)
+    return torch.from_numpy(np.array(array))
+
+
+def _stored(array: np.ndarray, kind: str) -> tuple[tuple[str, tuple[int, ...], bytes], np.ndarray]:
+    """A tensor as it is stored, and the values that were stored; 1-d tensors stay as they are."""
+    if array.ndim == 1 or kind == "F32":
+        return ("F32", array.shape, array.astype("<f4").tobytes()), array
+    blocks = TYPES[IDS[kind]]
+    number = GGMLQuantizationType(IDS[kind])
+    try:
+        raw = quantize(array.astype(np.float32), number)
+    except NotImplementedError:
+        size = (array.shape[0], array.shape[1] // blocks.block * blocks.bytes)
+        # small bytes: scales of every layout are then finite and small
+        raw = np.random.default_rng(array.size).integers(0, 0x29, size, np.uint8)
+    back = dequantize(raw, number).reshape(array.shape)
+    return (kind, array.shape, raw.tobytes()), back
+
+
+def _rope_factors(model: Any, config: Any) -> np.ndarray:
+    size = config.hidden_size // config.num_attention_heads
+    theta = config.rope_parameters["rope_theta"]
+    plain = 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return (plain / model.model.rotary_emb.inv_freq.double()).float().numpy()
+
+
+def _keys(family: str, config: Any) -> dict[str, Any]:
+    arch = "llama" if family == "mistral" else family
+    found: dict[str, Any] = {"general.architecture": arch, "general.name": "tiny"}
+    if family == "gpt2":
+        sizes: dict[str, Any] = {
+            "block_count": config.n_layer,
+            "context_length": config.n_positions,
+            "embedding_length": config.n_embd,
+            "feed_forward_length": 4 * config.n_embd,
+            "attention.head_count": config.n_head,
+            "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+        }
+        return found | {f"{arch}.{name}": value for name, value in sizes.items()}
+    sizes = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    if family == "qwen3":
+        sizes |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+        }
+    if family == "mistral" and config.sliding_window:
+        sizes["attention.sliding_window"] = config.sliding_window
+    if config.rope_parameters["rope_type"] == "linear":
+        sizes |= {"rope.scaling.type": "linear"}
+        sizes |= {"rope.scaling.factor": float(config.rope_parameters["factor"])}
+    return found | {f"{arch}.{name}": value for name, value in sizes.items()}
