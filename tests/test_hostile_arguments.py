@@ -151,7 +151,7 @@ ARGUMENTS = [
     ((*GENERATE, "--device", "cdua"), "did you mean 'cuda'?"),
     ((*GENERATE, "--kv", "itn8"), "did you mean 'int8'?"),
     ((*GENERATE, "--max-token", "3"), "did you mean '--max-tokens'?"),
-    (("genrate", "x"), "Did you mean 'generate'?"),
+    (("genrate", "x"), "Did you mean 'generate'"),
     (("pretrain", "--out", "out", "--recipe", "embeded"), "did you mean 'embedded'?"),
     (("train-drafter", "{model}", "--kind", "medua"), "did you mean 'medusa'?"),
     # usage

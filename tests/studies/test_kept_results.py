@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from linspec.errors import CheckpointError
 from studies.lib.cells import FORMAT, Cells
@@ -78,6 +79,9 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     original = SimpleNamespace(config=SimpleNamespace(max_positions=512))
     monkeypatch.setattr(Encoders, "_original", original)
     monkeypatch.setattr(Seq2Seq, "_identity", t5[0]["teacher"])
+    # speeds are those of a number of threads
+    threads = next(s["threads"] for s in found if "threads" in s)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     return plan
 
 
