@@ -20,7 +20,13 @@ from linspec.models.bert import Bert
 from linspec.models.decoder import Decoder
 from linspec.models.flash import Flash
 from linspec.models.t5 import T5
-from linspec.train.compiled import CompiledLoss, compare, float32_gradients, gradients
+from linspec.train.compiled import (
+    CompiledLoss,
+    compare,
+    compile_loss,
+    float32_gradients,
+    gradients,
+)
 from linspec.train.drafter import heads_loss
 from linspec.train.finetune import finetune_loss
 from studies.linearized_llm.seq2seq import tiny_t5
@@ -168,7 +174,7 @@ def assert_compiled_gradients_are_right(case: Case, narrow: bool = False) -> Non
     with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
         plain = gradients(loss, batch, weights)
         exact = float32_gradients(loss, batch, weights) if narrow else plain
-        compiled = gradients(torch.compile(loss, dynamic=False), batch, weights)
+        compiled = gradients(compile_loss(loss), batch, weights)
     wrong = [d for d in compare(exact, plain, compiled) if d.wrong]
     assert not wrong, wrong
 
@@ -197,7 +203,7 @@ def test_overlapping_windows_have_the_same_gradients_when_compiled() -> None:
 
     batch = torch.zeros(1)
     plain = gradients(loss, batch, weights)
-    compiled = gradients(torch.compile(loss, dynamic=False), batch, weights)
+    compiled = gradients(compile_loss(loss), batch, weights)
     assert not [d for d in compare(plain, plain, compiled) if d.wrong]
 
 
@@ -208,6 +214,7 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(("name", "kernel"), MIXER_KERNELS)
 def test_compiled_decoder_steps_equal_plain_ones(name: str, kernel: str, context: int) -> None:
@@ -215,6 +222,7 @@ def test_compiled_decoder_steps_equal_plain_ones(name: str, kernel: str, context
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
     ("name", "kernel"), [m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional()]
@@ -224,6 +232,7 @@ def test_compiled_encoder_steps_equal_plain_ones(name: str, kernel: str, context
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
     ("name", "kernel"),
@@ -234,6 +243,7 @@ def test_compiled_t5_steps_equal_plain_ones(name: str, kernel: str, context: int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("variant", ["quadratic", "local", "grouped", "aug"])
 def test_compiled_flash_steps_equal_plain_ones(variant: str, context: int) -> None:
@@ -241,12 +251,14 @@ def test_compiled_flash_steps_equal_plain_ones(variant: str, context: int) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_compiled_steps_of_drafter_heads_equal_plain_ones(context: int) -> None:
     assert_compiled_gradients_are_right(heads_case(context))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("name", "kernel"), MIXER_KERNELS)
 def test_compiled_bfloat16_steps_round_like_plain_ones(name: str, kernel: str) -> None:
     case = decoder_case(pairwise(name, kernel, CONTEXTS[1])[:2], CONTEXTS[1])
@@ -299,7 +311,7 @@ def test_every_new_shape_of_a_batch_is_checked_once(monkeypatch: pytest.MonkeyPa
         return module(x).square().sum()
 
     def compile_(f: object, **options: object) -> object:
-        assert options == {"dynamic": False}
+        assert options["dynamic"] is False
         return lambda x: calls.append(tuple(x.shape)) or loss(x)
 
     monkeypatch.setattr(torch, "compile", compile_)

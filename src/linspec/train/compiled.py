@@ -82,6 +82,18 @@ def compare(exact: Gradients, plain: Gradients, compiled: Gradients) -> list[Gra
     return found
 
 
+def compile_loss(loss_fn: LossFn) -> LossFn:
+    """`loss_fn`, compiled; the only place where a training step is."""
+    compiled: LossFn = torch.compile(
+        loss_fn,
+        # one graph a shape: a graph of several shapes would be checked on one of them only
+        dynamic=False,
+        # torch 2.13 writes the gradient of a softmax over its weights while a product still needs them
+        options={"inplace_buffers": False},
+    )
+    return compiled
+
+
 class CompiledLoss:
     """`loss_fn`, compiled once for each shape of a batch; plain for good once a gradient is wrong.
 
@@ -91,8 +103,7 @@ class CompiledLoss:
 
     def __init__(self, loss_fn: LossFn, weights: Mapping[str, torch.Tensor], label: str) -> None:
         self.loss_fn, self.weights, self.label = loss_fn, weights, label
-        # one graph a shape: a graph of several shapes would be checked on one of them only
-        self._compiled: LossFn | None = torch.compile(loss_fn, dynamic=False)
+        self._compiled: LossFn | None = compile_loss(loss_fn)
         self._checked: set[tuple[Sequence[int], torch.dtype]] = set()
 
     @property
