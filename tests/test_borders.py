@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,12 @@ from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.linear import Quantizer
 from linspec.kv import decode, encode
 from linspec.models.hub import load_model, save_model
+from linspec.models.tensors import check_tensors
 from linspec.policy.costs import _stored
 from linspec.step import Feed
+from linspec.train.drafter import DrafterConfig
+from linspec.train.linearize import linearize
+from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.saved_state import read_state
 
 SHORT = SamplingParams(max_tokens=3)
@@ -547,3 +553,46 @@ def test_params_that_are_none(llm: LLM) -> None:
     for params in (5, "x", [5], {"max_tokens": 3}):
         with pytest.raises(LinspecError):
             llm.generate("abcd", params)  # type: ignore[arg-type]
+
+
+# ---- found by using it as a stranger
+
+
+def test_a_mistyped_data_source_leaves_no_run_behind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        linearize("embedded-softmax", tmp_path / "out", data=[tmp_path / "none.txt"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [LinearizeConfig, DrafterConfig])
+def test_a_senseless_compile_is_refused_where_it_is_set(config: type) -> None:
+    with pytest.raises(ConfigError, match="compile must be auto, on or off, got 'bogus'"):
+        config(compile="bogus")
+
+
+def test_closed_standard_output_is_an_error_and_no_success() -> None:
+    command = f"{sys.executable} -m linspec list >&-"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1 and "standard output is closed" in done.stderr
+
+
+def test_scales_below_zero_are_refused(tmp_path: Path) -> None:
+    scales = torch.tensor([1.0, -1.0])
+    with pytest.raises(CheckpointError, match="scales below 0"):
+        check_tensors({"a.scales": scales}, {"a.scales": scales}, tmp_path)
+
+
+def test_numbers_of_numpy_are_numbers_in_settings_too() -> None:
+    found = SamplingParams(max_tokens=np.int64(3), allowed_token_ids=np.array([5, 6]))
+    assert found.max_tokens == 3 and type(found.max_tokens) is int
+    assert found.allowed_token_ids == (5, 6)
+
+
+def test_words_of_spaces_can_be_bad_words() -> None:
+    text = LLM("embedded-aug").generate("import os", SamplingParams(max_tokens=24))[0].text
+    assert "\n" in text
+    banned = SamplingParams(max_tokens=24, bad_words=["\n"])
+    llm = LLM("embedded-aug")
+    newline = llm.encode("\n", add_special_tokens=False)
+    assert len(newline) == 1
+    assert newline[0] not in llm.generate("import os", banned)[0].token_ids

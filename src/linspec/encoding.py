@@ -83,7 +83,8 @@ class TextEncoder:
         for word in words:
             if isinstance(word, str):
                 bare = word.lstrip()
-                forms = (bare, f" {bare}")
+                # a word of spaces alone has one form
+                forms = (bare, f" {bare}") if bare else (word,)
                 found |= dict.fromkeys(tuple(self._tokens(form, special=False)) for form in forms)
             else:
                 found[tuple(word)] = None

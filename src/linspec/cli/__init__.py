@@ -5,6 +5,8 @@ linspec generate embedded-aug --prompt 'def add(a, b):' --drafter medusa
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from linspec.cli import (
@@ -54,4 +56,7 @@ for _verb, _name, _example in (
 
 def main() -> None:
     """Entry point of the `linspec` command."""
+    if sys.stdout is None:
+        # what is printed would be lost without a word
+        sys.exit("error: standard output is closed; send it to a file or to /dev/null")
     app()

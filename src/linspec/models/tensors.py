@@ -47,6 +47,8 @@ def check_tensors(
         check_dtype(name, tensor.dtype, wanted.dtype, path, exact=exact, error=error)
         if tensor.numel() <= SMALL or name.endswith(".scales"):
             check_finite(name, tensor, path, error)
+        if name.endswith(".scales") and bool((tensor < 0).any()):
+            raise error(f"{path}: {shown(name)} has scales below 0; {AGAIN}")
 
 
 def _check_names(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,16 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name in (
+            "max_tokens",
+            "min_tokens",
+            "n",
+            "top_k",
+            "seed",
+            "logprobs",
+            "prompt_logprobs",
+        ):
+            self._set(name, _plain(getattr(self, name)))
         if not isinstance(self.logit_bias, Mapping):
             raise ConfigError(f"logit_bias must be a mapping, got {shown(repr(self.logit_bias))}")
         self._set("logit_bias", dict(self.logit_bias))
@@ -203,6 +214,11 @@ class SamplingParams:
             )
 
 
+def _plain(value: Any) -> Any:
+    """A whole number of another library, such as numpy's, as Python's own; anything else as it is."""
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
 def _items(name: str, what: str, given: Any) -> tuple[Any, ...]:
     """What a setting lists; raises ConfigError for what is no list."""
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
@@ -220,7 +236,7 @@ def _texts(name: str, given: Any) -> tuple[str, ...]:
 
 
 def _ids(name: str, given: Any) -> tuple[int, ...]:
-    found = _items(name, "token ids", given)
+    found = tuple(_plain(token) for token in _items(name, "token ids", given))
     for token in found:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise ConfigError(
@@ -233,7 +249,7 @@ def _words(given: Any) -> tuple[str | tuple[int, ...], ...]:
     found: list[str | tuple[int, ...]] = []
     for word in _items("bad_words", "texts or lists of token ids", given):
         found.append(word if isinstance(word, str) else _ids("bad_words", word))
-        if not found[-1] or (isinstance(word, str) and not word.strip()):
+        if not found[-1]:
             raise ConfigError("bad_words must not hold an empty word; leave it out")
     return tuple(found)
 

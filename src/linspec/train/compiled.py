@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from linspec.errors import ConfigError
+from linspec.messages import shown
+
 log = logging.getLogger(__name__)
 
 LossFn = Callable[[torch.Tensor], torch.Tensor]
@@ -27,6 +30,12 @@ TOLERANCE = 1e-4
 SMALLEST_SHARE = 1e-3
 # In bfloat16 both forms round: the compiled one may be this much further from float32 than the plain
 ROUNDING_ALLOWANCE = 3.0
+
+
+def check_choice(compile: str) -> None:
+    """Raise ConfigError unless `compile` says when to compile."""
+    if compile not in COMPILE_CHOICES:
+        raise ConfigError(f"compile must be auto, on or off, got {shown(repr(compile))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,18 @@ def is_held_out(content: bytes) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
+def check_sources(sources: Sequence[str | Path]) -> None:
+    """Raise InputError for a source that is not there; reads nothing."""
+    for source in sources:
+        if not str(source):
+            raise InputError("a data source has no name; give a file, a folder or 'stdlib'")
+        if str(source) != "stdlib" and not Path(source).exists():
+            raise InputError(
+                f"{Path(source)} does not exist; give a file, a folder or 'stdlib'"
+                f"{did_you_mean(source, ('stdlib',))}"
+            )
+
+
 def load_documents(
     sources: Sequence[str | Path], split: Split = "all", field: str = "text"
 ) -> list[str]:
@@ -47,6 +59,7 @@ def load_documents(
     folder of text files, a .jsonl file (one document per line, under `field`) or a Hugging Face
     datasets directory. Raises InputError for a missing, empty or non-UTF-8 source.
     """
+    check_sources(sources)
     documents: list[str] = []
     for source in sources:
         found = [text for text in _read(source, field) if text.strip()]
@@ -99,14 +112,7 @@ def _split(documents: list[str]) -> tuple[list[str], list[str]]:
 def _read(source: str | Path, field: str) -> Iterator[str]:
     if str(source) == "stdlib":
         return _read_stdlib()
-    if not str(source):
-        raise InputError("a data source has no name; give a file, a folder or 'stdlib'")
     path = Path(source)
-    if not path.exists():
-        raise InputError(
-            f"{path} does not exist; give a file, a folder or 'stdlib'"
-            f"{did_you_mean(source, ('stdlib',))}"
-        )
     if path.is_dir():
         is_dataset = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
         return _read_dataset(path, field) if is_dataset else _read_folder(path)

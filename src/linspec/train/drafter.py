@@ -26,7 +26,8 @@ from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.places import Place
 from linspec.progress import Progress
-from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.compiled import check_choice
+from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
 
@@ -60,6 +61,7 @@ class DrafterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choice(self.compile)
         check_sizes(self, "heads blocks tokens context batch_tokens calibration_tokens")
         check_sizes(self, "hidden seed", least=0)
         check_positive("lr", self.lr)
@@ -117,6 +119,7 @@ def train_drafter(
             f"cannot train a drafter of kind {shown(repr(kind))}; known: {', '.join(KINDS)}"
             f"{did_you_mean(kind, KINDS)}"
         )
+    check_sources(data)
     place = _place(model, out, kind, data, overwrite)
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)

@@ -35,7 +35,7 @@ from linspec.models.hub import (
 )
 from linspec.places import Place
 from linspec.train.compiled import LossFn
-from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.loop import TrainConfig, Trainer, log_lines, mean_loss
@@ -108,6 +108,7 @@ def linearize(
     loss is not finite or there is nothing to resume.
     """
     check_size("rows", rows)
+    check_sources(data)
     wanted = make_mixer(
         mixer,
         group=group,

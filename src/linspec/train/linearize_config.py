@@ -9,6 +9,7 @@ from typing import Any
 
 from linspec.config import MixerConfig, check_positive, check_sizes
 from linspec.errors import ConfigError
+from linspec.train.compiled import check_choice
 from linspec.train.loop import TrainConfig
 
 # measured in docs/results/core.md
@@ -50,6 +51,7 @@ class LinearizeConfig:
     recall_share: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choice(self.compile)
         check_sizes(self, "tokens context batch_tokens")
         check_sizes(self, "warmup lora_rank seed", least=0)
         for name in ("lr", "transfer_lr", "muon_lr", "mixer_lr_factor"):

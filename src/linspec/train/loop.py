@@ -30,7 +30,7 @@ from torch import nn
 from linspec.errors import CheckpointError, ConfigError, TrainingError
 from linspec.files import replace_dir
 from linspec.progress import Progress
-from linspec.train.compiled import COMPILE_CHOICES, CompiledLoss, LossFn, has_compiler
+from linspec.train.compiled import CompiledLoss, LossFn, check_choice, has_compiler
 from linspec.train.run import make_accelerator
 from linspec.train.saved_state import read_state
 
@@ -77,8 +77,7 @@ class TrainConfig:
             raise ConfigError(f"steps must be 1 or more, got {self.steps}")
         if self.precision not in ("auto", "bf16", "float32"):
             raise ConfigError(f"precision must be auto, bf16 or float32, got {self.precision!r}")
-        if self.compile not in COMPILE_CHOICES:
-            raise ConfigError(f"compile must be auto, on or off, got {self.compile!r}")
+        check_choice(self.compile)
 
 
 def schedule(step: int, config: TrainConfig) -> float:
