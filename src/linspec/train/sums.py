@@ -23,11 +23,15 @@ TEXTS = 4
 
 @dataclass(frozen=True, slots=True)
 class SumsReport:
-    """Nats per token of long texts with the sums and without them, and whether they stayed."""
+    """Nats per token with and without the sums, in texts of the trained length and of `BEYOND` times it.
 
-    context: int
+    kept: whether the sums stayed: only if they help in the long texts too.
+    """
+
     with_sums: float
     without: float
+    long_with_sums: float
+    long_without: float
     kept: bool
 
     def to_json(self) -> dict[str, float | bool]:
@@ -54,15 +58,16 @@ def keep_useful_sums(student: Predictor, windows: Windows) -> SumsReport | None:
     learned = alphas(student)
     if not any(bool(alpha) for alpha in learned):
         return None
-    context = BEYOND * windows.context
-    batch = windows.batch(0, TEXTS, context).to(learned[0].device)
+    device = learned[0].device
+    lengths = ((BEYOND * TEXTS, windows.context), (TEXTS, BEYOND * windows.context))
+    batches = [windows.batch(0, rows, context).to(device) for rows, context in lengths]
     before = [alpha.clone() for alpha in learned]
-    with_sums = float(finetune_loss(student, batch))
+    near, far = (float(finetune_loss(student, batch)) for batch in batches)
     for alpha in learned:
         alpha.zero_()
-    without = float(finetune_loss(student, batch))
-    kept = with_sums < without
+    near_without, far_without = (float(finetune_loss(student, batch)) for batch in batches)
+    kept = far < far_without
     if kept:
         for alpha, value in zip(learned, before, strict=True):
             alpha.copy_(value)
-    return SumsReport(context, with_sums, without, kept)
+    return SumsReport(near, near_without, far, far_without, kept)
