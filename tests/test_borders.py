@@ -596,3 +596,21 @@ def test_words_of_spaces_can_be_bad_words() -> None:
     newline = llm.encode("\n", add_special_tokens=False)
     assert len(newline) == 1
     assert newline[0] not in llm.generate("import os", banned)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: LLM(None),
+        lambda: LLM(5, tokenizer=tiny_tokenizer()),
+        lambda: LLM(torch.nn.Linear(2, 2), tokenizer=tiny_tokenizer()),
+        lambda: load_model(b"embedded-aug"),
+        lambda: load_model(""),
+        lambda: load_model("a" * 5000),
+        lambda: quantize("embedded-aug", 5),
+        lambda: linearize("embedded-softmax", None),
+    ],
+)
+def test_what_is_no_model_or_place_is_said_by_linspec(call: Callable[[], object]) -> None:
+    with pytest.raises(LinspecError, match="got|names no model directory"):
+        call()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from linspec.compress.load import load_for
 from linspec.config import check_size
@@ -92,8 +93,13 @@ class LLM:
                 else load_for(model, quantize, **options)
             )
             tokenizer = tokenizer or load_text_tokenizer(model)
-        else:
+        elif isinstance(model, nn.Module) and hasattr(model, "new_state"):
             self.model = model
+        else:
+            raise WrongType(
+                f"a model is a name, a path or a loaded model of linspec's, got {shown(repr(model))}; "
+                "see linspec.load"
+            )
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)

@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from linspec.errors import CheckpointError, ConfigError
+from linspec.errors import CheckpointError, ConfigError, WrongType
 from linspec.files import LOCK_FILE, exclusive, is_leftover, replace_dir, replace_text, tidy
 
 MARK = "linspec.json"
@@ -50,6 +50,13 @@ _OLD_FILES = (
     "chat_template.jinja",
 )
 _SHOWN = 3
+
+
+def as_path(out: object) -> Path:
+    """Where a caller wants something written; raises WrongType for what is no path."""
+    if isinstance(out, str | os.PathLike):
+        return Path(out)
+    raise WrongType(f"a place to write to is a text or a path, got {out!r}; name a new directory")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from linspec.models.memory import check_memory
 from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.models.skeleton import without_memory
 from linspec.models.tensors import aligned, check_tensors
-from linspec.places import Place
+from linspec.places import Place, as_path
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 
@@ -54,7 +54,7 @@ def save_heads(
     when the disk refuses; `out` then stays as it was.
     """
     if not isinstance(out, Place):
-        place = Place(Path(out), "save_heads", overwrite=overwrite)
+        place = Place(as_path(out), "save_heads", overwrite=overwrite)
         with place.held():
             return save_heads(heads, model, place, dtype=dtype, facts=facts)
     tensors = {

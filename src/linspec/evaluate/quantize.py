@@ -26,7 +26,7 @@ from linspec.kernels.linear import check_bits
 from linspec.models.decoder import Decoder
 from linspec.models.hub import check_tokenizer, load_tokenizer, resolve
 from linspec.models.quantized import save_quantized
-from linspec.places import Place
+from linspec.places import Place, as_path
 from linspec.train.data import end_of_text, load_documents, tokenize
 
 
@@ -72,7 +72,7 @@ def quantize(
     """
     check_bits(bits)
     folder = resolve(source)
-    place = Place(Path(out), "quantize", inputs=(folder,), holders=data, overwrite=overwrite)
+    place = Place(as_path(out), "quantize", inputs=(folder,), holders=data, overwrite=overwrite)
     with place.held():
         model, tokenizer = load_plain(folder), load_tokenizer(folder)
         check_tokenizer(tokenizer, model.config)

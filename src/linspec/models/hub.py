@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
 from linspec.checkpoints.gguf_tokenizer import load_gguf_tokenizer
 from linspec.checkpoints.packages import PACKAGES
 from linspec.config import DecoderConfig, Seq2SeqConfig
-from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, WrongType
 from linspec.files import restored
 from linspec.messages import did_you_mean, shown
 from linspec.models import families
@@ -52,7 +53,7 @@ from linspec.models.weights import (
     weight_files,
     write_tensors,
 )
-from linspec.places import Place
+from linspec.places import Place, as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +62,26 @@ HEAD = "lm_head.weight"
 EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+# bytes of a file name that file systems hold
+LONGEST_NAME = 255
+
+
+def _path(source: object) -> Path:
+    """A model's path; raises WrongType or CheckpointError for what names none."""
+    if not isinstance(source, str | os.PathLike):
+        raise WrongType(
+            f"a model is named by a text or a path, got {shown(repr(source))}; give a directory, a GGUF "
+            "file or a name"
+        )
+    path = Path(source)
+    # an empty name is the present directory too
+    if not str(source) or len(path.name.encode(errors="replace")) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{shown(repr(str(source)))} names no model directory; give one, or ./ for this one"
+        )
+    return path
 
 
 def resolve(source: str | Path) -> Path:
@@ -75,7 +96,7 @@ def resolve(source: str | Path) -> Path:
         return folder
     if isinstance(source, str) and source in PACKAGES:
         return PACKAGES[source].found()
-    folder = restored(Path(source))
+    folder = restored(_path(source))
     if not folder.is_dir() and not is_gguf(folder):
         names = (*EMBEDDED, *PACKAGES)
         raise CheckpointError(
@@ -315,7 +336,7 @@ def save_model(
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
     if not isinstance(out, Place):
-        place = Place(Path(out), "save_model", overwrite=overwrite)
+        place = Place(as_path(out), "save_model", overwrite=overwrite)
         with place.held():
             return save_model(model, tokenizer, place, dtype, extra_files, shard_bytes=shard_bytes)
     family = families.family_of(model.config, own_tensors(model))

@@ -24,7 +24,7 @@ from linspec.messages import did_you_mean, shown
 from linspec.models.decoder import Decoder
 from linspec.models.fingerprint import fingerprint
 from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
-from linspec.places import Place
+from linspec.places import Place, as_path
 from linspec.progress import Progress
 from linspec.train.compiled import check_choice
 from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
@@ -170,7 +170,7 @@ def _place(
             f"and they go to {folder / kind}, where `--drafter {kind}` looks for them"
         )
     holders = (folder, *data)
-    return Place(Path(out), "train-drafter", holders=holders, overwrite=overwrite)
+    return Place(as_path(out), "train-drafter", holders=holders, overwrite=overwrite)
 
 
 def _train(

@@ -33,7 +33,7 @@ from linspec.models.hub import (
     resolve,
     save_model,
 )
-from linspec.places import Place
+from linspec.places import Place, as_path
 from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
@@ -154,7 +154,7 @@ def output_place(
 ) -> Place:
     """Where a linearization of `source` may write."""
     inputs = (resolve(source),)
-    return Place(Path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
+    return Place(as_path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

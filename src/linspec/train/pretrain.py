@@ -26,7 +26,7 @@ from linspec.flash_config import FlashConfig
 from linspec.messages import did_you_mean, shown
 from linspec.models.hub import load_config, load_model, load_tokenizer, resolve, save_model
 from linspec.models.kinds import kind_of
-from linspec.places import Place
+from linspec.places import Place, as_path
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -185,7 +185,7 @@ def pretrain(
     if steps is not None:
         wanted = replace(wanted, train=replace(wanted.train, steps=steps))
     base = (resolve(wanted.base),) if wanted.base else ()
-    place = Place(Path(out), KIND, inputs=base, holders=data, overwrite=overwrite)
+    place = Place(as_path(out), KIND, inputs=base, holders=data, overwrite=overwrite)
     place.check(resume=resume)
     plan = {"recipe": asdict(wanted), "data": [str(each) for each in data]}
     # a compiled run is the same run: it is not part of the plan
@@ -214,7 +214,7 @@ def train_from_nothing(
 
     The same call goes on with what is there. dtype: of the saved weights.
     """
-    place, accelerator = Place(Path(out), KIND), make_accelerator()
+    place, accelerator = Place(as_path(out), KIND), make_accelerator()
     # the last file of a model to be written; models of linspec 0.1 have no record
     if (place.path / "config.json").exists() and not begun(place.path, RECORD):
         return place.path
