@@ -55,7 +55,8 @@ def attempt(kind: str, file: str, content: bytes) -> str:
         except LinspecError as error:
             said = str(error).strip() or type(error).__name__
     assert said not in (*BARE, *NAMES)
-    assert said or len(found.token_ids) == 4
+    # a damaged context of few positions ends an output early, and says so
+    assert said or len(found.token_ids) == 4 or found.finish_reason == "length"
     return "refused" if said else "used"
 
 
