@@ -76,10 +76,12 @@ def _path(source: object) -> Path:
             "file or a name"
         )
     path = Path(source)
-    # an empty name is the present directory too
-    if not str(source) or len(path.name.encode(errors="replace")) > LONGEST_NAME:
+    # an empty name would be the present directory
+    if not str(source):
+        raise CheckpointError("'' names no model directory; give one, or ./ for this one")
+    if len(path.name.encode(errors="replace")) > LONGEST_NAME:
         raise CheckpointError(
-            f"{shown(repr(str(source)))} names no model directory; give one, or ./ for this one"
+            f"{shown(str(source))} is a name longer than the system allows; give a model directory"
         )
     return path
 
