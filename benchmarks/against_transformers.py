@@ -19,10 +19,10 @@ import torch
 import typer
 
 from linspec.bench.machine import machine
+from linspec.checkpoints.hub import load_model
 from linspec.cli.console import guarded, quiet_stdout
+from linspec.decoding.step import Feed
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model
-from linspec.step import Feed
 from studies.lib.command import called, command
 from studies.lib.plan import check_counts
 

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig
+from linspec.checkpoints.hub import save_model
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import save_model
 
 MERGES = [("a", "b"), ("c", "d"), ("ab", "cd"), ("e", "n"), ("en", "d"), ("Ġ", "t")]
 

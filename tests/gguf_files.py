@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linspec.checkpoints.gguf_types import TYPES
+from linspec.checkpoints.gguf.types import TYPES
 
 IDS = {kind.name: number for number, kind in TYPES.items()}
 ALIGNMENT = 32

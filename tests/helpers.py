@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.decoding.step import Feed
+from linspec.decoding.tree import TokenTree
 from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.row_state import Snapshot
-from linspec.state import DecoderState
-from linspec.step import Feed
-from linspec.tree import TokenTree
+from linspec.state.decoder_state import DecoderState
+from linspec.state.row_state import Snapshot
 
 VOCAB = 31
 GROUP = 4

@@ -22,13 +22,13 @@ import torch
 from checkpoints import text_model, tiny_tokenizer
 from hypothesis import strategies as st
 
-from linspec.compress.load import quantize_model
+from linspec.checkpoints.hub import load_model, save_model
+from linspec.checkpoints.load_quantized import quantize_model
+from linspec.checkpoints.quantized import save_quantized
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_heads, save_packed
 from linspec.kernels.linear import Quantizer
-from linspec.models.hub import load_model, save_model
-from linspec.models.quantized import save_quantized
 
 KINDS = ("llama", "aug", "int8", "int4")
 # what stands where a number, a word, a list or an object should be

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-import linspec.files
-from linspec.config import DecoderConfig
+import linspec.utils.files
+from linspec.checkpoints.hub import save_model
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import save_model
 
 SHAPE = DecoderConfig(
     vocab_size=32, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=16
@@ -42,7 +42,7 @@ def main() -> None:
     """For every line: fork a writer, which prints its process id and seconds per model; await its end."""
     out, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
     if not exchange:
-        linspec.files._exchange = lambda a, b: False
+        linspec.utils.files._exchange = lambda a, b: False
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     # what is imported at the first save is imported once, not by every writer

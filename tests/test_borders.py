@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
-from linspec.border import parse, read_json
+from linspec.checkpoints.hub import load_model, save_model
+from linspec.checkpoints.tensors import check_tensors
 from linspec.cli import app
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.decoding.step import Feed
 from linspec.errors import (
     CheckpointError,
     ConfigError,
@@ -40,15 +41,15 @@ from linspec.evaluate.quantize import quantize
 from linspec.kernels.cpu.library import INT8, LinearStruct
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.linear import Quantizer
-from linspec.kv import decode, encode
-from linspec.models.hub import load_model, save_model
-from linspec.models.tensors import check_tensors
-from linspec.policy.costs import _stored
-from linspec.step import Feed
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
+from linspec.policies.costs import _stored
+from linspec.quantization.rows import decode, encode
 from linspec.train.drafter import DrafterConfig
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.saved_state import read_state
+from linspec.utils.border import parse, read_json
 
 SHORT = SamplingParams(max_tokens=3)
 

@@ -10,19 +10,19 @@ import torch
 from helpers import random_tokens, tiny_model
 from test_engine import DRAFTERS, PROMPTS, SLOTS, decode, outputs, random_heads
 
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import PromptLookup
-from linspec.engine import Engine
+from linspec.engine.engine import Engine
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
-from linspec.policy.base import Policy
-from linspec.policy.fixed import Fixed
-from linspec.row import Row
-from linspec.sampling import SamplingParams
-from linspec.tree import NO_DRAFTS, Budget, TokenTree, chain, from_paths
-from linspec.verify import GreedyVerifier, LosslessVerifier, TypicalVerifier
-from linspec.verify.base import may_cut
+from linspec.policies.base import Policy
+from linspec.policies.fixed import Fixed
+from linspec.verifiers import GreedyVerifier, LosslessVerifier, TypicalVerifier
+from linspec.verifiers.base import may_cut
 
 
 class Watched(Drafter):

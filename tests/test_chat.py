@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 import linspec
+from linspec.checkpoints.dtype import pick_dtype
+from linspec.checkpoints.hub import save_model
 from linspec.cli import app
 from linspec.cli import chat as chat_verb
+from linspec.decoding.sampling import SamplingParams
+from linspec.engine.results import Piece
 from linspec.errors import ConfigError, ContextOverflow, InputError, LinspecError, WrongType
 from linspec.llm import LLM
-from linspec.models.dtype import pick_dtype
-from linspec.models.hub import save_model
-from linspec.results import Piece
-from linspec.sampling import SamplingParams
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"

@@ -13,12 +13,13 @@ import torch
 from guests.proof import check_lossless
 
 from linspec import DRAFTERS
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.decoding.step import Feed
+from linspec.decoding.tree import TokenTree
 from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.registry import Registry
-from linspec.step import Feed
-from linspec.tree import TokenTree
+from linspec.utils.registry import Registry
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 GROUP = 4

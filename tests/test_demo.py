@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from linspec.config import DecoderConfig
+from linspec.checkpoints.hub import save_model
 from linspec.demo import DemoResult, run_demo, training
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget, training_speed, training_tokens
@@ -23,11 +23,11 @@ from linspec.demo.page import headline
 from linspec.demo.result import STUDENT, TEACHER, Decoded
 from linspec.demo.work import Work
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError
-from linspec.files import exclusive
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import save_model
 from linspec.train.pretrain import initialize
 from linspec.train.tokenizer import train_tokenizer
+from linspec.utils.files import exclusive
 
 TINY = Budget(
     total=10,
@@ -296,7 +296,7 @@ def test_speed_probe_leaves_the_model_alone() -> None:
 
 
 def test_prompts_end_behind_a_signature(softmax: Path) -> None:
-    from linspec.models.hub import load_tokenizer
+    from linspec.checkpoints.hub import load_tokenizer
 
     tokenizer = load_tokenizer(softmax)
     documents = [make_text(i) for i in range(5)]
@@ -308,8 +308,8 @@ def test_prompts_end_behind_a_signature(softmax: Path) -> None:
 
 
 def test_state_bytes_are_those_of_a_state(softmax: Path) -> None:
-    from linspec.models.hub import load_model
-    from linspec.step import Feed
+    from linspec.checkpoints.hub import load_model
+    from linspec.decoding.step import Feed
 
     model = load_model(softmax)
     state = model.new_state(1)

@@ -10,20 +10,20 @@ import pytest
 import torch
 from helpers import VOCAB, full_logits, random_tokens, random_tree, randomise, tiny_model
 
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel, Student
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine import Engine
+from linspec.engine.engine import Engine
 from linspec.errors import ContextOverflow, InputError
 from linspec.models.decoder import Decoder
-from linspec.policy.base import Policy
-from linspec.policy.fixed import Fixed
-from linspec.row import Row
-from linspec.sampling import SamplingParams
-from linspec.tree import Budget, TokenTree
-from linspec.verify import LosslessVerifier
+from linspec.policies.base import Policy
+from linspec.policies.fixed import Fixed
+from linspec.verifiers import LosslessVerifier
 
 SLOTS = 4
 

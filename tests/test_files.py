@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import linspec.files
+import linspec.utils.files
 from linspec.errors import CheckpointError
-from linspec.files import exclusive, replace_dir
+from linspec.utils.files import exclusive, replace_dir
 
 
 def write(target: Path, text: str) -> None:
@@ -24,7 +24,7 @@ def test_a_directory_is_replaced_whole_and_nothing_is_left_beside_it(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
-        monkeypatch.setattr(linspec.files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(linspec.utils.files, "_exchange", lambda a, b: False)
     target = tmp_path / "model"
     for text in ("first", "second"):
         write(target, text)

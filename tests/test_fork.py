@@ -13,10 +13,10 @@ import pytest
 import torch
 from checkpoints import model_dir, text_model, tiny_tokenizer
 
+from linspec.decoding.sampling import SamplingParams
 from linspec.errors import ConfigError, StateError
 from linspec.kernels.cpu.threads import native_threads
 from linspec.llm import LLM
-from linspec.sampling import SamplingParams
 
 PROMPTS = ["ab cd end", "def f(x):"]
 PARAMS = SamplingParams(max_tokens=12)

@@ -11,20 +11,20 @@ import torch
 from helpers import VOCAB, random_tokens, tiny_model
 from test_engine import RandomTrees, random_heads
 
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import LookupOptions, PromptLookup
-from linspec.engine import Emitted, Engine
+from linspec.engine.engine import Emitted, Engine
 from linspec.errors import DrafterError, InputError
-from linspec.models.decoder import Decoder, StepOutput
-from linspec.policy.base import Policy, RoundTimes
-from linspec.policy.fixed import Fixed
-from linspec.row import Row
-from linspec.sampling import Sampler, SamplingParams
-from linspec.step import Feed
-from linspec.tree import Budget, TokenTree, chain
-from linspec.verify import LosslessVerifier
-from linspec.verify.base import Accepted
+from linspec.models.decoder import Decoder
+from linspec.policies.base import Policy, RoundTimes
+from linspec.policies.fixed import Fixed
+from linspec.verifiers import LosslessVerifier
 
 SLOTS = 3
 HISTORIES = 240

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from kill_writer import save
 
-from linspec.files import is_leftover
-from linspec.models.hub import load_model
+from linspec.checkpoints.hub import load_model
+from linspec.utils.files import is_leftover
 
 
 def kill_writers(out: Path, mode: str, kills: int) -> tuple[int, int]:

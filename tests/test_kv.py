@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linspec.errors import ConfigError
-from linspec.kv import check_kv, coded_width, decode, encode, rounded
+from linspec.quantization.rows import check_kv, coded_width, decode, encode, rounded
 
 
 @pytest.mark.parametrize("width", [1, 6, 24, 64])

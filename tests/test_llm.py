@@ -10,9 +10,9 @@ import torch
 from checkpoints import model_dir, text_model, tiny_tokenizer
 from helpers import full_logits
 
+from linspec.decoding.sampling import SamplingParams
 from linspec.errors import CheckpointError, ConfigError, ContextOverflow, DrafterError, InputError
 from linspec.llm import LLM
-from linspec.sampling import SamplingParams
 
 PROMPTS = ["ab cd end", "def f(x):", "é", "the end " * 4, "abcd" * 9]
 

@@ -11,12 +11,12 @@ from tokenizer_kinds import tokenizer_of
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig
+from linspec.checkpoints.hub import save_model
+from linspec.checkpoints.tokenizer import PlainTokenizer
+from linspec.decoding.sampling import SamplingParams
 from linspec.llm import LLM
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import save_model
-from linspec.models.tokenizer import PlainTokenizer
-from linspec.sampling import SamplingParams
 
 # all its bytes differ, so each token can have one token that follows it
 TEXT = "日éЖ🙂ह"

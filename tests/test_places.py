@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from checkpoints import model_dir
 
+from linspec.checkpoints.hub import load_model, load_tokenizer, save_model
 from linspec.demo import run_demo
 from linspec.drafters.saved import save_heads
 from linspec.errors import CheckpointError, ConfigError
 from linspec.evaluate.quantize import quantize
-from linspec.files import exclusive, replace_dir, replace_text, tidy
-from linspec.models.hub import load_model, load_tokenizer, save_model
-from linspec.places import MARK, Place, check_text, check_workspace, mark_folder, read_mark
 from linspec.train.drafter import train_drafter
 from linspec.train.encoder import linearize_encoder
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.pretrain import pretrain
+from linspec.utils.files import exclusive, replace_dir, replace_text, tidy
+from linspec.utils.places import MARK, Place, check_text, check_workspace, mark_folder, read_mark
 from studies.linearized_llm import make_plan, study
 
 Writer = Callable[[Path, Path], Any]
@@ -309,7 +309,7 @@ def test_what_was_taken_away_is_put_back_after_a_kill_between_two_renames(
 TWO = """
 import sys
 from pathlib import Path
-from linspec.places import Place
+from linspec.utils.places import Place
 place = Place(Path(sys.argv[1]), "test", overwrite=True)
 print("ready", flush=True)
 sys.stdin.readline()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import linspec
-from linspec import announce
+from linspec.integrations.transformers import register
 
 PUBLIC = {
     "DRAFTERS",
@@ -85,7 +85,8 @@ def test_import_is_light_and_registers_when_transformers_comes() -> None:
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'\n"
         "from transformers.models.auto.configuration_auto import CONFIG_MAPPING\n"
         "assert CONFIG_MAPPING['linspec'].__name__ == 'LinspecConfig'\n"
-        "assert not any(type(f).__module__ == 'linspec.announce' for f in sys.meta_path)\n"
+        "from linspec.integrations.transformers import register\n"
+        "assert not any(type(f).__module__ == register.__name__ for f in sys.meta_path)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -97,8 +98,8 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "a_table.py").write_text("ready = True\n")
     (tmp_path / "our_entry.py").write_text("import a_table\nassert a_table.ready\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(announce, "TABLE", "a_table")
-    monkeypatch.setattr(announce, "OURS", "our_entry")
+    monkeypatch.setattr(register, "TABLE", "a_table")
+    monkeypatch.setattr(register, "OURS", "our_entry")
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     for name in ("a_table", "our_entry"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -107,8 +108,8 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_registration_waits_for_the_table(tables: Path) -> None:
     before = list(sys.meta_path)
-    announce.announce()
-    announce.announce()
+    register.register_when_loaded()
+    register.register_when_loaded()
     assert len(sys.meta_path) == len(before) + 1
     assert "our_entry" not in sys.modules
     import_module("a_table")
@@ -119,13 +120,13 @@ def test_registration_waits_for_the_table(tables: Path) -> None:
 def test_registration_is_immediate_when_the_table_is_there(tables: Path) -> None:
     import_module("a_table")
     before = list(sys.meta_path)
-    announce.announce()
+    register.register_when_loaded()
     assert "our_entry" in sys.modules
     assert sys.meta_path == before
 
 
 def test_registration_survives_a_failed_import(tables: Path) -> None:
-    announce.announce()
+    register.register_when_loaded()
     (tables / "a_table.py").write_text("raise ImportError('not yet')\n")
     with pytest.raises(ImportError, match="not yet"):
         import_module("a_table")

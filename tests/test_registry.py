@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 import linspec
 from linspec import DRAFTERS, LLM, MIXERS, POLICIES, VERIFIERS
+from linspec.cli.plugins import catalogue
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.errors import ConfigError, DrafterError, WrongType
-from linspec.options import option, parse_options, read_spec
-from linspec.plugins import catalogue
-from linspec.policy import make_policy
-from linspec.policy.fixed import Fixed
-from linspec.registry import Registry
+from linspec.policies import make_policy
+from linspec.policies.fixed import Fixed
 from linspec.train.student import leaves_span, make_mixer
-from linspec.verify import LosslessVerifier, TypicalVerifier, make_verifier
+from linspec.utils.options import option, parse_options, read_spec
+from linspec.utils.registry import Registry
+from linspec.verifiers import LosslessVerifier, TypicalVerifier, make_verifier
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.errors import ConfigError, InputError
-from linspec.sampling import Sampler, SamplingParams
 
 VOCAB = 40
 

@@ -20,20 +20,20 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import TokenTree, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine import Engine, raise_first
+from linspec.engine.engine import Engine, raise_first
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.policy.fixed import Fixed
-from linspec.row import Row
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import TokenTree, from_paths
-from linspec.verify import GreedyVerifier, LosslessVerifier
+from linspec.policies.fixed import Fixed
+from linspec.verifiers import GreedyVerifier, LosslessVerifier
 
 SLOTS = 3
 

@@ -20,12 +20,12 @@ from helpers import (
     tiny_model,
 )
 
+from linspec.decoding.step import STAGE_ROWS, Feed
+from linspec.decoding.tree import chain_shape, from_paths
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.row_state import STAGE_ROWS, RowSpec, RowState, add_products
-from linspec.state import DecoderState
-from linspec.step import Feed
-from linspec.tree import chain_shape, from_paths
+from linspec.state.decoder_state import DecoderState
+from linspec.state.row_state import RowSpec, RowState, add_products
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 MODELS = [pytest.param((mixer_config(name, taps),), id=f"{name}-{taps}") for name, taps in CASES]

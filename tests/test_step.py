@@ -29,12 +29,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from linspec.decoding.step import STAGE_ROWS, Feed
+from linspec.decoding.tree import TokenTree, chain, from_paths
 from linspec.errors import ConfigError, ContextOverflow, StateError
 from linspec.models.decoder import Decoder
-from linspec.row_state import STAGE_ROWS
-from linspec.state import DecoderState
-from linspec.step import Feed
-from linspec.tree import TokenTree, chain, from_paths
+from linspec.state.decoder_state import DecoderState
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 # from every offset the longest branch, 2 * GROUP + 2 deep, crosses two borders or more

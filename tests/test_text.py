@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import KINDS, SPECIAL, tokenizer_of
 
-from linspec.text import Detokenizer
+from linspec.engine.detokenizer import Detokenizer
 
 # what tokenizers of these kinds write in bytes, in pieces, as unknown, or with spaces of their own
 PIECES = [

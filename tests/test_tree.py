@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from linspec.decoding.tree import TokenTree, best_first, chain, from_paths, root_only, shape_of
 from linspec.errors import ConfigError
-from linspec.tree import TokenTree, best_first, chain, from_paths, root_only, shape_of
 
 
 @st.composite

@@ -74,7 +74,7 @@ def peers(
         from benchmarks.peers.cells import Plan
         from benchmarks.peers.page import TITLE, summary, write_page
         from benchmarks.peers.run import compare
-        from linspec.places import check_text
+        from linspec.utils.places import check_text
 
         check_places(out, page)
         plan = Plan(

@@ -13,9 +13,9 @@ from benchmarks.peers.base import Format, Peer, Prompts, Session, timed
 if TYPE_CHECKING:
     import torch
 
-    from linspec.config import MixerConfig
+    from linspec.mixers.config import MixerConfig
     from linspec.models.decoder import Decoder
-    from linspec.state import DecoderState
+    from linspec.state.decoder_state import DecoderState
 
 # as `LLM` reads prompts
 _CHUNK = 512
@@ -43,9 +43,9 @@ class Own(Peer):
         return None
 
     def convert(self, source: Path, target: Path, form: Format) -> None:
-        from linspec.compress.load import quantize_model
-        from linspec.models.hub import load_tokenizer, save_model
-        from linspec.models.quantized import save_quantized
+        from linspec.checkpoints.hub import load_tokenizer, save_model
+        from linspec.checkpoints.load_quantized import quantize_model
+        from linspec.checkpoints.quantized import save_quantized
 
         mixer = self.mixer()
         if mixer is None and form.bits == 32:
@@ -66,7 +66,7 @@ class Own(Peer):
     def load(self, folder: Path, form: Format, context: int, rows: int, threads: int) -> Session:
         import torch
 
-        from linspec.models.hub import load_model
+        from linspec.checkpoints.hub import load_model
 
         torch.set_num_threads(threads)
         inner = folder / "model"
@@ -79,8 +79,8 @@ PEER: Peer = Own()
 
 def _with_mixer(source: Path, mixer: MixerConfig | None) -> Decoder:
     """The model in `source`, with another mixer in every layer: what that adds starts at nothing."""
+    from linspec.checkpoints.hub import load_model
     from linspec.models.decoder import Decoder
-    from linspec.models.hub import load_model
 
     model = load_model(source)
     if mixer is None:
@@ -107,7 +107,7 @@ class OwnSession(Session):
         return timed(lambda: self._read(prompts))
 
     def _read(self, prompts: Prompts) -> None:
-        from linspec.step import Feed
+        from linspec.decoding.step import Feed
 
         self.tokens = []
         length = len(prompts[0])
@@ -137,7 +137,7 @@ class OwnSession(Session):
         return self.short.decode(tokens)
 
     def _next(self) -> None:
-        from linspec.step import Feed
+        from linspec.decoding.step import Feed
 
         feeds = [Feed(row, [token]) for row, token in enumerate(self.tokens)]
         self.tokens = self.model.step(feeds, self.state).logits.argmax(-1).tolist()
@@ -152,7 +152,7 @@ class OwnSession(Session):
         self.state.drop(0)
 
     def _chain(self, count: int) -> torch.Tensor:
-        from linspec.step import Feed
+        from linspec.decoding.step import Feed
 
         chain = [self.tokens[0], *([_DRAFT] * (count - 1))]
         return self.model.step([Feed(0, chain)], self.state).logits

@@ -8,7 +8,7 @@ from benchmarks.peers.base import Format, Peer
 from benchmarks.peers.own import Own
 
 if TYPE_CHECKING:
-    from linspec.config import MixerConfig
+    from linspec.mixers.config import MixerConfig
 
 
 class OwnAug(Own):
@@ -22,7 +22,7 @@ class OwnAug(Own):
     )
 
     def mixer(self) -> MixerConfig | None:
-        from linspec.config import MixerConfig
+        from linspec.mixers.config import MixerConfig
 
         return MixerConfig(name="aug", group=64, span=2, kernel="softmax", taps=32)
 

@@ -33,7 +33,7 @@ class OwnDrafted(Peer):
     )
 
     def convert(self, source: Path, target: Path, form: Format) -> None:
-        from linspec.models.hub import resolve
+        from linspec.checkpoints.hub import resolve
 
         if source.resolve() != resolve(_TEACHER).resolve():
             raise ValueError("random weights have no drafter; --accept draws their curve")
@@ -61,8 +61,8 @@ class _Session(Session):
 
     def open(self, prompts: Prompts) -> float:
         """Read as many tokens of text instead: drafters live on what text is like."""
-        from linspec.engine import raise_first
-        from linspec.sampling import SamplingParams
+        from linspec.decoding.sampling import SamplingParams
+        from linspec.engine.engine import raise_first
 
         engine = self.llm.engine
         engine.cancel()
@@ -80,7 +80,7 @@ class _Session(Session):
 
     def decode(self, tokens: int) -> list[float]:
         """A mean for all tokens: rounds emit several at once."""
-        from linspec.engine import raise_first
+        from linspec.engine.engine import raise_first
 
         found: list[Any] = []
 

@@ -16,8 +16,8 @@ from benchmarks.peers.cells import NODES, Cache, Cell, Plan, Result
 from benchmarks.peers.client import Client, QuietMachine, WorkerError, interpreter, worker
 from benchmarks.peers.shapes import EMBEDDED, SHAPES, Shape, write_checkpoint
 from linspec.bench.machine import machine, read_bandwidth
-from linspec.places import check_workspace, mark_folder
-from linspec.progress import Progress
+from linspec.utils.places import check_workspace, mark_folder
+from linspec.utils.progress import Progress
 
 # room for what is decoded behind the context
 _ROOM = 512
@@ -69,7 +69,7 @@ def _left_out(plan: Plan) -> dict[str, str]:
 def source(plan: Plan, shape: str) -> tuple[Path, Shape]:
     """The Hugging Face directory of a shape and its sizes."""
     if shape == EMBEDDED:
-        from linspec.models.hub import resolve
+        from linspec.checkpoints.hub import resolve
 
         folder = resolve("embedded-softmax")
         return folder, Shape.read(shape, folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linspec.files import replace_dir
+from linspec.utils.files import replace_dir
 
 MAX_POSITIONS = 32_768 + 512
 # of the embedded teacher, whose weights are trained and lie with linspec

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.base import Session, peer
-from linspec.files import replace_dir
+from linspec.utils.files import replace_dir
 
 _WARM_TOKENS = 16
 # what is not measured at the start of a turn: threads that slept may begin it on the same core

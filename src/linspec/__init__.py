@@ -13,7 +13,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from linspec.announce import announce as _announce
+from linspec.integrations.transformers.register import register_when_loaded as _register
 
 # torch's threads wait for more work by spinning, for milliseconds, on the cores that linspec's own
 # threads need next; it has to be said before torch is loaded
@@ -21,22 +21,22 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
+    from linspec.checkpoints.hub import load, load_model, load_tokenizer, save_model
+    from linspec.decoding.sampling import SamplingParams
+    from linspec.decoding.sequence import Row
+    from linspec.decoding.tree import Budget, TokenTree
     from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
+    from linspec.engine.results import Generation, Piece
     from linspec.errors import LinspecError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
     from linspec.mixers import MIXERS, Mixer
-    from linspec.models.hub import load, load_model, load_tokenizer, save_model
-    from linspec.options import option
-    from linspec.policy import POLICIES, Policy, PolicyContext
-    from linspec.results import Generation, Piece
-    from linspec.row import Row
-    from linspec.sampling import SamplingParams
+    from linspec.policies import POLICIES, Policy, PolicyContext
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.pretrain import pretrain
-    from linspec.tree import Budget, TokenTree
-    from linspec.verify import VERIFIERS, Verifier
+    from linspec.utils.options import option
+    from linspec.verifiers import VERIFIERS, Verifier
 
     __version__: str
 
@@ -76,30 +76,30 @@ _HOMES = {
     "DRAFTERS": "linspec.drafters",
     "LLM": "linspec.llm",
     "MIXERS": "linspec.mixers",
-    "POLICIES": "linspec.policy",
-    "VERIFIERS": "linspec.verify",
-    "Budget": "linspec.tree",
+    "POLICIES": "linspec.policies",
+    "VERIFIERS": "linspec.verifiers",
+    "Budget": "linspec.decoding.tree",
     "ChainDrafter": "linspec.drafters",
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
-    "Generation": "linspec.results",
+    "Generation": "linspec.engine.results",
     "LinspecError": "linspec.errors",
     "Mixer": "linspec.mixers",
-    "Piece": "linspec.results",
-    "Policy": "linspec.policy",
-    "PolicyContext": "linspec.policy",
-    "Row": "linspec.row",
-    "SamplingParams": "linspec.sampling",
-    "TokenTree": "linspec.tree",
-    "Verifier": "linspec.verify",
+    "Piece": "linspec.engine.results",
+    "Policy": "linspec.policies",
+    "PolicyContext": "linspec.policies",
+    "Row": "linspec.decoding.sequence",
+    "SamplingParams": "linspec.decoding.sampling",
+    "TokenTree": "linspec.decoding.tree",
+    "Verifier": "linspec.verifiers",
     "linearize": "linspec.train.linearize",
-    "load": "linspec.models.hub",
-    "load_model": "linspec.models.hub",
-    "load_tokenizer": "linspec.models.hub",
-    "option": "linspec.options",
+    "load": "linspec.checkpoints.hub",
+    "load_model": "linspec.checkpoints.hub",
+    "load_tokenizer": "linspec.checkpoints.hub",
+    "option": "linspec.utils.options",
     "pretrain": "linspec.train.pretrain",
     "quantize": "linspec.evaluate.quantize",
-    "save_model": "linspec.models.hub",
+    "save_model": "linspec.checkpoints.hub",
     "train_drafter": "linspec.train.drafter",
 }
 
@@ -129,4 +129,4 @@ def _version() -> str:
         return "0+unknown"
 
 
-_announce()
+_register()

@@ -16,29 +16,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.compress.load import load_for
-from linspec.config import check_size
+from linspec.checkpoints.dtype import pick_dtype
+from linspec.checkpoints.hub import load_generator, resolve
+from linspec.checkpoints.load_quantized import load_for
+from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.protocols import Generator
+from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
-from linspec.encoding import Conversation, TextEncoder, as_conversations
-from linspec.engine import FAILED, Emitted, Engine
+from linspec.engine.encoding import Conversation, TextEncoder, as_conversations
+from linspec.engine.engine import FAILED, Emitted, Engine
+from linspec.engine.prompts import Prompt, as_prompts
+from linspec.engine.results import Collector, Generation, Piece, joined
 from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
-from linspec.kv import check_held, kv_of
-from linspec.messages import shown
-from linspec.models.backbone import Generator
-from linspec.models.dtype import pick_dtype
-from linspec.models.hub import load_generator, resolve
 from linspec.models.t5 import T5
-from linspec.models.tokenizer import load_text_tokenizer
-from linspec.policy import check_policy, make_policy
-from linspec.policy.base import Policy
-from linspec.prompts import Prompt, as_prompts
-from linspec.results import Collector, Generation, Piece, joined
-from linspec.sampling import SamplingParams
-from linspec.verify import make_verifier
-from linspec.verify.base import Verifier
+from linspec.policies import check_policy, make_policy
+from linspec.policies.base import Policy
+from linspec.quantization.rows import check_held, kv_of
+from linspec.utils.messages import shown
+from linspec.utils.sizes import check_size
+from linspec.verifiers import make_verifier
+from linspec.verifiers.base import Verifier
 
 __all__ = ["LLM", "Generation", "Piece"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.errors import CheckpointError
-from linspec.files import replace_text
+from linspec.utils.files import replace_text
 
 # of the file, not of what was measured; records without one are of version 0.1.0
 FORMAT = 1

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from linspec.files import replace_text
 from linspec.report.data import Bars, Chart
 from linspec.report.plots import standalone
+from linspec.utils.files import replace_text
 
 
 def write_page(page: Path, text: str) -> None:

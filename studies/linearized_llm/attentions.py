@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from linspec.config import DecoderConfig, EncoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig, EncoderConfig
 from linspec.train.student import make_mixer
 from studies.linearized_llm.plan import Size
 from studies.linearized_llm.variants import variant

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.errors import CheckpointError
-from linspec.files import exclusive
+from linspec.utils.files import exclusive
 from studies.lib.cells import Cells
 from studies.linearized_llm.table import Cell, Result
 

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from linspec.config import EncoderConfig, MixerConfig
+from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import ConfigError
 from linspec.evaluate.embeddings import compare_encoders
+from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
-from linspec.models.hub import load_encoder, load_tokenizer
+from linspec.models.config import EncoderConfig
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import EncoderTraining, linearize_encoder, paragraphs
 from linspec.train.linearize import RECORD

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.evaluate.perplexity import evaluate
-from linspec.flash_config import VARIANTS, FlashConfig
-from linspec.models.hub import load_model, load_tokenizer
+from linspec.models.flash_config import VARIANTS, FlashConfig
 from linspec.train.data import train_and_heldout
 from linspec.train.loop import TrainConfig
 from linspec.train.pretrain import Recipe, train_from_nothing

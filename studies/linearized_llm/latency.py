@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_model
+from linspec.decoding.step import Feed
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model
 from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value
-from linspec.state import DecoderState
-from linspec.step import Feed
+from linspec.state.decoder_state import DecoderState
 from linspec.train.student import with_mixers
 from studies.linearized_llm.attentions import AUG, choose
 from studies.linearized_llm.table import TABLES, Cell, Result, Results, Section, Table

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from linspec.config import DecoderConfig
-from linspec.models.fingerprint import fingerprint
-from linspec.models.hub import load_config, load_model
-from linspec.places import check_workspace
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.hub import load_config, load_model
+from linspec.models.config import DecoderConfig
 from linspec.train.corpora import known_sources
 from linspec.train.data import train_and_heldout
+from linspec.utils.places import check_workspace
 from studies.lib.plan import (
     check_above_zero,
     check_counts,

@@ -15,7 +15,7 @@ from typing import Any
 
 from linspec.bench.machine import machine
 from linspec.errors import CheckpointError, ConfigError, LinspecError
-from linspec.places import check_text, check_workspace, mark_folder
+from linspec.utils.places import check_text, check_workspace, mark_folder
 from studies.lib.plan import check_above_zero, check_places
 from studies.linearized_llm.cache import Cache
 from studies.linearized_llm.page import SIGNS, write_page

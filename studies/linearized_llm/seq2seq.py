@@ -14,15 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from linspec.config import (
-    DecoderConfig,
-    EncoderConfig,
-    MixerConfig,
-    RelativeConfig,
-    Seq2SeqConfig,
-)
+from linspec.checkpoints.hub import load_seq2seq, load_tokenizer
 from linspec.evaluate.continuations import evaluate_continuations
-from linspec.models.hub import load_seq2seq, load_tokenizer
+from linspec.mixers.config import MixerConfig, RelativeConfig
+from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from linspec.train.data import end_of_text, train_and_heldout
 from linspec.train.linearize import RECORD, linearize
 from linspec.train.linearize_config import LinearizeConfig

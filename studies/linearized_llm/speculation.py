@@ -13,18 +13,18 @@ import torch
 
 from linspec.bench.speed import PLAIN as PLAIN_MODE
 from linspec.bench.speed import bench
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_model
+from linspec.decoding.step import Feed
+from linspec.decoding.tree import TokenTree, best_first, from_paths
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import ConfigError
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model
 from linspec.report.data import Bar, Bars
-from linspec.state import DecoderState
-from linspec.step import Feed
+from linspec.state.decoder_state import DecoderState
 from linspec.train.drafter import DrafterConfig, train_drafter
 from linspec.train.linearize import RECORD
 from linspec.train.run import begun
-from linspec.tree import TokenTree, best_first, from_paths
 from studies.linearized_llm.attentions import AUG, PLAIN, choose, in_one_call
 from studies.linearized_llm.cache import workplace
 from studies.linearized_llm.grid import AttentionTable

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from linspec.registry import Registry
 from linspec.report.data import Bars, Chart
 from linspec.report.data import Table as Grid
+from linspec.utils.registry import Registry
 from studies.linearized_llm.plan import Plan
 
 # raised when the meaning of a cached figure changes

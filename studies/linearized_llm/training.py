@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.evaluate.perplexity import Score, evaluate
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, load_tokenizer
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import RECORD, linearize
 from linspec.train.linearize_config import CLOSE_LR, LinearizeConfig

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.aug import Aug
 from linspec.mixers.blocks import convolve
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 
 # "" is the mixer as it is; "both" is the paper's Local + Grouped without α
 VARIANTS = ("", "both", "alpha=1", "unmasked")

@@ -6,9 +6,9 @@ import pytest
 from checkpoints import model_dir
 
 from linspec.bench.speed import bench
+from linspec.decoding.sequence import Row
 from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import Divergence
-from linspec.row import Row
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from benchmarks.peers.llama_cpp import padded
 from benchmarks.peers.own import OwnSession
 from benchmarks.peers.rows import Row, ratios, row_of, times_faster
 from benchmarks.peers.shapes import SHAPES, write_checkpoint
-from linspec.models.hub import load_model
+from linspec.checkpoints.hub import load_model
 
 
 def row(peer: str, steps: list[float], run: str = "a", **result: object) -> Row:

@@ -21,8 +21,8 @@ from benchmarks.peers.page import summary, write_page
 from benchmarks.peers.rows import rows_of
 from benchmarks.peers.shapes import SHAPES, write_checkpoint
 from benchmarks.peers.worker import Worker
+from linspec.checkpoints.hub import load_model
 from linspec.errors import ConfigError, LinspecError
-from linspec.models.hub import load_model
 
 
 class FakeSession(Session):

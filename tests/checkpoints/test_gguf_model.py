@@ -14,14 +14,14 @@ from gguf_files import _keys as keys_of
 from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.gguf_config import ARCHITECTURES, read_config
-from linspec.checkpoints.gguf_reader import read_gguf
-from linspec.checkpoints.gguf_types import TYPES
+from linspec.checkpoints.gguf.config import ARCHITECTURES, read_config
+from linspec.checkpoints.gguf.reader import read_gguf
+from linspec.checkpoints.gguf.types import TYPES
+from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.cli import app
+from linspec.decoding.step import Feed
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_config, load_model, load_tokenizer, save_model
-from linspec.step import Feed
 from linspec.train.linearize import stored_dtype
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")

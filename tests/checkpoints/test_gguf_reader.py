@@ -18,13 +18,13 @@ from gguf_files import byte_words, packed, string, tiny, write, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linspec.checkpoints import gguf_reader
-from linspec.checkpoints.gguf_config import read_config
-from linspec.checkpoints.gguf_model import load_gguf
-from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
-from linspec.checkpoints.gguf_tokenizer import read_tokenizer
+from linspec.checkpoints.gguf import reader as gguf_reader
+from linspec.checkpoints.gguf.config import read_config
+from linspec.checkpoints.gguf.model import load_gguf
+from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.gguf.tokenizer import read_tokenizer
+from linspec.checkpoints.hub import load_model, resolve
 from linspec.errors import CheckpointError
-from linspec.models.hub import load_model, resolve
 
 HUGE = (0, 1, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**42 + 1, 2**63 - 1, 2**63, 2**64 - 1)
 SECONDS = 5.0

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from linspec.checkpoints.gguf_reader import read_gguf
-from linspec.checkpoints.gguf_tokenizer import load_gguf_tokenizer, read_tokenizer
-from linspec.checkpoints.pre_tokenizers import ALIKE, NAMES, PATTERNS, pre_tokenizer
+from linspec.checkpoints.gguf.pre_tokenizers import ALIKE, NAMES, PATTERNS, pre_tokenizer
+from linspec.checkpoints.gguf.reader import read_gguf
+from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer, read_tokenizer
+from linspec.checkpoints.hub import load_config, load_tokenizer
+from linspec.checkpoints.tokenizer import PlainTokenizer, load_text_tokenizer
 from linspec.errors import CheckpointError
 from linspec.llm import LLM
-from linspec.models.hub import load_config, load_tokenizer
-from linspec.models.tokenizer import PlainTokenizer, load_text_tokenizer
 
 PIECES = [
     *("1", "12", "1234567890123", "٣٤", "１２", "²½", "'S", "'ll", "DON'T", "İ", "ǅ", "Ünï"),

@@ -12,10 +12,10 @@ from gguf_files import tiny
 from typer.testing import CliRunner
 
 from linspec.checkpoints import packages
+from linspec.checkpoints.hub import load_model, resolve
 from linspec.checkpoints.packages import PACKAGES, Package
 from linspec.cli import app
 from linspec.errors import CheckpointError
-from linspec.models.hub import load_model, resolve
 
 
 @pytest.fixture

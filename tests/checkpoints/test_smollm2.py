@@ -19,9 +19,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linspec import LLM, SamplingParams
+from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.checkpoints.packages import PACKAGES
-from linspec.models.hub import load_model, load_tokenizer
-from linspec.models.tokenizer import load_text_tokenizer
+from linspec.checkpoints.tokenizer import load_text_tokenizer
 
 PATH = PACKAGES["smollm2"].path
 TEXT = os.environ.get("LINSPEC_TEST_TEXT", "")

@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from linspec.checkpoints.hub import save_model
+from linspec.checkpoints.same_tokenizer import difference
+from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.errors import DrafterError
 from linspec.llm import LLM
-from linspec.models.hub import save_model
-from linspec.models.same_tokenizer import difference
-from linspec.models.tokenizer import load_text_tokenizer
-from linspec.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("length", [3, 17, 18, 19, 20, 21, 30])

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.checkpoints.fingerprint import fingerprint
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.saved import load_heads, save_heads
 from linspec.errors import ConfigError, DrafterError
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.fingerprint import fingerprint
 
 CONFIG = DecoderConfig(
     vocab_size=40, width=16, layers=2, heads=2, kv_heads=1, head_width=8, mlp_width=24

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.compress.load import load_for, quantize_model
-from linspec.config import DecoderConfig
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.load_quantized import load_for, quantize_model
+from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter, packed
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
@@ -27,9 +28,8 @@ from linspec.kernels.cpu import step as native_step
 from linspec.kernels.cpu.library import Found, load
 from linspec.kernels.cpu.threads import torch_on_one_thread
 from linspec.kernels.linear import PackedLinear, Quantizer, fuse, integer_bits
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.fingerprint import fingerprint
-from linspec.tree import Budget
 
 WIDTH, VOCAB = 48, 70
 CONFIG = DecoderConfig(

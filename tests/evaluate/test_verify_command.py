@@ -11,6 +11,8 @@ import pytest
 import torch
 from checkpoints import model_dir, text_model, tiny_tokenizer
 
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.draft_model import DraftModel
 from linspec.errors import ConfigError
 from linspec.evaluate import lossless
@@ -23,9 +25,7 @@ from linspec.evaluate.lossless import (
     verify,
 )
 from linspec.llm import LLM
-from linspec.row import Row
-from linspec.tree import Budget, TokenTree
-from linspec.verify import Accepted
+from linspec.verifiers import Accepted
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_a_broken_verifier_is_caught(data: Path, monkeypatch: pytest.MonkeyPatch
         deepest = max(range(len(tree)), key=lambda node: tree.depths[node])
         return Accepted(tree.path_to(deepest), int(logits[deepest].argmax()), None)
 
-    monkeypatch.setattr("linspec.verify.lossless.LosslessVerifier.accept", gullible)
+    monkeypatch.setattr("linspec.verifiers.lossless.LosslessVerifier.accept", gullible)
     other = f"draft-model:{model_dir('softmax', 1)}"
     report = verify(model_dir("aug"), other, prompts=3, tokens=20, draws=0, data=[data])
     assert not report.lossless_greedy

@@ -122,12 +122,12 @@ class Bench:
         kind = self.models[name]["kind"]
         full = torch.tensor([_FULL])
         if kind == "encoder":
-            from linspec.models.hub import load_encoder
+            from linspec.checkpoints.hub import load_encoder
 
             model: Any = load_encoder(self.folder(name))
             return _chosen(model.fill(full), full)
         if kind == "seq2seq":
-            from linspec.models.hub import load_seq2seq
+            from linspec.checkpoints.hub import load_seq2seq
 
             target = torch.tensor([_TARGET])
             model = load_seq2seq(self.folder(name))

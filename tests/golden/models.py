@@ -57,8 +57,8 @@ def write_heads(model: Model, name: str, folder: Path) -> Path:
 
 def freeze() -> dict[str, Model]:
     """Every model of the catalogue, described by the present code."""
-    from linspec.flash_config import VARIANTS
     from linspec.mixers import MIXERS
+    from linspec.models.flash_config import VARIANTS
 
     found: dict[str, Model] = {}
     names = [n for n in MIXERS.names() if not n.startswith(("test", "study-"))]
@@ -79,7 +79,7 @@ def freeze() -> dict[str, Model]:
 
 
 def _mixer(name: str, kernel: str = "own", keep: int = 3) -> Any:
-    from linspec.config import MixerConfig
+    from linspec.mixers.config import MixerConfig
 
     return MixerConfig(
         name=name,
@@ -98,7 +98,7 @@ def _stack(**switches: Any) -> dict[str, Any]:
 
 
 def _decoder(name: str, kernel: str = "own", **switches: Any) -> Model:
-    from linspec.config import DecoderConfig
+    from linspec.models.config import DecoderConfig
 
     first = _mixer(name, kernel)
     second = first if name == "global" else replace(first, span=2)
@@ -106,8 +106,8 @@ def _decoder(name: str, kernel: str = "own", **switches: Any) -> Model:
 
 
 def _flash(variant: str) -> Model:
-    from linspec.config import RelativeConfig
-    from linspec.flash_config import FlashConfig
+    from linspec.mixers.config import RelativeConfig
+    from linspec.models.flash_config import FlashConfig
 
     config = FlashConfig(
         **_stack(kv_heads=1, heads=1, head_width=16),
@@ -121,7 +121,8 @@ def _flash(variant: str) -> Model:
 
 
 def _t5(name: str) -> Model:
-    from linspec.config import DecoderConfig, EncoderConfig, RelativeConfig, Seq2SeqConfig
+    from linspec.mixers.config import RelativeConfig
+    from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 
     shape = _stack(kv_heads=4, mixers=(_mixer(name),) * 2, positions="relative", gated_mlp=False)
     shape |= {"relative": RelativeConfig(buckets=8, max_distance=20), "scaled_scores": False}
@@ -131,7 +132,7 @@ def _t5(name: str) -> Model:
 
 
 def _bert(name: str) -> Model:
-    from linspec.config import EncoderConfig
+    from linspec.models.config import EncoderConfig
 
     mixers = (_mixer(name, keep=0),) * 2
     shape = _stack(kv_heads=4, mixers=mixers, positions="learned", norm="layer")
@@ -142,8 +143,8 @@ def _bert(name: str) -> Model:
 
 
 def _described(config: Any) -> Model:
+    from linspec.checkpoints.matching import own_tensors
     from linspec.models.kinds import kind_of
-    from linspec.models.matching import own_tensors
 
     kind = kind_of(config)
     built = kind.model(config)
@@ -153,8 +154,8 @@ def _described(config: Any) -> Model:
 
 def fingerprints(models: dict[str, Model], folder: Callable[[str], Path]) -> None:
     """Enter what heads know each decoder by."""
-    from linspec.models.fingerprint import fingerprint
-    from linspec.models.hub import load_model
+    from linspec.checkpoints.fingerprint import fingerprint
+    from linspec.checkpoints.hub import load_model
 
     for name, model in models.items():
         # units of a FLASH model have no MLP to be known by: no heads are made for them

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import linspec
+from linspec.decoding.sampling import SamplingParams
 from linspec.kernels.cpu.library import SWITCH
 from linspec.llm import LLM
-from linspec.sampling import SamplingParams
 
 PACKAGE = Path(linspec.__file__).parent
 ROOT = PACKAGE.parent.parent

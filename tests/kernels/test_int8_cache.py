@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.step import Feed
 from linspec.errors import ConfigError
 from linspec.llm import LLM
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.sampling import SamplingParams
-from linspec.state import DecoderState
-from linspec.step import Feed
+from linspec.state.decoder_state import DecoderState
 
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
 TOKENS = [3 * node + 1 for node in range(len(TREE))]

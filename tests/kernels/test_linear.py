@@ -11,7 +11,7 @@ from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, instruction_sets, linear
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.linear import Quantizer
-from linspec.kernels.quantize import quantize_int4, quantize_int8
+from linspec.quantization.codes import quantize_int4, quantize_int8
 
 KINDS = {"f32": F32, "bf16": BF16, "int8": INT8, "int4": INT4}
 # below, at and above a tile, a group and a vector

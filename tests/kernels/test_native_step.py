@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.decoding.step import Feed
 from linspec.errors import StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.kernels.linear import Quantizer
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.step import Feed
 
 MIXERS = {
     "softmax": MixerConfig(),

@@ -12,14 +12,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linspec.compress.load import load_for
+from linspec.checkpoints.hub import load_tokenizer
+from linspec.checkpoints.load_quantized import load_for
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.step import Feed
+from linspec.engine.scheduler import Scheduler
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_tokenizer
-from linspec.row import Row
-from linspec.sampling import Sampler, SamplingParams
-from linspec.scheduler import Scheduler
-from linspec.step import Feed
 
 TOKENS = 480
 

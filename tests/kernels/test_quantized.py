@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linspec import ram
-from linspec.compress.load import load_for
+from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, resolve
+from linspec.checkpoints.load_quantized import load_for
+from linspec.checkpoints.quantized import map_tensors, write_aligned
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.step import Feed
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import PromptLookup
@@ -22,10 +25,7 @@ from linspec.kernels.linear import Quantizer
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_config, load_model, load_tokenizer, resolve
-from linspec.models.quantized import map_tensors, write_aligned
-from linspec.sampling import SamplingParams
-from linspec.step import Feed
+from linspec.utils import ram
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
 

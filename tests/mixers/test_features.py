@@ -8,12 +8,13 @@ import pytest
 import torch
 from helpers import GROUP, assert_close, feed, random_tokens, tiny_config, tiny_model
 
-from linspec.config import DecoderConfig, EncoderConfig, MixerConfig
 from linspec.mixers import MIXERS
 from linspec.mixers.blocks import join
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.decay import Fading
 from linspec.mixers.linear import GroupedLinear, unit
 from linspec.mixers.random_features import orthogonal_rows
+from linspec.models.config import DecoderConfig, EncoderConfig
 from linspec.models.decoder import Decoder
 
 WIDTH = 4

@@ -21,14 +21,14 @@ from helpers import (
 )
 
 import linspec.mixers.base
-from linspec.config import MixerConfig
+from linspec.decoding.step import Feed
+from linspec.decoding.tree import TokenTree, chain
+from linspec.decoding.tree_mask import Layout
 from linspec.errors import ConfigError
-from linspec.layout import Layout
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.linear import GroupedLinear
 from linspec.models.decoder import Decoder
-from linspec.state import DecoderState
-from linspec.step import Feed
-from linspec.tree import TokenTree, chain
+from linspec.state.decoder_state import DecoderState
 
 LARGE = 1e-3
 SUMMED = ("global", "aug", "relu", "hedgehog", "linformer", "aug:softmax", "gla:softmax")

@@ -18,11 +18,12 @@ from helpers import (
     tiny_config,
 )
 
-from linspec.config import EncoderConfig, MixerConfig, RopeConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.config import MixerConfig, RopeConfig
 from linspec.mixers.reference import REFERENCES, reference
-from linspec.rope import Rotary, inverse_frequencies
+from linspec.mixers.rope import Rotary, inverse_frequencies
+from linspec.models.config import EncoderConfig
 
 WITHOUT_SPAN = ("softmax", "window", "global")
 LENGTHS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + 3)

@@ -20,7 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from linspec.config import EncoderConfig, MixerConfig
+from linspec.checkpoints.hub import (
+    load_encoder,
+    load_generator,
+    load_model,
+    load_seq2seq,
+    save_model,
+)
 from linspec.errors import (
     CheckpointError,
     ConfigError,
@@ -29,10 +35,11 @@ from linspec.errors import (
     UnsupportedModel,
 )
 from linspec.kernels.linear import Quantizer
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.relu import Relu
 from linspec.models.bert import Bert
+from linspec.models.config import EncoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_encoder, load_generator, load_model, load_seq2seq, save_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

@@ -24,10 +24,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.checkpoints.families.known import FAMILIES, family_of, read_config, write_config
+from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.errors import CheckpointError, InputError, UnsupportedModel
-from linspec.models.families import FAMILIES, family_of, read_config, write_config
-from linspec.models.hub import load_config, load_model, save_model
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

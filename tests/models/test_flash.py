@@ -21,13 +21,13 @@ from helpers import (
     tree_logits,
 )
 
-from linspec.config import MixerConfig, RelativeConfig
+from linspec.checkpoints.hub import load_model, save_model
+from linspec.decoding.step import Feed
 from linspec.errors import ConfigError, ContextOverflow
-from linspec.flash_config import VARIANTS, FlashConfig
+from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.flash import Flash
+from linspec.models.flash_config import VARIANTS, FlashConfig
 from linspec.models.gau import laplace
-from linspec.models.hub import load_model, save_model
-from linspec.step import Feed
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 

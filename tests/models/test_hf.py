@@ -15,15 +15,15 @@ from helpers import VOCAB, mixer_config, random_tokens, randomise, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from linspec.engine import Engine
+from linspec.checkpoints.hub import load_model, save_model
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.step import STAGE_ROWS
+from linspec.engine.engine import Engine
 from linspec.errors import CheckpointError, ConfigError, ContextOverflow, InputError, StateError
+from linspec.integrations.transformers.config import LinspecConfig
+from linspec.integrations.transformers.model import LinspecCache, LinspecForCausalLM
 from linspec.models.decoder import Decoder
-from linspec.models.hf import LinspecCache, LinspecForCausalLM
-from linspec.models.hf_config import LinspecConfig
-from linspec.models.hub import load_model, save_model
-from linspec.row_state import STAGE_ROWS
-from linspec.sampling import SamplingParams
-from linspec.verify.lossless import LosslessVerifier
+from linspec.verifiers.lossless import LosslessVerifier
 
 PAD, EOS = 0, 3
 MODELS = {"aug": ("aug", "aug"), "mixed": ("softmax", "aug", "window"), "relu": ("relu", "relu")}

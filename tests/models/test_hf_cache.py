@@ -10,12 +10,12 @@ import torch
 from helpers import MIXER_NAMES, mixer_config, random_tokens, randomise, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from linspec.kv import KINDS
-from linspec.models.hf import LinspecCache, LinspecForCausalLM
-from linspec.models.hf_config import LinspecConfig
-from linspec.models.hub import resolve
-from linspec.row_state import RowSpec, RowState
-from linspec.state import DecoderState
+from linspec.checkpoints.hub import resolve
+from linspec.integrations.transformers.config import LinspecConfig
+from linspec.integrations.transformers.model import LinspecCache, LinspecForCausalLM
+from linspec.quantization.rows import KINDS
+from linspec.state.decoder_state import DecoderState
+from linspec.state.row_state import RowSpec, RowState
 
 # enough to close groups: sums that are never folded hide a wrong rule
 TOKENS = 23

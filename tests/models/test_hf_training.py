@@ -12,9 +12,9 @@ from helpers import VOCAB, mixer_config, random_tokens, randomise, tiny_config
 from transformers import Trainer, TrainingArguments
 
 from linspec.errors import InputError
+from linspec.integrations.transformers.config import LinspecConfig
+from linspec.integrations.transformers.model import LinspecForCausalLM
 from linspec.models.block import Block
-from linspec.models.hf import LinspecForCausalLM
-from linspec.models.hf_config import LinspecConfig
 
 MIXERS = ("aug:softmax", "softmax", "gdn:softmax", "performer")
 ROWS = [random_tokens(23, seed=1), random_tokens(23, seed=2)]

@@ -13,13 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig, MixerConfig
-from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
-from linspec.mixers import MIXERS
-from linspec.mixers.softmax import Softmax
-from linspec.models import hub
-from linspec.models.decoder import Decoder
-from linspec.models.hub import (
+from linspec.checkpoints import hub
+from linspec.checkpoints.hub import (
     check_tokenizer,
     load_config,
     load_model,
@@ -27,7 +22,13 @@ from linspec.models.hub import (
     resolve,
     save_model,
 )
-from linspec.models.weights import INDEX, SINGLE
+from linspec.checkpoints.weights import INDEX, SINGLE
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
+from linspec.mixers.softmax import Softmax
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
 
 PLAIN = DecoderConfig(
     vocab_size=20,

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_model, save_model
+from linspec.checkpoints.weights import INDEX, SINGLE
 from linspec.errors import CheckpointError
-from linspec.models.hub import load_model, save_model
-from linspec.models.weights import INDEX, SINGLE
+from linspec.mixers.config import MixerConfig
 from linspec.train.student import with_mixers
 
 

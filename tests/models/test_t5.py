@@ -12,16 +12,12 @@ from helpers import assert_close, assert_same_bytes, path_tokens, random_tree, r
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from linspec.config import (
-    DecoderConfig,
-    EncoderConfig,
-    MixerConfig,
-    RelativeConfig,
-    Seq2SeqConfig,
-)
+from linspec.checkpoints.hub import load_generator, load_model, load_seq2seq, save_model
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.step import Feed
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine import Engine
+from linspec.engine.engine import Engine
 from linspec.errors import (
     CheckpointError,
     ConfigError,
@@ -30,13 +26,12 @@ from linspec.errors import (
     StateError,
     UnsupportedModel,
 )
-from linspec.models.hub import load_generator, load_model, load_seq2seq, save_model
+from linspec.mixers.config import MixerConfig, RelativeConfig
+from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from linspec.models.t5 import T5
-from linspec.policy.costs import measure
-from linspec.policy.fixed import Fixed
-from linspec.sampling import SamplingParams
-from linspec.step import Feed
-from linspec.verify.greedy import GreedyVerifier
+from linspec.policies.costs import measure
+from linspec.policies.fixed import Fixed
+from linspec.verifiers.greedy import GreedyVerifier
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from linspec.compress.load import load_for
+from linspec.checkpoints.hub import load_tokenizer, resolve
+from linspec.checkpoints.load_quantized import load_for
+from linspec.checkpoints.quantized import save_quantized
+from linspec.checkpoints.tokenizer import PlainTokenizer, load_text_tokenizer, plain_tokenizer
+from linspec.decoding.sampling import SamplingParams
 from linspec.errors import CheckpointError
 from linspec.llm import LLM
-from linspec.models.hub import load_tokenizer, resolve
-from linspec.models.quantized import save_quantized
-from linspec.models.tokenizer import PlainTokenizer, load_text_tokenizer, plain_tokenizer
-from linspec.sampling import SamplingParams
 
 END = "<|endoftext|>"
 # what tokenizers are known to treat in a way of their own

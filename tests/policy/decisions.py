@@ -17,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import ChainDrafter, Drafter
-from linspec.policy.auto import Auto
-from linspec.policy.base import RoundTimes
-from linspec.policy.costs import CostCurve
-from linspec.tree import Budget, TokenTree, chain
+from linspec.policies.auto import Auto
+from linspec.policies.base import RoundTimes
+from linspec.policies.costs import CostCurve
 
 FILE = Path(__file__).with_name("decisions.json")
 SCENARIOS, ROUNDS = 28, 240

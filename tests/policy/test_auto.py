@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from linspec.decoding.tree import Budget, chain
 from linspec.drafters.base import ChainDrafter
 from linspec.errors import ConfigError
-from linspec.policy.auto import Auto
-from linspec.policy.base import RoundTimes
-from linspec.policy.costs import CostCurve
-from linspec.policy.fixed import Fixed
-from linspec.tree import Budget, chain
+from linspec.policies.auto import Auto
+from linspec.policies.base import RoundTimes
+from linspec.policies.costs import CostCurve
+from linspec.policies.fixed import Fixed
 
 # one row for 1 ms, eight for 1.2 ms, then each further one a tenth: a machine that verifies cheaply
 CHEAP = CostCurve({1: 1.0e-3, 8: 1.2e-3, 64: 7.0e-3})

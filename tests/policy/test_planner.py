@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from decisions import Table
 
-from linspec.policy.acceptance import AcceptanceModel, expected_of
-from linspec.policy.base import RoundTimes
-from linspec.policy.cost_model import CostModel
-from linspec.policy.costs import MEASURED_NODES, CostCurve, measure
-from linspec.policy.exploration import Exploration
-from linspec.policy.planner import CANDIDATES, Choice, choose, next_size, sizes_up_to
-from linspec.tree import TokenTree, chain
+from linspec.decoding.tree import TokenTree, chain
+from linspec.policies.acceptance import AcceptanceModel, expected_of
+from linspec.policies.base import RoundTimes
+from linspec.policies.cost_model import CostModel
+from linspec.policies.costs import MEASURED_NODES, CostCurve, measure
+from linspec.policies.exploration import Exploration
+from linspec.policies.planner import CANDIDATES, Choice, choose, next_size, sizes_up_to
 
 
 @dataclass(frozen=True)

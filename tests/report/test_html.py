@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.tree import from_paths
 from linspec.errors import CheckpointError, ConfigError
 from linspec.report.data import (
     Bar,
@@ -26,8 +28,6 @@ from linspec.report.data import (
 from linspec.report.html import render_html, write_report
 from linspec.report.plots import format_value, render
 from linspec.report.tree import render_round, visible
-from linspec.tree import from_paths
-from linspec.verify.base import Accepted
 
 EVIL = '<script>alert("1 & 2")</script>'
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -13,11 +13,11 @@ from checkpoints import model_dir, tiny_tokenizer
 from helpers import randomise
 from test_study import SIZE
 
-from linspec.config import EncoderConfig
+from linspec.checkpoints.hub import load_seq2seq, save_model
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.continuations import evaluate_continuations
 from linspec.models.bert import Bert
-from linspec.models.hub import load_seq2seq, save_model
+from linspec.models.config import EncoderConfig
 from linspec.models.t5 import T5
 from linspec.train.pretrain import initialize
 from studies.linearized_llm import Plan, make_plan, study

@@ -12,9 +12,10 @@ from checkpoints import model_dir
 from helpers import random_tokens, tiny_config
 from test_study import SIZE
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.evaluate.recall import Recall, RecallCell
 from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from studies.linearized_llm import make_plan, study
 from studies.linearized_llm.recipes import Recipes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from linspec.errors import ConfigError, InputError, TrainingError
 from linspec.mixers import MIXERS
-from linspec.places import mark_folder
+from linspec.utils.places import mark_folder
 from studies.linearized_llm import TABLES, Plan, Size, make_plan, study
 from studies.linearized_llm.attentions import AUG, PARTS, PLAIN, attentions
 from studies.linearized_llm.cache import Cache

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from linspec.config import DecoderConfig
+from linspec.checkpoints.hub import save_model
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import save_model
 from linspec.train.pretrain import initialize
 from linspec.train.tokenizer import train_tokenizer
 

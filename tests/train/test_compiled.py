@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, EncoderConfig, MixerConfig, Seq2SeqConfig
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.flash_config import FlashConfig
 from linspec.mixers import MIXERS
 from linspec.mixers.blocks import split, windows
+from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
+from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
 from linspec.models.flash import Flash
+from linspec.models.flash_config import FlashConfig
 from linspec.models.t5 import T5
 from linspec.train.compiled import (
     CompiledLoss,

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
+from linspec.checkpoints.hub import load_model, save_model
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
-from linspec.files import exclusive
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, save_model
 from linspec.train import drafter as module
 from linspec.train.drafter import DrafterConfig, calibrate, heads_loss, train_drafter
 from linspec.train.loop import Trainer
+from linspec.utils.files import exclusive
 
 SHORT = DrafterConfig(
     heads=3,

@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_config, load_model
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
-from linspec.files import exclusive
 from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_config, load_model
 from linspec.train import linearize as module
 from linspec.train import loop
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
@@ -30,6 +29,7 @@ from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.loop import Trainer
 from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
+from linspec.utils.files import exclusive
 
 SHORT = LinearizeConfig(
     tokens=16 * 256,
@@ -433,7 +433,7 @@ def test_merged_lora_gives_the_same_logits(tiny_teacher: Callable[..., Decoder])
 
 SCRIPT = """
 import sys
-from linspec.config import MixerConfig
+from linspec.mixers.config import MixerConfig
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
 config = LinearizeConfig(tokens=8 * 256, context=64, batch_tokens=256, precision="float32")

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from linspec.checkpoints.hub import load_config, load_model, load_tokenizer
 from linspec.errors import CheckpointError, ConfigError, TrainingError
-from linspec.files import exclusive
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_config, load_model, load_tokenizer
 from linspec.train import pretrain as module
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.pretrain import Recipe, context_at, pretrain
+from linspec.utils.files import exclusive
 
 
 @pytest.fixture(autouse=True)

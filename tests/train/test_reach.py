@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linspec.config import MixerConfig
 from linspec.errors import ConfigError
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.finetune import finetune_loss
 from linspec.train.reach import Reach, allocate, measure_reach

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from linspec.config import DecoderConfig
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train import reach as reach_module
 from linspec.train.data import Windows

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_generator, save_model
 from linspec.errors import ConfigError
 from linspec.evaluate.lossless import verify
-from linspec.models.hub import load_generator, save_model
+from linspec.mixers.config import MixerConfig
 from linspec.models.t5 import T5
 from linspec.train.finetune import finetune_loss
 from linspec.train.linearize import continue_training, linearize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from linspec.config import MixerConfig
+from linspec.mixers.config import MixerConfig
 from linspec.train.data import Windows
 from linspec.train.finetune import finetune_loss
 from linspec.train.sums import alphas, keep_useful_sums

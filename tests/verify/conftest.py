@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import TokenTree, root_only
-from linspec.verify import Verifier
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import TokenTree, root_only
+from linspec.verifiers import Verifier
 
 Draft = Callable[[list[int]], TokenTree]
 

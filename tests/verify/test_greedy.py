@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import chain, from_paths, root_only
 from linspec.errors import ConfigError, InputError
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import chain, from_paths, root_only
-from linspec.verify import VERIFIERS, GreedyVerifier, LosslessVerifier
+from linspec.verifiers import VERIFIERS, GreedyVerifier, LosslessVerifier
 
 PENALTIES = [
     {},

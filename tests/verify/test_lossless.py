@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import TokenTree, chain, root_only
 from linspec.errors import DrafterError, NotFinite
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import TokenTree, chain, root_only
-from linspec.verify import LosslessVerifier, lossless
+from linspec.verifiers import LosslessVerifier, lossless
 
 TRIALS = 20_000
 PROMPT = (0, 1)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import chain, from_paths
 from linspec.errors import ConfigError
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import chain, from_paths
-from linspec.verify import VERIFIERS, GreedyVerifier, TypicalOptions, TypicalVerifier
+from linspec.verifiers import VERIFIERS, GreedyVerifier, TypicalOptions, TypicalVerifier
 
 SAMPLED = SamplingParams(temperature=1.0, seed=0)
 

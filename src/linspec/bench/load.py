@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linspec.checkpoints.hub import resolve
+from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.errors import CheckpointError, ConfigError
-from linspec.models.hub import resolve
-from linspec.models.tokenizer import load_text_tokenizer
 
 _PROMPT_TOKENS = 16
 _POLL_SECONDS = 0.005

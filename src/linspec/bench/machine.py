@@ -14,7 +14,7 @@ import torch
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
 from linspec.kernels.linear import pick_kernel
-from linspec.messages import shown
+from linspec.utils.messages import shown
 
 _BANDWIDTH_BYTES = 2**28
 # more threads only take turns, and the system refuses thousands of them

@@ -20,22 +20,22 @@ from typing import Any
 import torch
 
 from linspec.bench.machine import machine
-from linspec.compress.load import load_for
+from linspec.checkpoints.hub import load_tokenizer, resolve
+from linspec.checkpoints.load_quantized import load_for
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter
-from linspec.engine import raise_first
+from linspec.engine.engine import raise_first
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_tokenizer, resolve
-from linspec.policy.base import Policy
-from linspec.progress import Progress
-from linspec.row import Row
-from linspec.row_state import Snapshot
-from linspec.sampling import Sampler, SamplingParams
+from linspec.policies.base import Policy
+from linspec.state.row_state import Snapshot
 from linspec.train.data import end_of_text
-from linspec.tree import Budget
+from linspec.utils.progress import Progress
 
 PLAIN = "plain"
 # Characters per token of no tokenizer are so many that a context could not be filled from this.

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO
 
 from linspec.errors import CheckpointError
-from linspec.files import cache_dir, replace_file
-from linspec.messages import because
-from linspec.progress import Progress
+from linspec.utils.files import cache_dir, replace_file
+from linspec.utils.messages import because
+from linspec.utils.progress import Progress
 
 _PIECE = 2**20
 

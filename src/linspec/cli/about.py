@@ -26,7 +26,7 @@ def info(
 
         facts = library()
     else:
-        from linspec.models.description import describe
+        from linspec.checkpoints.description import describe
 
         facts = describe(model)
     print_json(facts) if as_json else print_facts(facts)
@@ -35,7 +35,7 @@ def info(
 @guarded()
 def list_plugins(as_json: Json = False) -> None:
     """Every mixer, drafter, verifier and policy, with its options and the paper it comes from."""
-    from linspec.plugins import catalogue
+    from linspec.cli.plugins import catalogue
 
     found = catalogue()
     if as_json:

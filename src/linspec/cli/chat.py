@@ -37,8 +37,8 @@ from linspec.cli.options import (
 from linspec.errors import InputError, LinspecError
 
 if TYPE_CHECKING:
+    from linspec.decoding.sampling import SamplingParams
     from linspec.llm import LLM
-    from linspec.sampling import SamplingParams
 
 COMMANDS = "/reset begins anew, /quit ends (so does Ctrl-D); Ctrl-C stops an answer"
 
@@ -66,8 +66,8 @@ def chat(
 ) -> None:
     """Talk with a model made for it: a line is a message, the answer is streamed to stdout."""
     with importing():
+        from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
-        from linspec.sampling import SamplingParams
 
     params = configure(SamplingParams, locals())
     place = place_on(device, threads)

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from linspec.errors import ConfigError
-from linspec.messages import shown
+from linspec.utils.messages import shown
 
 Number = int | float | None
 
@@ -72,7 +72,7 @@ def cache_dtype(value: str) -> str:
     # the library imports torch, which --help must not wait for
     if value == "auto":
         return "float"
-    from linspec.kv import kv_of
+    from linspec.quantization.rows import kv_of
 
     return kv_of(value)
 

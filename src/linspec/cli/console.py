@@ -23,8 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 
 from linspec.errors import ConfigError, InputError, LinspecError
-from linspec.files import cache_dir
-from linspec.messages import because, shown
+from linspec.utils.files import cache_dir
+from linspec.utils.messages import because, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -79,8 +79,8 @@ def generate(
 ) -> None:
     """Continue a text; streams it to stdout as it is decided."""
     with importing():
+        from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
-        from linspec.sampling import SamplingParams
 
     text = read_prompt(prompt, prompt_file)
     params = configure(SamplingParams, locals())

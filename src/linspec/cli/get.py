@@ -9,7 +9,7 @@ import typer
 from linspec.cli.console import guarded, print_json, say
 from linspec.cli.options import Json
 from linspec.errors import ConfigError
-from linspec.messages import did_you_mean, shown
+from linspec.utils.messages import did_you_mean, shown
 
 
 @guarded()

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from linspec.cli.console import explain, say
-from linspec.messages import did_you_mean
+from linspec.utils.messages import did_you_mean
 
 SECOND = ("load",)
 # verbs of 0.1.0 that measure more than linspec itself: modules that run from a clone

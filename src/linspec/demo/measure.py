@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.speed import SpeedRow, bench
+from linspec.checkpoints.hub import load_model, load_tokenizer
+from linspec.decoding.sampling import SamplingParams
 from linspec.demo.budget import Budget, Clock
 from linspec.demo.result import STUDENT, TEACHER, Decoded
 from linspec.demo.work import Work
@@ -19,9 +21,7 @@ from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import evaluate
 from linspec.llm import LLM, Generation
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, load_tokenizer
-from linspec.progress import Progress
-from linspec.sampling import SamplingParams
+from linspec.utils.progress import Progress
 
 NONE = "none"
 STATE_CONTEXTS = (1024, 8192, 32768)

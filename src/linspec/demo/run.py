@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.machine import machine
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget
 from linspec.demo.measure import (
@@ -31,14 +33,12 @@ from linspec.demo.training import make_heads, make_student, shuffled, swapped, t
 from linspec.demo.work import RECORD, Work
 from linspec.drafters.saved import load_heads
 from linspec.errors import InputError
-from linspec.files import exclusive
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.fingerprint import fingerprint
-from linspec.models.hub import check_tokenizer, load_model, load_tokenizer, resolve
-from linspec.places import check_text, check_workspace, mark_folder
 from linspec.report.html import SIGNS, write_report
 from linspec.train.data import train_and_heldout
+from linspec.utils.files import exclusive
+from linspec.utils.places import check_text, check_workspace, mark_folder
 
 REPORT = "report.html"
 PHASES = ("load", "linearize", "heads", "quality", "decode", "speed", "report")

@@ -9,13 +9,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import TokenTree
 from linspec.demo.budget import Budget
 from linspec.demo.screen import Screen
 from linspec.llm import LLM
 from linspec.report.data import Round, Sample, Span, make_round, token_texts
-from linspec.sampling import Sampler, SamplingParams
-from linspec.tree import TokenTree
-from linspec.verify.base import Accepted, Verifier
+from linspec.verifiers.base import Verifier
 
 
 class Recorder:

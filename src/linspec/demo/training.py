@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from linspec.checkpoints.hub import load_config, load_model
 from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_config, load_model
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
 from linspec.train.finetune import finetune_loss
 from linspec.train.linearize import RECORD, linearize

@@ -12,7 +12,7 @@ from typing import Any
 
 from linspec.demo.budget import Clock
 from linspec.errors import ConfigError
-from linspec.files import replace_text
+from linspec.utils.files import replace_text
 
 RECORD = "demo.json"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from linspec.drafters import draft_model, lookup, medusa
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
-from linspec.messages import shown
+from linspec.utils.messages import shown
 
 __all__ = [
     "DRAFTERS",

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from linspec.decoding.protocols import Generator
+from linspec.decoding.sequence import Row
+from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
-from linspec.models.backbone import Generator
 from linspec.models.decoder import Decoder
-from linspec.registry import Registry
-from linspec.row import Row
-from linspec.row_state import STAGE_ROWS
-from linspec.tree import Budget, TokenTree, chain
+from linspec.utils.registry import Registry
 
 # most draft nodes of any tree: its root takes one row of the stage
 MAX_NODES = STAGE_ROWS - 1

@@ -13,19 +13,19 @@ from typing import Self
 
 import torch
 
-from linspec.compress.load import quantize_model
-from linspec.config import DecoderConfig
+from linspec.checkpoints.hub import EMBEDDED, load_model
+from linspec.checkpoints.load_quantized import quantize_model
+from linspec.checkpoints.same_tokenizer import check_same_tokenizer
+from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.sequence import Row
+from linspec.decoding.step import Feed
+from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
 from linspec.errors import DrafterError
 from linspec.kernels.linear import integer_bits
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.hub import EMBEDDED, load_model
-from linspec.models.same_tokenizer import check_same_tokenizer
-from linspec.models.tokenizer import load_text_tokenizer
-from linspec.options import option
-from linspec.row import Row
-from linspec.step import Feed
-from linspec.tree import Budget, TokenTree, chain
+from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)

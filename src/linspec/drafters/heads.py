@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import check_sizes
 from linspec.errors import ConfigError
+from linspec.utils.sizes import check_sizes
 
 # of all heads together: published sets have up to 8
 MOST_BLOCKS = 1024

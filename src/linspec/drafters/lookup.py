@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from linspec.decoding.sequence import Row
 from linspec.drafters.base import DRAFTERS, MAX_NODES, ChainDrafter, DrafterContext
 from linspec.errors import ConfigError
-from linspec.options import option
-from linspec.row import Row
+from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)

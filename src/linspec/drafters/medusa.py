@@ -12,6 +12,8 @@ from typing import Self
 
 from torch import nn
 
+from linspec.decoding.sequence import Row
+from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
@@ -20,9 +22,7 @@ from linspec.errors import DrafterError
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
 from linspec.models.decoder import Decoder
-from linspec.options import option
-from linspec.row import Row
-from linspec.tree import Budget, TokenTree, best_first, root_only
+from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,20 +20,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from linspec.border import parse, read_json
+from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
+from linspec.checkpoints.tensors import aligned, check_tensors
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, DrafterError
 from linspec.kernels.linear import Blank
-from linspec.messages import shown
-from linspec.models.checksums import write_checksums
 from linspec.models.decoder import Decoder
-from linspec.models.fingerprint import fingerprint
 from linspec.models.memory import check_memory
-from linspec.models.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.models.skeleton import without_memory
-from linspec.models.tensors import aligned, check_tensors
-from linspec.places import Place, as_path
+from linspec.utils.border import parse, read_json
+from linspec.utils.messages import shown
+from linspec.utils.places import Place, as_path
 
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
 

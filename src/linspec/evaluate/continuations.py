@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 import typer
 
+from linspec.checkpoints.hub import check_tokenizer, load_seq2seq, load_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import Score, held_out_documents, limited
-from linspec.models.hub import check_tokenizer, load_seq2seq, load_tokenizer
 from linspec.models.t5 import T5
-from linspec.progress import Progress
+from linspec.utils.progress import Progress
 
 # tokens of one batch of windows
 _BATCH_TOKENS = 4096

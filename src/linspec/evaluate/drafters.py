@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
 from linspec.errors import ConfigError, DrafterError
-from linspec.files import is_leftover
 from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
-from linspec.models.tensors import check_finite
 from linspec.train.drafter import calibrate
+from linspec.utils.files import is_leftover
 
 _CONTEXT = 512
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import InputError, NotFinite
 from linspec.kernels.linear import Quantizer, check_bits, fuse
 from linspec.models.bert import Bert
-from linspec.models.hub import load_encoder, load_tokenizer
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import paragraphs
 

@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 
-from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
-from linspec.errors import DrafterError
-from linspec.kernels.cpu.library import INT4
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.cpu.pack import TILE
-from linspec.models.checksums import check_files
-from linspec.models.decoder import Decoder
-from linspec.models.hub import (
+from linspec.checkpoints.checksums import check_files
+from linspec.checkpoints.hub import (
     TOKENIZER_FILES,
     check_tokenizer,
     load_any,
     load_tokenizer,
     resolve,
 )
-from linspec.models.tensors import check_finite
+from linspec.checkpoints.tensors import check_finite
+from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
+from linspec.errors import DrafterError
+from linspec.kernels.cpu.library import INT4
+from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.cpu.pack import TILE
+from linspec.models.decoder import Decoder
 
 
 @dataclass(frozen=True, slots=True)

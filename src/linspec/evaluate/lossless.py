@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from linspec.decoding.protocols import Generator
+from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
-from linspec.models.backbone import Generator
-from linspec.policy.base import Policy
-from linspec.progress import Progress
-from linspec.sampling import Sampler, SamplingParams
+from linspec.policies.base import Policy
+from linspec.utils.progress import Progress
 
 # Below this difference of two logits, float32 rounding decides which of them is the larger.
 NEAR_TIE = 1e-4

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.compress.load import load_for
+from linspec.checkpoints.hub import check_tokenizer, load_tokenizer
+from linspec.checkpoints.load_quantized import load_for
+from linspec.decoding.step import Feed
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_tokenizer
-from linspec.progress import Progress
-from linspec.step import Feed
 from linspec.train.data import Split, end_of_text, load_documents
+from linspec.utils.progress import Progress
 
 # Tokens of one batch of windows, and logits that exist at once: what bounds the memory.
 _BATCH_TOKENS = 8192

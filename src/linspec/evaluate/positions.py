@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.checkpoints.hub import with_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.models.hub import with_tokenizer
-from linspec.progress import Progress
 from linspec.train.data import end_of_text, tokenize
+from linspec.utils.progress import Progress
 
 LENGTH = 32_768
 _FIRST_BIN = 256

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.compress.load import load_plain, quantize_model
-from linspec.compress.moments import input_moments
+from linspec.checkpoints.hub import check_tokenizer, load_tokenizer, resolve
+from linspec.checkpoints.load_quantized import load_plain, quantize_model
+from linspec.checkpoints.quantized import save_quantized
 from linspec.evaluate.drafters import find_companions, save_companion
 from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
 from linspec.kernels.linear import check_bits
 from linspec.models.decoder import Decoder
-from linspec.models.hub import check_tokenizer, load_tokenizer, resolve
-from linspec.models.quantized import save_quantized
-from linspec.places import Place, as_path
+from linspec.quantization.calibration import input_moments
 from linspec.train.data import end_of_text, load_documents, tokenize
+from linspec.utils.places import Place, as_path
 
 
 @dataclass(frozen=True, slots=True)

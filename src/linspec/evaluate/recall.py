@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
+from linspec.checkpoints.hub import load_model, with_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, with_tokenizer
-from linspec.progress import Progress
 from linspec.train.data import end_of_text
 from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
+from linspec.utils.progress import Progress
 
 LENGTHS = (512, 1024, 2048, 4096)
 # 3/4 of each length and of half the shortest: every length has a farthest place, with room for lines

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.checkpoints.hub import load_model, with_tokenizer
 from linspec.errors import ConfigError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.recall import filler_ids, limits_of, reads
 from linspec.models.decoder import Decoder
-from linspec.models.hub import load_model, with_tokenizer
 
 PASSAGE = 128
 # of a repeated passage, tokens that do not count: they are what tells that it is one

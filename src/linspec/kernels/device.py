@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from linspec.errors import ConfigError
-from linspec.messages import did_you_mean, shown
+from linspec.utils.messages import did_you_mean, shown
 
 NAMES = ("cpu", "cuda", "auto")
 

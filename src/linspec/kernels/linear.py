@@ -17,7 +17,7 @@ from linspec.errors import ConfigError
 from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.library import F32, INT4, INT8, load
 from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.quantize import quantize_int4, quantize_int8
+from linspec.quantization.codes import quantize_int4, quantize_int8
 
 # several linear layers of one input -> one inference layer with their outputs side by side
 Fuse = Callable[..., nn.Module]

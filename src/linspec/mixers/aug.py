@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS, NativeForm
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.grouped import Grouped
 
 

@@ -23,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import MixerConfig, StackConfig
+from linspec.decoding.tree_mask import Layout, StagedTree
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse
-from linspec.kv import rounded
-from linspec.layout import Layout, StagedTree
 from linspec.mixers.blocks import convolve, convolve_both, tap_distances
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import MixerOptions
-from linspec.registry import Registry
-from linspec.relative import RelativeBias
-from linspec.rope import rotate
-from linspec.row_state import RowSpec, RowState, add_products
+from linspec.mixers.relative import RelativeBias
+from linspec.mixers.rope import rotate
+from linspec.quantization.rows import rounded
+from linspec.state.row_state import RowSpec, RowState, add_products
+from linspec.utils.registry import Registry
 
 if TYPE_CHECKING:
-    from linspec.step import Segment
+    from linspec.state.dense_group import Segment
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from linspec.layout import Layout
+from linspec.decoding.tree_mask import Layout
 from linspec.mixers.blocks import join, split
 from linspec.mixers.linear import GroupedLinear
-from linspec.row_state import RowSpec
+from linspec.state.row_state import RowSpec
 
 # a gate x fades the state by sigmoid(x)^(1/16) per token (Yang et al. 2024, arXiv 2312.06635)
 GATE_TEMPERATURE = 16.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.decay import Fading, fading_products, log_decay
 
 
@@ -29,7 +29,7 @@ class Gdn(Fading):
     decay_width = 1
     gate_width = 2
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.gate_map = nn.Parameter(torch.zeros(self.kv_heads, self.head_width, 2))
         # sigmoid(3)^(1/16): half of a state is left after 230 tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.decay import Fading, log_decay
 
 
@@ -24,7 +24,7 @@ class Gla(Fading):
     at 1 and bias at 0, so that a converted checkpoint has gates at once.
     """
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.decay_width = self.gate_width = self.head_width
         self.gate_scale = nn.Parameter(torch.ones(self.kv_heads, self.head_width))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import MixerConfig, StackConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import GroupedLinear
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import MixerConfig, StackConfig
 from linspec.mixers.base import MIXERS, NativeForm
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import GroupedLinear
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.normalised import Normalised
 
 
@@ -28,7 +28,7 @@ class Hedgehog(Normalised):
     wide = True
     apart = True
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         identity = torch.eye(self.head_width)
         self.query_map = nn.Parameter(identity.repeat(self.heads, 1, 1))

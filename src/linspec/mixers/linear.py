@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import MixerConfig, StackConfig
-from linspec.layout import Layout
+from linspec.decoding.tree_mask import Layout
 from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
-from linspec.row_state import RowSpec
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.state.row_state import RowSpec
 
 # ‖x‖ below this is treated as this: padding rows are all zero and must stay zero
 NORM_FLOOR = 1e-6

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import MixerConfig, StackConfig
+from linspec.decoding.tree_mask import Layout
 from linspec.errors import ConfigError
-from linspec.layout import Layout
 from linspec.mixers.base import MIXERS
 from linspec.mixers.blocks import join, masked_softmax, shifted, split, windows
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import GroupedLinear, causal_window
-from linspec.row_state import RowSpec
+from linspec.state.row_state import RowSpec
 
 DEFAULT_KEEP = 16
 # tokens that one compressed row stands for, unless `features` says otherwise

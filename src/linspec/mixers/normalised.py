@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.mixers.linear import GroupedLinear
-from linspec.row_state import RowSpec
+from linspec.state.row_state import RowSpec
 
 DENOMINATOR_FLOOR = 1e-6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linspec.options import option
+from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from linspec.config import DecoderConfig, MixerConfig
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.normalised import Normalised
 
 # exp(w·y - ‖y‖²/2) is at most exp(‖w‖²/2), and exp(80) is a float32
@@ -44,7 +44,7 @@ class RandomFeatures(Normalised):
     settings = frozenset({"features", "seed"})
     projection: torch.Tensor
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.count = mixer.features or default_features(self.head_width)
         self.register_buffer("projection", orthogonal_rows(self.count, self.head_width, mixer.seed))

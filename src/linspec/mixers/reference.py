@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers.base import Mixer
+from linspec.mixers.config import MixerConfig
 
 # divisions by a norm, or by a sum of weights, that may be zero
 EPSILON = 1e-6

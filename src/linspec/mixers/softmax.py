@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from linspec.kv import rounded
-from linspec.layout import Layout
+from linspec.decoding.tree_mask import Layout
 from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
-from linspec.row_state import RowSpec, RowState
+from linspec.quantization.rows import rounded
+from linspec.state.row_state import RowSpec, RowState
 
 if TYPE_CHECKING:
-    from linspec.step import Segment
+    from linspec.state.dense_group import Segment
 
 # queries that share a mask: few, so that little is computed only to be masked
 _TAIL_ROWS = 256

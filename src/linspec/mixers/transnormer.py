@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig, MixerConfig
 from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import GroupedLinear
 
 RMS_FLOOR = 1e-6
@@ -23,7 +23,7 @@ RMS_FLOOR = 1e-6
 class TransNormer(GroupedLinear):
     """o_t = gain · RMSNorm(φ(q_t)·Σ φ(k_s) v_sᵀ), φ = 1 + elu; one gain per channel."""
 
-    def __init__(self, config: DecoderConfig, mixer: MixerConfig) -> None:
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.gain = nn.Parameter(torch.ones(self.head_width))
 

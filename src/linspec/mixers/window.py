@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from linspec.layout import Layout
+from linspec.decoding.tree_mask import Layout
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
-from linspec.row_state import RowSpec
+from linspec.state.row_state import RowSpec
 
 
 @MIXERS.register(

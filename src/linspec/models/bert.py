@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import EncoderConfig
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse, fuse
 from linspec.models.block import ACTIVATIONS, make_norm
+from linspec.models.config import EncoderConfig
 from linspec.models.encoder import Encoder
 
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import StackConfig
 from linspec.errors import ConfigError
 from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
-from linspec.row_state import RowState
-from linspec.step import Segment
+from linspec.mixers.config import StackConfig
+from linspec.state.dense_group import Segment
+from linspec.state.row_state import RowState
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from linspec.errors import ConfigError
-from linspec.kv import check_kv
 from linspec.mixers.base import Mixer
-from linspec.row_state import RowSpec
+from linspec.quantization.rows import check_kv
+from linspec.state.row_state import RowSpec
 
 
 def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:

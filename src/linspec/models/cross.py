@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.config import DecoderConfig
 from linspec.errors import StateError
 from linspec.kernels.linear import Fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.row_state import Fold, RowSpec, RowState, Snapshot, add_products
-from linspec.state import DecoderState
-from linspec.step import Segment
+from linspec.state.decoder_state import DecoderState
+from linspec.state.dense_group import Segment
+from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, add_products
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import nn
 
-from linspec.config import DecoderConfig
+from linspec.decoding.step import STAGE_ROWS, Feed, StepOutput
+from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.kernels.cpu.step import NativeStep, native_step
 from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
+from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
+from linspec.models.config import DecoderConfig
 from linspec.models.padding import from_left, to_left
-from linspec.rope import Rotary
-from linspec.row_state import STAGE_ROWS
-from linspec.state import DecoderState
-from linspec.step import Feed, Segment, segments_of
-from linspec.tree import Shape
+from linspec.state.decoder_state import DecoderState
+from linspec.state.dense_group import Segment, segments_of
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What one step computed for the nodes whose logits were asked for.
-
-    hidden [P, D] are final normalised hidden states, logits [P, vocab]; `rows[i]` says which of the P
-    belong to feed i.
-    """
-
-    hidden: torch.Tensor
-    logits: torch.Tensor
-    rows: list[slice]
 
 
 class Decoder(nn.Module):

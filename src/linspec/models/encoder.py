@@ -8,14 +8,14 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.config import EncoderConfig
 from linspec.errors import ContextOverflow, InputError
 from linspec.kernels.linear import Fuse, fuse
 from linspec.kernels.norm import prepare_norm
 from linspec.mixers.base import Rope
+from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
+from linspec.models.config import EncoderConfig
 from linspec.models.padding import from_left, to_left
-from linspec.rope import Rotary
 
 
 class EncoderBlock(Block):

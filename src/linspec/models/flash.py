@@ -11,17 +11,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.flash_config import FlashConfig
 from linspec.kernels.linear import Fuse
 from linspec.mixers.base import Rope
+from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
 from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
+from linspec.models.flash_config import FlashConfig
 from linspec.models.gau import GatedAttentionUnit, TokenShift
-from linspec.rope import Rotary, inverse_frequencies
-from linspec.row_state import add_products
-from linspec.state import DecoderState
-from linspec.step import Segment
+from linspec.state.decoder_state import DecoderState
+from linspec.state.dense_group import Segment
+from linspec.state.row_state import add_products
 
 
 class ScaleNorm(nn.Module):

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.flash_config import FlashConfig
+from linspec.decoding.tree_mask import Layout
 from linspec.kernels.linear import Fuse
-from linspec.layout import Layout
 from linspec.mixers.base import Rope
 from linspec.mixers.blocks import tap_distances
 from linspec.mixers.linear import GroupedLinear
-from linspec.relative import RelativeBias
-from linspec.rope import rotate
-from linspec.row_state import RowSpec, RowState
-from linspec.step import Segment
+from linspec.mixers.relative import RelativeBias
+from linspec.mixers.rope import rotate
+from linspec.models.flash_config import FlashConfig
+from linspec.state.dense_group import Segment
+from linspec.state.row_state import RowSpec, RowState
 
 
 def laplace(x: torch.Tensor) -> torch.Tensor:

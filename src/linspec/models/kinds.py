@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from linspec.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
-from linspec.flash_config import FlashConfig
 from linspec.models.bert import Bert
+from linspec.models.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
-from linspec.models.family import ModelConfig
 from linspec.models.flash import Flash
+from linspec.models.flash_config import FlashConfig
 from linspec.models.t5 import T5
 
 Model = Decoder | Bert | T5

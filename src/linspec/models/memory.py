@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from linspec.errors import CheckpointError, StateError
-from linspec.ram import available_bytes
-from linspec.state import DecoderState
+from linspec.state.decoder_state import DecoderState
+from linspec.utils.ram import available_bytes
 
 
 def check_memory(needed: int, folder: Path) -> None:

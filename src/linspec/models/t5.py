@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from linspec.config import Seq2SeqConfig
+from linspec.decoding.step import Feed, StepOutput
 from linspec.errors import InputError
+from linspec.models.config import Seq2SeqConfig
 from linspec.models.cross import CrossDecoder, SourceState
-from linspec.models.decoder import StepOutput
 from linspec.models.encoder import Encoder
 from linspec.models.padding import to_left
-from linspec.state import DecoderState
-from linspec.step import Feed
+from linspec.state.decoder_state import DecoderState
 
 
 class T5(nn.Module):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
-from linspec.tree import TokenTree
-from linspec.verify.base import Accepted
 
 Unit = Literal["plain", "count", "bytes", "tokens"]
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from linspec.files import replace_text
 from linspec.report.data import Bars, Chart, Report, Round, Sample, Span, Table, Tile
 from linspec.report.plots import render
 from linspec.report.style import STYLE
 from linspec.report.tree import render_round
+from linspec.utils.files import replace_text
 
 # how a page of linspec is told from others; the second stands in those of linspec 0.1
 SIGNS = ('<meta name="generator" content="linspec">', "<title>linspec")

@@ -16,7 +16,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from linspec.errors import ConfigError
-from linspec.messages import shown
+from linspec.utils.messages import shown
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from linspec.errors import InputError
-from linspec.files import replace_text
+from linspec.utils.files import replace_text
 
 # name of the domain, and how its text is told
 _WIKITEXT, _GSM8K = "wikitext2_valid.txt", "gsm8k_train.jsonl"

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from linspec.decoding.protocols import GeneratorConfig
 from linspec.errors import CheckpointError, InputError
-from linspec.files import cache_dir, replace_file
-from linspec.messages import because, did_you_mean, shown
-from linspec.models.backbone import GeneratorConfig
-from linspec.progress import Progress
+from linspec.utils.files import cache_dir, replace_file
+from linspec.utils.messages import because, did_you_mean, shown
+from linspec.utils.progress import Progress
 
 Split = Literal["train", "heldout", "all"]
 

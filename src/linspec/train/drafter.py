@@ -16,20 +16,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from linspec.config import check_positive, check_sizes
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
-from linspec.messages import did_you_mean, shown
 from linspec.models.decoder import Decoder
-from linspec.models.fingerprint import fingerprint
-from linspec.models.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
-from linspec.places import Place, as_path
-from linspec.progress import Progress
 from linspec.train.compiled import check_choice
 from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
+from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.places import Place, as_path
+from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_positive, check_sizes
 
 KINDS = ("medusa",)
 # Ranks whose accuracy is measured for each head: no published tree uses more.

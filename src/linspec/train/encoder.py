@@ -20,10 +20,10 @@ import torch
 import typer
 from torch import nn
 
-from linspec.config import MixerConfig
+from linspec.checkpoints.hub import load_encoder, load_tokenizer, save_model
 from linspec.errors import ConfigError, InputError
+from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
-from linspec.models.hub import load_encoder, load_tokenizer, save_model
 from linspec.train.compiled import LossFn
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import RECORD, output_place, record_files

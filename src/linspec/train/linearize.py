@@ -20,20 +20,18 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.border import read_json
-from linspec.checkpoints.gguf_model import stored_dtype as gguf_dtype
-from linspec.checkpoints.gguf_reader import is_gguf, read_gguf
-from linspec.config import DecoderConfig, MixerConfig, Seq2SeqConfig, check_size
-from linspec.errors import CheckpointError, ConfigError
-from linspec.messages import shown
-from linspec.models.hub import (
+from linspec.checkpoints.gguf.model import stored_dtype as gguf_dtype
+from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.hub import (
     check_tokenizer,
     load_generator,
     load_tokenizer,
     resolve,
     save_model,
 )
-from linspec.places import Place, as_path
+from linspec.errors import CheckpointError, ConfigError
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
@@ -58,6 +56,10 @@ from linspec.train.student import (
 )
 from linspec.train.sums import keep_useful_sums
 from linspec.train.transfer import Transfer
+from linspec.utils.border import read_json
+from linspec.utils.messages import shown
+from linspec.utils.places import Place, as_path
+from linspec.utils.sizes import check_size
 
 RECORD = "linearize.json"
 

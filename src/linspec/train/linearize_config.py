@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from linspec.config import MixerConfig, check_positive, check_sizes
 from linspec.errors import ConfigError
+from linspec.mixers.config import MixerConfig
 from linspec.train.compiled import check_choice
 from linspec.train.loop import TrainConfig
+from linspec.utils.sizes import check_positive, check_sizes
 
 # measured in docs/results/core.md
 CLOSE_LR = 3e-4

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linspec.errors import CheckpointError, ConfigError, TrainingError
-from linspec.files import replace_dir
-from linspec.progress import Progress
 from linspec.train.compiled import CompiledLoss, LossFn, check_choice, has_compiler
 from linspec.train.run import make_accelerator
 from linspec.train.saved_state import read_state
+from linspec.utils.files import replace_dir
+from linspec.utils.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from linspec.config import DecoderConfig, Seq2SeqConfig
+from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, resolve, save_model
 from linspec.errors import ConfigError
-from linspec.files import replace_dir
-from linspec.flash_config import FlashConfig
-from linspec.messages import did_you_mean, shown
-from linspec.models.hub import load_config, load_model, load_tokenizer, resolve, save_model
+from linspec.models.config import DecoderConfig, Seq2SeqConfig
+from linspec.models.flash_config import FlashConfig
 from linspec.models.kinds import kind_of
-from linspec.places import Place, as_path
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -34,6 +31,9 @@ from linspec.train.objective import Predictor, next_tokens
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.tokenizer import train_tokenizer
+from linspec.utils.files import replace_dir
+from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.places import Place, as_path
 
 KIND, RECORD = "pretrain", "pretrain.json"
 

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from linspec.config import MixerConfig
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
-from linspec.progress import Progress
 from linspec.train.finetune import finetune_loss
 from linspec.train.loop import fast_bfloat16
 from linspec.train.objective import Predictor
 from linspec.train.transfer import block_of
+from linspec.utils.progress import Progress
 
 
 @dataclass(frozen=True)

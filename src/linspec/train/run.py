@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from linspec.border import read_json
 from linspec.errors import TrainingError
-from linspec.files import replace_dir, replace_text, restored
-from linspec.messages import shown
-from linspec.places import TRAINING, Place, mark_folder
+from linspec.utils.border import read_json
+from linspec.utils.files import replace_dir, replace_text, restored
+from linspec.utils.messages import shown
+from linspec.utils.places import TRAINING, Place, mark_folder
 
 Plan = Mapping[str, Any]
 # in the folder of a run under way

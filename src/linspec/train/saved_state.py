@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from linspec.border import parse, read_json
-from linspec.config import check_sizes
+from linspec.checkpoints.tensors import check_finite, check_tensors
 from linspec.errors import ConfigError, TrainingError
-from linspec.models.tensors import check_finite, check_tensors
+from linspec.utils.border import parse, read_json
+from linspec.utils.sizes import check_sizes
 
 META_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 _WEIGHT = "weight."

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from linspec.config import MixerConfig
-from linspec.files import replace_text
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor, blocks_of
 from linspec.train.reach import Reach, measure_reach, tried_spans
+from linspec.utils.files import replace_text
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from linspec.config import MixerConfig, Seq2SeqConfig, StackConfig
+from linspec.checkpoints.origin import share_origin
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
-from linspec.models.origin import share_origin
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.models.config import Seq2SeqConfig
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach
 

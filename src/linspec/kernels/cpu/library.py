@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from linspec.errors import ConfigError, StateError
-from linspec.messages import did_you_mean, shown
+from linspec.utils.messages import did_you_mean, shown
 
 ABI = 5
 SWITCH = "LINSPEC_CPU_KERNELS"

@@ -19,23 +19,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.tree import Shape, chain_shape
 from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import BF16, F32, LinearStruct, Table, load
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.norm import PreparedRMSNorm
-from linspec.messages import shown
-from linspec.row_state import STAGE_ROWS
-from linspec.tree import Shape, chain_shape
+from linspec.utils.messages import shown
 
 if TYPE_CHECKING:
+    from linspec.decoding.step import Feed
     from linspec.mixers.base import Mixer
     from linspec.models.block import Block
     from linspec.models.decoder import Decoder
-    from linspec.row_state import RowSpec
-    from linspec.state import DecoderState
-    from linspec.step import Feed
+    from linspec.state.decoder_state import DecoderState
+    from linspec.state.row_state import RowSpec
 
 # Widest head that the C side has room for.
 _HEAD_WIDTH = 512

@@ -1,0 +1,56 @@
+"""What a model on disk is, read from its configuration: `linspec info MODEL`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from linspec.checkpoints.gguf.model import quantised
+from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.hub import load_any_config, resolve
+from linspec.checkpoints.packages import PACKAGES
+from linspec.models.config import DecoderConfig
+
+
+def describe(source: str | Path) -> dict[str, Any]:
+    """Family, shape, number formats, licence and notice of the model in `source`; no weight is read."""
+    path = resolve(source)
+    config = load_any_config(path)
+    facts: dict[str, Any] = {
+        "model": str(source),
+        "path": str(path),
+        "family": config.family,
+        "layers": config.layers,
+        "vocab_size": config.vocab_size,
+    }
+    if isinstance(config, DecoderConfig):
+        facts |= {
+            "width": config.width,
+            "heads": config.heads,
+            "kv_heads": config.kv_heads,
+            "head_width": config.head_width,
+            "mlp_width": config.mlp_width,
+            "max_positions": config.max_positions,
+            "mixers": ", ".join(dict.fromkeys(mixer.name for mixer in config.mixers)),
+        }
+    if is_gguf(path):
+        facts |= _of_gguf(path)
+    if package := next((p for p in PACKAGES.values() if p.path == path), None):
+        facts |= {"license": package.license, "notice": package.notice}
+    return facts
+
+
+def _of_gguf(path: Path) -> dict[str, Any]:
+    file = read_gguf(path)
+    named = ("general.name", "general.license", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    said = {name.rpartition(".")[2]: file.keys[name] for name in named if name in file.keys}
+    formats = quantised(file)
+    how = "quantised tensors are dequantised as they are loaded and computed with as floats"
+    return {
+        "format": "GGUF",
+        **({"license": said["license"]} if "license" in said else {}),
+        "name": said.get("name", ""),
+        "tokenizer": " ".join(str(said[key]) for key in ("model", "pre") if key in said),
+        "chat_template": "tokenizer.chat_template" in file.keys,
+        **({"quantised": formats, "note": how} if formats else {}),
+    }

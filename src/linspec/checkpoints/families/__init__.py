@@ -1,0 +1,1 @@
+"""Hugging Face families: configurations and tensor names, both ways."""

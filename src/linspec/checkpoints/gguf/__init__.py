@@ -1,0 +1,1 @@
+"""GGUF files: a bounded reader, configurations, tensors, tokenizers."""

@@ -1,0 +1,141 @@
+"""The weights of a GGUF file in a `Decoder`.
+
+Tensors have llama.cpp's names. Llama's q and k rows lie in the order of interleaved rotary pairs and are
+put back in halves; GPT-2's matrices are stored [out, in] already. Quantised tensors are dequantised.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from linspec.checkpoints.families import known as families
+from linspec.checkpoints.families.base import Family, Rule
+from linspec.checkpoints.gguf.config import HEAD, ROPE_FACTORS, read_config, tied
+from linspec.checkpoints.gguf.reader import GgufFile, read_gguf
+from linspec.checkpoints.gguf.types import FLOATS
+from linspec.checkpoints.matching import fill, own_tensors
+from linspec.checkpoints.origin import Origin, set_origin
+from linspec.checkpoints.weights import cast
+from linspec.errors import CheckpointError, ConfigError
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.memory import check_memory
+from linspec.models.skeleton import without_memory
+
+_log = logging.getLogger("linspec")
+
+COMMON = (
+    Rule("token_embd", ("embed",)),
+    Rule("blk.{}.attn_norm", ("blocks.{}.mixer_norm",)),
+    Rule("blk.{}.attn_output", ("blocks.{}.mixer.o",)),
+    Rule("blk.{}.ffn_norm", ("blocks.{}.mlp_norm",)),
+    Rule("blk.{}.ffn_up", ("blocks.{}.mlp.up",)),
+    Rule("blk.{}.ffn_down", ("blocks.{}.mlp.down",)),
+    Rule("output_norm", ("norm",)),
+    Rule("output", ("head",)),
+)
+GATED = (
+    *COMMON,
+    Rule("blk.{}.attn_q", ("blocks.{}.mixer.q",)),
+    Rule("blk.{}.attn_k", ("blocks.{}.mixer.k",)),
+    Rule("blk.{}.attn_v", ("blocks.{}.mixer.v",)),
+    Rule("blk.{}.attn_q_norm", ("blocks.{}.mixer.q_norm",)),
+    Rule("blk.{}.attn_k_norm", ("blocks.{}.mixer.k_norm",)),
+    Rule("blk.{}.ffn_gate", ("blocks.{}.mlp.gate",)),
+)
+GPT2 = (
+    *COMMON,
+    Rule("position_embd", ("embed_positions",)),
+    Rule(
+        "blk.{}.attn_qkv",
+        ("blocks.{}.mixer.q", "blocks.{}.mixer.k", "blocks.{}.mixer.v"),
+    ),
+)
+PERMUTED = ("llama", "mistral")
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
+    """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
+
+    Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
+    """
+    file = read_gguf(path)
+    config = read_config(file)
+    try:
+        with without_memory():
+            model = Decoder(config)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot build the model of {path}: {error}") from error
+    family = names_of(config)
+    expected = family.to_theirs(own_tensors(model), config)
+    _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    check_memory(sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize, path)
+    found = {name: _weight(file, name, config, dtype) for name in expected}
+    fill(model, family.to_ours(found, config))
+    set_origin(model, Origin(stored_dtype(file), dtype))
+    _tell(file)
+    model.eval()
+    return model
+
+
+def names_of(config: DecoderConfig) -> Family:
+    """The model's Hugging Face family under the names that GGUF files give its tensors."""
+    rules = GPT2 if config.family == "gpt2" else GATED
+    return replace(families.FAMILIES[config.family], prefix="", rules=rules)
+
+
+def stored_dtype(file: GgufFile) -> torch.dtype:
+    """The floats in which no value of the file is rounded; float32 for blocks."""
+    kinds = {FLOATS.get(info.kind.name, torch.float32) for info in file.tensors.values()}
+    return functools.reduce(torch.promote_types, kinds)
+
+
+def quantised(file: GgufFile) -> dict[str, int]:
+    """Formats of blocks in the file, and how many tensors have each."""
+    counts = Counter(info.kind.name for info in file.tensors.values())
+    return {name: count for name, count in counts.most_common() if name not in FLOATS}
+
+
+def _tell(file: GgufFile) -> None:
+    if formats := quantised(file):
+        said = ", ".join(f"{count} {name}" for name, count in formats.items())
+        _log.info("%s: quantised tensors (%s) are computed with as floats", file.path, said)
+
+
+def _check(file: GgufFile, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless each tensor of the model is in the file, and no other."""
+    extra = {ROPE_FACTORS, HEAD} if tied(file) else {ROPE_FACTORS}
+    missing, strange = expected.keys() - file.tensors, file.tensors.keys() - expected - extra
+    for names, what in ((missing, "lacks"), (strange, "has what no such model has:")):
+        if names:
+            some = ", ".join(sorted(names)[:4])
+            raise CheckpointError(
+                f"{file.path} {what} {some}{', ...' if len(names) > 4 else ''} ({len(names)} tensors); "
+                "it is of another kind than its keys say, or damaged"
+            )
+    for name, shape in expected.items():
+        if file.tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{file.path}: {name} has shape {list(file.tensors[name].shape)}, the keys of the file "
+                f"ask for {list(shape)}; convert the model again"
+            )
+
+
+def _weight(file: GgufFile, name: str, config: DecoderConfig, dtype: torch.dtype) -> torch.Tensor:
+    found = cast(file.read(name), dtype)
+    part = name.split(".")[-2]
+    if config.family in PERMUTED and part in ("attn_q", "attn_k"):
+        found = in_halves(found, config.heads if part == "attn_q" else config.kv_heads)
+    return found
+
+
+def in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k from interleaved pairs to halves, head by head; also of a bias."""
+    pairs = rows.unflatten(0, (heads, -1, 2))
+    return pairs.transpose(1, 2).flatten(0, 2).contiguous()

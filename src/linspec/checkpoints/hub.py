@@ -1,0 +1,443 @@
+"""Models on disk: ordinary Hugging Face directories, linspec's own and GGUF files, loaded and saved.
+
+    model = load_model("path/to/llama")
+    tokenizer = load_tokenizer("path/to/llama")
+    save_model(model, tokenizer, Path("copy"), dtype=torch.bfloat16)
+
+linspec's own format has `model_type` "linspec", the model's configuration under the key that names
+its kind (`decoder`, `encoder`, ...), and weights under the model's own names. It is written only for
+what no ordinary format can say. Nothing is downloaded, no pickle is opened and no code of a
+checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.families import known as families
+from linspec.checkpoints.families.base import Family, Tensors, write_ids
+from linspec.checkpoints.gguf.config import read_config
+from linspec.checkpoints.gguf.model import load_gguf
+from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer
+from linspec.checkpoints.matching import fill, match, own_tensors
+from linspec.checkpoints.origin import GENERATION, origin_of, remember_origin
+from linspec.checkpoints.packages import PACKAGES
+from linspec.checkpoints.quantized import ENTRY, load_quantized
+from linspec.checkpoints.weights import (
+    SHARD_BYTES,
+    cast,
+    read_shapes,
+    read_tensors,
+    same_tensors,
+    weight_files,
+    write_tensors,
+)
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, WrongType
+from linspec.models.bert import Bert
+from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
+from linspec.models.decoder import Decoder
+from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
+from linspec.models.memory import check_memory
+from linspec.models.skeleton import without_memory
+from linspec.models.t5 import T5
+from linspec.utils.border import read_json
+from linspec.utils.files import restored
+from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.places import Place, as_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HEAD = "lm_head.weight"
+EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+# bytes of a file name that file systems hold
+LONGEST_NAME = 255
+
+
+def _path(source: object) -> Path:
+    """A model's path; raises WrongType or CheckpointError for what names none."""
+    if not isinstance(source, str | os.PathLike):
+        raise WrongType(
+            f"a model is named by a text or a path, got {shown(repr(source))}; give a directory, a GGUF "
+            "file or a name"
+        )
+    path = Path(source)
+    # an empty name would be the present directory
+    if not str(source):
+        raise CheckpointError("'' names no model directory; give one, or ./ for this one")
+    if len(path.name.encode(errors="replace")) > LONGEST_NAME:
+        raise CheckpointError(
+            f"{shown(str(source))} is a name longer than the system allows; give a model directory"
+        )
+    return path
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory or GGUF file of `source`: a path, or the name of a model that linspec knows."""
+    if isinstance(source, str) and source in EMBEDDED:
+        folder = Path(str(importlib.resources.files("linspec") / "embedded" / EMBEDDED[source]))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{source} is not part of this installation ({folder} is missing); install linspec "
+                "again, or give the path of a model directory"
+            )
+        return folder
+    if isinstance(source, str) and source in PACKAGES:
+        return PACKAGES[source].found()
+    folder = restored(_path(source))
+    if not folder.is_dir() and not is_gguf(folder):
+        names = (*EMBEDDED, *PACKAGES)
+        raise CheckpointError(
+            f"{shown(str(source))} is not a directory; give the path of a model directory, of a GGUF "
+            f"file, or one of {', '.join(names)}. linspec downloads nothing by itself"
+            f"{did_you_mean(source, names)}"
+        )
+    return folder
+
+
+def load_config(source: str | Path) -> DecoderConfig:
+    """The configuration of a decoder's directory, without its weights."""
+    config = load_any_config(source)
+    if not isinstance(config, DecoderConfig):
+        raise _wrong_kind(resolve(source), config, KINDS["decoder"])
+    return config
+
+
+def load_any_config(source: str | Path) -> ModelConfig:
+    """The configuration of whatever model is in `source`, without its weights."""
+    return _read_config(resolve(source))[0]
+
+
+def load_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The decoder in `source`, in evaluation mode.
+
+    Raises CheckpointError when a file is missing, damaged or does not fit the others, and
+    UnsupportedModel when the checkpoint is sound but of a kind or family that does not fit.
+    """
+    folder = resolve(source)
+    config, family = _read_config(folder)
+    quantization = read_json(folder / "config.json").get(ENTRY) if family is None else None
+    if quantization is not None and isinstance(config, DecoderConfig):
+        return _load_quantized(folder, config, quantization, dtype, device)
+    return _load(folder, Decoder, dtype).to(device)
+
+
+def load_encoder(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Bert:
+    """The encoder in `source` with its heads, in evaluation mode; raises like `load_model`."""
+    return _load(resolve(source), Bert, dtype).to(device)
+
+
+def load_seq2seq(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> T5:
+    """The encoder-decoder in `source`, in evaluation mode; raises like `load_model`."""
+    return _load(resolve(source), T5, dtype).to(device)
+
+
+def load_generator(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder | T5:
+    """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
+    folder = resolve(source)
+    kind = kind_of(_read_config(folder)[0])
+    if kind.model is Bert:
+        raise UnsupportedModel(
+            f"{folder} holds an encoder, which generates nothing; load_encoder reads it"
+        )
+    if kind.model is T5:
+        return load_seq2seq(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device)
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Decoder | T5, PreTrainedTokenizerBase]:
+    """The model that generates in `source`, as plain modules, and its tokenizer.
+
+    For text use LLM. Raises CheckpointError for a directory that cannot be read.
+    """
+    return load_generator(source, dtype=dtype, device=device), load_tokenizer(source)
+
+
+def load_any(source: str | Path) -> Model:
+    """Whatever model is in `source`, in float32 on the CPU; raises like `load_model`."""
+    folder = resolve(source)
+    kind = kind_of(_read_config(folder)[0])
+    loaders: dict[str, Callable[[Path], Model]] = {
+        "load_model": load_model,
+        "load_encoder": load_encoder,
+        "load_seq2seq": load_seq2seq,
+    }
+    return loaders[kind.loader](folder)
+
+
+def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
+    config, family = _read_config(folder)
+    kind = kind_of(config)
+    if not issubclass(kind.model, wanted):
+        raise _wrong_kind(folder, config, next(k for k in KINDS.values() if k.model is wanted))
+    if is_gguf(folder):
+        loaded = load_gguf(folder, dtype)
+        assert isinstance(loaded, wanted)
+        return loaded
+    files = weight_files(folder)
+    shapes = read_shapes(files)
+    if family is not None:
+        config = family.adapt(config, shapes.keys())
+        config = _with_own_head(config, family, files, shapes)
+    model = _skeleton(config, kind.model, folder)
+    expected = own_tensors(model)
+    if family is not None:
+        expected = family.to_theirs(expected, config)
+    names = match(expected, shapes, family, folder)
+    check_memory(sum(t.numel() for t in expected.values()) * dtype.itemsize, folder)
+    tensors = read_tensors(files, names, expected, dtype)
+    if family is not None:
+        tensors = family.to_ours(tensors, config)
+    fill(model, tensors)
+    remember_origin(model, folder, files, dtype)
+    model.eval()
+    assert isinstance(model, wanted)
+    return model
+
+
+def _with_own_head(
+    config: ModelConfig, family: Family, files: list[Path], shapes: Mapping[str, Any]
+) -> ModelConfig:
+    """The configuration, untied where the file has an output matrix that is not the embedding."""
+    decoder = config.decoder if isinstance(config, Seq2SeqConfig) else config
+    if not isinstance(decoder, DecoderConfig) or not decoder.tied_embeddings:
+        return config
+    embedding = next((rule.theirs for rule in family.rules if rule.ours[0].endswith("embed")), "")
+    names = [f"{embedding}.weight", f"{embedding.removeprefix(family.prefix)}.weight"]
+    tied = [name for name in names if name in shapes]
+    if HEAD not in shapes or not tied or same_tensors(files, HEAD, tied[0]):
+        return config
+    decoder = replace(decoder, tied_embeddings=False)
+    return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder
+
+
+def _wrong_kind(folder: Path, found: ModelConfig, wanted: Kind) -> UnsupportedModel:
+    kind = kind_of(found)
+    return UnsupportedModel(
+        f"{folder} holds a model of kind {kind.name!r} (family {found.family}), which "
+        f"{wanted.loader} does not read: it wants kind {wanted.name!r}. Use {kind.loader}"
+    )
+
+
+def _load_quantized(
+    folder: Path,
+    config: DecoderConfig,
+    quantization: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Decoder:
+    if torch.device(device).type != "cpu" or dtype != torch.float32:
+        raise ConfigError(
+            f"{folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{dtype}; use the model that it was made from"
+        )
+    return load_quantized(folder, config, quantization)
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in `source`; raises CheckpointError if it has none that can be read."""
+    folder = resolve(source)
+    if is_gguf(folder):
+        return load_gguf_tokenizer(folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"no tokenizer in {folder}: none of {', '.join(TOKENIZER_FILES)} is there. "
+            "Copy the tokenizer files of the original model into it"
+        )
+    try:
+        tokenizer = _tokenizer_class(folder).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        # settings of a wrong type show when they are first used
+        tokenizer.decode(tokenizer("a b", verbose=False)["input_ids"])
+        return tokenizer
+    # the tokenizers library raises bare Exception for a malformed tokenizer.json
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot read the tokenizer in {folder}: {error}; copy its files again"
+        ) from error
+
+
+def _tokenizer_class(folder: Path) -> Any:
+    # tokenizer.json says everything itself; the Auto class would look for a class by model_type
+    if (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast
+    # a quarter of a second that most directories do not need
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Raises CheckpointError if the tokenizer can produce ids that the model cannot embed."""
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {size} entries but the model embeds {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+def with_tokenizer(
+    model: str | Path | Decoder, tokenizer: Any = None, *, device: str = "cpu"
+) -> tuple[Decoder, Any]:
+    """A decoder and its tokenizer, both loaded where `model` is a source; see `check_tokenizer`."""
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model, device=device)
+    check_tokenizer(tokenizer, model.config)
+    return model, tokenizer
+
+
+def save_model(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | Path | Place,
+    dtype: torch.dtype | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model directory and return its path.
+
+    An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
+    format. `dtype` converts the weights; None takes that of the checkpoint that the model was loaded
+    from, unless the model was converted since. The sampling defaults of that checkpoint are kept.
+    `extra_files` are texts to lie beside the model. `out` must be new or empty, or a model that this
+    function saved before if `overwrite` says so; a Place is one that the caller holds. Until the last
+    moment `out` is untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises
+    ConfigError when `out` may not be written, CheckpointError when the disk refuses.
+    """
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, model.config)
+    if not isinstance(out, Place):
+        place = Place(as_path(out), "save_model", overwrite=overwrite)
+        with place.held():
+            return save_model(model, tokenizer, place, dtype, extra_files, shard_bytes=shard_bytes)
+    family = families.family_of(model.config, own_tensors(model))
+    origin = origin_of(model)
+    dtype = dtype or origin.dtype_to_save(own_tensors(model))
+    tensors = {name: cast(tensor, dtype) for name, tensor in own_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    config = config_file(model.config, family) | {"dtype": _dtype_name(tensors)}
+    with out.replaced() as aside:
+        named = tensors if family is None else family.on_disk(tensors, model.config)
+        write_tensors(named, aside, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
+        _write_json(aside / GENERATION, {**origin.generation, **write_ids(model.config)})
+        write_checksums(aside)
+        for name, text in (extra_files or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
+        _write_json(aside / "config.json", config)
+    return out.path
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
+    """The configuration and the family of the format on disk, None for linspec's own."""
+    if is_gguf(folder):
+        config = read_config(read_gguf(folder))
+        return config, families.FAMILIES[config.family]
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no config.json in {folder}: not a model directory, or one whose saving was cut off"
+        )
+    data = read_json(folder / "config.json")
+    if data.get("model_type") == "linspec":
+        return _read_own_config(data, folder), None
+    generation = folder / GENERATION
+    if generation.exists():
+        given = read_json(generation)
+        data |= {key: given[key] for key in GENERATION_IDS if given.get(key) is not None}
+    return families.read_config(data), families.family_named(data.get("model_type"))
+
+
+def _read_own_config(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    kinds = [kind for name, kind in KINDS.items() if name in data]
+    if len(kinds) != 1:
+        raise CheckpointError(
+            f"{folder / 'config.json'} needs one entry of {', '.join(map(repr, KINDS))}, it has "
+            f"{len(kinds)}; save the model again"
+        )
+    name = kinds[0].name
+    try:
+        return kinds[0].config.from_dict(data[name])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has no sound {name!r} entry: {error}"
+        ) from error
+
+
+def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) -> Model:
+    """The model without memory for its weights."""
+    try:
+        with without_memory():
+            return model(config)
+    except ConfigError as error:
+        raise CheckpointError(f"cannot build the model of {folder}: {error}") from error
+
+
+def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
+    """What config.json says, in the format of `family` or, without one, in linspec's own."""
+    if family is not None:
+        return families.write_config(family, config)
+    kind = kind_of(config)
+    return {
+        "model_type": "linspec",
+        "architectures": [kind.architecture],
+        "vocab_size": config.vocab_size,
+        **write_ids(config),
+        **_sizes(config),
+        kind.name: config.to_dict(),
+    }
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """What transformers wants to know of a decoder, under its names."""
+    if not isinstance(config, DecoderConfig):
+        return {}
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied_embeddings,
+    }
+
+
+def _dtype_name(tensors: Tensors) -> str:
+    return str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,53 @@
+"""Models with quantised weights: as they lie on disk, or quantised as they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.hub import load_model
+from linspec.checkpoints.tensors import check_finite
+from linspec.errors import ConfigError
+from linspec.kernels.linear import Quantizer, check_bits
+from linspec.models.decoder import Decoder
+
+
+def load_plain(source: str | Path) -> Decoder:
+    """The model in `source`; raises ConfigError if it is quantised already."""
+    model = load_model(source)
+    if model.prepared:
+        raise ConfigError(
+            f"{source} is quantised already; quantise the model that it was made from"
+        )
+    # all weights are read anyway: integers would hide a damaged one for good
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor, source)
+    return model
+
+
+def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
+    """The model in `source`, with weights of `bits` bits unless that is None.
+
+    No text is looked at: `quantize` makes better 4-bit weights. Raises what `quantize` raises.
+    """
+    if bits is None:
+        return load_model(source, **options)
+    check_bits(bits)
+    if torch.device(options.get("device", "cpu")).type != "cpu":
+        raise ConfigError("quantised weights are for the CPU; leave out --device or --quantize")
+    return quantize_model(load_plain(source), bits, {})
+
+
+def quantize_model(model: Decoder, bits: int, moments: Mapping[nn.Module, torch.Tensor]) -> Decoder:
+    """Turn a plain model into its quantised inference form, in place; returns it."""
+    model.identity = fingerprint(model)
+    model.prepare(Quantizer(bits, moments))
+    tied = model.embed.weight
+    model.embed.weight = nn.Parameter(tied.detach().to(torch.bfloat16), requires_grad=False)
+    model.settle()
+    return model

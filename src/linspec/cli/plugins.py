@@ -1,0 +1,56 @@
+"""All registries at one place: what `linspec list` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from linspec.drafters import DRAFTERS
+from linspec.mixers import MIXERS, Mixer
+from linspec.policies import POLICIES
+from linspec.utils.registry import Entry, Registry
+from linspec.verifiers import VERIFIERS
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Name, summary, paper, options and further facts of every plug-in, by axis.
+
+    Of mixers: `state` (floats per layer), `direction` and `cost` (multiply-adds per query head). d is
+    the head width, G the group, n the span, T the context, W the taps, m the random features, p and M
+    the rows and groups of linformer.
+    """
+    axes: dict[str, Registry[Any]] = {
+        "mixers": MIXERS,
+        "drafters": DRAFTERS,
+        "verifiers": VERIFIERS,
+        "policies": POLICIES,
+    }
+    found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
+    for mixer in found["mixers"]:
+        mixer["direction"] = _direction(MIXERS[mixer["name"]])
+        mixer["options"] = [
+            each for each in mixer["options"] if _takes(mixer["name"], each["name"])
+        ]
+    return found
+
+
+def _facts(entry: Entry[Any]) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "summary": entry.summary,
+        "paper": entry.paper,
+        **entry.facts,
+        "options": [setting.to_json() for setting in entry.settings],
+    }
+
+
+def _takes(mixer: str, option: str) -> bool:
+    """Whether a mixer has this size, if only some have."""
+    if option in ("features", "keep", "seed"):
+        return option in MIXERS[mixer].settings
+    return option != "window" or mixer == "window"
+
+
+def _direction(mixer: type[Mixer]) -> str:
+    if not mixer.causal:
+        return "bidirectional"
+    return "causal, bidirectional" if mixer.bidirectional() else "causal"

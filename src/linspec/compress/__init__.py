@@ -1,1 +1,0 @@
-"""Smaller models: weights of 8 or 4 bits."""

@@ -1,0 +1,1 @@
+"""The words that drafters, verifiers, models and state share."""

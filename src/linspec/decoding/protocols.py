@@ -1,0 +1,86 @@
+"""What the engine asks of a model that generates: the step form, whatever family is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from linspec.decoding.step import Feed, StepOutput
+
+
+class GeneratorConfig(Protocol):
+    """Facts about a generating model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens it knows."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        ...
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest sequence in tokens, or None when only memory bounds it."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        ...
+
+
+class Generator(Protocol):
+    """A model with a step form."""
+
+    prepared: bool
+    # a whole step in one native call, if there is such a form of this model
+    native: Any
+
+    @property
+    def config(self) -> GeneratorConfig:
+        """Facts about the model."""
+        ...
+
+    @property
+    def embed(self) -> torch.nn.Embedding:
+        """The token embedding; its weights tell dtype and device."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed and kept in states; embeddings may be narrower."""
+        ...
+
+    @property
+    def kernels(self) -> str:
+        """What computes a step, for whoever keeps its cost."""
+        ...
+
+    def prepare(self) -> Generator:
+        """Turn into the inference form, in place."""
+        ...
+
+    def new_state(self, slots: int = 1, kv: str = "float") -> Any:
+        """Empty state for up to `slots` sequences; kv: how the rows of a cache are kept."""
+        ...
+
+    def open(
+        self, prompt: Sequence[int], slot: int, state: Any
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Make `slot` an empty sequence for `prompt`.
+
+        Returns the tokens to feed it, and the source that was read instead of being fed, if any.
+        """
+        ...
+
+    def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
+        ...
+
+    def step(self, feeds: Sequence[Feed], state: Any) -> StepOutput:
+        """Run new tokens of several slots against their committed state and stage them there."""
+        ...

@@ -1,0 +1,111 @@
+"""One running sequence: its tokens, its place in the state, its record of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from linspec.decoding.accepted import TokenLogprob
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.tree import TokenTree
+
+
+@dataclass(slots=True)
+class Stats:
+    """What a request's rounds cost and brought.
+
+    tokens_per_round counts accepted drafts plus the bonus token, averaged over rounds; plain decoding
+    is 1.0. `tried[d]` rounds had a draft at depth d + 1 whose parent was accepted, `hits[d]` of them
+    accepted one.
+    """
+
+    rounds: int = 0
+    accepted: int = 0
+    drafted: int = 0
+    tried: list[int] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Accepted tokens and the bonus token, averaged over rounds."""
+        return 1.0 + self.accepted / self.rounds if self.rounds else 1.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of tried drafts that were accepted, by depth."""
+        return [hit / tried for hit, tried in zip(self.hits, self.tried, strict=True)]
+
+    def count(self, tree: TokenTree, path: Sequence[int]) -> None:
+        """Enter one round."""
+        self.rounds += 1
+        self.accepted += len(path) - 1
+        self.drafted += len(tree) - 1
+        deepest = path[-1]
+        reached = len(path) - 1 + bool(tree.children[deepest])
+        while len(self.tried) < reached:
+            self.tried.append(0)
+            self.hits.append(0)
+        for depth in range(reached):
+            self.tried[depth] += 1
+            self.hits[depth] += depth < len(path) - 1
+
+
+# the slot of a request that waits for one
+UNPLACED = -1
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A request, which waits or has a slot.
+
+    request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
+    has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
+    one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
+    the last committed token. prompt_logprobs: of the prompt tokens that were read, where the request asks for
+    them.
+    """
+
+    request: int
+    sampler: Sampler
+    tokens: list[int]
+    prompt_length: int
+    slot: int = UNPLACED
+    prefilled: int = 0
+    source: tuple[int, ...] = ()
+    hidden: torch.Tensor | None = None
+    stats: Stats = field(default_factory=Stats)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def params(self) -> SamplingParams:
+        """What the request asked for."""
+        return self.sampler.params
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the request's prompt, whichever side has read it."""
+        return len(self.source) or self.prompt_length
+
+    @property
+    def root(self) -> int:
+        """The newest token."""
+        return self.tokens[-1]
+
+    @property
+    def prefilling(self) -> bool:
+        """True until the whole prompt is committed."""
+        return self.prefilled < self.prompt_length
+
+    @property
+    def emitted(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be generated."""
+        return self.params.max_tokens - self.emitted

@@ -1,0 +1,173 @@
+"""What a caller gets back: pieces of text as they come, and the finished sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from linspec.decoding.accepted import TokenLogprob
+from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sequence import Row, Stats
+from linspec.engine.detokenizer import Detokenizer
+from linspec.engine.engine import FAILED, Emitted
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One finished request; with n > 1 its first sequence, and the `others`.
+
+    finish_reason: 'stop' (end of sequence, stop string or stop token), 'length', or 'error' for one that
+    could not go on: `error` says why, and the text is what came before. prompt_logprobs: one entry for each
+    token of the prompt, None for the first. tokens_per_s counts generated tokens over the seconds of the
+    steps after the prompt was read.
+    """
+
+    prompt_tokens: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] | None
+    stats: Stats
+    error: Exception | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    others: tuple[Generation, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[Generation, ...]:
+        """All n sequences of the request."""
+        return (replace(self, others=()), *self.others)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
+        seconds = self.stats.decode_seconds
+        return (len(self.token_ids) - 1) / seconds if seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        stats = self.stats
+        found: dict[str, Any] = {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "tokens_per_round": stats.tokens_per_round,
+            "tokens_per_s": self.tokens_per_s,
+            "rounds": stats.rounds,
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "acceptance": stats.acceptance,
+            "prefill_seconds": stats.prefill_seconds,
+            "decode_seconds": stats.decode_seconds,
+        }
+        if self.logprobs is not None:
+            found["logprobs"] = [asdict(each) for each in self.logprobs]
+        if self.prompt_logprobs is not None:
+            found["prompt_logprobs"] = [each and asdict(each) for each in self.prompt_logprobs]
+        if self.error is not None:
+            found["error"] = str(self.error)
+        if self.others:
+            found["outputs"] = [each.to_json() for each in self.outputs]
+        return found
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
+            f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text of a sequence of request `index`; `done` is set on its last piece."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    done: Generation | None
+    sequence: int = 0
+
+
+class Collector:
+    """Collects what the engine emits for one sequence of a prompt.
+
+    continues: whether the output goes on from the prompt, as that of a decoder does.
+    """
+
+    def __init__(
+        self,
+        place: tuple[int, int],
+        tokenizer: Any,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        continues: bool,
+    ) -> None:
+        self.index, self.sequence = place
+        self.prompt, self.params = prompt, params
+        self.text = Detokenizer(
+            tokenizer,
+            prompt if continues else (),
+            params.stop,
+            special=not params.skip_special_tokens,
+            keep_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+
+    def take(self, emitted: Emitted) -> Piece:
+        """Add a round's tokens, up to a stop string."""
+        before, finished = len(self.tokens), emitted.finished
+        shown = len(emitted.tokens) - self._hides_end(emitted)
+        for place, token in enumerate(emitted.tokens):
+            self.tokens.append(token)
+            if place < shown and self.text.push(token):
+                finished = finished if finished == FAILED else "stop"
+                break
+        if emitted.accepted is not None and emitted.accepted.logprobs is not None:
+            self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
+        if finished and not self.text.stopped:
+            self.text.finish()
+            finished = "stop" if self.text.stopped else finished
+        piece = self.text.release(last=finished is not None)
+        done = self._result(emitted.row, finished, emitted.error) if finished else None
+        return Piece(self.index, piece, tuple(self.tokens[before:]), done, self.sequence)
+
+    def _hides_end(self, emitted: Emitted) -> bool:
+        """Whether the last token ended the output and is no part of its text."""
+        params = self.params
+        if emitted.finished != "stop" or params.include_stop_str_in_output:
+            return False
+        # the model's own end is a special token, which is hidden with the others
+        return emitted.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
+
+    def failed(self, row: Row, error: Exception) -> Piece:
+        """The last piece where `take` raised: what was shown before stands."""
+        return Piece(self.index, "", (), self._result(row, FAILED, error), self.sequence)
+
+    def _result(self, row: Row, reason: str, error: Exception | None) -> Generation:
+        params = self.params
+        return Generation(
+            prompt_tokens=row.prompt_tokens,
+            token_ids=tuple(self.tokens),
+            text=self.text.full,
+            finish_reason=reason,
+            logprobs=None if params.logprobs is None else tuple(self.logprobs),
+            stats=row.stats,
+            error=error,
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(row.prompt_logprobs),
+        )
+
+
+def joined(pieces: Iterable[Piece]) -> list[Generation]:
+    """The finished requests, in the order of their prompts, each with all its sequences."""
+    done = {(piece.index, piece.sequence): piece.done for piece in pieces if piece.done}
+    found: list[list[Generation]] = []
+    for (_, sequence), each in sorted(done.items(), key=lambda item: item[0]):
+        if sequence == 0:
+            found.append([])
+        found[-1].append(each)
+    return [replace(first, others=tuple(others)) if others else first for first, *others in found]

@@ -1,0 +1,1 @@
+"""linspec inside other libraries."""

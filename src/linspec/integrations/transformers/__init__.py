@@ -1,0 +1,1 @@
+"""linspec models as transformers models. Nothing here is imported before transformers is."""

@@ -1,0 +1,202 @@
+"""The shapes of all stacks: every switch that tells one model family from another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
+
+from linspec.errors import ConfigError
+from linspec.utils.border import parse
+from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_sizes
+
+KERNELS = ("own", "softmax", "relu2")
+# what `parse` lets a JSON object of these classes hold: nothing that they do not know
+STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixerConfig:
+    """Which mixer a layer uses, and its sizes.
+
+    group: tokens per group of the grouped linear mixers. span: groups that a token sees exactly, its
+    own open one included; earlier ones it sees as a sum. kernel: how the exact part weighs tokens,
+    'own' for the mixer's own weights, 'softmax' for those of the pretrained model, 'relu2' for
+    relu(q̂·k̂)²; the latter two make any linear mixer grouped, with a learned share α of its sum.
+    taps: causal convolution taps over values; 0 means no convolution.
+    window: tokens that the `window` mixer sees, the current one included.
+    features: random features of `performer` and `rfa`, rows that `linformer` makes of a group; 0 for
+    the mixer's default. keep: closed groups that `linformer` remembers; 0 for its default.
+    seed: of what a mixer draws at random when it is made.
+    """
+
+    name: str = "softmax"
+    group: int = 64
+    span: int = 1
+    kernel: str = "own"
+    taps: int = 0
+    window: int = 0
+    features: int = 0
+    keep: int = 0
+    seed: int = 0
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "group span")
+        check_sizes(self, "taps window features keep seed", least=0)
+        check_choice("kernel", self.kernel, KERNELS)
+        if self.name == "window" and self.window < 1:
+            raise ConfigError(
+                f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"
+            )
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that differ from the defaults: the same when later versions add more."""
+        every = asdict(self)
+        return {f.name: every[f.name] for f in fields(self) if every[f.name] != f.default}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is 'default', 'linear' or 'llama3'."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ConfigError(
+                f"rope scaling {self.kind!r} is not supported; supported: default, linear, llama3"
+            )
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            check_positive(f"rope {name}", getattr(self, name))
+        check_sizes(self, "original_max_positions")
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise ConfigError(
+                f"rope low_freq_factor and high_freq_factor are both {self.low_freq_factor}; "
+                "llama3 scaling needs two different ones, such as 1 and 4"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelativeConfig:
+    """Learned bias by distance (T5, Raffel et al. 2020).
+
+    buckets: distances told apart; max_distance: beyond it all distances in tokens are one.
+    """
+
+    buckets: int = 32
+    max_distance: int = 128
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "buckets max_distance")
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ConfigError(
+                "a relative bias needs 4 or more buckets and a max_distance above half of them, "
+                f"got {self.buckets} and {self.max_distance}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackConfig:
+    """What the stacks of all backbones have: blocks of a mixer and an MLP.
+
+    Widths are in features, `max_positions` in tokens. `mixers` has one entry for each layer.
+    `family` remembers which Hugging Face family the weights came from, for saving back.
+    relative: a bias by distance, with positions 'relative'. scaled_scores: softmax scores are divided
+    by √head_width.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    mixers: tuple[MixerConfig, ...] = ()
+    family: str = "llama"
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    activation: str = "silu"
+    gated_mlp: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    positions: str = "rope"
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    relative: RelativeConfig | None = None
+    scaled_scores: bool = True
+    max_positions: int = 2048
+    pad_id: int | None = None
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "vocab_size width layers heads kv_heads head_width mlp_width")
+        check_sizes(self, "max_positions")
+        check_positive("norm_eps", self.norm_eps, zero=True)
+        if not self.mixers:
+            object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
+        if self.heads * self.head_width > LARGEST["width"]:
+            raise ConfigError(
+                f"{self.heads} heads of {self.head_width} features are more than {LARGEST['width']} "
+                "features; check heads and head_width"
+            )
+        if len(self.mixers) != self.layers:
+            raise ConfigError(f"{len(self.mixers)} mixers given for {self.layers} layers")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly"
+            )
+        if self.norm not in ("rms", "layer"):
+            raise ConfigError(f"norm must be 'rms' or 'layer', got {self.norm!r}")
+        if self.positions not in ("rope", "learned", "relative"):
+            raise ConfigError(
+                f"positions must be 'rope', 'learned' or 'relative', got {self.positions!r}"
+            )
+        if (self.positions == "relative") != (self.relative is not None):
+            raise ConfigError(
+                f"positions {self.positions!r} with relative={self.relative}: a relative bias goes "
+                "with positions 'relative' and with no other"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """True when no token sees a later one."""
+        return True
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on q·k products ahead of a softmax."""
+        return self.head_width**-0.5 if self.scaled_scores else 1.0
+
+    @property
+    def linear(self) -> bool:
+        """True when no layer keeps a cache that grows with the context."""
+        return all(m.name != "softmax" for m in self.mixers)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest sequence in tokens, or None when only memory bounds it."""
+        if self.positions == "learned" or (self.positions == "rope" and not self.linear):
+            return self.max_positions
+        return None
+
+    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> Self:
+        """The same stack with other mixers."""
+        return replace(self, mixers=mixers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises ConfigError on unknown, missing or mistyped entries."""
+        return parse(cls, data, f"not a {cls.__name__}")

@@ -1,0 +1,130 @@
+"""The shapes of whole models: a decoder, an encoder, an encoder-decoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from linspec.errors import ConfigError
+from linspec.mixers.config import (
+    STRICT,
+    MixerConfig,
+    StackConfig,
+)
+from linspec.utils.border import parse
+from linspec.utils.sizes import check_choice, check_positive, check_sizes
+
+HEADS = ("none", "pooler", "masked-lm", "classifier")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(StackConfig):
+    """Everything needed to build a decoder.
+
+    logit_scale: factor on the final hidden states ahead of the output layer.
+    """
+
+    tied_embeddings: bool = True
+    logit_scale: float = 1.0
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        StackConfig.__post_init__(self)
+        check_positive("logit_scale", self.logit_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig(StackConfig):
+    """Everything needed to build an encoder.
+
+    post_norm: norms follow their residual sums, and the embeddings, as in BERT; else they precede
+    the mixer and the MLP, and one closes the stack, as in T5. token_types: kinds of segments that
+    tokens can be of, 0 for none. head: 'none', 'pooler', 'masked-lm' or 'classifier', which has one
+    output for each of `labels`.
+    """
+
+    post_norm: bool = True
+    token_types: int = 0
+    head: str = "none"
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        StackConfig.__post_init__(self)
+        check_sizes(self, "token_types", least=0)
+        check_choice("head", self.head, HEADS)
+        if (self.head == "classifier") != bool(self.labels):
+            raise ConfigError(
+                f"head {self.head!r} with labels {self.labels}: a classifier needs labels"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """Every token sees every other one."""
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seq2SeqConfig:
+    """An encoder, and a decoder that attends to it. start_id: the token that every output begins with."""
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    family: str = "t5"
+    start_id: int = 0
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width"):
+            ours, theirs = getattr(self.encoder, name), getattr(self.decoder, name)
+            if ours != theirs:
+                raise ConfigError(f"the encoder's {name} is {ours}, the decoder's {theirs}")
+        check_sizes(self, "start_id", least=0)
+        if self.start_id >= self.vocab_size:
+            raise ConfigError(f"start_id {self.start_id} is none of {self.vocab_size} tokens")
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that both sides know."""
+        return self.decoder.vocab_size
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an output."""
+        return self.decoder.eos_ids
+
+    @property
+    def position_limit(self) -> int | None:
+        """Longest output in tokens, or None when only memory bounds it."""
+        return self.decoder.position_limit
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the deeper side."""
+        return max(self.encoder.layers, self.decoder.layers)
+
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The encoder's mixers, then those of the decoder."""
+        return self.encoder.mixers + self.decoder.mixers
+
+    def with_mixers(self, mixers: tuple[MixerConfig, ...]) -> Self:
+        """The same model with other mixers, in the order of `mixers`."""
+        border = self.encoder.layers
+        return replace(
+            self,
+            encoder=self.encoder.with_mixers(mixers[:border]),
+            decoder=self.decoder.with_mixers(mixers[border:]),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`; raises ConfigError on unknown, missing or mistyped entries."""
+        return parse(cls, data, f"not a {cls.__name__}")
+
+
+ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig

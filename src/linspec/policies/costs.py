@@ -1,0 +1,125 @@
+"""What a step of 1…64 nodes costs: measured once per machine and model, kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from linspec.decoding.protocols import Generator
+from linspec.decoding.step import Feed
+from linspec.errors import CheckpointError, LinspecError
+from linspec.kernels.cpu.library import ABI
+from linspec.state.decoder_state import DecoderState
+from linspec.utils.border import read_json
+from linspec.utils.files import cache_dir, replace_text
+
+MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
+_LEAST_REPEATS, _REPEATS = 3, 20
+# Large models are slow but repeat well: no size is timed for longer than this, if it can be helped.
+_SECONDS = 0.3
+_CONTEXT = 48
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Seconds of one step by the number of its nodes; straight lines between measured points."""
+
+    seconds: Mapping[int, float]
+
+    def __call__(self, nodes: int) -> float:
+        points = sorted(self.seconds)
+        if nodes in self.seconds:
+            return self.seconds[nodes]
+        if len(points) == 1:
+            return self.seconds[points[0]]
+        right = min(max(bisect_left(points, nodes), 1), len(points) - 1)
+        a, b = points[right - 1], points[right]
+        slope = (self.seconds[b] - self.seconds[a]) / (b - a)
+        return max(self.seconds[a] + slope * (nodes - a), 1e-9)
+
+
+def measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+    """Time steps of a chain of draft nodes after a short context.
+
+    More nodes never cost less, and noise only adds time: what fewer nodes took longer was noise.
+    """
+    state = model.new_state()
+    context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
+    fed, _ = model.open([0] * context, 0, state)
+    model.step([Feed(0, fed, all_logits=False)], state)
+    state.commit(0, range(len(fed)))
+    limit = model.config.position_limit
+    found: dict[int, float] = {}
+    for nodes in MEASURED_NODES:
+        if limit is not None and context + nodes > limit:
+            break
+        found[nodes] = _quickest_step(model, state, nodes, clock)
+    least = math.inf
+    for nodes in sorted(found, reverse=True):
+        least = found[nodes] = min(least, found[nodes])
+    return CostCurve(found)
+
+
+def _quickest_step(
+    model: Generator, state: DecoderState, nodes: int, clock: Callable[[], float]
+) -> float:
+    """Seconds of the least disturbed repeat: the curve is kept, a busy moment must not be."""
+    times: list[float] = []
+    while len(times) < _LEAST_REPEATS or (len(times) < _REPEATS and sum(times) < _SECONDS):
+        began = clock()
+        model.step([Feed(0, [0] * nodes)], state)
+        if model.embed.weight.is_cuda:
+            torch.cuda.synchronize()
+        times.append(clock() - began)
+        state.drop(0)
+    # the first one also builds layouts and touches the weights
+    return min(times[1:])
+
+
+def load_or_measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+    """The curve of this model's shape on this machine, from disk when it was measured before."""
+    path = _cache_path(model)
+    stored = _stored(path)
+    if stored is not None:
+        return stored
+    curve = measure(model, clock)
+    # a read-only home only means measuring again next time
+    with contextlib.suppress(CheckpointError):
+        replace_text(path, json.dumps(dict(curve.seconds)))
+    return curve
+
+
+def _stored(path: Path) -> CostCurve | None:
+    """The curve in a file; None where there is none, or what is there are not the seconds of steps."""
+    try:
+        seconds = {int(n): float(s) for n, s in read_json(path).items()}
+    except (LinspecError, ValueError, TypeError):
+        return None
+    sound = seconds and all(n > 0 and 0 < s < math.inf for n, s in seconds.items())
+    return CostCurve(seconds) if sound else None
+
+
+def _cache_path(model: Generator) -> Path:
+    weight = model.embed.weight
+    facts = (
+        json.dumps(model.config.to_dict(), sort_keys=True),
+        str(weight.dtype),
+        str(weight.device),
+        platform.processor() or platform.machine(),
+        torch.__version__,
+        str(torch.get_num_threads()),
+        str(model.prepared),
+        f"{model.kernels} {ABI}",
+    )
+    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+    return cache_dir() / "costs" / f"{key}.json"

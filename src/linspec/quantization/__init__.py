@@ -1,0 +1,1 @@
+"""Integer codes of weights and of cache entries, and what calibrates them."""

@@ -1,0 +1,1 @@
+"""What mixers remember of committed tokens: stage, commit, drop."""

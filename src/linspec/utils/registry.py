@@ -1,0 +1,175 @@
+"""One registry for each plug-in axis: a name, what it makes, its options and the paper it comes from.
+
+    DRAFTERS.build("prompt-lookup:max_ngram=3", context)
+
+Plug-ins outside the tree come in by entry points of the group `linspec.AXIS`. They are loaded when a
+name is not known, or all names are asked for; one that cannot be loaded is named and left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from linspec.errors import ConfigError
+from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.options import Setting, parse_options, read_spec, settings_of
+
+T = TypeVar("T")
+
+_log = logging.getLogger("linspec")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a plug-in that has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[T]):
+    """One registered plug-in: what `linspec list` prints about it."""
+
+    name: str
+    value: type[T]
+    summary: str
+    paper: str
+    options: type[Any] | None
+    facts: dict[str, str]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What can be set in its spec."""
+        return settings_of(self.options or NoOptions)
+
+
+class Registry(Generic[T]):
+    """Names of one axis (mixer, drafter, verifier, policy) and what they stand for.
+
+    group: of its entry points, None where there are none. beside: names that users write for no
+    plug-in, such as 'none'. options: of those that are registered without any of their own.
+    """
+
+    def __init__(
+        self,
+        axis: str,
+        group: str | None = None,
+        *,
+        beside: Sequence[str] = (),
+        options: type[Any] | None = None,
+    ) -> None:
+        self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
+        self._entries: dict[str, Entry[T]] = {}
+        self._broken: dict[str, str] = {}
+        self._looked_outside = False
+
+    def register(
+        self,
+        name: str,
+        *,
+        summary: str,
+        paper: str,
+        options: type[Any] | None = None,
+        **facts: str,
+    ) -> Callable[[type[T]], type[T]]:
+        """Decorator that files a class under `name`, which it carries as `name` too.
+
+        options: a frozen dataclass with a help text for each field; see linspec.utils.options.
+        """
+        if name in self._entries or name in self.beside:
+            raise ConfigError(f"{self.axis} {name!r} is registered twice")
+        if not name or set(name) & set(":, \t\n"):
+            raise ConfigError(f"{self.axis} {name!r}: a name is one word without colons and commas")
+        options = options or self.options
+        settings_of(options or NoOptions)
+
+        def add(value: type[T]) -> type[T]:
+            if isinstance(value, type):
+                value.name = name  # type: ignore[attr-defined]  # every axis declares it
+            self._entries[name] = Entry(name, value, summary, paper, options, facts)
+            return value
+
+        return add
+
+    def build(self, spec: str, *context: object) -> T:
+        """Make the plug-in that NAME or NAME:key=value,… describes.
+
+        The class is called with `context`, and with its options if it has any; one with a method
+        `build` is made by that. Raises ConfigError for unknown names and settings.
+        """
+        entry, options = self.read(spec)
+        make: Any = getattr(entry.value, "build", entry.value)
+        made: T = make(*context) if entry.options is None else make(*context, options)
+        return made
+
+    def read(self, spec: str) -> tuple[Entry[T], Any]:
+        """The entry that a spec names, and the options that it gives."""
+        name, settings = read_spec(spec)
+        if name in self.beside and settings is not None:
+            raise ConfigError(f"{self.axis} {name!r} takes no options; leave them out")
+        entry = self.entry(name)
+        return entry, parse_options(entry.options or NoOptions, settings, self.axis, name)
+
+    def forget(self, name: str) -> None:
+        """Remove `name`; for plug-ins that live only for a while, such as a test's."""
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> type[T]:
+        return self.entry(name).value
+
+    def entry(self, name: str) -> Entry[T]:
+        """The entry of `name`; raises ConfigError with the known names if there is none."""
+        if not isinstance(name, str) or name not in self:
+            raise self._unknown(name)
+        return self._entries[name]
+
+    def _unknown(self, name: object) -> ConfigError:
+        if isinstance(name, str) and name in self._broken:
+            return ConfigError(self._broken[name])
+        names = (*self.beside, *sorted(self._entries))
+        return ConfigError(
+            f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}"
+            f"{did_you_mean(name, names)}"
+        )
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._entries:
+            self._look_outside()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry[T]]:
+        self._look_outside()
+        return iter(self._entries.values())
+
+    def names(self) -> list[str]:
+        """All registered names in the order of registration."""
+        self._look_outside()
+        return list(self._entries)
+
+    def _look_outside(self) -> None:
+        """Load the entry points of this axis, once."""
+        if self._looked_outside or self.group is None:
+            return
+        # first, because what is loaded may ask for names
+        self._looked_outside = True
+        for point in metadata.entry_points(group=self.group):
+            reason = self._load(point)
+            if reason is not None:
+                maker = f" of package {point.dist.name!r}" if point.dist is not None else ""
+                message = (
+                    f"{self.axis} {point.name!r}{maker} cannot be used: {reason}; update that package or "
+                    "remove it"
+                )
+                self._broken[point.name] = message
+                _log.warning(message)
+
+    def _load(self, point: metadata.EntryPoint) -> str | None:
+        """Why an entry point brought no plug-in of its name; None when it did."""
+        try:
+            point.load()
+        # some modules end the program that imports them
+        except (Exception, SystemExit) as error:
+            return f"{type(error).__name__}: {shown(str(error))}"
+        return None if point.name in self._entries else f"{point.value} registers no such name"

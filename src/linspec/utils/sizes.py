@@ -1,0 +1,63 @@
+"""Sizes and other settings, checked by name: a whole number, a positive number, one of some words."""
+
+from __future__ import annotations
+
+import math
+
+from linspec.errors import ConfigError
+from linspec.utils.messages import did_you_mean, shown
+
+# the largest of each size that is believed: far beyond every model there is, far below what makes
+# a shape hang or a product of sizes leave 64 bits
+MOST = 2**31 - 1
+LARGEST = {
+    "vocab_size": 2**24,
+    "width": 2**20,
+    "layers": 2**10,
+    "heads": 2**14,
+    "kv_heads": 2**14,
+    "head_width": 2**16,
+    "mlp_width": 2**24,
+    "blocks": 2**8,
+    "taps": 2**16,
+    "features": 2**20,
+    "group": 2**24,
+    "span": 2**24,
+    "seed": 2**63 - 1,
+    "max_batch": 2**16,
+    "draft nodes": 10**9,
+}
+
+
+def check_sizes(config: object, names: str, *, least: int = 1) -> None:
+    """Raise ConfigError unless every one of the named (space-separated) sizes is a sound one."""
+    for name in names.split():
+        check_size(name, getattr(config, name), least=least)
+
+
+def check_size(name: str, value: object, *, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number from `least` to the largest believed."""
+    most = LARGEST.get(name, MOST)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} must be a whole number, got {shown(value)}")
+    if value < least:
+        raise ConfigError(f"{name} must be {least} or more, got {shown(value)}")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {shown(value)}")
+
+
+def check_positive(name: str, value: object, *, zero: bool = False) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0, or 0 where that is allowed."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
+    if not 0 < number < math.inf and not (zero and number == 0):
+        rule = "0 or more" if zero else "above 0"
+        raise ConfigError(f"{name} must be finite and {rule}, got {shown(value)}")
+
+
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of the `known` words."""
+    if value not in known:
+        raise ConfigError(
+            f"{name} must be one of {', '.join(known)}, got {shown(repr(value))}"
+            f"{did_you_mean(value, known)}"
+        )

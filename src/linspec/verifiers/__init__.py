@@ -1,0 +1,32 @@
+"""Verifiers: what turns a token tree and the target's logits into accepted tokens."""
+
+from __future__ import annotations
+
+from linspec.decoding.accepted import Accepted, TokenLogprob
+from linspec.errors import WrongType
+from linspec.utils.messages import shown
+from linspec.verifiers.base import VERIFIERS, Verifier
+from linspec.verifiers.greedy import GreedyVerifier
+from linspec.verifiers.lossless import LosslessVerifier
+from linspec.verifiers.typical import TypicalOptions, TypicalVerifier
+
+__all__ = [
+    "VERIFIERS",
+    "Accepted",
+    "GreedyVerifier",
+    "LosslessVerifier",
+    "TokenLogprob",
+    "TypicalOptions",
+    "TypicalVerifier",
+    "Verifier",
+    "make_verifier",
+]
+
+
+def make_verifier(verifier: str | Verifier) -> Verifier:
+    """The verifier that NAME or NAME:key=value,… stands for; raises ConfigError for unknown ones."""
+    if isinstance(verifier, str):
+        return VERIFIERS.build(verifier)
+    if not callable(getattr(verifier, "accept", None)):
+        raise WrongType(f"a verifier is a name or a Verifier, got {shown(repr(verifier))}")
+    return verifier
