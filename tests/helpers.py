@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
@@ -171,7 +171,7 @@ def feed(model: Decoder, state: DecoderState, tokens: Sequence[int], slot: int =
     """Step and commit a chain (nothing if there are no tokens); its logits."""
     if not tokens:
         return torch.empty(0, VOCAB)
-    logits = model.step([Feed(slot, tokens)], state).logits
+    logits = model.step([StepInput(slot, tokens)], state).logits
     state.commit(slot, range(len(tokens)))
     return logits
 
@@ -190,12 +190,12 @@ def remembered(model: Decoder, state: DecoderState, slot: int = 0) -> list[dict[
     for part, copy in zip(state.parts, state.snapshot(slot), strict=True):
         rows = copy.keys.shape[2]
         useful = min(rows, part.spec.window) if part.spec.window else rows
-        lead = part.spec.lead
+        conv_history = part.spec.conv_history
         found.append(
             {
                 "length": torch.tensor(copy.length),
                 "keys": copy.keys[:, :, rows - useful :],
-                "values": copy.values[:, :, rows - useful : rows + lead],
+                "values": copy.values[:, :, rows - useful : rows + conv_history],
                 "sums": copy.sums if copy.sums is not None else torch.empty(0),
             }
         )
@@ -208,7 +208,7 @@ def assert_close(actual: object, expected: object, atol: float = 1e-10) -> None:
 
 def assert_same_bytes(actual: Sequence[Snapshot], expected: Sequence[Snapshot]) -> None:
     for a, b in zip(actual, expected, strict=True):
-        assert (a.length, a.origin) == (b.length, b.origin)
+        assert (a.length, a.base_position) == (b.length, b.base_position)
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
         assert (a.sums is None) == (b.sums is None)

@@ -11,7 +11,7 @@ from helpers import random_tokens, tiny_model
 from test_engine import DRAFTERS, PROMPTS, SLOTS, decode, outputs, random_heads
 
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
@@ -34,7 +34,9 @@ class Watched(Drafter):
         self.inner, self.max_nodes = inner, inner.max_nodes
         self.seen: list[tuple[int, Budget, TokenTree]] = []
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         trees = self.inner.propose(rows, budgets)
         lengths = [len(row.tokens) for row in rows]
         self.seen += zip(lengths, budgets, trees, strict=True)
@@ -43,7 +45,7 @@ class Watched(Drafter):
     def expected(self, budget: Budget) -> float:
         return self.inner.expected(budget)
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         self.inner.observe(row, tree, path)
 
     def release(self, slot: int) -> None:
@@ -57,7 +59,7 @@ class Cutter(Fixed):
         super().__init__(nodes)
         self.rng, self.asked, self.dropped = random.Random(5), 0, 0
 
-    def keep(self, row: Row, tree: TokenTree) -> int:
+    def keep(self, row: RunningSequence, tree: TokenTree) -> int:
         self.asked += 1
         kept = self.rng.randrange(len(tree)) if tree.tokens[1] % 3 else 0
         self.dropped += len(tree) - 1 - kept
@@ -119,7 +121,9 @@ def test_drafts_near_the_last_position_are_bounded_in_depth_alone(name: str, lim
 
 def test_a_tree_deeper_than_asked_is_refused() -> None:
     class Deep(PromptLookup):
-        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        def propose(
+            self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+        ) -> list[TokenTree]:
             return [chain((row.root, 1, 2, 3)) for row in rows]
 
     model = tiny_model("aug")
@@ -135,7 +139,7 @@ def test_a_policy_that_plans_numbers_is_told_what_a_plan_is() -> None:
     class Numbers(Policy):
         name = "test-numbers"
 
-        def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+        def plan(self, rows: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
             return [4 for _ in rows]  # type: ignore[misc]
 
     model = tiny_model("aug")

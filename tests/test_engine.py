@@ -11,7 +11,7 @@ import torch
 from helpers import VOCAB, full_logits, random_tokens, random_tree, randomise, tiny_model
 
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel, Student
@@ -36,10 +36,12 @@ class RandomTrees(Drafter):
     def __init__(self, model: Decoder) -> None:
         self.model, self.rng = model, random.Random(3)
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         return [self._tree(row, budget) for row, budget in zip(rows, budgets, strict=True)]
 
-    def _tree(self, row: Row, budget: Budget) -> TokenTree:
+    def _tree(self, row: RunningSequence, budget: Budget) -> TokenTree:
         tree = random_tree(self.rng, 1 + self.rng.randrange(budget.nodes + 1), depth=budget.depth)
         tokens = [row.root, *tree.tokens[1:]]
         for node in range(1, len(tokens)):
@@ -83,7 +85,7 @@ def decode(
     policy: Policy | None = None,
     slots: int = SLOTS,
     prefill_tokens: int = 512,
-) -> list[Row]:
+) -> list[RunningSequence]:
     """The finished row of every prompt."""
     engine = Engine(
         model,
@@ -96,15 +98,15 @@ def decode(
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
     asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
-    done: dict[int, Row] = {}
+    done: dict[int, RunningSequence] = {}
     while engine.busy:
         for emitted in engine.step():
             if emitted.finished:
-                done[emitted.row.request] = emitted.row
+                done[emitted.sequence.request] = emitted.sequence
     return [done[request] for request in asked]
 
 
-def outputs(rows: Sequence[Row]) -> list[list[int]]:
+def outputs(rows: Sequence[RunningSequence]) -> list[list[int]]:
     return [row.tokens[row.prompt_length :] for row in rows]
 
 
@@ -123,7 +125,7 @@ def test_greedy_with_a_drafter_is_plain_greedy(
 ) -> None:
     model = tiny_model(mixer, dtype=dtype)
     if drafter != "medusa":
-        model.prepare()
+        model.to_inference()
     plain = [outputs(decode(model, [p], each))[0] for p, each in zip(PROMPTS, GREEDY, strict=True)]
     assert [len(tokens) for tokens in plain] == list(LENGTHS)
     together = decode(model, PROMPTS, GREEDY, DRAFTERS[drafter](model))
@@ -295,6 +297,6 @@ def test_seconds_come_from_the_clock_that_was_given() -> None:
     model = tiny_model("aug")
     engine = Engine(model, verifier=LosslessVerifier(), clock=lambda: float(next(ticks)))
     engine.submit(PROMPTS[0], SamplingParams(max_tokens=4))
-    rows = [emitted.row for _ in range(4) for emitted in engine.step()]
+    rows = [emitted.sequence for _ in range(4) for emitted in engine.step()]
     assert rows[0].stats.prefill_seconds == 3.0
     assert rows[0].stats.decode_seconds == 9.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linspec.errors import ConfigError
-from linspec.quantization.rows import check_kv, coded_width, decode, encode, rounded
+from linspec.quantization.rows import check_kv, decode, encode, quantized_width, rounded
 
 
 @pytest.mark.parametrize("width", [1, 6, 24, 64])
@@ -15,7 +15,7 @@ def test_a_row_reads_back_within_half_a_step_of_its_scale(width: int) -> None:
     x = torch.randn(3, 5, width) * torch.tensor([1e-20, 1.0, 1e20])[:, None, None]
     rows = encode(x)
     assert rows.dtype == torch.int8
-    assert rows.shape == (3, 5, coded_width(width))
+    assert rows.shape == (3, 5, quantized_width(width))
     step = x.abs().amax(-1, keepdim=True) / 127
     assert ((decode(rows, width, torch.float32) - x).abs() <= 0.5001 * step).all()
 

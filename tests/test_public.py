@@ -29,7 +29,7 @@ PUBLIC = {
     "Piece",
     "Policy",
     "PolicyContext",
-    "Row",
+    "RunningSequence",
     "SamplingParams",
     "TokenTree",
     "Verifier",

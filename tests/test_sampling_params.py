@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 )
 
 from linspec.decoding.sampling import Sampler, SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
@@ -87,7 +87,7 @@ PROMPTS = [random_tokens(2, 1), random_tokens(7, 2), random_tokens(6, 3) * 3]
 
 @cache
 def model() -> Decoder:
-    return unprepared().prepare()
+    return unprepared().to_inference()
 
 
 def unprepared() -> Decoder:
@@ -96,7 +96,7 @@ def unprepared() -> Decoder:
 
 @cache
 def other() -> Decoder:
-    return tiny_model("softmax", seed=9, dtype=torch.float32).prepare()
+    return tiny_model("softmax", seed=9, dtype=torch.float32).to_inference()
 
 
 def heads() -> Medusa:
@@ -120,7 +120,7 @@ def decode(
     drafter: Drafter | None = None,
     *,
     prefill_tokens: int = 512,
-) -> list[Row]:
+) -> list[RunningSequence]:
     """The finished rows, which share the steps of one engine."""
     engine = Engine(
         model(),
@@ -131,15 +131,15 @@ def decode(
         prefill_tokens=prefill_tokens,
     )
     asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
-    done: dict[int, Row] = {}
+    done: dict[int, RunningSequence] = {}
     while engine.busy:
         emitted = engine.step()
         raise_first(emitted)
-        done |= {item.row.request: item.row for item in emitted if item.finished}
+        done |= {item.sequence.request: item.sequence for item in emitted if item.finished}
     return [done[request] for request in asked]
 
 
-def outputs(rows: Sequence[Row]) -> list[list[int]]:
+def outputs(rows: Sequence[RunningSequence]) -> list[list[int]]:
     return [row.tokens[row.prompt_length :] for row in rows]
 
 

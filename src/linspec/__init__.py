@@ -23,7 +23,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 if TYPE_CHECKING:
     from linspec.checkpoints.hub import load, load_model, load_tokenizer, save_model
     from linspec.decoding.sampling import SamplingParams
-    from linspec.decoding.sequence import Row
+    from linspec.decoding.sequence import RunningSequence
     from linspec.decoding.tree import Budget, TokenTree
     from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
     from linspec.engine.results import Generation, Piece
@@ -56,7 +56,7 @@ __all__ = [
     "Piece",
     "Policy",
     "PolicyContext",
-    "Row",
+    "RunningSequence",
     "SamplingParams",
     "TokenTree",
     "Verifier",
@@ -88,7 +88,7 @@ _HOMES = {
     "Piece": "linspec.engine.results",
     "Policy": "linspec.policies",
     "PolicyContext": "linspec.policies",
-    "Row": "linspec.decoding.sequence",
+    "RunningSequence": "linspec.decoding.sequence",
     "SamplingParams": "linspec.decoding.sampling",
     "TokenTree": "linspec.decoding.tree",
     "Verifier": "linspec.verifiers",

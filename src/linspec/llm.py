@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from linspec.checkpoints.dtype import pick_dtype
-from linspec.checkpoints.hub import load_generator, resolve
+from linspec.checkpoints.hub import load_causal_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
-from linspec.decoding.protocols import Generator
+from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
@@ -62,7 +62,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Generator,
+        model: str | Path | CausalModel,
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "none",
@@ -87,8 +87,8 @@ class LLM:
         computed = pick_dtype(dtype, source, place)
         if isinstance(model, str | Path):
             options: dict[str, Any] = {"dtype": computed, "device": place}
-            self.model: Generator = (
-                load_generator(model, **options)
+            self.model: CausalModel = (
+                load_causal_model(model, **options)
                 if quantize is None
                 else load_for(model, quantize, **options)
             )
@@ -107,7 +107,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
-        self.model.prepare()
+        self.model.to_inference()
         self.engine = Engine(
             self.model,
             verifier=make_verifier(verifier),
@@ -194,7 +194,7 @@ class LLM:
                 by_row[self.engine.submit(request.prompt, request.params)] = request
             while self.engine.busy:
                 for emitted in self.engine.step():
-                    piece = self._piece(by_row[emitted.row.request], emitted)
+                    piece = self._piece(by_row[emitted.sequence.request], emitted)
                     if piece.done is not None and piece.done.error is not None:
                         errors.append(piece.done.error)
                     yield piece
@@ -204,14 +204,14 @@ class LLM:
             raise errors[0]
 
     def _piece(self, request: Collector, emitted: Emitted) -> Piece:
-        """What `emitted` is for the caller; a row that has ended for the caller is retired."""
+        """What `emitted` is for the caller; a sequence that has ended for the caller is retired."""
         try:
             piece = request.take(emitted)
         except Exception as error:
-            piece = request.failed(emitted.row, error)
+            piece = request.failed(emitted.sequence, error)
         if piece.done is None:
             return piece
-        late = self.engine.retire(emitted.row)
+        late = self.engine.retire(emitted.sequence)
         if late is None or piece.done.error is not None:
             return piece
         return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linspec import DRAFTERS, ChainDrafter, DrafterContext, Row, option
+from linspec import DRAFTERS, ChainDrafter, DrafterContext, RunningSequence, option
 
 DRAFTED = 16
 
@@ -39,10 +39,10 @@ class SuffixDrafter(ChainDrafter):
         self.followers: OrderedDict[tuple[int, ...], tuple[int, ...]] = OrderedDict()
         self.known: dict[int, int] = {}
 
-    def started(self, row: Row) -> None:
+    def started(self, row: RunningSequence) -> None:
         self.known[row.request] = 0
 
-    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[RunningSequence], budgets: Sequence[int]) -> list[list[int]]:
         for row in rows:
             self._remember(row, len(row.tokens) - DRAFTED)
         return [
@@ -50,7 +50,7 @@ class SuffixDrafter(ChainDrafter):
             for row, budget in zip(rows, budgets, strict=True)
         ]
 
-    def finished(self, row: Row) -> None:
+    def finished(self, row: RunningSequence) -> None:
         self._remember(row, len(row.tokens))
         self.known.pop(row.request, None)
 
@@ -61,7 +61,7 @@ class SuffixDrafter(ChainDrafter):
                 return found
         return ()
 
-    def _remember(self, row: Row, until: int) -> None:
+    def _remember(self, row: RunningSequence, until: int) -> None:
         """Enter the suffixes that end before `until`; asked twice, it has nothing left to do."""
         for end in range(max(1, self.known.get(row.request, 0)), until):
             follower = tuple(row.tokens[end : end + DRAFTED])

@@ -13,7 +13,7 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, res
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.quantized import map_tensors, write_aligned
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import PromptLookup
@@ -54,10 +54,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
     loaded, made = load_model(small), load_for("embedded-aug", 4)
-    assert loaded.prepared and loaded.identity == made.identity
+    assert loaded.is_inference and loaded.identity == made.identity
     logits = []
     for model in (loaded, made):
-        logits.append(model.step([Feed(0, list(range(5, 30)))], model.new_state()).logits)
+        logits.append(model.step([StepInput(0, list(range(5, 30)))], model.new_state()).logits)
     assert torch.equal(*logits)
 
 

@@ -22,7 +22,7 @@ from helpers import (
 )
 
 from linspec.checkpoints.hub import load_model, save_model
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, ContextOverflow
 from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.flash import Flash
@@ -64,7 +64,7 @@ def test_full_step_and_tree_forms_are_one_function(variant: str) -> None:
         assert_close(steps, full_logits(model, texts))
         tree = random_tree(rng, 12, reach=3)
         before = state.snapshot(1)
-        logits = model.step([Feed.tree(1, tree)], state).logits
+        logits = model.step([StepInput.tree(1, tree)], state).logits
         assert_close(logits, tree_logits(model, prompt, tree))
         path = tree.path_to(11)
         assert_same_bytes(state.snapshot(1), before)
@@ -111,7 +111,7 @@ def test_prepared_and_saved_models_are_the_same_function(variant: str, tmp_path:
     again = load_model(tmp_path, dtype=torch.float64)
     assert isinstance(again, Flash) and again.config == model.config
     assert_close(full_logits(again, text), expected)
-    model.prepare()
+    model.to_inference()
     assert_close(full_logits(model, text), expected)
     assert_close(feed(model, model.new_state(), text[0])[-1:], expected)
 
@@ -119,7 +119,7 @@ def test_prepared_and_saved_models_are_the_same_function(variant: str, tmp_path:
 def test_only_quadratic_attention_grows_and_ends() -> None:
     model = tiny("quadratic")
     with pytest.raises(ContextOverflow, match="beyond this model's 200 positions"):
-        model.step([Feed(0, [0] * 201)], model.new_state())
+        model.step([StepInput(0, [0] * 201)], model.new_state())
     sizes = []
     for variant in ("quadratic", "aug"):
         model = tiny(variant)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from linspec.checkpoints.hub import load_generator, save_model
+from linspec.checkpoints.hub import load_causal_model, save_model
 from linspec.errors import ConfigError
 from linspec.evaluate.lossless import verify
 from linspec.mixers.config import MixerConfig
@@ -64,7 +64,7 @@ def test_a_t5_is_linearized_on_both_sides_and_drafts_stay_lossless(
     t5_dir: Path, tmp_path: Path, corpus: Path
 ) -> None:
     out = linearized(t5_dir, tmp_path / "s", corpus, keep_softmax=(1,))
-    student, teacher = load_generator(out), load_generator(t5_dir)
+    student, teacher = load_causal_model(out), load_causal_model(t5_dir)
     assert isinstance(student, T5) and isinstance(teacher, T5)
     # the layers of the encoder come first
     assert student.config.encoder.mixers == (AUG, MixerConfig())
@@ -80,7 +80,7 @@ def test_a_t5_is_linearized_on_both_sides_and_drafts_stay_lossless(
 
 
 def test_every_part_of_a_t5_student_learns(t5_dir: Path) -> None:
-    teacher = load_generator(t5_dir)
+    teacher = load_causal_model(t5_dir)
     student = with_mixers(teacher, (AUG,) * 3)
     with Transfer(teacher, student, range(3)) as transfer:
         loss = transfer.loss(ids())
@@ -94,7 +94,7 @@ def test_every_part_of_a_t5_student_learns(t5_dir: Path) -> None:
 
 
 def test_a_t5_predicts_the_second_half_of_a_window(t5_dir: Path) -> None:
-    model, window = load_generator(t5_dir), ids(rows=1)
+    model, window = load_causal_model(t5_dir), ids(rows=1)
     with torch.no_grad():
         logits, wanted = next_tokens(model, window)
         assert wanted.tolist() == window[0, 17:].tolist()
@@ -111,7 +111,7 @@ def test_the_control_of_a_t5_is_an_ordinary_t5(t5_dir: Path, tmp_path: Path, cor
 def test_reach_and_adapters_work_for_a_t5(t5_dir: Path, tmp_path: Path, corpus: Path) -> None:
     config = replace(SHORT, lora_rank=2, lr=None, transfer_share=None)
     out = linearized(t5_dir, tmp_path / "s", corpus, mixer="local", group=8, rows=16, config=config)
-    student = load_generator(out)
+    student = load_causal_model(out)
     # a mean of two groups a layer, spent where they are needed
     assert sum(mixer.span for mixer in student.config.mixers) <= 6
 

@@ -23,7 +23,7 @@ from linspec.bench.machine import machine
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import Sampler, SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.engine.engine import raise_first
@@ -208,13 +208,13 @@ def _read(llm: LLM, prompt: Sequence[int]) -> _Prefix:
         while not (emitted := engine.step()):
             pass
         raise_first(emitted)
-        row = emitted[0].row
-        assert row.hidden is not None
+        sequence = emitted[0].sequence
+        assert sequence.hidden is not None
         return _Prefix(
-            tokens=row.tokens[:],
-            snapshot=engine.state.snapshot(row.slot),
-            hidden=row.hidden.clone(),
-            state_bytes=engine.state.bytes(row.slot),
+            tokens=sequence.tokens[:],
+            snapshot=engine.state.snapshot(sequence.slot),
+            hidden=sequence.hidden.clone(),
+            state_bytes=engine.state.bytes(sequence.slot),
         )
     finally:
         engine.cancel()
@@ -229,7 +229,7 @@ def _decode(
     prompt = prefix.tokens[:-1]
     sampler = Sampler(params, prompt, llm.model.config.vocab_size)
     sampler.observe(prefix.tokens[-1:])
-    row = Row(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
+    row = RunningSequence(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
     row.hidden = prefix.hidden
     engine.scheduler.submit(row)
     try:

@@ -152,7 +152,7 @@ def load_seq2seq(
     return _load(resolve(source), T5, dtype).to(device)
 
 
-def load_generator(
+def load_causal_model(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder | T5:
     """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
@@ -174,7 +174,7 @@ def load(
 
     For text use LLM. Raises CheckpointError for a directory that cannot be read.
     """
-    return load_generator(source, dtype=dtype, device=device), load_tokenizer(source)
+    return load_causal_model(source, dtype=dtype, device=device), load_tokenizer(source)
 
 
 def load_any(source: str | Path) -> Model:

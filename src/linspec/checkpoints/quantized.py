@@ -81,7 +81,7 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
     with without_memory():
-        model = Decoder(config).eval().prepare(Blank(bits))
+        model = Decoder(config).eval().to_inference(Blank(bits))
         # as they are saved, whatever they are trained in
         model.embed.to(torch.bfloat16)
     tensors = map_tensors(path)
@@ -89,7 +89,7 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     model.identity = str(entry.get("identity"))
-    model.settle()
+    model.finalize_weights()
     return model
 
 

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.step import StepInput, StepOutput
 
 
-class GeneratorConfig(Protocol):
+class CausalModelConfig(Protocol):
     """Facts about a generating model."""
 
     @property
@@ -33,15 +33,15 @@ class GeneratorConfig(Protocol):
         ...
 
 
-class Generator(Protocol):
+class CausalModel(Protocol):
     """A model with a step form."""
 
-    prepared: bool
+    is_inference: bool
     # a whole step in one native call, if there is such a form of this model
     native: Any
 
     @property
-    def config(self) -> GeneratorConfig:
+    def config(self) -> CausalModelConfig:
         """Facts about the model."""
         ...
 
@@ -60,7 +60,7 @@ class Generator(Protocol):
         """What computes a step, for whoever keeps its cost."""
         ...
 
-    def prepare(self) -> Generator:
+    def to_inference(self) -> CausalModel:
         """Turn into the inference form, in place."""
         ...
 
@@ -81,6 +81,6 @@ class Generator(Protocol):
         """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
         ...
 
-    def step(self, feeds: Sequence[Feed], state: Any) -> StepOutput:
+    def step(self, inputs: Sequence[StepInput], state: Any) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there."""
         ...

@@ -59,7 +59,7 @@ UNPLACED = -1
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class RunningSequence:
     """A request, which waits or has a slot.
 
     request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder

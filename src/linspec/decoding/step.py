@@ -10,11 +10,11 @@ import torch
 from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
-STAGE_ROWS = 64
+MAX_STAGED = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Feed:
+class StepInput:
     """New tokens of one slot.
 
     parents: index of each token's parent among the slot's staged nodes (those of earlier steps come
@@ -28,8 +28,8 @@ class Feed:
     all_logits: bool = True
 
     @classmethod
-    def tree(cls, slot: int, tree: TokenTree) -> Feed:
-        """The feed that verifies a whole tree."""
+    def tree(cls, slot: int, tree: TokenTree) -> StepInput:
+        """The step_input that verifies a whole tree."""
         return cls(slot, tree.tokens, tree.parents)
 
 
@@ -37,10 +37,10 @@ class Feed:
 class StepOutput:
     """What one step computed for the nodes whose logits were asked for.
 
-    hidden [P, D] are final normalised hidden states, logits [P, vocab]; `rows[i]` says which of the P
-    belong to feed i.
+    hidden [P, D] are final normalised hidden states, logits [P, vocab]; `slices[i]` says which of the P
+    belong to step_input i.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
-    rows: list[slice]
+    slices: list[slice]

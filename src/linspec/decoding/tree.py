@@ -144,7 +144,7 @@ class TokenTree:
     """Tokens and parents of one sequence's draft.
 
     proposals: for a node whose children were *sampled* from a drafter's distribution, that
-    distribution [vocab]; absent for drafts that are certain (heads, look-up). The lossless sampling
+    distribution [vocab]; absent for drafts that are deterministic (heads, look-up). The lossless sampling
     verifier needs it. confidences: where a drafter has them, its own estimate for each node that the node is
     accepted once its parent is; that of the root is 1.
     """
@@ -194,7 +194,7 @@ class TokenTree:
 
     def first(self, nodes: int) -> TokenTree:
         """The tree of the first `nodes` nodes, the root included."""
-        kept = {node: law for node, law in self.proposals.items() if node < nodes}
+        kept = {node: distribution for node, distribution in self.proposals.items() if node < nodes}
         sure = None if self.confidences is None else self.confidences[:nodes]
         return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure)
 

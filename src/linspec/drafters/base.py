@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from linspec.decoding.protocols import Generator
-from linspec.decoding.sequence import Row
-from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.utils.registry import Registry
 
-# most draft nodes of any tree: its root takes one row of the stage
-MAX_NODES = STAGE_ROWS - 1
+# most draft nodes of any tree: its root takes one sequence of the stage
+MAX_NODES = MAX_STAGED - 1
 # A fresh drafter is believed to be right this often at each depth, as if seen this many times.
 PRIOR_RATE = 0.5
 PRIOR_COUNT = 4.0
@@ -32,7 +32,7 @@ class DrafterContext:
     memory. slots: sequences that run at once.
     """
 
-    target: Generator
+    target: CausalModel
     tokenizer: Any = None
     source: Path | None = None
     slots: int = 1
@@ -50,8 +50,8 @@ class DrafterContext:
 class Drafter(ABC):
     """Proposes the tokens that the target verifies; knows no model family.
 
-    A round calls `propose`, then `observe` for each row that had drafts. `started` and `finished` stand
-    around a request: what is kept in between goes by `row.slot` or `row.request`, what is kept for
+    A round calls `propose`, then `observe` for each sequence that had drafts. `started` and `finished` stand
+    around a request: what is kept in between goes by `sequence.slot` or `sequence.request`, what is kept for
     longer is a memory across requests. The registry makes a drafter from a context and, where it
     has some, its options; one that tests and tools make from other parts has a class method `build`.
     """
@@ -64,11 +64,13 @@ class Drafter(ABC):
         """Keep nothing; a drafter keeps what it needs of them."""
 
     @abstractmethod
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
-        """A tree per row, rooted at `row.root`, within its budget of at least one node and a depth of one.
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        """A tree per sequence, rooted at its `root`, within its budget of one node or more.
 
         Nodes that matter more come first: a policy may have only the first of them verified. Where it
-        raises, the engine asks again for each row alone, to end the one whose fault it was: a round that
+        raises, the engine asks again for each sequence alone, to end the one whose fault it was: a round that
         is proposed again gets the same trees.
         """
 
@@ -76,14 +78,14 @@ class Drafter(ABC):
     def expected(self, budget: Budget) -> float:
         """Draft tokens that the best tree within `budget` is expected to have accepted."""
 
-    def started(self, row: Row) -> None:
-        """A request has its slot: `row.tokens` is its prompt, of which nothing is read yet."""
+    def started(self, sequence: RunningSequence) -> None:
+        """A request has its slot: `sequence.tokens` is its prompt, of which nothing is read yet."""
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
-        """Learn what the verifier accepted; called before `row.tokens` grows."""
+    def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
+        """Learn what the verifier accepted; called before `sequence.tokens` grows."""
 
-    def finished(self, row: Row) -> None:
-        """A request has ended, however it did, and `row.slot` goes to another: `row.tokens` is all it had.
+    def finished(self, sequence: RunningSequence) -> None:
+        """A request has ended, however it did, and its slot goes to another: `sequence.tokens` is all it had.
 
         Called for each one that was to start, also where `started` raised.
         """
@@ -97,12 +99,19 @@ class ChainDrafter(Drafter):
         self._tried: list[float] = []
         self._hits: list[float] = []
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
-        drafts = self.draft(rows, [budget.chain for budget in budgets])
-        return [chain((row.root, *draft)) for row, draft in zip(rows, drafts, strict=True)]
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        drafts = self.draft(sequences, [budget.chain for budget in budgets])
+        return [
+            chain((sequence.root, *draft))
+            for sequence, draft in zip(sequences, drafts, strict=True)
+        ]
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
-        """Draft tokens for each row, at most so many."""
+    def draft(
+        self, sequences: Sequence[RunningSequence], lengths: Sequence[int]
+    ) -> list[list[int]]:
+        """Draft tokens for each sequence, at most so many."""
         raise NotImplementedError
 
     def expected(self, budget: Budget) -> float:
@@ -114,7 +123,7 @@ class ChainDrafter(Drafter):
             total += reach
         return total
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         drafted, accepted = len(tree) - 1, len(path) - 1
         while len(self._tried) < drafted:
             self._tried.append(0.0)

@@ -12,7 +12,7 @@ from typing import Self
 
 from torch import nn
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
@@ -80,20 +80,22 @@ class Medusa(Drafter):
             self._ranked[depth] = _ranked(self.heads.accuracies[:depth])
         return self._ranked[depth]
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
-        hidden = [row.hidden for row in rows if row.hidden is not None]
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        hidden = [sequence.hidden for sequence in sequences if sequence.hidden is not None]
         shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
         heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
         top = max(ranked.top(nodes) for ranked, nodes in shapes)
         guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
         trees = []
-        for row, (ranked, nodes) in zip(rows, shapes, strict=True):
-            if row.hidden is None:
-                trees.append(root_only(row.root))
+        for sequence, (ranked, nodes) in zip(sequences, shapes, strict=True):
+            if sequence.hidden is None:
+                trees.append(root_only(sequence.root))
                 continue
             guessed = next(guesses)
             found = [guessed[depth * top + rank] for depth, rank in ranked.ends[:nodes]]
-            trees.append(TokenTree((row.root, *found), ranked.parents[: len(found) + 1]))
+            trees.append(TokenTree((sequence.root, *found), ranked.parents[: len(found) + 1]))
         return trees
 
     def expected(self, budget: Budget) -> float:

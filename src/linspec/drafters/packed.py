@@ -21,7 +21,7 @@ from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, Medus
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Fuse, Quantizer, integer_bits
+from linspec.kernels.linear import LinearFactory, Quantizer, integer_bits
 from linspec.models.skeleton import without_memory
 
 
@@ -58,11 +58,11 @@ class PackedHeads(Heads):
         self._call: HeadsCall | None = None
 
     @classmethod
-    def of(cls, heads: MedusaHeads, fuse: Fuse) -> PackedHeads:
-        """`heads` with the layers that `fuse` makes."""
-        blocks = [_packed_block(cast(HeadBlock, block), fuse) for block in heads.blocks]
+    def of(cls, heads: MedusaHeads, linear_factory: LinearFactory) -> PackedHeads:
+        """`heads` with the layers that `linear_factory` makes."""
+        blocks = [_packed_block(cast(HeadBlock, block), linear_factory) for block in heads.blocks]
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
-        outputs = [fuse(_linear(weight)) for weight in own]
+        outputs = [linear_factory(_linear(weight)) for weight in own]
         return cls(heads.config, heads.target_head, heads.accuracies, blocks, outputs)
 
     def bind(self, head: nn.Module) -> None:
@@ -113,9 +113,13 @@ def draft_head(head: nn.Module) -> NativeLinear:
     return cast(NativeLinear, Quantizer(8, {})(_linear(cast(torch.Tensor, head.weight))))
 
 
-def _packed_block(block: HeadBlock, fuse: Fuse) -> PackedBlock:
-    first = [fuse(_linear(w.T, bias)) for w, bias in zip(block.weight, block.bias, strict=True)]
-    return PackedBlock(first, [] if block.out is None else [fuse(_linear(w.T)) for w in block.out])
+def _packed_block(block: HeadBlock, linear_factory: LinearFactory) -> PackedBlock:
+    first = [
+        linear_factory(_linear(w.T, bias)) for w, bias in zip(block.weight, block.bias, strict=True)
+    ]
+    return PackedBlock(
+        first, [] if block.out is None else [linear_factory(_linear(w.T)) for w in block.out]
+    )
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

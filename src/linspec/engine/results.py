@@ -8,7 +8,7 @@ from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row, Stats
+from linspec.decoding.sequence import RunningSequence, Stats
 from linspec.engine.detokenizer import Detokenizer
 from linspec.engine.engine import FAILED, Emitted
 
@@ -133,7 +133,7 @@ class Collector:
             self.text.finish()
             finished = "stop" if self.text.stopped else finished
         piece = self.text.release(last=finished is not None)
-        done = self._result(emitted.row, finished, emitted.error) if finished else None
+        done = self._result(emitted.sequence, finished, emitted.error) if finished else None
         return Piece(self.index, piece, tuple(self.tokens[before:]), done, self.sequence)
 
     def _hides_end(self, emitted: Emitted) -> bool:
@@ -144,21 +144,25 @@ class Collector:
         # the model's own end is a special token, which is hidden with the others
         return emitted.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
 
-    def failed(self, row: Row, error: Exception) -> Piece:
+    def failed(self, sequence: RunningSequence, error: Exception) -> Piece:
         """The last piece where `take` raised: what was shown before stands."""
-        return Piece(self.index, "", (), self._result(row, FAILED, error), self.sequence)
+        return Piece(self.index, "", (), self._result(sequence, FAILED, error), self.sequence)
 
-    def _result(self, row: Row, reason: str, error: Exception | None) -> Generation:
+    def _result(
+        self, sequence: RunningSequence, reason: str, error: Exception | None
+    ) -> Generation:
         params = self.params
         return Generation(
-            prompt_tokens=row.prompt_tokens,
+            prompt_tokens=sequence.prompt_tokens,
             token_ids=tuple(self.tokens),
             text=self.text.full,
             finish_reason=reason,
             logprobs=None if params.logprobs is None else tuple(self.logprobs),
-            stats=row.stats,
+            stats=sequence.stats,
             error=error,
-            prompt_logprobs=None if params.prompt_logprobs is None else tuple(row.prompt_logprobs),
+            prompt_logprobs=None
+            if params.prompt_logprobs is None
+            else tuple(sequence.prompt_logprobs),
         )
 
 

@@ -20,7 +20,7 @@ import typer
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import InputError, NotFinite
-from linspec.kernels.linear import Quantizer, check_bits, fuse
+from linspec.kernels.linear import Quantizer, check_bits, fused_linear
 from linspec.models.bert import Bert
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import paragraphs
@@ -123,7 +123,9 @@ def main(
     held_out = paragraphs(train_and_heldout(data or ["stdlib"], field)[1])[:texts]
     report = compare_encoders(
         load_encoder(teacher),
-        load_encoder(student).prepare(fuse if quantize is None else Quantizer(quantize, {})),
+        load_encoder(student).to_inference(
+            fused_linear if quantize is None else Quantizer(quantize, {})
+        ),
         load_tokenizer(teacher),
         held_out,
         context=context,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from linspec.checkpoints.hub import check_tokenizer, load_tokenizer
 from linspec.checkpoints.load_quantized import load_for
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
 from linspec.train.data import Split, end_of_text, load_documents
@@ -223,6 +223,6 @@ def _step_hidden(model: Decoder, ids: torch.Tensor, kv: str) -> torch.Tensor:
     state = model.new_state(1, kv)
     found = []
     for row in ids.tolist():
-        found.append(model.step([Feed(0, row)], state).hidden)
+        found.append(model.step([StepInput(0, row)], state).hidden)
         state.drop(0)
     return torch.stack(found)

@@ -20,7 +20,7 @@ from linspec.kernels.cpu.linear import NativeLinear
 from linspec.quantization.codes import quantize_int4, quantize_int8
 
 # several linear layers of one input -> one inference layer with their outputs side by side
-Fuse = Callable[..., nn.Module]
+LinearFactory = Callable[..., nn.Module]
 BITS = {8: INT8, 4: INT4}
 
 
@@ -70,7 +70,7 @@ class PackedLinear(nn.Module):
         return out
 
 
-def fuse(*linears: nn.Module) -> nn.Module:
+def fused_linear(*linears: nn.Module) -> nn.Module:
     """One inference layer that returns the outputs of `linears` side by side, in their precision."""
     weight, bias = joined(linears)
     kernel = pick_kernel(weight)
@@ -105,7 +105,7 @@ def _sizes(weight: torch.Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """A `Fuse` that makes integer layers.
+    """A `LinearFactory` that makes integer layers.
 
     bits: 8 or 4, for the weights; activations have 8. moments: second moments of the inputs of a
     layer (the first, where several are fused), for the search of int4 scales.
@@ -129,7 +129,7 @@ class Quantizer:
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A `Fuse` that makes layers without memory, for quantised weights that are loaded later."""
+    """A `LinearFactory` that makes layers without memory, for quantised weights that are loaded later."""
 
     bits: int
 

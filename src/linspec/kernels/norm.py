@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-class PreparedRMSNorm(nn.Module):
+class InferenceRMSNorm(nn.Module):
     """x · w / sqrt(mean(x²) + ε) (Zhang & Sennrich 2019), for the few rows of a step on a CPU.
 
     There torch's own composite takes about three times as long as these four operators.
@@ -26,8 +26,8 @@ class PreparedRMSNorm(nn.Module):
         return x * self.scaled / torch.hypot(size, self.floor)
 
 
-def prepare_norm(norm: nn.Module) -> nn.Module:
+def inference_norm(norm: nn.Module) -> nn.Module:
     """The inference form of a norm; norms that gain nothing are returned as they are."""
     if not isinstance(norm, nn.RMSNorm) or norm.weight.dtype not in (torch.float32, torch.float64):
         return norm
-    return PreparedRMSNorm(norm) if norm.weight.device.type == "cpu" else norm
+    return InferenceRMSNorm(norm) if norm.weight.device.type == "cpu" else norm

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout, StagedTree
+from linspec.decoding.tree_mask import StagedTree, TreeMask
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Fuse
+from linspec.kernels.linear import LinearFactory
 from linspec.mixers.blocks import convolve, convolve_both, tap_distances
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import MixerOptions
@@ -36,7 +36,7 @@ from linspec.state.row_state import RowSpec, RowState, add_products
 from linspec.utils.registry import Registry
 
 if TYPE_CHECKING:
-    from linspec.state.dense_group import Segment
+    from linspec.state.dense_group import DenseGroup
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -86,7 +86,7 @@ class Mixer(nn.Module):
         self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.o: nn.Module = nn.Linear(q_width, config.width, bias=config.out_bias)
         self.qkv: nn.Module | None = None
-        self.reach: torch.Tensor | None = None
+        self.padded_taps: torch.Tensor | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
@@ -136,8 +136,8 @@ class Mixer(nn.Module):
         """What values become before they are kept as rows: [..., V] -> [..., V']."""
         return v
 
-    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Weights of rows from q·k products [R, Hkv, rep, N, C] under `layout`."""
+    def weights(self, products: torch.Tensor, tree_mask: TreeMask) -> torch.Tensor:
+        """Weights of rows from q·k products [R, Hkv, rep, N, C] under `tree_mask`."""
         raise NotImplementedError
 
     def attend(
@@ -145,7 +145,7 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         """Step form on features: what nodes with queries q read from the rows and sums of their slots.
@@ -155,7 +155,7 @@ class Mixer(nn.Module):
         """
         # the queries of all heads that share a key, as rows of one product
         products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
-        weights = self.weights(products, layout)
+        weights = self.weights(products, tree_mask)
         return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
 
     def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
@@ -221,16 +221,16 @@ class Mixer(nn.Module):
             return self.qkv(x)
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
-    def prepare(self, fuse: Fuse) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
-        self.qkv = fuse(self.q, self.k, self.v)
-        self.o = fuse(self.o)
+        self.qkv = linear_factory(self.q, self.k, self.v)
+        self.o = linear_factory(self.o)
         del self.q, self.k, self.v
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Compute what depends on the weights, once these are final."""
         if self.mixer.taps and self.config.causal:
-            self.reach = self._padded_taps().detach()
+            self.padded_taps = self._padded_taps().detach()
 
     def forward(
         self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
@@ -249,13 +249,13 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lead: torch.Tensor | None = None,
+        conv_history: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`mix` plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
+        """`mix` plus the convolution; conv_history [B, Hkv, W-1, V'] are the values before v."""
         o = self.mix(q, k, v, sums)
         if self.mixer.taps:
-            o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
+            o = o + convolve(v, self.taps, self.repeats, conv_history)[..., : self.head_width]
         return o
 
     def _full_both(
@@ -270,24 +270,31 @@ class Mixer(nn.Module):
         return o
 
     def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: RowState,
+        layer: int,
     ) -> torch.Tensor:
-        """The step form: x [M, D], all new nodes of all segments packed -> [M, D]."""
-        return self.o(self.step_heads(self.project(x, rope), segments, state, layer))
+        """The step form: x [M, D], all new nodes of all dense_groups packed -> [M, D]."""
+        return self.o(self.step_heads(self.project(x, rope), dense_groups, state, layer))
 
     def step_heads(
         self,
         packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        segments: list[Segment],
+        dense_groups: list[DenseGroup],
         state: RowState,
         layer: int,
     ) -> torch.Tensor:
         """The step form between `project` and the output projection: [M, H * V]."""
         outputs = []
-        for segment in segments:
-            q, k, v = (segment.unpack(t).transpose(1, 2) for t in packed)
-            form = self._step_long if segment.long else self._step_nodes
-            outputs.append(segment.pack(form(q, k, v, segment, state, layer).transpose(1, 2)))
+        for dense_group in dense_groups:
+            q, k, v = (dense_group.unpack(t).transpose(1, 2) for t in packed)
+            form = self._step_long if dense_group.long else self._step_nodes
+            outputs.append(
+                dense_group.pack(form(q, k, v, dense_group, state, layer).transpose(1, 2))
+            )
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return mixed.flatten(1)
 
@@ -296,71 +303,79 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
+        dense_group: DenseGroup,
         state: RowState,
         layer: int,
     ) -> torch.Tensor:
         """A few nodes a row, any tree: one masked product over the rows of each slot."""
-        state.stage(layer, segment.start, segment.lengths, k, v)
-        layout = segment.layout(state)
-        slots, width = segment.slots, layout.width
+        state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+        tree_mask = dense_group.tree_mask(state)
+        slots, width = dense_group.slots, tree_mask.width
         keys, values = state.read(layer, slots, width)
         sums = state.sums[layer, slots] if state.spec.sum_width else None
-        if state.spec.coded:
+        if state.spec.quantized:
             q = rounded(q)
         q = q.unflatten(1, (self.kv_heads, self.repeats))
-        o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
+        o = self.attend(q, keys, values[:, :, state.spec.conv_history :], tree_mask, sums)
         if self.mixer.taps:
-            o = o + self._convolved(values[..., : self.head_width], layout, state.spec.lead)
+            o = o + self._convolved(
+                values[..., : self.head_width], tree_mask, state.spec.conv_history
+            )
         return o.flatten(1, 2)
 
-    def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
+    def step_bias(self, relative: RelativeBias, tree_mask: TreeMask) -> torch.Tensor:
         """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
 
         def buckets() -> torch.Tensor:
-            return relative.buckets(layout.offsets[:, :, None] - layout.columns[:, None, :])
+            return relative.buckets(tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :])
 
-        bias: torch.Tensor = relative(layout.memo(("buckets", relative.config), buckets))
+        bias: torch.Tensor = relative(tree_mask.memo(("buckets", relative.config), buckets))
         return bias.unflatten(1, (self.kv_heads, self.repeats))
 
-    def _convolved(self, values: torch.Tensor, layout: Layout, lead: int) -> torch.Tensor:
-        """The convolution for the nodes of a step: values [R, Hkv, lead + C, V] -> [R, Hkv, rep, N, V]."""
-        if layout.tree is not None:
+    def _convolved(
+        self, values: torch.Tensor, tree_mask: TreeMask, conv_history: int
+    ) -> torch.Tensor:
+        """The convolution for the nodes of a step: values [R, Hkv, W-1 + C, V] -> [R, Hkv, rep, N, V]."""
+        if tree_mask.tree is not None:
             # no node of a single slot reaches past the last W - 1 committed rows
-            values = values[:, :, layout.rows[0][0] :]
-            kernel = self._tree_kernel(layout.tree, lead)
+            values = values[:, :, tree_mask.rows[0][0] :]
+            kernel = self._tree_kernel(tree_mask.tree, conv_history)
         else:
-            key = ("taps", self.mixer.taps, lead)
+            key = ("taps", self.mixer.taps, conv_history)
             kernel = self._kernel(
-                layout.memo(
+                tree_mask.memo(
                     key,
                     lambda: tap_distances(
-                        layout.offsets, layout.columns, layout.visible, self.mixer.taps, lead
+                        tree_mask.offsets,
+                        tree_mask.columns,
+                        tree_mask.visible,
+                        self.mixer.taps,
+                        conv_history,
                     ),
                 )
             )
         o = kernel.flatten(2, 3).to(values.dtype) @ values
         return o.unflatten(2, kernel.shape[2:4])
 
-    def _tree_kernel(self, tree: StagedTree, lead: int) -> torch.Tensor:
+    def _tree_kernel(self, tree: StagedTree, conv_history: int) -> torch.Tensor:
         """`_kernel` for one slot, whose committed rows do not matter: kept with the tree."""
         count = self.mixer.taps
 
         def distances() -> torch.Tensor:
             offsets = tree.depths[None, len(tree.depths) - len(tree.seen) :]
-            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, lead)
+            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, conv_history)
 
-        found: torch.Tensor = tree.memo(("taps", count, lead), distances)
-        if self.reach is None:
+        found: torch.Tensor = tree.memo(("taps", count, conv_history), distances)
+        if self.padded_taps is None:
             return self._kernel(found)
         # the taps stand beside their kernel so that no other tensor can get their id
-        kept = tree.memo(id(self.reach), lambda: (self._kernel(found), self.reach))
+        kept = tree.memo(id(self.padded_taps), lambda: (self._kernel(found), self.padded_taps))
         kernel: torch.Tensor = kept[0]
         return kernel
 
     def _kernel(self, distance: torch.Tensor) -> torch.Tensor:
-        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
-        taps = self._padded_taps() if self.reach is None else self.reach
+        """The convolution as weights over conv_history and rows: [R, Hkv, rep, N, conv_history + C]."""
+        taps = self._padded_taps() if self.padded_taps is None else self.padded_taps
         return taps[:, :, distance].movedim(2, 0)
 
     def _padded_taps(self) -> torch.Tensor:
@@ -372,23 +387,25 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
+        dense_group: DenseGroup,
         state: RowState,
         layer: int,
     ) -> torch.Tensor:
-        """Long chains (prefill): the full form from each origin on, with the state before it."""
-        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
-        if state.spec.coded:
+        """Long chains (prefill): the full form from each base_position on, with the state before it."""
+        keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
+        if state.spec.quantized:
             q = rounded(q)
-        bases = [state.lengths[s] - state.origins[s] for s in segment.slot_range]
+        bases = [state.lengths[s] - state.base_positions[s] for s in dense_group.slot_range]
         aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
-        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+        for i, (base, n) in enumerate(zip(bases, dense_group.lengths, strict=True)):
             aligned[i, :, base : base + n] = q[i, :, :n]
-        lead = state.spec.lead
-        sums = state.sums[layer, segment.slots] if state.spec.sum_width else None
-        o = self._full(aligned, keys, values[:, :, lead:], values[:, :, :lead], sums)
+        conv_history = state.spec.conv_history
+        sums = state.sums[layer, dense_group.slots] if state.spec.sum_width else None
+        o = self._full(
+            aligned, keys, values[:, :, conv_history:], values[:, :, :conv_history], sums
+        )
         out = o.new_zeros(*q.shape[:3], o.shape[3])
-        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+        for i, (base, n) in enumerate(zip(bases, dense_group.lengths, strict=True)):
             out[i, :, :n] = o[i, :, base : base + n]
         return out
 

@@ -34,18 +34,18 @@ def band(taps: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def windows(
-    v: torch.Tensor, lead: torch.Tensor | None, before: int, block: int, after: int = 0
+    v: torch.Tensor, conv_history: torch.Tensor | None, before: int, block: int, after: int = 0
 ) -> torch.Tensor:
     """Values of every block with the `before` values ahead of it and the `after` values behind it.
 
-    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block + after, V]; lead [B, Hkv, before, V]
+    v [B, Hkv, T, V] -> [B, Hkv, T/block, before + block + after, V]; conv_history [B, Hkv, before, V]
     precedes v.
     """
     # pieces of whole blocks, not overlapping views: the compiled backward of `unfold` is wrong
     ahead, behind, count = -(-before // block), -(-after // block), -(-v.shape[2] // block)
-    room = ahead * block - (0 if lead is None else before)
-    if lead is not None:
-        v = torch.cat((lead, v), dim=2)
+    room = ahead * block - (0 if conv_history is None else before)
+    if conv_history is not None:
+        v = torch.cat((conv_history, v), dim=2)
     missing = (ahead + count + behind) * block - room - v.shape[2]
     blocks = F.pad(v, (0, 0, room, missing)).unflatten(2, (-1, block))
     pieces = [blocks[:, :, i : i + count] for i in range(ahead + 1 + behind)]
@@ -63,7 +63,11 @@ def shifted(x: torch.Tensor, dim: int, length: int, count: int, at: int) -> torc
 
 
 def convolve(
-    v: torch.Tensor, taps: torch.Tensor, repeats: int, lead: torch.Tensor | None, block: int = 64
+    v: torch.Tensor,
+    taps: torch.Tensor,
+    repeats: int,
+    conv_history: torch.Tensor | None,
+    block: int = 64,
 ) -> torch.Tensor:
     """Causal depthwise convolution, one kernel per query head: [B, Hkv, T, V] -> [B, H, T, V].
 
@@ -71,7 +75,7 @@ def convolve(
     so nothing can train them back in.
     """
     kernel = band(taps, block).unflatten(0, (-1, repeats)).flatten(1, 2)  # [Hkv, rep * block, .]
-    o = kernel[:, None].to(v.dtype) @ windows(v, lead, taps.shape[1] - 1, block)
+    o = kernel[:, None].to(v.dtype) @ windows(v, conv_history, taps.shape[1] - 1, block)
     return join(o, repeats, v.shape[2])
 
 
@@ -92,15 +96,19 @@ def join(o: torch.Tensor, repeats: int, time: int) -> torch.Tensor:
 
 
 def tap_distances(
-    offsets: torch.Tensor, columns: torch.Tensor, visible: torch.Tensor, taps: int, lead: int
+    offsets: torch.Tensor,
+    columns: torch.Tensor,
+    visible: torch.Tensor,
+    taps: int,
+    conv_history: int,
 ) -> torch.Tensor:
-    """How many tokens back each value row lies from each node: [R, N, lead + C]; `taps` if unseen.
+    """How many tokens back each value row lies from each node: [R, N, conv_history + C]; `taps` if unseen.
 
-    offsets [R, N], columns [R, C], visible [R, N, C]: see Layout. A node's window is itself and its
+    offsets [R, N], columns [R, C], visible [R, N, C]: see TreeMask. A node's window is itself and its
     nearest ancestors; past the root it reads committed rows.
     """
-    before = torch.arange(-lead, 0, device=columns.device).expand(len(columns), -1)
+    before = torch.arange(-conv_history, 0, device=columns.device).expand(len(columns), -1)
     columns = torch.cat((before, columns), dim=1)
-    visible = F.pad(visible, (lead, 0), value=True)
+    visible = F.pad(visible, (conv_history, 0), value=True)
     distance = offsets[:, :, None] - columns[:, None, :]
     return torch.where(visible & (distance >= 0), distance, taps).clamp(max=taps)

@@ -3,7 +3,7 @@
     S_t = diag(a_t) S_{t-1} + k_t w_tᵀ,    o_t = q_t S_t
 
 where a_t in (0, 1) is one factor per head or per channel, and w_t is what a mixer writes. Rows keep the
-logarithms of a_t beside their key. With A_t the sum of those logarithms on the path from the origin to
+logarithms of a_t beside their key. With A_t the sum of those logarithms on the path from the base_position to
 t, row s reaches t with exp(A_t - A_s), never above 1, so that strong decay underflows to 0 and nothing
 overflows. The full form does the same chunk by chunk, from the state before each chunk.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.blocks import join, split
 from linspec.mixers.linear import GroupedLinear
 from linspec.state.row_state import RowSpec
@@ -99,19 +99,19 @@ class Fading(GroupedLinear):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         beyond: torch.Tensor | None,
         sums: torch.Tensor,
     ) -> torch.Tensor:
         wide = sums.dtype
-        features, path = self.summed_keys(keys).to(wide), layout.ancestry()[:, None]
+        features, path = self.summed_keys(keys).to(wide), tree_mask.ancestry()[:, None]
         gates = keys[..., self.head_width :].to(wide)
-        at = layout.visible[:, None].to(wide) @ gates[..., : self.decay_width]  # A of the nodes
+        at = tree_mask.visible[:, None].to(wide) @ gates[..., : self.decay_width]  # A of the nodes
         nodes = self.summed_queries(q).to(wide)
         o = (nodes * at.exp()[:, :, None]).flatten(2, 3) @ sums
         seen = beyond[:, 0] if beyond is not None else None
         if not self.arranged:
-            seen = layout.visible[:, None]
+            seen = tree_mask.visible[:, None]
         if seen is not None:
             decay = path.to(wide) @ gates[..., : self.decay_width]
             before = path & ~torch.eye(path.shape[-1], dtype=torch.bool, device=path.device)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.base import Mixer, NativeForm
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.mixers.config import MixerConfig, StackConfig
@@ -60,7 +60,7 @@ class GroupedLinear(Mixer):
             kv_heads=self.kv_heads,
             key_width=self.head_width,
             value_width=self.head_width,
-            lead=max(0, self.mixer.taps - 1),
+            conv_history=max(0, self.mixer.taps - 1),
             group=self.mixer.group,
             span=self.mixer.span,
             sum_width=self.sum_width() if self.summed else 0,
@@ -159,13 +159,13 @@ class GroupedLinear(Mixer):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        near, beyond = self.groups(layout)
-        bias = None if self.relative is None else self.step_bias(self.relative, layout)
+        near, beyond = self.groups(tree_mask)
+        bias = None if self.relative is None else self.step_bias(self.relative, tree_mask)
         o = self._near_rows(q, keys, values, near, bias)
-        far = None if sums is None else self._far_rows(q, keys, values, layout, beyond, sums)
+        far = None if sums is None else self._far_rows(q, keys, values, tree_mask, beyond, sums)
         return self.combine(o, far).unflatten(2, q.shape[2:4])
 
     def _near_rows(
@@ -187,7 +187,7 @@ class GroupedLinear(Mixer):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         beyond: torch.Tensor | None,
         sums: torch.Tensor,
     ) -> torch.Tensor:
@@ -199,25 +199,25 @@ class GroupedLinear(Mixer):
             o = o + products.masked_fill(~beyond, 0.0).flatten(2, 3) @ values
         return o
 
-    def groups(self, layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """As `_groups`, once per layout."""
+    def groups(self, tree_mask: TreeMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """As `_groups`, once per tree_mask."""
         key = ("group", self.mixer.group, self.mixer.span)
-        found: tuple[torch.Tensor | None, torch.Tensor | None] = layout.memo(
-            key, lambda: self._groups(layout)
+        found: tuple[torch.Tensor | None, torch.Tensor | None] = tree_mask.memo(
+            key, lambda: self._groups(tree_mask)
         )
         return found
 
-    def _groups(self, layout: Layout) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _groups(self, tree_mask: TreeMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Rows within a node's reach and rows of groups closed on its path, [R, 1, 1, N, C] each.
 
         None instead of a mask that is all true or all false.
         """
-        if layout.deepest // self.mixer.group < self.mixer.span:
-            return None if layout.plain else layout.visible[:, None, None], None
-        oldest = (layout.offsets // self.mixer.group)[:, :, None] - (self.mixer.span - 1)
-        row = (layout.columns // self.mixer.group)[:, None, :]
-        near = layout.visible & (row >= oldest)
-        beyond = layout.visible & (row < oldest)
+        if tree_mask.deepest // self.mixer.group < self.mixer.span:
+            return None if tree_mask.plain else tree_mask.visible[:, None, None], None
+        oldest = (tree_mask.offsets // self.mixer.group)[:, :, None] - (self.mixer.span - 1)
+        row = (tree_mask.columns // self.mixer.group)[:, None, :]
+        near = tree_mask.visible & (row >= oldest)
+        beyond = tree_mask.visible & (row < oldest)
         return (
             None if bool(near.all()) else near[:, None, None],
             beyond[:, None, None] if bool(beyond.any()) else None,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.blocks import join, masked_softmax, shifted, split, windows
@@ -86,22 +86,22 @@ class Linformer(GroupedLinear):
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         assert sums is not None
-        near, beyond = self.groups(layout)
+        near, beyond = self.groups(tree_mask)
         k, v, there = sums.to(q.dtype).split((self.head_width, self.head_width, 1), dim=-1)
         products, kept = (self._products(q, rows) for rows in (keys, k))
-        nodes = (layout.offsets // self.mixer.group)[:, None, None, :, None]
-        # groups count from the origin: the newest kept one is -1
+        nodes = (tree_mask.offsets // self.mixer.group)[:, None, None, :, None]
+        # groups count from the base_position: the newest kept one is -1
         age = torch.arange(-self.keep, 0, device=q.device).repeat_interleave(self.rows)
         seen = (there.mT > 0).unsqueeze(2) & self._remembered(age, nodes)
         masks = [torch.ones_like(products, dtype=torch.bool) if near is None else near, seen]
         if beyond is None:
             rows, old = self._weigh([products, kept], masks)
         else:
-            maps, of_group = self._closing(layout)
+            maps, of_group = self._closing(tree_mask)
             closed = products.masked_fill(~beyond, 0.0) @ maps[0]
             masks.append(self._remembered(of_group, nodes))
             rows, old, new = self._weigh([products, kept, closed], masks)
@@ -124,12 +124,12 @@ class Linformer(GroupedLinear):
         weights = masked_softmax(scores, torch.cat(masks, dim=-1))
         return list(weights.split([p.shape[-1] for p in products], dim=-1))
 
-    def _closing(self, layout: Layout) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _closing(self, tree_mask: TreeMask) -> tuple[list[torch.Tensor], torch.Tensor]:
         """E and F for groups that close on a path, [R, 1, 1, C, n p] each, and the group of each row.
 
         A compressed row is linear in the rows of its group: so are its products with a query.
         """
-        group, place = layout.columns // self.mixer.group, layout.columns % self.mixer.group
+        group, place = tree_mask.columns // self.mixer.group, tree_mask.columns % self.mixer.group
         count = torch.arange(int(group.max()) + 1, device=group.device)
         member = group[:, :, None, None] == count[:, None]
         maps = [

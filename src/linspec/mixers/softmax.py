@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.base import MIXERS, Mixer, NativeForm
 from linspec.mixers.blocks import masked_softmax
 from linspec.quantization.rows import rounded
 from linspec.state.row_state import RowSpec, RowState
 
 if TYPE_CHECKING:
-    from linspec.state.dense_group import Segment
+    from linspec.state.dense_group import DenseGroup
 
 # queries that share a mask: few, so that little is computed only to be masked
 _TAIL_ROWS = 256
@@ -37,22 +37,22 @@ class Softmax(Mixer):
             kv_heads=self.kv_heads,
             key_width=self.head_width,
             value_width=self.head_width,
-            lead=max(0, self.mixer.taps - 1),
+            conv_history=max(0, self.mixer.taps - 1),
         )
 
     def native_form(self) -> NativeForm | None:
         # a subclass may weigh rows in another way
         return NativeForm() if type(self) is Softmax and self.relative is None else None
 
-    def mask(self, layout: Layout) -> torch.Tensor | None:
+    def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""
-        return None if layout.plain else layout.visible
+        return None if tree_mask.plain else tree_mask.visible
 
-    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def weights(self, products: torch.Tensor, tree_mask: TreeMask) -> torch.Tensor:
         scores = products * self.config.score_scale
         if self.relative is not None:
-            scores = scores + self.step_bias(self.relative, layout).to(scores.dtype)
-        mask = self.mask(layout)
+            scores = scores + self.step_bias(self.relative, tree_mask).to(scores.dtype)
+        mask = self.mask(tree_mask)
         return masked_softmax(scores, None if mask is None else mask[:, None, None])
 
     def mix(
@@ -74,20 +74,22 @@ class Softmax(Mixer):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
+        dense_group: DenseGroup,
         state: RowState,
         layer: int,
     ) -> torch.Tensor:
         # a subclass may weigh rows in another way
         if type(self) is not Softmax or self.relative is not None or self.mixer.taps:
-            return super()._step_long(q, k, v, segment, state, layer)
+            return super()._step_long(q, k, v, dense_group, state, layer)
         # the new rows alone: nothing of the rows before them is computed again
-        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
-        if state.spec.coded:
+        keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
+        if state.spec.quantized:
             q = rounded(q)
         out = values.new_zeros(*q.shape[:3], values.shape[3])
-        for i, (slot, n) in enumerate(zip(segment.slot_range, segment.lengths, strict=True)):
-            past = state.lengths[slot] - state.origins[slot]
+        for i, (slot, n) in enumerate(
+            zip(dense_group.slot_range, dense_group.lengths, strict=True)
+        ):
+            past = state.lengths[slot] - state.base_positions[slot]
             for first in range(0, n, _TAIL_ROWS):
                 last = min(first + _TAIL_ROWS, n)
                 seen = slice(i, i + 1), slice(None), slice(past + last)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
 from linspec.state.row_state import RowSpec
@@ -32,14 +32,14 @@ class Window(Softmax):
             else None
         )
 
-    def mask(self, layout: Layout) -> torch.Tensor | None:
+    def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         size = self.mixer.window
 
         def near() -> torch.Tensor:
-            distance = layout.offsets[:, :, None] - layout.columns[:, None, :]
-            return layout.visible & (distance < size)
+            distance = tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :]
+            return tree_mask.visible & (distance < size)
 
-        found: torch.Tensor = layout.memo(("window", size), near)
+        found: torch.Tensor = tree_mask.memo(("window", size), near)
         return found
 
     def mix(

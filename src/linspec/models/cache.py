@@ -26,4 +26,4 @@ def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:
             "no layer of this model keeps a softmax cache, so there is nothing to keep as int8; "
             "leave out kv_cache_dtype (--kv-cache-dtype)"
         )
-    return [spec if spec.group else replace(spec, coded=True) for spec in specs]
+    return [spec if spec.group else replace(spec, quantized=True) for spec in specs]

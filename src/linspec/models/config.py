@@ -39,7 +39,7 @@ class EncoderConfig(StackConfig):
     """Everything needed to build an encoder.
 
     post_norm: norms follow their residual sums, and the embeddings, as in BERT; else they precede
-    the mixer and the MLP, and one closes the stack, as in T5. token_types: kinds of segments that
+    the mixer and the MLP, and one closes the stack, as in T5. token_types: kinds of dense_groups that
     tokens can be of, 0 for none. head: 'none', 'pooler', 'masked-lm' or 'classifier', which has one
     output for each of `labels`.
     """

@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import StateError
-from linspec.kernels.linear import Fuse
-from linspec.kernels.norm import prepare_norm
+from linspec.kernels.linear import LinearFactory
+from linspec.kernels.norm import inference_norm
 from linspec.mixers.base import Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import Segment
+from linspec.state.dense_group import DenseGroup
 from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, add_products
 
 
@@ -62,15 +62,15 @@ class CrossAttention(nn.Module):
         return self.o(self._attend(self._heads(self.q(x)), source).transpose(1, 2).flatten(2))
 
     def step(
-        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: RowState, layer: int
     ) -> torch.Tensor:
         """Packed nodes [M, D] -> [M, D]."""
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         outputs = []
-        for segment in segments:
-            source = _source_of(segment, state, layer)
-            o = self._attend(segment.unpack(q).transpose(1, 2), source)
-            outputs.append(segment.pack(o.transpose(1, 2)))
+        for dense_group in dense_groups:
+            source = _source_of(dense_group, state, layer)
+            o = self._attend(dense_group.unpack(q).transpose(1, 2), source)
+            outputs.append(dense_group.pack(o.transpose(1, 2)))
         return self.o(torch.cat(outputs).flatten(1))
 
     def _attend(self, q: torch.Tensor, source: Source) -> torch.Tensor:
@@ -79,16 +79,16 @@ class CrossAttention(nn.Module):
             q, source.keys, source.values, attn_mask=mask, scale=self.scale
         )
 
-    def prepare(self, fuse: Fuse) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace what every step uses by its inference form."""
-        self.q, self.o = fuse(self.q), fuse(self.o)
+        self.q, self.o = linear_factory(self.q), linear_factory(self.o)
 
 
-def _source_of(segment: Segment, state: RowState, layer: int) -> Source:
-    lengths = [state.lengths[slot] for slot in segment.slot_range]
+def _source_of(dense_group: DenseGroup, state: RowState, layer: int) -> Source:
+    lengths = [state.lengths[slot] for slot in dense_group.slot_range]
     longest = max(lengths)
-    keys = state.keys[layer, segment.slots, :, :longest]
-    values = state.values[layer, segment.slots, :, :longest]
+    keys = state.keys[layer, dense_group.slots, :, :longest]
+    values = state.values[layer, dense_group.slots, :, :longest]
     if min(lengths) == longest:
         return Source(keys, values, None)
     places = torch.arange(longest, device=keys.device)
@@ -110,21 +110,26 @@ class CrossBlock(Block):
         return x + self.mlp(self.mlp_norm(x))
 
     def attend_step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: SourceState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: SourceState,
+        layer: int,
     ) -> torch.Tensor:
         """The step form over packed nodes [M, D]."""
         part, index = state.layers[layer]
-        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, part, index)
-        x = x + self.cross.step(self.cross_norm(x), segments, state.source, layer)
+        x = x + self.mixer.step(self.mixer_norm(x), rope, dense_groups, part, index)
+        x = x + self.cross.step(self.cross_norm(x), dense_groups, state.source, layer)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self, fuse: Fuse) -> None:
-        super().prepare(fuse)
-        self.cross.prepare(fuse)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        super().to_inference(linear_factory)
+        self.cross.to_inference(linear_factory)
 
-    def settle(self) -> None:
-        super().settle()
-        self.cross_norm = prepare_norm(self.cross_norm)
+    def finalize_weights(self) -> None:
+        super().finalize_weights()
+        self.cross_norm = inference_norm(self.cross_norm)
 
 
 class SourceState(DecoderState):
@@ -149,9 +154,9 @@ class SourceState(DecoderState):
         """Make keys and values [L, H, S, K] the source of `slot`, ahead of its first token."""
         self.source.restore(slot, Snapshot(self.source.spec, keys.shape[2], 0, keys, values, None))
 
-    def check_sources(self, segments: Sequence[Segment]) -> None:
+    def check_sources(self, dense_groups: Sequence[DenseGroup]) -> None:
         """Raise StateError if a slot that takes part in a step has no source."""
-        for slot in (slot for segment in segments for slot in segment.slot_range):
+        for slot in (slot for dense_group in dense_groups for slot in dense_group.slot_range):
             if not self.source.lengths[slot]:
                 raise StateError(
                     f"slot {slot} has no source; call the model's `open` or `read` first"
@@ -211,10 +216,10 @@ class CrossDecoder(Decoder):
         )
 
     def run(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
     ) -> torch.Tensor:
         assert isinstance(state, SourceState), "the state of a decoder with sources has them"
-        state.check_sources(segments)
+        state.check_sources(dense_groups)
         for layer, block in enumerate(self.cross_blocks):
-            x = block.attend_step(x, rope, segments, state, layer)
+            x = block.attend_step(x, rope, dense_groups, state, layer)
         return x

@@ -8,13 +8,13 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import STAGE_ROWS, Feed, StepOutput
+from linspec.decoding.step import MAX_STAGED, StepInput, StepOutput
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.kernels.cpu.step import NativeStep, native_step
-from linspec.kernels.linear import Fuse, fuse
-from linspec.kernels.norm import prepare_norm
+from linspec.kernels.linear import LinearFactory, fused_linear
+from linspec.kernels.norm import inference_norm
 from linspec.mixers.base import Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
@@ -22,7 +22,7 @@ from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.padding import from_left, to_left
 from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import Segment, segments_of
+from linspec.state.dense_group import DenseGroup, dense_groups_of
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
-        self.prepared = False
+        self.is_inference = False
         self.native: NativeStep | None = None
         # fingerprint of the plain weights, kept when these are gone
         self.identity: str | None = None
@@ -100,29 +100,29 @@ class Decoder(nn.Module):
         ids = torch.tensor([[*prompt, *output] for output in outputs])
         return self.head(self.hidden(ids.to(self.embed.weight.device))[:, -1])
 
-    def prepare(self, fuse: Fuse = fuse) -> Decoder:
+    def to_inference(self, linear_factory: LinearFactory = fused_linear) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
 
         Projections of the same input become one product, with weights prepacked where that pays. The
-        full form still works; training and saving do not. Calling it again changes nothing. `fuse` makes
-        the layers, by default in the precision of the weights.
+        full form still works; training and saving do not. Calling it again changes nothing.
+        `linear_factory` makes the layers, by default in the precision of the weights.
         """
-        if self.prepared:
+        if self.is_inference:
             return self
         self.eval().requires_grad_(False)
         for block in self.layers:
-            block.prepare(fuse)
-        self.add_module("head", fuse(self.head))
-        self.prepared = True
+            block.to_inference(linear_factory)
+        self.add_module("head", linear_factory(self.head))
+        self.is_inference = True
         if not self.embed.weight.is_meta:
-            self.settle()
+            self.finalize_weights()
         return self
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Compute what depends on the weights of the inference form, once these are final."""
         for block in self.layers:
-            block.settle()
-        self.norm = prepare_norm(self.norm)
+            block.finalize_weights()
+        self.norm = inference_norm(self.norm)
         self.native = native_step(self)
 
     @property
@@ -159,97 +159,101 @@ class Decoder(nn.Module):
         return list(prompt), ()
 
     @torch.inference_mode()
-    def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
+    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
         Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
         """
-        parts = self._apart(feeds)
-        outputs = [self._step([feeds[i] for i in part], state) for part in parts]
+        parts = self._apart(inputs)
+        outputs = [self._step([inputs[i] for i in part], state) for part in parts]
         return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
 
-    def _apart(self, feeds: Sequence[Feed]) -> list[list[int]]:
-        """Which feeds are computed together.
+    def _apart(self, inputs: Sequence[StepInput]) -> list[list[int]]:
+        """Which inputs are computed together.
 
         The one-call step takes trees only. It must take all of them: a tree that shared a step with a
         prompt would be rounded in another way than one that did not.
         """
         if self.native is None:
-            return [list(range(len(feeds)))]
+            return [list(range(len(inputs)))]
         parts = [
-            [i for i, feed in enumerate(feeds) if (len(feed.tokens) > STAGE_ROWS) is long]
+            [
+                i
+                for i, step_input in enumerate(inputs)
+                if (len(step_input.tokens) > MAX_STAGED) is long
+            ]
             for long in (False, True)
         ]
         return [part for part in parts if part] or [[]]
 
-    def _step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
-        segments = segments_of(feeds, state)
-        shapes = [shape for segment in segments for shape in segment.shapes]
-        places = [self._positions(*each, state) for each in zip(feeds, shapes, strict=True)]
-        for feed in feeds:
-            state.reserve(feed.slot, len(feed.tokens))
-        rows, wanted = _wanted(feeds)
+    def _step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+        dense_groups = dense_groups_of(inputs, state)
+        shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
+        places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
+        for step_input in inputs:
+            state.reserve(step_input.slot, len(step_input.tokens))
+        rows, wanted = _wanted(inputs)
         if self.native is not None:
-            hidden, logits = self._in_one_call(self.native, feeds, shapes, places, wanted, state)
+            hidden, logits = self._in_one_call(self.native, inputs, shapes, places, wanted, state)
         else:
-            hidden, logits = self._by_layers(feeds, segments, places, wanted, state)
-        for feed, shape in zip(feeds, shapes, strict=True):
-            state.record(feed.slot, shape)
+            hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state)
+        for step_input, shape in zip(inputs, shapes, strict=True):
+            state.record(step_input.slot, shape)
         return StepOutput(hidden, logits, rows)
 
     def _in_one_call(
         self,
         native: NativeStep,
-        feeds: Sequence[Feed],
+        inputs: Sequence[StepInput],
         shapes: Sequence[Shape],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
         state: DecoderState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the `wanted` nodes: all trees together, or chain by chain."""
-        if all(len(feed.tokens) <= STAGE_ROWS for feed in feeds):
-            return native.run(feeds, shapes, places, wanted, state)
+        if all(len(step_input.tokens) <= MAX_STAGED for step_input in inputs):
+            return native.run(inputs, shapes, places, wanted, state)
         outputs, first = [], 0
-        for feed, place in zip(feeds, places, strict=True):
+        for step_input, place in zip(inputs, places, strict=True):
             rows = range(first, first + len(place))
             mine = [row - first for row in wanted if row in rows]
-            outputs.append(native.run_chain(feed, place, mine, state))
+            outputs.append(native.run_chain(step_input, place, mine, state))
             first = rows.stop
         hidden, logits = zip(*outputs, strict=True)
         return torch.cat(hidden), torch.cat(logits)
 
     def _by_layers(
         self,
-        feeds: Sequence[Feed],
-        segments: list[Segment],
+        inputs: Sequence[StepInput],
+        dense_groups: list[DenseGroup],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
         state: DecoderState,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the `wanted` nodes, by torch's operators."""
         device = self.embed.weight.device
-        ids = torch.tensor([t for feed in feeds for t in feed.tokens], device=device)
+        ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
         x, rope = self.enter(ids, positions)
-        x = self.run(x, rope, segments, state)
+        x = self.run(x, rope, dense_groups, state)
         if len(wanted) < len(x):
             x = x[torch.tensor(wanted, device=device)]
         hidden = self.leave(x)
         return hidden, self.head(hidden)
 
     def run(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
     ) -> torch.Tensor:
         """Packed nodes [M, D] through the step form of every block."""
         for block, (part, layer) in zip(self.layers, state.layers, strict=True):
-            x = block.step(x, rope, segments, part, layer)
+            x = block.step(x, rope, dense_groups, part, layer)
         return x
 
-    def _positions(self, feed: Feed, shape: Shape, state: DecoderState) -> list[int]:
-        start = state.length(feed.slot)
-        places = [start + depth for depth in shape.depths[len(shape) - len(feed.tokens) :]]
+    def _positions(self, step_input: StepInput, shape: Shape, state: DecoderState) -> list[int]:
+        start = state.length(step_input.slot)
+        places = [start + depth for depth in shape.depths[len(shape) - len(step_input.tokens) :]]
         limit = self.config.position_limit
         if limit is not None and max(places, default=0) >= limit:
             raise ContextOverflow(
@@ -259,14 +263,14 @@ class Decoder(nn.Module):
         return places
 
 
-def _wanted(feeds: Sequence[Feed]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each feed."""
+def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
+    """Which of the packed nodes have logits, and which of those belong to each step_input."""
     rows: list[slice] = []
     wanted: list[int] = []
     first = 0
-    for feed in feeds:
-        count = len(feed.tokens)
-        keep = range(first if feed.all_logits else first + count - 1, first + count)
+    for step_input in inputs:
+        count = len(step_input.tokens)
+        keep = range(first if step_input.all_logits else first + count - 1, first + count)
         rows.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
@@ -274,15 +278,15 @@ def _wanted(feeds: Sequence[Feed]) -> tuple[list[slice], list[int]]:
 
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:
-    """One output of several, with rows in the order of all feeds."""
+    """One output of several, with rows in the order of all inputs."""
     rows: dict[int, slice] = {}
     first = 0
     for part, output in zip(parts, outputs, strict=True):
-        for feed, own in zip(part, output.rows, strict=True):
-            rows[feed] = slice(first + own.start, first + own.stop)
+        for step_input, own in zip(part, output.slices, strict=True):
+            rows[step_input] = slice(first + own.start, first + own.stop)
         first += len(output.hidden)
     return StepOutput(
         torch.cat([output.hidden for output in outputs]),
         torch.cat([output.logits for output in outputs]),
-        [rows[feed] for feed in sorted(rows)],
+        [rows[step_input] for step_input in sorted(rows)],
     )

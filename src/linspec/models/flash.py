@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.kernels.linear import Fuse
+from linspec.kernels.linear import LinearFactory
 from linspec.mixers.base import Rope
 from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
@@ -20,7 +20,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.flash_config import FlashConfig
 from linspec.models.gau import GatedAttentionUnit, TokenShift
 from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import Segment
+from linspec.state.dense_group import DenseGroup
 from linspec.state.row_state import add_products
 
 
@@ -50,18 +50,23 @@ class FlashBlock(Block):
         return x + self.mixer(self.shift(self.mixer_norm(x)), rope)
 
     def flash_step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
+        layer: int,
     ) -> torch.Tensor:
         """The step form over packed nodes [M, D]; states of all units come first, then of all shifts."""
         unit, shift = state.layers[layer], state.layers[len(state.layers) // 2 + layer]
-        shifted = self.shift.step(self.mixer_norm(x), segments, *shift)
-        return x + self.mixer.step(shifted, rope, segments, *unit)
+        shifted = self.shift.step(self.mixer_norm(x), dense_groups, *shift)
+        return x + self.mixer.step(shifted, rope, dense_groups, *unit)
 
-    def prepare(self, fuse: Fuse) -> None:
-        self.mixer.prepare(fuse)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        self.mixer.to_inference(linear_factory)
 
-    def settle(self) -> None:
-        self.mixer.settle()
+    def finalize_weights(self) -> None:
+        self.mixer.finalize_weights()
 
 
 class Flash(Decoder):
@@ -101,8 +106,8 @@ class Flash(Decoder):
         )
 
     def run(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
     ) -> torch.Tensor:
         for layer, block in enumerate(self.units):
-            x = block.flash_step(x, rope, segments, state, layer)
+            x = block.flash_step(x, rope, dense_groups, state, layer)
         return x

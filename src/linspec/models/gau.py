@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout
-from linspec.kernels.linear import Fuse
+from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.linear import LinearFactory
 from linspec.mixers.base import Rope
 from linspec.mixers.blocks import tap_distances
 from linspec.mixers.linear import GroupedLinear
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.models.flash_config import FlashConfig
-from linspec.state.dense_group import Segment
+from linspec.state.dense_group import DenseGroup
 from linspec.state.row_state import RowSpec, RowState
 
 
@@ -51,7 +51,7 @@ class GatedAttentionUnit(GroupedLinear):
         self.broad = nn.Linear(config.width, 2 * config.mlp_width)
         self.narrow = nn.Linear(config.width, config.head_width)
         self.inner: nn.Module | None = None
-        self.reach: torch.Tensor | None = None
+        self.padded_taps: torch.Tensor | None = None
         self.gamma = nn.Parameter(0.02 * torch.randn(4, config.head_width))
         self.beta = nn.Parameter(torch.zeros(4, config.head_width))
         assert config.relative is not None, "checked by the configuration"
@@ -68,7 +68,7 @@ class GatedAttentionUnit(GroupedLinear):
             kv_heads=1,
             key_width=2 * self.qk_width,
             value_width=self.head_width,
-            lead=max(0, self.mixer.taps - 1),
+            conv_history=max(0, self.mixer.taps - 1),
             group=0 if self.variant == "quadratic" else self.mixer.group,
             sum_width=self.qk_width if self.summed else 0,
         )
@@ -138,9 +138,9 @@ class GatedAttentionUnit(GroupedLinear):
             return self.inner(x)
         return torch.cat((self.broad(x), self.narrow(x)), dim=-1)
 
-    def prepare(self, fuse: Fuse) -> None:
-        self.inner = fuse(self.broad, self.narrow)
-        self.o = fuse(self.o)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        self.inner = linear_factory(self.broad, self.narrow)
+        self.o = linear_factory(self.o)
         del self.broad, self.narrow
 
     def forward(
@@ -151,10 +151,15 @@ class GatedAttentionUnit(GroupedLinear):
         return self.o(gate * self._full(q, k, v)[:, 0])
 
     def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: RowState,
+        layer: int,
     ) -> torch.Tensor:
         gate, heads = self.gated(x, rope)
-        return self.o(gate * self.step_heads(heads, segments, state, layer))
+        return self.o(gate * self.step_heads(heads, dense_groups, state, layer))
 
 
 class TokenShift(nn.Module):
@@ -169,8 +174,8 @@ class TokenShift(nn.Module):
         self.channels = width // 2
 
     def row_spec(self) -> RowSpec:
-        """Groups of one: a row is gone as soon as it is committed, and stays as the lead."""
-        return RowSpec(kv_heads=1, key_width=0, value_width=self.channels, lead=1, group=1)
+        """Groups of one: a row is gone as soon as it is committed, and stays as the conv_history."""
+        return RowSpec(kv_heads=1, key_width=0, value_width=self.channels, conv_history=1, group=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]; nothing comes before the first token."""
@@ -178,29 +183,31 @@ class TokenShift(nn.Module):
         return torch.cat((before, x[..., self.channels :]), dim=-1)
 
     def step(
-        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: RowState, layer: int
     ) -> torch.Tensor:
         """Packed nodes [M, D] -> [M, D]."""
         rows = x[:, None, : self.channels]
-        before = [self._step_segment(rows, segment, state, layer) for segment in segments]
+        before = [
+            self._step_segment(rows, dense_group, state, layer) for dense_group in dense_groups
+        ]
         return torch.cat((torch.cat(before), x[:, self.channels :]), dim=-1)
 
     def _step_segment(
-        self, rows: torch.Tensor, segment: Segment, state: RowState, layer: int
+        self, rows: torch.Tensor, dense_group: DenseGroup, state: RowState, layer: int
     ) -> torch.Tensor:
-        v = segment.unpack(rows).transpose(1, 2)
-        at = (layer, segment.start, segment.lengths, v[..., :0], v)
-        if segment.long:
+        v = dense_group.unpack(rows).transpose(1, 2)
+        at = (layer, dense_group.start, dense_group.lengths, v[..., :0], v)
+        if dense_group.long:
             before = state.stage_long(*at)[1][:, :, : v.shape[2]]
         else:
             state.stage(*at)
-            layout = segment.layout(state)
-            values = state.values[layer, segment.slots, :, : 1 + layout.width]
-            parent = layout.memo("parent", lambda: _parents(layout))
+            tree_mask = dense_group.tree_mask(state)
+            values = state.values[layer, dense_group.slots, :, : 1 + tree_mask.width]
+            parent = tree_mask.memo("parent", lambda: _parents(tree_mask))
             before = parent[:, None].to(values.dtype) @ values
-        return segment.pack(before.transpose(1, 2)).flatten(1)
+        return dense_group.pack(before.transpose(1, 2)).flatten(1)
 
 
-def _parents(layout: Layout) -> torch.Tensor:
-    """Which row, lead included, is the token before each node: [R, N, 1 + C]."""
-    return tap_distances(layout.offsets, layout.columns, layout.visible, 2, 1) == 1
+def _parents(tree_mask: TreeMask) -> torch.Tensor:
+    """Which row, conv_history included, is the token before each node: [R, N, 1 + C]."""
+    return tap_distances(tree_mask.offsets, tree_mask.columns, tree_mask.visible, 2, 1) == 1

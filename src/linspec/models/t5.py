@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.step import StepInput, StepOutput
 from linspec.errors import InputError
 from linspec.models.config import Seq2SeqConfig
 from linspec.models.cross import CrossDecoder, SourceState
@@ -32,7 +32,7 @@ class T5(nn.Module):
         self.encoder = Encoder(config.encoder)
         self.decoder = CrossDecoder(config.decoder)
         self.tie()
-        self.prepared = False
+        self.is_inference = False
         self.native = None
 
     def tie(self) -> None:
@@ -87,13 +87,13 @@ class T5(nn.Module):
         target = torch.tensor([[self.config.start_id, *output] for output in outputs])
         return self(source, target.to(device))[:, -1]
 
-    def prepare(self) -> T5:
+    def to_inference(self) -> T5:
         """Turn this model into its inference form, in place; returns it."""
-        if not self.prepared:
+        if not self.is_inference:
             self.eval().requires_grad_(False)
-            self.encoder.prepare()
-            self.decoder.prepare()
-            self.prepared = True
+            self.encoder.to_inference()
+            self.decoder.to_inference()
+            self.is_inference = True
         return self
 
     @property
@@ -142,6 +142,6 @@ class T5(nn.Module):
             state.reset(slot)
             state.read(slot, keys[:, row, :, :length], values[:, row, :, :length])
 
-    def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
+    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
         """One step of the decoder; see `Decoder.step`."""
-        return self.decoder.step(feeds, state)
+        return self.decoder.step(inputs, state)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
 from linspec.drafters.base import Drafter
 from linspec.policies.base import POLICIES, Policy, PolicyContext
@@ -43,5 +43,5 @@ class Fixed(Policy):
         """The policy of a spec, such as fixed:12."""
         return cls(options.nodes)
 
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
-        return [Budget.of(min(self.nodes, drafter.max_nodes))] * len(rows)
+    def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
+        return [Budget.of(min(self.nodes, drafter.max_nodes))] * len(sequences)

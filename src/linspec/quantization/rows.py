@@ -1,11 +1,11 @@
 """Rows of a cache as 8-bit codes: what `--kv-cache-dtype int8` keeps of every token.
 
-    rows = encode(keys)              # [..., K] floats -> [..., coded_width(K)] int8
+    rows = encode(keys)              # [..., K] floats -> [..., quantized_width(K)] int8
     decode(rows, K, torch.float32)   # what every query meets
 
 A row is its K codes, -127..127, rounded up to whole fours with zeros, and then the four bytes of a
 float32: the scale of this row. So a row is still one row, and staging, committing and copying know
-nothing of it. `kernels/cpu/csrc/coded.inc.h` reads the same bytes.
+nothing of it. `kernels/cpu/csrc/quantized.inc.h` reads the same bytes.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def check_kv(kind: str) -> None:
         )
 
 
-def coded_width(width: int) -> int:
-    """Bytes of a coded row of `width` features."""
+def quantized_width(width: int) -> int:
+    """Bytes of a quantized row of `width` features."""
     return -(-width // 4) * 4 + _SCALE_BYTES
 
 
 def encode(x: torch.Tensor) -> torch.Tensor:
-    """Coded rows [..., coded_width(K)] of x [..., K]: symmetric, one scale a row."""
+    """Coded rows [..., quantized_width(K)] of x [..., K]: symmetric, one scale a row."""
     x = x.float()
     most = x.abs().amax(-1, keepdim=True)
     # the C library rounds the same product: equal floats get equal codes
@@ -73,11 +73,11 @@ def encode(x: torch.Tensor) -> torch.Tensor:
 
 
 def decode(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """The features [..., width] that coded rows stand for."""
+    """The features [..., width] that quantized rows stand for."""
     scales = rows[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
     return rows[..., :width].to(dtype) * scales.to(dtype)
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x as it would be read from coded rows; queries meet these rounded alike."""
+    """x as it would be read from quantized rows; queries meet these rounded alike."""
     return decode(encode(x), x.shape[-1], x.dtype)

@@ -10,7 +10,7 @@ import torch
 
 from linspec.decoding.tree import Shape
 from linspec.errors import StateError
-from linspec.state.row_state import Fold, Layouts, RowSpec, RowState, Snapshot
+from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, TreeMasks
 
 
 class DecoderState:
@@ -30,14 +30,14 @@ class DecoderState:
     ) -> None:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         kinds = list(dict.fromkeys(specs))
-        # a layout depends on the offset in a buffer and on the tree, not on what the rows hold
-        layouts: Layouts = OrderedDict()
+        # a tree_mask depends on the offset in a buffer and on the tree, not on what the rows hold
+        tree_masks: TreeMasks = OrderedDict()
         self.parts = [
             RowState(
                 kind,
                 [fold for fold, spec in zip(folds, specs, strict=True) if spec == kind],
                 slots,
-                layouts=layouts,
+                tree_masks=tree_masks,
                 **self._options,
             )
             for kind in kinds

@@ -24,7 +24,7 @@ from linspec.checkpoints.gguf.model import stored_dtype as gguf_dtype
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import (
     check_tokenizer,
-    load_generator,
+    load_causal_model,
     load_tokenizer,
     resolve,
     save_model,
@@ -124,7 +124,7 @@ def linearize(
     )
     place = output_place(out, source, data, overwrite)
     place.check(resume=resume)
-    teacher, tokenizer = load_generator(source), load_tokenizer(source)
+    teacher, tokenizer = load_causal_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
     mixers = student_mixers(teacher.config, wanted, keep_softmax)
     if isinstance(span, Sequence):
@@ -247,7 +247,7 @@ def continue_training(
 
     The control of a linearization: what the same tokens do for the teacher.
     """
-    layers = range(len(load_generator(source).config.mixers))
+    layers = range(len(load_causal_model(source).config.mixers))
     return linearize(
         source,
         out,

@@ -1,7 +1,7 @@
 """A whole decode step in one call of the C library: no Python between layers.
 
     steps = NativeStep.of(model)          # or the reason why this model cannot
-    output = steps.run(feeds, segments, places, state)
+    output = steps.run(inputs, dense_groups, places, state)
 
 It computes what `Decoder.step` computes layer by layer, on the same state: trees of up to 64 staged
 nodes a slot (`run`), or a longer chain of one slot (`run_chain`), which the C side sees as pieces of 64. A
@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.tree import Shape, chain_shape
 from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import BF16, F32, LinearStruct, Table, load
 from linspec.kernels.cpu.linear import NativeLinear
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.threads import native_threads
-from linspec.kernels.norm import PreparedRMSNorm
+from linspec.kernels.norm import InferenceRMSNorm
 from linspec.utils.messages import shown
 
 if TYPE_CHECKING:
-    from linspec.decoding.step import Feed
+    from linspec.decoding.step import StepInput
     from linspec.mixers.base import Mixer
     from linspec.models.block import Block
     from linspec.models.decoder import Decoder
@@ -46,13 +46,13 @@ class _Layer(Table):
 
     _fields_ = (
         *((name, c_int64) for name in ("window", "group", "span")),
-        *((name, c_int32) for name in ("part", "squares", "taps", "lead")),
+        *((name, c_int32) for name in ("part", "squares", "taps", "conv_history")),
         ("alpha", c_float),
         *((name, c_void_p) for name in ("kernel", "mixer_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, POINTER(LinearStruct)) for name in ("qkv", "out", "gate_up", "down")),
         *((name, c_void_p) for name in ("keys", "values", "sums")),
         *((name, c_int64) for name in ("key_stride", "value_stride")),
-        *((name, c_int32) for name in ("coded", "row_bytes")),
+        *((name, c_int32) for name in ("quantized", "row_bytes")),
     )
 
 
@@ -83,7 +83,7 @@ class _Batch(Table):
     """`ls_batch` of csrc/step.c."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("rows", "feeds", "wanted", "chained")),
+        *((name, c_int32) for name in ("rows", "inputs", "wanted", "chained")),
         *((name, POINTER(c_int32)) for name in ("ids", "places", "outputs")),
         *((name, c_void_p) for name in ("cosines", "sines")),
         ("feed", POINTER(_Feed)),
@@ -109,7 +109,7 @@ class NativeStep:
 
     def _describe_decoder(self) -> _Decoder:
         model, config = self.model, self.model.config
-        norm = cast(PreparedRMSNorm, model.norm)
+        norm = cast(InferenceRMSNorm, model.norm)
         return _Decoder(
             layers=config.layers,
             width=config.width,
@@ -128,7 +128,7 @@ class NativeStep:
 
     def run(
         self,
-        feeds: Sequence[Feed],
+        inputs: Sequence[StepInput],
         shapes: Sequence[Shape],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
@@ -141,14 +141,14 @@ class NativeStep:
         """
         self._bind(state)
         return self._run(
-            [token for feed in feeds for token in feed.tokens],
+            [token for feed in inputs for token in feed.tokens],
             [place for each in places for place in each],
             wanted,
-            _feeds(feeds, shapes, state),
+            _feeds(inputs, shapes, state),
         )
 
     def run_chain(
-        self, feed: Feed, places: Sequence[int], wanted: Sequence[int], state: DecoderState
+        self, feed: StepInput, places: Sequence[int], wanted: Sequence[int], state: DecoderState
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `run` for one chain of any length from the last committed token, such as a prompt.
 
@@ -168,7 +168,7 @@ class NativeStep:
         ids: Sequence[int],
         positions: Sequence[int],
         wanted: Sequence[int],
-        feeds: ctypes.Array[_Feed],
+        inputs: ctypes.Array[_Feed],
         chained: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cosines, sines = self._rotary(max(positions) + 1)
@@ -177,7 +177,7 @@ class NativeStep:
         logits = torch.empty(len(wanted), config.vocab_size)
         batch = _Batch(
             rows=len(ids),
-            feeds=len(feeds),
+            inputs=len(inputs),
             wanted=len(wanted),
             chained=chained,
             ids=_tokens(ids, config.vocab_size),
@@ -185,7 +185,7 @@ class NativeStep:
             outputs=_ints(wanted),
             cosines=cosines.data_ptr(),
             sines=sines.data_ptr(),
-            feed=feeds,
+            feed=inputs,
             hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
         )
@@ -277,8 +277,8 @@ def _describe(block: Block, layer: _Layer) -> None:
     assert form is not None
     for name, linear in zip(("qkv", "out", "gate_up", "down"), _linears(block), strict=True):
         setattr(layer, name, pointer(linear.struct()))
-    layer.mixer_norm = cast(PreparedRMSNorm, block.mixer_norm).weight.data_ptr()
-    layer.mlp_norm = cast(PreparedRMSNorm, block.mlp_norm).weight.data_ptr()
+    layer.mixer_norm = cast(InferenceRMSNorm, block.mixer_norm).weight.data_ptr()
+    layer.mlp_norm = cast(InferenceRMSNorm, block.mlp_norm).weight.data_ptr()
     if mixer.config.qk_norm:
         layer.q_norm, layer.k_norm = mixer.q_norm.weight.data_ptr(), mixer.k_norm.weight.data_ptr()
     layer.window, layer.group, layer.span = form.window, form.group, form.span
@@ -296,38 +296,38 @@ def _place(
     sums: torch.Tensor | None,
 ) -> None:
     """Where a layer finds its rows [slots, Hkv, ., .], in the state of kind `number`."""
-    layer.part, layer.lead = number, spec.lead
+    layer.part, layer.conv_history = number, spec.conv_history
     # in bytes: rows are floats or codes
     size = keys.element_size()
-    layer.coded, layer.row_bytes = spec.coded, keys.stride(2) * size
+    layer.quantized, layer.row_bytes = spec.quantized, keys.stride(2) * size
     layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1) * size
     layer.values, layer.value_stride = values.data_ptr(), values.stride(1) * size
     layer.sums = None if sums is None else sums.data_ptr()
 
 
 def _feeds(
-    feeds: Sequence[Feed], shapes: Sequence[Shape], state: DecoderState
+    inputs: Sequence[StepInput], shapes: Sequence[Shape], state: DecoderState
 ) -> ctypes.Array[_Feed]:
-    table = (_Feed * len(feeds))()
+    table = (_Feed * len(inputs))()
     first = 0
-    for entry, feed, shape in zip(table, feeds, shapes, strict=True):
+    for entry, feed, shape in zip(table, inputs, shapes, strict=True):
         new, staged = len(feed.tokens), len(shape)
         entry.slot, entry.first, entry.nodes, entry.staged = feed.slot, first, new, staged
         entry.bases = _ints(
-            [part.lengths[feed.slot] - part.origins[feed.slot] for part in state.parts]
+            [part.lengths[feed.slot] - part.base_positions[feed.slot] for part in state.parts]
         )
         entry.ancestors = (c_uint64 * staged)(*shape.ancestor_bits)
         first += new
     return table
 
 
-def _pieces(feed: Feed, state: DecoderState) -> ctypes.Array[_Feed]:
+def _pieces(feed: StepInput, state: DecoderState) -> ctypes.Array[_Feed]:
     """A chain in pieces, each of which finds those before it among the committed rows of slot 0."""
     count = len(feed.tokens)
-    bases = [part.lengths[feed.slot] - part.origins[feed.slot] for part in state.parts]
-    table = (_Feed * -(-count // STAGE_ROWS))()
-    for entry, first in zip(table, range(0, count, STAGE_ROWS), strict=True):
-        nodes = min(STAGE_ROWS, count - first)
+    bases = [part.lengths[feed.slot] - part.base_positions[feed.slot] for part in state.parts]
+    table = (_Feed * -(-count // MAX_STAGED))()
+    for entry, first in zip(table, range(0, count, MAX_STAGED), strict=True):
+        nodes = min(MAX_STAGED, count - first)
         entry.first, entry.nodes, entry.staged = first, nodes, nodes
         entry.bases = _ints([base + first for base in bases])
         entry.ancestors = (c_uint64 * nodes)(*chain_shape(nodes).ancestor_bits)
