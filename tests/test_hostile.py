@@ -12,6 +12,8 @@ from helpers import VOCAB, random_tokens, tiny_model
 from test_engine import RandomTrees, random_heads
 
 from linspec.decoding.accepted import Accepted
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput, StepOutput
@@ -19,7 +21,7 @@ from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import LookupOptions, PromptLookup
-from linspec.engine.engine import Emitted, Engine
+from linspec.engine.engine import Engine
 from linspec.errors import DrafterError, InputError
 from linspec.models.decoder import Decoder
 from linspec.policies.base import Policy, RoundTimes
@@ -195,10 +197,10 @@ class Run:
             prefill_tokens=prefill_tokens,
         )
         self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, Emitted] = {}
+        self.ends: dict[int, Outcome] = {}
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, faults: Faults) -> None:
-        request = self.engine.submit(prompt, params)
+        request = self.engine.add(Request(tuple(prompt), params))
         row = self.engine.scheduler._waiting[-1]
         row.sampler = HostileSampler(params, prompt, VOCAB)
         row.sampler.faults, row.sampler.request = faults, request
@@ -340,7 +342,7 @@ def test_a_tree_that_would_harm_the_step_is_refused(
     engine = Engine(
         models["aug"], verifier=LosslessVerifier(), drafter=Bad(), policy=Fixed(4), slots=1
     )
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError) and message in str(end.error)
@@ -352,7 +354,7 @@ def test_too_few_answers_of_a_plug_in_are_named(what: str, models: dict[str, Dec
     part, method = (policy, "plan") if what == "policy" else (drafter, "propose")
     setattr(part, method, lambda *_: [])
     engine = Engine(models["aug"], verifier=LosslessVerifier(), drafter=drafter, policy=policy)
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert f"the {what} answered 0 times for 1 requests" in str(end.error)
@@ -367,7 +369,10 @@ def test_a_request_that_bans_everything_ends_and_the_others_go_on(
     bans = dict.fromkeys(range(VOCAB), float("-inf"))
     banned = SamplingParams(max_tokens=6, temperature=temperature, logit_bias=bans)
     engine = Engine(models["aug"], verifier=LosslessVerifier(), slots=2)
-    good = [engine.submit(PROMPTS[2], params), engine.submit(PROMPTS[2], banned)][0]
+    good = [
+        engine.add(Request(tuple(PROMPTS[2]), params)),
+        engine.add(Request(tuple(PROMPTS[2]), banned)),
+    ][0]
     tokens: list[int] = []
     while engine.busy:
         for item in engine.step():

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, from_paths
@@ -130,7 +131,7 @@ def decode(
         slots=SLOTS,
         prefill_tokens=prefill_tokens,
     )
-    asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
+    asked = [engine.add(Request(tuple(p), each)) for p, each in zip(prompts, params, strict=True)]
     done: dict[int, RunningSequence] = {}
     while engine.busy:
         emitted = engine.step()

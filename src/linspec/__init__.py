@@ -22,12 +22,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from linspec.checkpoints.hub import load, load_model, load_tokenizer, save_model
+    from linspec.decoding.outcome import Outcome
+    from linspec.decoding.request import Request
     from linspec.decoding.sampling import SamplingParams
     from linspec.decoding.sequence import RunningSequence
+    from linspec.decoding.step import StepInput, Want
+    from linspec.decoding.target import Target
     from linspec.decoding.tree import Budget, TokenTree
     from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
+    from linspec.engine.loops import LOOPS, GenerationLoop, LoopContext
     from linspec.engine.results import Generation, Piece
-    from linspec.errors import LinspecError
+    from linspec.engine.scheduler import Batch
+    from linspec.errors import ConfigError, LinspecError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
     from linspec.mixers import MIXERS, Mixer
@@ -43,23 +49,33 @@ if TYPE_CHECKING:
 __all__ = [
     "DRAFTERS",
     "LLM",
+    "LOOPS",
     "MIXERS",
     "POLICIES",
     "VERIFIERS",
+    "Batch",
     "Budget",
     "ChainDrafter",
+    "ConfigError",
     "Drafter",
     "DrafterContext",
     "Generation",
+    "GenerationLoop",
     "LinspecError",
+    "LoopContext",
     "Mixer",
+    "Outcome",
     "Piece",
     "Policy",
     "PolicyContext",
+    "Request",
     "RunningSequence",
     "SamplingParams",
+    "StepInput",
+    "Target",
     "TokenTree",
     "Verifier",
+    "Want",
     "__version__",
     "linearize",
     "load",
@@ -73,25 +89,35 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DRAFTERS": "linspec.drafters",
-    "LLM": "linspec.llm",
-    "MIXERS": "linspec.mixers",
-    "POLICIES": "linspec.policies",
-    "VERIFIERS": "linspec.verifiers",
+    "Batch": "linspec.engine.scheduler",
     "Budget": "linspec.decoding.tree",
     "ChainDrafter": "linspec.drafters",
+    "ConfigError": "linspec.errors",
+    "DRAFTERS": "linspec.drafters",
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
     "Generation": "linspec.engine.results",
+    "GenerationLoop": "linspec.engine.loops",
+    "LLM": "linspec.llm",
+    "LOOPS": "linspec.engine.loops",
     "LinspecError": "linspec.errors",
+    "LoopContext": "linspec.engine.loops",
+    "MIXERS": "linspec.mixers",
     "Mixer": "linspec.mixers",
+    "Outcome": "linspec.decoding.outcome",
+    "POLICIES": "linspec.policies",
     "Piece": "linspec.engine.results",
     "Policy": "linspec.policies",
     "PolicyContext": "linspec.policies",
+    "Request": "linspec.decoding.request",
     "RunningSequence": "linspec.decoding.sequence",
     "SamplingParams": "linspec.decoding.sampling",
+    "StepInput": "linspec.decoding.step",
+    "Target": "linspec.decoding.target",
     "TokenTree": "linspec.decoding.tree",
+    "VERIFIERS": "linspec.verifiers",
     "Verifier": "linspec.verifiers",
+    "Want": "linspec.decoding.step",
     "linearize": "linspec.train.linearize",
     "load": "linspec.checkpoints.hub",
     "load_model": "linspec.checkpoints.hub",

@@ -22,11 +22,12 @@ import torch
 from linspec.bench.machine import machine
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
+from linspec.decoding.outcome import raise_first
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter
-from linspec.engine.engine import raise_first
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
@@ -81,7 +82,7 @@ class _Prefix:
 
     tokens: list[int]
     snapshot: list[Snapshot]
-    hidden: torch.Tensor
+    hidden: dict[int, torch.Tensor]
     state_bytes: int
 
 
@@ -203,17 +204,16 @@ def _text(llm: LLM, documents: Sequence[str], length: int) -> list[int]:
 def _read(llm: LLM, prompt: Sequence[int]) -> _Prefix:
     """Process a prompt once and keep what follows from it."""
     engine = llm.engine
-    engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.add(Request(tuple(prompt), SamplingParams(max_tokens=2, ignore_eos=True)))
     try:
         while not (emitted := engine.step()):
             pass
         raise_first(emitted)
         sequence = emitted[0].sequence
-        assert sequence.hidden is not None
         return _Prefix(
             tokens=sequence.tokens[:],
             snapshot=engine.state.snapshot(sequence.slot),
-            hidden=sequence.hidden.clone(),
+            hidden=dict(sequence.hidden),
             state_bytes=engine.state.bytes(sequence.slot),
         )
     finally:
@@ -230,7 +230,7 @@ def _decode(
     sampler = Sampler(params, prompt, llm.model.config.vocab_size)
     sampler.observe(prefix.tokens[-1:])
     row = RunningSequence(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
-    row.hidden = prefix.hidden
+    row.hidden = dict(prefix.hidden)
     engine.scheduler.submit(row)
     try:
         # by hand: the engine itself would open an empty slot

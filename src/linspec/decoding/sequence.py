@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from linspec.decoding.accepted import TokenLogprob
 from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.step import FINAL
 from linspec.decoding.tree import TokenTree
 
 
@@ -60,25 +61,37 @@ UNPLACED = -1
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
-    """A request, which waits or has a slot.
+    """One of the sequences that answer a request; it waits or has a slot.
 
-    request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
-    has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
-    one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
-    the last committed token. prompt_logprobs: of the prompt tokens that were read, where the request asks for
-    them.
+    number: the engine's, of this sequence; request: of the request, which its sequences share. slot: UNPLACED
+    while it waits. source: what an encoder has read, () for a decoder alone. tokens: prompt and output; once
+    the prompt is processed the last one is the root of the next tree, decided but not committed. embeddings:
+    [T, D] of the prompt where they are not those of its tokens. hidden: by layer, the states [P, D] of what
+    was committed since the last draft, the newest last, where the drafter needs them (see `Drafter.needs`).
+    prompt_logprobs: of the prompt tokens that were read, where the request asks for them.
     """
 
-    request: int
+    number: int
     sampler: Sampler
     tokens: list[int]
     prompt_length: int
     slot: int = UNPLACED
     prefilled: int = 0
     source: tuple[int, ...] = ()
-    hidden: torch.Tensor | None = None
+    request: int = 0
+    index: int = 0
+    embeddings: torch.Tensor | None = None
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     stats: Stats = field(default_factory=Stats)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    def append_hidden(self, states: Mapping[int, torch.Tensor]) -> None:
+        """Add the states [P, D] of a further piece of the prompt, by layer."""
+        for layer, new in states.items():
+            before = self.hidden.get(layer)
+            # the output layer's are those of the last token, the others of every token
+            join = before is not None and layer != FINAL
+            self.hidden[layer] = torch.cat((before, new)) if join and before is not None else new
 
     @property
     def params(self) -> SamplingParams:

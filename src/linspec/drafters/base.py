@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
-from linspec.decoding.step import MAX_STAGED
+from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
@@ -51,7 +51,7 @@ class Drafter(ABC):
     """Proposes the tokens that the target verifies; knows no model family.
 
     A round calls `propose`, then `observe` for each sequence that had drafts. `started` and `finished` stand
-    around a request: what is kept in between goes by `sequence.slot` or `sequence.request`, what is kept for
+    around a request: what is kept in between goes by `sequence.slot` or `sequence.number`, what is kept for
     longer is a memory across requests. The registry makes a drafter from a context and, where it
     has some, its options; one that tests and tools make from other parts has a class method `build`.
     """
@@ -59,6 +59,8 @@ class Drafter(ABC):
     name: ClassVar[str]
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
+    # the target's hidden states that it reads in `sequence.hidden`
+    needs: Want = LOGITS
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         """Keep nothing; a drafter keeps what it needs of them."""

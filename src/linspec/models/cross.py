@@ -23,6 +23,7 @@ from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.layer_path import LayerPath
 from linspec.state.decoder_state import DecoderState
 from linspec.state.dense_group import DenseGroup
 from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, add_products
@@ -216,10 +217,24 @@ class CrossDecoder(Decoder):
         )
 
     def run(
-        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
+        path: LayerPath,
     ) -> torch.Tensor:
         assert isinstance(state, SourceState), "the state of a decoder with sources has them"
         state.check_sources(dense_groups)
-        for layer, block in enumerate(self.cross_blocks):
-            x = block.attend_step(x, rope, dense_groups, state, layer)
-        return x
+        return super().run(x, rope, dense_groups, state, path)
+
+    def step_layer(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
+    ) -> torch.Tensor:
+        assert isinstance(state, SourceState)
+        return self.cross_blocks[layer].attend_step(x, rope, dense_groups, state, layer)

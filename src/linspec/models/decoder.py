@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import MAX_STAGED, StepInput, StepOutput
+from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
@@ -20,6 +20,7 @@ from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
+from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
 from linspec.models.padding import from_left, to_left
 from linspec.state.decoder_state import DecoderState
 from linspec.state.dense_group import DenseGroup, dense_groups_of
@@ -29,6 +30,8 @@ Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
 class Decoder(nn.Module):
     """Token ids in, logits out. `forward` is the full form, `step` the inference form."""
+
+    continues_prompt = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -76,14 +79,31 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        """Embedded ids, and the rotation of their positions where there is one."""
-        x = self.embed(ids).to(self.dtype)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        """Embedded ids, and the rotation of their positions where there is one.
+
+        given: embeddings [N, D] that stand in place of those of the packed tokens from a number on.
+        """
+        x = self.embedded(ids, given).to(self.dtype)
         if self.config.positions == "learned":
             return x + self.embed_positions(positions), None
         if self.config.positions == "rope":
             return x, self.rotary(positions, x.dtype)
         return x, None
+
+    def embedded(
+        self, ids: torch.Tensor, given: Sequence[tuple[int, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The embeddings of ids, some of which are given; see `enter`."""
+        x = self.embed(ids)
+        for first, embeddings in given:
+            x[first : first + len(embeddings)] = embeddings.to(x)
+        return x
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T]; `mask` [B, T] is true at real tokens.
@@ -159,15 +179,26 @@ class Decoder(nn.Module):
         return list(prompt), ()
 
     @torch.inference_mode()
-    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: DecoderState,
+        *,
+        layers: frozenset[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
+        layers: only these are computed and only their part of the state means anything, None for all; a
+        state is stepped with the same layers always. want: layers whose states are handed out too.
         Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
         """
+        if layers is not None or want.inner or any(i.embeddings is not None for i in inputs):
+            return self._step(inputs, state, LayerPath(layers, want.inner))
         parts = self._apart(inputs)
-        outputs = [self._step([inputs[i] for i in part], state) for part in parts]
+        outputs = [self._step([inputs[i] for i in part], state, None) for part in parts]
         return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
 
     def _apart(self, inputs: Sequence[StepInput]) -> list[list[int]]:
@@ -188,20 +219,25 @@ class Decoder(nn.Module):
         ]
         return [part for part in parts if part] or [[]]
 
-    def _step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+    def _step(
+        self, inputs: Sequence[StepInput], state: DecoderState, path: LayerPath | None
+    ) -> StepOutput:
+        """One step; `path` is what the one-call form cannot do."""
         dense_groups = dense_groups_of(inputs, state)
         shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
         places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
         for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
-        rows, wanted = _wanted(inputs)
-        if self.native is not None:
+        slices, wanted = _wanted(inputs)
+        if self.native is not None and path is None:
             hidden, logits = self._in_one_call(self.native, inputs, shapes, places, wanted, state)
         else:
-            hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state)
+            path = path or LayerPath()
+            hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state, path)
         for step_input, shape in zip(inputs, shapes, strict=True):
             state.record(step_input.slot, shape)
-        return StepOutput(hidden, logits, rows)
+        nodes = node_slices(inputs) if path and path.found else []
+        return StepOutput(hidden, logits, slices, path.found if path else {}, nodes)
 
     def _in_one_call(
         self,
@@ -231,25 +267,45 @@ class Decoder(nn.Module):
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
         state: DecoderState,
+        path: LayerPath,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the `wanted` nodes, by torch's operators."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
-        x, rope = self.enter(ids, positions)
-        x = self.run(x, rope, dense_groups, state)
+        x, rope = self.enter(ids, positions, given_embeddings(inputs))
+        x = self.run(x, rope, dense_groups, state, path)
         if len(wanted) < len(x):
             x = x[torch.tensor(wanted, device=device)]
         hidden = self.leave(x)
         return hidden, self.head(hidden)
 
     def run(
-        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
+        path: LayerPath,
     ) -> torch.Tensor:
-        """Packed nodes [M, D] through the step form of every block."""
-        for block, (part, layer) in zip(self.layers, state.layers, strict=True):
-            x = block.step(x, rope, dense_groups, part, layer)
+        """Packed nodes [M, D] through the step form of every layer of `path`."""
+        for layer in range(len(self.blocks)):
+            if path.takes(layer):
+                x = self.step_layer(layer, x, rope, dense_groups, state)
+            path.passed(layer, x)
         return x
+
+    def step_layer(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
+    ) -> torch.Tensor:
+        """Packed nodes [M, D] through the step form of one layer."""
+        part, index = state.layers[layer]
+        return self.layers[layer].step(x, rope, dense_groups, part, index)
 
     def _positions(self, step_input: StepInput, shape: Shape, state: DecoderState) -> list[int]:
         start = state.length(step_input.slot)
@@ -265,16 +321,16 @@ class Decoder(nn.Module):
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
     """Which of the packed nodes have logits, and which of those belong to each step_input."""
-    rows: list[slice] = []
+    slices: list[slice] = []
     wanted: list[int] = []
     first = 0
     for step_input in inputs:
         count = len(step_input.tokens)
         keep = range(first if step_input.all_logits else first + count - 1, first + count)
-        rows.append(slice(len(wanted), len(wanted) + len(keep)))
+        slices.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
-    return rows, wanted
+    return slices, wanted
 
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:

@@ -8,6 +8,8 @@ to come from; `linspec pretrain --recipe flash-aug` trains one from nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -88,8 +90,13 @@ class Flash(Decoder):
         """The blocks, first to last."""
         return [block for block in self.blocks if isinstance(block, FlashBlock)]
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        x = self.embed(ids)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        x = self.embedded(ids, given)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
@@ -105,9 +112,12 @@ class Flash(Decoder):
             device=self.embed.weight.device,
         )
 
-    def run(
-        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
+    def step_layer(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: DecoderState,
     ) -> torch.Tensor:
-        for layer, block in enumerate(self.units):
-            x = block.flash_step(x, rope, dense_groups, state, layer)
-        return x
+        return self.units[layer].flash_step(x, rope, dense_groups, state, layer)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from linspec.decoding.step import StepInput, StepOutput
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.errors import InputError
 from linspec.models.config import Seq2SeqConfig
 from linspec.models.cross import CrossDecoder, SourceState
@@ -25,6 +25,8 @@ from linspec.state.decoder_state import DecoderState
 
 class T5(nn.Module):
     """Source ids and target ids in, logits of what follows the target out."""
+
+    continues_prompt = False
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
@@ -142,6 +144,13 @@ class T5(nn.Module):
             state.reset(slot)
             state.read(slot, keys[:, row, :, :length], values[:, row, :, :length])
 
-    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: DecoderState,
+        *,
+        layers: frozenset[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
         """One step of the decoder; see `Decoder.step`."""
-        return self.decoder.step(inputs, state)
+        return self.decoder.step(inputs, state, layers=layers, want=want)
