@@ -60,13 +60,20 @@ UNPLACED = -1
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A request, which waits or has a slot.
+    """One sequence of a request, which waits or has a slot.
 
-    request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
-    has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
-    one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
-    the last committed token. prompt_logprobs: of the prompt tokens that were read, where the request asks for
-    them.
+    Attributes:
+        request: the number that the engine gave it.
+        sampler: random numbers and rules of the request.
+        tokens: prompt and output. Once the prompt is read, the last token is the root of the next tree: it
+            is decided, but the state does not hold it yet.
+        prompt_length: tokens of the prompt in `tokens`.
+        slot: its place in the state; UNPLACED while it waits.
+        prefilled: prompt tokens that the state holds.
+        source: tokens that an encoder has read; () for a decoder alone.
+        hidden: [D], the last hidden state of the target at the last committed token; None before the first.
+        stats: rounds, drafts and seconds so far.
+        prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
     """
 
     request: int
@@ -87,7 +94,7 @@ class Row:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the request's prompt, whichever side has read it."""
+        """Tokens of the prompt, those of an encoder's source included."""
         return len(self.source) or self.prompt_length
 
     @property
