@@ -1,4 +1,4 @@
-"""The settings of a plug-in: a frozen dataclass with a help text for each field, read from a spec.
+"""The options of a plug-in: a frozen dataclass with a help text for each field, read from a spec.
 
     @dataclass(frozen=True)
     class SuffixOptions:
@@ -108,7 +108,7 @@ def _text(value: object) -> str:
 
 
 def parse_options(options: type[Any], settings: str | None, axis: str, name: str) -> Any:
-    """The options that `settings` of the plug-in `name` describe; raises ConfigError that names it."""
+    """The options that the settings of a spec give; raises ConfigError that names the plug-in."""
     who = f"{axis} {name!r}"
     given = dict(_given(options, settings, who))
     for each in settings_of(options):

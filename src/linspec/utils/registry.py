@@ -2,8 +2,8 @@
 
     DRAFTERS.build("prompt-lookup:max_ngram=3", context)
 
-Plug-ins outside the tree come in by entry points of the group `linspec.AXIS`. They are loaded when a
-name is not known, or all names are asked for; one that cannot be loaded is named and left out.
+Packages add plug-ins by entry points of the group `linspec.AXIS`. They are loaded when a name is not
+known, or when all names are needed. A plug-in that cannot be loaded is named and left out.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Registry(Generic[T]):
                 _log.warning(message)
 
     def _load(self, point: metadata.EntryPoint) -> str | None:
-        """Why an entry point brought no plug-in of its name; None when it did."""
+        """Load an entry point; returns why it registered no plug-in of its name, None if it did."""
         try:
             point.load()
         # some modules end the program that imports them
