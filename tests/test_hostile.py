@@ -85,6 +85,8 @@ class HostileDrafter(Drafter):
         self.faults.at("drafter", row)
 
     def started(self, row: RunningSequence) -> None:
+        row.sampler = HostileSampler(row.params, row.tokens, VOCAB)
+        row.sampler.faults, row.sampler.request = self.faults, row.request
         self.inner.started(row)
         self.faults.at("started", row)
 
@@ -199,12 +201,8 @@ class Run:
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Outcome] = {}
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, faults: Faults) -> None:
-        request = self.engine.add(Request(tuple(prompt), params))
-        row = self.engine.scheduler._waiting[-1]
-        row.sampler = HostileSampler(params, prompt, VOCAB)
-        row.sampler.faults, row.sampler.request = faults, request
-        self.tokens[request] = []
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        self.tokens[self.engine.add(Request(tuple(prompt), params))] = []
 
     def finish(self) -> None:
         while self.engine.busy:
@@ -244,8 +242,8 @@ def alone(
     place = (key, name, prompt, *(getattr(params, f) for f in ("max_tokens", "temperature")))
     place = (*place, params.repetition_penalty, params.seed)
     if place not in known:
-        run = Run(model, name, nothing := Faults({}), 512)
-        run.submit(PROMPTS[prompt], params, nothing)
+        run = Run(model, name, Faults({}), 512)
+        run.submit(PROMPTS[prompt], params)
         run.finish()
         (known[place],) = run.tokens.values()
     return known[place]
@@ -265,7 +263,7 @@ def check_history(seed: int, models: dict[str, Decoder], known: Alone) -> tuple[
     faults = Faults(planted)
     run = Run(models[key], name, faults, rng.choice((3, 512)))
     for prompt, params in asked:
-        run.submit(PROMPTS[prompt], params, faults)
+        run.submit(PROMPTS[prompt], params)
     run.finish()
     assert sorted(run.engine.scheduler.free) == list(range(SLOTS))
     assert not any(run.engine.state.staged(slot) for slot in range(SLOTS))
@@ -298,7 +296,7 @@ def test_a_failure_once_left_the_step_half_committed(
     faults = Faults({2: (place, 1 if place not in ("open", "started", "finished") else 0)})
     run, params = Run(models["aug"], "itself", faults, 512), SamplingParams(max_tokens=12)
     for prompt in (1, 2, 3):
-        run.submit(PROMPTS[prompt], params, faults)
+        run.submit(PROMPTS[prompt], params)
     run.finish()
     known: Alone = {}
     for request, prompt in ((1, 1), (2, 2), (3, 3)):
@@ -313,7 +311,7 @@ def test_placing_that_raised_once_lost_its_slot_for_good(models: dict[str, Decod
     faults = Faults(dict.fromkeys(range(1, 8), ("open", 0)))
     run, params = Run(models["aug"], "lookup", faults, 512), SamplingParams(max_tokens=3)
     for _ in range(8):
-        run.submit(PROMPTS[1], params, faults)
+        run.submit(PROMPTS[1], params)
     run.finish()
     assert [type(run.ends[n].error) for n in range(1, 9)] == [Planted] * 7 + [type(None)]
     assert sorted(run.engine.scheduler.free) == list(range(SLOTS))

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from linspec.decoding.outcome import raise_first
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
@@ -29,7 +30,7 @@ from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine.engine import Engine, raise_first
+from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from linspec.verifiers import VERIFIERS, Verifier
 
     __version__: str
+    """The installed version; '0+unknown' for a source tree that is not installed."""
 
 __all__ = [
     "DRAFTERS",

@@ -48,21 +48,34 @@ __all__ = ["LLM", "Generation", "Piece"]
 class LLM:
     """A model with its tokenizer, a drafter, a verifier and a policy.
 
-    model: a directory, 'embedded-softmax', 'embedded-aug', or a loaded model (then give `tokenizer`).
-    An encoder-decoder reads its prompts and answers them.
-    drafter: 'none', NAME or NAME:key=value,… of `linspec list`, such as 'prompt-lookup:max_ngram=3',
-    'medusa' or 'draft-model:DIR', or a Drafter. verifier: 'lossless' (greedy requests are verified
-    greedily), 'greedy', 'typical' (lossy) or a Verifier. policy: 'auto', a number of draft nodes, or a
-    Policy. max_batch: sequences that run at
-    once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
-    weights of a model directory, made as it is loaded (CPU only). device: 'cpu', 'cuda' or 'auto'.
-    dtype: what a model directory computes in, 'float32', 'bfloat16', a torch.dtype or 'auto': float32 on
-    a CPU, that of the weights on a GPU. kv_cache_dtype: 'auto' keeps the caches of softmax layers in that
-    dtype, 'int8' in about a quarter of the memory; `kv` is its old name. max_model_len: most tokens of a
-    prompt and its output. loop: how tokens come about, of `linspec list`. Raises CheckpointError,
-    DrafterError or ConfigError before any long work.
+    An encoder-decoder (T5) reads each prompt as its source and writes the answer.
+
+    Args:
+        model: a model directory, a GGUF file, 'embedded-softmax', 'embedded-aug', or a loaded model of
+            linspec. A loaded model becomes its inference form, in place.
+        tokenizer: needed with a loaded model; None takes that of the directory.
+        drafter: 'none', a spec of `linspec list` such as 'prompt-lookup:max_ngram=3', or a Drafter.
+        verifier: 'lossless', 'greedy', 'typical' (lossy), a spec or a Verifier.
+        policy: 'auto', a fixed number of draft nodes, a spec or a Policy.
+        max_batch: most sequences that run at once.
+        prefill_tokens: most prompt tokens of one step.
+        device: 'cpu', 'cuda' or 'auto'.
+        dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
+            'auto', which is float32 on a CPU and the dtype of the weights on a GPU.
+        quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
+        kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
+            of the memory.
+        max_model_len: most tokens of a prompt and its output together; None for the model's limit.
+        loop: how tokens come about, a spec of `linspec list`.
+        kv: the old name of `kv_cache_dtype`.
 
     Any number of calls may be under way, in one thread or several: their sequences share the steps.
+
+    Raises:
+        CheckpointError: a file of the model is missing or damaged.
+        DrafterError: the drafter does not fit the model.
+        ConfigError: a setting breaks a rule. All of these come before any long work.
+        WrongType: `model` is neither a name, a path nor a model of linspec.
     """
 
     def __init__(
@@ -127,9 +140,15 @@ class LLM:
         self.streams = EngineStreams(self.engine)
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode.
+        """Token ids of one prompt.
 
-        add_special_tokens: put those around a text that the tokenizer puts there, such as a beginning.
+        Args:
+            prompt: a text, or token ids, which come back checked.
+            add_special_tokens: add what the tokenizer puts around a text, such as a start token.
+
+        Raises:
+            InputError: the prompt is empty, is not valid Unicode, or names a token outside the vocabulary.
+            WrongType: the prompt is neither a text nor a list of whole numbers.
         """
         return self.encoder.encode(prompt, special=add_special_tokens)
 
@@ -142,9 +161,19 @@ class LLM:
         add_generation_prompt: bool = True,
         return_errors: bool = False,
     ) -> list[Generation]:
-        """Answer a conversation or several, as the chat template of the tokenizer writes them.
+        """Answer one conversation or several; results in their order.
 
-        messages: dicts with 'role' and 'content'. Raises ConfigError for a tokenizer without template.
+        Args:
+            messages: dicts with 'role' and 'content', or a list of such conversations.
+            params: for all conversations, or one for each; None takes the defaults.
+            chat_template: a Jinja template; None takes that of the tokenizer.
+            add_generation_prompt: begin the answer of the model at the end of the conversation.
+            return_errors: as in `generate`.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template and none was given.
+            InputError: the template refuses the messages.
+            WrongType: the messages are no list of dicts with a role.
         """
         prompts = [
             self.encoder.chat(each, template=chat_template, answer=add_generation_prompt)
@@ -161,8 +190,20 @@ class LLM:
     ) -> list[Generation]:
         """Finish every prompt; results in the order of the prompts.
 
-        One that fails takes nothing from the others. When all have ended, its error is raised, or with
-        `return_errors` is part of its result.
+        A request that fails changes nothing for the others.
+
+        Args:
+            prompts: one prompt or several, each a text or token ids.
+            params: for all prompts, or one for each; None takes the defaults.
+            return_errors: put the error of a failed request into its result (`Generation.error`). Without
+                it the first error is raised when all requests have ended.
+
+        Raises:
+            InputError: a prompt cannot be used, or there is none.
+            WrongType: a prompt or parameter is of a type that can never be used.
+            ContextOverflow: a prompt is longer than the model or `max_model_len` allows.
+            ConfigError: the numbers of prompts and parameters differ, or another call is still streaming.
+            StateError: the process was forked while another thread used this LLM.
         """
         return joined(self.stream(prompts, params, return_errors=return_errors))
 
@@ -173,11 +214,18 @@ class LLM:
         *,
         return_errors: bool = False,
     ) -> Iterator[Piece]:
-        """Pieces of text as they are decided, of all prompts and sequences as they come.
+        """Pieces of text of all sequences, in the order in which the model decides them.
 
-        Leaving the loop early (or Ctrl-C) cancels what is left. The last piece of a prompt that failed
-        has a `done` with its error; when all have ended the first such error is raised, unless
-        `return_errors`.
+        If the loop ends early, also by Ctrl-C, the requests that still run are cancelled. The last piece of
+        a sequence has `done`, which holds the error if its request failed.
+
+        Args:
+            prompts: as in `generate`.
+            params: as in `generate`.
+            return_errors: do not raise the first error when all requests have ended.
+
+        Raises:
+            LinspecError: as in `generate`, at the first piece.
         """
         self.engine.check_process()
         collectors = self._collectors(prompts, params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,10 +58,11 @@ class Scaled(Softmax):
 
 
 @pytest.fixture(autouse=True)
-def scaled_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
+def scaled_mixer() -> Iterator[None]:
     """Registers `scaled` for one test."""
-    monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS._entries))
     MIXERS.register("scaled", summary="test", paper="none")(Scaled)
+    yield
+    MIXERS.forget("scaled")
 
 
 def make(config: DecoderConfig, seed: int = 0) -> Decoder:
@@ -184,11 +186,13 @@ def test_failure_while_saving_leaves_the_old_model(
         raise failure("no space left")
 
     before = files(saved.parent)
-    monkeypatch.setattr(hub, "_write_json", fail)
+    # the tokenizer is written behind the weights
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(CheckpointError if failure is OSError else failure, match="no space left"):
-        save_model(make(PLAIN, seed=1), make_tokenizer(), saved, overwrite=True)
+        save_model(make(PLAIN, seed=1), tokenizer, saved, overwrite=True)
     with pytest.raises(BaseException, match="no space left"):
-        save_model(make(PLAIN, seed=1), make_tokenizer(), saved.parent / "new")
+        save_model(make(PLAIN, seed=1), tokenizer, saved.parent / "new")
     assert files(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 

@@ -127,8 +127,14 @@ def load_model(
 ) -> Decoder:
     """The decoder in `source`, in evaluation mode.
 
-    Raises CheckpointError when a file is missing, damaged or does not fit the others, and
-    UnsupportedModel when the checkpoint is sound but of a kind or family that does not fit.
+    Args:
+        source: a model directory, a GGUF file, or the name of an embedded or fetched model.
+        dtype: of the weights in memory.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit the others.
+        UnsupportedModel: the checkpoint is sound, but its kind or family does not fit.
     """
     folder = resolve(source)
     config, family = _read_config(folder)
@@ -170,9 +176,10 @@ def load_causal_model(
 def load(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Decoder | T5, PreTrainedTokenizerBase]:
-    """The model that generates in `source`, as plain modules, and its tokenizer.
+    """The decoder or encoder-decoder in `source`, as plain torch modules, and its tokenizer.
 
-    For text use LLM. Raises CheckpointError for a directory that cannot be read.
+    `LLM` is the way to text. Arguments and errors are those of `load_model`; an encoder raises
+    UnsupportedModel.
     """
     return load_causal_model(source, dtype=dtype, device=device), load_tokenizer(source)
 
@@ -259,7 +266,14 @@ def _load_quantized(
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `source`; raises CheckpointError if it has none that can be read."""
+    """The tokenizer of the model in `source`, as transformers' class.
+
+    Args:
+        source: a model directory, a GGUF file, or the name of an embedded or fetched model.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it cannot be read.
+    """
     folder = resolve(source)
     if is_gguf(folder):
         return load_gguf_tokenizer(folder)
@@ -327,13 +341,22 @@ def save_model(
 ) -> Path:
     """Write a model directory and return its path.
 
-    An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
-    format. `dtype` converts the weights; None takes that of the checkpoint that the model was loaded
-    from, unless the model was converted since. The sampling defaults of that checkpoint are kept.
-    `extra_files` are texts to lie beside the model. `out` must be new or empty, or a model that this
-    function saved before if `overwrite` says so; a Place is one that the caller holds. Until the last
-    moment `out` is untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises
-    ConfigError when `out` may not be written, CheckpointError when the disk refuses.
+    The directory is an ordinary Hugging Face directory if the family of the model can say all of it, else
+    one of linspec's own format. It keeps the sampling defaults of the checkpoint that the model was loaded
+    from. A failure while it is written, Ctrl-C included, leaves `out` as it was.
+
+    Args:
+        model: a decoder, encoder or encoder-decoder that is not in its inference form.
+        tokenizer: saved beside the model; None saves none.
+        out: a directory that is new or empty, or a Place that the caller holds.
+        dtype: of the saved weights; None takes that of the checkpoint, unless the model was converted.
+        extra_files: texts by file name, saved beside the model.
+        shard_bytes: most bytes of one file of weights.
+        overwrite: replace a model that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: `out` may not be written.
+        CheckpointError: the disk refuses.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)

@@ -63,12 +63,22 @@ UNPLACED = -1
 class RunningSequence:
     """One of the sequences that answer a request; it waits or has a slot.
 
-    number: the engine's, of this sequence; request: of the request, which its sequences share. slot: UNPLACED
-    while it waits. source: what an encoder has read, () for a decoder alone. tokens: prompt and output; once
-    the prompt is processed the last one is the root of the next tree, decided but not committed. embeddings:
-    [T, D] of the prompt where they are not those of its tokens. hidden: by layer, the states [P, D] of what
-    was committed since the last draft, the newest last, where the drafter needs them (see `Drafter.needs`).
-    prompt_logprobs: of the prompt tokens that were read, where the request asks for them.
+    Attributes:
+        number: the number that the engine gave this sequence.
+        sampler: random numbers and rules of the request.
+        tokens: prompt and output. Once the prompt is read, the last token is the root of the next tree: it
+            is decided, but the state does not hold it yet.
+        prompt_length: tokens of the prompt in `tokens`.
+        slot: its place in the state; UNPLACED while it waits.
+        prefilled: prompt tokens that the state holds.
+        source: tokens that an encoder has read; () for a decoder alone.
+        request: the number of the request, which its sequences share.
+        index: which of the sequences of the request it is.
+        embeddings: [T, D] of the prompt, where they are not those of its tokens.
+        hidden: by layer, states [P, D] of the target at the tokens committed last, the newest last; see
+            `Drafter.needs`.
+        stats: rounds, drafts and seconds so far.
+        prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
     """
 
     number: int
@@ -100,7 +110,7 @@ class RunningSequence:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the request's prompt, whichever side has read it."""
+        """Tokens of the prompt, those of an encoder's source included."""
         return len(self.source) or self.prompt_length
 
     @property

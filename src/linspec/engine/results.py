@@ -18,10 +18,16 @@ from linspec.engine.detokenizer import Detokenizer
 class Generation:
     """One finished request; with n > 1 its first sequence, and the `others`.
 
-    finish_reason: 'stop' (end of sequence, stop string or stop token), 'length', or 'error' for one that
-    could not go on: `error` says why, and the text is what came before. prompt_logprobs: one entry for each
-    token of the prompt, None for the first. tokens_per_s counts generated tokens over the seconds of the
-    steps after the prompt was read.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        token_ids: tokens of the output.
+        text: the output as text, up to an error if there was one.
+        finish_reason: 'stop' (end of sequence, stop text or stop token), 'length' or 'error'.
+        logprobs: one entry for each output token, None if the request did not ask for them.
+        stats: rounds, drafted and accepted tokens, seconds.
+        error: why the request failed; None if it did not.
+        prompt_logprobs: one entry for each token of the prompt, None for the first token.
+        others: the sequences 2 to n.
     """
 
     prompt_tokens: int
@@ -36,17 +42,17 @@ class Generation:
 
     @property
     def outputs(self) -> tuple[Generation, ...]:
-        """All n sequences of the request."""
+        """All n sequences of the request, this one first."""
         return (replace(self, others=()), *self.others)
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
+        """Output tokens per second of decoding, without the first: the step of the prompt gives that."""
         seconds = self.stats.decode_seconds
         return (len(self.token_ids) - 1) / seconds if seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The result as plain JSON types; seconds are floats, an error is its message."""
         stats = self.stats
         found: dict[str, Any] = {
             "text": self.text,
@@ -73,7 +79,7 @@ class Generation:
         return found
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for people: tokens, tokens per second, tokens per round, finish reason."""
         return (
             f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
             f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
@@ -82,7 +88,15 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of a sequence of request `index`; `done` is set on its last piece."""
+    """New text of one sequence.
+
+    Attributes:
+        index: the number of the prompt in the call, from 0.
+        text: may be empty where the new tokens do not complete a character yet.
+        token_ids: the new tokens.
+        done: the finished sequence, on its last piece; None before.
+        sequence: the number of the sequence in its request, from 0 to n - 1.
+    """
 
     index: int
     text: str

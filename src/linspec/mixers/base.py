@@ -57,11 +57,19 @@ class NativeForm:
 
 
 class Mixer(nn.Module):
-    """The part of a block through which a token sees other tokens.
+    """The part of a block through which a token sees other tokens, in two forms of one function.
 
-    `settings` names the sizes of MixerConfig that only some mixers have. causal: False for a mixer
-    whose weights need the whole sequence; it fits encoders only. biased: whether weights take a
-    relative position bias, where the backbone has one.
+    The full form (`forward`) computes a whole sequence, the step form (`step`) new tree nodes against the
+    state of their slots. Both give the same outputs. A new mixer defines a few of the methods; see
+    `CONTRIBUTING.md`.
+
+    Attributes:
+        settings: sizes of MixerConfig that only some mixers have, and this one has.
+        causal: False for a mixer that sees later tokens; it fits encoders only.
+        biased: whether the weights take a relative position bias, where the backbone has one.
+
+    Raises:
+        ConfigError: a size is set that this mixer does not have, or it does not fit the backbone.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset()
@@ -411,3 +419,4 @@ class Mixer(nn.Module):
 
 
 MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=MixerOptions)
+"""The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""

@@ -87,27 +87,47 @@ def linearize(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Train `source` with other mixers into the model directory `out`; returns it.
+    """Train a model with other mixers; returns the directory of the new model.
 
-    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group`, `span`, `kernel`,
-    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig.
-    span: may give one for each layer. rows: with kernel softmax and no span given, tokens that a
-    layer sees exactly in the mean; measured on the teacher, layers that need to see far get more of
-    them (see `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers:
-    how many more do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
-    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
-    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
-    with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
-    before if `overwrite` says that it may be replaced (see `Place`).
+    Transfer matches the teacher layer by layer, then finetuning trains the whole model. Sums over closed
+    groups stay only where they lower the loss of texts of four times the context (kernel 'softmax'). A run
+    that was killed continues with the same call and `resume`. A mixer that changes nothing trains the
+    teacher itself.
 
-    Sums over closed groups stay only where they lower the loss of texts of four times the context, with
-    the kernel softmax (see `keep_useful_sums`).
+    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and learns to
+    predict the second half of each window from the first half.
 
-    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
-    learns to predict the second half of a window of `context` tokens from the first.
+    Paper: You et al. 2024, arXiv 2406.07368.
 
-    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
-    loss is not finite or there is nothing to resume.
+    Args:
+        source: a model directory, a GGUF file or the name of a model.
+        out: a directory that is new or empty.
+        mixer: a spec of `linspec list` such as 'aug:taps=16', or a MixerConfig. A spec goes before the
+            sizes below.
+        group: tokens of a group.
+        taps: taps of the causal convolution over values; None for the default of the mixer.
+        window: tokens that the mixer 'window' sees; None for its default.
+        span: groups that a layer sees exactly, for all layers or one for each; None searches.
+        rows: exact positions of a layer, in the mean over the layers, that the search for spans may spend.
+        kernel: weights of the exact positions: 'softmax' (those of the teacher), 'own' or 'relu2'.
+        features: random features of 'performer' and 'rfa', positions of a group of 'linformer'; 0 for the
+            default.
+        keep: groups that 'linformer' remembers; 0 for the default.
+        mixer_seed: of the random features.
+        keep_softmax: numbers of the layers that keep their mixer.
+        softmax_layers: how many more layers keep theirs: those that need distant positions most.
+        data: files, folders, 'stdlib' or data sets; the held-out documents are not trained on.
+        field: the entry of a `.jsonl` line that holds the text.
+        config: tokens, rates and precision; None for the defaults of LinearizeConfig.
+        resume: continue a run from its last saved state.
+        overwrite: replace a model that this function wrote to `out` before.
+        dtype: of the saved weights; None for that of `source`.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or `out` may not be written.
+        CheckpointError: the model cannot be read, or the disk refuses.
+        InputError: the data cannot be read or hold too little text. These come before any long work.
+        TrainingError: the loss is not finite, or there is nothing to resume.
     """
     check_size("rows", rows)
     check_sources(data)

@@ -168,13 +168,25 @@ def pretrain(
     compile: str = "auto",
     overwrite: bool = False,
 ) -> Path:
-    """Train `recipe` into the model directory `out`; returns it.
+    """Train a small model from random weights; returns its directory.
 
-    `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
-    `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
-    from the last saved state. out: new or empty, or what this function wrote before if `overwrite`
-    says so (see `Place`). compile: see TrainConfig. Raises ConfigError for an unknown recipe,
-    TrainingError when there is nothing to resume or the run was started with other settings.
+    A run that was killed continues with the same call and `resume`.
+
+    Args:
+        out: a directory that is new or empty.
+        recipe: 'embedded', 'recall', 'flash-aug' or 'flash-quadratic': shape, text and rates.
+        data: files, folders or 'stdlib'; empty for those of the recipe. The held-out documents are not
+            trained on.
+        resume: continue a run from its last saved state.
+        steps: optimizer steps; None for those of the recipe.
+        compile: 'on', 'off' or 'auto': whether steps are compiled. The result is the same.
+        overwrite: replace a model that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: the recipe is unknown, or `out` may not be written.
+        CheckpointError: the disk refuses, or another process writes to `out`.
+        TrainingError: the loss is not finite, there is nothing to resume, or the run was started with other
+            settings.
     """
     if recipe not in RECIPES:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Parts of error messages that many places need: why a file failed, what a name may have meant.
+"""Parts of error messages: why a file failed, which known name is near an unknown one.
 
 because(error)                      # "data.txt: permission denied; make it readable for this user"
 did_you_mean("medua", ["medusa"])   # "; did you mean 'medusa'?"
@@ -54,7 +54,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value as a message shows it: on one line, with a long one cut."""
     text = value if isinstance(value, str) else _text(value)
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
