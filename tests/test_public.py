@@ -24,6 +24,7 @@ PUBLIC = {
     "Drafter",
     "DrafterContext",
     "Generation",
+    "LinearizeRecipe",
     "LinspecError",
     "Mixer",
     "Piece",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from linspec.policies import POLICIES, Policy, PolicyContext
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
+    from linspec.train.linearize_recipe import LinearizeRecipe
     from linspec.train.pretrain import pretrain
     from linspec.utils.options import option
     from linspec.verifiers import VERIFIERS, Verifier
@@ -51,6 +52,7 @@ __all__ = [
     "Drafter",
     "DrafterContext",
     "Generation",
+    "LinearizeRecipe",
     "LinspecError",
     "Mixer",
     "Piece",
@@ -83,6 +85,7 @@ _HOMES = {
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
     "Generation": "linspec.engine.results",
+    "LinearizeRecipe": "linspec.train.linearize_recipe",
     "LinspecError": "linspec.errors",
     "Mixer": "linspec.mixers",
     "Piece": "linspec.engine.results",
