@@ -205,3 +205,20 @@ def test_a_module_that_became_a_verb_answers_with_it(module: str, verb: str) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: this command is now: {verb} 'model dir' --field x\n"
+
+
+# ---- numbers from the environment
+
+
+@pytest.mark.parametrize(("value", "rule"), [("0", "1 or more"), ("99999999999", "at most")])
+def test_a_wrong_variable_of_the_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, value: str, rule: str
+) -> None:
+    monkeypatch.setenv("LINSPEC_THREADS", value)
+    found = run("info")
+    assert found.exit_code == 1
+    assert f"error: LINSPEC_THREADS must be {rule}" in found.stderr
+    # what the command says goes before the environment
+    assert "--threads must be 1 or more" in run("info", "--threads", "-1").stderr
+    monkeypatch.setenv("LINSPEC_THREADS", "10000")
+    assert "(--threads, LINSPEC_THREADS)" in run("info").stderr

@@ -84,7 +84,8 @@ class Flash(Decoder):
         return [block for block in self.blocks if isinstance(block, FlashBlock)]
 
     def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        x = self.embed(ids)
+        # embeddings of a quantised model are narrower
+        x = self.embed(ids).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
@@ -96,7 +97,7 @@ class Flash(Decoder):
             row_specs(units, kv) + [shift.row_spec() for shift in shifts],
             [unit.fold for unit in units] + [add_products] * len(shifts),
             slots,
-            dtype=self.embed.weight.dtype,
+            dtype=self.dtype,
             device=self.embed.weight.device,
         )
 
