@@ -27,6 +27,7 @@ PUBLIC = {
     "GenerationLoop",
     "LLM",
     "LOOPS",
+    "LinearizeRecipe",
     "LinspecError",
     "LoopContext",
     "MIXERS",
@@ -136,7 +137,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(register, "TABLE", "a_table")
     monkeypatch.setattr(register, "OURS", "our_entry")
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    # the package itself waits where nothing has imported transformers yet
+    others = [each for each in sys.meta_path if type(each).__module__ != register.__name__]
+    monkeypatch.setattr(sys, "meta_path", others)
     for name in ("a_table", "our_entry"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path

@@ -344,6 +344,8 @@ def test_a_processor_may_write_into_what_it_is_given() -> None:
     [
         (None, WrongType),
         (torch.zeros(2), WrongType),
+        (torch.zeros(3, dtype=torch.int64), WrongType),
+        (torch.ones(3, dtype=torch.bool), WrongType),
         (torch.full((3,), math.nan), InputError),
         (torch.full((3,), math.inf), InputError),
         (torch.full((3,), -math.inf), InputError),

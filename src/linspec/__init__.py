@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from linspec.policies import POLICIES, Policy, PolicyContext
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
+    from linspec.train.linearize_recipe import LinearizeRecipe
     from linspec.train.pretrain import pretrain
     from linspec.utils.options import option
     from linspec.verifiers import VERIFIERS, Verifier
@@ -62,6 +63,7 @@ __all__ = [
     "DrafterContext",
     "Generation",
     "GenerationLoop",
+    "LinearizeRecipe",
     "LinspecError",
     "LoopContext",
     "Mixer",
@@ -101,6 +103,7 @@ _HOMES = {
     "GenerationLoop": "linspec.engine.loops",
     "LLM": "linspec.llm",
     "LOOPS": "linspec.engine.loops",
+    "LinearizeRecipe": "linspec.train.linearize_recipe",
     "LinspecError": "linspec.errors",
     "LoopContext": "linspec.engine.loops",
     "MIXERS": "linspec.mixers",

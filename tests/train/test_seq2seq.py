@@ -110,7 +110,9 @@ def test_the_control_of_a_t5_is_an_ordinary_t5(t5_dir: Path, tmp_path: Path, cor
 
 def test_reach_and_adapters_work_for_a_t5(t5_dir: Path, tmp_path: Path, corpus: Path) -> None:
     config = replace(SHORT, lora_rank=2, lr=None, transfer_share=None)
-    out = linearized(t5_dir, tmp_path / "s", corpus, mixer="local", group=8, rows=16, config=config)
+    out = linearized(
+        t5_dir, tmp_path / "s", corpus, mixer="local", group=8, exact_tokens=16, config=config
+    )
     student = load_causal_model(out)
     # a mean of two groups a layer, spent where they are needed
     assert sum(mixer.span for mixer in student.config.mixers) <= 6

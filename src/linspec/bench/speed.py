@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
-from linspec.drafters import DrafterContext, make_drafter
+from linspec.drafters import DRAFTERS, Drafter, DrafterContext
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
@@ -98,7 +98,7 @@ class _Run:
 def bench(
     model: str | Path | Decoder,
     contexts: Sequence[int],
-    drafters: Sequence[str] = (),
+    drafters: Sequence[str] | Mapping[str, Drafter] = (),
     *,
     tokenizer: Any = None,
     tokens: int = 64,
@@ -113,9 +113,10 @@ def bench(
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
 
-    Modes are plain decoding and each of `drafters`; the first of `repeats` + 1 repeats warms up and
-    is not counted. A context beyond the limit of a softmax model is skipped and named. Raises
-    LinspecError when a drafter's output differs from plain decoding by more than a near tie.
+    Modes are plain decoding and each of `drafters`, specs or made ones by name; the first of
+    `repeats` + 1 repeats warms up and is not counted. A context beyond the limit of a softmax model is
+    skipped and named. Raises LinspecError when a drafter's output differs from plain decoding by more
+    than a near tie.
     """
     _check(contexts, tokens, repeats)
     source = None if isinstance(model, Decoder) else resolve(model)
@@ -155,17 +156,17 @@ def bench(
 def _modes(
     model: Decoder,
     source: Path | None,
-    drafters: Sequence[str],
+    drafters: Sequence[str] | Mapping[str, Drafter],
     policy: str | int | Policy,
     **common: Any,
 ) -> dict[str, LLM]:
     """Plain decoding, and decoding with each drafter; common: for all of them."""
-    names = [name for name in dict.fromkeys(drafters) if name != "none"]
-    context = DrafterContext(model, common["tokenizer"], source)
-    made = {name: make_drafter(name, context) for name in names}
+    if not isinstance(drafters, Mapping):
+        context = DrafterContext(model, common["tokenizer"], source)
+        names = [name for name in dict.fromkeys(drafters) if name != "none"]
+        drafters = {name: DRAFTERS.build(name, context) for name in names}
     modes = {PLAIN: LLM(model, **common)}
-    for name, drafter in made.items():
-        assert drafter is not None
+    for name, drafter in drafters.items():
         modes[name] = LLM(model, drafter=drafter, policy=policy, **common)
     return modes
 

@@ -52,6 +52,7 @@ from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
 from linspec.utils.border import read_json
 from linspec.utils.files import restored
+from linspec.utils.format_version import CURRENT, KEY, check_format
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 
@@ -403,6 +404,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
 
 
 def _read_own_config(data: Mapping[str, Any], folder: Path) -> ModelConfig:
+    check_format(data, folder / "config.json")
     kinds = [kind for name, kind in KINDS.items() if name in data]
     if len(kinds) != 1:
         raise CheckpointError(
@@ -434,6 +436,7 @@ def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
     kind = kind_of(config)
     return {
         "model_type": "linspec",
+        KEY: CURRENT,
         "architectures": [kind.architecture],
         "vocab_size": config.vocab_size,
         **write_ids(config),

@@ -25,6 +25,7 @@ from linspec.errors import CheckpointError
 from linspec.kernels.linear import BITS, Blank
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.kinds import kind_of
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 from linspec.utils.places import Place
@@ -81,7 +82,8 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
     with without_memory():
-        model = Decoder(config).eval().to_inference(Blank(bits))
+        kind: Any = kind_of(config).model
+        model: Decoder = kind(config).eval().to_inference(Blank(bits))
         # as they are saved, whatever they are trained in
         model.embed.to(torch.bfloat16)
     tensors = map_tensors(path)

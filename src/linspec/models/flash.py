@@ -96,7 +96,8 @@ class Flash(Decoder):
         positions: torch.Tensor,
         given: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> tuple[torch.Tensor, Rope]:
-        x = self.embedded(ids, given)
+        # embeddings of a quantised model are narrower
+        x = self.embedded(ids, given).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
@@ -108,7 +109,7 @@ class Flash(Decoder):
             row_specs(units, kv) + [shift.row_spec() for shift in shifts],
             [unit.fold for unit in units] + [add_products] * len(shifts),
             slots,
-            dtype=self.embed.weight.dtype,
+            dtype=self.dtype,
             device=self.embed.weight.device,
         )
 

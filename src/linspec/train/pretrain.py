@@ -32,6 +32,7 @@ from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.tokenizer import train_tokenizer
 from linspec.utils.files import replace_dir
+from linspec.utils.format_version import stamped
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 
@@ -279,8 +280,8 @@ class _Run:
         )
         log = trainer.run(resume=self.resume and trainer.has_state)
         if self.accelerator.is_main_process:
-            record = json.dumps({"plan": self.plan, "tokens": log[-1]["tokens"]}, indent=2) + "\n"
-            files = {RECORD: record, "log.jsonl": log_lines(log)}
+            record = stamped({"plan": self.plan, "tokens": log[-1]["tokens"]})
+            files = {RECORD: json.dumps(record, indent=2) + "\n", "log.jsonl": log_lines(log)}
             save_model(model, tokenizer, self.place, dtype, extra_files=files)
 
     def _batch(self, windows: Windows, step: int) -> torch.Tensor:
