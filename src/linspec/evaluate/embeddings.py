@@ -20,8 +20,9 @@ import typer
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import InputError, NotFinite
-from linspec.kernels.linear import Quantizer, check_bits, fused_linear
 from linspec.models.bert import Bert
+from linspec.models.linear import Quantizer, fused_linear
+from linspec.quantization.codes import check_bits
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import paragraphs
 
