@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ from linspec.errors import (
 from linspec.evaluate.files import verify_files
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.cpu.library import INT8, LinearStruct
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer
+from linspec.kernels.cpu.step import CpuStep
+from linspec.kernels.cpu.structs import INT8, LinearStruct
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
+from linspec.models.linear import Quantizer
+from linspec.models.native_linear import NativeLinear
+from linspec.models.step_plan import OneCall, step_plan
 from linspec.policies.costs import load_or_measure
 from linspec.quantization.rows import decode, encode
 from linspec.train.drafter import DrafterConfig
@@ -388,7 +392,10 @@ def test_a_group_and_span_whose_product_needs_64_bits_decode_as_a_cache_does() -
         model = Decoder(config).to_inference()
         state = model.new_state(1)
         if model.native is not None and mixer.group == 2**16:
-            model.native._layers[0].span = 2**16
+            # more than a configuration allows
+            plan = step_plan(model)
+            wide = replace(plan.layers[0], attention=AttentionPlan(group=2**16, span=2**16))
+            model.native = OneCall(CpuStep(replace(plan, layers=(wide,))))
         model.step([StepInput(0, [1, 2, 3])], state)
         state.commit(0, range(3))
         outputs.append(model.step([StepInput(0, [4])], state).logits)

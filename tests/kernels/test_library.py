@@ -11,7 +11,8 @@ from conftest import SETS
 
 from linspec.errors import ConfigError
 from linspec.kernels.cpu import check, library
-from linspec.kernels.linear import PackedLinear, fused_linear, pick_kernel
+from linspec.kernels.selector import pick_kernel
+from linspec.models.linear import PackedLinear, fused_linear
 
 
 @pytest.fixture

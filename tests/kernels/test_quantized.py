@@ -21,10 +21,10 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.linear import Quantizer
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 from linspec.utils import ram
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40

@@ -24,9 +24,9 @@ from linspec.bench.machine import machine, read_bandwidth
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.load_quantized import load_for
 from linspec.errors import ConfigError
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import PackedLinear, integer_bits
 from linspec.models.decoder import Decoder
+from linspec.models.linear import PackedLinear, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.policies.costs import measure
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.progress import Progress

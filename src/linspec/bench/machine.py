@@ -13,7 +13,7 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
-from linspec.kernels.linear import pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.utils.messages import shown
 
 _BANDWIDTH_BYTES = 2**28

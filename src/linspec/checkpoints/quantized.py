@@ -22,12 +22,13 @@ from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.tensors import check_tensors
 from linspec.checkpoints.weights import SINGLE
 from linspec.errors import CheckpointError
-from linspec.kernels.linear import BITS, Blank
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.kinds import kind_of
+from linspec.models.linear import Blank
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
+from linspec.quantization.codes import BITS
 from linspec.utils.places import Place
 
 if TYPE_CHECKING:

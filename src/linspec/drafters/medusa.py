@@ -20,9 +20,10 @@ from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import DrafterError
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.utils.options import option
 
 

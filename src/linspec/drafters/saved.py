@@ -27,8 +27,8 @@ from linspec.checkpoints.tensors import aligned, check_tensors
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, DrafterError
-from linspec.kernels.linear import Blank
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Blank
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 from linspec.utils.border import parse, read_json

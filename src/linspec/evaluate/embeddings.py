@@ -19,8 +19,9 @@ import torch
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import InputError, NotFinite
-from linspec.kernels.linear import Quantizer, check_bits
 from linspec.models.bert import Bert
+from linspec.models.linear import Quantizer, fused_linear
+from linspec.quantization.codes import check_bits
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import paragraphs
 from linspec.utils.messages import now_called

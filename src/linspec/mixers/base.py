@@ -16,7 +16,7 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 
 from linspec.decoding.tree_mask import StagedTree, TreeMask
 from linspec.errors import ConfigError
-from linspec.kernels.linear import LinearFactory
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.blocks import convolve, convolve_both, tap_distances
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import MixerOptions
@@ -39,21 +39,8 @@ if TYPE_CHECKING:
     from linspec.state.dense_group import DenseGroup
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
-
-
-@dataclass(frozen=True, slots=True)
-class NativeForm:
-    """A mixer's step as `csrc/attention.inc.h` knows it.
-
-    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
-    of unit features instead of a softmax. alpha: factor on the sums.
-    """
-
-    window: int = 0
-    group: int = 0
-    span: int = 1
-    squares: bool = False
-    alpha: float = 0.0
+# several linear layers of one input -> one inference layer with their outputs side by side
+LinearFactory = Callable[..., nn.Module]
 
 
 class Mixer(nn.Module):
@@ -201,8 +188,8 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def native_form(self) -> NativeForm | None:
-        """What the C library needs to compute the step form; None when it cannot."""
+    def attention_plan(self) -> AttentionPlan | None:
+        """The step form as kernels know it; None when it is another."""
         return None
 
     # ---- the forms

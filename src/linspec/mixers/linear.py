@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import Mixer, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import Mixer
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.state.row_state import RowSpec
@@ -90,12 +91,12 @@ class GroupedLinear(Mixer):
 
     # ---- what follows from it
 
-    def _native_groups(self, alpha: float) -> NativeForm | None:
-        """The C form of squared or softmax weights within reach, unit features in the sums."""
+    def _grouped_plan(self, alpha: float) -> AttentionPlan | None:
+        """Squared or softmax weights of exact rows, unit features in the sums; None for others."""
         mixer = self.mixer
         if mixer.kernel not in ("own", "softmax") or self.relative is not None:
             return None
-        return NativeForm(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
+        return AttentionPlan(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.raw else self.feature_map(x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import GroupedLinear
 
 
@@ -19,5 +20,5 @@ class Local(GroupedLinear):
     summed = False
     biased = True
 
-    def native_form(self) -> NativeForm | None:
-        return self._native_groups(0.0) if type(self) is Local else None
+    def attention_plan(self) -> AttentionPlan | None:
+        return self._grouped_plan(0.0) if type(self) is Local else None

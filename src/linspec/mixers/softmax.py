@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import MIXERS, Mixer, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.blocks import masked_softmax
 from linspec.quantization.rows import rounded
 from linspec.state.row_state import RowSpec, RowState
@@ -40,9 +41,9 @@ class Softmax(Mixer):
             conv_history=max(0, self.mixer.taps - 1),
         )
 
-    def native_form(self) -> NativeForm | None:
+    def attention_plan(self) -> AttentionPlan | None:
         # a subclass may weigh rows in another way
-        return NativeForm() if type(self) is Softmax and self.relative is None else None
+        return AttentionPlan() if type(self) is Softmax and self.relative is None else None
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""

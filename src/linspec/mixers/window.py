@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.softmax import Softmax
 from linspec.state.row_state import RowSpec
 
@@ -25,9 +26,9 @@ class Window(Softmax):
     def row_spec(self) -> RowSpec:
         return replace(super().row_spec(), window=self.mixer.window)
 
-    def native_form(self) -> NativeForm | None:
+    def attention_plan(self) -> AttentionPlan | None:
         return (
-            NativeForm(window=self.mixer.window)
+            AttentionPlan(window=self.mixer.window)
             if type(self) is Window and self.relative is None
             else None
         )

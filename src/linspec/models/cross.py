@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import StateError
-from linspec.kernels.linear import LinearFactory
-from linspec.kernels.norm import inference_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.layer_path import LayerPath
+from linspec.models.norm import inference_norm
 from linspec.state.decoder_state import DecoderState
 from linspec.state.dense_group import DenseGroup
 from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, add_products

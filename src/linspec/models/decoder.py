@@ -12,16 +12,16 @@ from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Wan
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
-from linspec.kernels.cpu.step import NativeStep, native_step
-from linspec.kernels.linear import LinearFactory, fused_linear
-from linspec.kernels.norm import inference_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
+from linspec.models.linear import fused_linear
+from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
+from linspec.models.step_plan import OneCall, one_call
 from linspec.state.decoder_state import DecoderState
 from linspec.state.dense_group import DenseGroup, dense_groups_of
 
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
         self.is_inference = False
-        self.native: NativeStep | None = None
+        self.native: OneCall | None = None
         # fingerprint of the plain weights, kept when these are gone
         self.identity: str | None = None
 
@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.finalize_weights()
         self.norm = inference_norm(self.norm)
-        self.native = native_step(self)
+        self.native = one_call(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,7 +230,7 @@ class Decoder(nn.Module):
             state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
         if self.native is not None and path is None:
-            hidden, logits = self._in_one_call(self.native, inputs, shapes, places, wanted, state)
+            hidden, logits = self.native.run(inputs, shapes, places, wanted, state)
         else:
             path = path or LayerPath()
             hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state, path)
@@ -238,27 +238,6 @@ class Decoder(nn.Module):
             state.record(step_input.slot, shape)
         nodes = node_slices(inputs) if path and path.found else []
         return StepOutput(hidden, logits, slices, path.found if path else {}, nodes)
-
-    def _in_one_call(
-        self,
-        native: NativeStep,
-        inputs: Sequence[StepInput],
-        shapes: Sequence[Shape],
-        places: Sequence[Sequence[int]],
-        wanted: Sequence[int],
-        state: DecoderState,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the `wanted` nodes: all trees together, or chain by chain."""
-        if all(len(step_input.tokens) <= MAX_STAGED for step_input in inputs):
-            return native.run(inputs, shapes, places, wanted, state)
-        outputs, first = [], 0
-        for step_input, place in zip(inputs, places, strict=True):
-            rows = range(first, first + len(place))
-            mine = [row - first for row in wanted if row in rows]
-            outputs.append(native.run_chain(step_input, place, mine, state))
-            first = rows.stop
-        hidden, logits = zip(*outputs, strict=True)
-        return torch.cat(hidden), torch.cat(logits)
 
     def _by_layers(
         self,

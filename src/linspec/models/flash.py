@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from linspec.kernels.linear import LinearFactory
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
 from linspec.models.cache import row_specs

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.kernels.linear import LinearFactory
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.blocks import tap_distances
 from linspec.mixers.linear import GroupedLinear
 from linspec.mixers.relative import RelativeBias
