@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.softmax import Softmax
-from linspec.state.row_state import RowSpec
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.registry import entry_format
+from linspec.state.window import WindowCache, WindowSpec
 
 
 @MIXERS.register(
@@ -22,8 +25,19 @@ from linspec.state.row_state import RowSpec
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), window=self.mixer.window)
+    def state_spec(self) -> WindowSpec:
+        return WindowSpec(
+            kv_heads=self.kv_heads,
+            key_width=self.head_width,
+            value_width=self.head_width,
+            conv_history=max(0, self.mixer.taps - 1),
+            window=self.mixer.window,
+        )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return WindowCache(
+            self.state_spec(), len(layers), slots, options, entries=entry_format(options)
+        )
 
     def native_form(self) -> NativeForm | None:
         return (

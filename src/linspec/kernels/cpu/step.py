@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from linspec.mixers.base import Mixer
     from linspec.models.block import Block
     from linspec.models.decoder import Decoder
-    from linspec.state.decoder_state import DecoderState
-    from linspec.state.row_state import RowSpec
+    from linspec.state.sequence_states import SequenceStates
 
 # Widest head that the C side has room for.
 _HEAD_WIDTH = 512
@@ -132,7 +131,7 @@ class NativeStep:
         shapes: Sequence[Shape],
         places: Sequence[Sequence[int]],
         wanted: Sequence[int],
-        state: DecoderState,
+        state: SequenceStates,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [P, D] and logits [P, vocab] of the `wanted` of all new nodes, packed.
 
@@ -148,19 +147,19 @@ class NativeStep:
         )
 
     def run_chain(
-        self, feed: StepInput, places: Sequence[int], wanted: Sequence[int], state: DecoderState
+        self, feed: StepInput, places: Sequence[int], wanted: Sequence[int], state: SequenceStates
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `run` for one chain of any length from the last committed token, such as a prompt.
 
-        Its rows are staged aside, as `RowState.stage_long` does.
+        Its entries are staged aside, as `stage_long` of a state does.
         """
         self._state = ()
         rooms = [iter(part.room_aside(feed.slot, len(feed.tokens))) for part in state.parts]
         for layer, (part, index) in zip(self._layers, state.layers, strict=True):
             number = state.parts.index(part)
             keys, values = next(rooms[number])
-            sums = part.sums[index, feed.slot] if part.spec.sum_width else None
-            _place(layer, number, part.spec, keys[None], values[None], sums)
+            sums = part.sums[index, feed.slot] if part.sums.numel() else None
+            _place(layer, number, part, keys[None], values[None], sums)
         return self._run(feed.tokens, places, wanted, _pieces(feed, state), chained=True)
 
     def _run(
@@ -193,7 +192,7 @@ class NativeStep:
         self._call(self._decoder, batch, space, native_threads())
         return hidden, logits
 
-    def _bind(self, state: DecoderState) -> None:
+    def _bind(self, state: SequenceStates) -> None:
         """Tell the C side where the state's buffers are, which move as caches grow."""
         # sizes too: a new state may lie where an old one was
         at = tuple(
@@ -206,11 +205,11 @@ class NativeStep:
         # known when it is done: a process may be forked half-way
         self._state = ()
         for layer, (part, index) in zip(self._layers, state.layers, strict=True):
-            sums = part.sums[index] if part.spec.sum_width else None
+            sums = part.sums[index] if part.sums.numel() else None
             _place(
                 layer,
                 state.parts.index(part),
-                part.spec,
+                part,
                 part.keys[index],
                 part.values[index],
                 sums,
@@ -290,23 +289,23 @@ def _describe(block: Block, layer: _Layer) -> None:
 def _place(
     layer: _Layer,
     number: int,
-    spec: RowSpec,
+    part: Any,
     keys: torch.Tensor,
     values: torch.Tensor,
     sums: torch.Tensor | None,
 ) -> None:
     """Where a layer finds its rows [slots, Hkv, ., .], in the state of kind `number`."""
-    layer.part, layer.conv_history = number, spec.conv_history
+    layer.part, layer.conv_history = number, part.spec.conv_history
     # in bytes: rows are floats or codes
     size = keys.element_size()
-    layer.quantized, layer.row_bytes = spec.quantized, keys.stride(2) * size
+    layer.quantized, layer.row_bytes = part.entries.quantized, keys.stride(2) * size
     layer.keys, layer.key_stride = keys.data_ptr(), keys.stride(1) * size
     layer.values, layer.value_stride = values.data_ptr(), values.stride(1) * size
     layer.sums = None if sums is None else sums.data_ptr()
 
 
 def _feeds(
-    inputs: Sequence[StepInput], shapes: Sequence[Shape], state: DecoderState
+    inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
 ) -> ctypes.Array[_Feed]:
     table = (_Feed * len(inputs))()
     first = 0
@@ -321,7 +320,7 @@ def _feeds(
     return table
 
 
-def _pieces(feed: StepInput, state: DecoderState) -> ctypes.Array[_Feed]:
+def _pieces(feed: StepInput, state: SequenceStates) -> ctypes.Array[_Feed]:
     """A chain in pieces, each of which finds those before it among the committed rows of slot 0."""
     count = len(feed.tokens)
     bases = [part.lengths[feed.slot] - part.base_positions[feed.slot] for part in state.parts]
