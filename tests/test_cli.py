@@ -21,7 +21,7 @@ from linspec import LLM, SamplingParams
 from linspec.cli import app
 from linspec.cli.console import importing
 from linspec.evaluate.perplexity import evaluate_source
-from linspec.kernels.linear import pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.train.drafter import DrafterConfig
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.linearize_recipe import LinearizeRecipe
@@ -236,7 +236,7 @@ def test_info() -> None:
 
 def test_list() -> None:
     found = run_json("list")
-    assert set(found) == {"mixers", "drafters", "verifiers", "policies"}
+    assert set(found) == {"mixers", "drafters", "verifiers", "policies", "caches"}
     for entries in found.values():
         assert all({"name", "paper", "summary"} <= set(entry) for entry in entries)
     names = {axis: [entry["name"] for entry in entries] for axis, entries in found.items()}

@@ -33,11 +33,15 @@ if TYPE_CHECKING:
     from linspec.engine.loops import LOOPS, GenerationLoop, LoopContext
     from linspec.engine.results import Generation, Piece
     from linspec.engine.scheduler import Batch
-    from linspec.errors import ConfigError, LinspecError
+    from linspec.errors import ConfigError, LinspecError, StateError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
     from linspec.mixers import MIXERS, Mixer
     from linspec.policies import POLICIES, Policy, PolicyContext
+    from linspec.state.contract import LayerState, StateOptions
+    from linspec.state.entries import EntrySpec
+    from linspec.state.registry import STATES
+    from linspec.state.slots import SlotStates, StateSnapshot
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.linearize_recipe import LinearizeRecipe
@@ -54,6 +58,7 @@ __all__ = [
     "LOOPS",
     "MIXERS",
     "POLICIES",
+    "STATES",
     "VERIFIERS",
     "Batch",
     "Budget",
@@ -61,8 +66,10 @@ __all__ = [
     "ConfigError",
     "Drafter",
     "DrafterContext",
+    "EntrySpec",
     "Generation",
     "GenerationLoop",
+    "LayerState",
     "LinearizeRecipe",
     "LinspecError",
     "LoopContext",
@@ -74,6 +81,10 @@ __all__ = [
     "Request",
     "RunningSequence",
     "SamplingParams",
+    "SlotStates",
+    "StateError",
+    "StateOptions",
+    "StateSnapshot",
     "StepInput",
     "Target",
     "TokenTree",
@@ -99,10 +110,12 @@ _HOMES = {
     "DRAFTERS": "linspec.drafters",
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
+    "EntrySpec": "linspec.state.entries",
     "Generation": "linspec.engine.results",
     "GenerationLoop": "linspec.engine.loops",
     "LLM": "linspec.llm",
     "LOOPS": "linspec.engine.loops",
+    "LayerState": "linspec.state.contract",
     "LinearizeRecipe": "linspec.train.linearize_recipe",
     "LinspecError": "linspec.errors",
     "LoopContext": "linspec.engine.loops",
@@ -115,7 +128,12 @@ _HOMES = {
     "PolicyContext": "linspec.policies",
     "Request": "linspec.decoding.request",
     "RunningSequence": "linspec.decoding.sequence",
+    "STATES": "linspec.state.registry",
     "SamplingParams": "linspec.decoding.sampling",
+    "SlotStates": "linspec.state.slots",
+    "StateError": "linspec.errors",
+    "StateOptions": "linspec.state.contract",
+    "StateSnapshot": "linspec.state.slots",
     "StepInput": "linspec.decoding.step",
     "Target": "linspec.decoding.target",
     "TokenTree": "linspec.decoding.tree",

@@ -28,7 +28,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.linear import GroupedLinear
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 LARGE = 1e-3
 SUMMED = ("global", "aug", "relu", "hedgehog", "linformer", "aug:softmax", "gla:softmax")
@@ -77,7 +77,7 @@ def test_a_centred_convolution_would_be_noticed(
     assert max(changes(bare(name, taps))) > LARGE
 
 
-def verified(model: Decoder, state: DecoderState, tree: TokenTree) -> torch.Tensor:
+def verified(model: Decoder, state: SequenceStates, tree: TokenTree) -> torch.Tensor:
     """Logits of the nodes of `tree`; nothing stays staged."""
     logits = model.step([StepInput.tree(0, tree)], state).logits
     state.drop(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +88,7 @@ class CausalModel(Protocol):
         inputs: Sequence[StepInput],
         state: Any,
         *,
-        layers: frozenset[int] | None = None,
+        layers: Collection[int] | None = None,
         want: Want = LOGITS,
     ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.

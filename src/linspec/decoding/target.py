@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Target:
         self,
         inputs: Sequence[StepInput],
         *,
-        layers: frozenset[int] | None = None,
+        layers: Collection[int] | None = None,
         want: Want = LOGITS,
     ) -> list[NodeOutput]:
         """Run new tokens of several slots, in any order, and stage them; what each of them brought.

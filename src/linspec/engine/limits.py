@@ -8,8 +8,7 @@ from linspec.decoding.protocols import CausalModel
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.errors import ConfigError, ContextOverflow, InputError
-from linspec.models.memory import check_state
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.sizes import check_size
 
 
@@ -21,7 +20,7 @@ class Limits:
     """
 
     model: CausalModel
-    state: DecoderState
+    state: SequenceStates
     longest: int | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +50,7 @@ class Limits:
                 "linear mixers have no such limit"
             )
         self._check_embeddings(request)
-        check_state(self.state, size)
+        self.state.check_room(size)
         return replace(request, params=self._within(request.params, size, name))
 
     def _check_embeddings(self, request: Request) -> None:

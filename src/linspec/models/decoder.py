@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -15,15 +15,15 @@ from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
-from linspec.models.cache import row_specs
+from linspec.models.cache import new_states
 from linspec.models.config import DecoderConfig
 from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_plan import OneCall, one_call
-from linspec.state.decoder_state import DecoderState
 from linspec.state.dense_group import DenseGroup, dense_groups_of
+from linspec.state.sequence_states import SequenceStates
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -156,23 +156,17 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> DecoderState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
-        kv: 'int8' keeps the rows of softmax caches as 8-bit codes. Raises ConfigError when no layer
-        has such a cache.
+        kv: how softmax caches keep their entries, such as 'int8'. Raises ConfigError when another kind
+        than 'float' is named and no layer has such a cache.
         """
-        mixers = [block.mixer for block in self.layers]
-        return DecoderState(
-            row_specs(mixers, kv),
-            [mixer.fold for mixer in mixers],
-            slots,
-            dtype=self.dtype,
-            device=self.embed.weight.device,
-        )
+        makers = [block.state_makers() for block in self.layers]
+        return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
 
     def open(
-        self, prompt: Sequence[int], slot: int, state: DecoderState
+        self, prompt: Sequence[int], slot: int, state: SequenceStates
     ) -> tuple[list[int], tuple[int, ...]]:
         """Make `slot` an empty sequence; returns the tokens to feed it, all of `prompt`, and no source."""
         state.reset(slot)
@@ -182,111 +176,86 @@ class Decoder(nn.Module):
     def step(
         self,
         inputs: Sequence[StepInput],
-        state: DecoderState,
+        state: SequenceStates,
         *,
-        layers: frozenset[int] | None = None,
+        layers: Collection[int] | None = None,
         want: Want = LOGITS,
     ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
-        layers: only these are computed and only their part of the state means anything, None for all; a
-        state is stepped with the same layers always. want: layers whose states are handed out too.
-        Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
+        Inputs are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
+
+        layers: those that the nodes go through, None for all; the states of the others stay as they are.
+        want: layers whose hidden states are handed out too.
         """
-        if layers is not None or want.inner or any(i.embeddings is not None for i in inputs):
-            return self._step(inputs, state, LayerPath(layers, want.inner))
-        parts = self._apart(inputs)
-        outputs = [self._step([inputs[i] for i in part], state, None) for part in parts]
+        path = LayerPath(layers, want.inner)
+        plain = path.plain and all(each.embeddings is None for each in inputs)
+        native = self.native if plain and state.in_kernels else None
+        if native is None:
+            return self._step(inputs, state, None, path)
+        parts = _apart(inputs)
+        outputs = [self._step([inputs[i] for i in part], state, native, path) for part in parts]
         return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
 
-    def _apart(self, inputs: Sequence[StepInput]) -> list[list[int]]:
-        """Which inputs are computed together.
-
-        The one-call step takes trees only. It must take all of them: a tree that shared a step with a
-        prompt would be rounded in another way than one that did not.
-        """
-        if self.native is None:
-            return [list(range(len(inputs)))]
-        parts = [
-            [
-                i
-                for i, step_input in enumerate(inputs)
-                if (len(step_input.tokens) > MAX_STAGED) is long
-            ]
-            for long in (False, True)
-        ]
-        return [part for part in parts if part] or [[]]
-
     def _step(
-        self, inputs: Sequence[StepInput], state: DecoderState, path: LayerPath | None
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        native: OneCall | None,
+        path: LayerPath,
     ) -> StepOutput:
-        """One step; `path` is what the one-call form cannot do."""
         dense_groups = dense_groups_of(inputs, state)
         shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
         places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
         for step_input in inputs:
+            state.check_layers(step_input.slot, path.layers)
+        for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
-        if self.native is not None and path is None:
-            hidden, logits = self.native.run(inputs, shapes, places, wanted, state)
+        if native is not None:
+            hidden, logits = native.run(inputs, shapes, places, wanted, state)
         else:
-            path = path or LayerPath()
-            hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state, path)
+            x, rope = self._enter_nodes(inputs, places)
+            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
+            logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape)
-        nodes = node_slices(inputs) if path and path.found else []
-        return StepOutput(hidden, logits, slices, path.found if path else {}, nodes)
+            state.record(step_input.slot, shape, layers=path.layers)
+        nodes = node_slices(inputs) if path.found else []
+        return StepOutput(hidden, logits, slices, path.found, nodes)
 
-    def _by_layers(
-        self,
-        inputs: Sequence[StepInput],
-        dense_groups: list[DenseGroup],
-        places: Sequence[Sequence[int]],
-        wanted: Sequence[int],
-        state: DecoderState,
-        path: LayerPath,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the `wanted` nodes, by torch's operators."""
+    def _enter_nodes(
+        self, inputs: Sequence[StepInput], places: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, Rope]:
+        """`enter` for the packed nodes [M] of a step."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
         positions = torch.tensor([p for place in places for p in place], device=device)
-        x, rope = self.enter(ids, positions, given_embeddings(inputs))
-        x = self.run(x, rope, dense_groups, state, path)
+        return self.enter(ids, positions, given_embeddings(inputs))
+
+    def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+        """`leave` for the `wanted` of packed nodes [M, D]."""
         if len(wanted) < len(x):
-            x = x[torch.tensor(wanted, device=device)]
-        hidden = self.leave(x)
-        return hidden, self.head(hidden)
+            x = x[torch.tensor(wanted, device=x.device)]
+        return self.leave(x)
 
     def run(
         self,
         x: torch.Tensor,
         rope: Rope,
         dense_groups: list[DenseGroup],
-        state: DecoderState,
+        state: SequenceStates,
         path: LayerPath,
     ) -> torch.Tensor:
         """Packed nodes [M, D] through the step form of every layer of `path`."""
-        for layer in range(len(self.blocks)):
+        for layer, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
             if path.takes(layer):
-                x = self.step_layer(layer, x, rope, dense_groups, state)
+                x = block.step(x, rope, dense_groups, *place)
             path.passed(layer, x)
         return x
 
-    def step_layer(
-        self,
-        layer: int,
-        x: torch.Tensor,
-        rope: Rope,
-        dense_groups: list[DenseGroup],
-        state: DecoderState,
-    ) -> torch.Tensor:
-        """Packed nodes [M, D] through the step form of one layer."""
-        part, index = state.layers[layer]
-        return self.layers[layer].step(x, rope, dense_groups, part, index)
-
-    def _positions(self, step_input: StepInput, shape: Shape, state: DecoderState) -> list[int]:
+    def _positions(self, step_input: StepInput, shape: Shape, state: SequenceStates) -> list[int]:
         start = state.length(step_input.slot)
         places = [start + depth for depth in shape.depths[len(shape) - len(step_input.tokens) :]]
         limit = self.config.position_limit
@@ -298,8 +267,21 @@ class Decoder(nn.Module):
         return places
 
 
+def _apart(inputs: Sequence[StepInput]) -> list[list[int]]:
+    """Which inputs are computed together by the one-call step.
+
+    It takes trees only, and it must take all of them: a tree that shared a step with a prompt would be
+    rounded in another way than one that did not.
+    """
+    parts = [
+        [i for i, step_input in enumerate(inputs) if (len(step_input.tokens) > MAX_STAGED) is long]
+        for long in (False, True)
+    ]
+    return [part for part in parts if part] or [[]]
+
+
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each step_input."""
+    """Which of the packed nodes have logits, and which of those belong to each input."""
     slices: list[slice] = []
     wanted: list[int] = []
     first = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
@@ -15,9 +15,14 @@ from linspec.decoding.step import StepInput
 class LayerPath:
     """layers: those that are computed, None for all. found: the states [M, D] behind each `wanted` one."""
 
-    layers: frozenset[int] | None = None
+    layers: Collection[int] | None = None
     wanted: tuple[int, ...] = ()
     found: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the whole way and nothing is handed out."""
+        return self.layers is None and not self.wanted
 
     def takes(self, layer: int) -> bool:
         """Whether `layer` is computed."""

@@ -16,8 +16,8 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape, chain_shape, shape_of
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError, StateError
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowState
+from linspec.state.contract import EntryState
+from linspec.state.sequence_states import SequenceStates
 
 
 @dataclass
@@ -68,8 +68,8 @@ class DenseGroup:
         flat = dense.flatten(0, 1)
         return flat if self.index is None else flat[self.index.to(flat.device)]
 
-    def tree_mask(self, state: RowState) -> TreeMask:
-        """Who sees whom, for a dense_group of trees; computed once for all layers of `state`."""
+    def tree_mask(self, state: EntryState) -> TreeMask:
+        """The tree mask of these slots; computed once for all layers of `state`."""
         if id(state) not in self._tree_masks:
             self._tree_masks[id(state)] = state.tree_mask(self.start, self.shapes, self.lengths)
         return self._tree_masks[id(state)]
@@ -78,7 +78,7 @@ class DenseGroup:
         self._tree_masks: dict[int, TreeMask] = {}
 
 
-def dense_groups_of(inputs: Sequence[StepInput], state: DecoderState) -> list[DenseGroup]:
+def dense_groups_of(inputs: Sequence[StepInput], state: SequenceStates) -> list[DenseGroup]:
     """Group inputs (in order of their slots) into dense_groups; raises ConfigError on a malformed input."""
     slots = [step_input.slot for step_input in inputs]
     if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
@@ -98,7 +98,7 @@ def dense_groups_of(inputs: Sequence[StepInput], state: DecoderState) -> list[De
     return dense_groups
 
 
-def _shape(step_input: StepInput, state: DecoderState) -> Shape:
+def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
     """The shape of what the slot has staged after this step; raises ConfigError on a malformed input."""
     count, staged = len(step_input.tokens), state.staged(step_input.slot)
     if count == 0:
