@@ -16,8 +16,8 @@ from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import Snapshot
+from linspec.state.sequence_states import SequenceStates
+from linspec.state.slots import StateSnapshot
 
 VOCAB = 31
 GROUP = 4
@@ -167,7 +167,9 @@ def tree_logits(model: Decoder, prompt: Sequence[int], tree: TokenTree) -> torch
     return full_logits(model, [[*prompt, *path_tokens(tree, n)] for n in range(len(tree))])
 
 
-def feed(model: Decoder, state: DecoderState, tokens: Sequence[int], slot: int = 0) -> torch.Tensor:
+def feed(
+    model: Decoder, state: SequenceStates, tokens: Sequence[int], slot: int = 0
+) -> torch.Tensor:
     """Step and commit a chain (nothing if there are no tokens); its logits."""
     if not tokens:
         return torch.empty(0, VOCAB)
@@ -176,7 +178,7 @@ def feed(model: Decoder, state: DecoderState, tokens: Sequence[int], slot: int =
     return logits
 
 
-def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
+def prefilled(model: Decoder, *prompts: Sequence[int]) -> SequenceStates:
     """A state with one slot for each of `prompts`."""
     state = model.new_state(len(prompts))
     for slot, prompt in enumerate(prompts):
@@ -184,12 +186,14 @@ def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
     return state
 
 
-def remembered(model: Decoder, state: DecoderState, slot: int = 0) -> list[dict[str, torch.Tensor]]:
+def remembered(
+    model: Decoder, state: SequenceStates, slot: int = 0
+) -> list[dict[str, torch.Tensor]]:
     """What `slot` remembers that matters: a window keeps up to `window` rows too many."""
     found = []
     for part, copy in zip(state.parts, state.snapshot(slot), strict=True):
         rows = copy.keys.shape[2]
-        useful = min(rows, part.spec.window) if part.spec.window else rows
+        useful = min(rows, getattr(part.spec, "window", rows))
         conv_history = part.spec.conv_history
         found.append(
             {
@@ -206,7 +210,7 @@ def assert_close(actual: object, expected: object, atol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def assert_same_bytes(actual: Sequence[Snapshot], expected: Sequence[Snapshot]) -> None:
+def assert_same_bytes(actual: Sequence[StateSnapshot], expected: Sequence[StateSnapshot]) -> None:
     for a, b in zip(actual, expected, strict=True):
         assert (a.length, a.base_position) == (b.length, b.base_position)
         assert torch.equal(a.keys, b.keys)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from linspec.errors import ConfigError
-from linspec.quantization.rows import check_kv, decode, encode, quantized_width, rounded
+from linspec.quantization.rows import decode, encode, quantized_width, rounded
+from linspec.state.registry import kv_of
 
 
 @pytest.mark.parametrize("width", [1, 6, 24, 64])
@@ -38,5 +39,5 @@ def test_coding_twice_changes_nothing() -> None:
 
 
 def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"float or int8, got 'int4'"):
-        check_kv("int4")
+    with pytest.raises(ConfigError, match=r"one of auto, float32, .*int8.*, got 'int4'"):
+        kv_of("int4")

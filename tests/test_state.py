@@ -24,8 +24,9 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import chain_shape, from_paths
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowSpec, RowState, add_products
+from linspec.state.contract import StateOptions
+from linspec.state.grouped import GroupedSpec, GroupedState, add_products
+from linspec.state.sequence_states import SequenceStates
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 MODELS = [pytest.param((mixer_config(name, taps),), id=f"{name}-{taps}") for name, taps in CASES]
@@ -173,13 +174,13 @@ def test_reset_leaves_no_trace(layers: Layers) -> None:
 
 
 @torch.inference_mode()
-def poison(state: DecoderState, slot: int, *, committed: bool) -> None:
+def poison(state: SequenceStates, slot: int, *, committed: bool) -> None:
     """NaN in every row of `slot` behind the committed ones, or everywhere."""
     for part in state.parts:
         rows = 0 if committed else part.lengths[slot] - part.base_positions[slot]
         part.keys[:, slot, :, rows:] = torch.nan
         part.values[:, slot, :, 0 if committed else part.spec.conv_history + rows :] = torch.nan
-        if committed and part.spec.sum_width:
+        if committed and part.sums.numel():
             part.sums[:, slot] = torch.nan
 
 
@@ -260,7 +261,7 @@ def test_state_bytes_follow_the_formula_and_only_softmax_grows(name: str, taps: 
         assert state.bytes(0) == state.bytes_at(context) == expected
 
 
-def allocated(state: DecoderState) -> int:
+def allocated(state: SequenceStates) -> int:
     return sum(t.numel() for part in state.parts for t in (part.keys, part.values, part.sums))
 
 
@@ -305,8 +306,8 @@ def test_sums_are_kept_in_float32_or_wider(dtype: torch.dtype, sums: torch.dtype
 @torch.inference_mode()
 def test_sums_over_many_groups_are_far_better_than_bf16_running_sums() -> None:
     generator = torch.Generator().manual_seed(0)
-    spec = RowSpec(kv_heads=1, key_width=4, value_width=4, group=GROUP, sum_width=4)
-    state = RowState(spec, [add_products], 1, dtype=torch.bfloat16)
+    spec = GroupedSpec(kv_heads=1, key_width=4, value_width=4, group=GROUP, sum_width=4)
+    state = GroupedState(spec, [add_products], 1, StateOptions(dtype=torch.bfloat16))
     exact = torch.zeros(4, 4, dtype=torch.float64)
     running = torch.zeros(4, 4, dtype=torch.bfloat16)
     for _ in range(1000):

@@ -33,7 +33,7 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import TokenTree, chain, from_paths
 from linspec.errors import ConfigError, ContextOverflow, StateError
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 # from every offset the longest branch, 2 * GROUP + 2 deep, crosses two borders or more
@@ -161,7 +161,7 @@ def test_part_of_a_long_chain_can_be_committed(layers: Layers) -> None:
 
 
 def stage_randomly(
-    model: Decoder, state: DecoderState, text: list[int], rng: random.Random
+    model: Decoder, state: SequenceStates, text: list[int], rng: random.Random
 ) -> list[int]:
     """Stage a random forest in one to three steps, checking logits; the staged tokens."""
     tokens: list[int] = []
@@ -180,7 +180,7 @@ def stage_randomly(
 
 
 def round_randomly(
-    model: Decoder, state: DecoderState, text: list[int], rng: random.Random
+    model: Decoder, state: SequenceStates, text: list[int], rng: random.Random
 ) -> list[int]:
     """One round of staging, then a commit of a random path, or of nothing; the accepted tokens."""
     if rng.random() < 0.1:

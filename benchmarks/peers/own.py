@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from linspec.mixers.config import MixerConfig
     from linspec.models.decoder import Decoder
-    from linspec.state.decoder_state import DecoderState
+    from linspec.state.sequence_states import SequenceStates
 
 # as `LLM` reads prompts
 _CHUNK = 512
@@ -96,7 +96,7 @@ class OwnSession(Session):
     def __init__(self, model: Decoder, kv: str = "float") -> None:
         self.model = model
         self.kv = kv
-        self.state: DecoderState = model.new_state(1, kv)
+        self.state: SequenceStates = model.new_state(1, kv)
         self.tokens: list[int] = []
         self.context = 0
         self.short: OwnSession | None = None

@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from linspec.decoding.tree import Budget, TokenTree
     from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
     from linspec.engine.results import Generation, Piece
-    from linspec.errors import LinspecError
+    from linspec.errors import LinspecError, StateError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
     from linspec.mixers import MIXERS, Mixer
     from linspec.policies import POLICIES, Policy, PolicyContext
+    from linspec.state.contract import LayerState, StateOptions
+    from linspec.state.entries import EntrySpec
+    from linspec.state.registry import STATES
+    from linspec.state.slots import SlotStates, StateSnapshot
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.pretrain import pretrain
@@ -45,12 +49,15 @@ __all__ = [
     "LLM",
     "MIXERS",
     "POLICIES",
+    "STATES",
     "VERIFIERS",
     "Budget",
     "ChainDrafter",
     "Drafter",
     "DrafterContext",
+    "EntrySpec",
     "Generation",
+    "LayerState",
     "LinspecError",
     "Mixer",
     "Piece",
@@ -58,6 +65,10 @@ __all__ = [
     "PolicyContext",
     "RunningSequence",
     "SamplingParams",
+    "SlotStates",
+    "StateError",
+    "StateOptions",
+    "StateSnapshot",
     "TokenTree",
     "Verifier",
     "__version__",
@@ -77,12 +88,15 @@ _HOMES = {
     "LLM": "linspec.llm",
     "MIXERS": "linspec.mixers",
     "POLICIES": "linspec.policies",
+    "STATES": "linspec.state.registry",
     "VERIFIERS": "linspec.verifiers",
     "Budget": "linspec.decoding.tree",
     "ChainDrafter": "linspec.drafters",
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
+    "EntrySpec": "linspec.state.entries",
     "Generation": "linspec.engine.results",
+    "LayerState": "linspec.state.contract",
     "LinspecError": "linspec.errors",
     "Mixer": "linspec.mixers",
     "Piece": "linspec.engine.results",
@@ -90,6 +104,10 @@ _HOMES = {
     "PolicyContext": "linspec.policies",
     "RunningSequence": "linspec.decoding.sequence",
     "SamplingParams": "linspec.decoding.sampling",
+    "SlotStates": "linspec.state.slots",
+    "StateError": "linspec.errors",
+    "StateOptions": "linspec.state.contract",
+    "StateSnapshot": "linspec.state.slots",
     "TokenTree": "linspec.decoding.tree",
     "Verifier": "linspec.verifiers",
     "linearize": "linspec.train.linearize",

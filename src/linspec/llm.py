@@ -34,7 +34,7 @@ from linspec.kernels.device import pick_device
 from linspec.models.t5 import T5
 from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
-from linspec.quantization.rows import check_held, kv_of
+from linspec.state.registry import check_held, kv_of
 from linspec.utils.messages import shown
 from linspec.utils.sizes import check_size
 from linspec.verifiers import make_verifier

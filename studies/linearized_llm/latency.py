@@ -17,7 +17,7 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.train.student import with_mixers
 from studies.linearized_llm.attentions import AUG, choose
 from studies.linearized_llm.table import TABLES, Cell, Result, Results, Section, Table
@@ -175,12 +175,12 @@ def _shares(model: Decoder, prompt: list[int], after: list[int]) -> dict[str, An
     return found
 
 
-def _read(model: Decoder, state: DecoderState, prompt: list[int]) -> None:
+def _read(model: Decoder, state: SequenceStates, prompt: list[int]) -> None:
     model.step([StepInput(0, prompt, all_logits=False)], state)
     state.commit(0, range(len(prompt)))
 
 
-def _decode(model: Decoder, state: DecoderState, tokens: list[int]) -> None:
+def _decode(model: Decoder, state: SequenceStates, tokens: list[int]) -> None:
     for token in tokens:
         model.step([StepInput(0, (token,))], state)
         state.commit(0, (0,))

@@ -21,7 +21,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.report.data import Bar, Bars
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.train.drafter import DrafterConfig, train_drafter
 from linspec.train.linearize import RECORD
 from linspec.train.run import begun
@@ -200,7 +200,7 @@ def _tree(rng: random.Random, vocabulary: int) -> tuple[TokenTree, list[tuple[in
     return tree, [tree.path_to(leaf) for leaf in sorted(leaves)]
 
 
-def _verify(model: Decoder, state: DecoderState, inputs: list[StepInput]) -> None:
+def _verify(model: Decoder, state: SequenceStates, inputs: list[StepInput]) -> None:
     for feed in inputs:
         model.step([feed], state)
         state.drop(0)

@@ -16,7 +16,7 @@ from linspec.llm import LLM
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
 TOKENS = [3 * node + 1 for node in range(len(TREE))]
@@ -53,7 +53,7 @@ def whole(mixer: MixerConfig, width: int) -> Decoder:
     return made.to_inference()
 
 
-def read(model: Decoder, length: int, slots: int = 1) -> DecoderState:
+def read(model: Decoder, length: int, slots: int = 1) -> SequenceStates:
     """A state that has read a text in chains that the one-call step takes."""
     state = model.new_state(slots, "int8")
     ids = [index * 31 % 97 for index in range(length)]

@@ -28,7 +28,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.linear import GroupedLinear
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 LARGE = 1e-3
 SUMMED = ("global", "aug", "relu", "hedgehog", "linformer", "aug:softmax", "gla:softmax")
@@ -77,7 +77,7 @@ def test_a_centred_convolution_would_be_noticed(
     assert max(changes(bare(name, taps))) > LARGE
 
 
-def verified(model: Decoder, state: DecoderState, tree: TokenTree) -> torch.Tensor:
+def verified(model: Decoder, state: SequenceStates, tree: TokenTree) -> torch.Tensor:
     """Logits of the nodes of `tree`; nothing stays staged."""
     logits = model.step([StepInput.tree(0, tree)], state).logits
     state.drop(0)
@@ -106,7 +106,7 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
     assert_close(verified(model, state, tree), expected)
     # layouts remember their groups
     for part in state.parts:
-        part._layouts.clear()
+        part._tree_masks.clear()
     wrong = without_groups_closed_in_the_tree(GroupedLinear._groups)
     monkeypatch.setattr(GroupedLinear, "_groups", wrong)
     found = verified(model, state, tree)

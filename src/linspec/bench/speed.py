@@ -33,7 +33,7 @@ from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.policies.base import Policy
-from linspec.state.row_state import Snapshot
+from linspec.state.slots import StateSnapshot
 from linspec.train.data import end_of_text
 from linspec.utils.progress import Progress
 
@@ -80,7 +80,7 @@ class _Prefix:
     """A context that has been read, with the first new token; its state and last hidden state."""
 
     tokens: list[int]
-    snapshot: list[Snapshot]
+    snapshot: list[StateSnapshot]
     hidden: torch.Tensor
     state_bytes: int
 

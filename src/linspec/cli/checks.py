@@ -72,7 +72,7 @@ def cache_dtype(value: str) -> str:
     # the library imports torch, which --help must not wait for
     if value == "auto":
         return "float"
-    from linspec.quantization.rows import kv_of
+    from linspec.state.registry import kv_of
 
     return kv_of(value)
 

@@ -7,6 +7,7 @@ from typing import Any
 from linspec.drafters import DRAFTERS
 from linspec.mixers import MIXERS, Mixer
 from linspec.policies import POLICIES
+from linspec.state.registry import STATES
 from linspec.utils.registry import Entry, Registry
 from linspec.verifiers import VERIFIERS
 
@@ -23,6 +24,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "drafters": DRAFTERS,
         "verifiers": VERIFIERS,
         "policies": POLICIES,
+        "caches": STATES,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:

@@ -32,7 +32,6 @@ from linspec.engine.proposals import Proposals
 from linspec.engine.scheduler import Batch, Scheduler
 from linspec.errors import ContextOverflow, InputError, StateError
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
-from linspec.models.memory import check_state
 from linspec.policies.acceptance import expected_of
 from linspec.policies.base import Policy, RoundTimes
 from linspec.utils.isolation import isolated
@@ -122,7 +121,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens, this model takes {limit}; shorten it, or "
                 "linearize the model: linear mixers have no such limit"
             )
-        check_state(self.state, len(prompt))
+        self.state.check_room(len(prompt))
         self.check_process()
         self._requests += 1
         # made here, so that foreign tokens are refused now and not when a slot is free

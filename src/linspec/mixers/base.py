@@ -16,8 +16,8 @@ are; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import MixerOptions
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
-from linspec.quantization.rows import rounded
-from linspec.state.row_state import RowSpec, RowState, add_products
+from linspec.state.contract import EntryState, LayerState, Makers, StateOptions
+from linspec.state.entries import EntrySpec
 from linspec.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Mixer(nn.Module):
     settings: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    keeps_cache: bool = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
@@ -108,9 +109,17 @@ class Mixer(nn.Module):
 
     # ---- what a mixer defines
 
-    def row_spec(self) -> RowSpec:
-        """Sizes of the rows this mixer keeps."""
+    def state_spec(self) -> EntrySpec:
+        """Sizes of the state; layers with equal specs share one state object."""
         raise NotImplementedError
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        """An empty state for `layers`, mixers whose specs equal this one's."""
+        raise NotImplementedError
+
+    def state_makers(self) -> Makers:
+        """Who makes the state: the mixer, or the parts that its heads are divided among."""
+        return self
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """What queries and keys become before they are multiplied: [..., H + Hkv, K] -> [..., K'].
@@ -137,7 +146,7 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """Step form on features: what nodes with queries q read from the rows and sums of their slots.
 
-        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as `RowState`
+        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
         keeps them -> [R, Hkv, rep, N, V].
         """
         # the queries of all heads that share a key, as rows of one product
@@ -148,14 +157,6 @@ class Mixer(nn.Module):
     def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
         return None
-
-    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """What row keys become when their group closes into a sum: [.., Hkv, C, K'] -> [.., Hkv, C, S]."""
-        return k
-
-    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Sums [Hkv, S, Z] after rows of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
-        return add_products(sums, self.summed_keys(keys), values)
 
     def mix(
         self,
@@ -261,7 +262,7 @@ class Mixer(nn.Module):
         x: torch.Tensor,
         rope: Rope,
         dense_groups: list[DenseGroup],
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """The step form: x [M, D], all new nodes of all dense_groups packed -> [M, D]."""
@@ -271,7 +272,7 @@ class Mixer(nn.Module):
         self,
         packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         dense_groups: list[DenseGroup],
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """The step form between `project` and the output projection: [M, H * V]."""
@@ -291,7 +292,7 @@ class Mixer(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         dense_group: DenseGroup,
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """A few nodes a row, any tree: one masked product over the rows of each slot."""
@@ -299,9 +300,8 @@ class Mixer(nn.Module):
         tree_mask = dense_group.tree_mask(state)
         slots, width = dense_group.slots, tree_mask.width
         keys, values = state.read(layer, slots, width)
-        sums = state.sums[layer, slots] if state.spec.sum_width else None
-        if state.spec.quantized:
-            q = rounded(q)
+        sums = state.read_sums(layer, slots)
+        q = state.entries.queries(q)
         q = q.unflatten(1, (self.kv_heads, self.repeats))
         o = self.attend(q, keys, values[:, :, state.spec.conv_history :], tree_mask, sums)
         if self.mixer.taps:
@@ -375,19 +375,18 @@ class Mixer(nn.Module):
         k: torch.Tensor,
         v: torch.Tensor,
         dense_group: DenseGroup,
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """Long chains (prefill): the full form from each base_position on, with the state before it."""
         keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
-        if state.spec.quantized:
-            q = rounded(q)
-        bases = [state.lengths[s] - state.base_positions[s] for s in dense_group.slot_range]
+        q = state.entries.queries(q)
+        bases = [state.held(slot) for slot in dense_group.slot_range]
         aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
         for i, (base, n) in enumerate(zip(bases, dense_group.lengths, strict=True)):
             aligned[i, :, base : base + n] = q[i, :, :n]
         conv_history = state.spec.conv_history
-        sums = state.sums[layer, dense_group.slots] if state.spec.sum_width else None
+        sums = state.read_sums(layer, dense_group.slots)
         o = self._full(
             aligned, keys, values[:, :, conv_history:], values[:, :, :conv_history], sums
         )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.blocks import join, split
 from linspec.mixers.linear import GroupedLinear
-from linspec.state.row_state import RowSpec
+from linspec.state.grouped import GroupedSpec
 
 # a gate x fades the state by sigmoid(x)^(1/16) per token (Yang et al. 2024, arXiv 2312.06635)
 GATE_TEMPERATURE = 16.0
@@ -70,8 +70,8 @@ class Fading(GroupedLinear):
         """
         return v, None
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), key_width=self.head_width + self.gate_width)
+    def state_spec(self) -> GroupedSpec:
+        return replace(super().state_spec(), key_width=self.head_width + self.gate_width)
 
     def near_features(self, x: torch.Tensor) -> torch.Tensor:
         return super().near_features(x[..., : self.head_width])

@@ -14,6 +14,9 @@ reach, plus α times what the mixer makes of the closed groups alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +26,8 @@ from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import Mixer
 from linspec.mixers.blocks import join, masked_softmax, split, windows
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.state.row_state import RowSpec
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.grouped import GroupedSpec, GroupedState, add_products
 
 # ‖x‖ below this is treated as this: padding rows are all zero and must stay zero
 NORM_FLOOR = 1e-6
@@ -56,8 +60,8 @@ class GroupedLinear(Mixer):
             # 2024, fig. 6b)
             self.alpha = nn.Parameter(torch.zeros(()))
 
-    def row_spec(self) -> RowSpec:
-        return RowSpec(
+    def state_spec(self) -> GroupedSpec:
+        return GroupedSpec(
             kv_heads=self.kv_heads,
             key_width=self.head_width,
             value_width=self.head_width,
@@ -66,6 +70,9 @@ class GroupedLinear(Mixer):
             span=self.mixer.span,
             sum_width=self.sum_width() if self.summed else 0,
         )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return GroupedState(self.state_spec(), [each.fold for each in layers], slots, options)
 
     # ---- what a grouped mixer defines
 
@@ -101,7 +108,12 @@ class GroupedLinear(Mixer):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.raw else self.feature_map(x)
 
+    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums [Hkv, S, Z] after entries of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
+        return add_products(sums, self.summed_keys(keys), values)
+
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
+        """What keys become when their group closes into a sum: [.., Hkv, C, K'] -> [.., Hkv, C, S]."""
         return self.feature_map(k) if self.raw else k
 
     def summed_queries(self, q: torch.Tensor) -> torch.Tensor:

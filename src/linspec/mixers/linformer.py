@@ -14,7 +14,7 @@ from linspec.mixers.base import MIXERS
 from linspec.mixers.blocks import join, masked_softmax, shifted, split, windows
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import GroupedLinear, causal_window
-from linspec.state.row_state import RowSpec
+from linspec.state.grouped import GroupedSpec
 
 DEFAULT_KEEP = 16
 # tokens that one compressed row stands for, unless `features` says otherwise
@@ -64,8 +64,8 @@ class Linformer(GroupedLinear):
         self.key_map = nn.Parameter(averages(self.rows, mixer.group))
         self.value_map = nn.Parameter(averages(self.rows, mixer.group))
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), sum_columns=2 * self.head_width + 1)
+    def state_spec(self) -> GroupedSpec:
+        return replace(super().state_spec(), sum_columns=2 * self.head_width + 1)
 
     def sum_width(self) -> int:
         return self.keep * self.rows

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from linspec.mixers.linear import GroupedLinear
-from linspec.state.row_state import RowSpec
+from linspec.state.grouped import GroupedSpec
 
 DENOMINATOR_FLOOR = 1e-6
 
@@ -19,8 +19,8 @@ class Normalised(GroupedLinear):
     With a kernel for the rows within reach, each of the two parts has its own denominator.
     """
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), value_width=self.head_width + 1)
+    def state_spec(self) -> GroupedSpec:
+        return replace(super().state_spec(), value_width=self.head_width + 1)
 
     def row_values(self, v: torch.Tensor) -> torch.Tensor:
         return F.pad(v, (0, 1), value=1.0)

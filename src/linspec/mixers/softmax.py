@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.blocks import masked_softmax
-from linspec.quantization.rows import rounded
-from linspec.state.row_state import RowSpec, RowState
+from linspec.state.contract import EntryState, LayerState, StateOptions
+from linspec.state.entries import EntrySpec
+from linspec.state.registry import new_cache
 
 if TYPE_CHECKING:
     from linspec.state.dense_group import DenseGroup
@@ -32,14 +34,18 @@ class Softmax(Mixer):
     """Every token attends to all tokens before it; in an encoder to all tokens."""
 
     biased = True
+    keeps_cache = True
 
-    def row_spec(self) -> RowSpec:
-        return RowSpec(
+    def state_spec(self) -> EntrySpec:
+        return EntrySpec(
             kv_heads=self.kv_heads,
             key_width=self.head_width,
             value_width=self.head_width,
             conv_history=max(0, self.mixer.taps - 1),
         )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return new_cache(self.state_spec(), len(layers), slots, options)
 
     def attention_plan(self) -> AttentionPlan | None:
         # a subclass may weigh rows in another way
@@ -76,7 +82,7 @@ class Softmax(Mixer):
         k: torch.Tensor,
         v: torch.Tensor,
         dense_group: DenseGroup,
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         # a subclass may weigh rows in another way
@@ -84,13 +90,12 @@ class Softmax(Mixer):
             return super()._step_long(q, k, v, dense_group, state, layer)
         # the new rows alone: nothing of the rows before them is computed again
         keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
-        if state.spec.quantized:
-            q = rounded(q)
+        q = state.entries.queries(q)
         out = values.new_zeros(*q.shape[:3], values.shape[3])
         for i, (slot, n) in enumerate(
             zip(dense_group.slot_range, dense_group.lengths, strict=True)
         ):
-            past = state.lengths[slot] - state.base_positions[slot]
+            past = state.held(slot)
             for first in range(0, n, _TAIL_ROWS):
                 last = min(first + _TAIL_ROWS, n)
                 seen = slice(i, i + 1), slice(None), slice(past + last)

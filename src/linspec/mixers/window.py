@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,9 @@ from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.softmax import Softmax
-from linspec.state.row_state import RowSpec
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.registry import entry_format
+from linspec.state.window import WindowCache, WindowSpec
 
 
 @MIXERS.register(
@@ -23,8 +26,19 @@ from linspec.state.row_state import RowSpec
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), window=self.mixer.window)
+    def state_spec(self) -> WindowSpec:
+        return WindowSpec(
+            kv_heads=self.kv_heads,
+            key_width=self.head_width,
+            value_width=self.head_width,
+            conv_history=max(0, self.mixer.taps - 1),
+            window=self.mixer.window,
+        )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return WindowCache(
+            self.state_spec(), len(layers), slots, options, entries=entry_format(options)
+        )
 
     def attention_plan(self) -> AttentionPlan | None:
         return (

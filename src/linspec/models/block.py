@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.config import StackConfig
 from linspec.models.norm import inference_norm
+from linspec.state.contract import Makers
 from linspec.state.dense_group import DenseGroup
-from linspec.state.row_state import RowState
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -81,6 +82,10 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
+    def state_makers(self) -> Makers:
+        """Who makes what this block remembers of the committed tokens."""
+        return self.mixer.state_makers()
+
     def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace every part by its inference form."""
         self.mixer.to_inference(linear_factory)
@@ -99,7 +104,7 @@ class Block(nn.Module):
         x: torch.Tensor,
         rope: Rope,
         dense_groups: list[DenseGroup],
-        state: RowState,
+        state: Any,
         layer: int,
     ) -> torch.Tensor:
         """The step form over packed nodes [M, D]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import cast
 
 import torch
@@ -15,14 +15,14 @@ from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
-from linspec.models.cache import row_specs
+from linspec.models.cache import new_states
 from linspec.models.config import DecoderConfig
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_plan import OneCall, one_call
-from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import DenseGroup, dense_groups_of
+from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
+from linspec.state.sequence_states import SequenceStates
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -136,110 +136,117 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> DecoderState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
-        kv: 'int8' keeps the rows of softmax caches as 8-bit codes. Raises ConfigError when no layer
-        has such a cache.
+        kv: how softmax caches keep their entries, such as 'int8'. Raises ConfigError when another kind
+        than 'float' is named and no layer has such a cache.
         """
-        mixers = [block.mixer for block in self.layers]
-        return DecoderState(
-            row_specs(mixers, kv),
-            [mixer.fold for mixer in mixers],
-            slots,
-            dtype=self.dtype,
-            device=self.embed.weight.device,
-        )
+        makers = [block.state_makers() for block in self.layers]
+        return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
 
     def open(
-        self, prompt: Sequence[int], slot: int, state: DecoderState
+        self, prompt: Sequence[int], slot: int, state: SequenceStates
     ) -> tuple[list[int], tuple[int, ...]]:
         """Make `slot` an empty sequence; returns the tokens to feed it, all of `prompt`, and no source."""
         state.reset(slot)
         return list(prompt), ()
 
     @torch.inference_mode()
-    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        *,
+        layers: Collection[int] | None = None,
+    ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
         Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
+
+        layers: those that the nodes go through, None for all; the states of the others stay as they are.
         """
-        parts = self._apart(inputs)
-        outputs = [self._step([inputs[i] for i in part], state) for part in parts]
-        return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
+        native = self.native if layers is None and state.in_kernels else None
+        long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
+        if native is None or all(long) or not any(long):
+            return self._step(inputs, state, native, layers)
+        # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
+        # a prompt would be rounded in another way than one that did not
+        parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
+        outputs = [self._step([inputs[i] for i in part], state, native, layers) for part in parts]
+        return _interleaved(parts, outputs)
 
-    def _apart(self, inputs: Sequence[StepInput]) -> list[list[int]]:
-        """Which inputs are computed together.
-
-        The one-call step takes trees only. It must take all of them: a tree that shared a step with a
-        prompt would be rounded in another way than one that did not.
-        """
-        if self.native is None:
-            return [list(range(len(inputs)))]
-        parts = [
-            [
-                i
-                for i, step_input in enumerate(inputs)
-                if (len(step_input.tokens) > MAX_STAGED) is long
-            ]
-            for long in (False, True)
-        ]
-        return [part for part in parts if part] or [[]]
-
-    def _step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
-        dense_groups = dense_groups_of(inputs, state)
-        shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
-        places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
+    def _step(
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        native: OneCall | None,
+        layers: Collection[int] | None,
+    ) -> StepOutput:
+        shapes = staged_shapes(inputs, state)
+        positions = self._positions(inputs, shapes, state)
+        for step_input in inputs:
+            state.check_layers(step_input.slot, layers)
         for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
         rows, wanted = _wanted(inputs)
-        if self.native is not None:
-            hidden, logits = self.native.run(inputs, shapes, places, wanted, state)
+        if native is not None:
+            hidden, logits = native.run(inputs, shapes, positions, wanted, state)
         else:
-            hidden, logits = self._by_layers(inputs, dense_groups, places, wanted, state)
+            x, rope = self._enter_nodes(inputs, positions)
+            dense_groups = dense_groups_of(inputs, shapes)
+            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, layers), wanted)
+            logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape)
+            state.record(step_input.slot, shape, layers=layers)
         return StepOutput(hidden, logits, rows)
 
-    def _by_layers(
-        self,
-        inputs: Sequence[StepInput],
-        dense_groups: list[DenseGroup],
-        places: Sequence[Sequence[int]],
-        wanted: Sequence[int],
-        state: DecoderState,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the `wanted` nodes, by torch's operators."""
+    def _enter_nodes(
+        self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, Rope]:
+        """`enter` for the packed nodes [M] of a step."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
-        positions = torch.tensor([p for place in places for p in place], device=device)
-        x, rope = self.enter(ids, positions)
-        x = self.run(x, rope, dense_groups, state)
+        packed = torch.tensor([at for each in positions for at in each], device=device)
+        return self.enter(ids, packed)
+
+    def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+        """`leave` for the `wanted` of packed nodes [M, D]."""
         if len(wanted) < len(x):
-            x = x[torch.tensor(wanted, device=device)]
-        hidden = self.leave(x)
-        return hidden, self.head(hidden)
+            x = x[torch.tensor(wanted, device=x.device)]
+        return self.leave(x)
 
     def run(
-        self, x: torch.Tensor, rope: Rope, dense_groups: list[DenseGroup], state: DecoderState
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: SequenceStates,
+        layers: Collection[int] | None = None,
     ) -> torch.Tensor:
-        """Packed nodes [M, D] through the step form of every block."""
-        for block, (part, layer) in zip(self.layers, state.layers, strict=True):
-            x = block.step(x, rope, dense_groups, part, layer)
+        """Packed nodes [M, D] through the step form of every block, or of the blocks `layers`."""
+        for index, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
+            if layers is None or index in layers:
+                x = block.step(x, rope, dense_groups, *place)
         return x
 
-    def _positions(self, step_input: StepInput, shape: Shape, state: DecoderState) -> list[int]:
-        start = state.length(step_input.slot)
-        places = [start + depth for depth in shape.depths[len(shape) - len(step_input.tokens) :]]
-        limit = self.config.position_limit
-        if limit is not None and max(places, default=0) >= limit:
-            raise ContextOverflow(
-                f"position {max(places)} is beyond this model's {limit} positions; shorten the prompt or "
-                "max_tokens, or linearize the model: linear mixers have no such limit"
-            )
-        return places
+    def _positions(
+        self, inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
+    ) -> list[list[int]]:
+        """Positions of the new nodes of each input; raises ContextOverflow beyond the last one."""
+        limit, positions = self.config.position_limit, []
+        for step_input, shape in zip(inputs, shapes, strict=True):
+            start, new = state.length(step_input.slot), len(step_input.tokens)
+            mine = [start + depth for depth in shape.depths[-new:]]
+            if limit is not None and max(mine) >= limit:
+                raise ContextOverflow(
+                    f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "
+                    "or max_tokens, or linearize the model: linear mixers have no such limit"
+                )
+            positions.append(mine)
+        return positions
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:

@@ -8,6 +8,8 @@ are not normalised, and a linear one over the groups before. A gate multiplies t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,11 @@ from linspec.mixers.linear import GroupedLinear
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.models.flash_config import FlashConfig
+from linspec.state.contract import EntryState, LayerState, StateOptions
 from linspec.state.dense_group import DenseGroup
-from linspec.state.row_state import RowSpec, RowState
+from linspec.state.entries import EntrySpec
+from linspec.state.grouped import GroupedSpec, GroupedState, add_products
+from linspec.state.registry import new_cache
 
 
 def laplace(x: torch.Tensor) -> torch.Tensor:
@@ -44,6 +49,7 @@ class GatedAttentionUnit(GroupedLinear):
         self.heads = self.kv_heads = self.repeats = 1
         self.head_width, self.qk_width = config.mlp_width, config.head_width
         self.variant = config.variant
+        self.keeps_cache = config.variant == "quadratic"
         self.summed = config.variant in ("grouped", "aug")
         # two maps of one projection, made there
         self.arranged, self.one_map, self.raw = False, False, True
@@ -62,15 +68,22 @@ class GatedAttentionUnit(GroupedLinear):
 
     # ---- what tells it from the other grouped mixers
 
-    def row_spec(self) -> RowSpec:
-        return RowSpec(
-            kv_heads=1,
-            key_width=2 * self.qk_width,
-            value_width=self.head_width,
-            conv_history=max(0, self.mixer.taps - 1),
-            group=0 if self.variant == "quadratic" else self.mixer.group,
-            sum_width=self.qk_width if self.summed else 0,
-        )
+    def state_spec(self) -> Any:
+        sizes = {
+            "kv_heads": 1,
+            "key_width": 2 * self.qk_width,
+            "value_width": self.head_width,
+            "conv_history": max(0, self.mixer.taps - 1),
+        }
+        if self.keeps_cache:
+            return EntrySpec(**sizes)
+        sums = self.qk_width if self.summed else 0
+        return GroupedSpec(**sizes, group=self.mixer.group, sum_width=sums)
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        if self.keeps_cache:
+            return new_cache(self.state_spec(), len(layers), slots, options)
+        return super().new_state(layers, slots, options)
 
     def near_queries(self, q: torch.Tensor) -> torch.Tensor:
         return q[..., : self.qk_width]
@@ -154,7 +167,7 @@ class GatedAttentionUnit(GroupedLinear):
         x: torch.Tensor,
         rope: Rope,
         dense_groups: list[DenseGroup],
-        state: RowState,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         gate, heads = self.gated(x, rope)
@@ -168,13 +181,20 @@ class TokenShift(nn.Module):
     and in a tree a node's predecessor is its parent.
     """
 
+    keeps_cache = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.channels = width // 2
 
-    def row_spec(self) -> RowSpec:
-        """Groups of one: a row is gone as soon as it is committed, and stays as the conv_history."""
-        return RowSpec(kv_heads=1, key_width=0, value_width=self.channels, conv_history=1, group=1)
+    def state_spec(self) -> GroupedSpec:
+        """Groups of one: an entry leaves as soon as it is committed, and stays as the conv_history."""
+        return GroupedSpec(
+            kv_heads=1, key_width=0, value_width=self.channels, conv_history=1, group=1
+        )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return GroupedState(self.state_spec(), [add_products] * len(layers), slots, options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]; nothing comes before the first token."""
@@ -182,7 +202,7 @@ class TokenShift(nn.Module):
         return torch.cat((before, x[..., self.channels :]), dim=-1)
 
     def step(
-        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: RowState, layer: int
+        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: EntryState, layer: int
     ) -> torch.Tensor:
         """Packed nodes [M, D] -> [M, D]."""
         rows = x[:, None, : self.channels]
@@ -192,7 +212,7 @@ class TokenShift(nn.Module):
         return torch.cat((torch.cat(before), x[:, self.channels :]), dim=-1)
 
     def _step_segment(
-        self, rows: torch.Tensor, dense_group: DenseGroup, state: RowState, layer: int
+        self, rows: torch.Tensor, dense_group: DenseGroup, state: EntryState, layer: int
     ) -> torch.Tensor:
         v = dense_group.unpack(rows).transpose(1, 2)
         at = (layer, dense_group.start, dense_group.lengths, v[..., :0], v)
@@ -201,7 +221,7 @@ class TokenShift(nn.Module):
         else:
             state.stage(*at)
             tree_mask = dense_group.tree_mask(state)
-            values = state.values[layer, dense_group.slots, :, : 1 + tree_mask.width]
+            _, values = state.read(layer, dense_group.slots, tree_mask.width)
             parent = tree_mask.memo("parent", lambda: _parents(tree_mask))
             before = parent[:, None].to(values.dtype) @ values
         return dense_group.pack(before.transpose(1, 2)).flatten(1)

@@ -21,7 +21,7 @@ from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNo
 from linspec.mixers.rope import inverse_frequencies
 from linspec.models.block import Block
 from linspec.models.native_linear import NativeLinear
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
@@ -112,7 +112,7 @@ class OneCall:
         shapes: Sequence[Shape],
         positions: Sequence[Sequence[int]],
         outputs: Sequence[int],
-        state: DecoderState,
+        state: SequenceStates,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all new nodes, packed.
 
@@ -140,9 +140,9 @@ class OneCall:
         return self.kernel.run(nodes, outputs)
 
     def _run_chains(
-        self, nodes: Sequence[NewNodes], outputs: Sequence[int], state: DecoderState
+        self, nodes: Sequence[NewNodes], outputs: Sequence[int], state: SequenceStates
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One after the other; their rows are staged aside, as `RowState.stage_long` does."""
+        """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
         results, first = [], 0
         for new in nodes:
@@ -158,27 +158,27 @@ class OneCall:
         return torch.cat(hidden), torch.cat(logits)
 
 
-def _committed(state: DecoderState, slot: int) -> list[int]:
+def _committed(state: SequenceStates, slot: int) -> list[int]:
     """Rows of `slot` in the state of each kind of layer."""
     return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
 
 
-def _buffers(state: DecoderState) -> list[LayerBuffers]:
+def _buffers(state: SequenceStates) -> list[LayerBuffers]:
     """Where every layer finds its rows."""
     return [
         LayerBuffers(
             kind=state.parts.index(part),
             keys=part.keys[index],
             values=part.values[index],
-            sums=part.sums[index] if part.spec.sum_width else None,
+            sums=part.sums[index] if part.sums.numel() else None,
             conv_history=part.spec.conv_history,
-            quantized=part.spec.quantized,
+            quantized=part.entries.quantized,
         )
         for part, index in state.layers
     ]
 
 
-def _buffers_aside(state: DecoderState, slot: int, new: int) -> list[LayerBuffers]:
+def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[LayerBuffers]:
     """Where every layer finds the rows of one slot, with room for a chain of `new` nodes."""
     rooms = [iter(part.room_aside(slot, new)) for part in state.parts]
     buffers = []
@@ -190,9 +190,9 @@ def _buffers_aside(state: DecoderState, slot: int, new: int) -> list[LayerBuffer
                 kind=kind,
                 keys=keys[None],
                 values=values[None],
-                sums=part.sums[index, slot] if part.spec.sum_width else None,
+                sums=part.sums[index, slot] if part.sums.numel() else None,
                 conv_history=part.spec.conv_history,
-                quantized=part.spec.quantized,
+                quantized=part.entries.quantized,
             )
         )
     return buffers

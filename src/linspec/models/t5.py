@@ -17,10 +17,10 @@ from torch import nn
 from linspec.decoding.step import StepInput, StepOutput
 from linspec.errors import InputError
 from linspec.models.config import Seq2SeqConfig
-from linspec.models.cross import CrossDecoder, SourceState
+from linspec.models.cross import CrossDecoder, sources_of
 from linspec.models.encoder import Encoder
 from linspec.models.padding import to_left
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 
 class T5(nn.Module):
@@ -106,21 +106,20 @@ class T5(nn.Module):
         """Those of the decoder."""
         return self.decoder.kernels
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SourceState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
         return self.decoder.new_state(slots, kv)
 
     def open(
-        self, prompt: Sequence[int], slot: int, state: DecoderState
+        self, prompt: Sequence[int], slot: int, state: SequenceStates
     ) -> tuple[list[int], tuple[int, ...]]:
         """Make `slot` an empty output for the source `prompt`; returns what to feed it, and the source."""
-        assert isinstance(state, SourceState), "the state of this model has sources"
         self.read([prompt], [slot], state)
         return [self.config.start_id], tuple(prompt)
 
     @torch.inference_mode()
     def read(
-        self, sources: Sequence[Sequence[int]], slots: Sequence[int], state: SourceState
+        self, sources: Sequence[Sequence[int]], slots: Sequence[int], state: SequenceStates
     ) -> None:
         """Encode `sources` in one batch and make each the source of its slot, which is emptied.
 
@@ -140,8 +139,8 @@ class T5(nn.Module):
         values = torch.stack([layer.values for layer in layers])
         for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             state.reset(slot)
-            state.read(slot, keys[:, row, :, :length], values[:, row, :, :length])
+            sources_of(state).fill(slot, keys[:, row, :, :length], values[:, row, :, :length])
 
-    def step(self, inputs: Sequence[StepInput], state: DecoderState) -> StepOutput:
+    def step(self, inputs: Sequence[StepInput], state: SequenceStates) -> StepOutput:
         """One step of the decoder; see `Decoder.step`."""
         return self.decoder.step(inputs, state)

@@ -19,7 +19,7 @@ from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, LinspecError
 from linspec.kernels.cpu.structs import ABI
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.border import read_json
 from linspec.utils.files import cache_dir, replace_text
 
@@ -71,7 +71,7 @@ def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) 
 
 
 def _quickest_step(
-    model: CausalModel, state: DecoderState, nodes: int, clock: Callable[[], float]
+    model: CausalModel, state: SequenceStates, nodes: int, clock: Callable[[], float]
 ) -> float:
     """Seconds of the least disturbed repeat: the curve is kept, a busy moment must not be."""
     times: list[float] = []

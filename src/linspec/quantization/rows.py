@@ -13,47 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from linspec.errors import ConfigError
-from linspec.utils.messages import did_you_mean, shown
-
-KINDS = ("float", "int8")
-# as users say it; 'float' is the name of older versions
-NAMES = ("auto", "float32", "int8")
 _SCALE_BYTES = 4
-
-
-def kv_of(name: str, old: str | None = None) -> str:
-    """The kind that a `kv_cache_dtype` stands for, or an `old` setting that was given instead."""
-    if old is not None and name not in ("auto", old):
-        raise ConfigError(
-            f"kv_cache_dtype is {shown(repr(name))} and kv, its old name, is {shown(repr(old))}; leave "
-            "out kv"
-        )
-    name = name if old is None else old
-    if isinstance(name, str) and name in ("float", *NAMES):
-        return "int8" if name == "int8" else "float"
-    raise ConfigError(
-        f"kv_cache_dtype must be one of {', '.join(NAMES)}, got {shown(repr(name))}"
-        f"{did_you_mean(name, NAMES)}"
-    )
-
-
-def check_held(name: str, dtype: torch.dtype) -> None:
-    """Raise ConfigError where a cache of floats was named and the model computes in others."""
-    if name == "float32" and dtype != torch.float32:
-        raise ConfigError(
-            f"this model computes in {dtype}, and so are its caches kept: use kv_cache_dtype='auto' or "
-            "'int8', or dtype='float32'"
-        )
-
-
-def check_kv(kind: str) -> None:
-    """Raises ConfigError unless `kind` names a way to keep the rows of a cache."""
-    if kind not in KINDS:
-        raise ConfigError(
-            f"a cache can be kept as {' or '.join(KINDS)}, got {shown(repr(kind))}"
-            f"{did_you_mean(kind, KINDS)}"
-        )
 
 
 def quantized_width(width: int) -> int:

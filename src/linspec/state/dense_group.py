@@ -16,8 +16,8 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape, chain_shape, shape_of
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError, StateError
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowState
+from linspec.state.contract import EntryState
+from linspec.state.sequence_states import SequenceStates
 
 
 @dataclass
@@ -68,8 +68,8 @@ class DenseGroup:
         flat = dense.flatten(0, 1)
         return flat if self.index is None else flat[self.index.to(flat.device)]
 
-    def tree_mask(self, state: RowState) -> TreeMask:
-        """Who sees whom, for a dense_group of trees; computed once for all layers of `state`."""
+    def tree_mask(self, state: EntryState) -> TreeMask:
+        """The tree mask of these slots; computed once for all layers of `state`."""
         if id(state) not in self._tree_masks:
             self._tree_masks[id(state)] = state.tree_mask(self.start, self.shapes, self.lengths)
         return self._tree_masks[id(state)]
@@ -78,15 +78,20 @@ class DenseGroup:
         self._tree_masks: dict[int, TreeMask] = {}
 
 
-def dense_groups_of(inputs: Sequence[StepInput], state: DecoderState) -> list[DenseGroup]:
-    """Group inputs (in order of their slots) into dense_groups; raises ConfigError on a malformed input."""
+def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
+    """Shapes of what each slot has staged after a step; raises ConfigError on a malformed input."""
     slots = [step_input.slot for step_input in inputs]
     if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
         raise ConfigError(f"slots {slots} are not different slots of a state of {state.slots}")
+    return [_shape(step_input, state) for step_input in inputs]
+
+
+def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> list[DenseGroup]:
+    """Group inputs, in order of their slots, and their `staged_shapes`."""
     dense_groups: list[DenseGroup] = []
     first = 0
-    for step_input in inputs:
-        count, shape = len(step_input.tokens), _shape(step_input, state)
+    for step_input, shape in zip(inputs, shapes, strict=True):
+        count = len(step_input.tokens)
         long = count > MAX_STAGED
         last = dense_groups[-1] if dense_groups else None
         if last is None or last.long != long or last.slots.stop != step_input.slot:
@@ -98,7 +103,7 @@ def dense_groups_of(inputs: Sequence[StepInput], state: DecoderState) -> list[De
     return dense_groups
 
 
-def _shape(step_input: StepInput, state: DecoderState) -> Shape:
+def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
     """The shape of what the slot has staged after this step; raises ConfigError on a malformed input."""
     count, staged = len(step_input.tokens), state.staged(step_input.slot)
     if count == 0:

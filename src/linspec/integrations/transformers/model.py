@@ -40,7 +40,7 @@ from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder, Through
 from linspec.models.padding import from_left, to_left
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.places import Place
 
 
@@ -285,7 +285,7 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         raise StateError("linear state cannot be paged; linspec.LLM batches continuously by itself")
 
 
-def _run(decoder: Decoder, inputs: list[StepInput], state: DecoderState) -> StepOutput:
+def _run(decoder: Decoder, inputs: list[StepInput], state: SequenceStates) -> StepOutput:
     """Step and commit whole chains; an interrupted step leaves nothing staged."""
     try:
         output = decoder.step(inputs, state)
