@@ -35,13 +35,13 @@ class SkipOptions:
     options=SkipOptions,
 )
 class LayerSkip(ChainDrafter):
-    """Drafts greedily on a state of its own, in which only the drafting layers mean anything."""
+    """Drafts greedily on a state of its own, which has the drafting layers alone."""
 
     def __init__(self, context: DrafterContext, options: SkipOptions) -> None:
         super().__init__(context, options)
         model = context.decoder("guest-layer-skip")
         self.layers = frozenset(range(0, model.config.layers, options.every))
-        self.own = Target(model, model.new_state(context.slots))
+        self.own = Target(model, model.new_state(context.slots, layers=self.layers))
         self.read: dict[int, int] = {}
 
     def draft(

@@ -22,7 +22,7 @@ from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_plan import OneCall, one_call
-from linspec.state.dense_group import DenseGroup, dense_groups_of
+from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
 from linspec.state.sequence_states import SequenceStates
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
@@ -156,13 +156,19 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
+    def new_state(
+        self, slots: int = 1, kv: str = "float", *, layers: Collection[int] | None = None
+    ) -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
-        kv: how softmax caches keep their entries, such as 'int8'. Raises ConfigError when another kind
-        than 'float' is named and no layer has such a cache.
+        kv: how softmax caches keep their entries, such as 'int8'. layers: only these have a state, for steps
+        that run through no others. Raises ConfigError when another kind than 'float' is named and no layer
+        has such a cache.
         """
-        makers = [block.state_makers() for block in self.layers]
+        makers = [
+            block.state_makers() if layers is None or i in layers else ()
+            for i, block in enumerate(self.layers)
+        ]
         return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
 
     def open(
@@ -193,11 +199,14 @@ class Decoder(nn.Module):
         path = LayerPath(layers, want.inner)
         plain = path.plain and all(each.embeddings is None for each in inputs)
         native = self.native if plain and state.in_kernels else None
-        if native is None:
-            return self._step(inputs, state, None, path)
-        parts = _apart(inputs)
+        long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
+        if native is None or all(long) or not any(long):
+            return self._step(inputs, state, native, path)
+        # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
+        # a prompt would be rounded in another way than one that did not
+        parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
         outputs = [self._step([inputs[i] for i in part], state, native, path) for part in parts]
-        return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
+        return _interleaved(parts, outputs)
 
     def _step(
         self,
@@ -206,18 +215,18 @@ class Decoder(nn.Module):
         native: OneCall | None,
         path: LayerPath,
     ) -> StepOutput:
-        dense_groups = dense_groups_of(inputs, state)
-        shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
-        places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
+        shapes = staged_shapes(inputs, state)
+        positions = self._positions(inputs, shapes, state)
         for step_input in inputs:
             state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
         if native is not None:
-            hidden, logits = native.run(inputs, shapes, places, wanted, state)
+            hidden, logits = native.run(inputs, shapes, positions, wanted, state)
         else:
-            x, rope = self._enter_nodes(inputs, places)
+            x, rope = self._enter_nodes(inputs, positions)
+            dense_groups = dense_groups_of(inputs, shapes)
             hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
@@ -226,13 +235,13 @@ class Decoder(nn.Module):
         return StepOutput(hidden, logits, slices, path.found, nodes)
 
     def _enter_nodes(
-        self, inputs: Sequence[StepInput], places: Sequence[Sequence[int]]
+        self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, Rope]:
         """`enter` for the packed nodes [M] of a step."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
-        positions = torch.tensor([p for place in places for p in place], device=device)
-        return self.enter(ids, positions, given_embeddings(inputs))
+        packed = torch.tensor([at for each in positions for at in each], device=device)
+        return self.enter(ids, packed, given_embeddings(inputs))
 
     def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
         """`leave` for the `wanted` of packed nodes [M, D]."""
@@ -255,29 +264,21 @@ class Decoder(nn.Module):
             path.passed(layer, x)
         return x
 
-    def _positions(self, step_input: StepInput, shape: Shape, state: SequenceStates) -> list[int]:
-        start = state.length(step_input.slot)
-        places = [start + depth for depth in shape.depths[len(shape) - len(step_input.tokens) :]]
-        limit = self.config.position_limit
-        if limit is not None and max(places, default=0) >= limit:
-            raise ContextOverflow(
-                f"position {max(places)} is beyond this model's {limit} positions; shorten the prompt or "
-                "max_tokens, or linearize the model: linear mixers have no such limit"
-            )
-        return places
-
-
-def _apart(inputs: Sequence[StepInput]) -> list[list[int]]:
-    """Which inputs are computed together by the one-call step.
-
-    It takes trees only, and it must take all of them: a tree that shared a step with a prompt would be
-    rounded in another way than one that did not.
-    """
-    parts = [
-        [i for i, step_input in enumerate(inputs) if (len(step_input.tokens) > MAX_STAGED) is long]
-        for long in (False, True)
-    ]
-    return [part for part in parts if part] or [[]]
+    def _positions(
+        self, inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
+    ) -> list[list[int]]:
+        """Positions of the new nodes of each input; raises ContextOverflow beyond the last one."""
+        limit, positions = self.config.position_limit, []
+        for step_input, shape in zip(inputs, shapes, strict=True):
+            start, new = state.length(step_input.slot), len(step_input.tokens)
+            mine = [start + depth for depth in shape.depths[-new:]]
+            if limit is not None and max(mine) >= limit:
+                raise ContextOverflow(
+                    f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "
+                    "or max_tokens, or linearize the model: linear mixers have no such limit"
+                )
+            positions.append(mine)
+        return positions
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from linspec.kernels.cpu.structs import GROUP, INT4, INT8, TILE
+from linspec.kernels.cpu.structs import INT4, INT8, TILE
+from linspec.quantization.codes import GROUP
 
 
 def up(size: int, multiple: int) -> int:

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
 from typing import Any, NamedTuple, TypeVar
 
+from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
+from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
 ABI = 6
 TILE = 32
-GROUP = 32
 F32, BF16, INT8, INT4 = range(4)
 MAX_HEAD_WIDTH = 512
-MAX_NODES = 64
+MAX_NODES = MAX_STAGED
 
 CONSTANTS = (
     ("LS_ABI", ABI, "of this table and the functions"),

@@ -2,9 +2,9 @@
  * Part of every isa_*.c.
  *
  * A node sees rows in the order of their positions: the committed ones, then its own ancestors among
- * the staged ones. Row i of this order has position i, counted from the slot's base position. Sums over rows
- * are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK, whatever the
- * place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
+ * the staged ones. Row i of this order has position i, counted from the slot's base position. Sums
+ * over rows are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK,
+ * whatever the place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
  * ancestors had been committed. All nodes that see the same committed rows read them together: a long
  * cache is read once for a whole tree. */
 
@@ -63,10 +63,10 @@ INLINE int row_at(const ls_mixer *m, const visible_rows *v, int position) {
 }
 
 /* The rows of a block that this query alone sees: their indices; returns how many. */
-INLINE int own_rows(const block *b, const query *a, int32_t *indices) {
+INLINE int own_rows(const block *b, const query *q, int32_t *indices) {
     int begin = b->from + b->shared, end = b->from + BLOCK;
-    if (a->visible->count < end) end = a->visible->count;
-    for (int i = begin; i < end; i++) indices[i - begin] = row_at(b->m, a->visible, i);
+    if (q->visible->count < end) end = q->visible->count;
+    for (int i = begin; i < end; i++) indices[i - begin] = row_at(b->m, q->visible, i);
     return end > begin ? end - begin : 0;
 }
 
@@ -187,11 +187,11 @@ INLINE void apply_weights(const block *b, const query *queries, int count, float
     accumulator accumulators[LS_ROWS];
     for (int j = 0; j < count; j++) {
         float keep = 1.0f, scale = m->quantized ? queries[j].scale : 1.0f;
-        scale /= __builtin_sqrtf((float)m->width);
         if (m->squared_relu)
             square(weights[j]);
         else
-            keep = softmax_update(weights[j], scale, queries[j].state);
+            keep = softmax_update(weights[j], scale / __builtin_sqrtf((float)m->width),
+                                  queries[j].state);
         for (int i = 0; scales && i < BLOCK; i += 16)
             vf_store(weights[j] + i, vf_load(weights[j] + i) * vf_load(scales + i));
         accumulators[j] = (accumulator){queries[j].out, weights[j], keep};

@@ -35,21 +35,21 @@ static int block_size(int rows, int row) {
     return left < LS_ROWS ? left : LS_ROWS;
 }
 
-/* Prepare rows first..last-1 of x [rows][stride]. */
+/* Pack rows first..last-1 of x [rows][stride]. */
 void ls_pack_rows(const ls_linear *layer, const ls_packed_rows *to, int first, int last, const float *x,
                   int64_t stride) {
     const ls_ops *ops = ls_current();
     int groups = layer->padded / LS_GROUP, per_group = layer->kind == LS_INT4;
     for (int row = first; row < last; row++) {
-        int size = block_size(to->rows, row), begin = row / LS_ROWS * LS_ROWS, place = row - begin;
+        int size = block_size(to->rows, row), begin = row / LS_ROWS * LS_ROWS, index = row - begin;
         const float *from = x + row * stride;
         if (!is_integer(layer)) {
-            float *at = (float *)to->codes + (size_t)begin * layer->inputs + place;
+            float *at = (float *)to->codes + (size_t)begin * layer->inputs + index;
             ops->copy_row(from, layer->inputs, size, at);
             continue;
         }
-        int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * place;
-        int32_t *offsets = to->offsets + (per_group ? (size_t)begin * groups : (size_t)begin) + place;
+        int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * index;
+        int32_t *offsets = to->offsets + (per_group ? (size_t)begin * groups : (size_t)begin) + index;
         to->scales[row] =
             ops->quantize_row(from, layer->inputs, layer->padded, size, per_group, codes, offsets);
     }
