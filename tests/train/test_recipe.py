@@ -167,6 +167,8 @@ def test_encoders_go_through_the_verbs(bert_dir: Path, paragraphs: Path, tmp_pat
     sizes = ("--tokens", 512, "--context", 32, "--batch-tokens", 128, "--span", "1")
     assert run("linearize", bert_dir, "--out", out, *data, *sizes, "--taps", 4) == {"out": str(out)}
     assert {mixer.span for mixer in load_any_config(out).mixers} == {1}
+    refused = CliRunner().invoke(app, ["eval", str(out), *map(str, data)])
+    assert refused.exit_code == 1 and "`linspec eval embeddings` compares" in refused.stderr
     limits = ("--texts", 3, "--context", 24)
     found = run("eval", "embeddings", bert_dir, out, *data, *limits)
     assert found == compare_sources(bert_dir, out, [paragraphs], count=3, context=24).to_json()

@@ -144,3 +144,5 @@ def test_continuations_are_scored_by_a_verb(t5_dir: Path, corpus: Path) -> None:
     expected = continue_source(t5_dir, [corpus], context=16, limit_bytes=900)
     assert json.loads(result.stdout) == expected.to_json()
     assert 0 < expected.bytes <= 900
+    refused = CliRunner().invoke(app, ["eval", str(t5_dir), "--data", str(corpus)])
+    assert refused.exit_code == 1 and "`linspec eval continuations`" in refused.stderr
