@@ -447,3 +447,32 @@ def test_a_verb_that_moved_answers_with_the_new_command(old: tuple[str, ...], ne
     found = run(*old)
     assert found.exit_code == 2 and found.stdout == ""
     assert found.stderr.count("\n") == 1 and found.stderr.endswith(f"python -m {new}\n")
+
+
+# what the scripts of 0.1 read; others may come
+KEYS = {
+    "generate": "text token_ids tokens_per_round tokens_per_s rounds prompt_tokens finish_reason drafted "
+    "accepted acceptance prefill_seconds decode_seconds",
+    "eval": "bits_per_byte perplexity tokens bytes",
+    "verify": "lossless_greedy prompts tokens sampling_p_value first_divergence near_ties ties "
+    "tokens_per_round",
+    "bench": "machine settings rows skipped",
+    "info": "version torch device kernels threads fast_bfloat16 python transformers cpu cores",
+    "list": "mixers drafters verifiers policies",
+}
+ROW = "context mode tokens_per_s ms_per_token state_bytes tokens_per_round spread"
+
+
+def test_keys_of_0_1_are_kept(data: Path) -> None:
+    model, text = model_dir("aug"), ("--data", data)
+    args: dict[str, tuple[object, ...]] = {
+        "generate": (model, "--prompt", "abcd", "--max-tokens", 2),
+        "eval": (model, *text, "--limit-bytes", 100),
+        "verify": (model, *text, "--prompts", 1, "--tokens", 2, "--draws", 0),
+        "bench": (model, *text, "--contexts", 8, "--tokens", 8, "--repeats", 1),
+    }
+    for verb, keys in KEYS.items():
+        found = run_json(verb, *args.get(verb, ()))
+        assert set(keys.split()) <= set(found), verb
+        if verb == "bench":
+            assert set(ROW.split()) <= set(found["rows"][0])

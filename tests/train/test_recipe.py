@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from linspec.checkpoints.hub import load_any_config, load_encoder
+from linspec.cli import app
 from linspec.cli.linearize import Mixing
 from linspec.errors import ConfigError, InputError, LinspecError, WrongType
+from linspec.evaluate.embeddings import compare_sources
 from linspec.mixers.config import MixerConfig
 from linspec.train.encoder import linearize_encoder
 from linspec.train.encoder_training import EncoderTraining
@@ -123,7 +126,8 @@ def bert_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 @pytest.fixture
 def paragraphs(tmp_path: Path) -> Path:
     file = tmp_path / "paragraphs.txt"
-    file.write_text("the old fox sees a red dog near my big house and runs away from it\n" * 40)
+    told = "the old fox sees a red dog near my big house and runs away from it"
+    file.write_text("".join(f"{i} {told[i % 9 :]} {told}\n" for i in range(100)))
     return file
 
 
@@ -150,6 +154,27 @@ def test_an_encoder_is_linearized_by_the_same_call(
         bert_dir, tmp_path / "s", data=[paragraphs], taps=4, keep_softmax=(1,), resume=True, **SHORT
     )
     assert again == out
+
+
+def test_encoders_go_through_the_verbs(bert_dir: Path, paragraphs: Path, tmp_path: Path) -> None:
+    def run(*args: object) -> dict[str, Any]:
+        result = CliRunner().invoke(app, [*map(str, args), "--json"])
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    data, out = ("--data", paragraphs), tmp_path / "s"
+    sizes = ("--tokens", 512, "--context", 32, "--batch-tokens", 128, "--span", "1")
+    assert run("linearize", bert_dir, "--out", out, *data, *sizes, "--taps", 4) == {"out": str(out)}
+    assert {mixer.span for mixer in load_any_config(out).mixers} == {1}
+    refused = CliRunner().invoke(app, ["eval", str(out), *map(str, data)])
+    assert refused.exit_code == 1 and "`linspec eval embeddings` compares" in refused.stderr
+    limits = ("--texts", 3, "--context", 24)
+    found = run("eval", "embeddings", bert_dir, out, *data, *limits)
+    assert found == compare_sources(bert_dir, out, [paragraphs], count=3, context=24).to_json()
+    assert found["texts"] == 3 and 0.5 < found["cosine"] < 1
+    itself = run("eval", "embeddings", bert_dir, bert_dir, *data, *limits)
+    assert itself["cosine"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_old_function_for_encoders_does_what_it_did(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.config_file import QUANTIZATION, config_file
 from linspec.checkpoints.tensors import check_tensors
 from linspec.checkpoints.weights import SINGLE
 from linspec.errors import CheckpointError
@@ -34,7 +35,7 @@ from linspec.utils.places import Place
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENTRY = "quantization"
+ENTRY = QUANTIZATION
 FORMAT = 1
 _ALIGNMENT = 64
 # as safetensors itself limits it
@@ -63,8 +64,6 @@ def save_quantized(
         with place.held(), save_quantized(model, tokenizer, place, bits, facts) as aside:
             yield aside
         return
-    from linspec.checkpoints.hub import config_file
-
     entry = {**entry_of(bits), "identity": model.identity, **facts}
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
     with out.replaced() as aside:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.checkpoints.hub import check_tokenizer, load_tokenizer
+from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_tokenizer
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, InputError, NotFinite
+from linspec.models.config import EncoderConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
 from linspec.train.data import Split, end_of_text, load_documents
 from linspec.utils.progress import Progress
@@ -78,7 +79,11 @@ def evaluate_source(
     quantize: int | None = None,
     kv: str = "float",
 ) -> Score:
-    """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`."""
+    """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
+
+    Raises ConfigError for a model that does not predict text token by token.
+    """
+    _check_kind(model)
     decoder = load_for(model, quantize, device=device)
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
@@ -86,6 +91,19 @@ def evaluate_source(
     return evaluate(
         decoder, tokenizer, documents, context=context, limit_bytes=limit_bytes, bf16=bf16, kv=kv
     )
+
+
+def _check_kind(model: str | Path) -> None:
+    config = load_any_config(model)
+    if isinstance(config, Seq2SeqConfig):
+        raise ConfigError(
+            f"{model} is an encoder-decoder: `linspec eval continuations` measures how well it goes on"
+        )
+    if isinstance(config, EncoderConfig):
+        raise ConfigError(
+            f"{model} is an encoder, which predicts no text; `linspec eval embeddings` compares it with "
+            "the one that it was made from"
+        )
 
 
 @torch.inference_mode()
