@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
-from collections.abc import Callable
->>>>>>> wt-cli
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,7 +259,7 @@ def test_resolve_knows_paths_and_embedded_names(
 
 
 @pytest.mark.parametrize(
-    "load", [load_model, hub.load_generator, hub.load_any, hub.load_any_config]
+    "load", [load_model, hub.load_causal_model, hub.load_any, hub.load_any_config]
 )
 def test_the_configuration_of_a_model_is_read_once(
     load: Callable[[Path], object], saved: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,12 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-<<<<<<< HEAD
 from linspec.checkpoints.hub import load_causal_model, save_model
-=======
-from linspec.checkpoints.hub import load_generator, save_model
 from linspec.cli import app
->>>>>>> wt-cli
 from linspec.errors import ConfigError
 from linspec.evaluate.continuations import continue_source
 from linspec.evaluate.lossless import verify
