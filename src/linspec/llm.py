@@ -34,6 +34,7 @@ from linspec.engine.streams import EngineStreams, Stream
 from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
+from linspec.models.model_types import loop_of
 from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -66,7 +67,7 @@ class LLM:
         kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
             of the memory.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
-        loop: how tokens come about, a spec of `linspec list`.
+        loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
     Any number of calls may be under way, in one thread or several: their sequences share the steps.
@@ -93,7 +94,7 @@ class LLM:
         quantize: int | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
-        loop: str = "autoregressive",
+        loop: str = "auto",
         kv: str | None = None,
     ) -> None:
         check_fork()
@@ -135,7 +136,7 @@ class LLM:
             prefill_tokens=prefill_tokens,
             kv_cache_dtype=kept,
             max_model_len=max_model_len,
-            loop=loop,
+            loop=loop_of(self.model) if loop == "auto" else loop,
         )
         self.streams = EngineStreams(self.engine)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family, write_ids
+from linspec.checkpoints.families.base import Family
 from linspec.checkpoints.gguf.config import read_config
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.origin import GENERATION
 from linspec.errors import CheckpointError
-from linspec.models.config import DecoderConfig, ModelConfig
-from linspec.models.kinds import KINDS, Kind, kind_of
+from linspec.models.config import ModelConfig
+from linspec.models.model_types import MODEL_TYPES, ModelType, of_config
 from linspec.utils.border import read_json
 from linspec.utils.format_version import CURRENT, KEY, check_format
 
@@ -43,9 +43,9 @@ class ConfigFile:
     quantization: Any = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ModelType:
         """The kind of model."""
-        return kind_of(self.config)
+        return of_config(self.config)
 
 
 def read_config_file(folder: Path) -> ConfigFile:
@@ -70,10 +70,10 @@ def read_config_file(folder: Path) -> ConfigFile:
 
 def _read_own(data: Mapping[str, Any], folder: Path) -> ModelConfig:
     check_format(data, folder / "config.json")
-    kinds = [kind for name, kind in KINDS.items() if name in data]
+    kinds = [kind for name, kind in MODEL_TYPES.items() if name in data]
     if len(kinds) != 1:
         raise CheckpointError(
-            f"{folder / 'config.json'} needs one entry of {', '.join(map(repr, KINDS))}, it has "
+            f"{folder / 'config.json'} needs one entry of {', '.join(map(repr, MODEL_TYPES))}, it has "
             f"{len(kinds)}; save the model again"
         )
     name = kinds[0].name
@@ -89,29 +89,13 @@ def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
     """What config.json says, in the format of `family` or, without one, in linspec's own."""
     if family is not None:
         return families.write_config(family, config)
-    kind = kind_of(config)
+    kind = of_config(config)
     return {
         "model_type": "linspec",
         KEY: CURRENT,
         "architectures": [kind.architecture],
         "vocab_size": config.vocab_size,
-        **write_ids(config),
-        **_sizes(config),
+        **config.token_ids(),
+        **config.hub_sizes(),
         kind.name: config.to_dict(),
-    }
-
-
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """What transformers wants to know of a decoder, under its names."""
-    if not isinstance(config, DecoderConfig):
-        return {}
-    return {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_embeddings,
     }

@@ -24,7 +24,7 @@ import torch
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.config_file import ConfigFile, config_file, read_config_file
 from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family, Tensors, write_ids
+from linspec.checkpoints.families.base import Family, Tensors
 from linspec.checkpoints.gguf.model import load_gguf
 from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer
@@ -45,8 +45,8 @@ from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, Wrong
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
-from linspec.models.kinds import KINDS, Kind, M, Model
 from linspec.models.memory import check_memory
+from linspec.models.model_types import MODEL_TYPES, M, Model, ModelType
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
 from linspec.utils.files import restored
@@ -110,7 +110,7 @@ def load_config(source: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory, without its weights."""
     read = read_config_file(resolve(source))
     if not isinstance(read.config, DecoderConfig):
-        raise _wrong_kind(read, KINDS["decoder"])
+        raise _wrong_kind(read, MODEL_TYPES["decoder"])
     return read.config
 
 
@@ -155,7 +155,7 @@ def load_causal_model(
 ) -> Decoder | T5:
     """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
     read = read_config_file(resolve(source))
-    if read.kind.model is Bert:
+    if read.kind.loop is None:
         raise UnsupportedModel(
             f"{read.folder} holds an encoder, which generates nothing; load_encoder reads it"
         )
@@ -185,7 +185,7 @@ def load_any(source: str | Path) -> Model:
 def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.device | str) -> M:
     """The model that was described, if it is one of those that are wanted."""
     if not issubclass(read.kind.model, wanted):
-        raise _wrong_kind(read, next(kind for kind in KINDS.values() if kind.model is wanted))
+        raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
     if read.quantization is not None and isinstance(read.config, DecoderConfig):
         found: Model = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
@@ -233,7 +233,7 @@ def _with_own_head(
     return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder
 
 
-def _wrong_kind(read: ConfigFile, wanted: Kind) -> UnsupportedModel:
+def _wrong_kind(read: ConfigFile, wanted: ModelType) -> UnsupportedModel:
     kind = read.kind
     return UnsupportedModel(
         f"{read.folder} holds a model of kind {kind.name!r} (family {read.config.family}), which "
@@ -362,7 +362,7 @@ def save_model(
         write_tensors(named, aside, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        _write_json(aside / GENERATION, {**origin.generation, **write_ids(model.config)})
+        _write_json(aside / GENERATION, {**origin.generation, **model.config.token_ids()})
         write_checksums(aside)
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")

@@ -25,9 +25,9 @@ from linspec.checkpoints.weights import SINGLE
 from linspec.errors import CheckpointError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.kinds import kind_of
 from linspec.models.linear import Blank
 from linspec.models.memory import check_memory
+from linspec.models.model_types import of_config
 from linspec.models.skeleton import without_memory
 from linspec.quantization.codes import BITS
 from linspec.utils.places import Place
@@ -82,7 +82,7 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
     with without_memory():
-        kind: Any = kind_of(config).model
+        kind: Any = of_config(config).model
         model: Decoder = kind(config).eval().to_inference(Blank(bits))
         # as they are saved, whatever they are trained in
         model.embed.to(torch.bfloat16)

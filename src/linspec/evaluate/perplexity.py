@@ -22,8 +22,8 @@ from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_token
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, InputError, NotFinite
-from linspec.models.config import EncoderConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
+from linspec.models.model_types import of_config
 from linspec.train.data import Split, end_of_text, load_documents
 from linspec.utils.progress import Progress
 
@@ -56,6 +56,10 @@ class _Window:
 
     ids: Sequence[int]
     scored: int
+
+
+# of the models whose perplexity is measured here
+MEASURE = "linspec eval perplexity"
 
 
 def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[str]:
@@ -94,15 +98,10 @@ def evaluate_source(
 
 
 def _check_kind(model: str | Path) -> None:
-    config = load_any_config(model)
-    if isinstance(config, Seq2SeqConfig):
+    kind = of_config(load_any_config(model))
+    if kind.measure != MEASURE:
         raise ConfigError(
-            f"{model} is an encoder-decoder: `linspec eval continuations` measures how well it goes on"
-        )
-    if isinstance(config, EncoderConfig):
-        raise ConfigError(
-            f"{model} is an encoder, which predicts no text; `linspec eval embeddings` compares it with "
-            "the one that it was made from"
+            f"{model} is a model of type {kind.name!r}, which has no perplexity; `{kind.measure}` measures it"
         )
 
 

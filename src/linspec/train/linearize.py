@@ -32,6 +32,7 @@ from linspec.checkpoints.hub import (
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.encoder import train_encoder
@@ -160,8 +161,8 @@ class _Task:
     def _check(self, changed: Sequence[int]) -> None:
         model, context = self.teacher.config, self.config.context
         _check_context(model, context)
-        halves = 2 if isinstance(model, Seq2SeqConfig) else 1
-        check_taps((self.mixers[layer] for layer in changed), context // halves)
+        parts = of_config(model).parts
+        check_taps((self.mixers[layer] for layer in changed), context // parts)
         check_mixers(self.teacher, self.mixers)
         kept = self.recipe.softmax_layers
         if kept >= max(1, len(changed)):

@@ -23,7 +23,7 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, res
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.flash_config import FlashConfig
-from linspec.models.kinds import kind_of
+from linspec.models.model_types import of_config
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -291,7 +291,7 @@ class _Run:
 
 def _model(plan: Recipe) -> Predictor:
     """The recipe's model with the weights that it starts from."""
-    kind: Callable[..., Any] = kind_of(plan.model).model
+    kind: Callable[..., Any] = of_config(plan.model).model
     model: Predictor = kind(plan.model)
     if plan.base:
         model.load_state_dict(load_model(plan.base).state_dict())
