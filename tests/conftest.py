@@ -49,6 +49,7 @@ def private_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Two threads, also in a worker that has one: how they share the work is part of some proofs."""
+    # here, because the number of threads above has to be set first
     import torch
 
     before = torch.get_num_threads()
