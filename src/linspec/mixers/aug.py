@@ -26,4 +26,4 @@ class Aug(Grouped):
         super().__init__(config, mixer)
 
     def native_form(self) -> NativeForm | None:
-        return self._native_groups(float(self.alpha)) if type(self) is Aug else None
+        return self.native_groups(float(self.alpha)) if type(self) is Aug else None

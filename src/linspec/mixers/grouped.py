@@ -7,7 +7,7 @@ from torch import nn
 
 from linspec.mixers.base import MIXERS, NativeForm
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
 
 
 @MIXERS.register(
@@ -17,7 +17,7 @@ from linspec.mixers.linear import GroupedLinear
     state="d² + 2·n·G·d per KV head",
     cost="(2·n·G + d)·d per token",
 )
-class Grouped(GroupedLinear):
+class Grouped(LinearMixer):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
 
     biased = True
@@ -28,7 +28,7 @@ class Grouped(GroupedLinear):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def native_form(self) -> NativeForm | None:
-        return self._native_groups(float(self.alpha)) if type(self) is Grouped else None
+        return self.native_groups(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha
