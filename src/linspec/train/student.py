@@ -12,6 +12,7 @@ from linspec.checkpoints.origin import share_origin
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.options import given
 from linspec.models.config import Seq2SeqConfig
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach
@@ -53,7 +54,7 @@ def make_mixer(
         MIXERS.entry(mixer.name)
         return mixer
     entry, options = MIXERS.read(mixer)
-    if chosen := options.given():
+    if chosen := given(options):
         sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
         sizes |= {"window": window, "features": features, "keep": keep, "seed": seed}
         return make_mixer(entry.name, **sizes | chosen)
@@ -76,7 +77,7 @@ def make_mixer(
 
 def leaves_span(mixer: str | MixerConfig) -> bool:
     """Whether this mixer says nothing about its span."""
-    return not isinstance(mixer, MixerConfig) and MIXERS.read(mixer)[1].span is None
+    return not isinstance(mixer, MixerConfig) and "span" not in given(MIXERS.read(mixer)[1])
 
 
 def student_mixers(
