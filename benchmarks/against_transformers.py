@@ -21,7 +21,7 @@ import typer
 from linspec.bench.machine import machine
 from linspec.checkpoints.hub import load_model
 from linspec.cli.console import guarded, quiet_stdout
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.models.decoder import Decoder
 from studies.lib.command import called, command
 from studies.lib.plan import check_counts
@@ -48,7 +48,7 @@ def compare(context: int, tokens: int, repeats: int, seed: int = 0) -> dict[str,
     theirs = LlamaForCausalLM(LlamaConfig(**SHAPE_110M)).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours = load_model(folder).prepare()
+        ours = load_model(folder).to_inference()
     prompt = torch.randint(3, SHAPE_110M["vocab_size"], (1, context))
     runs: dict[str, Callable[[], tuple[list[int], float]]] = {
         "linspec": lambda: _ours(ours, prompt[0].tolist(), tokens),
@@ -77,12 +77,12 @@ def compare(context: int, tokens: int, repeats: int, seed: int = 0) -> dict[str,
 def _ours(model: Decoder, prompt: list[int], tokens: int) -> tuple[list[int], float]:
     """Generated ids, and the seconds after the prompt was read."""
     state = model.new_state()
-    output = model.step([Feed(0, prompt, all_logits=False)], state)
+    output = model.step([StepInput(0, prompt, all_logits=False)], state)
     state.commit(0, range(len(prompt)))
     found = [int(output.logits[-1].argmax())]
     began = time.perf_counter()
     for _ in range(tokens):
-        output = model.step([Feed(0, found[-1:])], state)
+        output = model.step([StepInput(0, found[-1:])], state)
         state.commit(0, (0,))
         found.append(int(output.logits[-1].argmax()))
     return found, time.perf_counter() - began

@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import Snapshot
+from linspec.state.sequence_states import SequenceStates
+from linspec.state.slots import StateSnapshot
 
 VOCAB = 31
 GROUP = 4
@@ -167,16 +167,18 @@ def tree_logits(model: Decoder, prompt: Sequence[int], tree: TokenTree) -> torch
     return full_logits(model, [[*prompt, *path_tokens(tree, n)] for n in range(len(tree))])
 
 
-def feed(model: Decoder, state: DecoderState, tokens: Sequence[int], slot: int = 0) -> torch.Tensor:
+def feed(
+    model: Decoder, state: SequenceStates, tokens: Sequence[int], slot: int = 0
+) -> torch.Tensor:
     """Step and commit a chain (nothing if there are no tokens); its logits."""
     if not tokens:
         return torch.empty(0, VOCAB)
-    logits = model.step([Feed(slot, tokens)], state).logits
+    logits = model.step([StepInput(slot, tokens)], state).logits
     state.commit(slot, range(len(tokens)))
     return logits
 
 
-def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
+def prefilled(model: Decoder, *prompts: Sequence[int]) -> SequenceStates:
     """A state with one slot for each of `prompts`."""
     state = model.new_state(len(prompts))
     for slot, prompt in enumerate(prompts):
@@ -184,18 +186,20 @@ def prefilled(model: Decoder, *prompts: Sequence[int]) -> DecoderState:
     return state
 
 
-def remembered(model: Decoder, state: DecoderState, slot: int = 0) -> list[dict[str, torch.Tensor]]:
+def remembered(
+    model: Decoder, state: SequenceStates, slot: int = 0
+) -> list[dict[str, torch.Tensor]]:
     """What `slot` remembers that matters: a window keeps up to `window` rows too many."""
     found = []
     for part, copy in zip(state.parts, state.snapshot(slot), strict=True):
         rows = copy.keys.shape[2]
-        useful = min(rows, part.spec.window) if part.spec.window else rows
-        lead = part.spec.lead
+        useful = min(rows, getattr(part.spec, "window", rows))
+        conv_history = part.spec.conv_history
         found.append(
             {
                 "length": torch.tensor(copy.length),
                 "keys": copy.keys[:, :, rows - useful :],
-                "values": copy.values[:, :, rows - useful : rows + lead],
+                "values": copy.values[:, :, rows - useful : rows + conv_history],
                 "sums": copy.sums if copy.sums is not None else torch.empty(0),
             }
         )
@@ -206,9 +210,9 @@ def assert_close(actual: object, expected: object, atol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-def assert_same_bytes(actual: Sequence[Snapshot], expected: Sequence[Snapshot]) -> None:
+def assert_same_bytes(actual: Sequence[StateSnapshot], expected: Sequence[StateSnapshot]) -> None:
     for a, b in zip(actual, expected, strict=True):
-        assert (a.length, a.origin) == (b.length, b.origin)
+        assert (a.length, a.base_position) == (b.length, b.base_position)
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
         assert (a.sums is None) == (b.sums is None)

@@ -27,7 +27,7 @@ from linspec.checkpoints.quantized import save_quantized
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_heads, save_packed
-from linspec.kernels.linear import Quantizer
+from linspec.models.linear import Quantizer
 
 KINDS = ("llama", "aug", "int8", "int4")
 # what stands where a number, a word, a list or an object should be

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from linspec import LLM, SamplingParams
 from linspec.checkpoints.hub import load_model, save_model
 from linspec.checkpoints.tensors import check_tensors
 from linspec.cli import app
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import (
     CheckpointError,
     ConfigError,
@@ -39,11 +40,14 @@ from linspec.errors import (
 from linspec.evaluate.files import verify_files
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.cpu.library import INT8, LinearStruct
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer
+from linspec.kernels.cpu.step import CpuStep
+from linspec.kernels.cpu.structs import INT8, LinearStruct
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
+from linspec.models.linear import Quantizer
+from linspec.models.native_linear import NativeLinear
+from linspec.models.step_plan import OneCall, step_plan
 from linspec.policies.costs import load_or_measure
 from linspec.quantization.rows import decode, encode
 from linspec.train.drafter import DrafterConfig
@@ -385,13 +389,16 @@ def test_a_group_and_span_whose_product_needs_64_bits_decode_as_a_cache_does() -
         shape = {"vocab_size": 8, "width": 4, "layers": 1, "heads": 1, "kv_heads": 1}
         config = DecoderConfig(**shape, head_width=4, mlp_width=4, mixers=(mixer,))
         torch.manual_seed(0)
-        model = Decoder(config).prepare()
+        model = Decoder(config).to_inference()
         state = model.new_state(1)
         if model.native is not None and mixer.group == 2**16:
-            model.native._layers[0].span = 2**16
-        model.step([Feed(0, [1, 2, 3])], state)
+            # more than a configuration allows
+            plan = step_plan(model)
+            wide = replace(plan.layers[0], attention=AttentionPlan(group=2**16, span=2**16))
+            model.native = OneCall(CpuStep(replace(plan, layers=(wide,))))
+        model.step([StepInput(0, [1, 2, 3])], state)
         state.commit(0, range(3))
-        outputs.append(model.step([Feed(0, [4])], state).logits)
+        outputs.append(model.step([StepInput(0, [4])], state).logits)
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
@@ -428,9 +435,9 @@ def test_activations_without_an_inverse_overflowed_the_sum_of_their_codes(value:
 
 @pytest.mark.parametrize("token", [-1, 10**6, 2**70])
 def test_a_step_with_foreign_tokens_read_other_memory(token: int) -> None:
-    model = text_model("aug").prepare()
+    model = text_model("aug").to_inference()
     with pytest.raises((InputError, IndexError, RuntimeError)):
-        model.step([Feed(0, [token])], model.new_state(1))
+        model.step([StepInput(0, [token])], model.new_state(1))
 
 
 @pytest.mark.parametrize("kind", ["aug", "int8"])

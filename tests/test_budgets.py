@@ -10,8 +10,9 @@ import torch
 from helpers import random_tokens, tiny_model
 from test_engine import DRAFTERS, PROMPTS, SLOTS, decode, outputs, random_heads
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
@@ -34,7 +35,9 @@ class Watched(Drafter):
         self.inner, self.max_nodes = inner, inner.max_nodes
         self.seen: list[tuple[int, Budget, TokenTree]] = []
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         trees = self.inner.propose(rows, budgets)
         lengths = [len(row.tokens) for row in rows]
         self.seen += zip(lengths, budgets, trees, strict=True)
@@ -43,7 +46,7 @@ class Watched(Drafter):
     def expected(self, budget: Budget) -> float:
         return self.inner.expected(budget)
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         self.inner.observe(row, tree, path)
 
     def release(self, slot: int) -> None:
@@ -57,7 +60,7 @@ class Cutter(Fixed):
         super().__init__(nodes)
         self.rng, self.asked, self.dropped = random.Random(5), 0, 0
 
-    def keep(self, row: Row, tree: TokenTree) -> int:
+    def keep(self, row: RunningSequence, tree: TokenTree) -> int:
         self.asked += 1
         kept = self.rng.randrange(len(tree)) if tree.tokens[1] % 3 else 0
         self.dropped += len(tree) - 1 - kept
@@ -119,12 +122,14 @@ def test_drafts_near_the_last_position_are_bounded_in_depth_alone(name: str, lim
 
 def test_a_tree_deeper_than_asked_is_refused() -> None:
     class Deep(PromptLookup):
-        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        def propose(
+            self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+        ) -> list[TokenTree]:
             return [chain((row.root, 1, 2, 3)) for row in rows]
 
     model = tiny_model("aug")
     engine = Engine(model, verifier=LosslessVerifier(), drafter=Deep(), policy=Fixed(3), slots=1)
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=3))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=3)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError)
@@ -135,14 +140,14 @@ def test_a_policy_that_plans_numbers_is_told_what_a_plan_is() -> None:
     class Numbers(Policy):
         name = "test-numbers"
 
-        def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+        def plan(self, rows: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
             return [4 for _ in rows]  # type: ignore[misc]
 
     model = tiny_model("aug")
     engine = Engine(
         model, verifier=LosslessVerifier(), drafter=PromptLookup(), policy=Numbers(), slots=1
     )
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=3))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=3)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError) and r"planned 4; a plan is a Budget" in str(

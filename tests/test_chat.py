@@ -283,19 +283,3 @@ def test_ctrl_c_between_answers_says_how_to_leave(
     hello = [{"role": "user", "content": "hello"}]
     (expected,) = LLM(talker).chat(hello, SamplingParams(max_tokens=3))
     assert shown.out == expected.text + "\n"
-
-
-def test_the_old_flag_of_caches_still_works() -> None:
-    base = ("generate", str(model_dir("softmax")), "--prompt", "ab cd", "--max-tokens", "5")
-    outputs = {
-        flags: CliRunner().invoke(app, [*base, *flags]).stdout
-        for flags in (
-            ("--kv", "int8"),
-            ("--kv-cache-dtype", "int8"),
-            ("--kv", "float"),
-            ("--kv-cache-dtype", "auto"),
-            (),
-        )
-    }
-    assert outputs["--kv", "int8"] == outputs["--kv-cache-dtype", "int8"] != ""
-    assert outputs["--kv", "float"] == outputs["--kv-cache-dtype", "auto"] == outputs[()] != ""

@@ -13,7 +13,7 @@ import torch
 from guests.proof import check_lossless
 
 from linspec import DRAFTERS
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
@@ -72,13 +72,13 @@ def test_worked_example_is_one_function_in_all_forms(example: str, taps: int) ->
     for prompt_length in range(1, 2 * GROUP + 1):
         prompt = [rng.randrange(17) for _ in range(prompt_length)]
         state = model.new_state()
-        model.step([Feed(0, prompt)], state)
+        model.step([StepInput(0, prompt)], state)
         state.commit(0, range(prompt_length))
         tree = TokenTree(
             tuple(rng.randrange(17) for _ in range(12)),
             (-1, *(rng.randrange(max(0, i - 2), i) for i in range(1, 12))),
         )
-        logits = model.step([Feed.tree(0, tree)], state).logits
+        logits = model.step([StepInput.tree(0, tree)], state).logits
         for node in range(len(tree)):
             path = [tree.tokens[i] for i in tree.path_to(node)]
             full = model(torch.tensor([prompt + path]))[0, -1]

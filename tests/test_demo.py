@@ -309,11 +309,11 @@ def test_prompts_end_behind_a_signature(softmax: Path) -> None:
 
 def test_state_bytes_are_those_of_a_state(softmax: Path) -> None:
     from linspec.checkpoints.hub import load_model
-    from linspec.decoding.step import Feed
+    from linspec.decoding.step import StepInput
 
     model = load_model(softmax)
     state = model.new_state(1)
-    model.step([Feed(0, [1] * 48)], state)
+    model.step([StepInput(0, [1] * 48)], state)
     state.commit(0, range(48))
     assert state_bytes(model, (48,)) == {48: state.bytes(0)}
 

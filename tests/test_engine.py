@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import VOCAB, full_logits, random_tokens, random_tree, randomise, tiny_model
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel, Student
@@ -36,10 +37,12 @@ class RandomTrees(Drafter):
     def __init__(self, model: Decoder) -> None:
         self.model, self.rng = model, random.Random(3)
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         return [self._tree(row, budget) for row, budget in zip(rows, budgets, strict=True)]
 
-    def _tree(self, row: Row, budget: Budget) -> TokenTree:
+    def _tree(self, row: RunningSequence, budget: Budget) -> TokenTree:
         tree = random_tree(self.rng, 1 + self.rng.randrange(budget.nodes + 1), depth=budget.depth)
         tokens = [row.root, *tree.tokens[1:]]
         for node in range(1, len(tokens)):
@@ -83,7 +86,7 @@ def decode(
     policy: Policy | None = None,
     slots: int = SLOTS,
     prefill_tokens: int = 512,
-) -> list[Row]:
+) -> list[RunningSequence]:
     """The finished row of every prompt."""
     engine = Engine(
         model,
@@ -95,16 +98,16 @@ def decode(
     )
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
-    asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
-    done: dict[int, Row] = {}
+    asked = [engine.add(Request(tuple(p), each)) for p, each in zip(prompts, params, strict=True)]
+    done: dict[int, RunningSequence] = {}
     while engine.busy:
         for emitted in engine.step():
             if emitted.finished:
-                done[emitted.row.request] = emitted.row
+                done[emitted.sequence.request] = emitted.sequence
     return [done[request] for request in asked]
 
 
-def outputs(rows: Sequence[Row]) -> list[list[int]]:
+def outputs(rows: Sequence[RunningSequence]) -> list[list[int]]:
     return [row.tokens[row.prompt_length :] for row in rows]
 
 
@@ -123,7 +126,7 @@ def test_greedy_with_a_drafter_is_plain_greedy(
 ) -> None:
     model = tiny_model(mixer, dtype=dtype)
     if drafter != "medusa":
-        model.prepare()
+        model.to_inference()
     plain = [outputs(decode(model, [p], each))[0] for p, each in zip(PROMPTS, GREEDY, strict=True)]
     assert [len(tokens) for tokens in plain] == list(LENGTHS)
     together = decode(model, PROMPTS, GREEDY, DRAFTERS[drafter](model))
@@ -270,12 +273,12 @@ def test_cancelling_leaves_the_engine_usable() -> None:
     drafter = DRAFTERS["itself"](model)
     engine = Engine(model, verifier=LosslessVerifier(), drafter=drafter, policy=Fixed(4), slots=2)
     for prompt in PROMPTS:
-        engine.submit(prompt, SamplingParams(max_tokens=30))
+        engine.add(Request(tuple(prompt), SamplingParams(max_tokens=30)))
     for _ in range(3):
         engine.step()
     engine.cancel()
     assert not engine.busy
-    engine.submit(PROMPTS[3], GREEDY[3])
+    engine.add(Request(tuple(PROMPTS[3]), GREEDY[3]))
     tokens: list[int] = []
     while engine.busy:
         tokens += [token for emitted in engine.step() for token in emitted.tokens]
@@ -286,7 +289,7 @@ def test_bad_prompts_are_refused_at_once() -> None:
     engine = Engine(tiny_model("aug"), verifier=LosslessVerifier())
     for prompt, message in (([], "no tokens"), ([VOCAB], str(VOCAB)), ([-1], "-1")):
         with pytest.raises(InputError, match=message):
-            engine.submit(prompt, SamplingParams())
+            engine.add(Request(tuple(prompt), SamplingParams()))
     assert not engine.busy
 
 
@@ -294,7 +297,7 @@ def test_seconds_come_from_the_clock_that_was_given() -> None:
     ticks = iter(range(1000))
     model = tiny_model("aug")
     engine = Engine(model, verifier=LosslessVerifier(), clock=lambda: float(next(ticks)))
-    engine.submit(PROMPTS[0], SamplingParams(max_tokens=4))
-    rows = [emitted.row for _ in range(4) for emitted in engine.step()]
+    engine.add(Request(tuple(PROMPTS[0]), SamplingParams(max_tokens=4)))
+    rows = [emitted.sequence for _ in range(4) for emitted in engine.step()]
     assert rows[0].stats.prefill_seconds == 3.0
     assert rows[0].stats.decode_seconds == 9.0

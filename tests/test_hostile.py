@@ -12,14 +12,16 @@ from helpers import VOCAB, random_tokens, tiny_model
 from test_engine import RandomTrees, random_heads
 
 from linspec.decoding.accepted import Accepted
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
-from linspec.decoding.sequence import Row
-from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import StepInput, StepOutput
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import LookupOptions, PromptLookup
-from linspec.engine.engine import Emitted, Engine
+from linspec.engine.engine import Engine
 from linspec.errors import DrafterError, InputError
 from linspec.models.decoder import Decoder
 from linspec.policies.base import Policy, RoundTimes
@@ -51,7 +53,7 @@ class Faults:
         known = self.planted.get(request)
         return known is not None and known[0] == place and visit >= known[1]
 
-    def at(self, place: str, *rows: Row) -> None:
+    def at(self, place: str, *rows: RunningSequence) -> None:
         for row in rows:
             if self.due(row.request, place):
                 raise Planted(f"request {row.request} at {place}")
@@ -65,7 +67,9 @@ class HostileDrafter(Drafter):
     def __init__(self, inner: Drafter, faults: Faults) -> None:
         self.inner, self.faults, self.max_nodes = inner, faults, inner.max_nodes
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         trees = self.inner.propose(rows, budgets)
         # after the work is done: asked again, the inner drafter has to say the same
         self.faults.at("propose", *rows)
@@ -76,17 +80,17 @@ class HostileDrafter(Drafter):
     def expected(self, budget: Budget) -> float:
         return self.inner.expected(budget)
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         self.inner.observe(row, tree, path)
         self.faults.at("drafter", row)
 
-    def started(self, row: Row) -> None:
+    def started(self, row: RunningSequence) -> None:
         row.sampler = HostileSampler(row.params, row.tokens, VOCAB)
         row.sampler.faults, row.sampler.request = self.faults, row.request
         self.inner.started(row)
         self.faults.at("started", row)
 
-    def finished(self, row: Row) -> None:
+    def finished(self, row: RunningSequence) -> None:
         self.inner.finished(row)
         if self.faults.due(row.request, "finished"):
             raise Planted("finished")
@@ -100,11 +104,11 @@ class HostilePolicy(Policy):
     def __init__(self, faults: Faults, nodes: int) -> None:
         self.faults, self.nodes = faults, nodes
 
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+    def plan(self, rows: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         self.faults.at("plan", *rows)
         return Fixed(self.nodes).plan(rows, drafter)
 
-    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
+    def observe(self, row: RunningSequence, drafted: int, accepted: int, expected: float) -> None:
         self.faults.at("policy", row)
 
     def observe_round(self, times: RoundTimes) -> None:
@@ -115,7 +119,7 @@ class HostilePolicy(Policy):
 class HostileVerifier(LosslessVerifier):
     """A verifier that raises, or returns a path that is none."""
 
-    def __init__(self, faults: Faults, rows: Callable[[], Sequence[Row]]) -> None:
+    def __init__(self, faults: Faults, rows: Callable[[], Sequence[RunningSequence]]) -> None:
         self.faults, self.rows = faults, rows
 
     def accept(self, tree: TokenTree, logits: torch.Tensor, sampler: Sampler) -> Accepted:
@@ -136,17 +140,17 @@ class HostileModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def _row(self, slot: int) -> Row:
+    def _row(self, slot: int) -> RunningSequence:
         return next(row for row in self.engine().scheduler.running if row.slot == slot)
 
     def open(self, prompt: Sequence[int], slot: int, state: Any) -> Any:
         self.faults.at("open", self._row(slot))
         return self.model.open(prompt, slot, state)
 
-    def step(self, feeds: Sequence[Feed], state: Any) -> StepOutput:
-        output = self.model.step(feeds, state)
+    def step(self, inputs: Sequence[StepInput], state: Any) -> StepOutput:
+        output = self.model.step(inputs, state)
         # after staging: what is staged must not be staged again
-        self.faults.at("step", *(self._row(feed.slot) for feed in feeds))
+        self.faults.at("step", *(self._row(feed.slot) for feed in inputs))
         return output
 
 
@@ -195,18 +199,18 @@ class Run:
             prefill_tokens=prefill_tokens,
         )
         self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, Emitted] = {}
+        self.ends: dict[int, Outcome] = {}
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        self.tokens[self.engine.submit(prompt, params)] = []
+        self.tokens[self.engine.add(Request(tuple(prompt), params))] = []
 
     def finish(self) -> None:
         while self.engine.busy:
             for item in self.engine.step():
-                assert item.row.request not in self.ends
-                self.tokens[item.row.request] += item.tokens
+                assert item.sequence.request not in self.ends
+                self.tokens[item.sequence.request] += item.tokens
                 if item.finished:
-                    self.ends[item.row.request] = item
+                    self.ends[item.sequence.request] = item
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,7 +228,7 @@ def models() -> dict[str, Decoder]:
         "softmax": tiny_model("softmax"),
         "aug": tiny_model("aug"),
         # in float32 a step of trees is one call into C
-        "native": tiny_model("aug", dtype=torch.float32).prepare(),
+        "native": tiny_model("aug", dtype=torch.float32).to_inference(),
     }
 
 
@@ -323,18 +327,20 @@ def test_placing_that_raised_once_lost_its_slot_for_good(models: dict[str, Decod
     ],
 )
 def test_a_tree_that_would_harm_the_step_is_refused(
-    tree: Callable[[Row], TokenTree], message: str, models: dict[str, Decoder]
+    tree: Callable[[RunningSequence], TokenTree], message: str, models: dict[str, Decoder]
 ) -> None:
     """Draft tokens beyond the vocabulary were once looked up in the embedding all the same."""
 
     class Bad(PromptLookup):
-        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        def propose(
+            self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+        ) -> list[TokenTree]:
             return [tree(row) for row in rows]
 
     engine = Engine(
         models["aug"], verifier=LosslessVerifier(), drafter=Bad(), policy=Fixed(4), slots=1
     )
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError) and message in str(end.error)
@@ -346,7 +352,7 @@ def test_too_few_answers_of_a_plug_in_are_named(what: str, models: dict[str, Dec
     part, method = (policy, "plan") if what == "policy" else (drafter, "propose")
     setattr(part, method, lambda *_: [])
     engine = Engine(models["aug"], verifier=LosslessVerifier(), drafter=drafter, policy=policy)
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert f"the {what} answered 0 times for 1 requests" in str(end.error)
@@ -361,11 +367,14 @@ def test_a_request_that_bans_everything_ends_and_the_others_go_on(
     bans = dict.fromkeys(range(VOCAB), float("-inf"))
     banned = SamplingParams(max_tokens=6, temperature=temperature, logit_bias=bans)
     engine = Engine(models["aug"], verifier=LosslessVerifier(), slots=2)
-    good = [engine.submit(PROMPTS[2], params), engine.submit(PROMPTS[2], banned)][0]
+    good = [
+        engine.add(Request(tuple(PROMPTS[2]), params)),
+        engine.add(Request(tuple(PROMPTS[2]), banned)),
+    ][0]
     tokens: list[int] = []
     while engine.busy:
         for item in engine.step():
-            if item.row.request == good:
+            if item.sequence.request == good:
                 tokens += item.tokens
             else:
                 assert isinstance(item.error, InputError) and item.tokens == ()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from linspec.errors import ConfigError
-from linspec.quantization.rows import check_kv, coded_width, decode, encode, rounded
+from linspec.quantization.rows import decode, encode, quantized_width, rounded
+from linspec.state.registry import kv_of
 
 
 @pytest.mark.parametrize("width", [1, 6, 24, 64])
@@ -15,7 +16,7 @@ def test_a_row_reads_back_within_half_a_step_of_its_scale(width: int) -> None:
     x = torch.randn(3, 5, width) * torch.tensor([1e-20, 1.0, 1e20])[:, None, None]
     rows = encode(x)
     assert rows.dtype == torch.int8
-    assert rows.shape == (3, 5, coded_width(width))
+    assert rows.shape == (3, 5, quantized_width(width))
     step = x.abs().amax(-1, keepdim=True) / 127
     assert ((decode(rows, width, torch.float32) - x).abs() <= 0.5001 * step).all()
 
@@ -38,5 +39,5 @@ def test_coding_twice_changes_nothing() -> None:
 
 
 def test_an_unknown_kind_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"float or int8, got 'int4'"):
-        check_kv("int4")
+    with pytest.raises(ConfigError, match=r"one of auto, float32, .*int8.*, got 'int4'"):
+        kv_of("int4")

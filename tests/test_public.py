@@ -16,25 +16,43 @@ import linspec
 from linspec.integrations.transformers import register
 
 PUBLIC = {
-    "DRAFTERS",
-    "LLM",
-    "MIXERS",
-    "POLICIES",
-    "VERIFIERS",
+    "Batch",
     "Budget",
     "ChainDrafter",
+    "ConfigError",
+    "DRAFTERS",
     "Drafter",
     "DrafterContext",
+    "EntrySpec",
     "Generation",
+    "GenerationLoop",
+    "LLM",
+    "LOOPS",
+    "LayerState",
+    "LinearizeRecipe",
     "LinspecError",
+    "LoopContext",
+    "MIXERS",
     "Mixer",
+    "Outcome",
+    "POLICIES",
     "Piece",
     "Policy",
     "PolicyContext",
-    "Row",
+    "Request",
+    "RunningSequence",
+    "STATES",
     "SamplingParams",
+    "SlotStates",
+    "StateError",
+    "StateOptions",
+    "StateSnapshot",
+    "StepInput",
+    "Target",
     "TokenTree",
+    "VERIFIERS",
     "Verifier",
+    "Want",
     "__version__",
     "linearize",
     "load",
@@ -126,7 +144,9 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(register, "TABLE", "a_table")
     monkeypatch.setattr(register, "OURS", "our_entry")
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    # the package itself waits where nothing has imported transformers yet
+    others = [each for each in sys.meta_path if type(each).__module__ != register.__name__]
+    monkeypatch.setattr(sys, "meta_path", others)
     for name in ("a_table", "our_entry"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path

@@ -194,6 +194,8 @@ def test_a_policy_was_once_checked_only_where_a_drafter_needed_it() -> None:
         ("aut", "did you mean 'auto'"),
         ("fixed:node=3", "did you mean 'nodes'"),
         (-1, "draft nodes must be 0 or more, got -1"),
+        (64, "a tree holds at most 63 draft nodes, got 64"),
+        ("fixed:1000", "a tree holds at most 63 draft nodes, got 1000; ask for fewer, or for auto"),
         (True, "nodes must be a whole number"),
         (10**30, "nodes must be a whole number"),
     ):

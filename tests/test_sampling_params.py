@@ -20,15 +20,17 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from linspec.decoding.outcome import raise_first
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, from_paths
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine.engine import Engine, raise_first
+from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
@@ -87,7 +89,7 @@ PROMPTS = [random_tokens(2, 1), random_tokens(7, 2), random_tokens(6, 3) * 3]
 
 @cache
 def model() -> Decoder:
-    return unprepared().prepare()
+    return unprepared().to_inference()
 
 
 def unprepared() -> Decoder:
@@ -96,7 +98,7 @@ def unprepared() -> Decoder:
 
 @cache
 def other() -> Decoder:
-    return tiny_model("softmax", seed=9, dtype=torch.float32).prepare()
+    return tiny_model("softmax", seed=9, dtype=torch.float32).to_inference()
 
 
 def heads() -> Medusa:
@@ -120,7 +122,7 @@ def decode(
     drafter: Drafter | None = None,
     *,
     prefill_tokens: int = 512,
-) -> list[Row]:
+) -> list[RunningSequence]:
     """The finished rows, which share the steps of one engine."""
     engine = Engine(
         model(),
@@ -130,16 +132,16 @@ def decode(
         slots=SLOTS,
         prefill_tokens=prefill_tokens,
     )
-    asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
-    done: dict[int, Row] = {}
+    asked = [engine.add(Request(tuple(p), each)) for p, each in zip(prompts, params, strict=True)]
+    done: dict[int, RunningSequence] = {}
     while engine.busy:
         emitted = engine.step()
         raise_first(emitted)
-        done |= {item.row.request: item.row for item in emitted if item.finished}
+        done |= {item.sequence.request: item.sequence for item in emitted if item.finished}
     return [done[request] for request in asked]
 
 
-def outputs(rows: Sequence[Row]) -> list[list[int]]:
+def outputs(rows: Sequence[RunningSequence]) -> list[list[int]]:
     return [row.tokens[row.prompt_length :] for row in rows]
 
 
@@ -342,6 +344,8 @@ def test_a_processor_may_write_into_what_it_is_given() -> None:
     [
         (None, WrongType),
         (torch.zeros(2), WrongType),
+        (torch.zeros(3, dtype=torch.int64), WrongType),
+        (torch.ones(3, dtype=torch.bool), WrongType),
         (torch.full((3,), math.nan), InputError),
         (torch.full((3,), math.inf), InputError),
         (torch.full((3,), -math.inf), InputError),

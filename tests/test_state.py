@@ -20,12 +20,13 @@ from helpers import (
     tiny_model,
 )
 
-from linspec.decoding.step import STAGE_ROWS, Feed
+from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import chain_shape, from_paths
 from linspec.errors import StateError
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowSpec, RowState, add_products
+from linspec.state.contract import StateOptions
+from linspec.state.grouped import GroupedSpec, GroupedState, add_products
+from linspec.state.sequence_states import SequenceStates
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 MODELS = [pytest.param((mixer_config(name, taps),), id=f"{name}-{taps}") for name, taps in CASES]
@@ -44,13 +45,13 @@ def test_a_step_leaves_committed_bytes_and_other_slots_alone(layers: Layers, len
     model = tiny_model(*layers)
     state = prefilled(model, random_tokens(length), [1, 2, 3])
     before = state.snapshot(0), state.snapshot(1)
-    for new in (Feed.tree(0, TREE), Feed(0, [3, 4], [len(TREE) - 1, 0])):
+    for new in (StepInput.tree(0, TREE), StepInput(0, [3, 4], [len(TREE) - 1, 0])):
         model.step([new], state)
         assert_same_bytes(state.snapshot(0), before[0])
         assert_same_bytes(state.snapshot(1), before[1])
     state.drop(0)
     assert_same_bytes(state.snapshot(0), before[0])
-    model.step([Feed(0, random_tokens(STAGE_ROWS + 2))], state)
+    model.step([StepInput(0, random_tokens(MAX_STAGED + 2))], state)
     assert_same_bytes(state.snapshot(0), before[0])
     state.commit(0, [])
     assert_same_bytes(state.snapshot(0), before[0])
@@ -61,7 +62,7 @@ def test_a_commit_leaves_other_slots_and_their_staged_nodes_alone(layers: Layers
     model = tiny_model(*layers)
     state = prefilled(model, [1, 2, 3], [4, 5])
     before = state.snapshot(1)
-    model.step([Feed.tree(0, TREE), Feed.tree(1, TREE)], state)
+    model.step([StepInput.tree(0, TREE), StepInput.tree(1, TREE)], state)
     state.commit(0, TREE.path_to(5))
     assert_same_bytes(state.snapshot(1), before)
     state.commit(1, TREE.path_to(3))
@@ -79,7 +80,7 @@ def test_restore_brings_back_what_snapshot_saw(layers: Layers, length: int) -> N
     model = tiny_model(*layers)
     state = prefilled(model, random_tokens(length), random_tokens(9, seed=1))
     copy = state.snapshot(0)
-    expected = model.step([Feed.tree(0, TREE)], state).logits
+    expected = model.step([StepInput.tree(0, TREE)], state).logits
     state.commit(0, TREE.path_to(4))
     feed(model, state, random_tokens(80, seed=2))
     assert len(copy) == len(state.parts)
@@ -87,7 +88,7 @@ def test_restore_brings_back_what_snapshot_saw(layers: Layers, length: int) -> N
         state.restore(slot, copy)
         assert not state.staged(slot)
         assert_same_bytes(state.snapshot(slot), copy)
-        assert torch.equal(model.step([Feed.tree(slot, TREE)], state).logits, expected)
+        assert torch.equal(model.step([StepInput.tree(slot, TREE)], state).logits, expected)
 
 
 @pytest.mark.parametrize("layers", MODELS)
@@ -112,7 +113,7 @@ def test_a_fork_to_itself_changes_nothing() -> None:
 
 
 def test_a_snapshot_fits_a_state_with_smaller_buffers() -> None:
-    model, text = tiny_model("softmax"), random_tokens(3 * STAGE_ROWS)
+    model, text = tiny_model("softmax"), random_tokens(3 * MAX_STAGED)
     copy = prefilled(model, text).snapshot(0)
     state = model.new_state()
     state.restore(0, copy)
@@ -162,24 +163,24 @@ def test_a_snapshot_that_fits_in_part_is_refused_whole() -> None:
 def test_reset_leaves_no_trace(layers: Layers) -> None:
     model = tiny_model(*layers)
     state = prefilled(model, random_tokens(90), random_tokens(7))
-    model.step([Feed.tree(0, TREE)], state)
+    model.step([StepInput.tree(0, TREE)], state)
     state.reset(0)
     fresh = model.new_state()
     assert state.length(0) == 0
     assert not state.staged(0)
     assert_same_bytes(state.snapshot(0), fresh.snapshot(0))
-    step = [Feed.tree(0, TREE)]
+    step = [StepInput.tree(0, TREE)]
     assert torch.equal(model.step(step, state).logits, model.step(step, fresh).logits)
 
 
 @torch.inference_mode()
-def poison(state: DecoderState, slot: int, *, committed: bool) -> None:
+def poison(state: SequenceStates, slot: int, *, committed: bool) -> None:
     """NaN in every row of `slot` behind the committed ones, or everywhere."""
     for part in state.parts:
-        rows = 0 if committed else part.lengths[slot] - part.origins[slot]
+        rows = 0 if committed else part.lengths[slot] - part.base_positions[slot]
         part.keys[:, slot, :, rows:] = torch.nan
-        part.values[:, slot, :, 0 if committed else part.spec.lead + rows :] = torch.nan
-        if committed and part.spec.sum_width:
+        part.values[:, slot, :, 0 if committed else part.spec.conv_history + rows :] = torch.nan
+        if committed and part.sums.numel():
             part.sums[:, slot] = torch.nan
 
 
@@ -189,7 +190,7 @@ def test_a_step_of_one_row_reads_only_rows_that_were_written(layers: Layers, len
     model, text = tiny_model(*layers), random_tokens(length)
     state, clean = prefilled(model, text), prefilled(model, text)
     poison(state, 0, committed=False)
-    for new in (Feed.tree(0, TREE), Feed(0, [3, 4], [2, 0])):
+    for new in (StepInput.tree(0, TREE), StepInput(0, [3, 4], [2, 0])):
         assert torch.equal(model.step([new], state).logits, model.step([new], clean).logits)
     state.commit(0, TREE.path_to(6))
     clean.commit(0, TREE.path_to(6))
@@ -207,8 +208,8 @@ def test_a_sequence_that_ended_in_nan_leaves_no_trace_in_a_ragged_batch(
     copy = state.snapshot(0)
     poison(state, 0, committed=True)
     state.reset(0) if how == "reset" else state.restore(0, copy)
-    out = model.step([Feed(0, [3]), Feed.tree(1, TREE)], state)
-    expected = model.step([Feed(0, [3])], model.new_state()).logits
+    out = model.step([StepInput(0, [3]), StepInput.tree(1, TREE)], state)
+    expected = model.step([StepInput(0, [3])], model.new_state()).logits
     assert_close(out.logits[:1], expected)
 
 
@@ -260,7 +261,7 @@ def test_state_bytes_follow_the_formula_and_only_softmax_grows(name: str, taps: 
         assert state.bytes(0) == state.bytes_at(context) == expected
 
 
-def allocated(state: DecoderState) -> int:
+def allocated(state: SequenceStates) -> int:
     return sum(t.numel() for part in state.parts for t in (part.keys, part.values, part.sums))
 
 
@@ -299,14 +300,14 @@ def test_sums_are_kept_in_float32_or_wider(dtype: torch.dtype, sums: torch.dtype
     state = prefilled(model, random_tokens(3 * GROUP))
     part = state.parts[0]
     assert (part.keys.dtype, part.values.dtype, part.sums.dtype) == (dtype, dtype, sums)
-    assert model.step([Feed(0, [1, 2])], state).logits.dtype == dtype
+    assert model.step([StepInput(0, [1, 2])], state).logits.dtype == dtype
 
 
 @torch.inference_mode()
 def test_sums_over_many_groups_are_far_better_than_bf16_running_sums() -> None:
     generator = torch.Generator().manual_seed(0)
-    spec = RowSpec(kv_heads=1, key_width=4, value_width=4, group=GROUP, sum_width=4)
-    state = RowState(spec, [add_products], 1, dtype=torch.bfloat16)
+    spec = GroupedSpec(kv_heads=1, key_width=4, value_width=4, group=GROUP, sum_width=4)
+    state = GroupedState(spec, [add_products], 1, StateOptions(dtype=torch.bfloat16))
     exact = torch.zeros(4, 4, dtype=torch.float64)
     running = torch.zeros(4, 4, dtype=torch.bfloat16)
     for _ in range(1000):

@@ -29,11 +29,11 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linspec.decoding.step import STAGE_ROWS, Feed
+from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import TokenTree, chain, from_paths
 from linspec.errors import ConfigError, ContextOverflow, StateError
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 HYBRID = ("softmax", "aug", "window", "relu", "local", "global")
 # from every offset the longest branch, 2 * GROUP + 2 deep, crosses two borders or more
@@ -46,7 +46,7 @@ Layers = tuple[object, ...]
 
 
 def step_tree(model: Decoder, prompt: Sequence[int], tree: TokenTree) -> torch.Tensor:
-    return model.step([Feed.tree(0, tree)], prefilled(model, prompt)).logits
+    return model.step([StepInput.tree(0, tree)], prefilled(model, prompt)).logits
 
 
 # ---- step = full = tree
@@ -72,7 +72,7 @@ def test_random_trees_equal_full(layers: Layers, length: int, tree: TokenTree) -
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", MODELS)
 @settings(max_examples=100)
-@given(length=st.integers(0, 100), tree=trees(STAGE_ROWS))
+@given(length=st.integers(0, 100), tree=trees(MAX_STAGED))
 def test_large_random_trees_equal_full(layers: Layers, length: int, tree: TokenTree) -> None:
     model, prompt = tiny_model(*layers), random_tokens(length)
     assert_close(step_tree(model, prompt, tree), tree_logits(model, prompt, tree))
@@ -82,8 +82,8 @@ def test_large_random_trees_equal_full(layers: Layers, length: int, tree: TokenT
 @pytest.mark.parametrize("length", [0, GROUP + 1])
 def test_the_deepest_chain_and_the_widest_tree(layers: Layers, length: int) -> None:
     model, prompt = tiny_model(*layers), random_tokens(length)
-    deep = chain(random_tokens(STAGE_ROWS, seed=1))
-    wide = TokenTree(deep.tokens, (-1, *[0] * (STAGE_ROWS - 1)))
+    deep = chain(random_tokens(MAX_STAGED, seed=1))
+    wide = TokenTree(deep.tokens, (-1, *[0] * (MAX_STAGED - 1)))
     for tree in (deep, wide):
         assert_close(step_tree(model, prompt, tree), tree_logits(model, prompt, tree))
 
@@ -112,9 +112,9 @@ def test_token_by_token_equals_full(layers: Layers) -> None:
 
 def test_only_the_last_logits_on_request() -> None:
     model, state = tiny_model("aug"), tiny_model("aug").new_state(2)
-    feeds = [Feed(0, [1, 2, 3], all_logits=False), Feed(1, [4, 5])]
-    out = model.step(feeds, state)
-    assert out.rows == [slice(0, 1), slice(1, 3)]
+    inputs = [StepInput(0, [1, 2, 3], all_logits=False), StepInput(1, [4, 5])]
+    out = model.step(inputs, state)
+    assert out.slices == [slice(0, 1), slice(1, 3)]
     assert_close(out.logits, full_logits(model, [[1, 2, 3], [4], [4, 5]]))
     with torch.no_grad():
         assert_close(model.head(out.hidden), out.logits)
@@ -147,11 +147,11 @@ def test_long_prefill_in_chunks_equals_the_full_form(layers: Layers, cuts: tuple
 
 @pytest.mark.parametrize("layers", MODELS)
 def test_part_of_a_long_chain_can_be_committed(layers: Layers) -> None:
-    model, tokens = tiny_model(*layers), random_tokens(STAGE_ROWS + 9)
+    model, tokens = tiny_model(*layers), random_tokens(MAX_STAGED + 9)
     for prompt in (0, GROUP + 1):
-        for kept in (0, 1, GROUP, STAGE_ROWS + 3 - prompt):
+        for kept in (0, 1, GROUP, MAX_STAGED + 3 - prompt):
             state = prefilled(model, tokens[:prompt])
-            model.step([Feed(0, (tokens * 2)[prompt : prompt + STAGE_ROWS + 5])], state)
+            model.step([StepInput(0, (tokens * 2)[prompt : prompt + MAX_STAGED + 5])], state)
             state.commit(0, range(kept))
             expected = prefilled(model, (tokens * 2)[: prompt + kept])
             assert_close(remembered(model, state), remembered(model, expected))
@@ -161,7 +161,7 @@ def test_part_of_a_long_chain_can_be_committed(layers: Layers) -> None:
 
 
 def stage_randomly(
-    model: Decoder, state: DecoderState, text: list[int], rng: random.Random
+    model: Decoder, state: SequenceStates, text: list[int], rng: random.Random
 ) -> list[int]:
     """Stage a random forest in one to three steps, checking logits; the staged tokens."""
     tokens: list[int] = []
@@ -171,7 +171,7 @@ def stage_randomly(
             rng.randint(max(-1, len(tokens) + i - 4), len(tokens) + i - 1) for i in range(count)
         ]
         new = random_tokens(count, seed=rng.randrange(2**20))
-        logits = model.step([Feed(0, new, parents)], state).logits
+        logits = model.step([StepInput(0, new, parents)], state).logits
         tokens += new
         seen = state.staged(0).ancestors
         paths = [[*text, *(tokens[n] for n in row.nonzero().flatten().tolist())] for row in seen]
@@ -180,12 +180,12 @@ def stage_randomly(
 
 
 def round_randomly(
-    model: Decoder, state: DecoderState, text: list[int], rng: random.Random
+    model: Decoder, state: SequenceStates, text: list[int], rng: random.Random
 ) -> list[int]:
     """One round of staging, then a commit of a random path, or of nothing; the accepted tokens."""
     if rng.random() < 0.1:
-        tokens = random_tokens(rng.randint(STAGE_ROWS, STAGE_ROWS + 8), seed=rng.randrange(2**20))
-        model.step([Feed(0, tokens)], state)
+        tokens = random_tokens(rng.randint(MAX_STAGED, MAX_STAGED + 8), seed=rng.randrange(2**20))
+        model.step([StepInput(0, tokens)], state)
     else:
         tokens = stage_randomly(model, state, text, rng)
     if rng.random() < 0.2:
@@ -207,7 +207,7 @@ def check_history(model: Decoder, prompt: int, rounds: int, seed: int) -> None:
     fresh = prefilled(model, text)
     assert_close(remembered(model, state), remembered(model, fresh))
     tree = random_tree(rng, 6)
-    undone, expected = (model.step([Feed.tree(0, tree)], s).logits for s in (state, fresh))
+    undone, expected = (model.step([StepInput.tree(0, tree)], s).logits for s in (state, fresh))
     assert_close(undone, expected)
     assert_close(undone, tree_logits(model, text, tree))
 
@@ -241,12 +241,12 @@ def test_ragged_batches_equal_single_rows(layers: Layers, device: str) -> None:
     prompts = [random_tokens(n, seed=n) for n in (3, 2, 0, 11, GROUP, 5, 70, GROUP + 1)]
     batch = {0: 7, 1: 1, 2: 70, 3: 66, 4: 3, 6: 2, 7: 12}
     drafts = {
-        slot: chain(random_tokens(n, seed=n)) if n > STAGE_ROWS else random_tree(rng, n, reach=3)
+        slot: chain(random_tokens(n, seed=n)) if n > MAX_STAGED else random_tree(rng, n, reach=3)
         for slot, n in batch.items()
     }
     state = prefilled(model, *prompts)
-    out = model.step([Feed.tree(slot, tree) for slot, tree in drafts.items()], state)
-    for (slot, tree), rows in zip(drafts.items(), out.rows, strict=True):
+    out = model.step([StepInput.tree(slot, tree) for slot, tree in drafts.items()], state)
+    for (slot, tree), rows in zip(drafts.items(), out.slices, strict=True):
         assert_close(out.logits[rows], step_tree(model, prompts[slot], tree))
         node = len(tree) // 2
         state.commit(slot, tree.path_to(node))
@@ -259,15 +259,18 @@ def test_ragged_batches_equal_single_rows(layers: Layers, device: str) -> None:
 def test_rows_that_have_staged_different_numbers_of_nodes(layers: Layers) -> None:
     model, prompts = tiny_model(*layers), [[1, 2, 3], [4], [5, 6]]
     state = prefilled(model, *prompts)
-    model.step([Feed(0, [7, 8, 9], [-1, 0, 0]), Feed(1, [7])], state)
-    out = model.step([Feed(0, [1], [2]), Feed(1, [2, 3], [0, 1]), Feed(2, [4, 5], [-1, -1])], state)
+    model.step([StepInput(0, [7, 8, 9], [-1, 0, 0]), StepInput(1, [7])], state)
+    out = model.step(
+        [StepInput(0, [1], [2]), StepInput(1, [2, 3], [0, 1]), StepInput(2, [4, 5], [-1, -1])],
+        state,
+    )
     texts = [[1, 2, 3, 7, 9, 1], [4, 7, 2], [4, 7, 2, 3], [5, 6, 4], [5, 6, 5]]
     assert_close(out.logits, full_logits(model, texts))
 
 
 def test_slots_may_come_in_any_order() -> None:
     model, prompts = tiny_model(*HYBRID), [[1, 2, 3], [4], [5, 6]]
-    out = model.step([Feed(2, [7, 8]), Feed(0, [9])], prefilled(model, *prompts))
+    out = model.step([StepInput(2, [7, 8]), StepInput(0, [9])], prefilled(model, *prompts))
     assert_close(out.logits, full_logits(model, [[5, 6, 7], [5, 6, 7, 8], [1, 2, 3, 9]]))
 
 
@@ -275,27 +278,31 @@ def test_slots_may_come_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("feeds", "error", "message"),
+    ("inputs", "error", "message"),
     [
-        ([Feed(0, [])], ConfigError, "slot 0 was fed no tokens"),
-        ([Feed(0, [1, 2], [-1, 1])], ConfigError, "slot 0: node 1 has parent 1"),
-        ([Feed(0, [1, 2], [-1, 7])], ConfigError, "slot 0: node 1 has parent 7"),
-        ([Feed(0, [1, 2], [-1, -2])], ConfigError, "slot 0: node 1 has parent -2"),
-        ([Feed(0, [1, 2], [-1])], ConfigError, "2 tokens and 1 parents"),
-        ([Feed(0, [1] * 65, [-1] + [0] * 64)], ConfigError, "a tree of 65 nodes is too large"),
-        ([Feed(0, [1]), Feed(0, [2])], ConfigError, r"slots \[1, 0, 0\] are not different"),
-        ([Feed(2, [1])], ConfigError, r"slots \[2\] are not different slots of a state of 2"),
-        ([Feed(-1, [1])], ConfigError, r"slots \[-1\] are not"),
+        ([StepInput(0, [])], ConfigError, "slot 0 was fed no tokens"),
+        ([StepInput(0, [1, 2], [-1, 1])], ConfigError, "slot 0: node 1 has parent 1"),
+        ([StepInput(0, [1, 2], [-1, 7])], ConfigError, "slot 0: node 1 has parent 7"),
+        ([StepInput(0, [1, 2], [-1, -2])], ConfigError, "slot 0: node 1 has parent -2"),
+        ([StepInput(0, [1, 2], [-1])], ConfigError, "2 tokens and 1 parents"),
+        ([StepInput(0, [1] * 65, [-1] + [0] * 64)], ConfigError, "a tree of 65 nodes is too large"),
+        (
+            [StepInput(0, [1]), StepInput(0, [2])],
+            ConfigError,
+            r"slots \[1, 0, 0\] are not different",
+        ),
+        ([StepInput(2, [1])], ConfigError, r"slots \[2\] are not different slots of a state of 2"),
+        ([StepInput(-1, [1])], ConfigError, r"slots \[-1\] are not"),
     ],
 )
 def test_malformed_feeds_are_refused_before_any_change(
-    feeds: list[Feed], error: type[Exception], message: str
+    inputs: list[StepInput], error: type[Exception], message: str
 ) -> None:
     model = tiny_model("aug")
     state = prefilled(model, [1, 2, 3], [4])
     before = state.snapshot(0)
     with pytest.raises(error, match=message):
-        model.step([Feed(1, [9]), *feeds] if feeds[0].slot == 0 else feeds, state)
+        model.step([StepInput(1, [9]), *inputs] if inputs[0].slot == 0 else inputs, state)
     assert_same_bytes(state.snapshot(0), before)
     assert not state.staged(0) and not state.staged(1)
 
@@ -303,11 +310,11 @@ def test_malformed_feeds_are_refused_before_any_change(
 def test_staged_nodes_must_be_committed_or_named_as_parents() -> None:
     model = tiny_model("aug")
     state = prefilled(model, [1, 2, 3])
-    model.step([Feed(0, [4, 5])], state)
+    model.step([StepInput(0, [4, 5])], state)
     with pytest.raises(ConfigError, match="slot 0 has staged nodes: name the parents"):
-        model.step([Feed(0, [6])], state)
+        model.step([StepInput(0, [6])], state)
     with pytest.raises(ConfigError, match="a tree of 72 nodes is too large"):
-        model.step([Feed(0, [1] * 70, range(-1, 69))], state)
+        model.step([StepInput(0, [1] * 70, range(-1, 69))], state)
     assert state.staged(0).parents == (-1, 0)
 
 
@@ -315,21 +322,21 @@ def test_more_nodes_than_the_stage_holds_are_refused_in_pieces_too() -> None:
     """Only the nodes of one step were once counted; ancestors beyond the 64th were lost in the kernels."""
     model = tiny_model("aug")
     state = prefilled(model, [1, 2, 3])
-    model.step([Feed(0, [1] * 40)], state)
+    model.step([StepInput(0, [1] * 40)], state)
     with pytest.raises(ConfigError, match="a tree of 65 nodes is too large: 64 nodes"):
-        model.step([Feed(0, [1] * 25, range(39, 64))], state)
+        model.step([StepInput(0, [1] * 25, range(39, 64))], state)
     assert len(state.staged(0)) == 40
-    model.step([Feed(0, [1] * 24, range(39, 63))], state)
-    assert len(state.staged(0)) == STAGE_ROWS
+    model.step([StepInput(0, [1] * 24, range(39, 63))], state)
+    assert len(state.staged(0)) == MAX_STAGED
 
 
 def test_nothing_can_be_staged_behind_a_long_chain() -> None:
     """It once could, and read rows that were never written."""
     model = tiny_model("aug")
     state = prefilled(model, [1, 2, 3])
-    model.step([Feed(0, [1] * 70)], state)
+    model.step([StepInput(0, [1] * 70)], state)
     with pytest.raises(StateError, match="has staged a chain of 70 tokens; commit it"):
-        model.step([Feed(0, [6], [69])], state)
+        model.step([StepInput(0, [6], [69])], state)
 
 
 @pytest.mark.parametrize("path", [[1], [0, 2], [0, 0], [0, 1, 4], [-1], [0, 3, 1]], ids=str)
@@ -337,7 +344,7 @@ def test_what_is_not_a_path_cannot_be_committed(path: list[int]) -> None:
     model = tiny_model(*HYBRID)
     state = prefilled(model, [1, 2, 3])
     before = state.snapshot(0)
-    model.step([Feed(0, [5, 6, 7, 8], [-1, 0, 1, 0])], state)
+    model.step([StepInput(0, [5, 6, 7, 8], [-1, 0, 1, 0])], state)
     with pytest.raises(StateError, match="is not a path from the root of the 4 staged nodes"):
         state.commit(0, path)
     assert_same_bytes(state.snapshot(0), before)
@@ -346,7 +353,7 @@ def test_what_is_not_a_path_cannot_be_committed(path: list[int]) -> None:
 
 
 @pytest.mark.parametrize("layers", [("aug", "softmax"), ("softmax",)], ids=str)
-@pytest.mark.parametrize("count", [1, 3, STAGE_ROWS + 6])
+@pytest.mark.parametrize("count", [1, 3, MAX_STAGED + 6])
 def test_a_softmax_model_refuses_positions_beyond_its_limit(
     layers: tuple[str, ...], count: int
 ) -> None:
@@ -357,12 +364,12 @@ def test_a_softmax_model_refuses_positions_beyond_its_limit(
     with pytest.raises(
         ContextOverflow, match=f"position {limit} is beyond this model's {limit} pos"
     ):
-        model.step([Feed(1, [2]), Feed(0, random_tokens(count))], state)
+        model.step([StepInput(1, [2]), StepInput(0, random_tokens(count))], state)
     for slot in (0, 1):
         assert_same_bytes(state.snapshot(slot), before[slot])
         assert not state.staged(slot)
     # the depth counts, not the number of nodes
-    wide = Feed(0, [1] * 9, [-1] * 9)
+    wide = StepInput(0, [1] * 9, [-1] * 9)
     if count > 1:
         assert model.step([wide], state).logits.isfinite().all()
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from linspec.mixers.config import MixerConfig
     from linspec.models.decoder import Decoder
-    from linspec.state.decoder_state import DecoderState
+    from linspec.state.sequence_states import SequenceStates
 
 # as `LLM` reads prompts
 _CHUNK = 512
@@ -70,7 +70,7 @@ class Own(Peer):
 
         torch.set_num_threads(threads)
         inner = folder / "model"
-        model = load_model(inner if inner.exists() else folder).prepare()
+        model = load_model(inner if inner.exists() else folder).to_inference()
         return OwnSession(model, kv="int8" if form.name.endswith("-kv8") else "float")
 
 
@@ -96,7 +96,7 @@ class OwnSession(Session):
     def __init__(self, model: Decoder, kv: str = "float") -> None:
         self.model = model
         self.kv = kv
-        self.state: DecoderState = model.new_state(1, kv)
+        self.state: SequenceStates = model.new_state(1, kv)
         self.tokens: list[int] = []
         self.context = 0
         self.short: OwnSession | None = None
@@ -107,7 +107,7 @@ class OwnSession(Session):
         return timed(lambda: self._read(prompts))
 
     def _read(self, prompts: Prompts) -> None:
-        from linspec.decoding.step import Feed
+        from linspec.decoding.step import StepInput
 
         self.tokens = []
         length = len(prompts[0])
@@ -117,10 +117,11 @@ class OwnSession(Session):
             rows = range(start, min(start + together, len(prompts)))
             for first in range(0, length, _CHUNK):
                 parts = [prompts[row][first : first + _CHUNK] for row in rows]
-                feeds = [
-                    Feed(row, part, all_logits=False) for row, part in zip(rows, parts, strict=True)
+                inputs = [
+                    StepInput(row, part, all_logits=False)
+                    for row, part in zip(rows, parts, strict=True)
                 ]
-                logits = self.model.step(feeds, self.state).logits
+                logits = self.model.step(inputs, self.state).logits
                 for row in rows:
                     self.state.commit(row, range(len(parts[0])))
             self.tokens += logits.argmax(-1).tolist()
@@ -137,11 +138,11 @@ class OwnSession(Session):
         return self.short.decode(tokens)
 
     def _next(self) -> None:
-        from linspec.decoding.step import Feed
+        from linspec.decoding.step import StepInput
 
-        feeds = [Feed(row, [token]) for row, token in enumerate(self.tokens)]
-        self.tokens = self.model.step(feeds, self.state).logits.argmax(-1).tolist()
-        for feed in feeds:
+        inputs = [StepInput(row, [token]) for row, token in enumerate(self.tokens)]
+        self.tokens = self.model.step(inputs, self.state).logits.argmax(-1).tolist()
+        for feed in inputs:
             self.state.commit(feed.slot, (0,))
 
     def rows(self, count: int, repeats: int) -> list[float] | None:
@@ -152,10 +153,10 @@ class OwnSession(Session):
         self.state.drop(0)
 
     def _chain(self, count: int) -> torch.Tensor:
-        from linspec.decoding.step import Feed
+        from linspec.decoding.step import StepInput
 
         chain = [self.tokens[0], *([_DRAFT] * (count - 1))]
-        return self.model.step([Feed(0, chain)], self.state).logits
+        return self.model.step([StepInput(0, chain)], self.state).logits
 
     def accept(self, nodes: int, rate: float, rounds: int) -> tuple[int, float] | None:
         """Rounds of a chain, each draft accepted at `rate` if all before it were."""

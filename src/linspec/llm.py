@@ -17,24 +17,27 @@ import torch
 from torch import nn
 
 from linspec.checkpoints.dtype import pick_dtype
-from linspec.checkpoints.hub import load_generator, resolve
+from linspec.checkpoints.hub import load_causal_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
-from linspec.decoding.protocols import Generator
+from linspec.decoding.outcome import FAILED, Outcome
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine.encoding import Conversation, TextEncoder, as_conversations
-from linspec.engine.engine import FAILED, Emitted, Engine
+from linspec.engine.engine import Engine
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
-from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
+from linspec.engine.streams import EngineStreams, Stream
+from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
-from linspec.models.t5 import T5
+from linspec.models.model_types import loop_of
 from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
-from linspec.quantization.rows import check_held, kv_of
+from linspec.state.registry import check_held, kv_of
 from linspec.utils.messages import shown
 from linspec.utils.sizes import check_size
 from linspec.verifiers import make_verifier
@@ -64,7 +67,10 @@ class LLM:
         kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
             of the memory.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
+        loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
+
+    Any number of calls may be under way, in one thread or several: their sequences share the steps.
 
     Raises:
         CheckpointError: a file of the model is missing or damaged.
@@ -75,7 +81,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path | Generator,
+        model: str | Path | CausalModel,
         *,
         tokenizer: Any = None,
         drafter: str | Drafter = "none",
@@ -88,6 +94,7 @@ class LLM:
         quantize: int | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
+        loop: str = "auto",
         kv: str | None = None,
     ) -> None:
         check_fork()
@@ -100,8 +107,8 @@ class LLM:
         computed = pick_dtype(dtype, source, place)
         if isinstance(model, str | Path):
             options: dict[str, Any] = {"dtype": computed, "device": place}
-            self.model: Generator = (
-                load_generator(model, **options)
+            self.model: CausalModel = (
+                load_causal_model(model, **options)
                 if quantize is None
                 else load_for(model, quantize, **options)
             )
@@ -116,11 +123,10 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)
-        self.max_model_len = self._longest(max_model_len)
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
-        self.model.prepare()
+        self.model.to_inference()
         self.engine = Engine(
             self.model,
             verifier=make_verifier(verifier),
@@ -128,21 +134,11 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
-            kv=kept,
+            kv_cache_dtype=kept,
+            max_model_len=max_model_len,
+            loop=loop_of(self.model) if loop == "auto" else loop,
         )
-
-    def _longest(self, max_model_len: int | None) -> int | None:
-        if max_model_len is None:
-            return None
-        # a prompt and a new token
-        check_size("max_model_len", max_model_len, least=2)
-        limit = self.model.config.position_limit
-        if limit is not None and max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len must be at most {limit}, the positions of this model, got {max_model_len}; "
-                "lower it, or linearize the model: linear mixers have no such limit"
-            )
-        return max_model_len
+        self.streams = EngineStreams(self.engine)
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one prompt.
@@ -233,52 +229,44 @@ class LLM:
             LinspecError: as in `generate`, at the first piece.
         """
         self.engine.check_process()
-        requests = self._requests(prompts, params)
-        self._check_idle()
-        by_row: dict[int, Collector] = {}
+        collectors = self._collectors(prompts, params)
         errors: list[Exception] = []
-        try:
-            for request in requests:
-                by_row[self.engine.submit(request.prompt, request.params)] = request
-            while self.engine.busy:
-                for emitted in self.engine.step():
-                    piece = self._piece(by_row[emitted.row.request], emitted)
-                    if piece.done is not None and piece.done.error is not None:
-                        errors.append(piece.done.error)
-                    yield piece
-        finally:
-            self.engine.cancel()
+        with self.streams.open(each[0].request for each in collectors) as stream:
+            known = dict(zip(stream.requests, collectors, strict=True))
+            for outcome in stream:
+                sequence = outcome.sequence
+                collector = known[sequence.request][sequence.index]
+                piece = self._piece(collector, outcome, stream)
+                if piece.done is not None and piece.done.error is not None:
+                    errors.append(piece.done.error)
+                yield piece
         if errors and not return_errors:
             raise errors[0]
 
-    def _piece(self, request: Collector, emitted: Emitted) -> Piece:
-        """What `emitted` is for the caller; a row that has ended for the caller is retired."""
+    def _piece(self, collector: Collector, outcome: Outcome, stream: Stream) -> Piece:
+        """What `outcome` is for the caller; a sequence that has ended for the caller is dropped."""
         try:
-            piece = request.take(emitted)
+            piece = collector.take(outcome)
         except Exception as error:
-            piece = request.failed(emitted.row, error)
+            piece = collector.failed(outcome.sequence, error)
         if piece.done is None:
             return piece
-        late = self.engine.retire(emitted.row)
+        late = stream.drop(outcome.sequence)
         if late is None or piece.done.error is not None:
             return piece
         return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))
 
-    def _check_idle(self) -> None:
-        if self.engine.busy:
-            raise ConfigError(
-                "this LLM is still streaming another call; finish or close that one first, or give "
-                "all prompts in one call"
-            )
-
-    def _requests(
+    def _collectors(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[Collector]:
+    ) -> list[list[Collector]]:
+        """What collects the sequences of each prompt; raises before any of them is queued."""
         given = as_prompts(prompts)
         if not given:
             raise InputError("no prompts were given")
+        if params is not None and any(isinstance(each, Request) for each in given):
+            raise ConfigError("a Request has its own sampling parameters; leave out params")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(given)
         if not isinstance(params, Sequence) or not all(
@@ -290,37 +278,24 @@ class LLM:
                 f"{len(params)} sampling parameters for {len(given)} prompts; give one for all, or one "
                 "for each"
             )
-        return [
-            request
+        requests = [
+            self._request(index, prompt, each)
             for index, (prompt, each) in enumerate(zip(given, params, strict=True))
-            for request in self._sequences(index, self.encode(prompt), each)
         ]
+        return [self._sequences(index, request) for index, request in enumerate(requests)]
 
-    def _sequences(self, index: int, prompt: list[int], params: SamplingParams) -> list[Collector]:
-        """The sequences of one request."""
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        """What the engine is asked for; raises ContextOverflow where there is no room for it."""
+        asked = prompt if isinstance(prompt, Request) else Request((), params)
+        params = asked.params
         if params.bad_words:
             params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
-        params = self._within_length(index, len(prompt), params)
-        continues = not isinstance(self.model, T5)
-        return [
-            Collector((index, i), self.tokenizer, prompt, each, continues=continues)
-            for i, each in enumerate(params.sequences())
-        ]
+        request = replace(asked, prompt=tuple(self.encode(prompt)), params=params)
+        return self.engine.limits.fitted(request, f"prompt {index}")
 
-    def _within_length(self, index: int, size: int, params: SamplingParams) -> SamplingParams:
-        """`params` with no more tokens than there is room for; raises ContextOverflow where none is."""
-        limit = self.model.config.position_limit
-        if limit is not None and size > limit:
-            raise ContextOverflow(
-                f"prompt {index} has {size} tokens, this model takes {limit}; shorten it, or linearize "
-                "the model: linear mixers have no such limit"
-            )
-        if self.max_model_len is None:
-            return params
-        room = self.max_model_len - size
-        if room < max(1, params.min_tokens):
-            raise ContextOverflow(
-                f"prompt {index} has {size} tokens and asks for {max(1, params.min_tokens)} more at least; "
-                f"max_model_len is {self.max_model_len}: shorten the prompt or raise max_model_len"
-            )
-        return replace(params, max_tokens=min(params.max_tokens, room))
+    def _sequences(self, index: int, request: Request) -> list[Collector]:
+        continues = self.model.continues_prompt
+        return [
+            Collector((index, i), self.tokenizer, request, each, continues=continues)
+            for i, each in enumerate(request.params.sequences())
+        ]

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from linspec.checkpoints.hub import load_model
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.report.data import Chart, Series
 from linspec.report.plots import format_value
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.train.student import with_mixers
 from studies.linearized_llm.attentions import AUG, choose
 from studies.linearized_llm.table import TABLES, Cell, Result, Results, Section, Table
@@ -91,7 +91,7 @@ class Latency(Table):
         room = max(self.plan.config.max_positions, context + self.plan.size.decoded)
         if self.plan.config.positions == "rope":
             teacher.config = replace(teacher.config, max_positions=room)
-        return with_mixers(teacher, (mixer,) * teacher.config.layers).prepare()
+        return with_mixers(teacher, (mixer,) * teacher.config.layers).to_inference()
 
     def section(self, results: Results) -> Section:
         grids = []
@@ -175,14 +175,14 @@ def _shares(model: Decoder, prompt: list[int], after: list[int]) -> dict[str, An
     return found
 
 
-def _read(model: Decoder, state: DecoderState, prompt: list[int]) -> None:
-    model.step([Feed(0, prompt, all_logits=False)], state)
+def _read(model: Decoder, state: SequenceStates, prompt: list[int]) -> None:
+    model.step([StepInput(0, prompt, all_logits=False)], state)
     state.commit(0, range(len(prompt)))
 
 
-def _decode(model: Decoder, state: DecoderState, tokens: list[int]) -> None:
+def _decode(model: Decoder, state: SequenceStates, tokens: list[int]) -> None:
     for token in tokens:
-        model.step([Feed(0, (token,))], state)
+        model.step([StepInput(0, (token,))], state)
         state.commit(0, (0,))
 
 

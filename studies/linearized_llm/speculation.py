@@ -14,16 +14,16 @@ import torch
 from linspec.bench.speed import PLAIN as PLAIN_MODE
 from linspec.bench.speed import bench
 from linspec.checkpoints.hub import load_model
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree, best_first, from_paths
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.report.data import Bar, Bars
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.train.drafter import DrafterConfig, train_drafter
-from linspec.train.linearize import RECORD
+from linspec.train.linearize_record import RECORD
 from linspec.train.run import begun
 from studies.linearized_llm.attentions import AUG, PLAIN, choose, in_one_call
 from studies.linearized_llm.cache import workplace
@@ -102,7 +102,7 @@ class Speculation(AttentionTable):
             found[f"{mode}_tokens_per_round"] = row.tokens_per_round
             found[f"{mode}_spread"] = row.spread
         return found | tree_against_candidates(
-            load_model(student).prepare(), size.prompt, size.repeats
+            load_model(student).to_inference(), size.prompt, size.repeats
         )
 
     def _student(self, settings: dict[str, Any], folder: Path) -> Path:
@@ -181,12 +181,12 @@ def tree_against_candidates(model: Decoder, prompt: int, repeats: int) -> dict[s
     """Milliseconds to verify a tree of 64 nodes in one step, and its paths one after the other."""
     rng, vocabulary = random.Random(0), model.config.vocab_size
     state = model.new_state()
-    model.step([Feed(0, [rng.randrange(vocabulary) for _ in range(prompt)])], state)
+    model.step([StepInput(0, [rng.randrange(vocabulary) for _ in range(prompt)])], state)
     state.commit(0, range(prompt))
     tree, paths = _tree(rng, vocabulary)
-    feeds = [Feed(0, [tree.tokens[node] for node in path]) for path in paths]
-    whole = _timed(lambda: _verify(model, state, [Feed.tree(0, tree)]), repeats)
-    apart = _timed(lambda: _verify(model, state, feeds), repeats)
+    inputs = [StepInput(0, [tree.tokens[node] for node in path]) for path in paths]
+    whole = _timed(lambda: _verify(model, state, [StepInput.tree(0, tree)]), repeats)
+    apart = _timed(lambda: _verify(model, state, inputs), repeats)
     return {"tree_ms": whole, "candidates_ms": apart, "candidates": len(paths)}
 
 
@@ -200,8 +200,8 @@ def _tree(rng: random.Random, vocabulary: int) -> tuple[TokenTree, list[tuple[in
     return tree, [tree.path_to(leaf) for leaf in sorted(leaves)]
 
 
-def _verify(model: Decoder, state: DecoderState, feeds: list[Feed]) -> None:
-    for feed in feeds:
+def _verify(model: Decoder, state: SequenceStates, inputs: list[StepInput]) -> None:
+    for feed in inputs:
         model.step([feed], state)
         state.drop(0)
 

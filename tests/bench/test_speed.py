@@ -6,7 +6,7 @@ import pytest
 from checkpoints import model_dir
 
 from linspec.bench.speed import bench
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import Divergence
 
@@ -73,15 +73,15 @@ def test_a_mode_with_another_output_is_not_timed(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = iter(range(100))
-    real = Row.__init__
+    real = RunningSequence.__init__
 
-    def spoiled(self: Row, *args: object, **kwargs: object) -> None:
+    def spoiled(self: RunningSequence, *args: object, **kwargs: object) -> None:
         real(self, *args, **kwargs)  # type: ignore[arg-type]
         # runs of both modes take turns: every second one starts elsewhere
         if next(count) % 2:
             self.tokens[-1] = (self.tokens[-1] + 1) % 200
 
-    monkeypatch.setattr(Row, "__init__", spoiled)
+    monkeypatch.setattr(RunningSequence, "__init__", spoiled)
     monkeypatch.setattr(
         "linspec.bench.speed.divergence", lambda *_: Divergence(0, 2, 5, 6, logit_gap=1.0)
     )

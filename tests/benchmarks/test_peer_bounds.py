@@ -12,12 +12,12 @@ from benchmarks.peers.cells import Cell, Plan, Result
 from benchmarks.peers.ctranslate2 import Paced
 from benchmarks.peers.llama_cpp import padded
 from benchmarks.peers.own import OwnSession
-from benchmarks.peers.rows import Row, ratios, row_of, times_faster
+from benchmarks.peers.rows import RunningSequence, ratios, row_of, times_faster
 from benchmarks.peers.shapes import SHAPES, write_checkpoint
 from linspec.checkpoints.hub import load_model
 
 
-def row(peer: str, steps: list[float], run: str = "a", **result: object) -> Row:
+def row(peer: str, steps: list[float], run: str = "a", **result: object) -> RunningSequence:
     cell = Cell(shape="1b", context=128, batch=1, peer=peer, form="int8")
     found = Result(
         prefill_s=[1.0],
@@ -105,7 +105,7 @@ def test_a_generation_waits_between_rounds() -> None:
 
 
 def test_a_short_sequence_beside_a_long_one(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = load_model(write_checkpoint(SHAPES["toy"], tmp_path)).prepare()
+    model = load_model(write_checkpoint(SHAPES["toy"], tmp_path)).to_inference()
     session = OwnSession(model)
     session.open([[5 + i % 9 for i in range(160)]])
     steps = session.decode_short(2)
@@ -117,7 +117,7 @@ def test_a_short_sequence_beside_a_long_one(tmp_path) -> None:  # type: ignore[n
 
 
 def test_an_int8_cache_reads_its_own_prompt(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = load_model(write_checkpoint(SHAPES["toy"], tmp_path)).prepare()
+    model = load_model(write_checkpoint(SHAPES["toy"], tmp_path)).to_inference()
     prompt = [5 + i % 9 for i in range(300)]
     session = OwnSession(model, "int8")
     session.open([prompt])

@@ -149,7 +149,7 @@ def test_a_failed_cell_is_named_and_tried_again(tmp_path: Path) -> None:
 def test_reading_in_chunks_leads_to_the_same_tokens(tmp_path: Path) -> None:
     folder = write_checkpoint(SHAPES["toy"], tmp_path)
     assert write_checkpoint(SHAPES["toy"], tmp_path) == folder
-    session = OwnSession(load_model(folder).prepare())
+    session = OwnSession(load_model(folder).to_inference())
     prompts = [[5 + i % 9 for i in range(40)], [7 + i % 5 for i in range(40)]]
     session.open(prompts)
     alone = load_model(folder)

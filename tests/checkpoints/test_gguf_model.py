@@ -19,7 +19,7 @@ from linspec.checkpoints.gguf.reader import read_gguf
 from linspec.checkpoints.gguf.types import TYPES
 from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.cli import app
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.models.decoder import Decoder
 from linspec.train.linearize import stored_dtype
@@ -108,7 +108,7 @@ def test_the_step_form_of_a_gguf_model_is_its_full_form(family: str, tmp_path: P
     with torch.no_grad():
         full = model(IDS_OF_A_TEXT)[0]
         for at, token in enumerate(IDS_OF_A_TEXT[0].tolist()):
-            found = model.step([Feed(1, [token])], state).logits[-1]
+            found = model.step([StepInput(1, [token])], state).logits[-1]
             state.commit(1, range(1))
             assert torch.allclose(found, full[at], atol=1e-4)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from checkpoints import model_dir
 
-from linspec import LLM, ChainDrafter, Row, SamplingParams, TokenTree
+from linspec import LLM, ChainDrafter, RunningSequence, SamplingParams, TokenTree
 
 PROMPTS = ("abcd", "the end", "cd")
 
@@ -21,20 +21,20 @@ class Recorder(ChainDrafter):
         super().__init__()
         self.fails, self.heard = fails, list[tuple[str, int, int]]()
 
-    def started(self, row: Row) -> None:
-        self.heard.append(("started", row.request, len(row.tokens)))
-        if row.request == self.fails:
+    def started(self, row: RunningSequence) -> None:
+        self.heard.append(("started", row.number, len(row.tokens)))
+        if row.number == self.fails:
             raise RuntimeError("no place for it")
 
-    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[RunningSequence], budgets: Sequence[int]) -> list[list[int]]:
         return [[row.root] for row in rows]
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         super().observe(row, tree, path)
-        self.heard.append(("observed", row.request, len(row.tokens)))
+        self.heard.append(("observed", row.number, len(row.tokens)))
 
-    def finished(self, row: Row) -> None:
-        self.heard.append(("finished", row.request, len(row.tokens)))
+    def finished(self, row: RunningSequence) -> None:
+        self.heard.append(("finished", row.number, len(row.tokens)))
 
     def of(self, request: int) -> list[str]:
         return [what for what, number, _ in self.heard if number == request]

@@ -22,14 +22,14 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads, save_heads, save_packed
 from linspec.errors import DrafterError
-from linspec.kernels import linear as linear_layers
-from linspec.kernels.cpu import linear
-from linspec.kernels.cpu import step as native_step
+from linspec.kernels import selector
+from linspec.kernels.cpu import step
 from linspec.kernels.cpu.library import Found, load
 from linspec.kernels.cpu.threads import torch_on_one_thread
-from linspec.kernels.linear import PackedLinear, Quantizer, fuse, integer_bits
+from linspec.models import native_linear
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import PackedLinear, Quantizer, fused_linear, integer_bits
 
 WIDTH, VOCAB = 48, 70
 CONFIG = DecoderConfig(
@@ -63,7 +63,7 @@ def trained(shape: HeadsConfig, model: Decoder) -> MedusaHeads:
     generator = torch.Generator().manual_seed(1)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
-    heads.bind(model.prepare().head)
+    heads.bind(model.to_inference().head)
     return heads.requires_grad_(False)
 
 
@@ -80,7 +80,7 @@ def hidden(rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_packed_heads_compute_what_trained_heads_do(shape: HeadsConfig, bits: int | None) -> None:
     heads, h = trained(shape, make_model()), hidden(5)
-    made = PackedHeads.of(heads, Quantizer(bits, {}) if bits else fuse)
+    made = PackedHeads.of(heads, Quantizer(bits, {}) if bits else fused_linear)
     # up to five layers round weights and inputs: to 8 bits each by less than a hundredth, to 4 by a tenth
     near = {None: 1e-5, 8: 0.03, 4: 0.3}[bits]
     assert distance(made.features(h), heads.features(h)) < near
@@ -92,7 +92,9 @@ def test_packed_heads_compute_what_trained_heads_do(shape: HeadsConfig, bits: in
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_one_call_guesses_what_the_layers_say(shape: HeadsConfig, bits: int | None) -> None:
-    made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits, {}) if bits else fuse)
+    made = PackedHeads.of(
+        trained(shape, make_model()), Quantizer(bits, {}) if bits else fused_linear
+    )
     h = hidden(4)
     found = torch.tensor(made.guess(list(h), 3, 6)).view(4, 3, 6)
     logits = made(h)
@@ -123,7 +125,7 @@ def test_without_the_library_torch_guesses(
     made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits or 8, {}))
     rows = list(hidden(3))
     expected = made.guess(rows, 3, 1)
-    for module in (packed, linear):
+    for module in (packed, native_linear):
         monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
     monkeypatch.setattr(packed, "HeadsCall", None)
     assert made.guess(rows, 3, 1) == expected
@@ -174,7 +176,7 @@ def quantised(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
     model = make_model()
     heads = load_heads(plain, model)
     assert isinstance(heads, MedusaHeads)
-    heads.bind(model.prepare().head)
+    heads.bind(model.to_inference().head)
     made = PackedHeads.of(heads, Quantizer(bits, {}))
     return made, save_packed(made, model, out / "packed", bits, {"loss": 1.0})
 
@@ -259,11 +261,11 @@ def test_making_a_drafter_once_prepared_the_target(plain: Path) -> None:
     before = {name: id(part) for name, part in model.named_modules()}
     drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
     assert isinstance(drafter, Medusa)
-    assert not model.prepared and model.head.weight.requires_grad
+    assert not model.is_inference and model.head.weight.requires_grad
     assert {name: id(part) for name, part in model.named_modules()} == before
     # heads that share the output layer use the one that the target has when they draft
     assert drafter.heads.target_head is model.head
-    model.prepare()
+    model.to_inference()
     assert drafter.heads.target_head is model.head
 
 
@@ -277,9 +279,9 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
     folder = save_heads(heads, model, tmp_path / "medusa", dtype=None)
-    early, late = make_model(), make_model().prepare()
+    early, late = make_model(), make_model().to_inference()
     first = make_drafter(f"medusa:{folder}", DrafterContext(early))
-    early.prepare()
+    early.to_inference()
     second = make_drafter(f"medusa:{folder}", DrafterContext(late))
     assert isinstance(first, Medusa) and isinstance(second, Medusa)
     rows = list(hidden(3))
@@ -290,11 +292,11 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
 def test_without_the_library_a_second_drafter_was_once_refused(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (packed, linear, linear_layers, native_step):
+    for module in (packed, native_linear, selector, step):
         monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
     model = make_model()
     known = fingerprint(model)
-    assert isinstance(model.prepare().head, PackedLinear)
+    assert isinstance(model.to_inference().head, PackedLinear)
     assert fingerprint(model) == known
     for _ in range(2):
         drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))

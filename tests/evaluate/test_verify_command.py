@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import model_dir, text_model, tiny_tokenizer
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.draft_model import DraftModel
 from linspec.errors import ConfigError
@@ -83,7 +83,9 @@ def test_samples_of_the_wrong_distribution_are_caught() -> None:
     class Sly(DraftModel):
         """Says that it drew from a sharper distribution than it did."""
 
-        def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+        def propose(
+            self, rows: Sequence[RunningSequence], budgets: Sequence[Budget]
+        ) -> list[TokenTree]:
             trees = super().propose(rows, budgets)
             return [
                 TokenTree(t.tokens, t.parents, {n: q**3 / (q**3).sum() for n, q in t.proposals.items()})

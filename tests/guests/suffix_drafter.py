@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linspec import DRAFTERS, ChainDrafter, DrafterContext, Row, option
+from linspec import DRAFTERS, ChainDrafter, DrafterContext, RunningSequence, option
 
 DRAFTED = 16
 
@@ -39,10 +39,10 @@ class SuffixDrafter(ChainDrafter):
         self.followers: OrderedDict[tuple[int, ...], tuple[int, ...]] = OrderedDict()
         self.known: dict[int, int] = {}
 
-    def started(self, row: Row) -> None:
-        self.known[row.request] = 0
+    def started(self, row: RunningSequence) -> None:
+        self.known[row.number] = 0
 
-    def draft(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[list[int]]:
+    def draft(self, rows: Sequence[RunningSequence], budgets: Sequence[int]) -> list[list[int]]:
         for row in rows:
             self._remember(row, len(row.tokens) - DRAFTED)
         return [
@@ -50,9 +50,9 @@ class SuffixDrafter(ChainDrafter):
             for row, budget in zip(rows, budgets, strict=True)
         ]
 
-    def finished(self, row: Row) -> None:
+    def finished(self, row: RunningSequence) -> None:
         self._remember(row, len(row.tokens))
-        self.known.pop(row.request, None)
+        self.known.pop(row.number, None)
 
     def _continuation(self, tokens: Sequence[int]) -> tuple[int, ...]:
         for length in range(self.options.max_length, 0, -1):
@@ -61,12 +61,12 @@ class SuffixDrafter(ChainDrafter):
                 return found
         return ()
 
-    def _remember(self, row: Row, until: int) -> None:
+    def _remember(self, row: RunningSequence, until: int) -> None:
         """Enter the suffixes that end before `until`; asked twice, it has nothing left to do."""
-        for end in range(max(1, self.known.get(row.request, 0)), until):
+        for end in range(max(1, self.known.get(row.number, 0)), until):
             follower = tuple(row.tokens[end : end + DRAFTED])
             for length in range(1, min(self.options.max_length, end) + 1):
                 self.followers[tuple(row.tokens[end - length : end])] = follower
-        self.known[row.request] = max(until, self.known.get(row.request, 0))
+        self.known[row.number] = max(until, self.known.get(row.number, 0))
         while len(self.followers) > self.options.memory:
             self.followers.popitem(last=False)

@@ -11,12 +11,12 @@ from checkpoints import model_dir
 from typer.testing import CliRunner
 
 import linspec
-from guests import suffix_drafter
-from guests.proof import check_lossless
+from guests import beam, client, diffusion, layer_skip, paged_state, soft_prompt, suffix_drafter
+from guests.proof import PROMPTS, check_lossless
 from linspec import DRAFTERS, LLM, LinspecError, SamplingParams
 from linspec.cli import app
 
-GUESTS = [suffix_drafter]
+GUESTS = [beam, client, diffusion, layer_skip, paged_state, soft_prompt, suffix_drafter]
 
 
 @pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: guest.__name__)
@@ -30,6 +30,14 @@ def test_a_guest_imports_public_names_only(guest: object) -> None:
 
 def test_the_suffix_drafter_is_lossless_and_remembers() -> None:
     check_lossless("guest-suffix:max_length=3")
+
+
+def test_the_layer_skipping_drafter_is_lossless() -> None:
+    check_lossless("guest-layer-skip", remembers=False)
+    # with no layer left out it is the target, and every draft is right
+    llm = LLM(model_dir("aug"), drafter="guest-layer-skip:every=1", policy=3)
+    (found,) = llm.generate("abcd", SamplingParams(max_tokens=13, ignore_eos=True))
+    assert found.stats.tokens_per_round == 4.0
 
 
 def test_the_command_line_takes_a_guest_with_its_options() -> None:
@@ -59,3 +67,27 @@ def test_a_guest_is_listed() -> None:
     assert [setting.name for setting in entry.settings] == ["max_length", "memory"]
     with pytest.raises(LinspecError, match="did you mean 'guest-suffix'"):
         DRAFTERS.read("guest-sufix")
+
+
+@pytest.mark.parametrize("drafter", [None, "guest-suffix", "prompt-lookup"])
+def test_a_paged_cache_generates_what_a_plain_one_does(drafter: str | None) -> None:
+    plain = LLM(model_dir("softmax"))
+    settings = {"drafter": drafter, "policy": 4} if drafter else {}
+    for batch in (1, 3):
+        paged = LLM(
+            model_dir("softmax"), kv_cache_dtype="guest-paged:block=5", max_batch=batch, **settings
+        )
+        for params in (
+            SamplingParams(max_tokens=24, ignore_eos=True),
+            SamplingParams(max_tokens=16, temperature=0.9, seed=3),
+        ):
+            expected = [each.token_ids for each in plain.generate(PROMPTS, params)]
+            found = [each.token_ids for each in paged.generate(PROMPTS, params)]
+            assert found == expected
+
+
+def test_a_wrong_option_of_a_guest_cache_is_a_named_error() -> None:
+    with pytest.raises(LinspecError, match="block must be 1 or more, got 0"):
+        LLM(model_dir("softmax"), kv_cache_dtype="guest-paged:block=0")
+    with pytest.raises(LinspecError, match="did you mean 'guest-paged'"):
+        LLM(model_dir("softmax"), kv_cache_dtype="guest-page")

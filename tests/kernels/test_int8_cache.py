@@ -1,4 +1,4 @@
-"""Softmax over coded rows: the C step against torch, trees against chains, bit for bit."""
+"""Softmax over quantized rows: the C step against torch, trees against chains, bit for bit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
 TOKENS = [3 * node + 1 for node in range(len(TREE))]
@@ -50,16 +50,16 @@ def whole(mixer: MixerConfig, width: int) -> Decoder:
         linear.weight.data /= 8
     if mixer.taps:
         nn.init.normal_(made.layers[0].mixer.taps)
-    return made.prepare()
+    return made.to_inference()
 
 
-def read(model: Decoder, length: int, slots: int = 1) -> DecoderState:
+def read(model: Decoder, length: int, slots: int = 1) -> SequenceStates:
     """A state that has read a text in chains that the one-call step takes."""
     state = model.new_state(slots, "int8")
     ids = [index * 31 % 97 for index in range(length)]
     for first in range(0, length, 64):
         chain = ids[first : first + 64]
-        model.step([Feed(0, chain, all_logits=False)], state)
+        model.step([StepInput(0, chain, all_logits=False)], state)
         state.commit(0, range(len(chain)))
     return state
 
@@ -77,33 +77,33 @@ def test_every_instruction_set_meets_the_same_codes(
     for form in (native, None):
         model.native = form
         state = read(model, 139)
-        model.step([Feed(0, [7, 8, 9])], state)
-        outputs.append(model.step([Feed(0, [7, 8], [1, 3])], state).hidden)
+        model.step([StepInput(0, [7, 8, 9])], state)
+        outputs.append(model.step([StepInput(0, [7, 8], [1, 3])], state).hidden)
     torch.testing.assert_close(*outputs, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("mixer", [MixerConfig(), WINDOW])
 def test_a_tree_over_codes_is_verified_bit_for_bit(isa: str, mixer: MixerConfig) -> None:
-    model = decoder(mixer).prepare()
+    model = decoder(mixer).to_inference()
     tree = read(model, 187, slots=2)
     tree.fork(0, 1)
-    together = model.step([Feed(0, TOKENS, TREE), Feed(1, [1])], tree).logits
+    together = model.step([StepInput(0, TOKENS, TREE), StepInput(1, [1])], tree).logits
     for path in ([0, 1, 3, 4, 6, 7, 8], [0, 2, 5, 9]):
         chain = model.new_state(1, "int8")
         chain.restore(0, tree.snapshot(0))
         for node in path:
-            logits = model.step([Feed(0, [TOKENS[node]])], chain).logits
+            logits = model.step([StepInput(0, [TOKENS[node]])], chain).logits
             chain.commit(0, [0])
             assert torch.equal(logits[0], together[node])
 
 
 def test_a_committed_path_is_what_reading_it_leaves(library: ctypes.CDLL) -> None:
-    model = decoder(MixerConfig()).prepare()
+    model = decoder(MixerConfig()).to_inference()
     path = [0, 2, 5, 9]
     tree, fresh = read(model, 187), read(model, 187)
-    model.step([Feed(0, TOKENS, TREE)], tree)
+    model.step([StepInput(0, TOKENS, TREE)], tree)
     tree.commit(0, path)
-    model.step([Feed(0, [TOKENS[node] for node in path])], fresh)
+    model.step([StepInput(0, [TOKENS[node] for node in path])], fresh)
     fresh.commit(0, range(len(path)))
     for one, other in zip(tree.snapshot(0), fresh.snapshot(0), strict=True):
         assert one.keys.dtype == torch.int8
@@ -114,16 +114,16 @@ def test_a_committed_path_is_what_reading_it_leaves(library: ctypes.CDLL) -> Non
 @pytest.mark.parametrize("kv", ["float", "int8"])
 def test_a_long_cache_is_the_same_on_one_thread_and_on_two(library: ctypes.CDLL, kv: str) -> None:
     """One kv head and several chunks: threads share the chunks of a head."""
-    model = decoder(MixerConfig(), kv_heads=1, layers=1).prepare()
+    model = decoder(MixerConfig(), kv_heads=1, layers=1).to_inference()
     state = model.new_state(1, kv)
     ids = [index * 31 % 97 for index in range(2030)]
-    model.step([Feed(0, ids, all_logits=False)], state)
+    model.step([StepInput(0, ids, all_logits=False)], state)
     state.commit(0, range(len(ids)))
     before, logits = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            logits.append(model.step([Feed(0, TOKENS, TREE)], state).logits)
+            logits.append(model.step([StepInput(0, TOKENS, TREE)], state).logits)
             state.drop(0)
     finally:
         torch.set_num_threads(before)
@@ -131,22 +131,22 @@ def test_a_long_cache_is_the_same_on_one_thread_and_on_two(library: ctypes.CDLL,
     assert torch.equal(logits[0], logits[2])
     model.native = None
     torch.testing.assert_close(
-        model.step([Feed(0, TOKENS, TREE)], state).logits, logits[0], rtol=1e-3, atol=1e-3
+        model.step([StepInput(0, TOKENS, TREE)], state).logits, logits[0], rtol=1e-3, atol=1e-3
     )
 
 
 def test_a_chunk_that_ends_inside_a_tree(library: ctypes.CDLL) -> None:
     """Bits are those of plain decoding where ancestors begin a new chunk."""
-    model = decoder(MixerConfig(), layers=1).prepare()
+    model = decoder(MixerConfig(), layers=1).to_inference()
     for length in (1020, 1023, 1024):
         tree = model.new_state(1, "int8")
-        model.step([Feed(0, [index * 31 % 97 for index in range(length)])], tree)
+        model.step([StepInput(0, [index * 31 % 97 for index in range(length)])], tree)
         tree.commit(0, range(length))
         copy = tree.snapshot(0)
-        together = model.step([Feed(0, TOKENS, TREE)], tree).logits
+        together = model.step([StepInput(0, TOKENS, TREE)], tree).logits
         tree.restore(0, copy)
         for node in [0, 1, 3, 4, 6, 7, 8]:
-            logits = model.step([Feed(0, [TOKENS[node]])], tree).logits
+            logits = model.step([StepInput(0, [TOKENS[node]])], tree).logits
             tree.commit(0, [0])
             assert torch.equal(logits[0], together[node])
 

@@ -10,7 +10,8 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.cpu import check, library
-from linspec.kernels.linear import PackedLinear, fuse, pick_kernel
+from linspec.kernels.selector import pick_kernel
+from linspec.models.linear import PackedLinear, fused_linear
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_without_the_extension_torch_is_used_and_said_once(
     assert not kernels[0].name.startswith("linspec-")
     assert "not built" in kernels[0].reason
     plain = torch.nn.Linear(8, 4)
-    fused = fuse(plain)
+    fused = fused_linear(plain)
     assert isinstance(fused, PackedLinear)
     torch.testing.assert_close(fused(torch.ones(3, 8)), plain(torch.ones(3, 8)))
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import StateError
 from linspec.kernels.cpu.library import instruction_sets
-from linspec.kernels.linear import Quantizer
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 
 MIXERS = {
     "softmax": MixerConfig(),
@@ -38,7 +38,7 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     for name, parameter in made.named_parameters():
         if name.endswith(("alpha", "taps")):
             torch.nn.init.normal_(parameter, 0.3, 0.2)
-    return made.prepare(Quantizer(bits, {})) if bits else made.prepare()
+    return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -53,15 +53,17 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         state = made.new_state(2)
         outputs = []
         for slot, length in ((0, 70), (1, 5)):
-            made.step([Feed(slot, ids[:length].tolist(), all_logits=False)], state)
+            made.step([StepInput(slot, ids[:length].tolist(), all_logits=False)], state)
             state.commit(slot, range(length))
         # one slot stages twice, both are verified together
-        made.step([Feed(0, ids[70:73].tolist())], state)
+        made.step([StepInput(0, ids[70:73].tolist())], state)
         for _ in range(3):
             new = [
-                Feed(0, [7, 8], [1, 3]) if len(state.staged(0)) == 3 else Feed(0, [7, 8], [-1, 0])
+                StepInput(0, [7, 8], [1, 3])
+                if len(state.staged(0)) == 3
+                else StepInput(0, [7, 8], [-1, 0])
             ]
-            new.append(Feed(1, ids[: len(TREE)].tolist(), TREE))
+            new.append(StepInput(1, ids[: len(TREE)].tolist(), TREE))
             output = made.step(new, state)
             outputs += [output.hidden, output.logits]
             state.commit(0, [0, 1])
@@ -79,15 +81,15 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
     tokens = [3 * node + 1 for node in range(len(TREE))]
     prompt = [5, 6, 7, 8, 9, 10, 11] * 11
     tree = made.new_state(2)
-    made.step([Feed(0, prompt)], tree)
+    made.step([StepInput(0, prompt)], tree)
     tree.commit(0, range(len(prompt)))
     tree.fork(0, 1)
-    together = made.step([Feed(0, tokens, TREE), Feed(1, [1])], tree).logits
+    together = made.step([StepInput(0, tokens, TREE), StepInput(1, [1])], tree).logits
     for path in ([0, 1, 3, 4, 6, 7, 8], [0, 2, 5, 9]):
         chain = made.new_state()
         chain.restore(0, tree.snapshot(0))
         for node in path:
-            logits = made.step([Feed(0, [tokens[node]])], chain).logits
+            logits = made.step([StepInput(0, [tokens[node]])], chain).logits
             chain.commit(0, [0])
             assert torch.equal(logits[0], together[node])
 
@@ -101,13 +103,13 @@ def test_a_step_has_the_same_bits_on_every_instruction_set(
     made, before = model(mixer, bits), library.ls_isa()
     prompt, results = [index * 31 % 97 for index in range(63)], []
     filled = made.new_state()
-    made.step([Feed(0, prompt)], filled)
+    made.step([StepInput(0, prompt)], filled)
     filled.commit(0, range(len(prompt)))
     for name in instruction_sets(library):
         assert library.ls_use_isa(name.encode())
         state = made.new_state()
         state.restore(0, filled.snapshot(0))
-        output = made.step([Feed(0, list(range(len(TREE))), TREE)], state)
+        output = made.step([StepInput(0, list(range(len(TREE))), TREE)], state)
         results.append((output.hidden, output.logits))
     assert library.ls_use_isa(before)
     for result in results:
@@ -127,11 +129,11 @@ def test_a_prompt_in_one_call_is_the_prompt_by_layers(
         state, outputs, done = made.new_state(2), [], 0
         for length in lengths:
             ids = [(done + i) * 31 % 97 for i in range(length)]
-            output = made.step([Feed(1, ids)], state)
+            output = made.step([StepInput(1, ids)], state)
             state.commit(1, range(length))
             outputs += [output.hidden, output.logits]
             done += length
-        tree = made.step([Feed(1, list(range(len(TREE))), TREE)], state)
+        tree = made.step([StepInput(1, list(range(len(TREE))), TREE)], state)
         kept = [
             tensor for part in state.snapshot(1) for tensor in (part.keys, part.values, part.sums)
         ]
@@ -149,13 +151,15 @@ def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
     made = model(mixer, bits)
     ids = [index * 31 % 97 for index in range(150)]
     together, apart = made.new_state(1, kv), made.new_state(1, kv)
-    whole = made.step([Feed(0, ids)], together).logits
+    whole = made.step([StepInput(0, ids)], together).logits
     together.commit(0, range(len(ids)))
     for place, token in enumerate(ids):
-        alone = made.step([Feed(0, [token])], apart).logits
+        alone = made.step([StepInput(0, [token])], apart).logits
         apart.commit(0, [0])
         assert torch.equal(alone[0], whole[place])
-    after = [made.step([Feed(0, [5, 6], [-1, 0])], state).logits for state in (together, apart)]
+    after = [
+        made.step([StepInput(0, [5, 6], [-1, 0])], state).logits for state in (together, apart)
+    ]
     assert torch.equal(*after)
 
 
@@ -166,7 +170,9 @@ def test_a_prompt_has_the_same_bits_on_every_instruction_set(
     made, before, results = model(mixer, 8), library.ls_isa(), []
     for name in instruction_sets(library):
         assert library.ls_use_isa(name.encode())
-        output = made.step([Feed(0, [index * 31 % 97 for index in range(140)])], made.new_state())
+        output = made.step(
+            [StepInput(0, [index * 31 % 97 for index in range(140)])], made.new_state()
+        )
         results.append(output.logits)
     assert library.ls_use_isa(before)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -181,11 +187,11 @@ def test_a_longer_prompt_beside_a_prompt_changes_nothing(
     made = model(mixer)
     short, long = [3] * 70 + list(range(20)), list(range(97)) * 4
     state, alone = made.new_state(2, kv), made.new_state(2, kv)
-    made.step([Feed(0, short), Feed(1, long)], state)
-    made.step([Feed(0, short)], alone)
+    made.step([StepInput(0, short), StepInput(1, long)], state)
+    made.step([StepInput(0, short)], alone)
     for each in (state, alone):
         each.commit(0, range(len(short)))
-    after = [made.step([Feed(0, [7])], each).logits for each in (state, alone)]
+    after = [made.step([StepInput(0, [7])], each).logits for each in (state, alone)]
     assert torch.equal(*after)
 
 
@@ -193,32 +199,34 @@ def test_a_longer_prompt_beside_a_prompt_changes_nothing(
 def test_a_dropped_prompt_leaves_nothing(library: ctypes.CDLL, mixer: str) -> None:
     made = model(mixer)
     state, first = made.new_state(2), list(range(80))
-    made.step([Feed(0, first)], state)
+    made.step([StepInput(0, first)], state)
     state.commit(0, range(80))
-    before = made.step([Feed(0, [7])], state).logits
+    before = made.step([StepInput(0, [7])], state).logits
     state.drop(0)
-    made.step([Feed(0, [11] * 90)], state)
+    made.step([StepInput(0, [11] * 90)], state)
     state.drop(0)
-    assert torch.equal(made.step([Feed(0, [7])], state).logits, before)
+    assert torch.equal(made.step([StepInput(0, [7])], state).logits, before)
 
 
 def test_nothing_is_staged_behind_a_prompt(library: ctypes.CDLL) -> None:
     made = model("softmax")
     state = made.new_state()
-    made.step([Feed(0, list(range(70)))], state)
+    made.step([StepInput(0, list(range(70)))], state)
     with pytest.raises(StateError, match="staged a chain of 70 tokens"):
-        made.step([Feed(0, [1], [69])], state)
+        made.step([StepInput(0, [1], [69])], state)
 
 
 def test_prompts_beside_trees_change_nothing(library: ctypes.CDLL) -> None:
     made = model("softmax", 8)
     state = made.new_state(3)
-    alone = made.step([Feed(1, [5, 6, 7])], state)
+    alone = made.step([StepInput(1, [5, 6, 7])], state)
     state.drop(1)
     long = list(range(90))
-    both = made.step([Feed(0, long), Feed(1, [5, 6, 7]), Feed(2, [1], all_logits=False)], state)
-    assert torch.equal(both.logits[both.rows[1]], alone.logits)
-    assert [part.stop - part.start for part in both.rows] == [90, 3, 1]
+    both = made.step(
+        [StepInput(0, long), StepInput(1, [5, 6, 7]), StepInput(2, [1], all_logits=False)], state
+    )
+    assert torch.equal(both.logits[both.slices[1]], alone.logits)
+    assert [part.stop - part.start for part in both.slices] == [90, 3, 1]
     assert both.logits.shape == (94, 97)
 
 
@@ -229,9 +237,9 @@ def test_a_new_state_in_the_place_of_an_old_one(library: ctypes.CDLL) -> None:
     kept = []
     for _ in range(12):
         state = made.new_state(1 + len(kept) % 2)
-        made.step([Feed(0, prompt)], state)
+        made.step([StepInput(0, prompt)], state)
         state.commit(0, range(len(prompt)))
-        logits = made.step([Feed(0, [1])], state).logits
+        logits = made.step([StepInput(0, [1])], state).logits
         # keeps some buffers alive, so that the next state is spread over old holes
         kept.append((logits, state.parts[0].sums if len(kept) % 3 else None))
         del state

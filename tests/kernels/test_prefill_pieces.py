@@ -15,8 +15,8 @@ import torch
 from linspec.checkpoints.hub import load_tokenizer
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import Sampler, SamplingParams
-from linspec.decoding.sequence import Row
-from linspec.decoding.step import Feed
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import StepInput
 from linspec.engine.scheduler import Scheduler
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.decoder import Decoder
@@ -29,7 +29,7 @@ def logprobs(model: Decoder, ids: list[int], piece: int) -> torch.Tensor:
     outputs = []
     for begin in range(0, len(ids), piece):
         part = ids[begin : begin + piece]
-        outputs.append(model.step([Feed(0, part)], state).logits)
+        outputs.append(model.step([StepInput(0, part)], state).logits)
         state.commit(0, range(len(part)))
     return torch.cat(outputs).double().log_softmax(-1)
 
@@ -52,7 +52,7 @@ def test_pieces_of_a_prompt_begin_at_multiples_of_64_beside_other_prompts(budget
 
     for place, length in enumerate(lengths):
         sampler = Sampler(SamplingParams(), [1], 10)
-        scheduler.submit(Row(place, sampler, [1] * length, length))
+        scheduler.submit(RunningSequence(place, sampler, [1] * length, length))
     scheduler.admit()
     begins = []
     while any(row.prefilling for row in scheduler.running):
@@ -73,14 +73,14 @@ def test_pieces_of_a_prompt_change_no_more_than_a_change_in_the_last_bit_of_a_we
 ) -> None:
     if load_kernels().library is None:
         pytest.skip("no C library")
-    model = load_for("embedded-aug", bits).prepare()
+    model = load_for("embedded-aug", bits).to_inference()
     whole = logprobs(model, ids, TOKENS)
     for piece in (16, 64, 128):
         assert furthest(logprobs(model, ids, piece), whole) < 5e-5, piece
     odd = max(furthest(logprobs(model, ids, piece), whole) for piece in (33, 65, 100))
     with torch.no_grad():
         model.layers[0].mixer_norm.get_parameter("weight").mul_(1 + 1e-7)
-    model.settle()
+    model.finalize_weights()
     nudged = furthest(logprobs(model, ids, TOKENS), whole)
     assert odd < max(5e-5, 3 * nudged)
     # the nudge itself shows which of the two rounds

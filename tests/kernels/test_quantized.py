@@ -13,7 +13,7 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, res
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.quantized import map_tensors, write_aligned
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import PromptLookup
@@ -21,10 +21,11 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.linear import Quantizer
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
+from linspec.state import memory as state_memory
 from linspec.utils import ram
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
@@ -54,10 +55,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
     loaded, made = load_model(small), load_for("embedded-aug", 4)
-    assert loaded.prepared and loaded.identity == made.identity
+    assert loaded.is_inference and loaded.identity == made.identity
     logits = []
     for model in (loaded, made):
-        logits.append(model.step([Feed(0, list(range(5, 30)))], model.new_state()).logits)
+        logits.append(model.step([StepInput(0, list(range(5, 30)))], model.new_state()).logits)
     assert torch.equal(*logits)
 
 
@@ -172,7 +173,7 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = LLM("embedded-softmax", max_batch=1)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
+    monkeypatch.setattr(state_memory, "available_bytes", lambda: 2**10)
     llm.generate([5] * 20, SamplingParams(max_tokens=1))
     with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
         llm.generate([5] * 200, SamplingParams(max_tokens=1))

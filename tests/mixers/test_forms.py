@@ -21,14 +21,14 @@ from helpers import (
 )
 
 import linspec.mixers.base
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree, chain
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.ops.exact import Groups
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 LARGE = 1e-3
 SUMMED = ("global", "aug", "relu", "hedgehog", "linformer", "aug:softmax", "gla:softmax")
@@ -68,18 +68,18 @@ def test_a_centred_convolution_would_be_noticed(
     causal = linspec.mixers.base.convolve
 
     def centred(
-        v: torch.Tensor, kernel: torch.Tensor, repeats: int, lead: torch.Tensor | None
+        v: torch.Tensor, kernel: torch.Tensor, repeats: int, conv_history: torch.Tensor | None
     ) -> torch.Tensor:
         ahead = torch.nn.functional.pad(v[:, :, taps // 2 :], (0, 0, 0, taps // 2))
-        return causal(ahead, kernel, repeats, lead)
+        return causal(ahead, kernel, repeats, conv_history)
 
     monkeypatch.setattr(linspec.mixers.base, "convolve", centred)
     assert max(changes(bare(name, taps))) > LARGE
 
 
-def verified(model: Decoder, state: DecoderState, tree: TokenTree) -> torch.Tensor:
+def verified(model: Decoder, state: SequenceStates, tree: TokenTree) -> torch.Tensor:
     """Logits of the nodes of `tree`; nothing stays staged."""
-    logits = model.step([Feed.tree(0, tree)], state).logits
+    logits = model.step([StepInput.tree(0, tree)], state).logits
     state.drop(0)
     return logits
 
@@ -89,8 +89,8 @@ def without_groups_closed_in_the_tree(
 ) -> Callable[..., tuple[torch.Tensor | None, None]]:
     """The short-cut of the published code: nodes past a border see only sums already committed."""
 
-    def short_cut(self: GroupedLinear, layout: Layout) -> tuple[torch.Tensor | None, None]:
-        return groups(self, layout)[0], None
+    def short_cut(self: Groups, tree_mask: TreeMask) -> tuple[torch.Tensor | None, None]:
+        return groups(self, tree_mask)[0], None
 
     return short_cut
 
@@ -104,8 +104,11 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
     tree, state = chain(random_tokens(GROUP + 2, seed=1)), prefilled(model, prompt)
     expected = tree_logits(model, prompt, tree)
     assert_close(verified(model, state, tree), expected)
-    wrong = without_groups_closed_in_the_tree(GroupedLinear.groups)
-    monkeypatch.setattr(GroupedLinear, "groups", wrong)
+    # layouts remember their groups
+    for part in state.parts:
+        part._tree_masks.clear()
+    wrong = without_groups_closed_in_the_tree(Groups._masks)
+    monkeypatch.setattr(Groups, "_masks", wrong)
     found = verified(model, state, tree)
     border = GROUP - offset
     assert_close(found[:border], expected[:border])
@@ -161,8 +164,8 @@ def test_a_window_set_on_a_softmax_layer_does_not_shorten_its_memory() -> None:
     tokens = random_tokens(6 * WINDOW)
     state = model.new_state()
     for token in tokens[:-1]:
-        model.step([Feed(0, [token])], state)
+        model.step([StepInput(0, [token])], state)
         state.commit(0, [0])
-    logits = model.step([Feed(0, tokens[-1:])], state).logits
+    logits = model.step([StepInput(0, tokens[-1:])], state).logits
     with torch.no_grad():
         assert_close(logits[0], model(torch.tensor([tokens]))[0, -1])

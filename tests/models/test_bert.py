@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from linspec.checkpoints.hub import (
+    load_causal_model,
     load_encoder,
-    load_generator,
     load_model,
     load_seq2seq,
     save_model,
@@ -34,12 +34,12 @@ from linspec.errors import (
     InputError,
     UnsupportedModel,
 )
-from linspec.kernels.linear import Quantizer
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.relu import Relu
 from linspec.models.bert import Bert
 from linspec.models.config import EncoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -168,7 +168,7 @@ def test_wrong_tasks_are_named(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedModel, match="kind 'encoder'.*Use load_encoder"):
             load(tmp_path)
     with pytest.raises(UnsupportedModel, match="generates nothing"):
-        load_generator(tmp_path)
+        load_causal_model(tmp_path)
     ids, mask, _ = batch()
     with pytest.raises(ConfigError, match="head 'classifier', not masked-lm"):
         load_encoder(tmp_path).fill(ids, mask)
@@ -240,7 +240,9 @@ def test_prepared_form_is_the_same_function(mixer: str) -> None:
     model, (ids, mask, _) = tiny(mixer), batch()
     expected = model.embed_text(ids, mask)
     torch.testing.assert_close(expected.norm(dim=-1), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(model.prepare().embed_text(ids, mask), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        model.to_inference().embed_text(ids, mask), expected, rtol=0, atol=1e-10
+    )
 
 
 @every_mixer
@@ -324,8 +326,8 @@ def test_a_real_encoder(tmp_path: Path) -> None:
 def test_a_quantised_encoder_is_near_the_original(bits: int, near: float, tmp_path: Path) -> None:
     save("bare", tmp_path)
     ids, mask = torch.arange(48).reshape(4, 12), torch.ones(4, 12, dtype=torch.bool)
-    whole = load_encoder(tmp_path).prepare().embed_text(ids, mask)
-    coded = load_encoder(tmp_path).prepare(Quantizer(bits, {})).embed_text(ids, mask)
+    whole = load_encoder(tmp_path).to_inference().embed_text(ids, mask)
+    coded = load_encoder(tmp_path).to_inference(Quantizer(bits, {})).embed_text(ids, mask)
     cosines = (whole * coded).sum(-1)
     assert not torch.equal(whole, coded)
     assert bool((cosines > near).all())

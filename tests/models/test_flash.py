@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_tokenizer
 from helpers import (
     VOCAB,
     assert_close,
@@ -22,8 +23,9 @@ from helpers import (
 )
 
 from linspec.checkpoints.hub import load_model, save_model
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, ContextOverflow
+from linspec.evaluate.quantize import quantize
 from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.flash import Flash
 from linspec.models.flash_config import VARIANTS, FlashConfig
@@ -64,7 +66,7 @@ def test_full_step_and_tree_forms_are_one_function(variant: str) -> None:
         assert_close(steps, full_logits(model, texts))
         tree = random_tree(rng, 12, reach=3)
         before = state.snapshot(1)
-        logits = model.step([Feed.tree(1, tree)], state).logits
+        logits = model.step([StepInput.tree(1, tree)], state).logits
         assert_close(logits, tree_logits(model, prompt, tree))
         path = tree.path_to(11)
         assert_same_bytes(state.snapshot(1), before)
@@ -111,15 +113,38 @@ def test_prepared_and_saved_models_are_the_same_function(variant: str, tmp_path:
     again = load_model(tmp_path, dtype=torch.float64)
     assert isinstance(again, Flash) and again.config == model.config
     assert_close(full_logits(again, text), expected)
-    model.prepare()
+    model.to_inference()
     assert_close(full_logits(model, text), expected)
     assert_close(feed(model, model.new_state(), text[0])[-1:], expected)
+
+
+@every_variant
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_flash_model_could_not_be_quantised(variant: str, bits: int, tmp_path: Path) -> None:
+    shape = config(variant, vocab_size=len(tiny_tokenizer()), width=32, mlp_width=32, eos_ids=(0,))
+    model = randomise(Flash(shape), 0).float()
+    assert isinstance(model, Flash)
+    save_model(model, tiny_tokenizer(), tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("abcd end the end of it\n" * 200)
+    report = quantize(
+        tmp_path / "plain",
+        tmp_path / "small",
+        bits=bits,
+        data=[tmp_path / "text.txt"],
+        calibration_bytes=2000,
+        limit_bytes=2000,
+    )
+    assert abs(report.increase) < (0.02 if bits == 8 else 0.2)
+    small = load_model(tmp_path / "small")
+    assert isinstance(small, Flash) and small.config == model.config
+    text = [random_tokens(13)]
+    assert_close(full_logits(small, text), feed(small, small.new_state(), text[0])[-1:], 1e-3)
 
 
 def test_only_quadratic_attention_grows_and_ends() -> None:
     model = tiny("quadratic")
     with pytest.raises(ContextOverflow, match="beyond this model's 200 positions"):
-        model.step([Feed(0, [0] * 201)], model.new_state())
+        model.step([StepInput(0, [0] * 201)], model.new_state())
     sizes = []
     for variant in ("quadratic", "aug"):
         model = tiny(variant)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from linspec.checkpoints.hub import load_model, save_model
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.step import MAX_STAGED
 from linspec.engine.engine import Engine
 from linspec.errors import CheckpointError, ConfigError, ContextOverflow, InputError, StateError
 from linspec.integrations.transformers.config import LinspecConfig
@@ -29,7 +30,7 @@ PAD, EOS = 0, 3
 MODELS = {"aug": ("aug", "aug"), "mixed": ("softmax", "aug", "window"), "relu": ("relu", "relu")}
 
 # one token, an odd few, and more than can be staged in place; transformers takes a PAD for padding
-PROMPTS = [[t for t in random_tokens(99, seed=n) if t != PAD][:n] for n in (1, 7, STAGE_ROWS + 7)]
+PROMPTS = [[t for t in random_tokens(99, seed=n) if t != PAD][:n] for n in (1, 7, MAX_STAGED + 7)]
 Saved = Callable[..., tuple[Decoder, Any]]
 
 
@@ -74,10 +75,10 @@ def engine_tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
     engine = Engine(decoder, verifier=LosslessVerifier(), drafter=None)
-    rows = {engine.submit(p, SamplingParams(max_tokens=count)): [] for p in prompts}
+    rows = {engine.add(Request(tuple(p), SamplingParams(max_tokens=count))): [] for p in prompts}
     while engine.busy:
         for emitted in engine.step():
-            rows[emitted.row.request] += emitted.tokens
+            rows[emitted.sequence.request] += emitted.tokens
     return list(rows.values())
 
 
@@ -278,7 +279,7 @@ def test_generate_returns_hidden_states(saved: Saved) -> None:
 def test_a_prepared_decoder_has_no_hidden_states_to_give(saved: Saved) -> None:
     _, model = saved("aug", "softmax")
     model = model.float()
-    model.decoder.prepare()
+    model.decoder.to_inference()
     if model.decoder.native is None:
         pytest.skip("no C library")
     with pytest.raises(ConfigError, match="was prepared"):
@@ -499,7 +500,7 @@ def test_a_refused_step_leaves_the_cache_as_it_was(saved: Saved) -> None:
 
 def test_interrupted_step_stages_nothing(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = saved("aug", "relu")
-    ids = torch.tensor([random_tokens(STAGE_ROWS + 9)])
+    ids = torch.tensor([random_tokens(MAX_STAGED + 9)])
     cache = model(ids, use_cache=True).past_key_values
     with monkeypatch.context() as patch:
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from linspec.checkpoints.hub import resolve
 from linspec.integrations.transformers.config import LinspecConfig
 from linspec.integrations.transformers.model import LinspecCache, LinspecForCausalLM
-from linspec.quantization.rows import KINDS
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowSpec, RowState
+from linspec.state.contract import StateOptions
+from linspec.state.grouped import GroupedSpec, GroupedState
+from linspec.state.registry import STATES
+from linspec.state.sequence_states import SequenceStates
 
 # enough to close groups: sums that are never folded hide a wrong rule
 TOKENS = 23
@@ -115,30 +116,31 @@ def test_copying_a_cache_copies_no_weights() -> None:
     again = copy.deepcopy(cache)
     assert again.state is not None and cache.state is not None
     for new, old in zip(again.state.parts, cache.state.parts, strict=True):
-        assert [fold.__self__ for fold in new.folds] == [fold.__self__ for fold in old.folds]
+        if isinstance(old, GroupedState):
+            assert [fold.__self__ for fold in new.folds] == [fold.__self__ for fold in old.folds]
         assert new.keys.data_ptr() != old.keys.data_ptr()
 
 
 @pytest.mark.parametrize("name", MIXER_NAMES)
-@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("kv", STATES.names())
 def test_an_empty_state_of_the_same_model_has_the_same_specs_and_rules(name: str, kv: str) -> None:
     model = tiny_model(name, name, name)
-    if kv == "int8" and all(block.mixer.row_spec().group for block in model.layers):
-        pytest.skip("no cache to keep as codes")
+    if kv != "float" and not any(block.mixer.keeps_cache for block in model.layers):
+        pytest.skip("no cache to keep in another way")
     state = model.new_state(2, kv)
     other = state.empty(5)
     assert other.slots == 5
     assert [part.spec for part in other.parts] == [part.spec for part in state.parts]
-    assert [part.folds for part in other.parts] == [part.folds for part in state.parts]
+    for new, old in zip(other.parts, state.parts, strict=True):
+        assert type(new) is type(old) and new.entries is old.entries
+        assert getattr(new, "folds", None) == getattr(old, "folds", None)
     assert [part.keys.dtype for part in other.parts] == [part.keys.dtype for part in state.parts]
     assert [part.dtype for part in other.parts] == [part.dtype for part in state.parts]
 
 
 def test_a_state_without_fold_rules_cannot_be_built() -> None:
-    spec = RowSpec(kv_heads=1, key_width=4, value_width=4, group=4, sum_width=4)
+    spec = GroupedSpec(kv_heads=1, key_width=4, value_width=4, group=4, sum_width=4)
     with pytest.raises(TypeError, match="folds"):
-        DecoderState([spec], slots=1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="folds"):
-        RowState(spec, slots=1)  # type: ignore[call-arg]
-    with pytest.raises(ValueError, match="zip"):
-        DecoderState([spec], [], 1)
+        GroupedState(spec, slots=1, options=StateOptions())  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="makers"):
+        SequenceStates(slots=1, options=StateOptions())  # type: ignore[call-arg]

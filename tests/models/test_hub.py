@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from linspec.checkpoints import hub
+from linspec.checkpoints import config_file, hub
 from linspec.checkpoints.hub import (
     check_tokenizer,
     load_config,
@@ -256,6 +256,19 @@ def test_resolve_knows_paths_and_embedded_names(
     assert resolve("embedded-softmax") == tmp_path / "embedded" / "softmax"
     with pytest.raises(CheckpointError, match=r"not a directory.*embedded-aug"):
         load_model("meta-llama/Llama-3.2-1B")
+
+
+@pytest.mark.parametrize(
+    "load", [load_model, hub.load_causal_model, hub.load_any, hub.load_any_config]
+)
+def test_the_configuration_of_a_model_is_read_once(
+    load: Callable[[Path], object], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    read = config_file.read_json
+    monkeypatch.setattr(config_file, "read_json", lambda path: seen.append(path) or read(path))
+    load(saved)
+    assert seen.count(saved / "config.json") == 1
 
 
 def test_missing_config(saved: Path) -> None:

@@ -12,9 +12,10 @@ from helpers import assert_close, assert_same_bytes, path_tokens, random_tree, r
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from linspec.checkpoints.hub import load_generator, load_model, load_seq2seq, save_model
+from linspec.checkpoints.hub import load_causal_model, load_model, load_seq2seq, save_model
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.step import Feed
+from linspec.decoding.step import StepInput
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
 from linspec.engine.engine import Engine
@@ -108,7 +109,7 @@ def test_an_output_matrix_of_its_own_is_kept(tmp_path: Path) -> None:
 
 def test_wrong_tasks_are_named(tmp_path: Path) -> None:
     save("v1.0", tmp_path)
-    assert isinstance(load_generator(tmp_path), T5)
+    assert isinstance(load_causal_model(tmp_path), T5)
     with pytest.raises(UnsupportedModel, match="kind 'seq2seq'.*Use load_seq2seq"):
         load_model(tmp_path)
     T5EncoderModel(T5Config(**SIZES)).save_pretrained(tmp_path)
@@ -165,12 +166,12 @@ def test_steps_and_trees_equal_the_full_form_in_a_ragged_batch(mixer: str) -> No
     for slot, history in enumerate(histories):
         cut = rng.randrange(len(history) + 1)
         for part in filter(None, (history[:cut], history[cut:])):
-            model.step([Feed(slot, part)], state)
+            model.step([StepInput(slot, part)], state)
             state.commit(slot, range(len(part)))
     trees = [random_tree(rng, nodes) for nodes in (1, 5, 9, 12)]
     before = [state.snapshot(slot) for slot in range(4)]
-    output = model.step([Feed.tree(slot, tree) for slot, tree in enumerate(trees)], state)
-    for slot, (tree, rows) in enumerate(zip(trees, output.rows, strict=True)):
+    output = model.step([StepInput.tree(slot, tree) for slot, tree in enumerate(trees)], state)
+    for slot, (tree, rows) in enumerate(zip(trees, output.slices, strict=True)):
         source = torch.tensor([sources[slot]])
         for node, logits in enumerate(output.logits[rows]):
             target = torch.tensor([[*histories[slot], *path_tokens(tree, node)]])
@@ -184,10 +185,10 @@ def test_a_fork_has_the_source_and_goes_on_alone() -> None:
     model, state = tiny("aug"), None
     state = model.new_state(2)
     model.read([[1, 2, 3]], [0], state)
-    model.step([Feed(0, [4, 5])], state)
+    model.step([StepInput(0, [4, 5])], state)
     state.commit(0, [0, 1])
     state.fork(0, 1)
-    logits = model.step([Feed(0, [6]), Feed(1, [6])], state).logits
+    logits = model.step([StepInput(0, [6]), StepInput(1, [6])], state).logits
     assert_close(logits[0], logits[1])
     assert state.bytes(1) == state.bytes(0) > 0
     with pytest.raises(StateError, match="does not fit"):
@@ -201,21 +202,21 @@ def decode(model: T5, sources: list[list[int]], nodes: int, slots: int) -> list[
         model, verifier=GreedyVerifier(), drafter=drafter, policy=Fixed(nodes), slots=slots
     )
     params = SamplingParams(max_tokens=40, temperature=0.0)
-    rows = {engine.submit(source, params): i for i, source in enumerate(sources)}
+    rows = {engine.add(Request(tuple(source), params)): i for i, source in enumerate(sources)}
     outputs: list[list[int]] = [[] for _ in sources]
     accepted = 0
     while engine.busy:
         for emitted in engine.step():
-            outputs[rows[emitted.row.request]] += emitted.tokens
+            outputs[rows[emitted.sequence.request]] += emitted.tokens
             accepted += len(emitted.accepted.path) - 1
-            assert emitted.row.prompt_tokens == len(sources[rows[emitted.row.request]])
+            assert emitted.sequence.prompt_tokens == len(sources[rows[emitted.sequence.request]])
     assert bool(accepted) == bool(nodes)
     return outputs
 
 
 @every_mixer
 def test_greedy_output_with_drafts_is_the_output_without(mixer: str) -> None:
-    model, sources = tiny(mixer).prepare(), texts(6, 2, 15, seed=5)
+    model, sources = tiny(mixer).to_inference(), texts(6, 2, 15, seed=5)
     plain = decode(model, sources, nodes=0, slots=1)
     assert all(len(output) == 40 for output in plain)
     assert decode(model, sources, nodes=5, slots=1) == plain
@@ -236,8 +237,8 @@ def test_greedy_output_is_that_of_transformers(tmp_path: Path) -> None:
         use_cache=False,
     )
     params = SamplingParams(max_tokens=30, temperature=0.0, logit_bias={1: -1e9})
-    engine = Engine(ours.prepare(), verifier=GreedyVerifier())
-    engine.submit(source[0].tolist(), params)
+    engine = Engine(ours.to_inference(), verifier=GreedyVerifier())
+    engine.add(Request(tuple(source[0].tolist()), params))
     found: list[int] = []
     while engine.busy:
         found += [token for emitted in engine.step() for token in emitted.tokens]
@@ -246,10 +247,10 @@ def test_greedy_output_is_that_of_transformers(tmp_path: Path) -> None:
 
 def test_penalties_are_about_the_output() -> None:
     """A source token is not a repetition; the engine used to count it as one."""
-    model = tiny("softmax").prepare()
+    model = tiny("softmax").to_inference()
     engine = Engine(model, verifier=GreedyVerifier())
     params = SamplingParams(max_tokens=1, temperature=0.0, repetition_penalty=1e6)
-    engine.submit(list(range(1, 31)), params)
+    engine.add(Request(tuple(range(1, 31)), params))
     (emitted,) = engine.step()
     logits = model.full_logits(list(range(1, 31)), [[]])[0]
     assert logits[1:].max() > 0
@@ -257,14 +258,14 @@ def test_penalties_are_about_the_output() -> None:
 
 
 def test_costs_are_measured_behind_a_source() -> None:
-    assert measure(tiny("aug", torch.float32).prepare()).seconds
+    assert measure(tiny("aug", torch.float32).to_inference()).seconds
 
 
 def test_misuse_is_named(tmp_path: Path) -> None:
     model = tiny("softmax")
     state = model.new_state(2)
     with pytest.raises(StateError, match="slot 1 has no source"):
-        model.step([Feed(1, [0])], state)
+        model.step([StepInput(1, [0])], state)
     with pytest.raises(InputError, match="a source has no tokens"):
         model.read([[1], []], [0, 1], state)
     with pytest.raises(InputError, match="a source has no tokens"):

@@ -83,7 +83,7 @@ def sentence_pieces() -> Tokenizer:
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
-            decoders.Fuse(),
+            decoders.LinearFactory(),
             decoders.Strip(" ", 1, 0),
         ]
     )

@@ -164,8 +164,8 @@ def test_the_curve_is_measured_by_the_clock_that_was_given() -> None:
         ) -> tuple[list[int], tuple[int, ...]]:
             return tokens, ()
 
-        def step(self, feeds: Any, state: Any) -> None:
-            now[0] += 1.0 + 0.1 * len(feeds[0].tokens)
+        def step(self, inputs: Any, state: Any) -> None:
+            now[0] += 1.0 + 0.1 * len(inputs[0].tokens)
 
     curve = measure(Fake(), clock=lambda: now[0])  # type: ignore[arg-type]
     # no step goes beyond the last position

@@ -170,7 +170,7 @@ def test_resuming_with_other_settings_names_the_setting(
     teacher_dir: Path, tmp_path: Path, corpus: Path
 ) -> None:
     out = run(teacher_dir, tmp_path / "s", corpus)
-    with pytest.raises(TrainingError, match="started with mixers"):
+    with pytest.raises(TrainingError, match="started with mixers.* anew with --overwrite"):
         run(teacher_dir, out, corpus, mixer="local", resume=True)
     with pytest.raises(TrainingError, match="started with config"):
         run(teacher_dir, out, corpus, config=replace(SHORT, seed=9), resume=True)
@@ -186,7 +186,7 @@ def test_nothing_to_resume(teacher_dir: Path, tmp_path: Path, corpus: Path) -> N
 
 
 def test_output_in_use(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
-    with exclusive(tmp_path / "s"), pytest.raises(CheckpointError, match="in use"):
+    with exclusive(tmp_path / "s"), pytest.raises(CheckpointError, match="in use.*--overwrite"):
         run(teacher_dir, tmp_path / "s", corpus)
 
 

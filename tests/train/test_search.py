@@ -120,7 +120,7 @@ def test_a_run_too_short_for_a_search_spreads_evenly_and_says_so(
         assert search(teacher, windows, tmp_path / "reach.json", tokens=1) is None
     assert "spans are not searched" in caplog.text and "--tokens" in caplog.text
     mixers = (make_mixer("aug", group=8),) * 2
-    found = by_need(teacher, mixers, (0, 1), None, rows=24, softmax_layers=0)
+    found = by_need(teacher, mixers, (0, 1), None, exact_tokens=24, softmax_layers=0)
     assert [mixer.span for mixer in found] == [3, 3]
     # what is needed is measured all the same, and its price is told
     with caplog.at_level(logging.WARNING):

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from linspec.checkpoints.hub import load_generator, save_model
+from linspec.checkpoints.hub import load_causal_model, save_model
+from linspec.cli import app
 from linspec.errors import ConfigError
+from linspec.evaluate.continuations import continue_source
 from linspec.evaluate.lossless import verify
 from linspec.mixers.config import MixerConfig
 from linspec.models.t5 import T5
@@ -64,7 +67,7 @@ def test_a_t5_is_linearized_on_both_sides_and_drafts_stay_lossless(
     t5_dir: Path, tmp_path: Path, corpus: Path
 ) -> None:
     out = linearized(t5_dir, tmp_path / "s", corpus, keep_softmax=(1,))
-    student, teacher = load_generator(out), load_generator(t5_dir)
+    student, teacher = load_causal_model(out), load_causal_model(t5_dir)
     assert isinstance(student, T5) and isinstance(teacher, T5)
     # the layers of the encoder come first
     assert student.config.encoder.mixers == (AUG, MixerConfig())
@@ -80,7 +83,7 @@ def test_a_t5_is_linearized_on_both_sides_and_drafts_stay_lossless(
 
 
 def test_every_part_of_a_t5_student_learns(t5_dir: Path) -> None:
-    teacher = load_generator(t5_dir)
+    teacher = load_causal_model(t5_dir)
     student = with_mixers(teacher, (AUG,) * 3)
     with Transfer(teacher, student, range(3)) as transfer:
         loss = transfer.loss(ids())
@@ -94,7 +97,7 @@ def test_every_part_of_a_t5_student_learns(t5_dir: Path) -> None:
 
 
 def test_a_t5_predicts_the_second_half_of_a_window(t5_dir: Path) -> None:
-    model, window = load_generator(t5_dir), ids(rows=1)
+    model, window = load_causal_model(t5_dir), ids(rows=1)
     with torch.no_grad():
         logits, wanted = next_tokens(model, window)
         assert wanted.tolist() == window[0, 17:].tolist()
@@ -110,8 +113,10 @@ def test_the_control_of_a_t5_is_an_ordinary_t5(t5_dir: Path, tmp_path: Path, cor
 
 def test_reach_and_adapters_work_for_a_t5(t5_dir: Path, tmp_path: Path, corpus: Path) -> None:
     config = replace(SHORT, lora_rank=2, lr=None, transfer_share=None)
-    out = linearized(t5_dir, tmp_path / "s", corpus, mixer="local", group=8, rows=16, config=config)
-    student = load_generator(out)
+    out = linearized(
+        t5_dir, tmp_path / "s", corpus, mixer="local", group=8, exact_tokens=16, config=config
+    )
+    student = load_causal_model(out)
     # a mean of two groups a layer, spent where they are needed
     assert sum(mixer.span for mixer in student.config.mixers) <= 6
 
@@ -130,3 +135,14 @@ def test_what_does_not_fit_a_t5_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         linearized(t5_dir, tmp_path / "s", corpus, **options)
+
+
+def test_continuations_are_scored_by_a_verb(t5_dir: Path, corpus: Path) -> None:
+    args = ("--data", corpus, "--context", "16", "--limit-bytes", "900", "--json")
+    result = CliRunner().invoke(app, ["eval", "continuations", str(t5_dir), *map(str, args)])
+    assert result.exit_code == 0, result.output
+    expected = continue_source(t5_dir, [corpus], context=16, limit_bytes=900)
+    assert json.loads(result.stdout) == expected.to_json()
+    assert 0 < expected.bytes <= 900
+    refused = CliRunner().invoke(app, ["eval", str(t5_dir), "--data", str(corpus)])
+    assert refused.exit_code == 1 and "`linspec eval continuations`" in refused.stderr

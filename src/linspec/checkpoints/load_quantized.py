@@ -13,14 +13,15 @@ from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.tensors import check_finite
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Quantizer, check_bits
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
+from linspec.quantization.codes import check_bits
 
 
 def load_plain(source: str | Path) -> Decoder:
     """The model in `source`; raises ConfigError if it is quantised already."""
     model = load_model(source)
-    if model.prepared:
+    if model.is_inference:
         raise ConfigError(
             f"{source} is quantised already; quantise the model that it was made from"
         )
@@ -46,8 +47,8 @@ def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
 def quantize_model(model: Decoder, bits: int, moments: Mapping[nn.Module, torch.Tensor]) -> Decoder:
     """Turn a plain model into its quantised inference form, in place; returns it."""
     model.identity = fingerprint(model)
-    model.prepare(Quantizer(bits, moments))
+    model.to_inference(Quantizer(bits, moments))
     tied = model.embed.weight
     model.embed.weight = nn.Parameter(tied.detach().to(torch.bfloat16), requires_grad=False)
-    model.settle()
+    model.finalize_weights()
     return model

@@ -34,7 +34,7 @@ def info(
 
 @guarded()
 def list_plugins(as_json: Json = False) -> None:
-    """Every mixer, drafter, verifier and policy, with its options and the paper it comes from."""
+    """Every mixer, drafter, verifier, policy and cache, with its options and the paper it comes from."""
     from linspec.cli.plugins import catalogue
 
     found = catalogue()

@@ -7,6 +7,7 @@ from typing import Any
 from linspec.drafters import DRAFTERS
 from linspec.mixers import MIXERS, Mixer
 from linspec.policies import POLICIES
+from linspec.state.registry import STATES
 from linspec.utils.registry import Entry, Registry
 from linspec.verifiers import VERIFIERS
 
@@ -23,13 +24,11 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "drafters": DRAFTERS,
         "verifiers": VERIFIERS,
         "policies": POLICIES,
+        "caches": STATES,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:
         mixer["direction"] = _direction(MIXERS[mixer["name"]])
-        mixer["options"] = [
-            each for each in mixer["options"] if _takes(mixer["name"], each["name"])
-        ]
     return found
 
 
@@ -41,13 +40,6 @@ def _facts(entry: Entry[Any]) -> dict[str, Any]:
         **entry.facts,
         "options": [setting.to_json() for setting in entry.settings],
     }
-
-
-def _takes(mixer: str, option: str) -> bool:
-    """Whether a mixer has this size, if only some have."""
-    if option in ("features", "keep", "seed"):
-        return option in MIXERS[mixer].settings
-    return option != "window" or mixer == "window"
 
 
 def _direction(mixer: type[Mixer]) -> str:

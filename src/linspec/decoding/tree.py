@@ -209,7 +209,7 @@ class TokenTree:
 
     def first(self, nodes: int) -> TokenTree:
         """The tree of the first `nodes` nodes, the root included."""
-        kept = {node: law for node, law in self.proposals.items() if node < nodes}
+        kept = {node: distribution for node, distribution in self.proposals.items() if node < nodes}
         sure = None if self.confidences is None else self.confidences[:nodes]
         return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure)
 

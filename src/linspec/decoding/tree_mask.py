@@ -18,7 +18,7 @@ Rows = Sequence[tuple[int, Shape, int]]
 
 @dataclass(frozen=True, eq=False)
 class StagedTree:
-    """The staged nodes of one slot alone, wherever they stand: many layouts share one.
+    """The staged nodes of one slot alone, wherever they stand: many tree_masks share one.
 
     seen [N, S]: the staged ancestors of each new node, itself included; depths [S] of all staged
     nodes, and the greatest of the new ones.
@@ -45,10 +45,10 @@ def staged_tree(shape: Shape, new: int, device: torch.device) -> StagedTree:
     return StagedTree(shape.ancestors[first:].to(device), depths, deepest)
 
 
-class Layout:
-    """Who sees whom in one step, for the rows of one segment. Layers with equal rows share it.
+class TreeMask:
+    """Who sees whom in one step, for the rows of one dense_group. Layers with equal rows share it.
 
-    Positions count from each slot's origin. plain: every column is visible to every node. deepest:
+    Positions count from each slot's base_position. plain: every column is visible to every node. deepest:
     the greatest position of a new node. tree: the staged nodes, for a single slot.
     """
 
@@ -103,7 +103,7 @@ class Layout:
         return offsets.to(self.device), columns.to(self.device), visible.to(self.device)
 
     def memo(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """`build()` once per layout: mixers keep their masks here."""
+        """`build()` once per tree_mask: mixers keep their masks here."""
         if key not in self._memo:
             self._memo[key] = build()
         return self._memo[key]

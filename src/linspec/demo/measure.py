@@ -180,12 +180,7 @@ def decode_lanes(
 def state_bytes(model: Decoder, contexts: Sequence[int] = STATE_CONTEXTS) -> dict[int, int]:
     """Bytes that one sequence's committed state needs at each context."""
     state = model.new_state(1)
-    found = {}
-    for context in contexts:
-        for part in state.parts:
-            part.lengths[0] = context
-        found[context] = state.bytes(0)
-    return found
+    return {context: state.bytes_at(context) for context in contexts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from linspec.decoding.protocols import Generator
-from linspec.decoding.sequence import Row
-from linspec.decoding.step import STAGE_ROWS
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.utils.registry import Registry
 
-# most draft nodes of any tree: its root takes one row of the stage
-MAX_NODES = STAGE_ROWS - 1
+# most draft nodes of any tree: its root takes one sequence of the stage
+MAX_NODES = MAX_STAGED - 1
 # A fresh drafter is believed to be right this often at each depth, as if seen this many times.
 PRIOR_RATE = 0.5
 PRIOR_COUNT = 4.0
@@ -35,7 +35,7 @@ class DrafterContext:
         slots: most sequences that run at once.
     """
 
-    target: Generator
+    target: CausalModel
     tokenizer: Any = None
     source: Path | None = None
     slots: int = 1
@@ -59,8 +59,8 @@ class Drafter(ABC):
 
     A round calls `propose`, then `observe` for each sequence that had drafts. The engine calls `started`
     before the first round of a request and `finished` after its last. What a drafter keeps for a sequence
-    goes by `row.slot` or `row.request`; what it keeps longer is a memory across requests. What a method
-    raises ends the request that it was about.
+    goes by `sequence.slot` or `sequence.number`; what it keeps longer is a memory across requests. What a
+    method raises ends the request that it was about.
 
     The registry calls the class with its DrafterContext and, if it has options, with these. A drafter that
     must do more first, such as load a model, has a class method `build` with the same arguments.
@@ -73,20 +73,24 @@ class Drafter(ABC):
     name: ClassVar[str]
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
+    # the target's hidden states that it reads in `sequence.hidden`
+    needs: Want = LOGITS
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         """Keep nothing; a drafter keeps what it needs of them."""
 
     @abstractmethod
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         """A tree for each sequence, in their order.
 
-        The root of a tree is `row.root`, its newest token. Likely nodes come first, because a policy may
+        The root of a tree is `sequence.root`, its newest token. Likely nodes come first, because a policy may
         verify only the first nodes. If this raises, the engine asks again for each sequence alone: the same
         round must give the same trees.
 
         Args:
-            rows: the sequences of this round.
+            sequences: the sequences of this round.
             budgets: the largest tree for each; at least one draft node and a depth of one.
         """
 
@@ -94,20 +98,20 @@ class Drafter(ABC):
     def expected(self, budget: Budget) -> float:
         """The number of draft tokens that a tree within `budget` will have accepted, in the mean."""
 
-    def started(self, row: Row) -> None:
-        """A request has its slot. `row.tokens` is its prompt; the target has read nothing of it yet."""
+    def started(self, sequence: RunningSequence) -> None:
+        """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet."""
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
-        """Learn from a verified tree with drafts; called before `row.tokens` grows.
+    def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
+        """Learn from a verified tree with drafts; called before `sequence.tokens` grows.
 
         Args:
-            row: the sequence.
+            sequence: the sequence.
             tree: what this drafter proposed, or the first nodes of it.
             path: accepted nodes from the root (node 0) down.
         """
 
-    def finished(self, row: Row) -> None:
-        """A request has ended: its slot goes to another one. `row.tokens` is its prompt and its output.
+    def finished(self, sequence: RunningSequence) -> None:
+        """A request has ended: its slot goes to another one. `sequence.tokens` is its prompt and its output.
 
         The engine calls this for failed requests too, also for one whose `started` raised.
         """
@@ -121,12 +125,19 @@ class ChainDrafter(Drafter):
         self._tried: list[float] = []
         self._hits: list[float] = []
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
         """A chain for each sequence, from `draft`."""
-        drafts = self.draft(rows, [budget.chain for budget in budgets])
-        return [chain((row.root, *draft)) for row, draft in zip(rows, drafts, strict=True)]
+        drafts = self.draft(sequences, [budget.chain for budget in budgets])
+        return [
+            chain((sequence.root, *draft))
+            for sequence, draft in zip(sequences, drafts, strict=True)
+        ]
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
+    def draft(
+        self, sequences: Sequence[RunningSequence], lengths: Sequence[int]
+    ) -> list[list[int]]:
         """Draft tokens for each sequence, at most `lengths` of them; may be none."""
         raise NotImplementedError
 
@@ -140,7 +151,7 @@ class ChainDrafter(Drafter):
             total += reach
         return total
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
+    def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         """Count the depths that were tried and accepted."""
         drafted, accepted = len(tree) - 1, len(path) - 1
         while len(self._tried) < drafted:

@@ -17,14 +17,14 @@ from linspec.checkpoints.hub import EMBEDDED, load_model
 from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.same_tokenizer import check_same_tokenizer
 from linspec.checkpoints.tokenizer import load_text_tokenizer
-from linspec.decoding.sequence import Row
-from linspec.decoding.step import Feed
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
 from linspec.errors import DrafterError
-from linspec.kernels.linear import integer_bits
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import integer_bits
 from linspec.utils.options import option
 
 
@@ -93,48 +93,55 @@ class DraftModel(ChainDrafter):
             f"drafter {cls.name!r} needs a model directory: --drafter {cls.name}:DIR"
         )
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
-        order = sorted(range(len(rows)), key=lambda i: rows[i].slot)
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].slot)
         # behind this model's own last position there is nothing that it could read or draft
-        order = [i for i in order if self._has_room(rows[i], 0)]
-        self._catch_up([rows[i] for i in order])
-        generators = {i: self._generator(rows[i]) for i in order}
-        drafts: list[list[int]] = [[row.root] for row in rows]
-        laws: list[dict[int, torch.Tensor]] = [{} for _ in rows]
+        order = [i for i in order if self._has_room(sequences[i], 0)]
+        self._catch_up([sequences[i] for i in order])
+        generators = {i: self._generator(sequences[i]) for i in order}
+        drafts: list[list[int]] = [[sequence.root] for sequence in sequences]
+        distributions: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
         lengths = [budget.chain for budget in budgets]
         for depth in range(max(lengths)):
-            live = [i for i in order if depth < lengths[i] and self._has_room(rows[i], depth)]
+            live = [i for i in order if depth < lengths[i] and self._has_room(sequences[i], depth)]
             if not live:
                 break
-            feeds = [Feed(rows[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
-            logits = self.model.step(feeds, self.state).logits
+            inputs = [StepInput(sequences[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
+            logits = self.model.step(inputs, self.state).logits
             for i, scores in zip(live, logits, strict=True):
                 try:
-                    token, law = self._pick(rows[i], scores, drafts[i][1:], generators[i])
+                    token, distribution = self._pick(
+                        sequences[i], scores, drafts[i][1:], generators[i]
+                    )
                 except Exception:
                     # nothing may follow these drafts; if they come true, the verifier says so
                     order.remove(i)
                     continue
                 drafts[i].append(token)
-                if law is not None:
-                    laws[i][depth] = law
-        return [chain(tokens, law) for tokens, law in zip(drafts, laws, strict=True)]
+                if distribution is not None:
+                    distributions[i][depth] = distribution
+        return [
+            chain(tokens, distribution)
+            for tokens, distribution in zip(drafts, distributions, strict=True)
+        ]
 
-    def _catch_up(self, rows: Sequence[Row]) -> None:
+    def _catch_up(self, sequences: Sequence[RunningSequence]) -> None:
         """Commit what the target has decided since the last draft, all but the root."""
-        feeds = []
-        for row in rows:
-            slot, known = row.slot, self._fed.get(row.slot, 0)
+        inputs = []
+        for sequence in sequences:
+            slot, known = sequence.slot, self._fed.get(sequence.slot, 0)
             if known == 0:
                 self.state.reset(slot)
             self.state.drop(slot)
-            missing = row.tokens[known:-1]
+            missing = sequence.tokens[known:-1]
             if missing:
-                feeds.append(Feed(slot, missing, all_logits=False))
-        if feeds:
-            self.model.step(feeds, self.state)
-            for feed in feeds:
-                self._commit(feed.slot, range(len(feed.tokens)))
+                inputs.append(StepInput(slot, missing, all_logits=False))
+        if inputs:
+            self.model.step(inputs, self.state)
+            for step_input in inputs:
+                self._commit(step_input.slot, range(len(step_input.tokens)))
 
     def _commit(self, slot: int, path: Sequence[int]) -> None:
         # what raises half-way is not known, and so read again from the start
@@ -142,47 +149,47 @@ class DraftModel(ChainDrafter):
         self.state.commit(slot, path)
         self._fed[slot] = known + len(path)
 
-    def _has_room(self, row: Row, depth: int) -> bool:
+    def _has_room(self, sequence: RunningSequence, depth: int) -> bool:
         limit = self.model.config.position_limit
-        return limit is None or len(row.tokens) + depth <= limit
+        return limit is None or len(sequence.tokens) + depth <= limit
 
-    def _generator(self, row: Row) -> torch.Generator | None:
-        """What samples the drafts of a row; a round that is proposed again samples the same."""
-        if row.sampler.greedy:
+    def _generator(self, sequence: RunningSequence) -> torch.Generator | None:
+        """What samples the drafts of a sequence; a round that is proposed again samples the same."""
+        if sequence.sampler.greedy:
             return None
-        found = self._generators.get(row.slot)
+        found = self._generators.get(sequence.slot)
         if found is None:
             # drafts must not share random numbers with the verifier that judges them
-            seed, generator = row.params.seed, torch.Generator()
+            seed, generator = sequence.params.seed, torch.Generator()
             generator.manual_seed(seed ^ 0x5EED) if seed is not None else generator.seed()
             found = generator, -1, generator.get_state()
         generator, length, state = found
-        if length != len(row.tokens):
+        if length != len(sequence.tokens):
             state = generator.get_state()
-            self._generators[row.slot] = generator, len(row.tokens), state
+            self._generators[sequence.slot] = generator, len(sequence.tokens), state
         return generator.set_state(state)
 
     def _pick(
         self,
-        row: Row,
+        sequence: RunningSequence,
         scores: torch.Tensor,
         drafted: list[int],
         generator: torch.Generator | None,
     ) -> tuple[int, torch.Tensor | None]:
         """The next draft and, when it was sampled, the distribution it came from."""
         if generator is None:
-            return int(row.sampler.scores(scores, drafted).argmax()), None
-        law = row.sampler.probabilities(scores, drafted)
-        return int(torch.multinomial(law.cpu(), 1, generator=generator)), law
+            return int(sequence.sampler.scores(scores, drafted).argmax()), None
+        distribution = sequence.sampler.probabilities(scores, drafted)
+        return int(torch.multinomial(distribution.cpu(), 1, generator=generator)), distribution
 
-    def observe(self, row: Row, tree: TokenTree, path: Sequence[int]) -> None:
-        super().observe(row, tree, path)
-        staged = len(self.state.staged(row.slot))
-        self._commit(row.slot, path[: min(len(path), staged)])
+    def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
+        super().observe(sequence, tree, path)
+        staged = len(self.state.staged(sequence.slot))
+        self._commit(sequence.slot, path[: min(len(path), staged)])
 
-    def finished(self, row: Row) -> None:
-        self._fed.pop(row.slot, None)
-        self._generators.pop(row.slot, None)
+    def finished(self, sequence: RunningSequence) -> None:
+        self._fed.pop(sequence.slot, None)
+        self._generators.pop(sequence.slot, None)
 
 
 @DRAFTERS.register(
@@ -213,7 +220,7 @@ def _ready_model(folder: str, target: Decoder) -> Decoder:
     """The model in `folder` in its inference form, on the target's device and in its dtype."""
     small = load_model(folder, dtype=target.dtype, device=str(target.embed.weight.device))
     bits = integer_bits(target.head)
-    if bits and not small.prepared:
+    if bits and not small.is_inference:
         # a target that was quantised at load wants a draft model that was
         quantize_model(small, bits, {})
-    return small.prepare()
+    return small.to_inference()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.drafters.base import DRAFTERS, MAX_NODES, ChainDrafter, DrafterContext
 from linspec.errors import ConfigError
 from linspec.utils.options import option
@@ -54,32 +54,37 @@ class PromptLookup(ChainDrafter):
         self._indexed: dict[int, int] = {}
         self._seen: dict[int, list[int]] = {}
 
-    def draft(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[list[int]]:
-        return [self._continue(row, length) for row, length in zip(rows, lengths, strict=True)]
+    def draft(
+        self, sequences: Sequence[RunningSequence], lengths: Sequence[int]
+    ) -> list[list[int]]:
+        return [
+            self._continue(sequence, length)
+            for sequence, length in zip(sequences, lengths, strict=True)
+        ]
 
-    def _continue(self, row: Row, length: int) -> list[int]:
-        ends = self._index(row)
+    def _continue(self, sequence: RunningSequence, length: int) -> list[int]:
+        ends = self._index(sequence)
         for size in range(self.max_ngram, self.min_ngram - 1, -1):
-            end = ends.get(tuple(row.tokens[-size:]))
+            end = ends.get(tuple(sequence.tokens[-size:]))
             if end is not None:
-                return self._seen[row.slot][end : end + length]
+                return self._seen[sequence.slot][end : end + length]
         return []
 
-    def _index(self, row: Row) -> dict[tuple[int, ...], int]:
+    def _index(self, sequence: RunningSequence) -> dict[tuple[int, ...], int]:
         """Where each n-gram last ended, before the very end of the sequence.
 
         Places count from the source, where an encoder has read one: outputs copy from it.
         """
-        ends = self._ends.setdefault(row.slot, {})
-        seen = self._seen.setdefault(row.slot, list(row.source))
-        done = self._indexed.get(row.slot, 0)
-        seen += row.tokens[len(seen) - len(row.source) :]
+        ends = self._ends.setdefault(sequence.slot, {})
+        seen = self._seen.setdefault(sequence.slot, list(sequence.source))
+        done = self._indexed.get(sequence.slot, 0)
+        seen += sequence.tokens[len(seen) - len(sequence.source) :]
         for end in range(done, len(seen)):
             for size in range(self.min_ngram, min(self.max_ngram, end) + 1):
                 ends[tuple(seen[end - size : end])] = end
-        self._indexed[row.slot] = max(done, len(seen))
+        self._indexed[sequence.slot] = max(done, len(seen))
         return ends
 
-    def finished(self, row: Row) -> None:
+    def finished(self, sequence: RunningSequence) -> None:
         for kept in (self._ends, self._indexed, self._seen):
-            kept.pop(row.slot, None)
+            kept.pop(sequence.slot, None)

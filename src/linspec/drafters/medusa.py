@@ -12,16 +12,18 @@ from typing import Self
 
 from torch import nn
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import FINAL, Want
 from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import DrafterError
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.utils.options import option
 
 
@@ -49,6 +51,8 @@ class Medusa(Drafter):
     Head k guesses the token k places behind the root. The tree of n nodes holds the n rank paths that
     are likeliest to be right, so smaller budgets are prefixes of larger ones of the same depth.
     """
+
+    needs = Want((FINAL,))
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -80,20 +84,22 @@ class Medusa(Drafter):
             self._ranked[depth] = _ranked(self.heads.accuracies[:depth])
         return self._ranked[depth]
 
-    def propose(self, rows: Sequence[Row], budgets: Sequence[Budget]) -> list[TokenTree]:
-        hidden = [row.hidden for row in rows if row.hidden is not None]
+    def propose(
+        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
+    ) -> list[TokenTree]:
+        hidden = [each.hidden[FINAL][-1] for each in sequences if each.hidden]
         shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
         heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
         top = max(ranked.top(nodes) for ranked, nodes in shapes)
         guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
         trees = []
-        for row, (ranked, nodes) in zip(rows, shapes, strict=True):
-            if row.hidden is None:
-                trees.append(root_only(row.root))
+        for sequence, (ranked, nodes) in zip(sequences, shapes, strict=True):
+            if not sequence.hidden:
+                trees.append(root_only(sequence.root))
                 continue
             guessed = next(guesses)
             found = [guessed[depth * top + rank] for depth, rank in ranked.ends[:nodes]]
-            trees.append(TokenTree((row.root, *found), ranked.parents[: len(found) + 1]))
+            trees.append(TokenTree((sequence.root, *found), ranked.parents[: len(found) + 1]))
         return trees
 
     def expected(self, budget: Budget) -> float:

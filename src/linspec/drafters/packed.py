@@ -10,7 +10,7 @@ spends much of its time reading weights, and this is a quarter of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -20,8 +20,10 @@ from torch import nn
 from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Fuse, Quantizer, integer_bits
+from linspec.kernels.step_plan import LinearPlan
+from linspec.mixers.base import LinearFactory
+from linspec.models.linear import Quantizer, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.models.skeleton import without_memory
 
 
@@ -58,11 +60,11 @@ class PackedHeads(Heads):
         self._call: HeadsCall | None = None
 
     @classmethod
-    def of(cls, heads: MedusaHeads, fuse: Fuse) -> PackedHeads:
-        """`heads` with the layers that `fuse` makes."""
-        blocks = [_packed_block(cast(HeadBlock, block), fuse) for block in heads.blocks]
+    def of(cls, heads: MedusaHeads, linear_factory: LinearFactory) -> PackedHeads:
+        """`heads` with the layers that `linear_factory` makes."""
+        blocks = [_packed_block(cast(HeadBlock, block), linear_factory) for block in heads.blocks]
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
-        outputs = [fuse(_linear(weight)) for weight in own]
+        outputs = [linear_factory(_linear(weight)) for weight in own]
         return cls(heads.config, heads.target_head, heads.accuracies, blocks, outputs)
 
     def bind(self, head: nn.Module) -> None:
@@ -97,13 +99,17 @@ class PackedHeads(Heads):
         if load().library is None:
             return super().guess(hidden, heads, top)
         if self._call is None:
-            blocks = [(_native(block.first), _native(block.back)) for block in self._blocks]
-            self._call = HeadsCall(blocks, self._outputs)
+            blocks = [(_plans(block.first), _plans(block.back)) for block in self._blocks]
+            self._call = HeadsCall(blocks, _plans(self._outputs))
         return self._call.guess(hidden, heads, top)
 
 
 def _native(layers: nn.ModuleList) -> list[NativeLinear]:
     return cast("list[NativeLinear]", list(layers))
+
+
+def _plans(layers: Iterable[nn.Module]) -> list[LinearPlan]:
+    return [cast(NativeLinear, layer).plan() for layer in layers]
 
 
 def draft_head(head: nn.Module) -> NativeLinear:
@@ -113,9 +119,13 @@ def draft_head(head: nn.Module) -> NativeLinear:
     return cast(NativeLinear, Quantizer(8, {})(_linear(cast(torch.Tensor, head.weight))))
 
 
-def _packed_block(block: HeadBlock, fuse: Fuse) -> PackedBlock:
-    first = [fuse(_linear(w.T, bias)) for w, bias in zip(block.weight, block.bias, strict=True)]
-    return PackedBlock(first, [] if block.out is None else [fuse(_linear(w.T)) for w in block.out])
+def _packed_block(block: HeadBlock, linear_factory: LinearFactory) -> PackedBlock:
+    first = [
+        linear_factory(_linear(w.T, bias)) for w, bias in zip(block.weight, block.bias, strict=True)
+    ]
+    return PackedBlock(
+        first, [] if block.out is None else [linear_factory(_linear(w.T)) for w in block.out]
+    )
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

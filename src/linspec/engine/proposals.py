@@ -1,6 +1,6 @@
-"""The first half of a round: what the policy plans and the drafter proposes becomes a tree for each row.
+"""The first half of a round: what the policy plans and the drafter proposes becomes a tree for each sequence.
 
-What a policy or a drafter raises about one row, or gets wrong about it, is that row's error alone.
+What a policy or a drafter raises about one sequence, or gets wrong about it, is that sequence's error alone.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linspec.decoding.protocols import GeneratorConfig
-from linspec.decoding.sequence import Row
+from linspec.decoding.protocols import CausalModelConfig
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, root_only
 from linspec.drafters.base import Drafter
 from linspec.errors import DrafterError
@@ -26,28 +26,28 @@ class Proposals:
     drafter: Drafter
     policy: Policy
     verifier: Verifier
-    config: GeneratorConfig
+    config: CausalModelConfig
 
-    def trees(self, rows: Sequence[Row]) -> list[TokenTree | Exception]:
-        """A tree per row, or the error of the policy or the drafter about it."""
-        trees: list[TokenTree | Exception] = [root_only(row.root) for row in rows]
+    def trees(self, sequences: Sequence[RunningSequence]) -> list[TokenTree | Exception]:
+        """A tree per sequence, or the error of the policy or the drafter about it."""
+        trees: list[TokenTree | Exception] = [root_only(sequence.root) for sequence in sequences]
         asked: list[tuple[int, Budget]] = []
-        for i, budget in enumerate(isolated(rows, self._planned)):
+        for i, budget in enumerate(isolated(sequences, self._planned)):
             if isinstance(budget, Exception):
                 trees[i] = budget
             elif budget.nodes:
                 asked.append((i, budget))
-        proposed = isolated([(rows[i], budget) for i, budget in asked], self._drafted)
+        proposed = isolated([(sequences[i], budget) for i, budget in asked], self._drafted)
         for (i, _), tree in zip(asked, proposed, strict=True):
             trees[i] = tree
         return trees
 
-    def _planned(self, rows: Sequence[Row]) -> list[Budget]:
-        budgets = self.policy.plan(rows, self.drafter)
-        _check_count("policy", budgets, rows)
-        return [self._within_room(*each) for each in zip(rows, budgets, strict=True)]
+    def _planned(self, sequences: Sequence[RunningSequence]) -> list[Budget]:
+        budgets = self.policy.plan(sequences, self.drafter)
+        _check_count("policy", budgets, sequences)
+        return [self._within_room(*each) for each in zip(sequences, budgets, strict=True)]
 
-    def _within_room(self, row: Row, budget: Budget) -> Budget:
+    def _within_room(self, sequence: RunningSequence, budget: Budget) -> Budget:
         """As wide as planned, and no deeper than the request and the model have room."""
         if not isinstance(budget, Budget):
             raise DrafterError(
@@ -57,24 +57,28 @@ class Proposals:
         # where nothing is drafted, nobody asks how much could be
         if budget.nodes <= 0:
             return NO_DRAFTS
-        limit, room = self.config.position_limit, row.remaining - 1
+        limit, room = self.config.position_limit, sequence.remaining - 1
         if limit is not None:
-            room = min(room, limit - len(row.tokens))
+            room = min(room, limit - len(sequence.tokens))
         return budget.within(self.drafter.max_nodes, room)
 
-    def _drafted(self, asked: Sequence[tuple[Row, Budget]]) -> list[TokenTree]:
-        trees = self.drafter.propose([row for row, _ in asked], [budget for _, budget in asked])
+    def _drafted(self, asked: Sequence[tuple[RunningSequence, Budget]]) -> list[TokenTree]:
+        trees = self.drafter.propose(
+            [sequence for sequence, _ in asked], [budget for _, budget in asked]
+        )
         _check_count("drafter", trees, asked)
-        for (row, budget), tree in zip(asked, trees, strict=True):
-            self._check(row, budget, tree)
-        return [self._kept(row, tree) for (row, _), tree in zip(asked, trees, strict=True)]
+        for (sequence, budget), tree in zip(asked, trees, strict=True):
+            self._check(sequence, budget, tree)
+        return [
+            self._kept(sequence, tree) for (sequence, _), tree in zip(asked, trees, strict=True)
+        ]
 
-    def _check(self, row: Row, budget: Budget, tree: TokenTree) -> None:
+    def _check(self, sequence: RunningSequence, budget: Budget, tree: TokenTree) -> None:
         """Raise DrafterError for a tree that would harm the step that it shares with others."""
-        if tree.tokens[0] != row.root or not budget.allows(tree):
+        if tree.tokens[0] != sequence.root or not budget.allows(tree):
             raise DrafterError(
                 f"the drafter proposed {len(tree) - 1} draft tokens behind token {tree.tokens[0]}, "
-                f"{tree.shape.deepest} deep; asked were at most {budget.nodes} behind token {row.root}, "
+                f"{tree.shape.deepest} deep; asked were at most {budget.nodes} behind token {sequence.root}, "
                 f"{budget.depth} deep"
             )
         vocabulary = self.config.vocab_size
@@ -84,11 +88,11 @@ class Proposals:
                 f"{vocabulary} tokens: ids go from 0 to {vocabulary - 1}"
             )
 
-    def _kept(self, row: Row, tree: TokenTree) -> TokenTree:
+    def _kept(self, sequence: RunningSequence, tree: TokenTree) -> TokenTree:
         """The part of a proposed tree that is verified, where the verifier's rule allows a part."""
         if len(tree) == 1 or not may_cut(self.verifier, tree):
             return tree
-        kept = max(0, self.policy.keep(row, tree)) + 1
+        kept = max(0, self.policy.keep(sequence, tree)) + 1
         return tree if kept >= len(tree) else tree.first(kept)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
+from linspec.decoding.outcome import FAILED, Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.decoding.sequence import Row, Stats
+from linspec.decoding.sequence import RunningSequence, Stats
 from linspec.engine.detokenizer import Detokenizer
-from linspec.engine.engine import FAILED, Emitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Piece:
 
 
 class Collector:
-    """Collects what the engine emits for one sequence of a prompt.
+    """Collects what the engine emits for one sequence of a request.
 
     continues: whether the output goes on from the prompt, as that of a decoder does.
     """
@@ -114,16 +115,16 @@ class Collector:
         self,
         place: tuple[int, int],
         tokenizer: Any,
-        prompt: Sequence[int],
+        request: Request,
         params: SamplingParams,
         *,
         continues: bool,
     ) -> None:
         self.index, self.sequence = place
-        self.prompt, self.params = prompt, params
+        self.request, self.params = request, params
         self.text = Detokenizer(
             tokenizer,
-            prompt if continues else (),
+            request.prompt if continues else (),
             params.stop,
             special=not params.skip_special_tokens,
             keep_stop=params.include_stop_str_in_output,
@@ -132,47 +133,51 @@ class Collector:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
 
-    def take(self, emitted: Emitted) -> Piece:
+    def take(self, outcome: Outcome) -> Piece:
         """Add a round's tokens, up to a stop string."""
-        before, finished = len(self.tokens), emitted.finished
-        shown = len(emitted.tokens) - self._hides_end(emitted)
-        for place, token in enumerate(emitted.tokens):
+        before, finished = len(self.tokens), outcome.finished
+        shown = len(outcome.tokens) - self._hides_end(outcome)
+        for place, token in enumerate(outcome.tokens):
             self.tokens.append(token)
             if place < shown and self.text.push(token):
                 finished = finished if finished == FAILED else "stop"
                 break
-        if emitted.accepted is not None and emitted.accepted.logprobs is not None:
-            self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
+        if outcome.accepted is not None and outcome.accepted.logprobs is not None:
+            self.logprobs += outcome.accepted.logprobs[: len(self.tokens) - before]
         if finished and not self.text.stopped:
             self.text.finish()
             finished = "stop" if self.text.stopped else finished
         piece = self.text.release(last=finished is not None)
-        done = self._result(emitted.row, finished, emitted.error) if finished else None
+        done = self._result(outcome.sequence, finished, outcome.error) if finished else None
         return Piece(self.index, piece, tuple(self.tokens[before:]), done, self.sequence)
 
-    def _hides_end(self, emitted: Emitted) -> bool:
+    def _hides_end(self, outcome: Outcome) -> bool:
         """Whether the last token ended the output and is no part of its text."""
         params = self.params
-        if emitted.finished != "stop" or params.include_stop_str_in_output:
+        if outcome.finished != "stop" or params.include_stop_str_in_output:
             return False
         # the model's own end is a special token, which is hidden with the others
-        return emitted.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
+        return outcome.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
 
-    def failed(self, row: Row, error: Exception) -> Piece:
+    def failed(self, sequence: RunningSequence, error: Exception) -> Piece:
         """The last piece where `take` raised: what was shown before stands."""
-        return Piece(self.index, "", (), self._result(row, FAILED, error), self.sequence)
+        return Piece(self.index, "", (), self._result(sequence, FAILED, error), self.sequence)
 
-    def _result(self, row: Row, reason: str, error: Exception | None) -> Generation:
+    def _result(
+        self, sequence: RunningSequence, reason: str, error: Exception | None
+    ) -> Generation:
         params = self.params
         return Generation(
-            prompt_tokens=row.prompt_tokens,
+            prompt_tokens=sequence.prompt_tokens,
             token_ids=tuple(self.tokens),
             text=self.text.full,
             finish_reason=reason,
             logprobs=None if params.logprobs is None else tuple(self.logprobs),
-            stats=row.stats,
+            stats=sequence.stats,
             error=error,
-            prompt_logprobs=None if params.prompt_logprobs is None else tuple(row.prompt_logprobs),
+            prompt_logprobs=None
+            if params.prompt_logprobs is None
+            else tuple(sequence.prompt_logprobs),
         )
 
 

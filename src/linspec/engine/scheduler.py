@@ -1,28 +1,29 @@
 """Which requests run, and how many prompt tokens ride in the next step.
 
 Iteration-level scheduling with chunked prefill (Yu et al. 2022, Orca; Agrawal et al. 2024,
-Sarathi-Serve, arXiv 2403.02310): every running row decodes in every step, and prompts fill what is left
+Sarathi-Serve, arXiv 2403.02310): every running sequence decodes in every step, and prompts fill what is left
 of a token budget, so that a long prompt never stalls the others.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.utils.sizes import check_size
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work: rows that decode, and rows with the number of prompt tokens they get."""
+    """One step's work: sequences that decode, and sequences with the number of prompt tokens they get."""
 
-    decoding: list[Row]
-    prefilling: list[tuple[Row, int]]
+    decoding: list[RunningSequence]
+    prefilling: list[tuple[RunningSequence, int]]
 
 
-# Pieces of a prompt end at multiples of it. Grouped mixers add up the rows of a piece in another order
+# Pieces of a prompt end at multiples of it. Grouped mixers add up the tokens of a piece in another order
 # when it begins elsewhere, and quantised layers make a visible difference of that: a prompt would
 # read otherwise beside other requests.
 PIECE = 64
@@ -31,7 +32,7 @@ PIECE = 64
 class Scheduler:
     """First come, first served, in `slots` places.
 
-    A slot is either free or that of a row in `running`, whatever becomes of the row.
+    A slot is either free or that of a sequence in `running`, whatever becomes of the sequence.
     """
 
     def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
@@ -39,53 +40,53 @@ class Scheduler:
         check_size("prefill_tokens", prefill_tokens)
         self.prefill_tokens = prefill_tokens
         self.free = list(range(slots))
-        self._waiting: deque[Row] = deque()
-        self.running: list[Row] = []
+        self._waiting: deque[RunningSequence] = deque()
+        self.running: list[RunningSequence] = []
 
-    def submit(self, row: Row) -> None:
+    def submit(self, sequence: RunningSequence) -> None:
         """Queue a request until a slot is free."""
-        self._waiting.append(row)
+        self._waiting.append(sequence)
 
     @property
     def busy(self) -> bool:
         """True while any request runs or waits."""
         return bool(self.running or self._waiting)
 
-    def admit(self) -> list[Row]:
-        """Give free slots to those that wait; returns the rows that run from now on."""
+    def admit(self) -> list[RunningSequence]:
+        """Give free slots to those that wait; returns the sequences that run from now on."""
         admitted = []
         while self._waiting and self.free:
-            row = self._waiting.popleft()
-            # the lowest slot: neighbouring slots form one dense segment
-            row.slot = min(self.free)
-            self.free.remove(row.slot)
-            self.running.append(row)
-            admitted.append(row)
+            sequence = self._waiting.popleft()
+            # the lowest slot: neighbouring slots form one dense group
+            sequence.slot = min(self.free)
+            self.free.remove(sequence.slot)
+            self.running.append(sequence)
+            admitted.append(sequence)
         return admitted
 
     def next_batch(self) -> Batch:
         """Share out the step among those that run."""
         left, prefilling = self.prefill_tokens, []
         unit = min(PIECE, self.prefill_tokens)
-        for row in self.running:
-            count = row.prompt_length - row.prefilled
+        for sequence in self.running:
+            count = sequence.prompt_length - sequence.prefilled
             if count > left:
                 count = left - left % unit
-            if row.prefilling and count:
-                prefilling.append((row, count))
+            if sequence.prefilling and count:
+                prefilling.append((sequence, count))
                 left -= count
         decoding = sorted((r for r in self.running if not r.prefilling), key=lambda r: r.slot)
         return Batch(decoding, prefilling)
 
-    def retire(self, row: Row) -> None:
+    def retire(self, sequence: RunningSequence) -> None:
         """The request has ended; its slot is free."""
-        self.running.remove(row)
-        self.free.append(row.slot)
+        self.running.remove(sequence)
+        self.free.append(sequence.slot)
 
-    def clear(self) -> list[Row]:
-        """Drop everything that waits and runs; returns the rows that ran."""
-        dropped = self.running[:]
-        self._waiting.clear()
-        for row in dropped:
-            self.retire(row)
+    def withdraw(self, unwanted: Callable[[RunningSequence], bool]) -> list[RunningSequence]:
+        """Drop what waits and runs and is unwanted; returns the sequences that ran."""
+        self._waiting = deque(each for each in self._waiting if not unwanted(each))
+        dropped = [each for each in self.running if unwanted(each)]
+        for sequence in dropped:
+            self.retire(sequence)
         return dropped

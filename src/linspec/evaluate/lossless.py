@@ -11,12 +11,13 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linspec.decoding.protocols import Generator
+from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError, InputError
@@ -84,7 +85,7 @@ class Report:
 
 
 def verify(
-    model: str | Path | Generator,
+    model: str | Path | CausalModel,
     drafter: str | Drafter = "none",
     *,
     tokenizer: Any = None,
@@ -121,20 +122,13 @@ def verify(
         kv=kv,
     )
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
-    plain = LLM(fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
-    single = LLM(
-        fast.model,
-        tokenizer=fast.tokenizer,
-        drafter=_only(fast),
-        policy=policy,
-        max_batch=1,
-        kv=kv,
-    )
+    alone = partial(LLM, fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
+    plain, single = alone(), alone(drafter=_only(fast), policy=policy)
     with Progress("verify: prompts decoded", 3 * prompts) as progress:
         expected, _ = _greedy(plain, texts, tokens, progress, 0)
-        alone, tau = _greedy(single, texts, tokens, progress, prompts)
+        one_by_one, tau = _greedy(single, texts, tokens, progress, prompts)
         ragged, _ = _greedy(fast, texts, tokens, progress, 2 * prompts)
-    compared, found = _compare(fast.model, texts, expected, (alone, ragged))
+    compared, found = _compare(fast.model, texts, expected, (one_by_one, ragged))
     ties = tuple(d for d in found if d.near_tie)
     real = [d for d in found if not d.near_tie]
     return Report(
@@ -199,7 +193,7 @@ def _greedy(
 
 
 def _compare(
-    model: Generator,
+    model: CausalModel,
     texts: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     runs: Sequence[Sequence[Sequence[int]]],
@@ -216,7 +210,11 @@ def _compare(
 
 @torch.inference_mode()
 def divergence(
-    model: Generator, prompt: int, text: Sequence[int], expected: Sequence[int], got: Sequence[int]
+    model: CausalModel,
+    prompt: int,
+    text: Sequence[int],
+    expected: Sequence[int],
+    got: Sequence[int],
 ) -> Divergence | None:
     """Where `got` first differs from `expected`, both following the token ids `text`."""
     length = min(len(expected), len(got))
@@ -270,7 +268,7 @@ def _sampled(seed: int | None) -> SamplingParams:
 
 
 @torch.inference_mode()
-def _exact_outcomes(model: Generator, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
+def _exact_outcomes(model: CausalModel, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
     """Probability of every possible continuation of `prompt`, token by token."""
     sampler = Sampler(_sampled(seed=0), prompt, model.config.vocab_size)
     found: dict[tuple[int, ...], float] = {(): 1.0}
@@ -279,9 +277,9 @@ def _exact_outcomes(model: Generator, prompt: Sequence[int]) -> dict[tuple[int, 
         logits = model.full_logits(prompt, texts)
         longer: dict[tuple[int, ...], float] = {}
         for text, row in zip(texts, logits, strict=True):
-            law = sampler.probabilities(row).double()
-            for token in law.nonzero().flatten().tolist():
-                longer[(*text, token)] = found[text] * float(law[token])
+            distribution = sampler.probabilities(row).double()
+            for token in distribution.nonzero().flatten().tolist():
+                longer[(*text, token)] = found[text] * float(distribution[token])
         found = longer
     return found
 

@@ -23,9 +23,9 @@ from linspec.checkpoints.load_quantized import load_plain, quantize_model
 from linspec.checkpoints.quantized import save_quantized
 from linspec.evaluate.drafters import find_companions, save_companion
 from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
-from linspec.kernels.linear import check_bits
 from linspec.models.decoder import Decoder
 from linspec.quantization.calibration import input_moments
+from linspec.quantization.codes import check_bits
 from linspec.train.data import end_of_text, load_documents, tokenize
 from linspec.utils.places import Place, as_path
 

@@ -5,55 +5,39 @@ over time and differentiable. The *step form* (`step`) sees the new nodes of a s
 committed state of their slots. In an encoder there is only a full form, without causality. All
 compute
 
-    o_t = combine(sum_s weight(t, s) v_s, beyond_t)  +  sum_{j < W} c_j v_{t-j}
+    o_t = mix of values  +  sum_{j < W} c_j v_{t-j}
 
-where the weights run over the rows that the state keeps, `beyond` is what a mixer makes of groups
-whose rows are gone, and the last term is the causal depthwise convolution (one kernel of W taps per
-query head, shared by its channels), which is here once, for every mixer.
-A new mixer says which features q and k become, how products become weights, and how large its rows
-are; see CONTRIBUTING.md for a worked example.
+where the last term is the causal depthwise convolution (one set of W taps per query head, shared by its
+channels). What a mixer is made of are functions on tensors, in `ops/`; see CONTRIBUTING.md for a worked
+example.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout, StagedTree
+from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Fuse
-from linspec.mixers.blocks import convolve, convolve_both, tap_distances
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.options import MixerOptions
+from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
+from linspec.mixers.options import LinearOptions
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
-from linspec.quantization.rows import rounded
-from linspec.state.row_state import RowSpec, RowState, add_products
+from linspec.state.contract import EntryState, LayerState, Makers, StateOptions
+from linspec.state.entries import EntrySpec
 from linspec.utils.registry import Registry
 
 if TYPE_CHECKING:
-    from linspec.state.dense_group import Segment
+    from linspec.state.dense_group import DenseGroup
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
-
-
-@dataclass(frozen=True, slots=True)
-class NativeForm:
-    """A mixer's step as `csrc/attention.inc.h` knows it.
-
-    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
-    of unit features instead of a softmax. alpha: factor on the sums.
-    """
-
-    window: int = 0
-    group: int = 0
-    span: int = 1
-    squares: bool = False
-    alpha: float = 0.0
+# several linear layers of one input -> one inference layer with their outputs side by side
+LinearFactory = Callable[..., nn.Module]
 
 
 class Mixer(nn.Module):
@@ -64,7 +48,6 @@ class Mixer(nn.Module):
     `CONTRIBUTING.md`.
 
     Attributes:
-        settings: sizes of MixerConfig that only some mixers have, and this one has.
         causal: False for a mixer that sees later tokens; it fits encoders only.
         biased: whether the weights take a relative position bias, where the backbone has one.
 
@@ -72,14 +55,15 @@ class Mixer(nn.Module):
         ConfigError: a size is set that this mixer does not have, or it does not fit the backbone.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    keeps_cache: bool = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
+        takes = {setting.name for setting in MIXERS.entry(mixer.name).settings}
         for name in ("features", "keep", "seed"):
-            if getattr(mixer, name) and name not in self.settings:
+            if getattr(mixer, name) and name not in takes:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
                 )
@@ -94,7 +78,7 @@ class Mixer(nn.Module):
         self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
         self.o: nn.Module = nn.Linear(q_width, config.width, bias=config.out_bias)
         self.qkv: nn.Module | None = None
-        self.reach: torch.Tensor | None = None
+        self.padded_taps: torch.Tensor | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
@@ -129,9 +113,17 @@ class Mixer(nn.Module):
 
     # ---- what a mixer defines
 
-    def row_spec(self) -> RowSpec:
-        """Sizes of the rows this mixer keeps."""
+    def state_spec(self) -> EntrySpec:
+        """Sizes of the state; layers with equal specs share one state object."""
         raise NotImplementedError
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        """An empty state for `layers`, mixers whose specs equal this one's."""
+        raise NotImplementedError
+
+    def state_makers(self) -> Makers:
+        """Who makes the state: the mixer, or the parts that its heads are divided among."""
+        return self
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """What queries and keys become before they are multiplied: [..., H + Hkv, K] -> [..., K'].
@@ -140,43 +132,28 @@ class Mixer(nn.Module):
         """
         return x
 
-    def row_values(self, v: torch.Tensor) -> torch.Tensor:
-        """What values become before they are kept as rows: [..., V] -> [..., V']."""
+    def entry_values(self, v: torch.Tensor) -> torch.Tensor:
+        """What values become before they are kept: [..., V] -> [..., V']."""
         return v
-
-    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Weights of rows from q·k products [R, Hkv, rep, N, C] under `layout`."""
-        raise NotImplementedError
 
     def attend(
         self,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        layout: Layout,
+        tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         """Step form on features: what nodes with queries q read from the rows and sums of their slots.
 
-        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as `RowState`
+        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
         keeps them -> [R, Hkv, rep, N, V].
         """
-        # the queries of all heads that share a key, as rows of one product
-        products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
-        weights = self.weights(products, layout)
-        return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
+        raise NotImplementedError
 
-    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+    def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
         return None
-
-    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        """What row keys become when their group closes into a sum: [.., Hkv, C, K'] -> [.., Hkv, C, S]."""
-        return k
-
-    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Sums [Hkv, S, Z] after rows of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
-        return add_products(sums, self.summed_keys(keys), values)
 
     def mix(
         self,
@@ -201,8 +178,8 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def native_form(self) -> NativeForm | None:
-        """What the C library needs to compute the step form; None when it cannot."""
+    def attention_plan(self) -> AttentionPlan | None:
+        """The step form as kernels know it; None when it is another."""
         return None
 
     # ---- the forms
@@ -216,29 +193,29 @@ class Mixer(nn.Module):
         if self.config.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=-2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
-        gates = self.row_gates(both[..., self.heads :, :])
+        gates = self.entry_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
         q, k = self.features(both).split((self.heads, self.kv_heads), dim=-2)
         if gates is not None:
             k = torch.cat((k, gates), dim=-1)
-        return q, k, self.row_values(v)
+        return q, k, self.entry_values(v)
 
     def _projections(self, x: torch.Tensor) -> torch.Tensor:
         if self.qkv is not None:
             return self.qkv(x)
         return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
 
-    def prepare(self, fuse: Fuse) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace the projections by their inference form: one product for q, k and v."""
-        self.qkv = fuse(self.q, self.k, self.v)
-        self.o = fuse(self.o)
+        self.qkv = linear_factory(self.q, self.k, self.v)
+        self.o = linear_factory(self.o)
         del self.q, self.k, self.v
 
-    def settle(self) -> None:
+    def finalize_weights(self) -> None:
         """Compute what depends on the weights, once these are final."""
         if self.mixer.taps and self.config.causal:
-            self.reach = self._padded_taps().detach()
+            self.padded_taps = self._padded_taps().detach()
 
     def forward(
         self, x: torch.Tensor, rope: Rope, real: torch.Tensor | None = None
@@ -257,13 +234,13 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lead: torch.Tensor | None = None,
+        conv_history: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`mix` plus the convolution; lead [B, Hkv, W-1, V'] are the values before v."""
+        """`mix` plus the convolution; conv_history [B, Hkv, W-1, V'] are the values before v."""
         o = self.mix(q, k, v, sums)
         if self.mixer.taps:
-            o = o + convolve(v, self.taps, self.repeats, lead)[..., : self.head_width]
+            o = o + convolve(v, self.taps, self.repeats, conv_history)[..., : self.head_width]
         return o
 
     def _full_both(
@@ -278,24 +255,31 @@ class Mixer(nn.Module):
         return o
 
     def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: EntryState,
+        layer: int,
     ) -> torch.Tensor:
-        """The step form: x [M, D], all new nodes of all segments packed -> [M, D]."""
-        return self.o(self.step_heads(self.project(x, rope), segments, state, layer))
+        """The step form: x [M, D], all new nodes of all dense_groups packed -> [M, D]."""
+        return self.o(self.step_heads(self.project(x, rope), dense_groups, state, layer))
 
     def step_heads(
         self,
         packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        segments: list[Segment],
-        state: RowState,
+        dense_groups: list[DenseGroup],
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """The step form between `project` and the output projection: [M, H * V]."""
         outputs = []
-        for segment in segments:
-            q, k, v = (segment.unpack(t).transpose(1, 2) for t in packed)
-            form = self._step_long if segment.long else self._step_nodes
-            outputs.append(segment.pack(form(q, k, v, segment, state, layer).transpose(1, 2)))
+        for dense_group in dense_groups:
+            q, k, v = (dense_group.unpack(t).transpose(1, 2) for t in packed)
+            form = self._step_long if dense_group.long else self._step_nodes
+            outputs.append(
+                dense_group.pack(form(q, k, v, dense_group, state, layer).transpose(1, 2))
+            )
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return mixed.flatten(1)
 
@@ -304,102 +288,61 @@ class Mixer(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
-        state: RowState,
+        dense_group: DenseGroup,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         """A few nodes a row, any tree: one masked product over the rows of each slot."""
-        state.stage(layer, segment.start, segment.lengths, k, v)
-        layout = segment.layout(state)
-        slots, width = segment.slots, layout.width
+        state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+        tree_mask = dense_group.tree_mask(state)
+        slots, width = dense_group.slots, tree_mask.width
         keys, values = state.read(layer, slots, width)
-        sums = state.sums[layer, slots] if state.spec.sum_width else None
-        if state.spec.coded:
-            q = rounded(q)
+        sums = state.read_sums(layer, slots)
+        q = state.entries.queries(q)
         q = q.unflatten(1, (self.kv_heads, self.repeats))
-        o = self.attend(q, keys, values[:, :, state.spec.lead :], layout, sums)
+        o = self.attend(q, keys, values[:, :, state.spec.conv_history :], tree_mask, sums)
         if self.mixer.taps:
-            o = o + self._convolved(values[..., : self.head_width], layout, state.spec.lead)
+            o = o + self._convolved(values, tree_mask, state.spec.conv_history)
         return o.flatten(1, 2)
 
-    def step_bias(self, relative: RelativeBias, layout: Layout) -> torch.Tensor:
-        """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
-
-        def buckets() -> torch.Tensor:
-            return relative.buckets(layout.offsets[:, :, None] - layout.columns[:, None, :])
-
-        bias: torch.Tensor = relative(layout.memo(("buckets", relative.config), buckets))
-        return bias.unflatten(1, (self.kv_heads, self.repeats))
-
-    def _convolved(self, values: torch.Tensor, layout: Layout, lead: int) -> torch.Tensor:
-        """The convolution for the nodes of a step: values [R, Hkv, lead + C, V] -> [R, Hkv, rep, N, V]."""
-        if layout.tree is not None:
-            # no node of a single slot reaches past the last W - 1 committed rows
-            values = values[:, :, layout.rows[0][0] :]
-            kernel = self._tree_kernel(layout.tree, lead)
-        else:
-            key = ("taps", self.mixer.taps, lead)
-            kernel = self._kernel(
-                layout.memo(
-                    key,
-                    lambda: tap_distances(
-                        layout.offsets, layout.columns, layout.visible, self.mixer.taps, lead
-                    ),
-                )
-            )
-        o = kernel.flatten(2, 3).to(values.dtype) @ values
-        return o.unflatten(2, kernel.shape[2:4])
-
-    def _tree_kernel(self, tree: StagedTree, lead: int) -> torch.Tensor:
-        """`_kernel` for one slot, whose committed rows do not matter: kept with the tree."""
-        count = self.mixer.taps
-
-        def distances() -> torch.Tensor:
-            offsets = tree.depths[None, len(tree.depths) - len(tree.seen) :]
-            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, lead)
-
-        found: torch.Tensor = tree.memo(("taps", count, lead), distances)
-        if self.reach is None:
-            return self._kernel(found)
-        # the taps stand beside their kernel so that no other tensor can get their id
-        kept = tree.memo(id(self.reach), lambda: (self._kernel(found), self.reach))
-        kernel: torch.Tensor = kept[0]
-        return kernel
-
-    def _kernel(self, distance: torch.Tensor) -> torch.Tensor:
-        """The convolution as weights over lead and rows: [R, Hkv, rep, N, lead + C]."""
-        taps = self._padded_taps() if self.reach is None else self.reach
-        return taps[:, :, distance].movedim(2, 0)
+    def _convolved(
+        self, values: torch.Tensor, tree_mask: TreeMask, conv_history: int
+    ) -> torch.Tensor:
+        """The convolution for the nodes of a step: values [R, Hkv, W-1 + C, V'] -> [R, Hkv, rep, N, V]."""
+        final = self.padded_taps is not None
+        padded = self.padded_taps if self.padded_taps is not None else self._padded_taps()
+        values = values[..., : self.head_width]
+        return convolve_nodes(values, tree_mask, padded, conv_history, final=final)
 
     def _padded_taps(self) -> torch.Tensor:
-        """[Hkv, rep, W + 1]: a zero tap for everything out of reach."""
-        return F.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
+        return pad_taps(self.taps, self.kv_heads)
 
     def _step_long(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
-        state: RowState,
+        dense_group: DenseGroup,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
-        """Long chains (prefill): the full form from each origin on, with the state before it."""
-        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
-        if state.spec.coded:
-            q = rounded(q)
-        bases = [state.lengths[s] - state.origins[s] for s in segment.slot_range]
+        """Long chains (prefill): the full form from each base_position on, with the state before it."""
+        keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
+        q = state.entries.queries(q)
+        bases = [state.held(slot) for slot in dense_group.slot_range]
         aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
-        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+        for i, (base, n) in enumerate(zip(bases, dense_group.lengths, strict=True)):
             aligned[i, :, base : base + n] = q[i, :, :n]
-        lead = state.spec.lead
-        sums = state.sums[layer, segment.slots] if state.spec.sum_width else None
-        o = self._full(aligned, keys, values[:, :, lead:], values[:, :, :lead], sums)
+        conv_history = state.spec.conv_history
+        sums = state.read_sums(layer, dense_group.slots)
+        o = self._full(
+            aligned, keys, values[:, :, conv_history:], values[:, :, :conv_history], sums
+        )
         out = o.new_zeros(*q.shape[:3], o.shape[3])
-        for i, (base, n) in enumerate(zip(bases, segment.lengths, strict=True)):
+        for i, (base, n) in enumerate(zip(bases, dense_group.lengths, strict=True)):
             out[i, :, :n] = o[i, :, base : base + n]
         return out
 
 
-MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=MixerOptions)
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions)
 """The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""

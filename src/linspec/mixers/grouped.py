@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
 
 
 @MIXERS.register(
@@ -17,7 +18,7 @@ from linspec.mixers.linear import GroupedLinear
     state="d² + 2·n·G·d per KV head",
     cost="(2·n·G + d)·d per token",
 )
-class Grouped(GroupedLinear):
+class Grouped(LinearMixer):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
 
     biased = True
@@ -27,8 +28,8 @@ class Grouped(GroupedLinear):
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def native_form(self) -> NativeForm | None:
-        return self._native_groups(float(self.alpha)) if type(self) is Grouped else None
+    def attention_plan(self) -> AttentionPlan | None:
+        return self.grouped_plan(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

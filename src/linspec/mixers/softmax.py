@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from linspec.decoding.tree_mask import Layout
-from linspec.mixers.base import MIXERS, Mixer, NativeForm
-from linspec.mixers.blocks import masked_softmax
-from linspec.quantization.rows import rounded
-from linspec.state.row_state import RowSpec, RowState
+from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.options import CacheOptions
+from linspec.state.contract import EntryState, LayerState, StateOptions
+from linspec.state.entries import EntrySpec
+from linspec.state.registry import new_cache
 
 if TYPE_CHECKING:
-    from linspec.state.dense_group import Segment
+    from linspec.state.dense_group import DenseGroup
 
 # queries that share a mask: few, so that little is computed only to be masked
 _TAIL_ROWS = 256
@@ -26,34 +32,50 @@ _TAIL_ROWS = 256
     paper="Vaswani et al. 2017, arXiv 1706.03762",
     state="2·T·d per KV head",
     cost="2·T·d per token",
+    options=CacheOptions,
 )
 class Softmax(Mixer):
     """Every token attends to all tokens before it; in an encoder to all tokens."""
 
     biased = True
+    keeps_cache = True
 
-    def row_spec(self) -> RowSpec:
-        return RowSpec(
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
+
+    def state_spec(self) -> EntrySpec:
+        return EntrySpec(
             kv_heads=self.kv_heads,
             key_width=self.head_width,
             value_width=self.head_width,
-            lead=max(0, self.mixer.taps - 1),
+            conv_history=max(0, self.mixer.taps - 1),
         )
 
-    def native_form(self) -> NativeForm | None:
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return new_cache(self.state_spec(), len(layers), slots, options)
+
+    def attention_plan(self) -> AttentionPlan | None:
         # a subclass may weigh rows in another way
-        return NativeForm() if type(self) is Softmax and self.relative is None else None
+        return AttentionPlan() if type(self) is Softmax and self.relative is None else None
 
-    def mask(self, layout: Layout) -> torch.Tensor | None:
+    def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""
-        return None if layout.plain else layout.visible
+        return None if tree_mask.plain else tree_mask.visible
 
-    def weights(self, products: torch.Tensor, layout: Layout) -> torch.Tensor:
-        scores = products * self.config.score_scale
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tree_mask: TreeMask,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        bias, mask = None, self.mask(tree_mask)
         if self.relative is not None:
-            scores = scores + self.step_bias(self.relative, layout).to(scores.dtype)
-        mask = self.mask(layout)
-        return masked_softmax(scores, None if mask is None else mask[:, None, None])
+            bias = self.relative.nodes(tree_mask, self.kv_heads).to(q.dtype)
+        seen = None if mask is None else mask[:, None, None]
+        return self.exact.nodes(q, keys, values, seen, bias).unflatten(2, q.shape[2:4])
 
     def mix(
         self,
@@ -74,20 +96,21 @@ class Softmax(Mixer):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        segment: Segment,
-        state: RowState,
+        dense_group: DenseGroup,
+        state: EntryState,
         layer: int,
     ) -> torch.Tensor:
         # a subclass may weigh rows in another way
         if type(self) is not Softmax or self.relative is not None or self.mixer.taps:
-            return super()._step_long(q, k, v, segment, state, layer)
+            return super()._step_long(q, k, v, dense_group, state, layer)
         # the new rows alone: nothing of the rows before them is computed again
-        keys, values = state.stage_long(layer, segment.start, segment.lengths, k, v)
-        if state.spec.coded:
-            q = rounded(q)
+        keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
+        q = state.entries.queries(q)
         out = values.new_zeros(*q.shape[:3], values.shape[3])
-        for i, (slot, n) in enumerate(zip(segment.slot_range, segment.lengths, strict=True)):
-            past = state.lengths[slot] - state.origins[slot]
+        for i, (slot, n) in enumerate(
+            zip(dense_group.slot_range, dense_group.lengths, strict=True)
+        ):
+            past = state.held(slot)
             for first in range(0, n, _TAIL_ROWS):
                 last = min(first + _TAIL_ROWS, n)
                 seen = slice(i, i + 1), slice(None), slice(past + last)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from linspec.decoding.tree_mask import Layout
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
+from linspec.mixers.options import WindowOptions
 from linspec.mixers.softmax import Softmax
-from linspec.state.row_state import RowSpec
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.registry import entry_format
+from linspec.state.window import WindowCache, WindowSpec
 
 
 @MIXERS.register(
@@ -18,28 +23,40 @@ from linspec.state.row_state import RowSpec
     paper="Child et al. 2019, arXiv 1904.10509",
     state="2·window·d per KV head",
     cost="2·window·d per token",
+    options=WindowOptions,
 )
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""
 
-    def row_spec(self) -> RowSpec:
-        return replace(super().row_spec(), window=self.mixer.window)
+    def state_spec(self) -> WindowSpec:
+        return WindowSpec(
+            kv_heads=self.kv_heads,
+            key_width=self.head_width,
+            value_width=self.head_width,
+            conv_history=max(0, self.mixer.taps - 1),
+            window=self.mixer.window,
+        )
 
-    def native_form(self) -> NativeForm | None:
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return WindowCache(
+            self.state_spec(), len(layers), slots, options, entries=entry_format(options)
+        )
+
+    def attention_plan(self) -> AttentionPlan | None:
         return (
-            NativeForm(window=self.mixer.window)
+            AttentionPlan(window=self.mixer.window)
             if type(self) is Window and self.relative is None
             else None
         )
 
-    def mask(self, layout: Layout) -> torch.Tensor | None:
+    def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         size = self.mixer.window
 
         def near() -> torch.Tensor:
-            distance = layout.offsets[:, :, None] - layout.columns[:, None, :]
-            return layout.visible & (distance < size)
+            distance = tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :]
+            return tree_mask.visible & (distance < size)
 
-        found: torch.Tensor = layout.memo(("window", size), near)
+        found: torch.Tensor = tree_mask.memo(("window", size), near)
         return found
 
     def mix(

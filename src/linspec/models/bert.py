@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Fuse, fuse
+from linspec.mixers.base import LinearFactory
 from linspec.models.block import ACTIVATIONS, make_norm
 from linspec.models.config import EncoderConfig
 from linspec.models.encoder import Encoder
+from linspec.models.linear import fused_linear
 
 
 class MaskedLM(nn.Module):
@@ -123,11 +124,11 @@ class Bert(nn.Module):
                 "was trained for the task, or use embed_text, which needs none"
             )
 
-    def prepare(self, fuse: Fuse = fuse) -> Bert:
+    def to_inference(self, linear_factory: LinearFactory = fused_linear) -> Bert:
         """Turn this model into its inference form, in place; returns it.
 
-        `fuse` makes the layers of the encoder, by default in the precision of the weights.
+        `fused_linear` makes the layers of the encoder, by default in the precision of the weights.
         """
         self.eval().requires_grad_(False)
-        self.encoder.prepare(fuse)
+        self.encoder.to_inference(fused_linear)
         return self

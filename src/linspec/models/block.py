@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Fuse
-from linspec.kernels.norm import prepare_norm
 from linspec.mixers import MIXERS, Mixer
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.config import StackConfig
-from linspec.state.dense_group import Segment
-from linspec.state.row_state import RowState
+from linspec.models.norm import inference_norm
+from linspec.state.contract import Makers
+from linspec.state.dense_group import DenseGroup
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -49,14 +49,14 @@ class MLP(nn.Module):
 
         self.gate_up: nn.Module | None = None
 
-    def prepare(self, fuse: Fuse) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace the layers by their inference form: one product for gate and up."""
         if self.gated:
-            self.gate_up = fuse(self.gate, self.up)
+            self.gate_up = linear_factory(self.gate, self.up)
             del self.gate, self.up
         else:
-            self.up = fuse(self.up)
-        self.down = fuse(self.down)
+            self.up = linear_factory(self.up)
+        self.down = linear_factory(self.down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_up is not None:
@@ -82,19 +82,31 @@ class Block(nn.Module):
         x = x + self.mixer(self.mixer_norm(x), rope)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self, fuse: Fuse) -> None:
-        """Replace every part by its inference form."""
-        self.mixer.prepare(fuse)
-        self.mlp.prepare(fuse)
+    def state_makers(self) -> Makers:
+        """Who makes what this block remembers of the committed tokens."""
+        return self.mixer.state_makers()
 
-    def settle(self) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        """Replace every part by its inference form."""
+        self.mixer.to_inference(linear_factory)
+        self.mlp.to_inference(linear_factory)
+
+    def finalize_weights(self) -> None:
         """Compute what depends on the weights, once these are final."""
-        self.mixer.settle()
-        self.mixer_norm, self.mlp_norm = prepare_norm(self.mixer_norm), prepare_norm(self.mlp_norm)
+        self.mixer.finalize_weights()
+        self.mixer_norm, self.mlp_norm = (
+            inference_norm(self.mixer_norm),
+            inference_norm(self.mlp_norm),
+        )
 
     def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: Any,
+        layer: int,
     ) -> torch.Tensor:
         """The step form over packed nodes [M, D]."""
-        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, state, layer)
+        x = x + self.mixer.step(self.mixer_norm(x), rope, dense_groups, state, layer)
         return x + self.mlp(self.mlp_norm(x))

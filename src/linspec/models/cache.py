@@ -1,29 +1,37 @@
-"""Which rows of a model's state are kept as 8-bit codes."""
+"""The states of a model's layers, made by their mixers as the caller chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+
+import torch
 
 from linspec.errors import ConfigError
-from linspec.mixers.base import Mixer
-from linspec.quantization.rows import check_kv
-from linspec.state.row_state import RowSpec
+from linspec.state.contract import Makers, StateMaker, StateOptions
+from linspec.state.registry import STATES
+from linspec.state.sequence_states import SequenceStates
 
 
-def row_specs(mixers: Sequence[Mixer], kv: str) -> list[RowSpec]:
-    """The rows that `mixers` keep, softmax caches as `kv` says ('float' or 'int8').
+def new_states(
+    makers: Sequence[Makers], slots: int, kv: str, dtype: torch.dtype, device: torch.device
+) -> SequenceStates:
+    """Empty states for up to `slots` sequences; kv: how caches keep their entries, a spec of STATES.
 
-    Rows of groups stay floats: they are few, and they are summed. Raises ConfigError for 'int8' when
-    there is no cache.
+    Entries of groups stay floats: they are few, and they are summed. Raises ConfigError for another kind
+    of cache when there is none.
     """
-    check_kv(kv)
-    specs = [mixer.row_spec() for mixer in mixers]
-    if kv == "float":
-        return specs
-    if all(spec.group for spec in specs):
+    STATES.read(kv)
+    if kv != "float" and not any(maker.keeps_cache for maker in _flat(makers)):
         raise ConfigError(
-            "no layer of this model keeps a softmax cache, so there is nothing to keep as int8; "
+            f"no layer of this model keeps a softmax cache, so there is nothing to keep as {kv}; "
             "leave out kv_cache_dtype (--kv-cache-dtype)"
         )
-    return [spec if spec.group else replace(spec, coded=True) for spec in specs]
+    return SequenceStates(makers, slots, StateOptions(dtype=dtype, device=device, kv_cache=kv))
+
+
+def _flat(makers: Sequence[Makers]) -> Iterator[StateMaker]:
+    for each in makers:
+        if isinstance(each, tuple):
+            yield from _flat(each)
+        else:
+            yield each

@@ -1,31 +1,30 @@
 """A decoder that also attends to an encoded source: one more softmax attention in every block.
 
 The source is read once and never changes, so all nodes of all token trees share its keys and
-values. They lie in a `RowState` of their own beside the state of the self-attention: slots, snapshots
-and forks work as for any other state, and committing does not touch them.
+values. They lie in a `SourceCache` beside the state of the self-attention: slots, snapshots and forks work
+as for any other state, and committing does not touch them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.errors import StateError
-from linspec.kernels.linear import Fuse
-from linspec.kernels.norm import prepare_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.models.block import Block, make_norm
-from linspec.models.cache import row_specs
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import Segment
-from linspec.state.row_state import Fold, RowSpec, RowState, Snapshot, add_products
+from linspec.models.layer_path import LayerPath
+from linspec.models.norm import inference_norm
+from linspec.state.contract import LayerState, Makers, StateOptions
+from linspec.state.dense_group import DenseGroup
+from linspec.state.sequence_states import MixedState, SequenceStates
+from linspec.state.source import SourceCache, SourceSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class Source:
 class CrossAttention(nn.Module):
     """Softmax attention from a decoder's tokens to an encoder's."""
 
+    keeps_cache = False
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.head_width = config.heads, config.head_width
@@ -49,6 +50,15 @@ class CrossAttention(nn.Module):
         self.k = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.v = nn.Linear(config.width, inner, bias=config.qkv_bias)
         self.o: nn.Module = nn.Linear(inner, config.width, bias=config.out_bias)
+
+    def state_spec(self) -> SourceSpec:
+        """Sizes of the keys and values of a source."""
+        widths = {"key_width": self.head_width, "value_width": self.head_width}
+        return SourceSpec(kv_heads=self.heads, **widths)
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        """Empty sources of all slots."""
+        return SourceCache(self.state_spec(), len(layers), slots, options)
 
     def read(self, hidden: torch.Tensor, real: torch.Tensor | None) -> Source:
         """Keys and values of encoded sources [B, S, D]."""
@@ -62,15 +72,15 @@ class CrossAttention(nn.Module):
         return self.o(self._attend(self._heads(self.q(x)), source).transpose(1, 2).flatten(2))
 
     def step(
-        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: SourceCache, layer: int
     ) -> torch.Tensor:
         """Packed nodes [M, D] -> [M, D]."""
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         outputs = []
-        for segment in segments:
-            source = _source_of(segment, state, layer)
-            o = self._attend(segment.unpack(q).transpose(1, 2), source)
-            outputs.append(segment.pack(o.transpose(1, 2)))
+        for dense_group in dense_groups:
+            source = _source_of(dense_group, state, layer)
+            o = self._attend(dense_group.unpack(q).transpose(1, 2), source)
+            outputs.append(dense_group.pack(o.transpose(1, 2)))
         return self.o(torch.cat(outputs).flatten(1))
 
     def _attend(self, q: torch.Tensor, source: Source) -> torch.Tensor:
@@ -79,16 +89,15 @@ class CrossAttention(nn.Module):
             q, source.keys, source.values, attn_mask=mask, scale=self.scale
         )
 
-    def prepare(self, fuse: Fuse) -> None:
+    def to_inference(self, linear_factory: LinearFactory) -> None:
         """Replace what every step uses by its inference form."""
-        self.q, self.o = fuse(self.q), fuse(self.o)
+        self.q, self.o = linear_factory(self.q), linear_factory(self.o)
 
 
-def _source_of(segment: Segment, state: RowState, layer: int) -> Source:
-    lengths = [state.lengths[slot] for slot in segment.slot_range]
+def _source_of(dense_group: DenseGroup, state: SourceCache, layer: int) -> Source:
+    lengths = [state.lengths[slot] for slot in dense_group.slot_range]
     longest = max(lengths)
-    keys = state.keys[layer, segment.slots, :, :longest]
-    values = state.values[layer, segment.slots, :, :longest]
+    keys, values = state.read(layer, dense_group.slots, longest)
     if min(lengths) == longest:
         return Source(keys, values, None)
     places = torch.arange(longest, device=keys.device)
@@ -109,70 +118,30 @@ class CrossBlock(Block):
         x = x + self.cross(self.cross_norm(x), source)
         return x + self.mlp(self.mlp_norm(x))
 
-    def attend_step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: SourceState, layer: int
+    def state_makers(self) -> Makers:
+        return self.mixer.state_makers(), self.cross
+
+    def step(
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: Any,
+        layer: int,
     ) -> torch.Tensor:
-        """The step form over packed nodes [M, D]."""
-        part, index = state.layers[layer]
-        x = x + self.mixer.step(self.mixer_norm(x), rope, segments, part, index)
-        x = x + self.cross.step(self.cross_norm(x), segments, state.source, layer)
+        assert isinstance(state, MixedState), "a mixer and a source"
+        own, source = state.parts
+        x = x + self.mixer.step(self.mixer_norm(x), rope, dense_groups, *own)
+        x = x + self.cross.step(self.cross_norm(x), dense_groups, *source)
         return x + self.mlp(self.mlp_norm(x))
 
-    def prepare(self, fuse: Fuse) -> None:
-        super().prepare(fuse)
-        self.cross.prepare(fuse)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        super().to_inference(linear_factory)
+        self.cross.to_inference(linear_factory)
 
-    def settle(self) -> None:
-        super().settle()
-        self.cross_norm = prepare_norm(self.cross_norm)
-
-
-class SourceState(DecoderState):
-    """A decoder's state with the encoded source of every slot."""
-
-    def __init__(
-        self,
-        specs: Sequence[RowSpec],
-        folds: Sequence[Fold],
-        slots: int,
-        source: RowSpec,
-        **options: Any,
-    ) -> None:
-        super().__init__(specs, folds, slots, **options)
-        # a source has no groups that could close
-        self.source = RowState(source, [add_products] * len(specs), slots, **options)
-
-    def _make(self, specs: Sequence[RowSpec], folds: Sequence[Fold], slots: int) -> Self:
-        return type(self)(specs, folds, slots, self.source.spec, **self._options)
-
-    def read(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Make keys and values [L, H, S, K] the source of `slot`, ahead of its first token."""
-        self.source.restore(slot, Snapshot(self.source.spec, keys.shape[2], 0, keys, values, None))
-
-    def check_sources(self, segments: Sequence[Segment]) -> None:
-        """Raise StateError if a slot that takes part in a step has no source."""
-        for slot in (slot for segment in segments for slot in segment.slot_range):
-            if not self.source.lengths[slot]:
-                raise StateError(
-                    f"slot {slot} has no source; call the model's `open` or `read` first"
-                )
-
-    def reset(self, slot: int) -> None:
-        super().reset(slot)
-        self.source.reset(slot)
-
-    def snapshot(self, slot: int) -> list[Snapshot]:
-        return [*super().snapshot(slot), self.source.snapshot(slot)]
-
-    def restore(self, slot: int, copy: Sequence[Snapshot]) -> None:
-        if len(copy) != len(self.parts) + 1:
-            raise StateError(f"a snapshot of {len(copy)} parts does not fit {len(self.parts) + 1}")
-        self.source.check(copy[-1])
-        super().restore(slot, copy[:-1])
-        self.source.restore(slot, copy[-1])
-
-    def bytes(self, slot: int) -> int:
-        return super().bytes(slot) + self.source.bytes(slot)
+    def finalize_weights(self) -> None:
+        super().finalize_weights()
+        self.cross_norm = inference_norm(self.cross_norm)
 
 
 class CrossDecoder(Decoder):
@@ -197,24 +166,19 @@ class CrossDecoder(Decoder):
             x = block.attend(x, rope, source)
         return self.leave(x)
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SourceState:
-        weight, config = self.embed.weight, self.config
-        source = RowSpec(config.heads, config.head_width, config.head_width)
-        mixers = [block.mixer for block in self.layers]
-        return SourceState(
-            row_specs(mixers, kv),
-            [mixer.fold for mixer in mixers],
-            slots,
-            source,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
     def run(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: SequenceStates,
+        path: LayerPath,
     ) -> torch.Tensor:
-        assert isinstance(state, SourceState), "the state of a decoder with sources has them"
-        state.check_sources(segments)
-        for layer, block in enumerate(self.cross_blocks):
-            x = block.attend_step(x, rope, segments, state, layer)
-        return x
+        slots = [slot for dense_group in dense_groups for slot in dense_group.slot_range]
+        sources_of(state).check_filled(slots)
+        return super().run(x, rope, dense_groups, state, path)
+
+
+def sources_of(state: SequenceStates) -> SourceCache:
+    """Where a decoder with sources keeps them."""
+    return next(part for part in state.parts if isinstance(part, SourceCache))

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from linspec.errors import ContextOverflow, InputError
-from linspec.kernels.linear import Fuse, fuse
-from linspec.kernels.norm import prepare_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.config import EncoderConfig
+from linspec.models.linear import fused_linear
+from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 
 
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
         """Hidden states [B, T, D] of ids [B, T]; `mask` [B, T] is true at real tokens.
 
         Rows may be padded at either end: positions and groups count from the first real token, and
-        states at padding mean nothing. types [B, T]: each token's segment, 0 if left out. Raises
+        states at padding mean nothing. types [B, T]: each token's dense_group, 0 if left out. Raises
         InputError for an empty row, ContextOverflow for a row beyond the learned positions.
         """
         types = torch.zeros_like(ids) if types is None else types
@@ -123,9 +123,9 @@ class Encoder(nn.Module):
             rope = self.rotary(positions, x.dtype)
         return self.norm(x) if self.config.post_norm else x, rope
 
-    def prepare(self, fuse: Fuse = fuse) -> None:
-        """Replace every part by its inference form; `fuse` makes the linear layers."""
+    def to_inference(self, linear_factory: LinearFactory = fused_linear) -> None:
+        """Replace every part by its inference form; `fused_linear` makes the linear layers."""
         for block in self.layers:
-            block.prepare(fuse)
-            block.settle()
-        self.norm = prepare_norm(self.norm)
+            block.to_inference(fused_linear)
+            block.finalize_weights()
+        self.norm = inference_norm(self.norm)

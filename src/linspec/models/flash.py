@@ -8,20 +8,21 @@ to come from; `linspec pretrain --recipe flash-aug` trains one from nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
-from linspec.kernels.linear import Fuse
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
-from linspec.models.cache import row_specs
 from linspec.models.decoder import Decoder
 from linspec.models.flash_config import FlashConfig
 from linspec.models.gau import GatedAttentionUnit, TokenShift
-from linspec.state.decoder_state import DecoderState
-from linspec.state.dense_group import Segment
-from linspec.state.row_state import add_products
+from linspec.state.contract import Makers
+from linspec.state.dense_group import DenseGroup
+from linspec.state.sequence_states import MixedState
 
 
 class ScaleNorm(nn.Module):
@@ -49,19 +50,27 @@ class FlashBlock(Block):
     def forward(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         return x + self.mixer(self.shift(self.mixer_norm(x)), rope)
 
-    def flash_step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState, layer: int
+    def state_makers(self) -> Makers:
+        return self.mixer.state_makers(), self.shift
+
+    def step(
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: Any,
+        layer: int,
     ) -> torch.Tensor:
-        """The step form over packed nodes [M, D]; states of all units come first, then of all shifts."""
-        unit, shift = state.layers[layer], state.layers[len(state.layers) // 2 + layer]
-        shifted = self.shift.step(self.mixer_norm(x), segments, *shift)
-        return x + self.mixer.step(shifted, rope, segments, *unit)
+        assert isinstance(state, MixedState), "a unit and a shift"
+        unit, shift = state.parts
+        shifted = self.shift.step(self.mixer_norm(x), dense_groups, *shift)
+        return x + self.mixer.step(shifted, rope, dense_groups, *unit)
 
-    def prepare(self, fuse: Fuse) -> None:
-        self.mixer.prepare(fuse)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        self.mixer.to_inference(linear_factory)
 
-    def settle(self) -> None:
-        self.mixer.settle()
+    def finalize_weights(self) -> None:
+        self.mixer.finalize_weights()
 
 
 class Flash(Decoder):
@@ -83,26 +92,15 @@ class Flash(Decoder):
         """The blocks, first to last."""
         return [block for block in self.blocks if isinstance(block, FlashBlock)]
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        x = self.embed(ids)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        # embeddings of a quantised model are narrower
+        x = self.embedded(ids, given).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
         return x + self.wave_scale * waves, self.rotary(positions, x.dtype)
-
-    def new_state(self, slots: int = 1, kv: str = "float") -> DecoderState:
-        units, shifts = [b.mixer for b in self.units], [b.shift for b in self.units]
-        return DecoderState(
-            row_specs(units, kv) + [shift.row_spec() for shift in shifts],
-            [unit.fold for unit in units] + [add_products] * len(shifts),
-            slots,
-            dtype=self.embed.weight.dtype,
-            device=self.embed.weight.device,
-        )
-
-    def run(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: DecoderState
-    ) -> torch.Tensor:
-        for layer, block in enumerate(self.units):
-            x = block.flash_step(x, rope, segments, state, layer)
-        return x

@@ -8,21 +8,28 @@ are not normalised, and a linear one over the groups before. A gate multiplies t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import Layout
-from linspec.kernels.linear import Fuse
-from linspec.mixers.base import Rope
-from linspec.mixers.blocks import tap_distances
-from linspec.mixers.linear import GroupedLinear
+from linspec.decoding.tree_mask import TreeMask
+from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.convolution import tap_distances
+from linspec.mixers.ops.exact import Exact, Groups
+from linspec.mixers.ops.summed import Summed
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.models.flash_config import FlashConfig
-from linspec.state.dense_group import Segment
-from linspec.state.row_state import RowSpec, RowState
+from linspec.state.contract import EntryState, LayerState, StateOptions
+from linspec.state.dense_group import DenseGroup
+from linspec.state.entries import EntrySpec
+from linspec.state.grouped import GroupedSpec, GroupedState, add_products
+from linspec.state.registry import new_cache
 
 
 def laplace(x: torch.Tensor) -> torch.Tensor:
@@ -31,10 +38,26 @@ def laplace(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + torch.erf((x - mean) / (deviation * math.sqrt(2))))
 
 
-class GatedAttentionUnit(GroupedLinear):
+def laplace_weights(
+    products: torch.Tensor,
+    seen: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    *,
+    group: int,
+    width: int,
+) -> torch.Tensor:
+    """Weights of the quadratic branch, which are not normalised."""
+    scores = products / group
+    if bias is not None:
+        scores = scores + bias * width**0.5
+    weights = laplace(scores)
+    return weights if seen is None else weights.masked_fill(~seen, 0.0)
+
+
+class GatedAttentionUnit(LinearMixer):
     """out = gate ⊙ (inside a group + groups before + convolution), projected.
 
-    Rows keep both branches' keys side by side: [quadratic | linear]; sums take the linear half. With
+    Entries keep both branches' keys side by side: [quadratic | linear]; sums take the linear half. With
     variant 'quadratic' there is one group without end.
     """
 
@@ -45,13 +68,17 @@ class GatedAttentionUnit(GroupedLinear):
         self.heads = self.kv_heads = self.repeats = 1
         self.head_width, self.qk_width = config.mlp_width, config.head_width
         self.variant = config.variant
-        self.summed = config.variant in ("grouped", "aug")
-        # two maps of one projection, made there
-        self.arranged, self.one_map, self.raw = False, False, True
+        self.keeps_cache = config.variant == "quadratic"
+        self.groups, self.arranged = Groups(self.mixer.group), False
+        weights = partial(laplace_weights, group=self.mixer.group, width=self.qk_width)
+        self.exact = Exact(weights, self.quadratic_half, self.quadratic_half)
+        self.summed = None
+        if config.variant in ("grouped", "aug"):
+            self.summed = Summed(self.groups, self.linear_half, self.linear_half)
         self.broad = nn.Linear(config.width, 2 * config.mlp_width)
         self.narrow = nn.Linear(config.width, config.head_width)
         self.inner: nn.Module | None = None
-        self.reach: torch.Tensor | None = None
+        self.padded_taps: torch.Tensor | None = None
         self.gamma = nn.Parameter(0.02 * torch.randn(4, config.head_width))
         self.beta = nn.Parameter(torch.zeros(4, config.head_width))
         assert config.relative is not None, "checked by the configuration"
@@ -63,42 +90,33 @@ class GatedAttentionUnit(GroupedLinear):
 
     # ---- what tells it from the other grouped mixers
 
-    def row_spec(self) -> RowSpec:
-        return RowSpec(
-            kv_heads=1,
-            key_width=2 * self.qk_width,
-            value_width=self.head_width,
-            lead=max(0, self.mixer.taps - 1),
-            group=0 if self.variant == "quadratic" else self.mixer.group,
-            sum_width=self.qk_width if self.summed else 0,
-        )
+    def state_spec(self) -> Any:
+        sizes = {
+            "kv_heads": 1,
+            "key_width": 2 * self.qk_width,
+            "value_width": self.head_width,
+            "conv_history": max(0, self.mixer.taps - 1),
+        }
+        if self.keeps_cache:
+            return EntrySpec(**sizes)
+        sums = self.qk_width if self.summed is not None else 0
+        return GroupedSpec(**sizes, group=self.mixer.group, sum_width=sums)
 
-    def near_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return q[..., : self.qk_width]
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        if self.keeps_cache:
+            return new_cache(self.state_spec(), len(layers), slots, options)
+        return super().new_state(layers, slots, options)
 
-    def near_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return k[..., : self.qk_width]
+    def quadratic_half(self, x: torch.Tensor) -> torch.Tensor:
+        """The half of queries or keys that single tokens are weighed by."""
+        return x[..., : self.qk_width]
 
-    def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return q[..., self.qk_width :]
-
-    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return k[..., self.qk_width :]
+    def linear_half(self, x: torch.Tensor) -> torch.Tensor:
+        """The half of queries or keys that meets the sums."""
+        return x[..., self.qk_width :]
 
     def sum_scale(self) -> float:
         return 1 / self.mixer.group
-
-    def near_weights(
-        self,
-        products: torch.Tensor,
-        seen: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        scores = products / self.mixer.group
-        if bias is not None:
-            scores = scores + bias * self.qk_width**0.5
-        weights = laplace(scores)
-        return weights if seen is None else weights.masked_fill(~seen, 0.0)
 
     def mix(
         self,
@@ -109,11 +127,12 @@ class GatedAttentionUnit(GroupedLinear):
     ) -> torch.Tensor:
         if self.variant != "quadratic":
             return super().mix(q, k, v, sums)
-        assert self.relative is not None
+        assert self.relative is not None and self.exact is not None
         time = q.shape[2]
         seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
         bias = self.relative.between(time, time)
-        return self.near_weights(self.near_queries(q) @ self.near_keys(k).mT, seen, bias) @ v
+        products = self.quadratic_half(q) @ self.quadratic_half(k).mT
+        return self.exact.weights(products, seen, bias) @ v
 
     # ---- projections
 
@@ -138,9 +157,9 @@ class GatedAttentionUnit(GroupedLinear):
             return self.inner(x)
         return torch.cat((self.broad(x), self.narrow(x)), dim=-1)
 
-    def prepare(self, fuse: Fuse) -> None:
-        self.inner = fuse(self.broad, self.narrow)
-        self.o = fuse(self.o)
+    def to_inference(self, linear_factory: LinearFactory) -> None:
+        self.inner = linear_factory(self.broad, self.narrow)
+        self.o = linear_factory(self.o)
         del self.broad, self.narrow
 
     def forward(
@@ -151,10 +170,15 @@ class GatedAttentionUnit(GroupedLinear):
         return self.o(gate * self._full(q, k, v)[:, 0])
 
     def step(
-        self, x: torch.Tensor, rope: Rope, segments: list[Segment], state: RowState, layer: int
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        dense_groups: list[DenseGroup],
+        state: EntryState,
+        layer: int,
     ) -> torch.Tensor:
         gate, heads = self.gated(x, rope)
-        return self.o(gate * self.step_heads(heads, segments, state, layer))
+        return self.o(gate * self.step_heads(heads, dense_groups, state, layer))
 
 
 class TokenShift(nn.Module):
@@ -164,13 +188,20 @@ class TokenShift(nn.Module):
     and in a tree a node's predecessor is its parent.
     """
 
+    keeps_cache = False
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.channels = width // 2
 
-    def row_spec(self) -> RowSpec:
-        """Groups of one: a row is gone as soon as it is committed, and stays as the lead."""
-        return RowSpec(kv_heads=1, key_width=0, value_width=self.channels, lead=1, group=1)
+    def state_spec(self) -> GroupedSpec:
+        """Groups of one: an entry leaves as soon as it is committed, and stays as the conv_history."""
+        return GroupedSpec(
+            kv_heads=1, key_width=0, value_width=self.channels, conv_history=1, group=1
+        )
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return GroupedState(self.state_spec(), [add_products] * len(layers), slots, options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, T, D] -> [B, T, D]; nothing comes before the first token."""
@@ -178,29 +209,31 @@ class TokenShift(nn.Module):
         return torch.cat((before, x[..., self.channels :]), dim=-1)
 
     def step(
-        self, x: torch.Tensor, segments: list[Segment], state: RowState, layer: int
+        self, x: torch.Tensor, dense_groups: list[DenseGroup], state: EntryState, layer: int
     ) -> torch.Tensor:
         """Packed nodes [M, D] -> [M, D]."""
         rows = x[:, None, : self.channels]
-        before = [self._step_segment(rows, segment, state, layer) for segment in segments]
+        before = [
+            self._step_segment(rows, dense_group, state, layer) for dense_group in dense_groups
+        ]
         return torch.cat((torch.cat(before), x[:, self.channels :]), dim=-1)
 
     def _step_segment(
-        self, rows: torch.Tensor, segment: Segment, state: RowState, layer: int
+        self, rows: torch.Tensor, dense_group: DenseGroup, state: EntryState, layer: int
     ) -> torch.Tensor:
-        v = segment.unpack(rows).transpose(1, 2)
-        at = (layer, segment.start, segment.lengths, v[..., :0], v)
-        if segment.long:
+        v = dense_group.unpack(rows).transpose(1, 2)
+        at = (layer, dense_group.start, dense_group.lengths, v[..., :0], v)
+        if dense_group.long:
             before = state.stage_long(*at)[1][:, :, : v.shape[2]]
         else:
             state.stage(*at)
-            layout = segment.layout(state)
-            values = state.values[layer, segment.slots, :, : 1 + layout.width]
-            parent = layout.memo("parent", lambda: _parents(layout))
+            tree_mask = dense_group.tree_mask(state)
+            _, values = state.read(layer, dense_group.slots, tree_mask.width)
+            parent = tree_mask.memo("parent", lambda: _parents(tree_mask))
             before = parent[:, None].to(values.dtype) @ values
-        return segment.pack(before.transpose(1, 2)).flatten(1)
+        return dense_group.pack(before.transpose(1, 2)).flatten(1)
 
 
-def _parents(layout: Layout) -> torch.Tensor:
-    """Which row, lead included, is the token before each node: [R, N, 1 + C]."""
-    return tap_distances(layout.offsets, layout.columns, layout.visible, 2, 1) == 1
+def _parents(tree_mask: TreeMask) -> torch.Tensor:
+    """Which row, conv_history included, is the token before each node: [R, N, 1 + C]."""
+    return tap_distances(tree_mask.offsets, tree_mask.columns, tree_mask.visible, 2, 1) == 1

@@ -9,22 +9,24 @@ and committed, and trees of draft tokens are verified in one step. `open` reads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.errors import InputError
 from linspec.models.config import Seq2SeqConfig
-from linspec.models.cross import CrossDecoder, SourceState
+from linspec.models.cross import CrossDecoder, sources_of
 from linspec.models.encoder import Encoder
 from linspec.models.padding import to_left
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 
 class T5(nn.Module):
     """Source ids and target ids in, logits of what follows the target out."""
+
+    continues_prompt = False
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
@@ -32,7 +34,7 @@ class T5(nn.Module):
         self.encoder = Encoder(config.encoder)
         self.decoder = CrossDecoder(config.decoder)
         self.tie()
-        self.prepared = False
+        self.is_inference = False
         self.native = None
 
     def tie(self) -> None:
@@ -87,13 +89,13 @@ class T5(nn.Module):
         target = torch.tensor([[self.config.start_id, *output] for output in outputs])
         return self(source, target.to(device))[:, -1]
 
-    def prepare(self) -> T5:
+    def to_inference(self) -> T5:
         """Turn this model into its inference form, in place; returns it."""
-        if not self.prepared:
+        if not self.is_inference:
             self.eval().requires_grad_(False)
-            self.encoder.prepare()
-            self.decoder.prepare()
-            self.prepared = True
+            self.encoder.to_inference()
+            self.decoder.to_inference()
+            self.is_inference = True
         return self
 
     @property
@@ -106,21 +108,20 @@ class T5(nn.Module):
         """Those of the decoder."""
         return self.decoder.kernels
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SourceState:
+    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
         return self.decoder.new_state(slots, kv)
 
     def open(
-        self, prompt: Sequence[int], slot: int, state: DecoderState
+        self, prompt: Sequence[int], slot: int, state: SequenceStates
     ) -> tuple[list[int], tuple[int, ...]]:
         """Make `slot` an empty output for the source `prompt`; returns what to feed it, and the source."""
-        assert isinstance(state, SourceState), "the state of this model has sources"
         self.read([prompt], [slot], state)
         return [self.config.start_id], tuple(prompt)
 
     @torch.inference_mode()
     def read(
-        self, sources: Sequence[Sequence[int]], slots: Sequence[int], state: SourceState
+        self, sources: Sequence[Sequence[int]], slots: Sequence[int], state: SequenceStates
     ) -> None:
         """Encode `sources` in one batch and make each the source of its slot, which is emptied.
 
@@ -140,8 +141,15 @@ class T5(nn.Module):
         values = torch.stack([layer.values for layer in layers])
         for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
             state.reset(slot)
-            state.read(slot, keys[:, row, :, :length], values[:, row, :, :length])
+            sources_of(state).fill(slot, keys[:, row, :, :length], values[:, row, :, :length])
 
-    def step(self, feeds: Sequence[Feed], state: DecoderState) -> StepOutput:
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        *,
+        layers: Collection[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
         """One step of the decoder; see `Decoder.step`."""
-        return self.decoder.step(feeds, state)
+        return self.decoder.step(inputs, state, layers=layers, want=want)

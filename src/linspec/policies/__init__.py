@@ -1,8 +1,8 @@
-"""Policies: how many draft nodes each row gets."""
+"""Policies: how many draft nodes each sequence gets."""
 
 from __future__ import annotations
 
-from linspec.decoding.protocols import Generator
+from linspec.decoding.protocols import CausalModel
 from linspec.errors import WrongType
 from linspec.policies import auto, fixed
 from linspec.policies.base import POLICIES, Policy, PolicyContext
@@ -14,7 +14,7 @@ _DIGITS = 9
 __all__ = ["POLICIES", "Policy", "PolicyContext", "auto", "check_policy", "fixed", "make_policy"]
 
 
-def make_policy(policy: str | int | Policy, model: Generator) -> Policy:
+def make_policy(policy: str | int | Policy, model: CausalModel) -> Policy:
     """The policy that NAME or NAME:key=value,… stands for; a number is a fixed one of so many nodes."""
     return (
         policy

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from linspec.decoding.sequence import Row
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget
 from linspec.drafters.base import Drafter
 from linspec.policies.acceptance import AcceptanceModel
@@ -70,12 +70,12 @@ class Auto(Policy):
         # the first round is plain
         self._since_plain = _PLAIN_ROUNDS
 
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+    def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         self._since_plain += 1
         if self._since_plain > _PLAIN_ROUNDS:
             self._since_plain = 0
-            return [NO_DRAFTS] * len(rows)
-        slots = [row.slot for row in rows]
+            return [NO_DRAFTS] * len(sequences)
+        slots = [sequence.slot for sequence in sequences]
         for slot in slots:
             self._begin(slot)
         if any(self._plans[slot].age >= self._plans[slot].wait for slot in slots):
@@ -116,15 +116,17 @@ class Auto(Policy):
         untried = self.costs.largest < larger <= most
         return larger if untried and plan.whole and plan.nodes else nodes
 
-    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
-        plan = self._plans.get(row.slot)
+    def observe(
+        self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
+    ) -> None:
+        plan = self._plans.get(sequence.slot)
         if plan is None or not drafted:
             return
-        self.acceptance.observe(row.slot, accepted, expected)
+        self.acceptance.observe(sequence.slot, accepted, expected)
         plan.whole &= accepted == drafted
         if accepted and not plan.nodes:
             # the attempt was worth it: plan again in the next round
-            self.exploration.succeeded(row.slot)
+            self.exploration.succeeded(sequence.slot)
             plan.age = _REPLAN_ROUNDS
 
     def observe_round(self, times: RoundTimes) -> None:

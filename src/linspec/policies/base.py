@@ -1,4 +1,4 @@
-"""Who decides, before a round, how large a tree each row gets. No nodes are legal and truly plain."""
+"""Who decides, before a round, how large a tree each sequence gets. No nodes are legal and truly plain."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from linspec.decoding.protocols import Generator
-from linspec.decoding.sequence import Row
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.base import Drafter
 from linspec.utils.registry import Registry
@@ -16,7 +16,7 @@ from linspec.utils.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class RoundTimes:
-    """Seconds of one round: drafting, and the target's step over `nodes` packed nodes of all rows.
+    """Seconds of one round: drafting, and the target's step over `nodes` packed nodes of all sequences.
 
     drafts: draft nodes of the largest tree; 0 when nothing was drafted. rest: what came after the
     step, such as verifying and committing.
@@ -37,7 +37,7 @@ class PolicyContext:
         target: the model that verifies.
     """
 
-    target: Generator
+    target: CausalModel
 
 
 class Policy(ABC):
@@ -55,21 +55,23 @@ class Policy(ABC):
         """Keep nothing; a policy keeps what it needs of them."""
 
     @abstractmethod
-    def plan(self, rows: Sequence[Row], drafter: Drafter) -> list[Budget]:
+    def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         """The largest tree of each sequence in the next round.
 
         The engine bounds the depth by the tokens that the request may still emit and the positions that the
         model still has. It leaves the number of nodes alone.
         """
 
-    def keep(self, row: Row, tree: TokenTree) -> int:
+    def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:
         """How many draft nodes of a proposed tree to verify: the first ones. The default is all of them.
 
         The engine asks only if the rule of the verifier allows it: see `Verifier`.
         """
         return len(tree) - 1
 
-    def observe(self, row: Row, drafted: int, accepted: int, expected: float) -> None:
+    def observe(
+        self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
+    ) -> None:
         """Learn from one sequence: draft nodes, how many were accepted, how many were expected."""
 
     def observe_round(self, times: RoundTimes) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from linspec.decoding.protocols import Generator
-from linspec.decoding.step import Feed
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, LinspecError
-from linspec.kernels.cpu.library import ABI
-from linspec.state.decoder_state import DecoderState
+from linspec.kernels.cpu.structs import ABI
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.border import read_json
 from linspec.utils.files import cache_dir, replace_text
 
@@ -48,7 +48,7 @@ class CostCurve:
         return max(self.seconds[a] + slope * (nodes - a), 1e-9)
 
 
-def measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
     """Time steps of a chain of draft nodes after a short context.
 
     More nodes never cost less, and noise only adds time: what fewer nodes took longer was noise.
@@ -56,7 +56,7 @@ def measure(model: Generator, clock: Callable[[], float] = time.perf_counter) ->
     state = model.new_state()
     context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
     fed, _ = model.open([0] * context, 0, state)
-    model.step([Feed(0, fed, all_logits=False)], state)
+    model.step([StepInput(0, fed, all_logits=False)], state)
     state.commit(0, range(len(fed)))
     limit = model.config.position_limit
     found: dict[int, float] = {}
@@ -71,22 +71,24 @@ def measure(model: Generator, clock: Callable[[], float] = time.perf_counter) ->
 
 
 def _quickest_step(
-    model: Generator, state: DecoderState, nodes: int, clock: Callable[[], float]
+    model: CausalModel, state: SequenceStates, nodes: int, clock: Callable[[], float]
 ) -> float:
     """Seconds of the least disturbed repeat: the curve is kept, a busy moment must not be."""
     times: list[float] = []
     while len(times) < _LEAST_REPEATS or (len(times) < _REPEATS and sum(times) < _SECONDS):
         began = clock()
-        model.step([Feed(0, [0] * nodes)], state)
+        model.step([StepInput(0, [0] * nodes)], state)
         if model.embed.weight.is_cuda:
             torch.cuda.synchronize()
         times.append(clock() - began)
         state.drop(0)
-    # the first one also builds layouts and touches the weights
+    # the first one also builds tree_masks and touches the weights
     return min(times[1:])
 
 
-def load_or_measure(model: Generator, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
+def load_or_measure(
+    model: CausalModel, clock: Callable[[], float] = time.perf_counter
+) -> CostCurve:
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
     stored = _stored(path)
@@ -109,7 +111,7 @@ def _stored(path: Path) -> CostCurve | None:
     return CostCurve(seconds) if sound else None
 
 
-def _cache_path(model: Generator) -> Path:
+def _cache_path(model: CausalModel) -> Path:
     weight = model.embed.weight
     facts = (
         json.dumps(model.config.to_dict(), sort_keys=True),
@@ -118,7 +120,7 @@ def _cache_path(model: Generator) -> Path:
         platform.processor() or platform.machine(),
         torch.__version__,
         str(torch.get_num_threads()),
-        str(model.prepared),
+        str(model.is_inference),
         f"{model.kernels} {ABI}",
     )
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]

@@ -1,6 +1,6 @@
 """One inference step: the new tokens of several sequences, packed for the linear layers.
 
-All new nodes of all rows form one [M, D] matrix; mixers see them by *segment*, a run of neighbouring
+All new nodes of all rows form one [M, D] matrix; mixers see them by *dense_group*, a run of neighbouring
 slots with the same form, as dense [R, N, ...] tensors.
 """
 
@@ -12,16 +12,16 @@ from functools import cached_property
 
 import torch
 
-from linspec.decoding.step import STAGE_ROWS, Feed
+from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape, chain_shape, shape_of
-from linspec.decoding.tree_mask import Layout
+from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError, StateError
-from linspec.state.decoder_state import DecoderState
-from linspec.state.row_state import RowState
+from linspec.state.contract import EntryState
+from linspec.state.sequence_states import SequenceStates
 
 
 @dataclass
-class Segment:
+class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
     lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last.
@@ -53,10 +53,10 @@ class Segment:
         rows = [torch.arange(n) + i * self.nodes for i, n in enumerate(self.lengths)]
         return torch.cat(rows)
 
-    first: int = 0  # of this segment's nodes in the packed matrix
+    first: int = 0  # of this dense_group's nodes in the packed matrix
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[M, H, K] -> this segment's [R, N, H, K], zero where a row has fewer nodes."""
+        """[M, H, K] -> this dense_group's [R, N, H, K], zero where a row has fewer nodes."""
         mine = packed[self.first : self.first + sum(self.lengths)]
         if self.index is not None:
             dense = mine.new_zeros(len(self.lengths) * self.nodes, *mine.shape[1:])
@@ -68,60 +68,68 @@ class Segment:
         flat = dense.flatten(0, 1)
         return flat if self.index is None else flat[self.index.to(flat.device)]
 
-    def layout(self, state: RowState) -> Layout:
-        """Who sees whom, for a segment of trees; computed once for all layers of `state`."""
-        if id(state) not in self._layouts:
-            self._layouts[id(state)] = state.layout(self.start, self.shapes, self.lengths)
-        return self._layouts[id(state)]
+    def tree_mask(self, state: EntryState) -> TreeMask:
+        """The tree mask of these slots; computed once for all layers of `state`."""
+        if id(state) not in self._tree_masks:
+            self._tree_masks[id(state)] = state.tree_mask(self.start, self.shapes, self.lengths)
+        return self._tree_masks[id(state)]
 
     def __post_init__(self) -> None:
-        self._layouts: dict[int, Layout] = {}
+        self._tree_masks: dict[int, TreeMask] = {}
 
 
-def segments_of(feeds: Sequence[Feed], state: DecoderState) -> list[Segment]:
-    """Group feeds (in order of their slots) into segments; raises ConfigError on a malformed feed."""
-    slots = [feed.slot for feed in feeds]
+def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
+    """Shapes of what each slot has staged after a step; raises ConfigError on a malformed input."""
+    slots = [step_input.slot for step_input in inputs]
     if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
         raise ConfigError(f"slots {slots} are not different slots of a state of {state.slots}")
-    segments: list[Segment] = []
+    return [_shape(step_input, state) for step_input in inputs]
+
+
+def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> list[DenseGroup]:
+    """Group inputs, in order of their slots, and their `staged_shapes`."""
+    dense_groups: list[DenseGroup] = []
     first = 0
-    for feed in feeds:
-        count, shape = len(feed.tokens), _shape(feed, state)
-        long = count > STAGE_ROWS
-        last = segments[-1] if segments else None
-        if last is None or last.long != long or last.slots.stop != feed.slot:
-            last = Segment(feed.slot, [], [], long, first)
-            segments.append(last)
+    for step_input, shape in zip(inputs, shapes, strict=True):
+        count = len(step_input.tokens)
+        long = count > MAX_STAGED
+        last = dense_groups[-1] if dense_groups else None
+        if last is None or last.long != long or last.slots.stop != step_input.slot:
+            last = DenseGroup(step_input.slot, [], [], long, first)
+            dense_groups.append(last)
         last.lengths.append(count)
         last.shapes.append(shape)
         first += count
-    return segments
+    return dense_groups
 
 
-def _shape(feed: Feed, state: DecoderState) -> Shape:
-    """The shape of what the slot has staged after this step; raises ConfigError on a malformed feed."""
-    count, staged = len(feed.tokens), state.staged(feed.slot)
+def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
+    """The shape of what the slot has staged after this step; raises ConfigError on a malformed input."""
+    count, staged = len(step_input.tokens), state.staged(step_input.slot)
     if count == 0:
-        raise ConfigError(f"slot {feed.slot} was fed no tokens; leave it out of the step")
-    if state.staged_aside(feed.slot):
+        raise ConfigError(f"slot {step_input.slot} was fed no tokens; leave it out of the step")
+    if state.staged_aside(step_input.slot):
         raise StateError(
-            f"slot {feed.slot} has staged a chain of {len(staged)} tokens; commit it before staging more"
+            f"slot {step_input.slot} has staged a chain of {len(staged)} tokens; commit it before "
+            "staging more"
         )
-    if feed.parents is None:
+    if step_input.parents is None:
         if staged:
-            raise ConfigError(f"slot {feed.slot} has staged nodes: name the parents of new ones")
+            raise ConfigError(
+                f"slot {step_input.slot} has staged nodes: name the parents of new ones"
+            )
         return chain_shape(count)
-    if len(feed.parents) != count:
+    if len(step_input.parents) != count:
         raise ConfigError(
-            f"slot {feed.slot} was fed {count} tokens and {len(feed.parents)} parents"
+            f"slot {step_input.slot} was fed {count} tokens and {len(step_input.parents)} parents"
         )
     try:
-        shape = shape_of((*staged.parents, *feed.parents))
+        shape = shape_of((*staged.parents, *step_input.parents))
     except ConfigError as error:
-        raise ConfigError(f"slot {feed.slot}: {error}") from error
-    if len(shape) > STAGE_ROWS and (staged or not shape.is_chain):
+        raise ConfigError(f"slot {step_input.slot}: {error}") from error
+    if len(shape) > MAX_STAGED and (staged or not shape.is_chain):
         raise ConfigError(
-            f"a tree of {len(shape)} nodes is too large: {STAGE_ROWS} nodes can be staged at once, "
+            f"a tree of {len(shape)} nodes is too large: {MAX_STAGED} nodes can be staged at once, "
             "or a longer chain from the last committed token"
         )
     return shape

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from linspec.decoding.protocols import GeneratorConfig
+from linspec.decoding.protocols import CausalModelConfig
 from linspec.errors import CheckpointError, InputError
 from linspec.utils.files import cache_dir, replace_file
 from linspec.utils.messages import because, did_you_mean, shown
@@ -207,7 +207,7 @@ def _read_stdlib() -> Iterator[str]:
                     continue
 
 
-def end_of_text(tokenizer: Any, config: GeneratorConfig) -> int:
+def end_of_text(tokenizer: Any, config: CausalModelConfig) -> int:
     """The token that closes a document; raises InputError when neither side names one."""
     known = (tokenizer.eos_token_id, *config.eos_ids)
     found = next((token for token in known if token is not None), None)

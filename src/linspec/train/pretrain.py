@@ -23,7 +23,7 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, res
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.flash_config import FlashConfig
-from linspec.models.kinds import kind_of
+from linspec.models.model_types import of_config
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -32,6 +32,7 @@ from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.tokenizer import train_tokenizer
 from linspec.utils.files import replace_dir
+from linspec.utils.format_version import stamped
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 
@@ -279,8 +280,8 @@ class _Run:
         )
         log = trainer.run(resume=self.resume and trainer.has_state)
         if self.accelerator.is_main_process:
-            record = json.dumps({"plan": self.plan, "tokens": log[-1]["tokens"]}, indent=2) + "\n"
-            files = {RECORD: record, "log.jsonl": log_lines(log)}
+            record = stamped({"plan": self.plan, "tokens": log[-1]["tokens"]})
+            files = {RECORD: json.dumps(record, indent=2) + "\n", "log.jsonl": log_lines(log)}
             save_model(model, tokenizer, self.place, dtype, extra_files=files)
 
     def _batch(self, windows: Windows, step: int) -> torch.Tensor:
@@ -290,7 +291,7 @@ class _Run:
 
 def _model(plan: Recipe) -> Predictor:
     """The recipe's model with the weights that it starts from."""
-    kind: Callable[..., Any] = kind_of(plan.model).model
+    kind: Callable[..., Any] = of_config(plan.model).model
     model: Predictor = kind(plan.model)
     if plan.base:
         model.load_state_dict(load_model(plan.base).state_dict())

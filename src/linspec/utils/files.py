@@ -231,7 +231,8 @@ def _hold(directory: Path, wait: bool) -> IO[str]:
             if not wait:
                 lock.close()
                 raise CheckpointError(
-                    f"{directory} is in use by another linspec process; wait for its end or choose "
+                    f"{directory} is in use by another linspec process; wait for it to end, after "
+                    "which --overwrite (overwrite=True in Python) would replace what it wrote, or choose "
                     "another --out directory"
                 ) from error
             print(f"waiting for the process that uses {directory}", file=sys.stderr, flush=True)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shlex
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 _LONGEST = 80
 # errno -> the rule that was broken, and the way out
@@ -51,6 +54,13 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A clause for the end of a message about an unknown name; empty when nothing is near."""
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def now_called(command: str) -> NoReturn:
+    """Answer `python -m` of a module that is a verb now: the new command, and exit code 2."""
+    words = shlex.join(sys.argv[1:])
+    print(f"error: this command is now: {command} {words}".rstrip(), file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def shown(value: object) -> str:

@@ -75,7 +75,7 @@ def sample_with_candidates(
     """
     p, q = normalized(on_cpu(target)), normalized(on_cpu(proposal))
     for token in candidates:
-        # a candidate that q cannot have produced is a certain draft: all of q is on it
+        # a candidate that q cannot have produced is a deterministic draft: all of q is on it
         chance = float(q[token]) or 1.0
         if sampler.uniform() * chance < float(p[token]):
             return token

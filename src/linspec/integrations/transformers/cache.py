@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from linspec.errors import StateError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 
 UNCROPPABLE = (
     "linear state cannot be cropped: it sums tokens and keeps no history, so generate() cannot "
@@ -31,12 +31,12 @@ class LinspecCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.state: DecoderState | None = None
+        self.state: SequenceStates | None = None
         self.shape: DecoderConfig | None = None
         # padded columns seen so far: rows may have fewer tokens
         self.columns = 0
 
-    def bind(self, decoder: Decoder, rows: int) -> DecoderState:
+    def bind(self, decoder: Decoder, rows: int) -> SequenceStates:
         """The state, made on first use; raises StateError for another model or batch size."""
         if self.state is None:
             self.state, self.shape = decoder.new_state(rows), decoder.config

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from linspec.decoding.step import Feed, StepOutput
+from linspec.decoding.step import StepInput, StepOutput
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.integrations.transformers.cache import UNCROPPABLE, LinspecCache
 from linspec.integrations.transformers.config import LinspecConfig
@@ -40,7 +40,7 @@ from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder, Through
 from linspec.models.padding import from_left, to_left
-from linspec.state.decoder_state import DecoderState
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.places import Place
 
 
@@ -221,11 +221,13 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = torch.ones_like(ids, dtype=torch.bool) if real is None else real
         only_last = not watch and isinstance(keep, int) and keep == 1 and bool(wanted[:, -1].all())
         tokens = [row[mine].tolist() for row, mine in zip(ids, wanted, strict=True)]
-        feeds = [Feed(i, row, all_logits=not only_last) for i, row in enumerate(tokens) if row]
+        inputs = [
+            StepInput(i, row, all_logits=not only_last) for i, row in enumerate(tokens) if row
+        ]
         with _inputs_of_blocks(self.decoder, watch) as states:
-            output = _run(self.decoder, feeds, state) if feeds else self._nothing()
+            output = _run(self.decoder, inputs, state) if inputs else self._nothing()
         cache.columns += ids.shape[1]
-        if only_last and feeds:
+        if only_last and inputs:
             return output.logits[:, None].clone(), []
         states = [_padded(each, wanted) for each in (*states, output.hidden) if watch]
         return _padded(output.logits, wanted)[:, _kept(keep)], states
@@ -283,16 +285,16 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         raise StateError("linear state cannot be paged; linspec.LLM batches continuously by itself")
 
 
-def _run(decoder: Decoder, feeds: list[Feed], state: DecoderState) -> StepOutput:
+def _run(decoder: Decoder, inputs: list[StepInput], state: SequenceStates) -> StepOutput:
     """Step and commit whole chains; an interrupted step leaves nothing staged."""
     try:
-        output = decoder.step(feeds, state)
+        output = decoder.step(inputs, state)
     except BaseException:
-        for feed in feeds:
-            state.drop(feed.slot)
+        for step_input in inputs:
+            state.drop(step_input.slot)
         raise
-    for feed in feeds:
-        state.commit(feed.slot, range(len(feed.tokens)))
+    for step_input in inputs:
+        state.commit(step_input.slot, range(len(step_input.tokens)))
     return output
 
 

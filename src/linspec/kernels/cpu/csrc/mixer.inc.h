@@ -1,0 +1,5 @@
+/* All of a mixer's step, for the instruction set of the including file. */
+#include "accumulate.inc.h"
+#include "attention.inc.h"
+#include "quantized.inc.h"
+#include "combine.inc.h"

@@ -1,0 +1,175 @@
+"""The contract of all states: stage new entries beside the committed ones, then commit a path or drop them.
+
+A mixer makes its state (`StateMaker.new_state`), so a state cannot exist without the mixer's own rule for
+entries that leave it. Layers whose specs are equal share one `LayerState`, so a commit touches all of them
+at once. Committed entries never change while a step runs, except by `overwrite`: there is no rollback.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from linspec.decoding.tree import Shape
+from linspec.decoding.tree_mask import TreeMask
+from linspec.state.entries import EntryFormat
+
+TreeMasks = OrderedDict[tuple[Any, ...], TreeMask]
+
+
+@dataclass(frozen=True, slots=True)
+class StateOptions:
+    """What a caller chooses for the states of all layers of a model.
+
+    kv_cache: how caches keep their entries, a spec of STATES. tree_masks: shared by all states, because a
+    mask depends on the tree and on how many positions are held, not on what they hold.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    kv_cache: str = "float"
+    tree_masks: TreeMasks = field(default_factory=OrderedDict)
+
+
+class StateMaker(Protocol):
+    """A mixer, or any other part of a block that remembers tokens."""
+
+    # whether `StateOptions.kv_cache` changes anything for its state
+    keeps_cache: bool
+
+    def state_spec(self) -> Hashable:
+        """The sizes of its state; layers with equal specs share one state object."""
+        ...
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        """An empty state for `layers`, makers whose specs equal this one's, and `slots` sequences."""
+        ...
+
+
+# of one layer: a maker, or one for each part of it
+Makers = StateMaker | tuple["Makers", ...]
+
+
+class LayerState(Protocol):
+    """What the layers of one kind remember of the committed tokens of every slot.
+
+    lengths: committed tokens of each slot, per kind of layer, because a step may skip layers. staged: the
+    shape of the nodes that each slot has staged. counts_tokens: False where entries are no tokens of the
+    sequence. in_kernels: whether compiled kernels may read its buffers.
+    """
+
+    layers: int
+    lengths: list[int]
+    staged: list[Shape]
+    counts_tokens: bool
+
+    @property
+    def in_kernels(self) -> bool: ...
+
+    def reserve(self, slot: int, new: int) -> None:
+        """Make room for `new` more staged nodes in `slot`."""
+        ...
+
+    def missing_bytes(self, length: int) -> int:
+        """Bytes that are still to be allocated for a sequence of `length` tokens."""
+        ...
+
+    def record(self, slot: int, staged: Shape) -> None:
+        """Note the shape of all staged nodes of `slot`, after every layer has staged the new ones."""
+        ...
+
+    def staged_aside(self, slot: int) -> bool:
+        """Whether `slot` has staged a long chain, which nothing can be staged behind."""
+        ...
+
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Keep the staged nodes of `path`, in order, and drop the others."""
+        ...
+
+    def drop(self, slot: int) -> None:
+        """Forget what `slot` has staged."""
+        ...
+
+    def reset(self, slot: int) -> None:
+        """Make `slot` an empty sequence."""
+        ...
+
+    def snapshot(self, slot: int) -> Any:
+        """A copy of what `slot` has committed."""
+        ...
+
+    def check(self, copy: Any) -> None:
+        """Raise StateError if `copy` is a snapshot of another kind of state."""
+        ...
+
+    def restore(self, slot: int, copy: Any) -> None:
+        """Make `slot` what `snapshot` saw; raises StateError as `check` does."""
+        ...
+
+    def fork(self, source: int, target: int) -> None:
+        """Make `target` a copy of what `source` has committed."""
+        ...
+
+    def check_overwrite(self, slot: int, positions: Sequence[int]) -> None:
+        """Raise StateError unless the entries at these committed positions can be replaced."""
+        ...
+
+    def bytes(self, slot: int) -> int:
+        """Bytes that the committed part of `slot` needs."""
+        ...
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes that the committed part of a sequence of `length` tokens needs."""
+        ...
+
+
+class EntryState(LayerState, Protocol):
+    """A state of keys and values, as mixers of heads read and write it.
+
+    Positions of a slot count from its base position, that of the oldest entry that is held.
+    """
+
+    spec: Any
+    entries: EntryFormat
+
+    def held(self, slot: int) -> int:
+        """Committed positions of `slot` whose entries are held one by one."""
+        ...
+
+    def tree_mask(self, start: int, shapes: Sequence[Shape], new: Sequence[int]) -> TreeMask:
+        """Mask of slots `start`..: `shapes` of what each has staged, of which the last `new` are new."""
+        ...
+
+    def stage(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write new entries k, v [R, Hkv, N, .] of slots start.. behind what each has staged."""
+        ...
+
+    def stage_long(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage chains of any length; returns keys and values from each base position on.
+
+        Keys are [R, Hkv, C, K], values [R, Hkv, conv_history + C, V]: committed entries, then the new
+        ones, then zeros.
+        """
+        ...
+
+    def read(self, layer: int, slots: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries of the first `width` positions: [R, Hkv, width, K], [R, Hkv, conv_history + width, V]."""
+        ...
+
+    def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
+        """What closed groups became, [R, Hkv, S, Z]; None where nothing is summed."""
+        ...
+
+    def overwrite(
+        self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Replace the entries at committed positions by k, v [Hkv, N, .]; see `check_overwrite`."""
+        ...

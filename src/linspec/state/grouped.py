@@ -1,0 +1,107 @@
+"""The state of grouped mixers: entries of the last groups, and sums of all groups before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from linspec.state.buffer import BufferState
+from linspec.state.contract import StateOptions
+from linspec.state.entries import EntrySpec
+from linspec.state.slots import StateSnapshot
+
+# what sums [Hkv, S, Z] become when entries of keys [Hkv, C, K] and values [Hkv, C, V] close
+Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def add_products(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The plain fold: sums [.., S, V] plus keysᵀ values, in the dtype of the sums."""
+    return sums + keys.to(sums.dtype).mT @ values.to(sums.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedSpec(EntrySpec):
+    """group: positions of a group, counted from position 0. span: groups kept, the open one included.
+
+    sum_width, sum_columns: shape of the matrix of each head that closed groups are folded into; no width
+    forgets them, no columns means those of the values.
+    """
+
+    group: int
+    span: int = 1
+    sum_width: int = 0
+    sum_columns: int = 0
+
+
+class GroupedState(BufferState):
+    """Groups close when they fall out of the span; then the mixer folds their entries into the sums.
+
+    folds[i]: what the mixer of layer i makes of its sums when entries close. There is no default: sums
+    that are folded by another mixer's rule are wrong without a sign of it. sums [L, slots, Hkv, S, Z] are
+    float32 or wider: sums over thousands of tokens lose their small terms below it.
+    """
+
+    spec: GroupedSpec
+
+    def __init__(
+        self, spec: GroupedSpec, folds: Sequence[Fold], slots: int, options: StateOptions
+    ) -> None:
+        self.folds = list(folds)
+        super().__init__(spec, len(folds), slots, options)
+
+    def _resting(self) -> int:
+        return self.spec.span * self.spec.group
+
+    def _leaving(self, held: int, *, aside: bool) -> int:
+        return max(0, held // self.spec.group + 1 - self.spec.span) * self.spec.group
+
+    def _let_go(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.spec.sum_width:
+            self.sums[layer, slot] = self.folds[layer](self.sums[layer, slot], keys, values)
+
+    # ---- sums
+
+    def _sum_shape(self) -> tuple[int, int, int]:
+        spec = self.spec
+        return spec.kv_heads, spec.sum_width, spec.sum_columns or spec.value_width
+
+    def _sum_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _sum_bytes(self) -> int:
+        heads, width, columns = self._sum_shape()
+        return self.layers * heads * width * columns * self._sum_dtype().itemsize
+
+    def _new_sums(self, slots: int) -> torch.Tensor:
+        kept = slots if self.spec.sum_width else 0
+        shape = (self.layers, kept, *self._sum_shape())
+        return torch.zeros(shape, dtype=self._sum_dtype(), device=self.device)
+
+    def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
+        return self.sums[layer, slots] if self.spec.sum_width else None
+
+    # ---- slots
+
+    @torch.inference_mode()
+    def reset(self, slot: int) -> None:
+        super().reset(slot)
+        if self.spec.sum_width:
+            self.sums[:, slot] = 0
+
+    @torch.inference_mode()
+    def snapshot(self, slot: int) -> StateSnapshot:
+        sums = self.sums[:, slot].clone() if self.spec.sum_width else None
+        return replace(super().snapshot(slot), sums=sums)
+
+    @torch.inference_mode()
+    def restore(self, slot: int, copy: Any) -> None:
+        super().restore(slot, copy)
+        if copy.sums is not None:
+            self.sums[:, slot] = copy.sums
+
+    def bytes_at(self, length: int) -> int:
+        """Constant: the groups of the span are there from the start."""
+        return self.entry_bytes(self._resting()) + self._sum_bytes()

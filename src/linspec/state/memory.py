@@ -1,0 +1,54 @@
+"""Memory of states: tensors that take it only when they are written, and whether there is enough."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Sequence
+
+import torch
+
+from linspec.errors import StateError
+from linspec.utils.ram import available_bytes
+
+
+def zeros(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """A zero tensor backed by anonymous mmap, so unused slots take no physical memory until written."""
+    count = math.prod(shape)
+    if torch.device(device).type != "cpu" or not count:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    # private where the choice exists: a forked child must not write into its parent's state
+    options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    try:
+        pages = mmap.mmap(-1, count * dtype.itemsize, **options)
+    except (OSError, OverflowError, ValueError) as error:
+        raise StateError(
+            f"the system has no address space for {count * dtype.itemsize / 2**30:.1f} GiB of state; "
+            "lower max_batch, the context or the span"
+        ) from error
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def check_new_state(needed: int, positions: int, layers: int, slots: int) -> None:
+    """Raise StateError unless the `needed` bytes of a new state fit into memory."""
+    free = available_bytes()
+    if free is not None and needed > free:
+        raise StateError(
+            f"the state of one sequence, {positions} positions in each of {layers} layers, and the sums "
+            f"of {slots} need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
+            "lower max_batch, or take a model of smaller group, span or window"
+        )
+
+
+def check_growth(missing: int, tokens: int) -> None:
+    """Raise StateError unless caches can grow by `missing` bytes to `tokens` tokens."""
+    free = available_bytes() if missing else None
+    if free is not None and missing > free:
+        raise StateError(
+            f"the keys and values of {tokens} tokens need {missing / 2**30:.1f} GiB more memory and "
+            f"{free / 2**30:.1f} GiB are free; shorten the prompt, lower max_batch, or linearize the "
+            "model: the state of linear mixers does not grow"
+        )

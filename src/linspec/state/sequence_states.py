@@ -1,0 +1,240 @@
+"""What a whole decoder remembers of its sequences: a transaction over the states of all kinds of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from linspec.decoding.tree import Shape
+from linspec.errors import StateError
+from linspec.state.contract import LayerState, Makers, StateMaker, StateOptions
+from linspec.state.memory import check_growth
+from linspec.state.slots import NOTHING_STAGED
+
+
+@dataclass(frozen=True, slots=True)
+class MixedState:
+    """Where each part of a layer keeps its entries: a state, and the layer's index there."""
+
+    parts: tuple[tuple[Any, int], ...]
+
+
+class SequenceStates:
+    """The states of up to `slots` sequences: one for each kind of layer, made by a mixer of that kind.
+
+    makers: of each layer, () for one that is to have no state, so that no step can run through it.
+    layers[i]: the state of layer i and its index there; a MixedState where a layer has several parts.
+    in_kernels: whether compiled kernels may read the buffers of all layers.
+    """
+
+    def __init__(self, makers: Sequence[Makers], slots: int, options: StateOptions) -> None:
+        self.slots = slots
+        self._makers, self._options = list(makers), options
+        kinds: dict[Hashable, list[StateMaker]] = {}
+        places = [_places(each, kinds) for each in self._makers]
+        made = {spec: layers[0].new_state(layers, slots, options) for spec, layers in kinds.items()}
+        self.parts: list[Any] = list(made.values())
+        self.layers: list[tuple[Any, int]] = [_layer(place, made) for place in places]
+        self._counted: list[LayerState] = [part for part in self.parts if part.counts_tokens]
+        self._without = frozenset(i for i, each in enumerate(self._makers) if each == ())
+        # asked in every step
+        self.in_kernels = not self._without and all(part.in_kernels for part in self._counted)
+        self._staged = [NOTHING_STAGED] * slots
+        # staged nodes that are never committed, and states that a step of some layers left torn
+        self._ephemeral: dict[int, frozenset[int]] = {}
+        self._ran: dict[int, frozenset[int]] = {}
+
+    def empty(self, slots: int) -> Self:
+        """An empty state of the same model for `slots` sequences."""
+        return type(self)(self._makers, slots, self._options)
+
+    def length(self, slot: int) -> int:
+        """Committed tokens of `slot`, in the layers that have seen most."""
+        return max(part.lengths[slot] for part in self._counted)
+
+    def staged(self, slot: int) -> Shape:
+        """The shape of the staged nodes of `slot`."""
+        return self._staged[slot]
+
+    def staged_aside(self, slot: int) -> bool:
+        """Whether `slot` has staged a long chain, which nothing can be staged behind."""
+        return any(part.staged_aside(slot) for part in self._counted)
+
+    # ---- room
+
+    def reserve(self, slot: int, new: int) -> None:
+        """Make room for `new` more staged nodes in `slot`."""
+        for part in self.parts:
+            part.reserve(slot, new)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise StateError if caches cannot grow to a sequence of `tokens` tokens."""
+        check_growth(sum(part.missing_bytes(tokens) for part in self.parts), tokens)
+
+    # ---- the transaction
+
+    def check_layers(self, slot: int, layers: Collection[int] | None) -> None:
+        """Raise StateError if a step of `slot` cannot run through these layers; None means all.
+
+        Some have no state, or what is staged ran through others.
+        """
+        if self._without and (layers is None or not self._without.isdisjoint(layers)):
+            raise StateError(
+                f"layers {sorted(self._without)} have no state here; name the layers of the step"
+            )
+        if self._staged[slot] and self._ran.get(slot) != _chosen(layers):
+            raise StateError(
+                f"slot {slot} has staged nodes in other layers; commit or drop them before a step "
+                "through these"
+            )
+
+    def record(
+        self,
+        slot: int,
+        staged: Shape,
+        *,
+        layers: Collection[int] | None = None,
+        ephemeral: Collection[int] = (),
+    ) -> None:
+        """Note the shape of all staged nodes of `slot` after a step has staged more.
+
+        layers: those that the step ran through, None for all. ephemeral: which of the staged nodes are
+        never to be committed.
+        """
+        self._staged[slot] = staged
+        if ephemeral:
+            self._ephemeral[slot] = self._ephemeral.get(slot, frozenset()) | frozenset(ephemeral)
+        if layers is None:
+            for part in self.parts:
+                part.record(slot, staged)
+            return
+        self._ran[slot] = frozenset(layers)
+        for part, count in zip(self.parts, self._run_through(layers), strict=True):
+            if count:
+                part.record(slot, staged)
+
+    def _run_through(self, layers: Collection[int]) -> list[int]:
+        """How many layers of each state are among `layers`."""
+        found = [state for layer in layers for state in _states(self.layers[layer])]
+        return [sum(state is part for state in found) for part in self.parts]
+
+    def commit(self, slot: int, path: Sequence[int]) -> None:
+        """Keep the staged nodes of `path`, in order, and drop the others.
+
+        States whose layers a step skipped stay as they are. Raises StateError, and changes nothing, if
+        `path` is no path from the root, has an ephemeral node, or a state had only some of its layers run.
+        """
+        self._check_path(slot, path)
+        self._check_whole(slot, path)
+        for part in self.parts:
+            if part.staged[slot] or slot not in self._ran:
+                part.commit(slot, path)
+        self._forget(slot)
+
+    def _check_path(self, slot: int, path: Sequence[int]) -> None:
+        parents, before = self._staged[slot].parents, -1
+        for node in path:
+            if not 0 <= node < len(parents) or parents[node] != before:
+                raise StateError(
+                    f"{list(path)} is not a path from the root of the {len(parents)} staged nodes"
+                )
+            before = node
+        ephemeral = self._ephemeral.get(slot)
+        if ephemeral and not ephemeral.isdisjoint(path):
+            raise StateError(
+                f"nodes {sorted(ephemeral.intersection(path))} of slot {slot} are ephemeral and cannot be "
+                "committed; end the path before them"
+            )
+
+    def _check_whole(self, slot: int, path: Sequence[int]) -> None:
+        if not path or slot not in self._ran:
+            return
+        ran = self._run_through(self._ran[slot])
+        if any(0 < count < part.layers for count, part in zip(ran, self.parts, strict=True)):
+            raise StateError(
+                f"slot {slot} has staged nodes in {len(self._ran[slot])} of {len(self.layers)} layers, and "
+                "skipped layers share a state with them; drop the nodes, and commit a step through all"
+            )
+
+    def _forget(self, slot: int) -> None:
+        self._staged[slot] = NOTHING_STAGED
+        self._ephemeral.pop(slot, None)
+        self._ran.pop(slot, None)
+
+    def drop(self, slot: int) -> None:
+        """Forget what `slot` has staged."""
+        for part in self.parts:
+            part.drop(slot)
+        self._forget(slot)
+
+    def check_overwrite(self, slot: int, positions: Sequence[int]) -> None:
+        """Raise StateError unless every layer can replace its entries at these committed positions."""
+        for part in self._counted:
+            part.check_overwrite(slot, positions)
+
+    # ---- slots
+
+    def reset(self, slot: int) -> None:
+        """Make `slot` an empty sequence."""
+        for part in self.parts:
+            part.reset(slot)
+        self._forget(slot)
+
+    def snapshot(self, slot: int) -> list[Any]:
+        """A copy of the committed state of `slot`, for prefix caches, pre-emption and beams."""
+        return [part.snapshot(slot) for part in self.parts]
+
+    def restore(self, slot: int, copy: Sequence[Any]) -> None:
+        """Make `slot` what `snapshot` saw; raises StateError if the copy is of another model."""
+        if len(copy) != len(self.parts):
+            raise StateError(f"a snapshot of {len(copy)} parts does not fit {len(self.parts)}")
+        # all before any: a half restored slot would be neither the old nor the new
+        for part, piece in zip(self.parts, copy, strict=True):
+            part.check(piece)
+        for part, piece in zip(self.parts, copy, strict=True):
+            part.restore(slot, piece)
+        self._forget(slot)
+
+    def fork(self, source: int, target: int) -> None:
+        """Make `target` a copy of the committed state of `source`."""
+        for part in self.parts:
+            part.fork(source, target)
+        self._forget(target)
+
+    def bytes(self, slot: int) -> int:
+        """Bytes of the committed state of `slot`."""
+        return sum(part.bytes(slot) for part in self.parts)
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes of the committed state of one sequence of `length` tokens."""
+        return sum(part.bytes_at(length) for part in self.parts)
+
+
+def _places(makers: Makers, kinds: dict[Hashable, list[StateMaker]]) -> Any:
+    """Where the entries of one layer go; adds its makers to `kinds`."""
+    if isinstance(makers, tuple):
+        return [_places(each, kinds) for each in makers]
+    spec = makers.state_spec()
+    layers = kinds.setdefault(spec, [])
+    layers.append(makers)
+    return spec, len(layers) - 1
+
+
+def _layer(place: Any, made: dict[Hashable, Any]) -> tuple[Any, int]:
+    if isinstance(place, list):
+        return MixedState(tuple(_layer(each, made) for each in place)), 0
+    spec, index = place
+    return made[spec], index
+
+
+def _states(layer: tuple[Any, int]) -> list[Any]:
+    """All states that a layer writes to."""
+    state, _ = layer
+    if isinstance(state, MixedState):
+        return [found for part in state.parts for found in _states(part)]
+    return [state]
+
+
+def _chosen(layers: Collection[int] | None) -> frozenset[int] | None:
+    return None if layers is None else frozenset(layers)

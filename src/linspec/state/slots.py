@@ -1,0 +1,145 @@
+"""What every state of entries keeps of its slots: lengths, base positions, staged shapes and tree masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from linspec.decoding.tree import Shape, shape_of
+from linspec.decoding.tree_mask import TreeMask
+from linspec.errors import StateError
+from linspec.state.contract import StateOptions
+from linspec.state.entries import FLOATS, EntryFormat, EntrySpec
+
+NOTHING_STAGED = shape_of(())
+_MASKS_KEPT = 1024
+_MASK_COLUMNS_KEPT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StateSnapshot:
+    """What one slot has committed: keys [L, Hkv, C, .], values [L, Hkv, conv_history + C, .], sums.
+
+    spec, entries: of the state that it was taken from.
+    """
+
+    spec: EntrySpec
+    entries: str
+    length: int
+    base_position: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    sums: torch.Tensor | None = None
+
+
+class SlotStates:
+    """Base of states that keep entries: everything but where the entries lie.
+
+    A subclass says how to stage, read, commit, reset, snapshot and restore.
+    """
+
+    counts_tokens = True
+    entries: EntryFormat = FLOATS
+    # whether buffers are as compiled kernels expect them
+    contiguous: ClassVar[bool] = False
+
+    def __init__(self, spec: EntrySpec, layers: int, slots: int, options: StateOptions) -> None:
+        self.spec, self.layers = spec, layers
+        self.dtype, self.device = options.dtype, torch.device(options.device)
+        self.lengths = [0] * slots
+        self.base_positions = [0] * slots
+        self.staged = [NOTHING_STAGED] * slots
+        self._tree_masks = options.tree_masks
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether compiled kernels may read the buffers."""
+        return self.contiguous and self.entries.in_kernels
+
+    def held(self, slot: int) -> int:
+        """Committed positions of `slot` whose entries are held one by one."""
+        return self.lengths[slot] - self.base_positions[slot]
+
+    def tree_mask(self, start: int, shapes: Sequence[Shape], new: Sequence[int]) -> TreeMask:
+        """Mask of slots `start`..: `shapes` of what each has staged, of which the last `new` are new."""
+        held = [
+            self.lengths[slot] - self.base_positions[slot]
+            for slot in range(start, start + len(new))
+        ]
+        slots = list(zip(held, shapes, new, strict=True))
+        key = tuple(slots)
+        found = self._tree_masks.get(key)
+        if found is None:
+            found = TreeMask(slots, self.device)
+            if found.width <= _MASK_COLUMNS_KEPT:
+                self._tree_masks[key] = found
+                if len(self._tree_masks) > _MASKS_KEPT:
+                    self._tree_masks.popitem(last=False)
+        return found
+
+    def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
+        """What closed groups became; None where nothing is summed."""
+        return None
+
+    def record(self, slot: int, staged: Shape) -> None:
+        """Note the shape of all staged nodes of `slot`, after every layer has staged the new ones."""
+        self.staged[slot] = staged
+
+    def staged_aside(self, slot: int) -> bool:
+        """Whether `slot` has staged a long chain, which nothing can be staged behind."""
+        return False
+
+    def drop(self, slot: int) -> None:
+        """Forget what `slot` has staged."""
+        self.staged[slot] = NOTHING_STAGED
+
+    def check_overwrite(self, slot: int, positions: Sequence[int]) -> None:
+        """Raise StateError unless the entries at these committed positions can be replaced."""
+        raise StateError(
+            f"a {type(self).__name__} cannot overwrite committed positions, it does not keep all of them "
+            "one by one; use a model whose layers keep a cache, such as mixer 'softmax'"
+        )
+
+    def overwrite(
+        self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Replace the entries at committed positions; here none can be."""
+        self.check_overwrite(slot, positions)
+
+    def check(self, copy: Any) -> None:
+        """Raise StateError if `copy` is a snapshot of another kind of state."""
+        mine = (self.spec, self.entries.name, self.layers)
+        fits = isinstance(copy, StateSnapshot) and (copy.spec, copy.entries, len(copy.keys)) == mine
+        if not fits:
+            raise StateError(
+                f"a snapshot of {_described(copy)} does not fit a state of {self.layers} layers of "
+                f"{self.spec}, entries {self.entries.name!r}"
+            )
+
+    def missing_bytes(self, length: int) -> int:
+        """Bytes that are still to be allocated for a sequence of `length` tokens."""
+        return 0
+
+    def bytes(self, slot: int) -> int:
+        """Bytes that the committed part of `slot` needs."""
+        return self.bytes_at(self.lengths[slot])
+
+    def bytes_at(self, length: int) -> int:
+        """Bytes that one sequence of `length` committed tokens needs."""
+        return self.entry_bytes(length)
+
+    def entry_bytes(self, positions: int) -> int:
+        """Bytes of the entries of `positions` positions, and of the convolution's history, in all layers."""
+        spec, width = self.spec, self.entries.width
+        values = positions + spec.conv_history
+        elements = width(spec.key_width) * positions + width(spec.value_width) * values
+        return self.layers * spec.kv_heads * elements * self.entries.kept_dtype(self.dtype).itemsize
+
+
+def _described(copy: Any) -> str:
+    if not isinstance(copy, StateSnapshot):
+        return f"type {type(copy).__name__}"
+    return f"{len(copy.keys)} layers of {copy.spec}, entries {copy.entries!r}"

@@ -1,0 +1,155 @@
+"""What a whole model's state allows and refuses: skipped layers, ephemeral nodes, overwriting, caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from guests import paged_state
+from helpers import (
+    assert_close,
+    assert_same_bytes,
+    feed,
+    prefilled,
+    random_tokens,
+    remembered,
+    tiny_model,
+)
+
+from linspec.decoding.step import StepInput
+from linspec.errors import ConfigError, StateError
+from linspec.state.registry import STATES
+
+TEXT = random_tokens(9)
+
+
+# ---- skipped layers
+
+
+def test_a_draft_through_some_layers_leaves_no_trace() -> None:
+    model = tiny_model("aug", "softmax", "aug", "softmax")
+    state, clean = prefilled(model, TEXT), prefilled(model, TEXT)
+    before = state.snapshot(0)
+    for layers in ([0], [0, 3], [1, 2, 3]):
+        model.step([StepInput(0, [1, 2, 3])], state, layers=layers)
+        with pytest.raises(StateError, match="drop the nodes, and commit a step through all"):
+            state.commit(0, [0])
+        model.step([StepInput(0, [4], [2])], state, layers=layers)
+        state.drop(0)
+        assert_same_bytes(state.snapshot(0), before)
+    expected = model.step([StepInput(0, [5, 6])], clean).logits
+    assert torch.equal(model.step([StepInput(0, [5, 6])], state).logits, expected)
+
+
+def test_a_step_without_some_layers_is_the_model_without_them() -> None:
+    model, short = tiny_model("aug", "softmax", "relu"), tiny_model("aug", "relu")
+    short.load_state_dict(model.state_dict(), strict=False)
+    short.blocks[1].load_state_dict(model.blocks[2].state_dict())
+    out = model.step([StepInput(0, TEXT)], model.new_state(), layers=[0, 2]).logits
+    assert_close(out, short.step([StepInput(0, TEXT)], short.new_state()).logits)
+
+
+def test_layers_that_were_skipped_together_keep_their_own_length() -> None:
+    model, short = tiny_model("aug", "softmax", "aug"), tiny_model("aug", "aug")
+    short.load_state_dict(model.state_dict(), strict=False)
+    short.blocks[1].load_state_dict(model.blocks[2].state_dict())
+    state, alone = model.new_state(), short.new_state()
+    model.step([StepInput(0, TEXT)], state, layers=[0, 2])
+    state.commit(0, range(len(TEXT)))
+    feed(short, alone, TEXT)
+    assert [part.lengths[0] for part in state.parts] == [len(TEXT), 0]
+    assert state.length(0) == len(TEXT)
+    out = model.step([StepInput(0, [3])], state, layers=[0, 2]).logits
+    assert_close(out, short.step([StepInput(0, [3])], alone).logits)
+
+
+def test_nodes_staged_in_other_layers_are_refused_before_any_work() -> None:
+    model = tiny_model("aug", "softmax")
+    state = prefilled(model, TEXT)
+    model.step([StepInput(0, [1])], state)
+    with pytest.raises(StateError, match="slot 0 has staged nodes in other layers"):
+        model.step([StepInput(0, [2], [0])], state, layers=[0])
+    assert len(state.staged(0)) == 1
+    state.commit(0, [0])
+    assert_close(remembered(model, state), remembered(model, prefilled(model, [*TEXT, 1])))
+
+
+# ---- ephemeral nodes
+
+
+def test_ephemeral_nodes_are_seen_by_others_and_never_committed() -> None:
+    model = tiny_model("aug", "softmax")
+    state = prefilled(model, TEXT)
+    model.step([StepInput(0, [1, 2, 3], [-1, 0, 1])], state)
+    state.record(0, state.staged(0), ephemeral=[1])
+    before = state.snapshot(0)
+    with pytest.raises(StateError, match=r"nodes \[1\] of slot 0 are ephemeral"):
+        state.commit(0, [0, 1, 2])
+    assert_same_bytes(state.snapshot(0), before)
+    state.commit(0, [0])
+    assert_close(remembered(model, state), remembered(model, prefilled(model, [*TEXT, 1])))
+    # the next nodes of the slot are their own
+    model.step([StepInput(0, [4, 5])], state)
+    state.commit(0, [0, 1])
+
+
+# ---- overwriting
+
+
+def test_a_model_that_sums_refuses_to_overwrite_before_any_work() -> None:
+    for mixer in ("aug", "window"):
+        state = prefilled(tiny_model("softmax", mixer), TEXT)
+        before = state.snapshot(0)
+        with pytest.raises(StateError, match="cannot overwrite committed positions"):
+            state.check_overwrite(0, [1])
+        assert_same_bytes(state.snapshot(0), before)
+    state = prefilled(tiny_model("softmax"), TEXT)
+    state.check_overwrite(0, [0, len(TEXT) - 1])
+    with pytest.raises(StateError, match="not all committed"):
+        state.check_overwrite(0, [len(TEXT)])
+
+
+# ---- kinds of caches
+
+
+@pytest.mark.parametrize("kind", [*STATES.names(), "guest-paged:block=3"])
+def test_every_kind_of_cache_goes_through_a_model(kind: str) -> None:
+    """Chains in pieces, a tree, a long chain and a fork: as the kind 'float' within its rounding."""
+    model = tiny_model("softmax", "window", "aug")
+    close = 1e-10 if kind in ("float", *(s for s in (kind,) if "paged" in s)) else 0.3
+    plain, state = model.new_state(3), model.new_state(3, kind)
+    for each in (plain, state):
+        feed(model, each, TEXT)
+        model.step([StepInput(0, [1, 2, 3, 4], [-1, 0, 0, 2])], each)
+        each.commit(0, [0, 2, 3])
+        feed(model, each, random_tokens(70))
+        each.fork(0, 2)
+        feed(model, each, [7, 8], slot=2)
+        feed(model, each, [9], slot=1)
+    step = [StepInput(0, [1]), StepInput(1, [2, 3]), StepInput(2, [4, 5, 6], [-1, 0, 0])]
+    expected, found = (model.step(step, each).logits for each in (plain, state))
+    assert_close(found, expected, atol=close)
+
+
+def test_an_unknown_kind_of_cache_is_named() -> None:
+    with pytest.raises(ConfigError, match="unknown KV cache 'paper'; known: .*float"):
+        tiny_model("softmax").new_state(1, "paper")
+    with pytest.raises(ConfigError, match="nothing to keep as bfloat16"):
+        tiny_model("aug").new_state(1, "bfloat16")
+
+
+def test_forks_of_a_paged_cache_share_their_blocks() -> None:
+    model = tiny_model("softmax")
+    state = model.new_state(3, "guest-paged:block=4")
+    feed(model, state, random_tokens(10))
+    (cache,) = state.parts
+    assert isinstance(cache, paged_state.PagedCache)
+    used = sum(users > 0 for users in cache.users)
+    state.fork(0, 1)
+    state.fork(0, 2)
+    assert sum(users > 0 for users in cache.users) == used == 3
+    feed(model, state, [1], slot=1)
+    # the full blocks are shared still, the open one was copied
+    assert sum(users > 0 for users in cache.users) == 4
+    for slot in range(3):
+        state.reset(slot)
+    assert not any(cache.users)
