@@ -121,7 +121,7 @@ def _formats(model: str | Path, names: Sequence[str]) -> dict[str, int | None]:
                 f"{did_you_mean(name, FORMATS)}"
             )
     loaded = load_model(model)
-    if not loaded.prepared:
+    if not loaded.is_inference:
         return {name: FORMATS[name] for name in names or FORMATS}
     own = f"int{integer_bits(loaded.head)}"
     if any(name != own for name in names):
