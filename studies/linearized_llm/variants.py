@@ -18,8 +18,8 @@ from torch import nn
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.aug import Aug
-from linspec.mixers.blocks import convolve
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.ops.convolution import convolve
 from linspec.models.config import DecoderConfig
 
 # "" is the mixer as it is; "both" is the paper's Local + Grouped without α

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import GROUP, assert_close, feed, random_tokens, tiny_config, tiny_model
 
 from linspec.mixers import MIXERS
-from linspec.mixers.blocks import join
 from linspec.mixers.config import MixerConfig
-from linspec.mixers.decay import Fading
-from linspec.mixers.linear import GroupedLinear, unit
+from linspec.mixers.decaying import DecayingMixer
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.blocks import join
+from linspec.mixers.ops.features import unit
 from linspec.mixers.random_features import orthogonal_rows
+from linspec.mixers.yoso import Series, collisions
 from linspec.models.config import DecoderConfig, EncoderConfig
 from linspec.models.decoder import Decoder
 
 WIDTH = 4
 
 
-def make(name: str, **settings: object) -> GroupedLinear:
+def make(name: str, **settings: object) -> LinearMixer:
     mixer = MixerConfig(name=name, group=GROUP, **settings)  # type: ignore[arg-type]
     made = MIXERS[name](tiny_config(mixer), mixer)
-    assert isinstance(made, GroupedLinear)
+    assert isinstance(made, LinearMixer)
     return made.double()
 
 
@@ -83,8 +87,7 @@ def test_yoso_features_are_the_series_of_its_weights() -> None:
     mixer = make("yoso")
     cosines = q @ k.mT[:, :, None]
     found = mixer.feature_map(q) @ mixer.feature_map(k).mT[:, :, None]
-    exact = mixer.in_group(cosines)
-    assert exact is not None
+    exact = collisions(cosines)
     near_zero = cosines.abs() < 0.1
     assert near_zero.any()
     assert (found > 0).all()
@@ -94,29 +97,31 @@ def test_yoso_features_are_the_series_of_its_weights() -> None:
 @pytest.mark.parametrize("span", [1, 2])
 @pytest.mark.parametrize("stack", [DecoderConfig, EncoderConfig])
 def test_yoso_reads_far_groups_alike_from_cosines_and_from_sums(
-    stack: type[DecoderConfig] | type[EncoderConfig], span: int, monkeypatch: pytest.MonkeyPatch
+    stack: type[DecoderConfig] | type[EncoderConfig], span: int
 ) -> None:
     named = MixerConfig(name="yoso", group=GROUP, span=span)
     shape = {"vocab_size": 1, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_width": 1}
     mixer = MIXERS["yoso"](stack(**shape, head_width=WIDTH, mixers=(named,)), named)
     q, k = (x[:, :1, ..., : 4 * GROUP - 1, :] for x in pairs())
+    # only tokens of the first group have values, so what is read below comes from far groups
+    v = k.clone()
+    v[:, :, GROUP:] = 0
 
-    def read() -> torch.Tensor:
-        if mixer.config.causal:
-            found = mixer._far_blocks(q, k, k, None)
-        else:
-            found = mixer._distant_blocks(q, k, k, alone=False)
+    def read(part: Series) -> torch.Tensor:
+        causal = mixer.config.causal
+        blocks = part.blocks(q, k, k, None) if causal else part.blocks_both(q, k, k, alone=False)
         # without what fills the last group
-        return join(found, 2, q.shape[3])
+        return join(blocks, 2, q.shape[3])
 
-    from_cosines = read()
-    monkeypatch.setattr(mixer, "sum_width", lambda: 0)
-    assert_close(from_cosines, read())
+    assert isinstance(mixer, LinearMixer) and isinstance(mixer.summed, Series)
+    from_cosines = read(mixer.summed)
+    assert_close(from_cosines, read(replace(mixer.summed, width=0)))
     assert from_cosines.abs().max() > 0
 
 
 def test_linformer_starts_with_averages() -> None:
-    mixer = make("linformer", features=2)
+    named = MixerConfig(name="linformer", group=GROUP, features=2)
+    mixer = MIXERS["linformer"](tiny_config(named), named).double()
     assert_close(
         mixer.get_parameter("key_map"),
         torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]], dtype=torch.float64),
@@ -131,7 +136,7 @@ def test_extreme_decay_stays_finite_in_all_forms(name: str, kernel: str, bias: f
     model = tiny_model(mixer, dtype=torch.float32)
     with torch.no_grad():
         for block in model.layers:
-            assert isinstance(block.mixer, Fading)
+            assert isinstance(block.mixer, DecayingMixer)
             block.mixer.get_parameter("gate_bias").fill_(bias)
     tokens = random_tokens(5 * GROUP)
     full = model(torch.tensor([tokens]))[0]
@@ -154,3 +159,22 @@ def test_the_grouped_arrangement_starts_as_softmax_over_the_groups_within_reach(
     other.load_state_dict(model.state_dict(), strict=False)
     ids = torch.tensor([random_tokens(5 * GROUP)])
     assert_close(other(ids), model(ids), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["aug", "relu", "hedgehog", "performer", "yoso", "gla", "gdn:softmax"]
+)
+def test_a_copy_of_a_model_reads_its_own_parameters(name: str) -> None:
+    """Parts of a mixer hold its methods; a copy's parts must hold those of the copy."""
+    model = tiny_model(name)
+    ids, other = torch.tensor([random_tokens(3 * GROUP)]), copy.deepcopy(model)
+    before = model(ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(other(ids), before)
+    for parameter in other.blocks.parameters():
+        parameter.requires_grad_(True)
+    other(ids).sum().backward()
+    found = {key for key, value in other.blocks.named_parameters() if value.grad is not None}
+    assert found == {key for key, _ in other.blocks.named_parameters()}

@@ -26,7 +26,7 @@ from linspec.decoding.tree import TokenTree, chain
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.ops.exact import Groups
 from linspec.models.decoder import Decoder
 from linspec.state.sequence_states import SequenceStates
 
@@ -89,8 +89,8 @@ def without_groups_closed_in_the_tree(
 ) -> Callable[..., tuple[torch.Tensor | None, None]]:
     """The short-cut of the published code: nodes past a border see only sums already committed."""
 
-    def short_cut(self: GroupedLinear, layout: TreeMask) -> tuple[torch.Tensor | None, None]:
-        return groups(self, layout)[0], None
+    def short_cut(self: Groups, tree_mask: TreeMask) -> tuple[torch.Tensor | None, None]:
+        return groups(self, tree_mask)[0], None
 
     return short_cut
 
@@ -107,8 +107,8 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
     # layouts remember their groups
     for part in state.parts:
         part._tree_masks.clear()
-    wrong = without_groups_closed_in_the_tree(GroupedLinear._groups)
-    monkeypatch.setattr(GroupedLinear, "_groups", wrong)
+    wrong = without_groups_closed_in_the_tree(Groups._masks)
+    monkeypatch.setattr(Groups, "_masks", wrong)
     found = verified(model, state, tree)
     border = GROUP - offset
     assert_close(found[:border], expected[:border])

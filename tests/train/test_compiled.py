@@ -13,8 +13,8 @@ from torch import nn
 
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.mixers import MIXERS
-from linspec.mixers.blocks import split, windows
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.ops.blocks import split, windows
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
@@ -47,7 +47,8 @@ Case = tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor], int]
 
 
 @pytest.fixture(autouse=True)
-def fresh_graphs() -> None:
+def fresh_graphs(two_threads: None) -> None:
+    """Graphs of this test alone, on two threads: with one, wrong graphs computed right gradients."""
     torch._dynamo.reset()
 
 

@@ -80,7 +80,7 @@ def set_threads(threads: int | None) -> None:
     if not 1 <= threads <= most:
         raise ConfigError(
             f"threads must be 1 or more and at most {most} on {usable_cores()} cores, got "
-            f"{shown(threads)}; leave them out for all cores"
+            f"{shown(threads)}; leave them out (--threads, LINSPEC_THREADS) for all cores"
         )
     torch.set_num_threads(threads)
 

@@ -29,9 +29,6 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:
         mixer["direction"] = _direction(MIXERS[mixer["name"]])
-        mixer["options"] = [
-            each for each in mixer["options"] if _takes(mixer["name"], each["name"])
-        ]
     return found
 
 
@@ -43,13 +40,6 @@ def _facts(entry: Entry[Any]) -> dict[str, Any]:
         **entry.facts,
         "options": [setting.to_json() for setting in entry.settings],
     }
-
-
-def _takes(mixer: str, option: str) -> bool:
-    """Whether a mixer has this size, if only some have."""
-    if option in ("features", "keep", "seed"):
-        return option in MIXERS[mixer].settings
-    return option != "window" or mixer == "window"
 
 
 def _direction(mixer: type[Mixer]) -> str:

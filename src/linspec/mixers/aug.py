@@ -27,4 +27,4 @@ class Aug(Grouped):
         super().__init__(config, mixer)
 
     def attention_plan(self) -> AttentionPlan | None:
-        return self._grouped_plan(float(self.alpha)) if type(self) is Aug else None
+        return self.grouped_plan(float(self.alpha)) if type(self) is Aug else None

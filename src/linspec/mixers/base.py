@@ -5,13 +5,11 @@ over time and differentiable. The *step form* (`step`) sees the new nodes of a s
 committed state of their slots. In an encoder there is only a full form, without causality. All
 compute
 
-    o_t = combine(sum_s weight(t, s) v_s, beyond_t)  +  sum_{j < W} c_j v_{t-j}
+    o_t = mix of values  +  sum_{j < W} c_j v_{t-j}
 
-where the weights run over the rows that the state keeps, `beyond` is what a mixer makes of groups
-whose rows are gone, and the last term is the causal depthwise convolution (one kernel of W taps per
-query head, shared by its channels), which is here once, for every mixer.
-A new mixer says which features q and k become, how products become weights, and how large its rows
-are; see CONTRIBUTING.md for a worked example.
+where the last term is the causal depthwise convolution (one set of W taps per query head, shared by its
+channels). What a mixer is made of are functions on tensors, in `ops/`; see CONTRIBUTING.md for a worked
+example.
 """
 
 from __future__ import annotations
@@ -20,15 +18,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from linspec.decoding.tree_mask import StagedTree, TreeMask
+from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.kernels.step_plan import AttentionPlan
-from linspec.mixers.blocks import convolve, convolve_both, tap_distances
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.options import MixerOptions
+from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
+from linspec.mixers.options import LinearOptions
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.state.contract import EntryState, LayerState, Makers, StateOptions
@@ -44,22 +41,29 @@ LinearFactory = Callable[..., nn.Module]
 
 
 class Mixer(nn.Module):
-    """The part of a block through which a token sees other tokens.
+    """The part of a block through which a token sees other tokens, in two forms of one function.
 
-    `settings` names the sizes of MixerConfig that only some mixers have. causal: False for a mixer
-    whose weights need the whole sequence; it fits encoders only. biased: whether weights take a
-    relative position bias, where the backbone has one.
+    The full form (`forward`) computes a whole sequence, the step form (`step`) new tree nodes against the
+    state of their slots. Both give the same outputs. A new mixer defines a few of the methods; see
+    `CONTRIBUTING.md`.
+
+    Attributes:
+        causal: False for a mixer that sees later tokens; it fits encoders only.
+        biased: whether the weights take a relative position bias, where the backbone has one.
+
+    Raises:
+        ConfigError: a size is set that this mixer does not have, or it does not fit the backbone.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset()
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     keeps_cache: bool = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
+        takes = {setting.name for setting in MIXERS.entry(mixer.name).settings}
         for name in ("features", "keep", "seed"):
-            if getattr(mixer, name) and name not in self.settings:
+            if getattr(mixer, name) and name not in takes:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
                 )
@@ -128,13 +132,9 @@ class Mixer(nn.Module):
         """
         return x
 
-    def row_values(self, v: torch.Tensor) -> torch.Tensor:
-        """What values become before they are kept as rows: [..., V] -> [..., V']."""
+    def entry_values(self, v: torch.Tensor) -> torch.Tensor:
+        """What values become before they are kept: [..., V] -> [..., V']."""
         return v
-
-    def weights(self, products: torch.Tensor, tree_mask: TreeMask) -> torch.Tensor:
-        """Weights of rows from q·k products [R, Hkv, rep, N, C] under `tree_mask`."""
-        raise NotImplementedError
 
     def attend(
         self,
@@ -149,12 +149,9 @@ class Mixer(nn.Module):
         q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
         keeps them -> [R, Hkv, rep, N, V].
         """
-        # the queries of all heads that share a key, as rows of one product
-        products = (q.flatten(2, 3) @ keys.mT).unflatten(2, q.shape[2:4])
-        weights = self.weights(products, tree_mask)
-        return (weights.flatten(2, 3) @ values).unflatten(2, q.shape[2:4])
+        raise NotImplementedError
 
-    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+    def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
         return None
 
@@ -196,13 +193,13 @@ class Mixer(nn.Module):
         if self.config.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=-2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
-        gates = self.row_gates(both[..., self.heads :, :])
+        gates = self.entry_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
         q, k = self.features(both).split((self.heads, self.kv_heads), dim=-2)
         if gates is not None:
             k = torch.cat((k, gates), dim=-1)
-        return q, k, self.row_values(v)
+        return q, k, self.entry_values(v)
 
     def _projections(self, x: torch.Tensor) -> torch.Tensor:
         if self.qkv is not None:
@@ -305,69 +302,20 @@ class Mixer(nn.Module):
         q = q.unflatten(1, (self.kv_heads, self.repeats))
         o = self.attend(q, keys, values[:, :, state.spec.conv_history :], tree_mask, sums)
         if self.mixer.taps:
-            o = o + self._convolved(
-                values[..., : self.head_width], tree_mask, state.spec.conv_history
-            )
+            o = o + self._convolved(values, tree_mask, state.spec.conv_history)
         return o.flatten(1, 2)
-
-    def step_bias(self, relative: RelativeBias, tree_mask: TreeMask) -> torch.Tensor:
-        """The relative position bias between nodes and rows: [R, Hkv, rep, N, C]."""
-
-        def buckets() -> torch.Tensor:
-            return relative.buckets(tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :])
-
-        bias: torch.Tensor = relative(tree_mask.memo(("buckets", relative.config), buckets))
-        return bias.unflatten(1, (self.kv_heads, self.repeats))
 
     def _convolved(
         self, values: torch.Tensor, tree_mask: TreeMask, conv_history: int
     ) -> torch.Tensor:
-        """The convolution for the nodes of a step: values [R, Hkv, W-1 + C, V] -> [R, Hkv, rep, N, V]."""
-        if tree_mask.tree is not None:
-            # no node of a single slot reaches past the last W - 1 committed rows
-            values = values[:, :, tree_mask.rows[0][0] :]
-            kernel = self._tree_kernel(tree_mask.tree, conv_history)
-        else:
-            key = ("taps", self.mixer.taps, conv_history)
-            kernel = self._kernel(
-                tree_mask.memo(
-                    key,
-                    lambda: tap_distances(
-                        tree_mask.offsets,
-                        tree_mask.columns,
-                        tree_mask.visible,
-                        self.mixer.taps,
-                        conv_history,
-                    ),
-                )
-            )
-        o = kernel.flatten(2, 3).to(values.dtype) @ values
-        return o.unflatten(2, kernel.shape[2:4])
-
-    def _tree_kernel(self, tree: StagedTree, conv_history: int) -> torch.Tensor:
-        """`_kernel` for one slot, whose committed rows do not matter: kept with the tree."""
-        count = self.mixer.taps
-
-        def distances() -> torch.Tensor:
-            offsets = tree.depths[None, len(tree.depths) - len(tree.seen) :]
-            return tap_distances(offsets, tree.depths[None], tree.seen[None], count, conv_history)
-
-        found: torch.Tensor = tree.memo(("taps", count, conv_history), distances)
-        if self.padded_taps is None:
-            return self._kernel(found)
-        # the taps stand beside their kernel so that no other tensor can get their id
-        kept = tree.memo(id(self.padded_taps), lambda: (self._kernel(found), self.padded_taps))
-        kernel: torch.Tensor = kept[0]
-        return kernel
-
-    def _kernel(self, distance: torch.Tensor) -> torch.Tensor:
-        """The convolution as weights over conv_history and rows: [R, Hkv, rep, N, conv_history + C]."""
-        taps = self._padded_taps() if self.padded_taps is None else self.padded_taps
-        return taps[:, :, distance].movedim(2, 0)
+        """The convolution for the nodes of a step: values [R, Hkv, W-1 + C, V'] -> [R, Hkv, rep, N, V]."""
+        final = self.padded_taps is not None
+        padded = self.padded_taps if self.padded_taps is not None else self._padded_taps()
+        values = values[..., : self.head_width]
+        return convolve_nodes(values, tree_mask, padded, conv_history, final=final)
 
     def _padded_taps(self) -> torch.Tensor:
-        """[Hkv, rep, W + 1]: a zero tap for everything out of reach."""
-        return F.pad(self.taps, (0, 1)).view(self.kv_heads, self.repeats, -1)
+        return pad_taps(self.taps, self.kv_heads)
 
     def _step_long(
         self,
@@ -396,4 +344,5 @@ class Mixer(nn.Module):
         return out
 
 
-MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=MixerOptions)
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions)
+"""The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""

@@ -7,7 +7,9 @@ from torch import nn
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.decay import Fading, fading_products, log_decay
+from linspec.mixers.decaying import DecayingMixer, log_decay
+from linspec.mixers.ops.decayed import Writes
+from linspec.mixers.ops.delta import delta_writes
 
 
 @MIXERS.register(
@@ -17,7 +19,7 @@ from linspec.mixers.decay import Fading, fading_products, log_decay
     state="d² + n·G·(2·d + 2) per KV head",
     cost="(3·n·G + d)·d per token + (n·G)²·d per step",
 )
-class Gdn(Fading):
+class Gdn(DecayingMixer):
     """S_t = a_t S_{t-1} + k̂_t u_tᵀ, u_t = b_t (v_t - a_t S_{t-1}ᵀ k̂_t), o_t = q̂_t S_t.
 
     a_t = sigmoid(x)^(1/16) and b_t = sigmoid(y) are scalars; x and y are learned projections of the key
@@ -26,8 +28,6 @@ class Gdn(Fading):
     """
 
     chunk = 32
-    decay_width = 1
-    gate_width = 2
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
@@ -35,20 +35,12 @@ class Gdn(Fading):
         # sigmoid(3)^(1/16): half of a state is left after 230 tokens
         self.gate_bias = nn.Parameter(torch.tensor((3.0, 0.0)).repeat(self.kv_heads, 1))
 
-    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+    def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         decay, rate = ((k.unsqueeze(-2) @ self.gate_map).squeeze(-2) + self.gate_bias).unbind(-1)
         return torch.stack((log_decay(decay), rate.sigmoid()), dim=-1)
 
-    def writes(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor,
-        rates: torch.Tensor,
-        before: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        known = rates * fading_products(k.unsqueeze(-3), k, decay, decay, before).squeeze(-3)
-        right = rates * torch.cat((v, decay.exp() * k), dim=-1)
-        solved = torch.linalg.solve_triangular(known, right, upper=False, unitriangular=True)
-        written, read = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
-        return written, read
+    def gate_widths(self) -> tuple[int, int]:
+        return 1, 2
+
+    def writes(self) -> Writes:
+        return delta_writes

@@ -7,7 +7,7 @@ from torch import nn
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.decay import Fading, log_decay
+from linspec.mixers.decaying import DecayingMixer, log_decay
 
 
 @MIXERS.register(
@@ -17,7 +17,7 @@ from linspec.mixers.decay import Fading, log_decay
     state="d² + 3·n·G·d per KV head",
     cost="(3·n·G + d)·d per token",
 )
-class Gla(Fading):
+class Gla(DecayingMixer):
     """S_t = diag(a_t) S_{t-1} + φ(k_t) v_tᵀ, o_t = φ(q_t) S_t, φ = softmax over channels.
 
     a_t = sigmoid(scale · k_t + bias)^(1/16), per channel of the key before its rotation. scale starts
@@ -26,11 +26,13 @@ class Gla(Fading):
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
-        self.decay_width = self.gate_width = self.head_width
         self.gate_scale = nn.Parameter(torch.ones(self.kv_heads, self.head_width))
         self.gate_bias = nn.Parameter(torch.zeros(self.kv_heads, self.head_width))
 
-    def row_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+    def gate_widths(self) -> tuple[int, int]:
+        return self.head_width, self.head_width
+
+    def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         return log_decay(k * self.gate_scale + self.gate_bias)
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from torch import nn
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.options import GroupOptions
 
 
 @MIXERS.register(
@@ -17,8 +18,9 @@ from linspec.mixers.linear import GroupedLinear
     paper="Hua et al. 2022 (FLASH), arXiv 2202.10447",
     state="d² + 2·G·d per KV head",
     cost="(2·G + d)·d per token",
+    options=GroupOptions,
 )
-class Global(GroupedLinear):
+class Global(LinearMixer):
     """o_t = α q̂_t S_g(t); α starts at 1, as nothing else carries information."""
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
@@ -33,5 +35,5 @@ class Global(GroupedLinear):
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha
 
-    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
+    def own_exact(self) -> None:
         return None

@@ -8,7 +8,7 @@ from torch import nn
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
 
 
 @MIXERS.register(
@@ -18,7 +18,7 @@ from linspec.mixers.linear import GroupedLinear
     state="d² + 2·n·G·d per KV head",
     cost="(2·n·G + d)·d per token",
 )
-class Grouped(GroupedLinear):
+class Grouped(LinearMixer):
     """o_t = local(t) + α q̂_t S_t, α a scalar learned per layer."""
 
     biased = True
@@ -29,7 +29,7 @@ class Grouped(GroupedLinear):
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def attention_plan(self) -> AttentionPlan | None:
-        return self._grouped_plan(float(self.alpha)) if type(self) is Grouped else None
+        return self.grouped_plan(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

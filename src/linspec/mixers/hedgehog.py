@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.normalised import Normalised
+from linspec.mixers.ops.exact import Exact
+from linspec.mixers.ops.features import two_sided_softmax
 
 
 @MIXERS.register(
@@ -25,8 +29,7 @@ class Hedgehog(Normalised):
     at the identity; γ is learned per query head.
     """
 
-    wide = True
-    apart = True
+    keeps_features = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
@@ -46,26 +49,24 @@ class Hedgehog(Normalised):
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
         return two_sided_softmax(k @ self.key_map.mT)
 
-    def near_weights(
-        self,
-        products: torch.Tensor,
-        seen: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        if self.arranged:
-            return super().near_weights(products, seen, bias)
-        scores = products * self.config.score_scale
-        if seen is not None:
-            scores = scores.masked_fill(~seen, float("-inf"))
-        # nodes that fill up a ragged batch see nothing: their largest score is no number to subtract
-        return (scores - scores.amax(-1, keepdim=True).clamp_min(LOWEST_SCORE)).exp()
+    def own_exact(self) -> Exact | None:
+        return Exact(partial(relative_exponentials, scale=self.config.score_scale))
 
 
 # exp(score) of the lowest score that can be subtracted still fits in float16
 LOWEST_SCORE = -1e4
 
 
-def two_sided_softmax(x: torch.Tensor) -> torch.Tensor:
-    """[softmax(x), softmax(-x)] over the last dimension, float32 or wider inside."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.cat((wide.softmax(-1), (-wide).softmax(-1)), dim=-1).to(x.dtype)
+def relative_exponentials(
+    products: torch.Tensor,
+    seen: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """exp(scores - the largest): a softmax without its denominator."""
+    scores = products * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    # nodes that fill up a ragged batch see nothing: their largest score is no number to subtract
+    return (scores - scores.amax(-1, keepdim=True).clamp_min(LOWEST_SCORE)).exp()

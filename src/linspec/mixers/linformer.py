@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +11,14 @@ from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS
-from linspec.mixers.blocks import join, masked_softmax, shifted, split, windows
+from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear, causal_window
-from linspec.state.grouped import GroupedSpec
+from linspec.mixers.ops.blocks import causal_window, join, shifted, split, windows
+from linspec.mixers.ops.exact import Groups, masked_softmax
+from linspec.mixers.ops.summed import to_blocks
+from linspec.mixers.options import CompressionOptions
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.grouped import GroupedSpec, GroupedState
 
 DEFAULT_KEEP = 16
 # tokens that one compressed row stands for, unless `features` says otherwise
@@ -27,8 +31,9 @@ TOKENS_PER_ROW = 8
     paper="Wang et al. 2020, arXiv 2006.04768",
     state="M·p·(2·d + 1) + 2·n·G·d per KV head: the last M groups, p rows each",
     cost="2·(n·G + M·p)·d per token; in an encoder 2·(p/G)·T·d",
+    options=CompressionOptions,
 )
-class Linformer(GroupedLinear):
+class Linformer(Mixer):
     """Softmax over s within reach and over the rows E K_g, F V_g of the last M closed groups g.
 
     The published form mixes all positions and cannot be causal; here E and F [p, G] mix the positions
@@ -38,9 +43,6 @@ class Linformer(GroupedLinear):
     In an encoder it is the published form, with these E and F on the diagonal of the matrix that
     mixes all positions, so that texts of any length fit: every token sees the rows of all groups.
     """
-
-    wide = True
-    settings = frozenset({"features", "keep"})
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":
@@ -54,6 +56,7 @@ class Linformer(GroupedLinear):
                 "there, leave it out"
             )
         super().__init__(config, mixer)
+        self.groups = Groups(mixer.group, mixer.span)
         self.rows = mixer.features or max(1, mixer.group // TOKENS_PER_ROW)
         if self.rows > mixer.group:
             raise ConfigError(
@@ -65,10 +68,19 @@ class Linformer(GroupedLinear):
         self.value_map = nn.Parameter(averages(self.rows, mixer.group))
 
     def state_spec(self) -> GroupedSpec:
-        return replace(super().state_spec(), sum_columns=2 * self.head_width + 1)
+        return GroupedSpec(
+            kv_heads=self.kv_heads,
+            key_width=self.head_width,
+            value_width=self.head_width,
+            conv_history=max(0, self.mixer.taps - 1),
+            group=self.mixer.group,
+            span=self.mixer.span,
+            sum_width=self.keep * self.rows,
+            sum_columns=2 * self.head_width + 1,
+        )
 
-    def sum_width(self) -> int:
-        return self.keep * self.rows
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        return GroupedState(self.state_spec(), [each.fold for each in layers], slots, options)
 
     def compress(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Groups [..., G, K] -> [..., p, 2 K + 1]: key, value, and a 1 that says the row is there."""
@@ -76,6 +88,7 @@ class Linformer(GroupedLinear):
         return F.pad(torch.cat((k, v), dim=-1), (0, 1), value=1.0)
 
     def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums after groups have closed: their rows behind those that were there, the oldest forgotten."""
         groups = (split(rows.to(sums.dtype), self.mixer.group) for rows in (keys, values))
         return torch.cat((sums, self.compress(*groups).flatten(1, 2)), dim=1)[:, -sums.shape[1] :]
 
@@ -90,22 +103,22 @@ class Linformer(GroupedLinear):
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         assert sums is not None
-        near, beyond = self.groups(tree_mask)
+        exact, closed_on_path = self.groups.masks(tree_mask)
         k, v, there = sums.to(q.dtype).split((self.head_width, self.head_width, 1), dim=-1)
         products, kept = (self._products(q, rows) for rows in (keys, k))
         nodes = (tree_mask.offsets // self.mixer.group)[:, None, None, :, None]
         # groups count from the base_position: the newest kept one is -1
         age = torch.arange(-self.keep, 0, device=q.device).repeat_interleave(self.rows)
         seen = (there.mT > 0).unsqueeze(2) & self._remembered(age, nodes)
-        masks = [torch.ones_like(products, dtype=torch.bool) if near is None else near, seen]
-        if beyond is None:
+        masks = [torch.ones_like(products, dtype=torch.bool) if exact is None else exact, seen]
+        if closed_on_path is None:
             rows, old = self._weigh([products, kept], masks)
         else:
             maps, of_group = self._closing(tree_mask)
-            closed = products.masked_fill(~beyond, 0.0) @ maps[0]
+            closed = products.masked_fill(~closed_on_path, 0.0) @ maps[0]
             masks.append(self._remembered(of_group, nodes))
             rows, old, new = self._weigh([products, kept, closed], masks)
-            rows = rows + (new @ maps[1].mT).masked_fill(~beyond, 0.0)
+            rows = rows + (new @ maps[1].mT).masked_fill(~closed_on_path, 0.0)
         o = rows.flatten(2, 3) @ values + old.flatten(2, 3) @ v
         return o.unflatten(2, q.shape[2:4])
 
@@ -148,12 +161,12 @@ class Linformer(GroupedLinear):
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         group, before = self.mixer.group, (self.mixer.span - 1) * self.mixer.group
-        blocks = self._blocks(q.unflatten(1, (self.kv_heads, self.repeats)))
+        blocks = to_blocks(q.unflatten(1, (self.kv_heads, self.repeats)), group)
         keys = windows(k, None, before, group)
-        near = causal_window(keys.shape[2], group, before, k.device).repeat(1, self.repeats, 1)
+        exact = causal_window(keys.shape[2], group, before, k.device).repeat(1, self.repeats, 1)
         old_k, old_v, there = self._kept(k, v, sums)
         products = [blocks @ keys.mT, blocks @ old_k.mT]
-        rows, old = self._weigh(products, [near, there.mT > 0])
+        rows, old = self._weigh(products, [exact, there.mT > 0])
         o = rows @ windows(v, None, before, group) + old @ old_v
         return join(o, self.repeats, q.shape[2])
 
@@ -161,7 +174,8 @@ class Linformer(GroupedLinear):
         self, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """Keys, values and presence of the compressed rows that each group sees: [B, Hkv, n, M p, .]."""
-        new = self.compress(self._split(k), self._split(v))
+        group = self.mixer.group
+        new = self.compress(split(k, group), split(v, group))
         ahead = self.mixer.span - 1
         if start is None:
             new = F.pad(new, (0, 0, 0, 0, self.keep + ahead, 0))
@@ -169,7 +183,7 @@ class Linformer(GroupedLinear):
             kept = start.to(new.dtype).unflatten(2, (self.keep, self.rows))
             new = F.pad(torch.cat((kept, new), dim=2), (0, 0, 0, 0, ahead, 0))
         # group i sees the `keep` groups that end just before its reach
-        rows = shifted(new, 2, -(-k.shape[2] // self.mixer.group), self.keep, at=3).flatten(3, 4)
+        rows = shifted(new, 2, -(-k.shape[2] // group), self.keep, at=3).flatten(3, 4)
         return rows.split((self.head_width, self.head_width, 1), dim=-1)
 
     # ---- encoder form
@@ -177,13 +191,14 @@ class Linformer(GroupedLinear):
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
-        rows = self.compress(self._split(k), self._split(v)).flatten(2, 3)
+        group = self.mixer.group
+        rows = self.compress(split(k, group), split(v, group)).flatten(2, 3)
         keys, values, _ = rows.split((self.head_width, self.head_width, 1), dim=-1)
         if real is None:
             real = torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device)
         # a row stands for a share of its group: it is there when the first token of that is
-        first = [-(-row * self.mixer.group // self.rows) for row in range(self.rows)]
-        there = self._split(real[..., None].byte())[..., first, 0].flatten(1).bool()
+        first = [-(-row * group // self.rows) for row in range(self.rows)]
+        there = split(real[..., None].byte(), group)[..., first, 0].flatten(1).bool()
         heads = q.unflatten(1, (self.kv_heads, self.repeats))
         (weights,) = self._weigh([self._products(heads, keys)], [there[:, None, None, None]])
         return (weights.flatten(2, 3) @ values).unflatten(2, heads.shape[2:4]).flatten(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
 
 
 @MIXERS.register(
@@ -14,11 +14,13 @@ from linspec.mixers.linear import GroupedLinear
     state="2·n·G·d per KV head",
     cost="2·n·G·d per token",
 )
-class Local(GroupedLinear):
-    """o_t = sum over s <= t in t's group of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
+class Local(LinearMixer):
+    """o_t = sum over s <= t within the span of relu(q̂_t·k̂_s)² v_s, or of softmax weights."""
 
-    summed = False
     biased = True
 
+    def make_summed(self) -> None:
+        return None
+
     def attention_plan(self) -> AttentionPlan | None:
-        return self._grouped_plan(0.0) if type(self) is Local else None
+        return self.grouped_plan(0.0) if type(self) is Local else None

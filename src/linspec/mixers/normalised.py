@@ -7,26 +7,28 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.exact import Exact
+from linspec.mixers.ops.features import same
 from linspec.state.grouped import GroupedSpec
 
 DENOMINATOR_FLOOR = 1e-6
 
 
-class Normalised(GroupedLinear):
+class Normalised(LinearMixer):
     """o_t = Σ weight(t, s) v_s / (Σ weight(t, s) + ε).
 
-    With a kernel for the rows within reach, each of the two parts has its own denominator.
+    With a kernel for the exact part, each of the two parts has its own denominator.
     """
 
     def state_spec(self) -> GroupedSpec:
         return replace(super().state_spec(), value_width=self.head_width + 1)
 
-    def row_values(self, v: torch.Tensor) -> torch.Tensor:
+    def entry_values(self, v: torch.Tensor) -> torch.Tensor:
         return F.pad(v, (0, 1), value=1.0)
 
-    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
-        return products
+    def own_exact(self) -> Exact | None:
+        return self.feature_exact(same)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return o[..., :-1] / (o[..., -1:] + DENOMINATOR_FLOOR)

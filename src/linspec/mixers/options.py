@@ -1,28 +1,70 @@
-"""What can be set behind a mixer's name, such as aug:softmax or window:window=128."""
+"""What can be set behind a mixer's name, such as aug:softmax or window:window=128: one dataclass a kind.
+
+None is what `linspec linearize` takes for this mixer. Fields are named as in MixerConfig.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from linspec.utils.options import option
 
 
-@dataclass(frozen=True, slots=True)
-class MixerOptions:
-    """Sizes of MixerConfig; none is what `linspec linearize` takes for this mixer."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """Of mixers that keep a cache."""
+
+    taps: int | None = option("taps of the convolution over values; 0 is none", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowOptions(CacheOptions):
+    """Of mixers that keep the end of a cache."""
+
+    window: int | None = option("tokens that mixer 'window' sees", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupOptions(CacheOptions):
+    """Of mixers that close groups."""
+
+    group: int | None = option("tokens of a group", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanOptions(GroupOptions):
+    """Of mixers that see the last groups exactly."""
+
+    span: int | None = option("groups that a token sees exactly", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearOptions(SpanOptions):
+    """Of mixers that can be had in the grouped arrangement."""
 
     kernel: str | None = option(
         "weights of the exact part: own, softmax or relu2", default=None, short=True
     )
-    group: int | None = option("tokens of a group", default=None)
-    span: int | None = option("groups that a token sees exactly", default=None)
-    taps: int | None = option("taps of the convolution over values; 0 is none", default=None)
-    window: int | None = option("tokens that mixer 'window' sees", default=None)
-    features: int | None = option("random features, or linformer's rows of a group", default=None)
-    keep: int | None = option("closed groups that linformer remembers", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomFeatureOptions(LinearOptions):
+    """Of mixers with random features."""
+
+    features: int | None = option("random features", default=None)
     seed: int | None = option("of what is drawn at random", default=None)
 
-    def given(self) -> dict[str, str | int]:
-        """The settings that were given."""
-        every = {name: getattr(self, name) for name in self.__slots__}
-        return {name: value for name, value in every.items() if value is not None}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressionOptions(SpanOptions):
+    """Of mixers that compress what has closed."""
+
+    features: int | None = option("rows that a closed group becomes", default=None)
+    keep: int | None = option("closed groups that are remembered", default=None)
+
+
+def given(options: Any) -> dict[str, str | int]:
+    """The settings that a spec gave."""
+    every = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in every.items() if value is not None}

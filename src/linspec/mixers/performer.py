@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from linspec.mixers.base import MIXERS
+from linspec.mixers.options import RandomFeatureOptions
 from linspec.mixers.random_features import RandomFeatures
 
 # no feature is 0, so that no denominator is
@@ -17,6 +18,7 @@ FEATURE_FLOOR = 1e-4
     paper="Choromanski et al. 2021, arXiv 2009.14794",
     state="m·(d + 1) + n·G·(2·d + 1) per KV head, m = d·ln d",
     cost="(2·n·G + 2·m)·d per token",
+    options=RandomFeatureOptions,
 )
 class Performer(RandomFeatures):
     """Relu's formula with φ(x) = m^(-1/2) (exp(w_i·y - ‖y‖²/2) + ε), y = x / K^(1/4).

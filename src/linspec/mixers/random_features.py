@@ -40,8 +40,7 @@ class RandomFeatures(Normalised):
     torch may draw other numbers from the same seed.
     """
 
-    wide = True
-    settings = frozenset({"features", "seed"})
+    keeps_features = False
     projection: torch.Tensor
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:

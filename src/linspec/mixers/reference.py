@@ -2,7 +2,8 @@
 
     out = reference(mixer, x, angles)    # [T, D]; what mixer(x[None], rope)[0] must equal
 
-Straight from the equations: nothing here is fast, and nothing is shared with the fast forms.
+Straight from the equations: nothing is fast, and nothing is shared with the fast forms. Loops that belong to
+one op stand beside its fast form in `ops/`.
 `REFERENCES` has one function for each registered mixer, for a single head: q, k [T, K] and
 v [T, V] -> [T, V].
 """
@@ -18,6 +19,9 @@ import torch
 from linspec.errors import ConfigError
 from linspec.mixers.base import Mixer
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.ops.convolution import convolve_reference
+from linspec.mixers.ops.decayed import decayed_reference
+from linspec.mixers.ops.delta import delta_reference
 
 # divisions by a norm, or by a sum of weights, that may be zero
 EPSILON = 1e-6
@@ -228,17 +232,7 @@ def gla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: See
     a_t = sigmoid(scale · k_t + bias)^(1/16), from keys before rotation.
     """
     gate = head.unrotated * head.own("gate_scale")[head.shared] + head.own("gate_bias")[head.shared]
-    decay = gate.sigmoid() ** (1 / 16)
-    q, k = q.softmax(1), k.softmax(1)
-    out = []
-    for t in range(len(q)):
-        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
-        for s in range(t + 1):
-            state = decay[s][:, None] * state
-            if s in seen(t):
-                state = state + torch.outer(k[s], v[s])
-        out.append(q[t] @ state)
-    return torch.stack(out)
+    return decayed_reference(q.softmax(1), k.softmax(1), v, gate.sigmoid() ** (1 / 16), seen)
 
 
 def gdn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
@@ -248,16 +242,7 @@ def gdn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: See
     """
     gates = head.unrotated @ head.own("gate_map")[head.shared] + head.own("gate_bias")[head.shared]
     decay, rate = gates[:, 0].sigmoid() ** (1 / 16), gates[:, 1].sigmoid()
-    q, k = _unit(q), _unit(k)
-    out = []
-    for t in range(len(q)):
-        state = torch.zeros(k.shape[1], v.shape[1], dtype=v.dtype, device=v.device)
-        for s in range(t + 1):
-            state = decay[s] * state
-            if s in seen(t):
-                state = state + torch.outer(k[s], rate[s] * (v[s] - k[s] @ state))
-        out.append(q[t] @ state)
-    return torch.stack(out)
+    return delta_reference(_unit(q), _unit(k), v, decay, rate, seen)
 
 
 def _weighted(
@@ -286,18 +271,6 @@ def _normalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -
         for s in seen(t):
             state, total = state + torch.outer(k[s], v[s]), total + k[s]
         out.append((q[t] @ state) / (q[t] @ total + EPSILON))
-    return torch.stack(out)
-
-
-def convolution(v: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
-    """y_t = sum over j < W of c_j v_{t-j}: v [T, V], taps [W]."""
-    out = []
-    for t in range(len(v)):
-        y = torch.zeros_like(v[0])
-        for j, tap in enumerate(taps):
-            if t - j >= 0:
-                y = y + tap * v[t - j]
-        out.append(y)
     return torch.stack(out)
 
 
@@ -344,7 +317,7 @@ def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None)
             # centred in an encoder: as many taps ahead as behind
             ahead = 0 if causal else mixer.mixer.taps - 1
             later = torch.cat((v, v.new_zeros(ahead, v.shape[1])))
-            o = o + convolution(later, mixer.get_parameter("taps")[query])[ahead:]
+            o = o + convolve_reference(later, mixer.get_parameter("taps")[query])[ahead:]
         heads.append(o)
     return mixer.o(torch.cat(heads, dim=1))
 

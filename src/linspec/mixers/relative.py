@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 
+from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.config import RelativeConfig
 
 
@@ -43,6 +44,23 @@ class RelativeBias(nn.Module):
     def forward(self, buckets: torch.Tensor) -> torch.Tensor:
         """Bias of `buckets` [..., N, C] for every head: [..., H, N, C]."""
         return self.table(buckets).movedim(-1, -3)
+
+    def nodes(self, tree_mask: TreeMask, kv_heads: int) -> torch.Tensor:
+        """Bias between the nodes of a step and what they see: [R, Hkv, rep, N, C]."""
+
+        def buckets() -> torch.Tensor:
+            return self.buckets(tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :])
+
+        bias: torch.Tensor = self(tree_mask.memo(("buckets", self.config), buckets))
+        return bias.unflatten(1, (kv_heads, -1))
+
+    def blocks(self, group: int, columns: int, before: int, kv_heads: int) -> torch.Tensor:
+        """Bias between the tokens of a block and what lies around it: [Hkv, 1, rep * G, C]."""
+        device = self.table.weight.device
+        column = torch.arange(columns, device=device) - before
+        row = torch.arange(group, device=device)[:, None]
+        bias: torch.Tensor = self(self.buckets(row - column))
+        return bias.unflatten(0, (kv_heads, -1)).flatten(1, 2)[:, None]
 
     def between(self, queries: int, keys: int) -> torch.Tensor:
         """Bias between `queries` and `keys` tokens that both start at position 0: [H, N, C]."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from linspec.mixers.base import MIXERS
-from linspec.mixers.linear import unit
+from linspec.mixers.ops.features import unit
+from linspec.mixers.options import RandomFeatureOptions
 from linspec.mixers.random_features import RandomFeatures
 
 # the estimate of a sum of positive weights can come out near zero, or negative
@@ -18,6 +19,7 @@ SMALLEST_TOTAL = 0.1
     paper="Peng et al. 2021, arXiv 2103.02143",
     state="2·m·(d + 1) + n·G·(2·d + 1) per KV head, m = d·ln d",
     cost="(2·n·G + 4·m)·d per token",
+    options=RandomFeatureOptions,
 )
 class Rfa(RandomFeatures):
     """Relu's formula with φ(x) = m^(-1/2) [sin(w_i·x̂), cos(w_i·x̂)], x̂ = x / ‖x‖.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Mixer
-from linspec.mixers.blocks import masked_softmax
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.options import CacheOptions
 from linspec.state.contract import EntryState, LayerState, StateOptions
 from linspec.state.entries import EntrySpec
 from linspec.state.registry import new_cache
@@ -29,12 +32,17 @@ _TAIL_ROWS = 256
     paper="Vaswani et al. 2017, arXiv 1706.03762",
     state="2·T·d per KV head",
     cost="2·T·d per token",
+    options=CacheOptions,
 )
 class Softmax(Mixer):
     """Every token attends to all tokens before it; in an encoder to all tokens."""
 
     biased = True
     keeps_cache = True
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
 
     def state_spec(self) -> EntrySpec:
         return EntrySpec(
@@ -55,12 +63,19 @@ class Softmax(Mixer):
         """Which rows each node attends to, [R, N, C]; None for all of them."""
         return None if tree_mask.plain else tree_mask.visible
 
-    def weights(self, products: torch.Tensor, tree_mask: TreeMask) -> torch.Tensor:
-        scores = products * self.config.score_scale
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tree_mask: TreeMask,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        bias, mask = None, self.mask(tree_mask)
         if self.relative is not None:
-            scores = scores + self.step_bias(self.relative, tree_mask).to(scores.dtype)
-        mask = self.mask(tree_mask)
-        return masked_softmax(scores, None if mask is None else mask[:, None, None])
+            bias = self.relative.nodes(tree_mask, self.kv_heads).to(q.dtype)
+        seen = None if mask is None else mask[:, None, None]
+        return self.exact.nodes(q, keys, values, seen, bias).unflatten(2, q.shape[2:4])
 
     def mix(
         self,

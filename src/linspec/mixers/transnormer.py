@@ -8,7 +8,9 @@ from torch import nn
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.exact import Exact
+from linspec.mixers.ops.features import same
 
 RMS_FLOOR = 1e-6
 
@@ -20,7 +22,7 @@ RMS_FLOOR = 1e-6
     state="d² + 2·n·G·d per KV head",
     cost="(2·n·G + d)·d per token",
 )
-class TransNormer(GroupedLinear):
+class TransNormer(LinearMixer):
     """o_t = gain · RMSNorm(φ(q_t)·Σ φ(k_s) v_sᵀ), φ = 1 + elu; one gain per channel."""
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
@@ -30,8 +32,8 @@ class TransNormer(GroupedLinear):
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
         return F.elu(x) + 1
 
-    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
-        return products
+    def own_exact(self) -> Exact | None:
+        return self.feature_exact(same)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(o, (self.head_width,), self.gain.to(o.dtype), RMS_FLOOR)

@@ -10,6 +10,7 @@ import torch
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
+from linspec.mixers.options import WindowOptions
 from linspec.mixers.softmax import Softmax
 from linspec.state.contract import LayerState, StateOptions
 from linspec.state.registry import entry_format
@@ -22,6 +23,7 @@ from linspec.state.window import WindowCache, WindowSpec
     paper="Child et al. 2019, arXiv 1904.10509",
     state="2·window·d per KV head",
     cost="2·window·d per token",
+    options=WindowOptions,
 )
 class Window(Softmax):
     """Softmax over the current token and the window - 1 tokens before it."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from linspec.mixers.base import MIXERS
-from linspec.mixers.blocks import shifted
-from linspec.mixers.linear import GroupedLinear, unit
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.blocks import shifted
+from linspec.mixers.ops.exact import Exact, plain_weights
+from linspec.mixers.ops.features import unit
+from linspec.mixers.ops.summed import Summed, to_blocks
 
 HASH_BITS = 8
 # the slope of acos is infinite at 1
@@ -22,7 +27,7 @@ LARGEST_COSINE = 0.999
     state="(d²/2 + 2·d + 1)·d + 2·n·G·d per KV head",
     cost="(2·n·G + d²)·d per token",
 )
-class Yoso(GroupedLinear):
+class Yoso(LinearMixer):
     """o_t = Σ f(q̂_t·k̂_s) v_s / ‖…‖ with f(x) = (1 - acos(x)/π)^τ, the chance that τ bits agree.
 
     f is no finite product of features, so exact weights need all keys. They are exact within reach;
@@ -30,61 +35,78 @@ class Yoso(GroupedLinear):
     has 1 + 2 d + d²/2 features. A span over the whole text gives exact YOSO-E.
     """
 
-    wide = True
-    apart = True
+    keeps_features = False
 
     def sum_width(self) -> int:
         return 1 + self.head_width * (2 + self.head_width // 2)
 
-    def near_features(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.mixer.kernel == "softmax" else unit(x)
+    def own_exact(self) -> Exact | None:
+        return Exact(partial(plain_weights, of=collisions), unit, unit)
 
-    def in_group(self, products: torch.Tensor) -> torch.Tensor | None:
-        cosines = products.clamp(-LARGEST_COSINE, LARGEST_COSINE)
-        return (1 - cosines.acos() / math.pi) ** HASH_BITS
+    def make_summed(self) -> Summed:
+        maps = self.summed_queries, self.summed_keys
+        return Series(self.groups, *maps, self.sum_width(), causal=self.config.causal)
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
-        """Features whose products are a + b x + c x² of the cosine x."""
-        x = unit(x)
-        width, half = x.shape[-1], x.shape[-1] // 2
-        # channel i times channel i + j for all i, around the end: each pair once up to j = half - 1
-        turned = shifted(torch.cat((x, x[..., :half]), dim=-1), -1, width, half + 1, at=-2)
-        share = x.new_full((half + 1, 1), math.sqrt(2))
-        share[0] = 1
-        if width % 2 == 0:
-            # ... and twice at half the width
-            share[half] = 1
-        a, b, c = (math.sqrt(factor) for factor in taylor_factors(HASH_BITS))
-        pairs = (turned * x.unsqueeze(-2) * (c * share)).flatten(-2)
-        return torch.cat((torch.full_like(x[..., :1], a), b * x, pairs), dim=-1)
-
-    def _far_blocks(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
-    ) -> torch.Tensor:
-        if start is not None or k.shape[2] > self.sum_width():
-            return super()._far_blocks(q, k, v, start)
-        return self._far_products(q, k, v)
-
-    def _distant_blocks(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, alone: bool
-    ) -> torch.Tensor:
-        if k.shape[2] > self.sum_width():
-            return super()._distant_blocks(q, k, v, alone=alone)
-        return self._far_products(q, k, v)
-
-    def _far_products(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The same from the cosines themselves: with fewer keys than features that is less work."""
-        blocks = self._blocks(unit(q))
-        cosines = blocks @ unit(k).mT[:, :, None]
-        a, b, c = taylor_factors(HASH_BITS)
-        # how many groups back a key lies; in an encoder, how many away
-        key = torch.arange(k.shape[2], device=k.device) // self.mixer.group
-        away = torch.arange(blocks.shape[2], device=k.device)[:, None, None] - key
-        far = (away if self.config.causal else away.abs()) >= self.mixer.span
-        return ((a + b * cosines + c * cosines.square()) * far) @ v[:, :, None]
+        return series_features(x)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return unit(o)
+
+
+def collisions(products: torch.Tensor) -> torch.Tensor:
+    """f of cosines."""
+    cosines = products.clamp(-LARGEST_COSINE, LARGEST_COSINE)
+    return (1 - cosines.acos() / math.pi) ** HASH_BITS
+
+
+def series_features(x: torch.Tensor) -> torch.Tensor:
+    """Features whose products are a + b x + c x² of the cosine x."""
+    x = unit(x)
+    width, half = x.shape[-1], x.shape[-1] // 2
+    # channel i times channel i + j for all i, around the end: each pair once up to j = half - 1
+    turned = shifted(torch.cat((x, x[..., :half]), dim=-1), -1, width, half + 1, at=-2)
+    share = x.new_full((half + 1, 1), math.sqrt(2))
+    share[0] = 1
+    if width % 2 == 0:
+        # ... and twice at half the width
+        share[half] = 1
+    a, b, c = (math.sqrt(factor) for factor in taylor_factors(HASH_BITS))
+    pairs = (turned * x.unsqueeze(-2) * (c * share)).flatten(-2)
+    return torch.cat((torch.full_like(x[..., :1], a), b * x, pairs), dim=-1)
+
+
+@dataclass(frozen=True)
+class Series(Summed):
+    """The summed part; of fewer keys than features it reads the cosines themselves, which is less work."""
+
+    width: int = 0
+    causal: bool = True
+
+    def blocks(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None
+    ) -> torch.Tensor:
+        if start is not None or k.shape[2] > self.width:
+            return super().blocks(q, k, v, start)
+        return self.from_cosines(q, k, v)
+
+    def blocks_both(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, alone: bool
+    ) -> torch.Tensor:
+        if k.shape[2] > self.width:
+            return super().blocks_both(q, k, v, alone=alone)
+        return self.from_cosines(q, k, v)
+
+    def from_cosines(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As `blocks` and `blocks_both`, without features."""
+        blocks = to_blocks(unit(q), self.groups.size)
+        cosines = blocks @ unit(k).mT[:, :, None]
+        a, b, c = taylor_factors(HASH_BITS)
+        # how many groups back a key lies; in an encoder, how many away
+        key = torch.arange(k.shape[2], device=k.device) // self.groups.size
+        away = torch.arange(blocks.shape[2], device=k.device)[:, None, None] - key
+        far = (away if self.causal else away.abs()) >= self.groups.span
+        return ((a + b * cosines + c * cosines.square()) * far) @ v[:, :, None]
 
 
 def taylor_factors(bits: int) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import MAX_STAGED, StepInput, StepOutput
+from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
@@ -17,6 +17,7 @@ from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import new_states
 from linspec.models.config import DecoderConfig
+from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
@@ -29,6 +30,8 @@ Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
 class Decoder(nn.Module):
     """Token ids in, logits out. `forward` is the full form, `step` the inference form."""
+
+    continues_prompt = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -76,14 +79,31 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        """Embedded ids, and the rotation of their positions where there is one."""
-        x = self.embed(ids).to(self.dtype)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        """Embedded ids, and the rotation of their positions where there is one.
+
+        given: embeddings [N, D] that stand in place of those of the packed tokens from a number on.
+        """
+        x = self.embedded(ids, given).to(self.dtype)
         if self.config.positions == "learned":
             return x + self.embed_positions(positions), None
         if self.config.positions == "rope":
             return x, self.rotary(positions, x.dtype)
         return x, None
+
+    def embedded(
+        self, ids: torch.Tensor, given: Sequence[tuple[int, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The embeddings of ids, some of which are given; see `enter`."""
+        x = self.embed(ids)
+        for first, embeddings in given:
+            x[first : first + len(embeddings)] = embeddings.to(x)
+        return x
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T]; `mask` [B, T] is true at real tokens.
@@ -136,13 +156,19 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
+    def new_state(
+        self, slots: int = 1, kv: str = "float", *, layers: Collection[int] | None = None
+    ) -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
-        kv: how softmax caches keep their entries, such as 'int8'. Raises ConfigError when another kind
-        than 'float' is named and no layer has such a cache.
+        kv: how softmax caches keep their entries, such as 'int8'. layers: only these have a state, for steps
+        that run through no others. Raises ConfigError when another kind than 'float' is named and no layer
+        has such a cache.
         """
-        makers = [block.state_makers() for block in self.layers]
+        makers = [
+            block.state_makers() if layers is None or i in layers else ()
+            for i, block in enumerate(self.layers)
+        ]
         return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
 
     def open(
@@ -159,23 +185,27 @@ class Decoder(nn.Module):
         state: SequenceStates,
         *,
         layers: Collection[int] | None = None,
+        want: Want = LOGITS,
     ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
-        Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
+        Inputs are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
 
         layers: those that the nodes go through, None for all; the states of the others stay as they are.
+        want: layers whose hidden states are handed out too.
         """
-        native = self.native if layers is None and state.in_kernels else None
+        path = LayerPath(layers, want.inner)
+        plain = path.plain and all(each.embeddings is None for each in inputs)
+        native = self.native if plain and state.in_kernels else None
         long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
         if native is None or all(long) or not any(long):
-            return self._step(inputs, state, native, layers)
+            return self._step(inputs, state, native, path)
         # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
         # a prompt would be rounded in another way than one that did not
         parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
-        outputs = [self._step([inputs[i] for i in part], state, native, layers) for part in parts]
+        outputs = [self._step([inputs[i] for i in part], state, native, path) for part in parts]
         return _interleaved(parts, outputs)
 
     def _step(
@@ -183,25 +213,26 @@ class Decoder(nn.Module):
         inputs: Sequence[StepInput],
         state: SequenceStates,
         native: OneCall | None,
-        layers: Collection[int] | None,
+        path: LayerPath,
     ) -> StepOutput:
         shapes = staged_shapes(inputs, state)
         positions = self._positions(inputs, shapes, state)
         for step_input in inputs:
-            state.check_layers(step_input.slot, layers)
+            state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
-        rows, wanted = _wanted(inputs)
+        slices, wanted = _wanted(inputs)
         if native is not None:
             hidden, logits = native.run(inputs, shapes, positions, wanted, state)
         else:
             x, rope = self._enter_nodes(inputs, positions)
             dense_groups = dense_groups_of(inputs, shapes)
-            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, layers), wanted)
+            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape, layers=layers)
-        return StepOutput(hidden, logits, rows)
+            state.record(step_input.slot, shape, layers=path.layers)
+        nodes = node_slices(inputs) if path.found else []
+        return StepOutput(hidden, logits, slices, path.found, nodes)
 
     def _enter_nodes(
         self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
@@ -210,7 +241,7 @@ class Decoder(nn.Module):
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
         packed = torch.tensor([at for each in positions for at in each], device=device)
-        return self.enter(ids, packed)
+        return self.enter(ids, packed, given_embeddings(inputs))
 
     def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
         """`leave` for the `wanted` of packed nodes [M, D]."""
@@ -224,12 +255,13 @@ class Decoder(nn.Module):
         rope: Rope,
         dense_groups: list[DenseGroup],
         state: SequenceStates,
-        layers: Collection[int] | None = None,
+        path: LayerPath,
     ) -> torch.Tensor:
-        """Packed nodes [M, D] through the step form of every block, or of the blocks `layers`."""
-        for index, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
-            if layers is None or index in layers:
+        """Packed nodes [M, D] through the step form of every layer of `path`."""
+        for layer, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
+            if path.takes(layer):
                 x = block.step(x, rope, dense_groups, *place)
+            path.passed(layer, x)
         return x
 
     def _positions(
@@ -250,17 +282,17 @@ class Decoder(nn.Module):
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each step_input."""
-    rows: list[slice] = []
+    """Which of the packed nodes have logits, and which of those belong to each input."""
+    slices: list[slice] = []
     wanted: list[int] = []
     first = 0
     for step_input in inputs:
         count = len(step_input.tokens)
         keep = range(first if step_input.all_logits else first + count - 1, first + count)
-        rows.append(slice(len(wanted), len(wanted) + len(keep)))
+        slices.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
-    return rows, wanted
+    return slices, wanted
 
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:

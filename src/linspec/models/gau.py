@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.base import LinearFactory, Rope
-from linspec.mixers.blocks import tap_distances
-from linspec.mixers.linear import GroupedLinear
+from linspec.mixers.linear import LinearMixer
+from linspec.mixers.ops.convolution import tap_distances
+from linspec.mixers.ops.exact import Exact, Groups
+from linspec.mixers.ops.summed import Summed
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.models.flash_config import FlashConfig
@@ -35,10 +38,26 @@ def laplace(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + torch.erf((x - mean) / (deviation * math.sqrt(2))))
 
 
-class GatedAttentionUnit(GroupedLinear):
+def laplace_weights(
+    products: torch.Tensor,
+    seen: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    *,
+    group: int,
+    width: int,
+) -> torch.Tensor:
+    """Weights of the quadratic branch, which are not normalised."""
+    scores = products / group
+    if bias is not None:
+        scores = scores + bias * width**0.5
+    weights = laplace(scores)
+    return weights if seen is None else weights.masked_fill(~seen, 0.0)
+
+
+class GatedAttentionUnit(LinearMixer):
     """out = gate ⊙ (inside a group + groups before + convolution), projected.
 
-    Rows keep both branches' keys side by side: [quadratic | linear]; sums take the linear half. With
+    Entries keep both branches' keys side by side: [quadratic | linear]; sums take the linear half. With
     variant 'quadratic' there is one group without end.
     """
 
@@ -50,9 +69,12 @@ class GatedAttentionUnit(GroupedLinear):
         self.head_width, self.qk_width = config.mlp_width, config.head_width
         self.variant = config.variant
         self.keeps_cache = config.variant == "quadratic"
-        self.summed = config.variant in ("grouped", "aug")
-        # two maps of one projection, made there
-        self.arranged, self.one_map, self.raw = False, False, True
+        self.groups, self.arranged = Groups(self.mixer.group), False
+        weights = partial(laplace_weights, group=self.mixer.group, width=self.qk_width)
+        self.exact = Exact(weights, self.quadratic_half, self.quadratic_half)
+        self.summed = None
+        if config.variant in ("grouped", "aug"):
+            self.summed = Summed(self.groups, self.linear_half, self.linear_half)
         self.broad = nn.Linear(config.width, 2 * config.mlp_width)
         self.narrow = nn.Linear(config.width, config.head_width)
         self.inner: nn.Module | None = None
@@ -77,7 +99,7 @@ class GatedAttentionUnit(GroupedLinear):
         }
         if self.keeps_cache:
             return EntrySpec(**sizes)
-        sums = self.qk_width if self.summed else 0
+        sums = self.qk_width if self.summed is not None else 0
         return GroupedSpec(**sizes, group=self.mixer.group, sum_width=sums)
 
     def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
@@ -85,32 +107,16 @@ class GatedAttentionUnit(GroupedLinear):
             return new_cache(self.state_spec(), len(layers), slots, options)
         return super().new_state(layers, slots, options)
 
-    def near_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return q[..., : self.qk_width]
+    def quadratic_half(self, x: torch.Tensor) -> torch.Tensor:
+        """The half of queries or keys that single tokens are weighed by."""
+        return x[..., : self.qk_width]
 
-    def near_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return k[..., : self.qk_width]
-
-    def summed_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return q[..., self.qk_width :]
-
-    def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
-        return k[..., self.qk_width :]
+    def linear_half(self, x: torch.Tensor) -> torch.Tensor:
+        """The half of queries or keys that meets the sums."""
+        return x[..., self.qk_width :]
 
     def sum_scale(self) -> float:
         return 1 / self.mixer.group
-
-    def near_weights(
-        self,
-        products: torch.Tensor,
-        seen: torch.Tensor | None,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        scores = products / self.mixer.group
-        if bias is not None:
-            scores = scores + bias * self.qk_width**0.5
-        weights = laplace(scores)
-        return weights if seen is None else weights.masked_fill(~seen, 0.0)
 
     def mix(
         self,
@@ -121,11 +127,12 @@ class GatedAttentionUnit(GroupedLinear):
     ) -> torch.Tensor:
         if self.variant != "quadratic":
             return super().mix(q, k, v, sums)
-        assert self.relative is not None
+        assert self.relative is not None and self.exact is not None
         time = q.shape[2]
         seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
         bias = self.relative.between(time, time)
-        return self.near_weights(self.near_queries(q) @ self.near_keys(k).mT, seen, bias) @ v
+        products = self.quadratic_half(q) @ self.quadratic_half(k).mT
+        return self.exact.weights(products, seen, bias) @ v
 
     # ---- projections
 

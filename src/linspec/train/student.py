@@ -12,12 +12,13 @@ from linspec.checkpoints.origin import share_origin
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.options import given
 from linspec.models.config import Seq2SeqConfig
 from linspec.train.objective import Predictor
 from linspec.train.reach import Reach
 
 DEFAULT_GROUP = 64
-DEFAULT_ROWS = 384
+DEFAULT_EXACT_TOKENS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 # mixers that by default keep the teacher's softmax weights within reach ...
@@ -53,7 +54,7 @@ def make_mixer(
         MIXERS.entry(mixer.name)
         return mixer
     entry, options = MIXERS.read(mixer)
-    if chosen := options.given():
+    if chosen := given(options):
         sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
         sizes |= {"window": window, "features": features, "keep": keep, "seed": seed}
         return make_mixer(entry.name, **sizes | chosen)
@@ -76,7 +77,7 @@ def make_mixer(
 
 def leaves_span(mixer: str | MixerConfig) -> bool:
     """Whether this mixer says nothing about its span."""
-    return not isinstance(mixer, MixerConfig) and MIXERS.read(mixer)[1].span is None
+    return not isinstance(mixer, MixerConfig) and "span" not in given(MIXERS.read(mixer)[1])
 
 
 def student_mixers(
@@ -138,22 +139,24 @@ def by_need(
     layers: Sequence[int],
     reach: Reach | None,
     *,
-    rows: int | None,
+    exact_tokens: int | None,
     softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
     """`mixers` with what the teacher's `layers` need, as `reach` says; the same for all without one.
 
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    softmax_layers: so many stay as they are. exact_tokens: see LinearizeRecipe; None leaves the spans.
     """
     group = mixers[layers[0]].group
-    reach = reach or Reach([max(1, (rows or 0) // group)], {layer: [0.0] for layer in layers})
+    reach = reach or Reach(
+        [max(1, (exact_tokens or 0) // group)], {layer: [0.0] for layer in layers}
+    )
     kept = reach.neediest(softmax_layers)
     found = list(mixers)
     for layer in kept:
         found[layer] = teacher.config.mixers[layer]
     rest = reach.without(kept)
-    if rows is not None:
-        for layer, span in rest.spans_by_need(len(rest.losses) * rows // group).items():
+    if exact_tokens is not None:
+        for layer, span in rest.spans_by_need(len(rest.losses) * exact_tokens // group).items():
             found[layer] = replace(found[layer], span=span)
     return tuple(found)
 
