@@ -30,19 +30,37 @@ Training = LinearizeConfig | EncoderTraining | Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizeRecipe:
-    """How a softmax checkpoint becomes one with other mixers; checked when it is made.
+    """How a softmax model becomes one with other mixers; checked when it is made.
 
-    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group` (64, or 32 for an
-    encoder), `span`, `kernel`, `taps`, `window`, `features`, `keep` and `mixer_seed` (see
-    `make_mixer`), or a MixerConfig. span: may give one for each layer. exact_tokens: with kernel
-    softmax and no span given, tokens that a layer sees exactly in the mean (384 if None); measured on
-    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
-    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see far
-    most. A mixer that changes nothing trains the teacher on (see `continue_training`).
+    A mixer that changes nothing trains the teacher itself.
 
-    data, field: see `load_documents`; what is held out of it is not trained on. config: how long
-    and how to train; a mapping gives some settings of LinearizeConfig and leaves the others to the
-    kind of model. dtype: of the saved weights, None for that of the source.
+    Args:
+        mixer: the mixer of every layer, NAME or NAME:key=value,… of `linspec list`, or a MixerConfig. What
+            the name says goes before the arguments.
+        group: tokens of a group; None for 64, or 32 for an encoder.
+        taps: taps of the causal convolution; None for 32 with 'aug' and none otherwise.
+        window: tokens that mixer 'window' sees; None for 64.
+        span: groups that a layer sees exactly, its own included; or a list of one for each layer. None
+            measures on the teacher which layers need to see far, and shares out `exact_tokens`.
+        exact_tokens: tokens that a layer sees exactly, in the mean of the layers; None for 384. Only for
+            kernel 'softmax' without a span.
+        kernel: weights of the tokens that are seen exactly: 'own', 'softmax' or 'relu2'.
+        features: random features of 'performer' and 'rfa', or rows that 'linformer' makes of a group; 0
+            for the default of the mixer.
+        keep: closed groups that 'linformer' remembers; 0 for its default.
+        mixer_seed: the seed of what a mixer draws at random.
+        keep_softmax: layers that keep the mixer they have. A T5 counts the layers of its encoder first.
+        softmax_layers: how many more layers keep it: those that need to see far most.
+        config: how long and how to train, a LinearizeConfig. A mapping gives some of its settings and
+            leaves the others to the type of the model. Encoders also take an EncoderTraining.
+        data: 'stdlib', text files, folders, .jsonl files or datasets directories. One document in twenty
+            is held out.
+        field: the key of the text in .jsonl files and datasets.
+        dtype: the dtype of the saved weights; None keeps that of the source.
+
+    Raises:
+        ConfigError: a setting breaks a rule.
+        InputError: a data source does not exist.
     """
 
     mixer: str | MixerConfig = "aug"
