@@ -30,7 +30,7 @@ Training = LinearizeConfig | EncoderTraining | Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizeRecipe:
-    """How a softmax checkpoint becomes one with other mixers; checked when it is made.
+    """How a softmax model becomes one with other mixers; checked when it is made.
 
     A mixer that changes nothing trains the teacher itself.
 
