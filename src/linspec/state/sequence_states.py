@@ -35,6 +35,8 @@ class SequenceStates:
         self.parts: list[Any] = list(made.values())
         self.layers: list[tuple[Any, int]] = [_layer(place, made) for place in places]
         self._counted: list[LayerState] = [part for part in self.parts if part.counts_tokens]
+        # whether compiled kernels may read the buffers of all layers
+        self.in_kernels = all(part.in_kernels for part in self._counted)
         self._staged = [NOTHING_STAGED] * slots
         # staged nodes that are never committed, and states that a step of some layers left torn
         self._ephemeral: dict[int, frozenset[int]] = {}
@@ -43,11 +45,6 @@ class SequenceStates:
     def empty(self, slots: int) -> Self:
         """An empty state of the same model for `slots` sequences."""
         return type(self)(self._makers, slots, self._options)
-
-    @property
-    def in_kernels(self) -> bool:
-        """Whether compiled kernels may read the buffers of all layers."""
-        return all(part.in_kernels for part in self._counted)
 
     def length(self, slot: int) -> int:
         """Committed tokens of `slot`, in the layers that have seen most."""
