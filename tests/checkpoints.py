@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +18,13 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 
 MERGES = [("a", "b"), ("c", "d"), ("ab", "cd"), ("e", "n"), ("en", "d"), ("Ġ", "t")]
+
+
+def scratch(name: str) -> Path:
+    """A new directory outside pytest's own, for what parameters need; removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix=f"linspec-test-{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @functools.cache
@@ -43,5 +52,5 @@ def text_model(mixer: str, *, seed: int = 0, max_positions: int = 256) -> Decode
 @functools.cache
 def model_dir(mixer: str, seed: int = 0) -> Path:
     """A model directory, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="linspec-test-")) / mixer
+    folder = scratch("model") / mixer
     return save_model(text_model(mixer, seed=seed), tiny_tokenizer(), folder)

@@ -1,19 +1,58 @@
-"""Shared test settings; being here also makes tests/helpers.py importable from every test."""
+"""Settings of all tests. This file also makes tests/helpers.py importable from every test."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # the same examples on every run, and no deadline on a busy machine
 settings.register_profile("linspec", derandomize=True, deadline=None, max_examples=20)
 settings.load_profile("linspec")
 
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# longer ids hide the name of the test, and every worker sends all of its ids
+_LONGEST_ID = 80
+
+if _WORKERS > 1:
+    # before torch is imported: workers that share the cores would wait for each other's threads
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """One name in every process: no path of a model made for the tests, nothing that is no UTF-8."""
-    if not isinstance(val, str):
+    """A short id that is the same in every process: no path of a model made for the tests."""
+    if not isinstance(val, str | bytes):
         return None
-    name = re.sub(r"/\S*linspec-test-[^/\s]+", "models", val)
-    return name.encode("utf-8", "backslashreplace").decode()
+    text = val if isinstance(val, str) else val.decode("latin-1")
+    text = re.sub(r"/\S*linspec-test-[^/\s]+", "models", text)
+    name = text.encode("unicode_escape").decode("ascii")
+    if len(name) <= _LONGEST_ID:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[:_LONGEST_ID]}-{digest}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of this process alone: no test reads or writes that of the user."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINSPEC_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, also in a worker that has one: how they share the work is part of some proofs."""
+    # here, because the number of threads above has to be set first
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

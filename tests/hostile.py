@@ -13,13 +13,12 @@ import functools
 import json
 import random
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import text_model, tiny_tokenizer
+from checkpoints import scratch, text_model, tiny_tokenizer
 from hypothesis import strategies as st
 
 from linspec.checkpoints.hub import load_model, save_model
@@ -28,7 +27,7 @@ from linspec.checkpoints.quantized import save_quantized
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_heads, save_packed
-from linspec.kernels.linear import Quantizer
+from linspec.models.linear import Quantizer
 
 KINDS = ("llama", "aug", "int8", "int4")
 # what stands where a number, a word, a list or an object should be
@@ -62,7 +61,7 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M
 @functools.cache
 def workshop(kind: str) -> Path:
     """A sound directory of this kind, with Medusa heads in it."""
-    folder = Path(tempfile.mkdtemp(prefix="linspec-fuzz-")) / kind
+    folder = scratch("fuzz") / kind
     model = text_model("softmax" if kind == "llama" else "aug")
     if kind == "llama":
         # as it comes back: what the ordinary format cannot say is gone, and a drafter would notice

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,15 @@ from linspec.errors import (
 from linspec.evaluate.files import verify_files
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.cpu.library import INT8, LinearStruct
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer
+from linspec.kernels.cpu.step import CpuStep
+from linspec.kernels.cpu.structs import INT8, LinearStruct
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
-from linspec.policies.costs import _stored
+from linspec.models.linear import Quantizer
+from linspec.models.native_linear import NativeLinear
+from linspec.models.step_plan import OneCall, step_plan
+from linspec.policies.costs import load_or_measure
 from linspec.quantization.rows import decode, encode
 from linspec.train.drafter import DrafterConfig
 from linspec.train.linearize import linearize
@@ -306,12 +311,21 @@ def test_what_cannot_be_json_is_named() -> None:
 
 
 @pytest.mark.parametrize("stored", ["[]", '{"1": -1}', '{"1": "x"}', "{}", '{"0": 1.0}'])
-def test_a_damaged_cost_curve_is_measured_again(stored: str, tmp_path: Path) -> None:
-    (tmp_path / "c.json").write_text(stored)
-    assert _stored(tmp_path / "c.json") is None
-    (tmp_path / "c.json").write_text('{"1": 0.5}')
-    curve = _stored(tmp_path / "c.json")
-    assert curve is not None and curve(3) == 0.5
+def test_a_damaged_cost_curve_is_measured_again(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path))
+    model, seconds = text_model("aug"), itertools.count()
+    curve = load_or_measure(model, lambda: float(next(seconds)))
+    (file,) = (tmp_path / "costs").iterdir()
+    sound = file.read_text()
+    file.write_text(stored)
+    assert load_or_measure(model, lambda: float(next(seconds))) == curve
+    assert file.read_text() == sound
+    # a sound one is believed, and nothing is measured
+    file.write_text('{"1": 0.5}')
+    monkeypatch.setattr(model, "step", None)
+    assert load_or_measure(model)(3) == 0.5
 
 
 # ---- states of interrupted runs
@@ -378,7 +392,10 @@ def test_a_group_and_span_whose_product_needs_64_bits_decode_as_a_cache_does() -
         model = Decoder(config).to_inference()
         state = model.new_state(1)
         if model.native is not None and mixer.group == 2**16:
-            model.native._layers[0].span = 2**16
+            # more than a configuration allows
+            plan = step_plan(model)
+            wide = replace(plan.layers[0], attention=AttentionPlan(group=2**16, span=2**16))
+            model.native = OneCall(CpuStep(replace(plan, layers=(wide,))))
         model.step([StepInput(0, [1, 2, 3])], state)
         state.commit(0, range(3))
         outputs.append(model.step([StepInput(0, [4])], state).logits)
@@ -392,13 +409,11 @@ def test_numbers_that_the_c_side_cannot_hold_are_not_cut_off() -> None:
 
 
 def test_a_packed_layer_of_other_tensors_never_reaches_c() -> None:
-    layer = NativeLinear(INT8, 4, 8, torch.zeros(1, 8, 32, 4, dtype=torch.uint8), torch.zeros(32))
-    layer.struct()
-    layer._struct = None
+    codes = torch.zeros(1, 8, 32, 4, dtype=torch.uint8)
+    NativeLinear(INT8, 4, 8, codes, torch.zeros(32)).struct()
     for scales in (None, torch.zeros(4), torch.zeros(32, dtype=torch.uint8), torch.zeros(64)[::2]):
-        layer.scales = scales
         with pytest.raises(StateError, match="scales of a layer of 4 outputs"):
-            layer.struct()
+            NativeLinear(INT8, 4, 8, codes, scales).struct()
 
 
 @pytest.mark.parametrize("value", [1e-42, 1e-38, float("nan"), float("inf"), 3e38])

@@ -10,6 +10,7 @@ import torch
 from helpers import random_tokens, tiny_model
 from test_engine import DRAFTERS, PROMPTS, SLOTS, decode, outputs, random_heads
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain, from_paths
@@ -128,7 +129,7 @@ def test_a_tree_deeper_than_asked_is_refused() -> None:
 
     model = tiny_model("aug")
     engine = Engine(model, verifier=LosslessVerifier(), drafter=Deep(), policy=Fixed(3), slots=1)
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=3))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=3)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError)
@@ -146,7 +147,7 @@ def test_a_policy_that_plans_numbers_is_told_what_a_plan_is() -> None:
     engine = Engine(
         model, verifier=LosslessVerifier(), drafter=PromptLookup(), policy=Numbers(), slots=1
     )
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=3))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=3)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError) and r"planned 4; a plan is a Budget" in str(

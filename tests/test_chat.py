@@ -16,7 +16,6 @@ import linspec
 from linspec.checkpoints.dtype import pick_dtype
 from linspec.checkpoints.hub import save_model
 from linspec.cli import app
-from linspec.cli import chat as chat_verb
 from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Piece
 from linspec.errors import ConfigError, ContextOverflow, InputError, LinspecError, WrongType
@@ -258,7 +257,9 @@ def test_lines_that_are_not_utf8_are_named(talker: Path) -> None:
     assert "not UTF-8" in result.stderr
 
 
-def test_ctrl_c_between_answers_says_how_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_between_answers_says_how_to_leave(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Terminal:
         closed = False
         answers = iter([KeyboardInterrupt(), "hello\n", ""])
@@ -273,20 +274,12 @@ def test_ctrl_c_between_answers_says_how_to_leave(monkeypatch: pytest.MonkeyPatc
             return found
 
     monkeypatch.setattr("sys.stdin", Terminal())
-    assert list(chat_verb._lines()) == ["hello\n"]
-
-
-def test_the_old_flag_of_caches_still_works() -> None:
-    base = ("generate", str(model_dir("softmax")), "--prompt", "ab cd", "--max-tokens", "5")
-    outputs = {
-        flags: CliRunner().invoke(app, [*base, *flags]).stdout
-        for flags in (
-            ("--kv", "int8"),
-            ("--kv-cache-dtype", "int8"),
-            ("--kv", "float"),
-            ("--kv-cache-dtype", "auto"),
-            (),
-        )
-    }
-    assert outputs["--kv", "int8"] == outputs["--kv-cache-dtype", "int8"] != ""
-    assert outputs["--kv", "float"] == outputs["--kv-cache-dtype", "auto"] == outputs[()] != ""
+    with pytest.raises(SystemExit) as end:
+        app(["chat", str(talker), "--max-tokens", "3"])
+    assert not end.value.code
+    shown = capsys.readouterr()
+    # once at the start, once after Ctrl-C; then the message is answered
+    assert shown.err.count("/quit ends") == 2
+    hello = [{"role": "user", "content": "hello"}]
+    (expected,) = LLM(talker).chat(hello, SamplingParams(max_tokens=3))
+    assert shown.out == expected.text + "\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import VOCAB, full_logits, random_tokens, random_tree, randomise, tiny_model
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
@@ -97,7 +98,7 @@ def decode(
     )
     if isinstance(params, SamplingParams):
         params = [params] * len(prompts)
-    asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
+    asked = [engine.add(Request(tuple(p), each)) for p, each in zip(prompts, params, strict=True)]
     done: dict[int, RunningSequence] = {}
     while engine.busy:
         for emitted in engine.step():
@@ -272,12 +273,12 @@ def test_cancelling_leaves_the_engine_usable() -> None:
     drafter = DRAFTERS["itself"](model)
     engine = Engine(model, verifier=LosslessVerifier(), drafter=drafter, policy=Fixed(4), slots=2)
     for prompt in PROMPTS:
-        engine.submit(prompt, SamplingParams(max_tokens=30))
+        engine.add(Request(tuple(prompt), SamplingParams(max_tokens=30)))
     for _ in range(3):
         engine.step()
     engine.cancel()
     assert not engine.busy
-    engine.submit(PROMPTS[3], GREEDY[3])
+    engine.add(Request(tuple(PROMPTS[3]), GREEDY[3]))
     tokens: list[int] = []
     while engine.busy:
         tokens += [token for emitted in engine.step() for token in emitted.tokens]
@@ -288,7 +289,7 @@ def test_bad_prompts_are_refused_at_once() -> None:
     engine = Engine(tiny_model("aug"), verifier=LosslessVerifier())
     for prompt, message in (([], "no tokens"), ([VOCAB], str(VOCAB)), ([-1], "-1")):
         with pytest.raises(InputError, match=message):
-            engine.submit(prompt, SamplingParams())
+            engine.add(Request(tuple(prompt), SamplingParams()))
     assert not engine.busy
 
 
@@ -296,7 +297,7 @@ def test_seconds_come_from_the_clock_that_was_given() -> None:
     ticks = iter(range(1000))
     model = tiny_model("aug")
     engine = Engine(model, verifier=LosslessVerifier(), clock=lambda: float(next(ticks)))
-    engine.submit(PROMPTS[0], SamplingParams(max_tokens=4))
+    engine.add(Request(tuple(PROMPTS[0]), SamplingParams(max_tokens=4)))
     rows = [emitted.sequence for _ in range(4) for emitted in engine.step()]
     assert rows[0].stats.prefill_seconds == 3.0
     assert rows[0].stats.decode_seconds == 9.0

@@ -12,6 +12,8 @@ from helpers import VOCAB, random_tokens, tiny_model
 from test_engine import RandomTrees, random_heads
 
 from linspec.decoding.accepted import Accepted
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput, StepOutput
@@ -19,7 +21,7 @@ from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import LookupOptions, PromptLookup
-from linspec.engine.engine import Emitted, Engine
+from linspec.engine.engine import Engine
 from linspec.errors import DrafterError, InputError
 from linspec.models.decoder import Decoder
 from linspec.policies.base import Policy, RoundTimes
@@ -83,6 +85,8 @@ class HostileDrafter(Drafter):
         self.faults.at("drafter", row)
 
     def started(self, row: RunningSequence) -> None:
+        row.sampler = HostileSampler(row.params, row.tokens, VOCAB)
+        row.sampler.faults, row.sampler.request = self.faults, row.request
         self.inner.started(row)
         self.faults.at("started", row)
 
@@ -195,14 +199,10 @@ class Run:
             prefill_tokens=prefill_tokens,
         )
         self.tokens: dict[int, list[int]] = {}
-        self.ends: dict[int, Emitted] = {}
+        self.ends: dict[int, Outcome] = {}
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, faults: Faults) -> None:
-        request = self.engine.submit(prompt, params)
-        row = self.engine.scheduler._waiting[-1]
-        row.sampler = HostileSampler(params, prompt, VOCAB)
-        row.sampler.faults, row.sampler.request = faults, request
-        self.tokens[request] = []
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        self.tokens[self.engine.add(Request(tuple(prompt), params))] = []
 
     def finish(self) -> None:
         while self.engine.busy:
@@ -242,8 +242,8 @@ def alone(
     place = (key, name, prompt, *(getattr(params, f) for f in ("max_tokens", "temperature")))
     place = (*place, params.repetition_penalty, params.seed)
     if place not in known:
-        run = Run(model, name, nothing := Faults({}), 512)
-        run.submit(PROMPTS[prompt], params, nothing)
+        run = Run(model, name, Faults({}), 512)
+        run.submit(PROMPTS[prompt], params)
         run.finish()
         (known[place],) = run.tokens.values()
     return known[place]
@@ -263,7 +263,7 @@ def check_history(seed: int, models: dict[str, Decoder], known: Alone) -> tuple[
     faults = Faults(planted)
     run = Run(models[key], name, faults, rng.choice((3, 512)))
     for prompt, params in asked:
-        run.submit(PROMPTS[prompt], params, faults)
+        run.submit(PROMPTS[prompt], params)
     run.finish()
     assert sorted(run.engine.scheduler.free) == list(range(SLOTS))
     assert not any(run.engine.state.staged(slot) for slot in range(SLOTS))
@@ -296,7 +296,7 @@ def test_a_failure_once_left_the_step_half_committed(
     faults = Faults({2: (place, 1 if place not in ("open", "started", "finished") else 0)})
     run, params = Run(models["aug"], "itself", faults, 512), SamplingParams(max_tokens=12)
     for prompt in (1, 2, 3):
-        run.submit(PROMPTS[prompt], params, faults)
+        run.submit(PROMPTS[prompt], params)
     run.finish()
     known: Alone = {}
     for request, prompt in ((1, 1), (2, 2), (3, 3)):
@@ -311,7 +311,7 @@ def test_placing_that_raised_once_lost_its_slot_for_good(models: dict[str, Decod
     faults = Faults(dict.fromkeys(range(1, 8), ("open", 0)))
     run, params = Run(models["aug"], "lookup", faults, 512), SamplingParams(max_tokens=3)
     for _ in range(8):
-        run.submit(PROMPTS[1], params, faults)
+        run.submit(PROMPTS[1], params)
     run.finish()
     assert [type(run.ends[n].error) for n in range(1, 9)] == [Planted] * 7 + [type(None)]
     assert sorted(run.engine.scheduler.free) == list(range(SLOTS))
@@ -340,7 +340,7 @@ def test_a_tree_that_would_harm_the_step_is_refused(
     engine = Engine(
         models["aug"], verifier=LosslessVerifier(), drafter=Bad(), policy=Fixed(4), slots=1
     )
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert isinstance(end.error, DrafterError) and message in str(end.error)
@@ -352,7 +352,7 @@ def test_too_few_answers_of_a_plug_in_are_named(what: str, models: dict[str, Dec
     part, method = (policy, "plan") if what == "policy" else (drafter, "propose")
     setattr(part, method, lambda *_: [])
     engine = Engine(models["aug"], verifier=LosslessVerifier(), drafter=drafter, policy=policy)
-    engine.submit(PROMPTS[1], SamplingParams(max_tokens=9))
+    engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
     assert f"the {what} answered 0 times for 1 requests" in str(end.error)
@@ -367,7 +367,10 @@ def test_a_request_that_bans_everything_ends_and_the_others_go_on(
     bans = dict.fromkeys(range(VOCAB), float("-inf"))
     banned = SamplingParams(max_tokens=6, temperature=temperature, logit_bias=bans)
     engine = Engine(models["aug"], verifier=LosslessVerifier(), slots=2)
-    good = [engine.submit(PROMPTS[2], params), engine.submit(PROMPTS[2], banned)][0]
+    good = [
+        engine.add(Request(tuple(PROMPTS[2]), params)),
+        engine.add(Request(tuple(PROMPTS[2]), banned)),
+    ][0]
     tokens: list[int] = []
     while engine.busy:
         for item in engine.step():

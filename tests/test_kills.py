@@ -16,9 +16,15 @@ from kill_writer import save
 from linspec.checkpoints.hub import load_model
 from linspec.utils.files import is_leftover
 
+# a busy machine may hit no writer in the middle of a model: then this many times as many are killed
+PATIENCE = 10
+
 
 def kill_writers(out: Path, mode: str, kills: int) -> tuple[int, int]:
-    """Kill writers of `out` at random moments and load after each; returns (models seen, leftovers)."""
+    """Kill writers of `out` at random moments and load after each; returns (models seen, leftovers).
+
+    At least `kills`, and more until models were replaced meanwhile and a writer was hit in one.
+    """
     rng, seen, left = random.Random(0), set(), 0
     script = str(Path(__file__).with_name("kill_writer.py"))
     with subprocess.Popen(
@@ -29,7 +35,9 @@ def kill_writers(out: Path, mode: str, kills: int) -> tuple[int, int]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        for _ in range(kills):
+        for done in range(PATIENCE * kills):
+            if done >= kills and len(seen) > 1 and left > 0:
+                break
             print(file=process.stdin, flush=True)
             writer, seconds = process.stdout.readline().split()
             time.sleep(rng.uniform(0, 3) * float(seconds))

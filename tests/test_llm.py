@@ -135,12 +135,15 @@ def test_leaving_a_stream_early_frees_the_engine(plain: LLM) -> None:
     assert again[0].token_ids == expected[0].token_ids
 
 
-def test_a_second_stream_at_the_same_time_is_refused(plain: LLM) -> None:
-    first = plain.stream(PROMPTS, SamplingParams(max_tokens=5))
-    next(first)
-    with pytest.raises(ConfigError, match="still streaming"):
-        plain.generate(PROMPTS[0])
-    assert sum(piece.done is not None for piece in first) == len(PROMPTS)
+def test_a_call_in_the_middle_of_a_stream_takes_nothing_from_it(plain: LLM) -> None:
+    params = SamplingParams(max_tokens=5)
+    alone = [each.token_ids for each in plain.generate(PROMPTS, params)]
+    first = plain.stream(PROMPTS, params)
+    seen = [next(first)]
+    assert plain.generate(PROMPTS[0], params)[0].token_ids == alone[0]
+    seen += first
+    found = [[t for p in seen if p.index == i for t in p.token_ids] for i in range(len(PROMPTS))]
+    assert [tuple(each) for each in found] == alone
 
 
 def test_a_bad_request_among_good_ones_leaves_nothing_behind(plain: LLM) -> None:

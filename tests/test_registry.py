@@ -20,6 +20,7 @@ import linspec
 from linspec import DRAFTERS, LLM, MIXERS, POLICIES, VERIFIERS
 from linspec.cli.plugins import catalogue
 from linspec.drafters import DrafterContext, make_drafter
+from linspec.drafters.base import Drafter
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.errors import ConfigError, DrafterError, WrongType
 from linspec.policies import make_policy
@@ -193,6 +194,8 @@ def test_a_policy_was_once_checked_only_where_a_drafter_needed_it() -> None:
         ("aut", "did you mean 'auto'"),
         ("fixed:node=3", "did you mean 'nodes'"),
         (-1, "draft nodes must be 0 or more, got -1"),
+        (64, "a tree holds at most 63 draft nodes, got 64"),
+        ("fixed:1000", "a tree holds at most 63 draft nodes, got 1000; ask for fewer, or for auto"),
         (True, "nodes must be a whole number"),
         (10**30, "nodes must be a whole number"),
     ):
@@ -261,11 +264,11 @@ def test_plug_ins_of_other_packages_are_loaded_and_broken_ones_named(
     outside: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.syspath_prepend(outside)
-    monkeypatch.setattr(DRAFTERS, "_entries", dict(DRAFTERS._entries))
-    monkeypatch.setattr(DRAFTERS, "_broken", {})
-    monkeypatch.setattr(DRAFTERS, "_looked_outside", False)
+    drafters: Registry[Drafter] = Registry("drafter", "linspec.drafters")
+    drafters.register("medusa", summary="of the tree", paper="-")(DRAFTERS["medusa"])
+    monkeypatch.setattr(linspec, "DRAFTERS", drafters)
     with caplog.at_level(logging.WARNING, "linspec"):
-        assert "outside" in DRAFTERS.names() and "medusa" in DRAFTERS
+        assert "outside" in drafters.names() and "medusa" in drafters
     assert len(caplog.messages) == 4
     for name, message in (
         ("broken", "'broken' of package 'guests' cannot be used: RuntimeError: .*another version"),
@@ -274,7 +277,7 @@ def test_plug_ins_of_other_packages_are_loaded_and_broken_ones_named(
         ("doubled", "'medusa' is registered twice"),
     ):
         with pytest.raises(ConfigError, match=message):
-            DRAFTERS.read(name)
+            drafters.read(name)
     for module in MODULES:
         sys.modules.pop(f"guest_{module}", None)
 

@@ -20,6 +20,8 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
+from linspec.decoding.outcome import raise_first
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, from_paths
@@ -28,7 +30,7 @@ from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
-from linspec.engine.engine import Engine, raise_first
+from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
@@ -130,7 +132,7 @@ def decode(
         slots=SLOTS,
         prefill_tokens=prefill_tokens,
     )
-    asked = [engine.submit(p, each) for p, each in zip(prompts, params, strict=True)]
+    asked = [engine.add(Request(tuple(p), each)) for p, each in zip(prompts, params, strict=True)]
     done: dict[int, RunningSequence] = {}
     while engine.busy:
         emitted = engine.step()
@@ -342,6 +344,8 @@ def test_a_processor_may_write_into_what_it_is_given() -> None:
     [
         (None, WrongType),
         (torch.zeros(2), WrongType),
+        (torch.zeros(3, dtype=torch.int64), WrongType),
+        (torch.ones(3, dtype=torch.bool), WrongType),
         (torch.full((3,), math.nan), InputError),
         (torch.full((3,), math.inf), InputError),
         (torch.full((3,), -math.inf), InputError),

@@ -61,8 +61,9 @@ class _Session(Session):
 
     def open(self, prompts: Prompts) -> float:
         """Read as many tokens of text instead: drafters live on what text is like."""
+        from linspec.decoding.outcome import raise_first
+        from linspec.decoding.request import Request
         from linspec.decoding.sampling import SamplingParams
-        from linspec.engine.engine import raise_first
 
         engine = self.llm.engine
         engine.cancel()
@@ -70,7 +71,7 @@ class _Session(Session):
         for prompt in prompts:
             # another prompt is another place
             begin = prompt[0] % _PLACES * len(prompt)
-            engine.submit(self.text[begin : begin + len(prompt)], params)
+            engine.add(Request(tuple(self.text[begin : begin + len(prompt)]), params))
 
         def read() -> None:
             for _ in range(-(-len(prompts[0]) // 512)):
@@ -80,7 +81,7 @@ class _Session(Session):
 
     def decode(self, tokens: int) -> list[float]:
         """A mean for all tokens: rounds emit several at once."""
-        from linspec.engine.engine import raise_first
+        from linspec.decoding.outcome import raise_first
 
         found: list[Any] = []
 

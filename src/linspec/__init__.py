@@ -22,12 +22,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from linspec.checkpoints.hub import load, load_model, load_tokenizer, save_model
+    from linspec.decoding.outcome import Outcome
+    from linspec.decoding.request import Request
     from linspec.decoding.sampling import SamplingParams
     from linspec.decoding.sequence import RunningSequence
+    from linspec.decoding.step import StepInput, Want
+    from linspec.decoding.target import Target
     from linspec.decoding.tree import Budget, TokenTree
     from linspec.drafters import DRAFTERS, ChainDrafter, Drafter, DrafterContext
+    from linspec.engine.loops import LOOPS, GenerationLoop, LoopContext
     from linspec.engine.results import Generation, Piece
-    from linspec.errors import LinspecError, StateError
+    from linspec.engine.scheduler import Batch
+    from linspec.errors import ConfigError, LinspecError, StateError
     from linspec.evaluate.quantize import quantize
     from linspec.llm import LLM
     from linspec.mixers import MIXERS, Mixer
@@ -38,39 +44,52 @@ if TYPE_CHECKING:
     from linspec.state.slots import SlotStates, StateSnapshot
     from linspec.train.drafter import train_drafter
     from linspec.train.linearize import linearize
+    from linspec.train.linearize_recipe import LinearizeRecipe
     from linspec.train.pretrain import pretrain
     from linspec.utils.options import option
     from linspec.verifiers import VERIFIERS, Verifier
 
     __version__: str
+    """The installed version; '0+unknown' for a source tree that is not installed."""
 
 __all__ = [
     "DRAFTERS",
     "LLM",
+    "LOOPS",
     "MIXERS",
     "POLICIES",
     "STATES",
     "VERIFIERS",
+    "Batch",
     "Budget",
     "ChainDrafter",
+    "ConfigError",
     "Drafter",
     "DrafterContext",
     "EntrySpec",
     "Generation",
+    "GenerationLoop",
     "LayerState",
+    "LinearizeRecipe",
     "LinspecError",
+    "LoopContext",
     "Mixer",
+    "Outcome",
     "Piece",
     "Policy",
     "PolicyContext",
+    "Request",
     "RunningSequence",
     "SamplingParams",
     "SlotStates",
     "StateError",
     "StateOptions",
     "StateSnapshot",
+    "StepInput",
+    "Target",
     "TokenTree",
     "Verifier",
+    "Want",
     "__version__",
     "linearize",
     "load",
@@ -84,32 +103,43 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DRAFTERS": "linspec.drafters",
-    "LLM": "linspec.llm",
-    "MIXERS": "linspec.mixers",
-    "POLICIES": "linspec.policies",
-    "STATES": "linspec.state.registry",
-    "VERIFIERS": "linspec.verifiers",
+    "Batch": "linspec.engine.scheduler",
     "Budget": "linspec.decoding.tree",
     "ChainDrafter": "linspec.drafters",
+    "ConfigError": "linspec.errors",
+    "DRAFTERS": "linspec.drafters",
     "Drafter": "linspec.drafters",
     "DrafterContext": "linspec.drafters",
     "EntrySpec": "linspec.state.entries",
     "Generation": "linspec.engine.results",
+    "GenerationLoop": "linspec.engine.loops",
+    "LLM": "linspec.llm",
+    "LOOPS": "linspec.engine.loops",
     "LayerState": "linspec.state.contract",
+    "LinearizeRecipe": "linspec.train.linearize_recipe",
     "LinspecError": "linspec.errors",
+    "LoopContext": "linspec.engine.loops",
+    "MIXERS": "linspec.mixers",
     "Mixer": "linspec.mixers",
+    "Outcome": "linspec.decoding.outcome",
+    "POLICIES": "linspec.policies",
     "Piece": "linspec.engine.results",
     "Policy": "linspec.policies",
     "PolicyContext": "linspec.policies",
+    "Request": "linspec.decoding.request",
     "RunningSequence": "linspec.decoding.sequence",
+    "STATES": "linspec.state.registry",
     "SamplingParams": "linspec.decoding.sampling",
     "SlotStates": "linspec.state.slots",
     "StateError": "linspec.errors",
     "StateOptions": "linspec.state.contract",
     "StateSnapshot": "linspec.state.slots",
+    "StepInput": "linspec.decoding.step",
+    "Target": "linspec.decoding.target",
     "TokenTree": "linspec.decoding.tree",
+    "VERIFIERS": "linspec.verifiers",
     "Verifier": "linspec.verifiers",
+    "Want": "linspec.decoding.step",
     "linearize": "linspec.train.linearize",
     "load": "linspec.checkpoints.hub",
     "load_model": "linspec.checkpoints.hub",

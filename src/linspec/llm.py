@@ -20,18 +20,21 @@ from linspec.checkpoints.dtype import pick_dtype
 from linspec.checkpoints.hub import load_causal_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.protocols import CausalModel
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
 from linspec.engine.encoding import Conversation, TextEncoder, as_conversations
-from linspec.engine.engine import FAILED, Emitted, Engine
+from linspec.engine.engine import Engine
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
-from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
+from linspec.engine.streams import EngineStreams, Stream
+from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
-from linspec.models.t5 import T5
+from linspec.models.model_types import loop_of
 from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -46,18 +49,34 @@ __all__ = ["LLM", "Generation", "Piece"]
 class LLM:
     """A model with its tokenizer, a drafter, a verifier and a policy.
 
-    model: a directory, 'embedded-softmax', 'embedded-aug', or a loaded model (then give `tokenizer`).
-    An encoder-decoder reads its prompts and answers them.
-    drafter: 'none', NAME or NAME:key=value,… of `linspec list`, such as 'prompt-lookup:max_ngram=3',
-    'medusa' or 'draft-model:DIR', or a Drafter. verifier: 'lossless' (greedy requests are verified
-    greedily), 'greedy', 'typical' (lossy) or a Verifier. policy: 'auto', a number of draft nodes, or a
-    Policy. max_batch: sequences that run at
-    once. A loaded model is turned into its inference form, in place. quantize: 8 or 4 bits for the
-    weights of a model directory, made as it is loaded (CPU only). device: 'cpu', 'cuda' or 'auto'.
-    dtype: what a model directory computes in, 'float32', 'bfloat16', a torch.dtype or 'auto': float32 on
-    a CPU, that of the weights on a GPU. kv_cache_dtype: 'auto' keeps the caches of softmax layers in that
-    dtype, 'int8' in about a quarter of the memory; `kv` is its old name. max_model_len: most tokens of a
-    prompt and its output. Raises CheckpointError, DrafterError or ConfigError before any long work.
+    An encoder-decoder (T5) reads each prompt as its source and writes the answer.
+
+    Args:
+        model: a model directory, a GGUF file, 'embedded-softmax', 'embedded-aug', or a loaded model of
+            linspec. A loaded model becomes its inference form, in place.
+        tokenizer: needed with a loaded model; None takes that of the directory.
+        drafter: 'none', a spec of `linspec list` such as 'prompt-lookup:max_ngram=3', or a Drafter.
+        verifier: 'lossless', 'greedy', 'typical' (lossy), a spec or a Verifier.
+        policy: 'auto', a fixed number of draft nodes, a spec or a Policy.
+        max_batch: most sequences that run at once.
+        prefill_tokens: most prompt tokens of one step.
+        device: 'cpu', 'cuda' or 'auto'.
+        dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
+            'auto', which is float32 on a CPU and the dtype of the weights on a GPU.
+        quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
+        kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
+            of the memory.
+        max_model_len: most tokens of a prompt and its output together; None for the model's limit.
+        loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
+        kv: the old name of `kv_cache_dtype`.
+
+    Any number of calls may be under way, in one thread or several: their sequences share the steps.
+
+    Raises:
+        CheckpointError: a file of the model is missing or damaged.
+        DrafterError: the drafter does not fit the model.
+        ConfigError: a setting breaks a rule. All of these come before any long work.
+        WrongType: `model` is neither a name, a path nor a model of linspec.
     """
 
     def __init__(
@@ -75,6 +94,7 @@ class LLM:
         quantize: int | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
+        loop: str = "auto",
         kv: str | None = None,
     ) -> None:
         check_fork()
@@ -103,7 +123,6 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)
-        self.max_model_len = self._longest(max_model_len)
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
@@ -115,26 +134,22 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
-            kv=kept,
+            kv_cache_dtype=kept,
+            max_model_len=max_model_len,
+            loop=loop_of(self.model) if loop == "auto" else loop,
         )
-
-    def _longest(self, max_model_len: int | None) -> int | None:
-        if max_model_len is None:
-            return None
-        # a prompt and a new token
-        check_size("max_model_len", max_model_len, least=2)
-        limit = self.model.config.position_limit
-        if limit is not None and max_model_len > limit:
-            raise ConfigError(
-                f"max_model_len must be at most {limit}, the positions of this model, got {max_model_len}; "
-                "lower it, or linearize the model: linear mixers have no such limit"
-            )
-        return max_model_len
+        self.streams = EngineStreams(self.engine)
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt; raises InputError for an empty one or text that is not Unicode.
+        """Token ids of one prompt.
 
-        add_special_tokens: put those around a text that the tokenizer puts there, such as a beginning.
+        Args:
+            prompt: a text, or token ids, which come back checked.
+            add_special_tokens: add what the tokenizer puts around a text, such as a start token.
+
+        Raises:
+            InputError: the prompt is empty, is not valid Unicode, or names a token outside the vocabulary.
+            WrongType: the prompt is neither a text nor a list of whole numbers.
         """
         return self.encoder.encode(prompt, special=add_special_tokens)
 
@@ -147,9 +162,19 @@ class LLM:
         add_generation_prompt: bool = True,
         return_errors: bool = False,
     ) -> list[Generation]:
-        """Answer a conversation or several, as the chat template of the tokenizer writes them.
+        """Answer one conversation or several; results in their order.
 
-        messages: dicts with 'role' and 'content'. Raises ConfigError for a tokenizer without template.
+        Args:
+            messages: dicts with 'role' and 'content', or a list of such conversations.
+            params: for all conversations, or one for each; None takes the defaults.
+            chat_template: a Jinja template; None takes that of the tokenizer.
+            add_generation_prompt: begin the answer of the model at the end of the conversation.
+            return_errors: as in `generate`.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template and none was given.
+            InputError: the template refuses the messages.
+            WrongType: the messages are no list of dicts with a role.
         """
         prompts = [
             self.encoder.chat(each, template=chat_template, answer=add_generation_prompt)
@@ -166,8 +191,20 @@ class LLM:
     ) -> list[Generation]:
         """Finish every prompt; results in the order of the prompts.
 
-        One that fails takes nothing from the others. When all have ended, its error is raised, or with
-        `return_errors` is part of its result.
+        A request that fails changes nothing for the others.
+
+        Args:
+            prompts: one prompt or several, each a text or token ids.
+            params: for all prompts, or one for each; None takes the defaults.
+            return_errors: put the error of a failed request into its result (`Generation.error`). Without
+                it the first error is raised when all requests have ended.
+
+        Raises:
+            InputError: a prompt cannot be used, or there is none.
+            WrongType: a prompt or parameter is of a type that can never be used.
+            ContextOverflow: a prompt is longer than the model or `max_model_len` allows.
+            ConfigError: the numbers of prompts and parameters differ, or another call is still streaming.
+            StateError: the process was forked while another thread used this LLM.
         """
         return joined(self.stream(prompts, params, return_errors=return_errors))
 
@@ -178,59 +215,58 @@ class LLM:
         *,
         return_errors: bool = False,
     ) -> Iterator[Piece]:
-        """Pieces of text as they are decided, of all prompts and sequences as they come.
+        """Pieces of text of all sequences, in the order in which the model decides them.
 
-        Leaving the loop early (or Ctrl-C) cancels what is left. The last piece of a prompt that failed
-        has a `done` with its error; when all have ended the first such error is raised, unless
-        `return_errors`.
+        If the loop ends early, also by Ctrl-C, the requests that still run are cancelled. The last piece of
+        a sequence has `done`, which holds the error if its request failed.
+
+        Args:
+            prompts: as in `generate`.
+            params: as in `generate`.
+            return_errors: do not raise the first error when all requests have ended.
+
+        Raises:
+            LinspecError: as in `generate`, at the first piece.
         """
         self.engine.check_process()
-        requests = self._requests(prompts, params)
-        self._check_idle()
-        by_row: dict[int, Collector] = {}
+        collectors = self._collectors(prompts, params)
         errors: list[Exception] = []
-        try:
-            for request in requests:
-                by_row[self.engine.submit(request.prompt, request.params)] = request
-            while self.engine.busy:
-                for emitted in self.engine.step():
-                    piece = self._piece(by_row[emitted.sequence.request], emitted)
-                    if piece.done is not None and piece.done.error is not None:
-                        errors.append(piece.done.error)
-                    yield piece
-        finally:
-            self.engine.cancel()
+        with self.streams.open(each[0].request for each in collectors) as stream:
+            known = dict(zip(stream.requests, collectors, strict=True))
+            for outcome in stream:
+                sequence = outcome.sequence
+                collector = known[sequence.request][sequence.index]
+                piece = self._piece(collector, outcome, stream)
+                if piece.done is not None and piece.done.error is not None:
+                    errors.append(piece.done.error)
+                yield piece
         if errors and not return_errors:
             raise errors[0]
 
-    def _piece(self, request: Collector, emitted: Emitted) -> Piece:
-        """What `emitted` is for the caller; a sequence that has ended for the caller is retired."""
+    def _piece(self, collector: Collector, outcome: Outcome, stream: Stream) -> Piece:
+        """What `outcome` is for the caller; a sequence that has ended for the caller is dropped."""
         try:
-            piece = request.take(emitted)
+            piece = collector.take(outcome)
         except Exception as error:
-            piece = request.failed(emitted.sequence, error)
+            piece = collector.failed(outcome.sequence, error)
         if piece.done is None:
             return piece
-        late = self.engine.retire(emitted.sequence)
+        late = stream.drop(outcome.sequence)
         if late is None or piece.done.error is not None:
             return piece
         return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))
 
-    def _check_idle(self) -> None:
-        if self.engine.busy:
-            raise ConfigError(
-                "this LLM is still streaming another call; finish or close that one first, or give "
-                "all prompts in one call"
-            )
-
-    def _requests(
+    def _collectors(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[Collector]:
+    ) -> list[list[Collector]]:
+        """What collects the sequences of each prompt; raises before any of them is queued."""
         given = as_prompts(prompts)
         if not given:
             raise InputError("no prompts were given")
+        if params is not None and any(isinstance(each, Request) for each in given):
+            raise ConfigError("a Request has its own sampling parameters; leave out params")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(given)
         if not isinstance(params, Sequence) or not all(
@@ -242,37 +278,24 @@ class LLM:
                 f"{len(params)} sampling parameters for {len(given)} prompts; give one for all, or one "
                 "for each"
             )
-        return [
-            request
+        requests = [
+            self._request(index, prompt, each)
             for index, (prompt, each) in enumerate(zip(given, params, strict=True))
-            for request in self._sequences(index, self.encode(prompt), each)
         ]
+        return [self._sequences(index, request) for index, request in enumerate(requests)]
 
-    def _sequences(self, index: int, prompt: list[int], params: SamplingParams) -> list[Collector]:
-        """The sequences of one request."""
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
+        """What the engine is asked for; raises ContextOverflow where there is no room for it."""
+        asked = prompt if isinstance(prompt, Request) else Request((), params)
+        params = asked.params
         if params.bad_words:
             params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
-        params = self._within_length(index, len(prompt), params)
-        continues = not isinstance(self.model, T5)
-        return [
-            Collector((index, i), self.tokenizer, prompt, each, continues=continues)
-            for i, each in enumerate(params.sequences())
-        ]
+        request = replace(asked, prompt=tuple(self.encode(prompt)), params=params)
+        return self.engine.limits.fitted(request, f"prompt {index}")
 
-    def _within_length(self, index: int, size: int, params: SamplingParams) -> SamplingParams:
-        """`params` with no more tokens than there is room for; raises ContextOverflow where none is."""
-        limit = self.model.config.position_limit
-        if limit is not None and size > limit:
-            raise ContextOverflow(
-                f"prompt {index} has {size} tokens, this model takes {limit}; shorten it, or linearize "
-                "the model: linear mixers have no such limit"
-            )
-        if self.max_model_len is None:
-            return params
-        room = self.max_model_len - size
-        if room < max(1, params.min_tokens):
-            raise ContextOverflow(
-                f"prompt {index} has {size} tokens and asks for {max(1, params.min_tokens)} more at least; "
-                f"max_model_len is {self.max_model_len}: shorten the prompt or raise max_model_len"
-            )
-        return replace(params, max_tokens=min(params.max_tokens, room))
+    def _sequences(self, index: int, request: Request) -> list[Collector]:
+        continues = self.model.continues_prompt
+        return [
+            Collector((index, i), self.tokenizer, request, each, continues=continues)
+            for i, each in enumerate(request.params.sequences())
+        ]

@@ -10,11 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linspec.errors import CheckpointError
 from linspec.utils.files import replace_text
-
-# of the file, not of what was measured; records without one are of version 0.1.0
-FORMAT = 1
+from linspec.utils.format_version import check_format, stamped
 
 Record = dict[str, Any]
 
@@ -32,7 +29,7 @@ class Cells:
 
     def write(self, key: str, record: Record) -> None:
         """Keep a record."""
-        text = json.dumps({"format": FORMAT, **record}, indent=1, ensure_ascii=False)
+        text = json.dumps(stamped(record), indent=1, ensure_ascii=False)
         replace_text(self.folder / f"{key}.json", text + "\n")
 
     def all(self, prefix: str = "") -> Iterator[Record]:
@@ -50,10 +47,5 @@ def _read(path: Path) -> Record | None:
         return None
     if not isinstance(record, dict):
         return None
-    version = record.get("format", 1)
-    if version != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {version!r}, this version reads {FORMAT}; use the linspec that "
-            "wrote it, or another --out"
-        )
+    check_format(record, path)
     return record

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from linspec.cli.checks import real, whole
-from linspec.cli.console import guarded, place_on, print_json, quiet_stdout, say, sources
+from linspec.cli.console import guarded, place_on, print_json, quiet_stdout, say
 from linspec.cli.options import Data, Json, RecallShare, Threads
 from studies.lib.command import AGAIN, called, command
 from studies.linearized_llm.plan import MODULE
@@ -65,7 +65,7 @@ def study(
         plan = make_plan(
             out,
             teacher=teacher,
-            data=sources(data),
+            data=data or ["stdlib"],
             size=size,
             budget=budget,
             tokens=tokens,

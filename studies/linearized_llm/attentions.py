@@ -81,7 +81,7 @@ def choose(row: str, part: str, size: Size, stacks: Sequence[Stack] = (DecoderCo
 @torch.no_grad()
 def in_one_call(mixer: dict[str, Any]) -> bool:
     """Whether the C library decodes with a mixer, given as JSON types, in one call a step."""
-    return _build(Choice(MixerConfig(**mixer)), DecoderConfig).native_form() is not None
+    return _build(Choice(MixerConfig(**mixer)), DecoderConfig).attention_plan() is not None
 
 
 def _arranged(base: str, kernel: str, taps: int, size: Size) -> MixerConfig:

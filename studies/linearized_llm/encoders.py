@@ -16,8 +16,9 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
 from linspec.models.config import EncoderConfig
 from linspec.train.data import train_and_heldout
-from linspec.train.encoder import EncoderTraining, linearize_encoder, paragraphs
-from linspec.train.linearize import RECORD
+from linspec.train.encoder import linearize_encoder, paragraphs
+from linspec.train.encoder_training import EncoderTraining
+from linspec.train.linearize_record import RECORD
 from linspec.train.run import begun
 from studies.linearized_llm.attentions import AUG, PLAIN, Choice, choose
 from studies.linearized_llm.grid import BackboneTable

@@ -19,8 +19,9 @@ from linspec.evaluate.recall import DISTANCES, evaluate_recall
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
+from linspec.train.linearize_record import RECORD
 from linspec.train.run import begun
 from studies.linearized_llm.table import (
     TABLES,
@@ -57,7 +58,9 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         mixer = self.mixer if isinstance(self.mixer, str) else asdict(self.mixer)
-        return {"mixer": mixer, "options": self.options}
+        # the name of 0.1.0: cells are named by the hash of their settings
+        options = {"rows" if k == "exact_tokens" else k: v for k, v in self.options.items()}
+        return {"mixer": mixer, "options": options}
 
 
 def _lolcats(span: int) -> MixerConfig:
@@ -80,14 +83,14 @@ RECIPES = (
     Recipe(
         "linspec, one softmax layer, 128 rows",
         _OURS,
-        options={"softmax_layers": 1, "rows": 128},
+        options={"softmax_layers": 1, "exact_tokens": 128},
     ),
     Recipe(
         "linspec, two softmax layers, 128 rows",
         _OURS,
-        options={"softmax_layers": 2, "rows": 128},
+        options={"softmax_layers": 2, "exact_tokens": 128},
     ),
-    Recipe("linspec, 1,024 exact rows", _OURS, options={"rows": 1024}, far=True),
+    Recipe("linspec, 1,024 exact rows", _OURS, options={"exact_tokens": 1024}, far=True),
     Recipe(
         "aug as published",
         "You et al. 2024, arXiv 2406.07368",

@@ -19,8 +19,9 @@ from linspec.evaluate.continuations import evaluate_continuations
 from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
 from linspec.train.data import end_of_text, train_and_heldout
-from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
+from linspec.train.linearize_record import RECORD
 from linspec.train.loop import TrainConfig
 from linspec.train.pretrain import Recipe, train_from_nothing
 from linspec.train.run import begun

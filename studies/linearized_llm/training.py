@@ -12,8 +12,9 @@ from linspec.evaluate.perplexity import Score, evaluate
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize import linearize
 from linspec.train.linearize_config import CLOSE_LR, LinearizeConfig
+from linspec.train.linearize_record import RECORD
 from linspec.train.run import begun
 from studies.linearized_llm.attentions import Choice
 from studies.linearized_llm.cache import shared_teacher

@@ -100,7 +100,7 @@ def test_a_generation_waits_between_rounds() -> None:
     assert pace.seconds() > 0 and seen == [0]
     pace.stopping = True
     pace.asked.release()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive() and seen == [0]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import struct
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import scratch
 from gguf_files import byte_words, packed, string, tiny, write, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linspec.checkpoints.gguf import reader as gguf_reader
 from linspec.checkpoints.gguf.config import read_config
 from linspec.checkpoints.gguf.model import load_gguf
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
@@ -32,7 +31,14 @@ SECONDS = 5.0
 
 @functools.cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="linspec-gguf-"))
+    return scratch("gguf")
+
+
+def placed(content: bytes, name: str) -> Path:
+    """A file that was renamed into its place, so that the reader knows it for another one."""
+    aside = folder() / f"{name}.new"
+    aside.write_bytes(content)
+    return aside.replace(folder() / name)
 
 
 @functools.cache
@@ -49,9 +55,7 @@ def header_bytes() -> int:
 
 def survives(content: bytes) -> bool:
     """Whether the file is read; False for an error that names it. Anything else fails the test."""
-    path = folder() / "damaged.gguf"
-    path.write_bytes(content)
-    gguf_reader._read.cache_clear()
+    path = placed(content, "damaged.gguf")
     began, error = time.process_time(), None
     try:
         file = read_gguf(path)
@@ -167,9 +171,7 @@ def array(kind: int, count: int, content: bytes = b"") -> bytes:
     ],
 )
 def test_hostile_files_are_refused_by_name(content: bytes, message: str) -> None:
-    path = folder() / "hostile.gguf"
-    path.write_bytes(content)
-    gguf_reader._read.cache_clear()
+    path = placed(content, "hostile.gguf")
     with pytest.raises(CheckpointError, match=message):
         read_gguf(path)
 

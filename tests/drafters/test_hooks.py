@@ -22,8 +22,8 @@ class Recorder(ChainDrafter):
         self.fails, self.heard = fails, list[tuple[str, int, int]]()
 
     def started(self, row: RunningSequence) -> None:
-        self.heard.append(("started", row.request, len(row.tokens)))
-        if row.request == self.fails:
+        self.heard.append(("started", row.number, len(row.tokens)))
+        if row.number == self.fails:
             raise RuntimeError("no place for it")
 
     def draft(self, rows: Sequence[RunningSequence], budgets: Sequence[int]) -> list[list[int]]:
@@ -31,10 +31,10 @@ class Recorder(ChainDrafter):
 
     def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         super().observe(row, tree, path)
-        self.heard.append(("observed", row.request, len(row.tokens)))
+        self.heard.append(("observed", row.number, len(row.tokens)))
 
     def finished(self, row: RunningSequence) -> None:
-        self.heard.append(("finished", row.request, len(row.tokens)))
+        self.heard.append(("finished", row.number, len(row.tokens)))
 
     def of(self, request: int) -> list[str]:
         return [what for what, number, _ in self.heard if number == request]

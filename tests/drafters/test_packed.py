@@ -22,14 +22,14 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads, save_heads, save_packed
 from linspec.errors import DrafterError
-from linspec.kernels import linear as linear_layers
-from linspec.kernels.cpu import linear
-from linspec.kernels.cpu import step as native_step
+from linspec.kernels import selector
+from linspec.kernels.cpu import step
 from linspec.kernels.cpu.library import Found, load
 from linspec.kernels.cpu.threads import torch_on_one_thread
-from linspec.kernels.linear import PackedLinear, Quantizer, fused_linear, integer_bits
+from linspec.models import native_linear
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import PackedLinear, Quantizer, fused_linear, integer_bits
 
 WIDTH, VOCAB = 48, 70
 CONFIG = DecoderConfig(
@@ -125,7 +125,7 @@ def test_without_the_library_torch_guesses(
     made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits or 8, {}))
     rows = list(hidden(3))
     expected = made.guess(rows, 3, 1)
-    for module in (packed, linear):
+    for module in (packed, native_linear):
         monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
     monkeypatch.setattr(packed, "HeadsCall", None)
     assert made.guess(rows, 3, 1) == expected
@@ -292,7 +292,7 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
 def test_without_the_library_a_second_drafter_was_once_refused(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (packed, linear, linear_layers, native_step):
+    for module in (packed, native_linear, selector, step):
         monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
     model = make_model()
     known = fingerprint(model)

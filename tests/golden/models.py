@@ -144,9 +144,9 @@ def _bert(name: str) -> Model:
 
 def _described(config: Any) -> Model:
     from linspec.checkpoints.matching import own_tensors
-    from linspec.models.kinds import kind_of
+    from linspec.models.model_types import of_config
 
-    kind = kind_of(config)
+    kind = of_config(config)
     built = kind.model(config)
     shapes = {name: list(tensor.shape) for name, tensor in own_tensors(built).items()}
     return {"kind": kind.name, "config": config.to_dict(), "tensors": shapes}

@@ -9,17 +9,19 @@ from linspec import LLM, SamplingParams
 PROMPTS = ("abcd end abcd end", "the end", "cd the abcd the", "x")
 
 
-def check_lossless(spec: str, mixers: tuple[str, ...] = ("aug", "softmax")) -> None:
+def check_lossless(
+    spec: str, mixers: tuple[str, ...] = ("aug", "softmax"), *, remembers: bool = True
+) -> None:
     """Output with this drafter is output without it, greedy and sampled; and what it remembers helps.
 
     Drafts that are certain leave sampled outputs as they are, with equal seeds.
     """
     for mixer in mixers:
         for batch in (1, 3):
-            _check(LLM(model_dir(mixer), drafter=spec, policy=5, max_batch=batch), mixer)
+            _check(LLM(model_dir(mixer), drafter=spec, policy=5, max_batch=batch), mixer, remembers)
 
 
-def _check(llm: LLM, mixer: str) -> None:
+def _check(llm: LLM, mixer: str, remembers: bool) -> None:
     plain = LLM(model_dir(mixer))
     for params in (
         SamplingParams(max_tokens=24, ignore_eos=True),
@@ -33,4 +35,4 @@ def _check(llm: LLM, mixer: str) -> None:
             assert [each.token_ids for each in found] == expected
         if params.ignore_eos:
             first, second = (sum(each.stats.accepted for each in found) for found in passes)
-            assert second > 0 and second >= first
+            assert not remembers or (second > 0 and second >= first)

@@ -40,7 +40,7 @@ class SuffixDrafter(ChainDrafter):
         self.known: dict[int, int] = {}
 
     def started(self, row: RunningSequence) -> None:
-        self.known[row.request] = 0
+        self.known[row.number] = 0
 
     def draft(self, rows: Sequence[RunningSequence], budgets: Sequence[int]) -> list[list[int]]:
         for row in rows:
@@ -52,7 +52,7 @@ class SuffixDrafter(ChainDrafter):
 
     def finished(self, row: RunningSequence) -> None:
         self._remember(row, len(row.tokens))
-        self.known.pop(row.request, None)
+        self.known.pop(row.number, None)
 
     def _continuation(self, tokens: Sequence[int]) -> tuple[int, ...]:
         for length in range(self.options.max_length, 0, -1):
@@ -63,10 +63,10 @@ class SuffixDrafter(ChainDrafter):
 
     def _remember(self, row: RunningSequence, until: int) -> None:
         """Enter the suffixes that end before `until`; asked twice, it has nothing left to do."""
-        for end in range(max(1, self.known.get(row.request, 0)), until):
+        for end in range(max(1, self.known.get(row.number, 0)), until):
             follower = tuple(row.tokens[end : end + DRAFTED])
             for length in range(1, min(self.options.max_length, end) + 1):
                 self.followers[tuple(row.tokens[end - length : end])] = follower
-        self.known[row.request] = max(until, self.known.get(row.request, 0))
+        self.known[row.number] = max(until, self.known.get(row.number, 0))
         while len(self.followers) > self.options.memory:
             self.followers.popitem(last=False)

@@ -11,12 +11,12 @@ from checkpoints import model_dir
 from typer.testing import CliRunner
 
 import linspec
-from guests import paged_state, suffix_drafter
+from guests import beam, client, diffusion, layer_skip, paged_state, soft_prompt, suffix_drafter
 from guests.proof import PROMPTS, check_lossless
 from linspec import DRAFTERS, LLM, LinspecError, SamplingParams
 from linspec.cli import app
 
-GUESTS = [suffix_drafter, paged_state]
+GUESTS = [beam, client, diffusion, layer_skip, paged_state, soft_prompt, suffix_drafter]
 
 
 @pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: guest.__name__)
@@ -30,6 +30,14 @@ def test_a_guest_imports_public_names_only(guest: object) -> None:
 
 def test_the_suffix_drafter_is_lossless_and_remembers() -> None:
     check_lossless("guest-suffix:max_length=3")
+
+
+def test_the_layer_skipping_drafter_is_lossless() -> None:
+    check_lossless("guest-layer-skip", remembers=False)
+    # with no layer left out it is the target, and every draft is right
+    llm = LLM(model_dir("aug"), drafter="guest-layer-skip:every=1", policy=3)
+    (found,) = llm.generate("abcd", SamplingParams(max_tokens=13, ignore_eos=True))
+    assert found.stats.tokens_per_round == 4.0
 
 
 def test_the_command_line_takes_a_guest_with_its_options() -> None:

@@ -13,6 +13,11 @@ FOUND = load()
 SETS = instruction_sets(FOUND.library) if FOUND.library is not None else []
 
 
+@pytest.fixture(autouse=True)
+def shared_out(two_threads: None) -> None:
+    """Every test of the kernels runs on two threads."""
+
+
 @pytest.fixture
 def library() -> ctypes.CDLL:
     """The compiled kernels."""

@@ -212,7 +212,7 @@ static void norm_and_codes(const float *x, const float *weight, int width) {
             rows[i] = normed(ops, x, weight, width);
             codes[i] = need((size_t)padded);
             offsets[i] = need(sizeof **offsets * (size_t)(each ? groups : 1));
-            scales[i] = ops->put_codes(rows[i], width, padded, 1, each, codes[i], offsets[i]);
+            scales[i] = ops->quantize_row(rows[i], width, padded, 1, each, codes[i], offsets[i]);
         }
         int same = !memcmp(rows[0], rows[1], sizeof **rows * (size_t)width) &&
                    !memcmp(codes[0], codes[1], (size_t)padded) && scales[0] == scales[1] &&
@@ -226,64 +226,64 @@ static void rows_of_width(int width) {
     size_t bytes = sizeof(float) * (size_t)width;
     float *x = floats((size_t)width), *weight = floats((size_t)width);
     norm_and_codes(x, weight, width);
-    float *gated[2], *unit[2];
+    float *gated[2], *normalize[2];
     for (int i = 0; i < 2; i++) {
         const ls_ops *ops = i ? ls_current() : plain;
         gated[i] = need(bytes);
         ops->silu_mul(x, weight, width, gated[i]);
-        unit[i] = copy(x, (size_t)width);
-        ops->unit(unit[i], width);
+        normalize[i] = copy(x, (size_t)width);
+        ops->normalize(normalize[i], width);
     }
     expect(memcmp(gated[0], gated[1], bytes) == 0, "gated activation", width, 0, 0, 0);
-    expect(memcmp(unit[0], unit[1], bytes) == 0, "unit feature", width, 0, 0, 0);
-    for (int i = 0; i < 2; i++) free(gated[i]), free(unit[i]);
+    expect(memcmp(normalize[0], normalize[1], bytes) == 0, "unit feature", width, 0, 0, 0);
+    for (int i = 0; i < 2; i++) free(gated[i]), free(normalize[i]);
     free(x), free(weight);
 }
 
 /* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more */
-static void mixer(int width, int squares, int group, int window, int coded) {
+static void mixer(int width, int squared_relu, int group, int window, int quantized) {
     enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3 };
     const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
-    int64_t rows = BASE + NODES, lead = TAPS - 1;
-    int row_bytes = coded ? (width + 3) / 4 * 4 + 4 : 4 * width;
+    int64_t rows = BASE + NODES, conv_history = TAPS - 1;
+    int row_bytes = quantized ? (width + 3) / 4 * 4 + 4 : 4 * width;
     size_t outputs = (size_t)(NODES * HEADS * width);
     /* any bytes are codes and finite scales */
     char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
-    char *values = (char *)floats((size_t)(KV * (lead + rows) * row_bytes / 4));
-    float *sums = floats((size_t)(KV * width * width)), *kernel = floats(HEADS * TAPS);
+    char *values = (char *)floats((size_t)(KV * (conv_history + rows) * row_bytes / 4));
+    float *sums = floats((size_t)(KV * width * width)), *conv_weights = floats(HEADS * TAPS);
     float *q = floats(outputs), *out[2];
-    ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .base = BASE, .staged = NODES,
-                  .nodes = NODES, .window = window, .group = group, .span = 2, .squares = squares,
-                  .taps = TAPS, .alpha = 0.5f, .kernel = kernel, .coded = coded,
+    ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
+                  .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
+                  .taps = TAPS, .alpha = 0.5f, .conv_weights = conv_weights, .quantized = quantized,
                   .row_bytes = row_bytes, .key_stride = rows * row_bytes,
-                  .value_stride = (lead + rows) * row_bytes, .keys = keys,
-                  .values = values + lead * row_bytes, .sums = group ? sums : NULL,
+                  .value_stride = (conv_history + rows) * row_bytes, .keys = keys,
+                  .values = values + conv_history * row_bytes, .sums = group ? sums : NULL,
                   .ancestors = ancestors};
-    int chunks = ls_mix_chunks(&m);
-    size_t part = ls_mix_partial(&m);
+    int chunks = ls_chunk_count(&m);
+    size_t part = ls_partial_floats(&m);
     for (int i = 0; i < 2; i++) {
         const ls_ops *ops = i ? ls_current() : plain;
         float *partials = need((size_t)chunks * part * sizeof(float));
-        void *scratch = need(ls_mix_scratch(&m));
+        void *scratch = need(ls_attend_scratch_bytes(&m));
         out[i] = need(outputs * sizeof(float));
         for (int head = 0; head < KV; head++) {
             for (int c = 0; c < chunks; c++)
-                ops->near(&m, head, c, q, HEADS * width, partials + (size_t)c * part, scratch);
-            ops->gather(&m, head, chunks, q, HEADS * width, partials, out[i], HEADS * width, scratch);
+                ops->attend_chunk(&m, head, c, q, HEADS * width, partials + (size_t)c * part, scratch);
+            ops->combine(&m, head, chunks, q, HEADS * width, partials, out[i], HEADS * width, scratch);
         }
         free(partials), free(scratch);
     }
-    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, coded ? "coded mixer" : "mixer",
-           width, squares, group, window);
-    free(keys), free(values), free(sums), free(kernel), free(q), free(out[0]), free(out[1]);
+    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, quantized ? "coded mixer" : "mixer",
+           width, squared_relu, group, window);
+    free(keys), free(values), free(sums), free(conv_weights), free(q), free(out[0]), free(out[1]);
 }
 
 /* sums after rows have closed: as plain C has them, and near those in double */
-static void fold(int width, int squares) {
+static void fold(int width, int squared_relu) {
     enum { ROWS = 150, FIRST = 3, LAST = 141, HEAD = 1, KV = 2 };
     size_t size = (size_t)(width * width), row = (size_t)width;
     float *keys = floats(KV * ROWS * row), *values = floats(KV * ROWS * row), *start = floats(size);
-    ls_mixer m = {.heads = KV, .kv_heads = KV, .width = width, .squares = squares,
+    ls_mixer m = {.heads = KV, .kv_heads = KV, .width = width, .squared_relu = squared_relu,
                   .row_bytes = 4 * width, .key_stride = ROWS * 4 * width,
                   .value_stride = ROWS * 4 * width, .keys = (char *)keys, .values = (char *)values};
     float *sums[2];
@@ -292,30 +292,30 @@ static void fold(int width, int squares) {
         memcpy(sums[i], start, size * sizeof(float));
         (i ? ls_current() : plain)->fold(&m, HEAD, FIRST, LAST, sums[i]);
     }
-    expect(memcmp(sums[0], sums[1], size * sizeof(float)) == 0, "fold", width, squares, 0, 0);
+    expect(memcmp(sums[0], sums[1], size * sizeof(float)) == 0, "fold", width, squared_relu, 0, 0);
     double *exact = need(size * sizeof(double));
     for (size_t i = 0; i < size; i++) exact[i] = (double)start[i];
     for (int r = FIRST; r < LAST; r++) {
         const float *k = keys + (HEAD * ROWS + r) * row, *v = values + (HEAD * ROWS + r) * row;
         double length = 0.0;
         for (int i = 0; i < width; i++) length += (double)k[i] * (double)k[i];
-        double scale = squares ? 1.0 : 1.0 / sqrt(length);
+        double scale = squared_relu ? 1.0 : 1.0 / sqrt(length);
         for (size_t i = 0; i < size; i++) exact[i] += (double)k[i / row] * scale * (double)v[i % row];
     }
     int far = 0;
     for (size_t i = 0; i < size; i++) far += fabs(exact[i] - (double)sums[1][i]) > 1e-4;
-    expect(far == 0, "fold in double", width, squares, 0, 0);
+    expect(far == 0, "fold in double", width, squared_relu, 0, 0);
     free(keys), free(values), free(start), free(sums[0]), free(sums[1]), free(exact);
 }
 
 static void mixers(void) {
     const int widths[] = {2, 24, 64, 80, 112};
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-        for (int squares = 0; squares < 2; squares++) {
-            fold(widths[i], squares);
-            mixer(widths[i], squares, 16, 0, 0);
-            mixer(widths[i], squares, 0, 9, 0);
-            mixer(widths[i], squares, 0, 0, 0);
+        for (int squared_relu = 0; squared_relu < 2; squared_relu++) {
+            fold(widths[i], squared_relu);
+            mixer(widths[i], squared_relu, 16, 0, 0);
+            mixer(widths[i], squared_relu, 0, 9, 0);
+            mixer(widths[i], squared_relu, 0, 0, 0);
         }
         mixer(widths[i] - 1, 0, 0, 0, 1);
         mixer(widths[i], 0, 0, 0, 1);

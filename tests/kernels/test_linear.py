@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from linspec.kernels.cpu import pack
-from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, instruction_sets, linear
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer
+from linspec.kernels.cpu.library import instruction_sets
+from linspec.kernels.cpu.linear import linear
+from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8
+from linspec.models.linear import Quantizer
+from linspec.models.native_linear import NativeLinear
 from linspec.quantization.codes import quantize_int4, quantize_int8
 
 KINDS = {"f32": F32, "bf16": BF16, "int8": INT8, "int4": INT4}
@@ -130,8 +132,8 @@ def test_packing_is_undone(library: ctypes.CDLL) -> None:
 
 
 def test_without_the_library_torch_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from linspec.kernels.cpu import linear as module
     from linspec.kernels.cpu.library import Found
+    from linspec.models import native_linear as module
 
     x = random(5, 96)
     layers = [layer(kind, 40, 96, bias=True) for kind in KINDS]

@@ -12,10 +12,10 @@ import torch
 from linspec.decoding.step import StepInput
 from linspec.errors import StateError
 from linspec.kernels.cpu.library import instruction_sets
-from linspec.kernels.linear import Quantizer
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 
 MIXERS = {
     "softmax": MixerConfig(),

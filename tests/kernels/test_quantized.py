@@ -21,10 +21,11 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.evaluate.quantize import quantize
-from linspec.kernels.linear import Quantizer
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
+from linspec.state import memory as state_memory
 from linspec.utils import ram
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
@@ -172,7 +173,7 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = LLM("embedded-softmax", max_batch=1)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**10)
+    monkeypatch.setattr(state_memory, "available_bytes", lambda: 2**10)
     llm.generate([5] * 20, SamplingParams(max_tokens=1))
     with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
         llm.generate([5] * 200, SamplingParams(max_tokens=1))

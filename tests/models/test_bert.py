@@ -34,12 +34,12 @@ from linspec.errors import (
     InputError,
     UnsupportedModel,
 )
-from linspec.kernels.linear import Quantizer
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.relu import Relu
 from linspec.models.bert import Bert
 from linspec.models.config import EncoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

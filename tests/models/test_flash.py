@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_tokenizer
 from helpers import (
     VOCAB,
     assert_close,
@@ -24,6 +25,7 @@ from helpers import (
 from linspec.checkpoints.hub import load_model, save_model
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, ContextOverflow
+from linspec.evaluate.quantize import quantize
 from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.flash import Flash
 from linspec.models.flash_config import VARIANTS, FlashConfig
@@ -114,6 +116,29 @@ def test_prepared_and_saved_models_are_the_same_function(variant: str, tmp_path:
     model.to_inference()
     assert_close(full_logits(model, text), expected)
     assert_close(feed(model, model.new_state(), text[0])[-1:], expected)
+
+
+@every_variant
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_flash_model_could_not_be_quantised(variant: str, bits: int, tmp_path: Path) -> None:
+    shape = config(variant, vocab_size=len(tiny_tokenizer()), width=32, mlp_width=32, eos_ids=(0,))
+    model = randomise(Flash(shape), 0).float()
+    assert isinstance(model, Flash)
+    save_model(model, tiny_tokenizer(), tmp_path / "plain")
+    (tmp_path / "text.txt").write_text("abcd end the end of it\n" * 200)
+    report = quantize(
+        tmp_path / "plain",
+        tmp_path / "small",
+        bits=bits,
+        data=[tmp_path / "text.txt"],
+        calibration_bytes=2000,
+        limit_bytes=2000,
+    )
+    assert abs(report.increase) < (0.02 if bits == 8 else 0.2)
+    small = load_model(tmp_path / "small")
+    assert isinstance(small, Flash) and small.config == model.config
+    text = [random_tokens(13)]
+    assert_close(full_logits(small, text), feed(small, small.new_state(), text[0])[-1:], 1e-3)
 
 
 def test_only_quadratic_attention_grows_and_ends() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from linspec.checkpoints.hub import load_model, save_model
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.step import MAX_STAGED
 from linspec.engine.engine import Engine
@@ -74,7 +75,7 @@ def engine_tokens(
     decoder: Decoder, prompts: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
     engine = Engine(decoder, verifier=LosslessVerifier(), drafter=None)
-    rows = {engine.submit(p, SamplingParams(max_tokens=count)): [] for p in prompts}
+    rows = {engine.add(Request(tuple(p), SamplingParams(max_tokens=count))): [] for p in prompts}
     while engine.busy:
         for emitted in engine.step():
             rows[emitted.sequence.request] += emitted.tokens

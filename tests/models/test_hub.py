@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from linspec.checkpoints import hub
+from linspec.checkpoints import config_file, hub
 from linspec.checkpoints.hub import (
     check_tokenizer,
     load_config,
@@ -57,10 +58,11 @@ class Scaled(Softmax):
 
 
 @pytest.fixture(autouse=True)
-def scaled_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
+def scaled_mixer() -> Iterator[None]:
     """Registers `scaled` for one test."""
-    monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS._entries))
     MIXERS.register("scaled", summary="test", paper="none")(Scaled)
+    yield
+    MIXERS.forget("scaled")
 
 
 def make(config: DecoderConfig, seed: int = 0) -> Decoder:
@@ -184,11 +186,13 @@ def test_failure_while_saving_leaves_the_old_model(
         raise failure("no space left")
 
     before = files(saved.parent)
-    monkeypatch.setattr(hub, "_write_json", fail)
+    # the tokenizer is written behind the weights
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(CheckpointError if failure is OSError else failure, match="no space left"):
-        save_model(make(PLAIN, seed=1), make_tokenizer(), saved, overwrite=True)
+        save_model(make(PLAIN, seed=1), tokenizer, saved, overwrite=True)
     with pytest.raises(BaseException, match="no space left"):
-        save_model(make(PLAIN, seed=1), make_tokenizer(), saved.parent / "new")
+        save_model(make(PLAIN, seed=1), tokenizer, saved.parent / "new")
     assert files(saved.parent) == before
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
@@ -252,6 +256,19 @@ def test_resolve_knows_paths_and_embedded_names(
     assert resolve("embedded-softmax") == tmp_path / "embedded" / "softmax"
     with pytest.raises(CheckpointError, match=r"not a directory.*embedded-aug"):
         load_model("meta-llama/Llama-3.2-1B")
+
+
+@pytest.mark.parametrize(
+    "load", [load_model, hub.load_causal_model, hub.load_any, hub.load_any_config]
+)
+def test_the_configuration_of_a_model_is_read_once(
+    load: Callable[[Path], object], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    read = config_file.read_json
+    monkeypatch.setattr(config_file, "read_json", lambda path: seen.append(path) or read(path))
+    load(saved)
+    assert seen.count(saved / "config.json") == 1
 
 
 def test_missing_config(saved: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from linspec.checkpoints.hub import load_causal_model, load_model, load_seq2seq, save_model
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.step import StepInput
 from linspec.drafters.lookup import LookupOptions, PromptLookup
@@ -201,7 +202,7 @@ def decode(model: T5, sources: list[list[int]], nodes: int, slots: int) -> list[
         model, verifier=GreedyVerifier(), drafter=drafter, policy=Fixed(nodes), slots=slots
     )
     params = SamplingParams(max_tokens=40, temperature=0.0)
-    rows = {engine.submit(source, params): i for i, source in enumerate(sources)}
+    rows = {engine.add(Request(tuple(source), params)): i for i, source in enumerate(sources)}
     outputs: list[list[int]] = [[] for _ in sources]
     accepted = 0
     while engine.busy:
@@ -237,7 +238,7 @@ def test_greedy_output_is_that_of_transformers(tmp_path: Path) -> None:
     )
     params = SamplingParams(max_tokens=30, temperature=0.0, logit_bias={1: -1e9})
     engine = Engine(ours.to_inference(), verifier=GreedyVerifier())
-    engine.submit(source[0].tolist(), params)
+    engine.add(Request(tuple(source[0].tolist()), params))
     found: list[int] = []
     while engine.busy:
         found += [token for emitted in engine.step() for token in emitted.tokens]
@@ -249,7 +250,7 @@ def test_penalties_are_about_the_output() -> None:
     model = tiny("softmax").to_inference()
     engine = Engine(model, verifier=GreedyVerifier())
     params = SamplingParams(max_tokens=1, temperature=0.0, repetition_penalty=1e6)
-    engine.submit(list(range(1, 31)), params)
+    engine.add(Request(tuple(range(1, 31)), params))
     (emitted,) = engine.step()
     logits = model.full_logits(list(range(1, 31)), [[]])[0]
     assert logits[1:].max() > 0

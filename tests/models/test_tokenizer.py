@@ -7,13 +7,12 @@ import functools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import tiny_tokenizer
+from checkpoints import scratch, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -100,7 +99,7 @@ def sentence_pieces() -> Tokenizer:
 
 @functools.cache
 def folders() -> dict[str, Path]:
-    home = Path(tempfile.mkdtemp(prefix="linspec-test-"))
+    home = scratch("tokenizer")
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     words = Tokenizer(models.WordLevel({"<unk>": 0, "def": 1, "f": 2, END: 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

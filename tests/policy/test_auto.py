@@ -135,7 +135,7 @@ def test_rows_of_a_batch_are_planned_together() -> None:
 def test_fixed_budgets() -> None:
     drafter = Simulated(lambda turn: 0)
     assert Fixed(5).plan([None, None], drafter) == [Budget(5, 5)] * 2  # type: ignore[list-item]
-    assert Fixed(500).plan([None], drafter) == [Budget.of(drafter.max_nodes)]  # type: ignore[list-item]
+    assert Fixed(63).plan([None], drafter) == [Budget.of(drafter.max_nodes)]  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="0"):
         Fixed(-1)
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from linspec.errors import CheckpointError
-from studies.lib.cells import FORMAT, Cells
+from linspec.utils.format_version import CURRENT
+from studies.lib.cells import Cells
 from studies.linearized_llm import TABLES, Plan
 from studies.linearized_llm.cache import Cache
 from studies.linearized_llm.encoders import Encoders
@@ -44,13 +45,13 @@ def test_kept_cells_load_and_are_named_by_what_determines_them(name: str) -> Non
 def test_records_say_their_format_and_a_newer_one_is_refused(tmp_path: Path) -> None:
     cells = Cells(tmp_path)
     cells.write("a-1", {"result": 1})
-    assert cells.read("a-1") == {"format": FORMAT, "result": 1}
+    assert cells.read("a-1") == {"format_version": CURRENT, "result": 1}
     (cells.folder / "a-2.json").write_text('{"result": 2}')
     (cells.folder / "a-3.json").write_text('{"resu')
     (cells.folder / "a-4.json").write_text("[]")
     assert [record["result"] for record in cells.all("a-")] == [1, 2]
-    (cells.folder / "a-5.json").write_text('{"format": 2, "result": 3}')
-    with pytest.raises(CheckpointError, match="has format 2, this version reads 1; use the"):
+    (cells.folder / "a-5.json").write_text('{"format_version": "9.1", "result": 3}')
+    with pytest.raises(CheckpointError, match=r"has format_version 9\.1, and this linspec knows"):
         cells.read("a-5")
 
 

@@ -47,7 +47,8 @@ Case = tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor], int]
 
 
 @pytest.fixture(autouse=True)
-def fresh_graphs() -> None:
+def fresh_graphs(two_threads: None) -> None:
+    """Graphs of this test alone, on two threads: with one, wrong graphs computed right gradients."""
     torch._dynamo.reset()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,22 +136,17 @@ def test_calibration_equals_a_brute_force_count(tiny_teacher: Callable[..., Deco
         assert counted[k - 1] == pytest.approx([h / seen for h in hits], abs=1e-5)
 
 
-@pytest.mark.parametrize("kill_at", [0, 7])
+@pytest.mark.parametrize("update", [0, 7])
 def test_killed_training_resumes_bit_for_bit(
-    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+    teacher_dir: Path,
+    tmp_path: Path,
+    corpus: Path,
+    killed_before: Callable[[int], AbstractContextManager[None]],
+    update: int,
 ) -> None:
     whole = run(teacher_dir, tmp_path / "whole", corpus)
-    step = Trainer._train_step
-
-    def killed(self: Trainer) -> Any:
-        if self.step == kill_at:
-            raise RuntimeError("killed")
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "_train_step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(RuntimeError, match="killed"), killed_before(update):
         run(teacher_dir, tmp_path / "cut", corpus)
-    monkeypatch.setattr(Trainer, "_train_step", step)
     cut = run(teacher_dir, tmp_path / "cut", corpus, resume=True)
     for name in ("drafter.json", "drafter.safetensors"):
         assert (whole / name).read_bytes() == (cut / name).read_bytes()
@@ -177,11 +173,14 @@ def test_old_heads_stay_until_the_new_ones_are_whole(
 
 
 def test_finished_training_resumes_at_once(
-    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path,
+    tmp_path: Path,
+    corpus: Path,
+    no_training: Callable[[], AbstractContextManager[None]],
 ) -> None:
     out = run(teacher_dir, tmp_path / "d", corpus)
-    monkeypatch.setattr(Trainer, "_train_step", None)
-    assert run(teacher_dir, out, corpus, resume=True) == out
+    with no_training():
+        assert run(teacher_dir, out, corpus, resume=True) == out
     with pytest.raises(TrainingError, match="started with config"):
         run(teacher_dir, out, corpus, config=replace(SHORT, seed=1), resume=True)
 

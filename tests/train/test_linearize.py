@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from linspec.train import loop
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.loop import Trainer
 from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
 from linspec.utils.files import exclusive
@@ -44,6 +44,7 @@ SHORT = LinearizeConfig(
 )
 AUG = MixerConfig(name="aug", group=8, taps=4)
 Same = Callable[[nn.Module, nn.Module], None]
+NoTraining = Callable[[], AbstractContextManager[None]]
 
 
 def run(source: Path, out: Path, corpus: Path, **options: Any) -> Path:
@@ -83,42 +84,32 @@ def test_both_stages_lower_their_loss(teacher_dir: Path, tmp_path: Path, corpus:
         assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(
-    "kill_at", [("transfer", 0), ("transfer", 5), ("finetune", 0), ("finetune", 3)]
-)
+# the first eight updates are those of the transfer stage
+@pytest.mark.parametrize("update", [0, 5, 8, 11])
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_killed_run_resumes_bit_for_bit(
     teacher_dir: Path,
     tmp_path: Path,
     corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    killed_before: Callable[[int], AbstractContextManager[None]],
     assert_same: Same,
-    kill_at: tuple[str, int],
+    update: int,
     lora_rank: int,
 ) -> None:
     config = replace(SHORT, lora_rank=lora_rank)
     whole = run(teacher_dir, tmp_path / "whole", corpus, config=config)
-    step = Trainer._train_step
-
-    def killed(self: Trainer) -> Any:
-        if (self.label, self.step) == kill_at:
-            raise RuntimeError("killed")
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "_train_step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(RuntimeError, match="killed"), killed_before(update):
         run(teacher_dir, tmp_path / "cut", corpus, config=config)
-    monkeypatch.setattr(Trainer, "_train_step", step)
     cut = run(teacher_dir, tmp_path / "cut", corpus, config=config, resume=True)
     assert_same(load_model(whole), load_model(cut))
 
 
 def test_finished_run_resumes_at_once(
-    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path, tmp_path: Path, corpus: Path, no_training: NoTraining
 ) -> None:
     out = run(teacher_dir, tmp_path / "s", corpus)
-    monkeypatch.setattr(Trainer, "_train_step", None)
-    assert run(teacher_dir, tmp_path / "s", corpus, resume=True) == out
+    with no_training():
+        assert run(teacher_dir, tmp_path / "s", corpus, resume=True) == out
 
 
 def test_full_disk_at_the_last_save_loses_no_training(
@@ -126,6 +117,7 @@ def test_full_disk_at_the_last_save_loses_no_training(
     tmp_path: Path,
     corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
+    no_training: NoTraining,
     assert_same: Same,
 ) -> None:
     whole = run(teacher_dir, tmp_path / "whole", corpus)
@@ -137,20 +129,23 @@ def test_full_disk_at_the_last_save_loses_no_training(
         patch.setattr(module, "save_model", full)
         with pytest.raises(CheckpointError, match="No space left"):
             run(teacher_dir, tmp_path / "s", corpus)
-    monkeypatch.setattr(Trainer, "_train_step", None)
-    resumed = run(teacher_dir, tmp_path / "s", corpus, resume=True)
+    with no_training():
+        resumed = run(teacher_dir, tmp_path / "s", corpus, resume=True)
     assert_same(load_model(whole), load_model(resumed))
 
 
 def test_full_disk_shows_before_the_first_step(
-    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    teacher_dir: Path,
+    tmp_path: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_training: NoTraining,
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(loop, "save_file", full)
-    monkeypatch.setattr(Trainer, "_train_step", None)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"), no_training():
         run(teacher_dir, tmp_path / "s", corpus)
 
 
@@ -158,15 +153,13 @@ def test_new_run_keeps_the_old_model_until_it_is_done(
     teacher_dir: Path,
     tmp_path: Path,
     corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_training: NoTraining,
     assert_same: Same,
 ) -> None:
     out = run(teacher_dir, tmp_path / "s", corpus)
     before = load_model(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", None)
-        with pytest.raises(TypeError):
-            run(teacher_dir, out, corpus, config=replace(SHORT, seed=1), overwrite=True)
+    with pytest.raises(RuntimeError, match="killed"), no_training():
+        run(teacher_dir, out, corpus, config=replace(SHORT, seed=1), overwrite=True)
     assert_same(load_model(out), before)
 
 
@@ -177,7 +170,7 @@ def test_resuming_with_other_settings_names_the_setting(
     teacher_dir: Path, tmp_path: Path, corpus: Path
 ) -> None:
     out = run(teacher_dir, tmp_path / "s", corpus)
-    with pytest.raises(TrainingError, match="started with mixers"):
+    with pytest.raises(TrainingError, match="started with mixers.* anew with --overwrite"):
         run(teacher_dir, out, corpus, mixer="local", resume=True)
     with pytest.raises(TrainingError, match="started with config"):
         run(teacher_dir, out, corpus, config=replace(SHORT, seed=9), resume=True)
@@ -193,7 +186,7 @@ def test_nothing_to_resume(teacher_dir: Path, tmp_path: Path, corpus: Path) -> N
 
 
 def test_output_in_use(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
-    with exclusive(tmp_path / "s"), pytest.raises(CheckpointError, match="in use"):
+    with exclusive(tmp_path / "s"), pytest.raises(CheckpointError, match="in use.*--overwrite"):
         run(teacher_dir, tmp_path / "s", corpus)
 
 

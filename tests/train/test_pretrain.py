@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer
 from linspec.errors import CheckpointError, ConfigError, TrainingError
 from linspec.models.decoder import Decoder
 from linspec.train import pretrain as module
-from linspec.train.loop import TrainConfig, Trainer
-from linspec.train.pretrain import Recipe, context_at, pretrain
+from linspec.train.loop import TrainConfig
+from linspec.train.pretrain import RECIPES, Recipe, context_at, pretrain
 from linspec.utils.files import exclusive
 
 
@@ -53,26 +53,19 @@ def test_pretraining_learns_and_saves(tmp_path: Path) -> None:
 
 
 def test_killed_pretraining_resumes_bit_for_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Callable[..., None]
+    tmp_path: Path,
+    killed_before: Callable[[int], AbstractContextManager[None]],
+    assert_same: Callable[..., None],
 ) -> None:
     whole = pretrain(tmp_path / "whole", recipe="tiny")
-    step = Trainer._train_step
-
-    def killed(self: Trainer) -> Any:
-        if self.step == 11:
-            raise RuntimeError("killed")
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "_train_step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(RuntimeError, match="killed"), killed_before(11):
         pretrain(tmp_path / "cut", recipe="tiny")
-    monkeypatch.setattr(Trainer, "_train_step", step)
     cut = pretrain(tmp_path / "cut", recipe="tiny", resume=True)
     assert_same(load_model(whole), load_model(cut))
 
 
 def test_resuming_with_other_settings_trained_another_model_and_training_stayed_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_training: Callable[[], AbstractContextManager[None]]
 ) -> None:
     out = pretrain(tmp_path / "m", recipe="tiny", steps=2)
     assert not (out / "training").exists()
@@ -80,8 +73,8 @@ def test_resuming_with_other_settings_trained_another_model_and_training_stayed_
         pretrain(out, recipe="tiny", steps=3, resume=True)
     with pytest.raises(TrainingError, match="nothing to resume"):
         pretrain(tmp_path / "n", recipe="tiny", steps=3, resume=True)
-    monkeypatch.setattr(Trainer, "_train_step", None)
-    assert pretrain(out, recipe="tiny", steps=2, resume=True) == out
+    with no_training():
+        assert pretrain(out, recipe="tiny", steps=2, resume=True) == out
     with pytest.raises(ConfigError, match="give --overwrite"):
         pretrain(out, recipe="tiny", steps=2)
 
@@ -108,7 +101,7 @@ def test_a_base_is_trained_on_with_its_tokenizer_and_more_positions(
 
 
 def test_the_recall_recipe_keeps_the_shape_of_its_base() -> None:
-    recipe = module._recall()
+    recipe = RECIPES["recall"]()
     assert recipe.model == replace(load_config(recipe.base), max_positions=4096)
     assert recipe.stages[-1][1] == recipe.model.max_positions
 
@@ -130,7 +123,7 @@ def test_context_grows_by_stage(tiny_recipe: Recipe) -> None:
 
 
 def test_embedded_recipe_is_of_the_promised_size() -> None:
-    model = module._embedded().model
+    model = RECIPES["embedded"]().model
     with torch.device("meta"):
         decoder = Decoder(model)
     assert 4e6 < sum(p.numel() for p in decoder.parameters()) < 6e6

@@ -21,6 +21,7 @@ from linspec.train.data import Windows
 from linspec.train.reach import Reach
 from linspec.train.search import PASSES, SHARE, Costs, choose, span_losses
 from linspec.train.student import by_need, make_mixer
+from linspec.utils.progress import Progress
 
 
 def shape(layers: int, width: int, positions: int) -> Decoder:
@@ -88,30 +89,24 @@ def test_a_search_that_was_interrupted_began_again(
 ) -> None:
     teacher = tiny_teacher().requires_grad_(False)
     whole = search(teacher, windows, tmp_path / "whole.json")
-    measured, swap = [], reach_module._swapped
+    assert whole is not None
+    measured: list[int] = []
 
-    def killed(teacher: Any, layer: int, mixer: Any) -> Any:
-        if len(measured) == 6:
-            raise KeyboardInterrupt
-        measured.append((layer, mixer.span))
-        return swap(teacher, layer, mixer)
+    class Watched(Progress):
+        """Stops the search after its sixth measurement."""
 
-    monkeypatch.setattr(reach_module, "_swapped", killed)
+        def update(self, done: int, note: str = "") -> None:
+            measured.append(done)
+            if done == 6:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(reach_module, "Progress", Watched)
     with pytest.raises(KeyboardInterrupt):
         search(teacher, windows, tmp_path / "cut.json")
-    again: list[tuple[int, int]] = []
-
-    def watched(teacher: Any, layer: int, mixer: Any) -> Any:
-        again.append((layer, mixer.span))
-        return swap(teacher, layer, mixer)
-
-    monkeypatch.setattr(reach_module, "_swapped", watched)
-    found = search(teacher, windows, tmp_path / "cut.json")
-    assert whole is not None and found == whole
-    assert not set(again) & set(measured)
-    assert len(again) + len(measured) == sum(map(len, whole.losses.values()))
-    monkeypatch.setattr(reach_module, "_swapped", None)
-    assert search(teacher, windows, tmp_path / "cut.json") == whole
+    # the second time the search is whole, and the third time there is nothing left to measure
+    for _ in range(2):
+        assert search(teacher, windows, tmp_path / "cut.json") == whole
+    assert measured == list(range(1, 1 + sum(map(len, whole.losses.values()))))
 
 
 def test_a_run_too_short_for_a_search_spreads_evenly_and_says_so(
@@ -125,7 +120,7 @@ def test_a_run_too_short_for_a_search_spreads_evenly_and_says_so(
         assert search(teacher, windows, tmp_path / "reach.json", tokens=1) is None
     assert "spans are not searched" in caplog.text and "--tokens" in caplog.text
     mixers = (make_mixer("aug", group=8),) * 2
-    found = by_need(teacher, mixers, (0, 1), None, rows=24, softmax_layers=0)
+    found = by_need(teacher, mixers, (0, 1), None, exact_tokens=24, softmax_layers=0)
     assert [mixer.span for mixer in found] == [3, 3]
     # what is needed is measured all the same, and its price is told
     with caplog.at_level(logging.WARNING):

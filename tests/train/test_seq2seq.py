@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from linspec.checkpoints.hub import load_causal_model, save_model
+from linspec.cli import app
 from linspec.errors import ConfigError
+from linspec.evaluate.continuations import continue_source
 from linspec.evaluate.lossless import verify
 from linspec.mixers.config import MixerConfig
 from linspec.models.t5 import T5
@@ -110,7 +113,9 @@ def test_the_control_of_a_t5_is_an_ordinary_t5(t5_dir: Path, tmp_path: Path, cor
 
 def test_reach_and_adapters_work_for_a_t5(t5_dir: Path, tmp_path: Path, corpus: Path) -> None:
     config = replace(SHORT, lora_rank=2, lr=None, transfer_share=None)
-    out = linearized(t5_dir, tmp_path / "s", corpus, mixer="local", group=8, rows=16, config=config)
+    out = linearized(
+        t5_dir, tmp_path / "s", corpus, mixer="local", group=8, exact_tokens=16, config=config
+    )
     student = load_causal_model(out)
     # a mean of two groups a layer, spent where they are needed
     assert sum(mixer.span for mixer in student.config.mixers) <= 6
@@ -130,3 +135,14 @@ def test_what_does_not_fit_a_t5_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         linearized(t5_dir, tmp_path / "s", corpus, **options)
+
+
+def test_continuations_are_scored_by_a_verb(t5_dir: Path, corpus: Path) -> None:
+    args = ("--data", corpus, "--context", "16", "--limit-bytes", "900", "--json")
+    result = CliRunner().invoke(app, ["eval", "continuations", str(t5_dir), *map(str, args)])
+    assert result.exit_code == 0, result.output
+    expected = continue_source(t5_dir, [corpus], context=16, limit_bytes=900)
+    assert json.loads(result.stdout) == expected.to_json()
+    assert 0 < expected.bytes <= 900
+    refused = CliRunner().invoke(app, ["eval", str(t5_dir), "--data", str(corpus)])
+    assert refused.exit_code == 1 and "`linspec eval continuations`" in refused.stderr

@@ -13,7 +13,7 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
-from linspec.kernels.linear import pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.utils.messages import shown
 
 _BANDWIDTH_BYTES = 2**28
@@ -80,7 +80,7 @@ def set_threads(threads: int | None) -> None:
     if not 1 <= threads <= most:
         raise ConfigError(
             f"threads must be 1 or more and at most {most} on {usable_cores()} cores, got "
-            f"{shown(threads)}; leave them out for all cores"
+            f"{shown(threads)}; leave them out (--threads, LINSPEC_THREADS) for all cores"
         )
     torch.set_num_threads(threads)
 

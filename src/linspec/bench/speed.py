@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 from linspec.bench.machine import machine
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
+from linspec.decoding.outcome import raise_first
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
-from linspec.drafters import DrafterContext, make_drafter
-from linspec.engine.engine import raise_first
+from linspec.drafters import DRAFTERS, Drafter, DrafterContext
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
@@ -81,7 +82,7 @@ class _Prefix:
 
     tokens: list[int]
     snapshot: list[StateSnapshot]
-    hidden: torch.Tensor
+    hidden: dict[int, torch.Tensor]
     state_bytes: int
 
 
@@ -97,7 +98,7 @@ class _Run:
 def bench(
     model: str | Path | Decoder,
     contexts: Sequence[int],
-    drafters: Sequence[str] = (),
+    drafters: Sequence[str] | Mapping[str, Drafter] = (),
     *,
     tokenizer: Any = None,
     tokens: int = 64,
@@ -112,9 +113,10 @@ def bench(
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
 
-    Modes are plain decoding and each of `drafters`; the first of `repeats` + 1 repeats warms up and
-    is not counted. A context beyond the limit of a softmax model is skipped and named. Raises
-    LinspecError when a drafter's output differs from plain decoding by more than a near tie.
+    Modes are plain decoding and each of `drafters`, specs or made ones by name; the first of
+    `repeats` + 1 repeats warms up and is not counted. A context beyond the limit of a softmax model is
+    skipped and named. Raises LinspecError when a drafter's output differs from plain decoding by more
+    than a near tie.
     """
     _check(contexts, tokens, repeats)
     source = None if isinstance(model, Decoder) else resolve(model)
@@ -154,17 +156,17 @@ def bench(
 def _modes(
     model: Decoder,
     source: Path | None,
-    drafters: Sequence[str],
+    drafters: Sequence[str] | Mapping[str, Drafter],
     policy: str | int | Policy,
     **common: Any,
 ) -> dict[str, LLM]:
     """Plain decoding, and decoding with each drafter; common: for all of them."""
-    names = [name for name in dict.fromkeys(drafters) if name != "none"]
-    context = DrafterContext(model, common["tokenizer"], source)
-    made = {name: make_drafter(name, context) for name in names}
+    if not isinstance(drafters, Mapping):
+        context = DrafterContext(model, common["tokenizer"], source)
+        names = [name for name in dict.fromkeys(drafters) if name != "none"]
+        drafters = {name: DRAFTERS.build(name, context) for name in names}
     modes = {PLAIN: LLM(model, **common)}
-    for name, drafter in made.items():
-        assert drafter is not None
+    for name, drafter in drafters.items():
         modes[name] = LLM(model, drafter=drafter, policy=policy, **common)
     return modes
 
@@ -203,17 +205,16 @@ def _text(llm: LLM, documents: Sequence[str], length: int) -> list[int]:
 def _read(llm: LLM, prompt: Sequence[int]) -> _Prefix:
     """Process a prompt once and keep what follows from it."""
     engine = llm.engine
-    engine.submit(prompt, SamplingParams(max_tokens=2, ignore_eos=True))
+    engine.add(Request(tuple(prompt), SamplingParams(max_tokens=2, ignore_eos=True)))
     try:
         while not (emitted := engine.step()):
             pass
         raise_first(emitted)
         sequence = emitted[0].sequence
-        assert sequence.hidden is not None
         return _Prefix(
             tokens=sequence.tokens[:],
             snapshot=engine.state.snapshot(sequence.slot),
-            hidden=sequence.hidden.clone(),
+            hidden=dict(sequence.hidden),
             state_bytes=engine.state.bytes(sequence.slot),
         )
     finally:
@@ -230,7 +231,7 @@ def _decode(
     sampler = Sampler(params, prompt, llm.model.config.vocab_size)
     sampler.observe(prefix.tokens[-1:])
     row = RunningSequence(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
-    row.hidden = prefix.hidden
+    row.hidden = dict(prefix.hidden)
     engine.scheduler.submit(row)
     try:
         # by hand: the engine itself would open an empty slot

@@ -9,7 +9,6 @@ from linspec.checkpoints.gguf.model import quantised
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import load_any_config, resolve
 from linspec.checkpoints.packages import PACKAGES
-from linspec.models.config import DecoderConfig
 
 
 def describe(source: str | Path) -> dict[str, Any]:
@@ -23,16 +22,7 @@ def describe(source: str | Path) -> dict[str, Any]:
         "layers": config.layers,
         "vocab_size": config.vocab_size,
     }
-    if isinstance(config, DecoderConfig):
-        facts |= {
-            "width": config.width,
-            "heads": config.heads,
-            "kv_heads": config.kv_heads,
-            "head_width": config.head_width,
-            "mlp_width": config.mlp_width,
-            "max_positions": config.max_positions,
-            "mixers": ", ".join(dict.fromkeys(mixer.name for mixer in config.mixers)),
-        }
+    facts |= config.facts()
     if is_gguf(path):
         facts |= _of_gguf(path)
     if package := next((p for p in PACKAGES.values() if p.path == path), None):

@@ -8,7 +8,6 @@ import json
 import torch
 
 from linspec.errors import ConfigError
-from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 
 
@@ -20,9 +19,10 @@ def fingerprint(model: Decoder) -> str:
     shape = [config.vocab_size, config.width, config.layers, config.heads, config.kv_heads]
     mixers = [mixer.chosen() for mixer in config.mixers]
     digest = hashlib.sha256(json.dumps([shape, mixers]).encode())
-    last = model.blocks[-1]
-    assert isinstance(last, Block)
-    for part in (model.head, model.norm, last.mlp.down):
+    last = model.layers[-1]
+    # blocks of FLASH are one unit, without an MLP
+    closing = last.mlp.down if hasattr(last, "mlp") else last.mixer.o
+    for part in (model.head, model.norm, closing):
         weight = getattr(part, "weight", None)
         if not isinstance(weight, torch.Tensor):
             raise ConfigError(

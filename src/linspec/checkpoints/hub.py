@@ -4,8 +4,7 @@
     tokenizer = load_tokenizer("path/to/llama")
     save_model(model, tokenizer, Path("copy"), dtype=torch.bfloat16)
 
-linspec's own format has `model_type` "linspec", the model's configuration under the key that names
-its kind (`decoder`, `encoder`, ...), and weights under the model's own names. It is written only for
+linspec's own format (see `config_file`) has weights under the model's own names. It is written only for
 what no ordinary format can say. Nothing is downloaded, no pickle is opened and no code of a
 checkpoint is run.
 """
@@ -23,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.config_file import ConfigFile, config_file, read_config_file
 from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family, Tensors, write_ids
-from linspec.checkpoints.gguf.config import read_config
+from linspec.checkpoints.families.base import Family, Tensors
 from linspec.checkpoints.gguf.model import load_gguf
-from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer
 from linspec.checkpoints.matching import fill, match, own_tensors
 from linspec.checkpoints.origin import GENERATION, origin_of, remember_origin
 from linspec.checkpoints.packages import PACKAGES
-from linspec.checkpoints.quantized import ENTRY, load_quantized
+from linspec.checkpoints.quantized import load_quantized
 from linspec.checkpoints.weights import (
     SHARD_BYTES,
     cast,
@@ -46,11 +45,10 @@ from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, Wrong
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
-from linspec.models.kinds import KINDS, Kind, M, Model, kind_of
 from linspec.models.memory import check_memory
+from linspec.models.model_types import MODEL_TYPES, M, Model, ModelType
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
-from linspec.utils.border import read_json
 from linspec.utils.files import restored
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
 
 HEAD = "lm_head.weight"
 EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
-GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -111,15 +108,15 @@ def resolve(source: str | Path) -> Path:
 
 def load_config(source: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory, without its weights."""
-    config = load_any_config(source)
-    if not isinstance(config, DecoderConfig):
-        raise _wrong_kind(resolve(source), config, KINDS["decoder"])
-    return config
+    read = read_config_file(resolve(source))
+    if not isinstance(read.config, DecoderConfig):
+        raise _wrong_kind(read, MODEL_TYPES["decoder"])
+    return read.config
 
 
 def load_any_config(source: str | Path) -> ModelConfig:
     """The configuration of whatever model is in `source`, without its weights."""
-    return _read_config(resolve(source))[0]
+    return read_config_file(resolve(source)).config
 
 
 def load_model(
@@ -127,83 +124,86 @@ def load_model(
 ) -> Decoder:
     """The decoder in `source`, in evaluation mode.
 
-    Raises CheckpointError when a file is missing, damaged or does not fit the others, and
-    UnsupportedModel when the checkpoint is sound but of a kind or family that does not fit.
+    Args:
+        source: a model directory, a GGUF file, or the name of an embedded or fetched model.
+        dtype: of the weights in memory.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or does not fit the others.
+        UnsupportedModel: the checkpoint is sound, but its kind or family does not fit.
     """
-    folder = resolve(source)
-    config, family = _read_config(folder)
-    quantization = read_json(folder / "config.json").get(ENTRY) if family is None else None
-    if quantization is not None and isinstance(config, DecoderConfig):
-        return _load_quantized(folder, config, quantization, dtype, device)
-    return _load(folder, Decoder, dtype).to(device)
+    return _load(read_config_file(resolve(source)), Decoder, dtype, device)
 
 
 def load_encoder(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Bert:
     """The encoder in `source` with its heads, in evaluation mode; raises like `load_model`."""
-    return _load(resolve(source), Bert, dtype).to(device)
+    return _load(read_config_file(resolve(source)), Bert, dtype, device)
 
 
 def load_seq2seq(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> T5:
     """The encoder-decoder in `source`, in evaluation mode; raises like `load_model`."""
-    return _load(resolve(source), T5, dtype).to(device)
+    return _load(read_config_file(resolve(source)), T5, dtype, device)
 
 
 def load_causal_model(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder | T5:
     """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
-    folder = resolve(source)
-    kind = kind_of(_read_config(folder)[0])
-    if kind.model is Bert:
+    read = read_config_file(resolve(source))
+    if read.kind.loop is None:
         raise UnsupportedModel(
-            f"{folder} holds an encoder, which generates nothing; load_encoder reads it"
+            f"{read.folder} holds an encoder, which generates nothing; load_encoder reads it"
         )
-    if kind.model is T5:
-        return load_seq2seq(folder, dtype=dtype, device=device)
-    return load_model(folder, dtype=dtype, device=device)
+    if read.kind.model is T5:
+        return _load(read, T5, dtype, device)
+    return _load(read, Decoder, dtype, device)
 
 
 def load(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Decoder | T5, PreTrainedTokenizerBase]:
-    """The model that generates in `source`, as plain modules, and its tokenizer.
+    """The decoder or encoder-decoder in `source`, as plain torch modules, and its tokenizer.
 
-    For text use LLM. Raises CheckpointError for a directory that cannot be read.
+    `LLM` is the way to text. Arguments and errors are those of `load_model`; an encoder raises
+    UnsupportedModel.
     """
     return load_causal_model(source, dtype=dtype, device=device), load_tokenizer(source)
 
 
 def load_any(source: str | Path) -> Model:
     """Whatever model is in `source`, in float32 on the CPU; raises like `load_model`."""
-    folder = resolve(source)
-    kind = kind_of(_read_config(folder)[0])
-    loaders: dict[str, Callable[[Path], Model]] = {
-        "load_model": load_model,
-        "load_encoder": load_encoder,
-        "load_seq2seq": load_seq2seq,
-    }
-    return loaders[kind.loader](folder)
+    read = read_config_file(resolve(source))
+    model: type[Model] = read.kind.model
+    return _load(read, model, torch.float32, "cpu")
 
 
-def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
-    config, family = _read_config(folder)
-    kind = kind_of(config)
-    if not issubclass(kind.model, wanted):
-        raise _wrong_kind(folder, config, next(k for k in KINDS.values() if k.model is wanted))
-    if is_gguf(folder):
-        loaded = load_gguf(folder, dtype)
-        assert isinstance(loaded, wanted)
-        return loaded
+def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.device | str) -> M:
+    """The model that was described, if it is one of those that are wanted."""
+    if not issubclass(read.kind.model, wanted):
+        raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
+    if read.quantization is not None and isinstance(read.config, DecoderConfig):
+        found: Model = _load_quantized(read, read.config, dtype, device)
+    elif is_gguf(read.folder):
+        found = load_gguf(read.folder, dtype).to(device)
+    else:
+        found = _load_plain(read, dtype).to(device)
+    assert isinstance(found, wanted)
+    return found
+
+
+def _load_plain(read: ConfigFile, dtype: torch.dtype) -> Model:
+    folder, config, family = read.folder, read.config, read.family
     files = weight_files(folder)
     shapes = read_shapes(files)
     if family is not None:
         config = family.adapt(config, shapes.keys())
         config = _with_own_head(config, family, files, shapes)
-    model = _skeleton(config, kind.model, folder)
+    model = _skeleton(config, read.kind.model, folder)
     expected = own_tensors(model)
     if family is not None:
         expected = family.to_theirs(expected, config)
@@ -214,9 +214,7 @@ def _load(folder: Path, wanted: type[M], dtype: torch.dtype) -> M:
         tensors = family.to_ours(tensors, config)
     fill(model, tensors)
     remember_origin(model, folder, files, dtype)
-    model.eval()
-    assert isinstance(model, wanted)
-    return model
+    return model.eval()
 
 
 def _with_own_head(
@@ -235,31 +233,34 @@ def _with_own_head(
     return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder
 
 
-def _wrong_kind(folder: Path, found: ModelConfig, wanted: Kind) -> UnsupportedModel:
-    kind = kind_of(found)
+def _wrong_kind(read: ConfigFile, wanted: ModelType) -> UnsupportedModel:
+    kind = read.kind
     return UnsupportedModel(
-        f"{folder} holds a model of kind {kind.name!r} (family {found.family}), which "
+        f"{read.folder} holds a model of kind {kind.name!r} (family {read.config.family}), which "
         f"{wanted.loader} does not read: it wants kind {wanted.name!r}. Use {kind.loader}"
     )
 
 
 def _load_quantized(
-    folder: Path,
-    config: DecoderConfig,
-    quantization: Any,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    read: ConfigFile, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str
 ) -> Decoder:
     if torch.device(device).type != "cpu" or dtype != torch.float32:
         raise ConfigError(
-            f"{folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{read.folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
             f"{dtype}; use the model that it was made from"
         )
-    return load_quantized(folder, config, quantization)
+    return load_quantized(read.folder, config, read.quantization)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `source`; raises CheckpointError if it has none that can be read."""
+    """The tokenizer of the model in `source`, as transformers' class.
+
+    Args:
+        source: a model directory, a GGUF file, or the name of an embedded or fetched model.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it cannot be read.
+    """
     folder = resolve(source)
     if is_gguf(folder):
         return load_gguf_tokenizer(folder)
@@ -327,13 +328,22 @@ def save_model(
 ) -> Path:
     """Write a model directory and return its path.
 
-    An ordinary Hugging Face directory if the model's family can say all of it, else linspec's own
-    format. `dtype` converts the weights; None takes that of the checkpoint that the model was loaded
-    from, unless the model was converted since. The sampling defaults of that checkpoint are kept.
-    `extra_files` are texts to lie beside the model. `out` must be new or empty, or a model that this
-    function saved before if `overwrite` says so; a Place is one that the caller holds. Until the last
-    moment `out` is untouched: a failure while writing, Ctrl-C included, leaves it as it was. Raises
-    ConfigError when `out` may not be written, CheckpointError when the disk refuses.
+    The directory is an ordinary Hugging Face directory if the family of the model can say all of it, else
+    one of linspec's own format. It keeps the sampling defaults of the checkpoint that the model was loaded
+    from. A failure while it is written, Ctrl-C included, leaves `out` as it was.
+
+    Args:
+        model: a decoder, encoder or encoder-decoder that is not in its inference form.
+        tokenizer: saved beside the model; None saves none.
+        out: a directory that is new or empty, or a Place that the caller holds.
+        dtype: of the saved weights; None takes that of the checkpoint, unless the model was converted.
+        extra_files: texts by file name, saved beside the model.
+        shard_bytes: most bytes of one file of weights.
+        overwrite: replace a model that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: `out` may not be written.
+        CheckpointError: the disk refuses.
     """
     if tokenizer is not None:
         check_tokenizer(tokenizer, model.config)
@@ -352,47 +362,12 @@ def save_model(
         write_tensors(named, aside, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        _write_json(aside / GENERATION, {**origin.generation, **write_ids(model.config)})
+        _write_json(aside / GENERATION, {**origin.generation, **model.config.token_ids()})
         write_checksums(aside)
         for name, text in (extra_files or {}).items():
             (aside / name).write_text(text, encoding="utf-8")
         _write_json(aside / "config.json", config)
     return out.path
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, Family | None]:
-    """The configuration and the family of the format on disk, None for linspec's own."""
-    if is_gguf(folder):
-        config = read_config(read_gguf(folder))
-        return config, families.FAMILIES[config.family]
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"no config.json in {folder}: not a model directory, or one whose saving was cut off"
-        )
-    data = read_json(folder / "config.json")
-    if data.get("model_type") == "linspec":
-        return _read_own_config(data, folder), None
-    generation = folder / GENERATION
-    if generation.exists():
-        given = read_json(generation)
-        data |= {key: given[key] for key in GENERATION_IDS if given.get(key) is not None}
-    return families.read_config(data), families.family_named(data.get("model_type"))
-
-
-def _read_own_config(data: Mapping[str, Any], folder: Path) -> ModelConfig:
-    kinds = [kind for name, kind in KINDS.items() if name in data]
-    if len(kinds) != 1:
-        raise CheckpointError(
-            f"{folder / 'config.json'} needs one entry of {', '.join(map(repr, KINDS))}, it has "
-            f"{len(kinds)}; save the model again"
-        )
-    name = kinds[0].name
-    try:
-        return kinds[0].config.from_dict(data[name])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has no sound {name!r} entry: {error}"
-        ) from error
 
 
 def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) -> Model:
@@ -402,37 +377,6 @@ def _skeleton(config: ModelConfig, model: Callable[[Any], Model], folder: Path) 
             return model(config)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {folder}: {error}") from error
-
-
-def config_file(config: ModelConfig, family: Family | None) -> dict[str, Any]:
-    """What config.json says, in the format of `family` or, without one, in linspec's own."""
-    if family is not None:
-        return families.write_config(family, config)
-    kind = kind_of(config)
-    return {
-        "model_type": "linspec",
-        "architectures": [kind.architecture],
-        "vocab_size": config.vocab_size,
-        **write_ids(config),
-        **_sizes(config),
-        kind.name: config.to_dict(),
-    }
-
-
-def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """What transformers wants to know of a decoder, under its names."""
-    if not isinstance(config, DecoderConfig):
-        return {}
-    return {
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "max_position_embeddings": config.max_positions,
-        "tie_word_embeddings": config.tied_embeddings,
-    }
 
 
 def _dtype_name(tensors: Tensors) -> str:

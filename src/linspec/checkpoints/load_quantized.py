@@ -13,8 +13,9 @@ from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.tensors import check_finite
 from linspec.errors import ConfigError
-from linspec.kernels.linear import Quantizer, check_bits
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
+from linspec.quantization.codes import check_bits
 
 
 def load_plain(source: str | Path) -> Decoder:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from linspec.checkpoints.families.base import Family, Tensors
 from linspec.errors import CheckpointError
-from linspec.models.kinds import Model
+from linspec.models.model_types import Model
 
 
 def own_tensors(model: Model) -> Tensors:

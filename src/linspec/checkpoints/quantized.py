@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.config_file import QUANTIZATION, config_file
 from linspec.checkpoints.tensors import check_tensors
 from linspec.checkpoints.weights import SINGLE
 from linspec.errors import CheckpointError
-from linspec.kernels.linear import BITS, Blank
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Blank
 from linspec.models.memory import check_memory
+from linspec.models.model_types import of_config
 from linspec.models.skeleton import without_memory
+from linspec.quantization.codes import BITS
 from linspec.utils.places import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENTRY = "quantization"
+ENTRY = QUANTIZATION
 FORMAT = 1
 _ALIGNMENT = 64
 # as safetensors itself limits it
@@ -61,8 +64,6 @@ def save_quantized(
         with place.held(), save_quantized(model, tokenizer, place, bits, facts) as aside:
             yield aside
         return
-    from linspec.checkpoints.hub import config_file
-
     entry = {**entry_of(bits), "identity": model.identity, **facts}
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
     with out.replaced() as aside:
@@ -81,7 +82,8 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
         raise CheckpointError(f"{path} is missing; copy or download it again")
     check_memory(path.stat().st_size, folder)
     with without_memory():
-        model = Decoder(config).eval().to_inference(Blank(bits))
+        kind: Any = of_config(config).model
+        model: Decoder = kind(config).eval().to_inference(Blank(bits))
         # as they are saved, whatever they are trained in
         model.embed.to(torch.bfloat16)
     tensors = map_tensors(path)

@@ -6,6 +6,7 @@ linspec generate embedded-aug --prompt 'def add(a, b):' --drafter medusa
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,8 +21,9 @@ from linspec.cli import (
     get,
     linearize,
     train,
+    verify,
 )
-from linspec.cli.verbs import Verbs
+from linspec.cli.verbs import Verb, Verbs, epilog
 
 app = typer.Typer(
     cls=Verbs,
@@ -34,7 +36,7 @@ app = typer.Typer(
 )
 
 # each with its name and an example that runs
-for _verb, _name, _example in (
+_VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (demo.demo, "demo", "--quick --out demo"),
     (train.pretrain, "pretrain", "--recipe embedded --out teacher"),
     (linearize.linearize, "linearize", "embedded-softmax --mixer aug --out student"),
@@ -42,16 +44,24 @@ for _verb, _name, _example in (
     (generate.generate, "generate", "embedded-aug --prompt 'class Stack:' --drafter medusa"),
     (chat.chat, "chat", "path/to/a/chat-model --drafter prompt-lookup"),
     (compress.quantize, "quantize", "embedded-softmax --bits 4 --out small"),
-    (evaluate.evaluate, "eval", "embedded-aug --data stdlib --limit-bytes 100000"),
-    (evaluate.verify, "verify", "embedded-aug --drafter medusa"),
-    (bench.bench, "bench", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
-    (bench.bench_load, "bench-load", "small"),
+    (evaluate.perplexity, "eval perplexity", "embedded-aug --data stdlib --limit-bytes 100000"),
+    (evaluate.recall, "eval recall", "embedded-aug --teacher embedded-softmax --lengths 512,1024"),
+    (evaluate.repeats, "eval repeats", "embedded-aug --teacher embedded-softmax"),
+    (evaluate.positions, "eval positions", "embedded-aug --length 8192"),
+    (evaluate.continuations, "eval continuations", "path/to/t5 --data texts/"),
+    (evaluate.embeddings, "eval embeddings", "path/to/bert student --data texts/"),
+    (verify.verify, "verify", "embedded-aug --drafter medusa"),
+    (bench.speed, "bench speed", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
+    (bench.drafters, "bench drafters", "embedded-aug --nodes 8"),
+    (bench.kernels, "bench kernels", "embedded-aug --formats int8"),
+    (bench.load, "bench load", "small"),
     (get.get, "get", "smollm2"),
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
-):
-    _words = _name.replace("bench-", "bench ")
-    app.command(_name, epilog=f"Example: linspec {_words} {_example}".rstrip())(_verb)
+)
+_names = [name for _, name, _ in _VERBS]
+for _verb, _name, _example in _VERBS:
+    app.command(_name, cls=Verb, epilog=epilog(_name, _example, _names))(_verb)
 
 
 def main() -> None:

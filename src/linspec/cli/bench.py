@@ -1,8 +1,8 @@
-"""The verbs `bench` and `bench load`: how fast a model decodes, how soon it begins."""
+"""The verbs `bench …`: how fast a model decodes, drafts, computes and begins."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,25 +13,34 @@ from linspec.cli.console import (
     place_on,
     print_facts,
     print_json,
+    print_rows,
     print_speed,
+    print_table,
     quiet_stdout,
-    sources,
+    say,
+    words,
 )
-from linspec.cli.options import Data, Device, Json, Kv, Model, Quantize, Threads
+from linspec.cli.options import Data, Device, Json, Kv, Model, PolicyName, Quantize, Threads
+
+# for people: tokens per round, as the policy chose and with a fixed number of draft nodes
+_COLUMNS = ("drafter", "tokens/s", "× plain", "per round", "fixed", "accepted by depth")
+
+Timed = Annotated[int, typer.Option(callback=whole(), help="Tokens decoded in a repeat.")]
+Repeats = Annotated[
+    int, typer.Option(callback=whole(), help="Repeats after a warm-up; the median counts.")
+]
 
 
 @guarded()
-def bench(
+def speed(
     model: Model,
     contexts: Annotated[str, typer.Option(help="Tokens before decoding, by commas.")] = "128,1024",
     drafter: Annotated[
         list[str] | None, typer.Option(help="A drafter beside plain decoding; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(callback=whole(), help="Tokens decoded in a repeat.")] = 64,
-    repeats: Annotated[
-        int, typer.Option(callback=whole(), help="Repeats after a warm-up; the median counts.")
-    ] = 5,
-    policy: Annotated[str, typer.Option(help="auto, or a number of draft tokens.")] = "auto",
+    tokens: Timed = 64,
+    repeats: Repeats = 5,
+    policy: PolicyName = "auto",
     data: Data = None,
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
@@ -54,20 +63,95 @@ def bench(
             tokens=tokens,
             repeats=repeats,
             policy=policy,
-            data=sources(data),
+            data=data or ["stdlib"],
             device=place,
             bandwidth=bandwidth,
             quantize=quantize,
             kv=kv,
         ).to_json()
-    if as_json:
-        print_json(result)
-        return
-    print_speed(result)
+    print_json(result) if as_json else print_speed(result)
 
 
 @guarded()
-def bench_load(
+def drafters(
+    model: Model,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this one; repeatable.", show_default="all that fit the model"),
+    ] = None,
+    context: Annotated[int, typer.Option(callback=whole(), help="Tokens before decoding.")] = 128,
+    tokens: Timed = 64,
+    repeats: Repeats = 5,
+    policy: PolicyName = "auto",
+    nodes: Annotated[
+        int, typer.Option(callback=whole(), help="Draft tokens where acceptance is measured.")
+    ] = 12,
+    prompts: Annotated[
+        int, typer.Option(callback=whole(), help="Texts on which acceptance is measured.")
+    ] = 8,
+    data: Data = None,
+    quantize: Quantize = None,
+    kv: Kv = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare every drafter on a model: speed beside plain decoding, acceptance by depth."""
+    from linspec.bench.drafters import bench_drafters
+
+    place = place_on(device, threads)
+    with quiet_stdout():
+        found = bench_drafters(
+            model,
+            drafter or (),
+            context=context,
+            tokens=tokens,
+            repeats=repeats,
+            policy=policy,
+            nodes=nodes,
+            prompts=prompts,
+            data=data or ["stdlib"],
+            quantize=quantize,
+            kv=kv,
+            device=place,
+        ).to_json()
+    if as_json:
+        print_json(found)
+        return
+    print_facts({**found["machine"], **found["settings"]})
+    print_table("drafters", _COLUMNS, [_drafter_line(row) for row in found["rows"]])
+    for each in found["skipped"]:
+        say(f"left out {each['drafter']}: {each['reason']}")
+
+
+@guarded()
+def kernels(
+    model: Model,
+    formats: Annotated[
+        str, typer.Option(help="Of the weights, by commas.", show_default="float32,int8,int4")
+    ] = "",
+    repeats: Annotated[
+        int, typer.Option(callback=whole(), help="Passes after a warm-up; the quickest counts.")
+    ] = 20,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time linear layers and steps for each format of weights, beside the speed of the memory."""
+    from linspec.bench.kernels import bench_kernels
+
+    place_on("cpu", threads)
+    with quiet_stdout():
+        found = bench_kernels(model, words(formats), repeats=repeats).to_json()
+    if as_json:
+        print_json(found)
+        return
+    print_facts({**found["machine"], **found["settings"], **found["kernels"]})
+    print_rows("linear layers", map(_in_microseconds, found["linears"]))
+    print_rows("steps", map(_in_microseconds, found["steps"]))
+
+
+@guarded()
+def load(
     model: Model,
     tokens: Annotated[
         int, typer.Option(callback=whole(), help="Tokens that a process generates.")
@@ -84,3 +168,18 @@ def bench_load(
     with quiet_stdout():
         found = library(model, tokens=tokens, repeats=repeats, threads=threads).to_json()
     print_json(found) if as_json else print_facts(found)
+
+
+def _drafter_line(row: dict[str, Any]) -> list[object]:
+    shares = " ".join(f"{share:.2f}" for share in row["acceptance"])
+    numbers = ("tokens_per_s", "times_plain", "tokens_per_round", "fixed_tokens_per_round")
+    return [row["drafter"], *(row[name] for name in numbers), shares]
+
+
+def _in_microseconds(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for people, who read microseconds more easily."""
+    seconds = row["seconds"]
+    return {
+        ("µs" if k == "seconds" else k): (1e6 * seconds if k == "seconds" else v)
+        for k, v in row.items()
+    }

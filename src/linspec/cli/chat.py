@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linspec.cli.console import (
-    configure,
-    explain,
-    guarded,
-    importing,
-    place_on,
-    quiet_stdout,
-    say,
-)
-from linspec.cli.options import (
-    Device,
-    DrafterName,
-    Kv,
-    MaxTokens,
-    MinP,
-    Model,
-    PolicyName,
-    Quantize,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
-    VerifierName,
-)
+from linspec.cli.console import explain, guarded, importing, quiet_stdout, say
+from linspec.cli.groups import grouped
+from linspec.cli.options import Decoding, MaxTokens, Model, Sampling, given
 from linspec.errors import InputError, LinspecError
 
 if TYPE_CHECKING:
@@ -43,45 +21,25 @@ if TYPE_CHECKING:
 COMMANDS = "/reset begins anew, /quit ends (so does Ctrl-D); Ctrl-C stops an answer"
 
 
+@grouped
 @guarded("the chat has ended")
 def chat(
     model: Model,
+    sampling: Sampling,
+    decoding: Decoding,
     system: Annotated[
         str | None, typer.Option(help="What the model is told before the conversation.")
     ] = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = None,
-    drafter: DrafterName = "none",
-    policy: PolicyName = "auto",
-    verifier: VerifierName = "lossless",
-    quantize: Quantize = None,
-    kv: Kv = "auto",
-    device: Device = "cpu",
-    threads: Threads = None,
 ) -> None:
     """Talk with a model made for it: a line is a message, the answer is streamed to stdout."""
     with importing():
         from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
 
-    params = configure(SamplingParams, locals())
-    place = place_on(device, threads)
+    params = SamplingParams(max_tokens=max_tokens, **given(asdict(sampling)))
     with quiet_stdout():
-        llm = LLM(
-            model,
-            drafter=drafter,
-            policy=policy,
-            verifier=verifier,
-            max_batch=1,
-            device=place,
-            quantize=quantize,
-            kv_cache_dtype=kv,
-        )
+        llm = LLM(model, **decoding.to_library())
     llm.encoder.check_template()
     if _at_a_terminal():
         say(COMMANDS)

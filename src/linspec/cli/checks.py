@@ -20,11 +20,11 @@ Number = int | float | None
 def whole(least: int = 1, most: int = 2**31 - 1) -> Callable[..., Number]:
     """A check that a whole number lies in least..most."""
 
-    def check(param: typer.CallbackParam, value: int | None) -> Number:
+    def check(ctx: typer.Context, param: typer.CallbackParam, value: int | None) -> Number:
         if value is not None and value < least:
-            raise _broken(param, f"must be {least} or more", value)
+            raise _broken(_given_as(ctx, param), f"must be {least} or more", value)
         if value is not None and value > most:
-            raise _broken(param, f"must be at most {most}", value)
+            raise _broken(_given_as(ctx, param), f"must be at most {most}", value)
         return value
 
     return check
@@ -42,7 +42,7 @@ def real(
             return None
         low = (above is None or value > above) and (least is None or value >= least)
         if not math.isfinite(value) or not low or (most is not None and value > most):
-            raise _broken(param, f"must be {rule}", value)
+            raise _broken(_option(param), f"must be {rule}", value)
         return value
 
     return check
@@ -77,8 +77,15 @@ def cache_dtype(value: str) -> str:
     return kv_of(value)
 
 
-def _broken(param: typer.CallbackParam, rule: str, value: float) -> ConfigError:
-    return ConfigError(f"{_option(param)} {rule}, got {shown(value)}; leave it out for the default")
+def _broken(name: str, rule: str, value: float) -> ConfigError:
+    return ConfigError(f"{name} {rule}, got {shown(value)}; leave it out for the default")
+
+
+def _given_as(ctx: typer.Context, param: typer.CallbackParam) -> str:
+    """The flag, or the variable of the environment that the value came from."""
+    source = ctx.get_parameter_source(param.name or "")
+    from_environment = source is not None and source.name == "ENVIRONMENT"
+    return str(param.envvar) if from_environment else _option(param)
 
 
 def _option(param: typer.CallbackParam) -> str:

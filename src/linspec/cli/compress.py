@@ -7,25 +7,18 @@ from typing import Annotated
 import typer
 
 from linspec.cli.checks import whole
-from linspec.cli.console import (
-    guarded,
-    place_on,
-    print_facts,
-    print_json,
-    quiet_stdout,
-    say,
-    sources,
-)
-from linspec.cli.options import Data, Field, Json, Model, Out, Overwrite, Threads
+from linspec.cli.console import guarded, place_on, print_facts, print_json, quiet_stdout, say
+from linspec.cli.groups import grouped
+from linspec.cli.options import Json, Model, Out, Overwrite, Texts, Threads
 
 
+@grouped
 @guarded()
 def quantize(
     model: Model,
     out: Out,
+    texts: Texts,
     bits: Annotated[int, typer.Option(help="Bits of a weight, 8 or 4.")] = 8,
-    data: Data = None,
-    field: Field = "text",
     calibration_bytes: Annotated[
         int,
         typer.Option(
@@ -39,7 +32,10 @@ def quantize(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs."""
+    """Turn a model's weights into 8- or 4-bit integers for the CPU, and say what quality that costs.
+
+    Takes minutes at most and is not resumed: stopped, it leaves nothing, and the same command begins again.
+    """
     from linspec.evaluate.quantize import quantize as library
 
     place_on("cpu", threads)
@@ -48,8 +44,7 @@ def quantize(
             model,
             out,
             bits=bits,
-            data=sources(data),
-            field=field,
+            **texts.to_library(),
             calibration_bytes=calibration_bytes,
             limit_bytes=limit_bytes,
             overwrite=overwrite,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import inspect
 import json
 import math
 import os
@@ -28,7 +27,6 @@ from linspec.utils.messages import because, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
-C = TypeVar("C")
 
 # longer messages are those of libraries, which quote whole files
 _LONGEST_LINE = 1000
@@ -176,19 +174,23 @@ def print_facts(facts: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {_cell(value)}")
 
 
+def print_rows(title: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A table of records with the same keys, for people."""
+    lines = list(rows)
+    print_table(title, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
+
+
 def print_measured(result: Mapping[str, Any], rows: str = "") -> None:
     """A measurement for people: its list `rows`, if any, as a table, everything else as facts."""
     if rows:
-        lines = result[rows]
-        print_table(rows, list(lines[0]) if lines else [], [list(line.values()) for line in lines])
+        print_rows(rows, result[rows])
     print_facts({name: value for name, value in result.items() if name != rows})
 
 
 def print_speed(result: Mapping[str, Any]) -> None:
     """What `bench` measured, for people."""
     print_facts({**result["machine"], **result["settings"]})
-    rows = result["rows"]
-    print_table("decoding", list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+    print_rows("decoding", result["rows"])
     for left_out in result["skipped"]:
         say(f"skipped context {left_out['context']}: {left_out['reason']}")
 
@@ -209,21 +211,6 @@ def place_on(device: str, threads: int | None) -> str:
 
     set_threads(threads)
     return pick_device(device)
-
-
-def sources(data: list[str] | None) -> list[str]:
-    """What --data names; the standard library when it is left out."""
-    return data or ["stdlib"]
-
-
-def configure(kind: Callable[..., C], options: Mapping[str, Any]) -> C:
-    """The configuration `kind` of those options that it knows and the user gave.
-
-    What was not given (None) keeps the default of the library.
-    """
-    names = inspect.signature(kind).parameters
-    chosen = {name: options[name] for name in names if options.get(name) is not None}
-    return kind(**chosen)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -269,3 +256,8 @@ def numbers(text: str, option: str) -> list[int]:
         raise ConfigError(
             f"{option} takes numbers separated by commas, got {shown(repr(text))}"
         ) from error
+
+
+def words(text: str) -> list[str]:
+    """The words of a list like int8,int4."""
+    return [part.strip() for part in text.split(",") if part.strip()]

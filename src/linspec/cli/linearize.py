@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import typer
 
 from linspec.cli.checks import real, whole
 from linspec.cli.console import (
     RESUME,
-    configure,
     guarded,
     numbers,
     place_on,
     quiet_stdout,
     report_written,
-    sources,
 )
-from linspec.cli.options import (
-    BatchTokens,
-    Compile,
-    Context,
-    Data,
-    Field,
-    Json,
-    Model,
-    Order,
-    Out,
-    Overwrite,
-    Rate,
-    RecallShare,
-    Resume,
-    Threads,
-    Tokens,
-)
+from linspec.cli.groups import grouped
+from linspec.cli.options import Json, Model, Out, RecallShare, Run, Texts, Training, given
 
-Group = Annotated[int, typer.Option(callback=whole(), help="Tokens per group.")]
+MixerName = Annotated[
+    str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
+]
+Group = Annotated[
+    int | None,
+    typer.Option(
+        callback=whole(), help="Tokens per group.", show_default="64, or 32 for an encoder"
+    ),
+]
 Taps = Annotated[
     int | None,
     typer.Option(
@@ -49,13 +41,15 @@ Span = Annotated[
     str,
     typer.Option(
         help="Groups seen exactly, the open one included: 2, or one for each layer.",
-        show_default="by --rows with kernel softmax",
+        show_default="by --exact-tokens with kernel softmax",
     ),
 ]
-Rows = Annotated[
-    int,
+ExactTokens = Annotated[
+    int | None,
     typer.Option(
-        callback=whole(), help="Tokens seen exactly, mean of the layers; each gets what it needs."
+        callback=whole(),
+        help="Tokens seen exactly, mean of the layers; each gets what it needs.",
+        show_default="384",
     ),
 ]
 Kernel = Annotated[
@@ -104,72 +98,67 @@ KlWeight = Annotated[
 LoraRank = Annotated[int | None, typer.Option(callback=whole(0), help="0 trains all weights.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mixing:
+    """Which mixer every layer gets."""
+
+    mixer: MixerName = "aug"
+    group: Group = None
+    taps: Taps = None
+    window: Window = None
+    span: Span = ""
+    exact_tokens: ExactTokens = None
+    kernel: Kernel = None
+    features: Features = None
+    keep: Keep = None
+    mixer_seed: MixerSeed = 0
+    keep_softmax: KeepSoftmax = ""
+    softmax_layers: SoftmaxLayers = 0
+
+    def given(self) -> dict[str, Any]:
+        """As LinearizeRecipe takes them, without those that were left out."""
+        spans = numbers(self.span, "--span")
+        lists = {
+            "span": spans[0] if len(spans) == 1 else tuple(spans) or None,
+            "keep_softmax": tuple(numbers(self.keep_softmax, "--keep-softmax")),
+        }
+        return given(asdict(self) | lists)
+
+
+@grouped
 @guarded(RESUME)
 def linearize(
     source: Model,
     out: Out,
-    mixer: Annotated[
-        str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
-    ] = "aug",
-    group: Group = 64,
-    taps: Taps = None,
-    window: Window = None,
-    span: Span = "",
-    rows: Rows = 384,
-    kernel: Kernel = None,
-    features: Features = None,
-    keep: Keep = None,
-    mixer_seed: MixerSeed = 0,
-    keep_softmax: KeepSoftmax = "",
-    softmax_layers: SoftmaxLayers = 0,
-    data: Data = None,
-    field: Field = "text",
-    tokens: Tokens = None,
+    mixing: Mixing,
+    texts: Texts,
+    training: Training,
+    run: Run,
     transfer_share: TransferShare = None,
-    context: Context = None,
-    batch_tokens: BatchTokens = None,
-    lr: Rate = None,
     kl_weight: KlWeight = None,
     recall_share: RecallShare = None,
     lora_rank: LoraRank = None,
-    seed: Order = None,
-    compile: Compile = "auto",
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Replace a checkpoint's softmax attention by linear mixers and train it back to quality.
 
-    A decoder or a T5: of that, encoder and decoder are replaced, cross-attention stays, and it learns
-    to write the second half of a window (--context) from the first.
+    A decoder, an encoder (BERT) or a T5. Of a T5, encoder and decoder are replaced, cross-attention
+    stays, and it learns to write the second half of a window (--context) from the first. An encoder
+    learns to imitate its own hidden states.
     """
     from linspec.train.linearize import linearize as library
-    from linspec.train.linearize_config import LinearizeConfig
+    from linspec.train.linearize_recipe import LinearizeRecipe
 
-    place_on("cpu", threads)
-    config = configure(LinearizeConfig, locals())
-    chosen = numbers(span, "--span")
+    place_on("cpu", run.threads)
+    shares = {
+        "transfer_share": transfer_share,
+        "kl_weight": kl_weight,
+        "recall_share": recall_share,
+        "lora_rank": lora_rank,
+    }
+    recipe = LinearizeRecipe.of(
+        **mixing.given(), **texts.to_library(), **training.given(), **given(shares)
+    )
     with quiet_stdout():
-        library(
-            source,
-            out,
-            mixer=mixer,
-            group=group,
-            taps=taps,
-            window=window,
-            span=chosen[0] if len(chosen) == 1 else chosen or None,
-            rows=rows,
-            kernel=kernel,
-            features=features or 0,
-            keep=keep or 0,
-            mixer_seed=mixer_seed,
-            keep_softmax=numbers(keep_softmax, "--keep-softmax"),
-            softmax_layers=softmax_layers,
-            data=sources(data),
-            field=field,
-            config=config,
-            resume=resume,
-            overwrite=overwrite,
-        )
+        library(source, out, recipe, resume=run.resume, overwrite=run.overwrite)
     report_written(out, as_json)

@@ -1,13 +1,16 @@
-"""Arguments and options that several verbs share."""
+"""Arguments and options that several verbs share, one by one and in groups (see `groups`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from linspec.cli.checks import cache_dtype, named, real, sources, whole
+from linspec.cli.console import place_on
 
 Model = Annotated[
     str, typer.Argument(help="A directory, a GGUF file, embedded-softmax, embedded-aug or smollm2.")
@@ -33,8 +36,6 @@ Kv = Annotated[
     str,
     typer.Option(
         "--kv-cache-dtype",
-        # its name in 0.1.0
-        "--kv",
         callback=cache_dtype,
         help="How softmax caches are kept: auto (as the model computes), float32 or int8.",
     ),
@@ -107,3 +108,84 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what the same command wrote there before.")
 ]
 Out = Annotated[Path, typer.Option(callback=named, help="Model directory to write.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
+    seed: Seed = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What decodes, and on what."""
+
+    drafter: DrafterName = "none"
+    policy: PolicyName = "auto"
+    verifier: VerifierName = "lossless"
+    quantize: Quantize = None
+    kv: Kv = "auto"
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def to_library(self) -> dict[str, Any]:
+        """As `LLM` takes them, for one request at a time; --threads is applied."""
+        return {
+            "drafter": self.drafter,
+            "policy": self.policy,
+            "verifier": self.verifier,
+            "max_batch": 1,
+            "device": place_on(self.device, self.threads),
+            "quantize": self.quantize,
+            "kv_cache_dtype": self.kv,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Which texts."""
+
+    data: Data = None
+    field: Field = "text"
+
+    def to_library(self) -> dict[str, Any]:
+        """As functions of the library take them; the standard library where --data is left out."""
+        return {"data": self.data or ["stdlib"], "field": self.field}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long and how to train; what is left out (None) keeps the default of the library."""
+
+    tokens: Tokens = None
+    context: Context = None
+    batch_tokens: BatchTokens = None
+    lr: Rate = None
+    seed: Order = None
+    compile: Compile = "auto"
+
+    def given(self) -> dict[str, Any]:
+        """Those that the user gave."""
+        return given(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a long run begins and where it computes."""
+
+    resume: Resume = False
+    overwrite: Overwrite = False
+    threads: Threads = None
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not None: the library has the defaults of the others."""
+    return {name: value for name, value in options.items() if value is not None}

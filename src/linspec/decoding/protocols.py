@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from linspec.decoding.step import StepInput, StepOutput
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 
 
 class CausalModelConfig(Protocol):
@@ -37,6 +37,8 @@ class CausalModel(Protocol):
     """A model with a step form."""
 
     is_inference: bool
+    # whether the output goes on from the prompt; else the prompt is a source that is answered
+    continues_prompt: bool
     # a whole step in one native call, if there is such a form of this model
     native: Any
 
@@ -65,7 +67,7 @@ class CausalModel(Protocol):
         ...
 
     def new_state(self, slots: int = 1, kv: str = "float") -> Any:
-        """Empty state for up to `slots` sequences; kv: how the rows of a cache are kept."""
+        """Empty state for up to `slots` sequences; kv: how the entries of a cache are kept."""
         ...
 
     def open(
@@ -81,6 +83,16 @@ class CausalModel(Protocol):
         """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
         ...
 
-    def step(self, inputs: Sequence[StepInput], state: Any) -> StepOutput:
-        """Run new tokens of several slots against their committed state and stage them there."""
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: Any,
+        *,
+        layers: Collection[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
+        """Run new tokens of several slots against their committed state and stage them there.
+
+        layers: only these are computed, None for all. want: what is handed out beside logits.
+        """
         ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from linspec.decoding.accepted import TokenLogprob
 from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.step import FINAL
 from linspec.decoding.tree import TokenTree
 
 
@@ -60,25 +61,47 @@ UNPLACED = -1
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
-    """A request, which waits or has a slot.
+    """One of the sequences that answer a request; it waits or has a slot.
 
-    request: the engine's number of the request. slot: UNPLACED while it waits. source: what an encoder
-    has read, () for a decoder alone. tokens: prompt and output; once the prompt is processed the last
-    one is the root of the next tree, decided but not committed. hidden: the final hidden state [D] at
-    the last committed token. prompt_logprobs: of the prompt tokens that were read, where the request asks for
-    them.
+    Attributes:
+        number: the number that the engine gave this sequence.
+        sampler: random numbers and rules of the request.
+        tokens: prompt and output. Once the prompt is read, the last token is the root of the next tree: it
+            is decided, but the state does not hold it yet.
+        prompt_length: tokens of the prompt in `tokens`.
+        slot: its place in the state; UNPLACED while it waits.
+        prefilled: prompt tokens that the state holds.
+        source: tokens that an encoder has read; () for a decoder alone.
+        request: the number of the request, which its sequences share.
+        index: which of the sequences of the request it is.
+        embeddings: [T, D] of the prompt, where they are not those of its tokens.
+        hidden: by layer, states [P, D] of the target at the tokens committed last, the newest last; see
+            `Drafter.needs`.
+        stats: rounds, drafts and seconds so far.
+        prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
     """
 
-    request: int
+    number: int
     sampler: Sampler
     tokens: list[int]
     prompt_length: int
     slot: int = UNPLACED
     prefilled: int = 0
     source: tuple[int, ...] = ()
-    hidden: torch.Tensor | None = None
+    request: int = 0
+    index: int = 0
+    embeddings: torch.Tensor | None = None
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     stats: Stats = field(default_factory=Stats)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    def append_hidden(self, states: Mapping[int, torch.Tensor]) -> None:
+        """Add the states [P, D] of a further piece of the prompt, by layer."""
+        for layer, new in states.items():
+            before = self.hidden.get(layer)
+            # the output layer's are those of the last token, the others of every token
+            join = before is not None and layer != FINAL
+            self.hidden[layer] = torch.cat((before, new)) if join and before is not None else new
 
     @property
     def params(self) -> SamplingParams:
@@ -87,7 +110,7 @@ class RunningSequence:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the request's prompt, whichever side has read it."""
+        """Tokens of the prompt, those of an encoder's source included."""
         return len(self.source) or self.prompt_length
 
     @property

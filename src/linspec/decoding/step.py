@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,6 +11,8 @@ from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
 MAX_STAGED = 64
+# in place of a layer's number: the normalised states that the output layer reads
+FINAL = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,18 +21,38 @@ class StepInput:
 
     parents: index of each token's parent among the slot's staged nodes (those of earlier steps come
     first), -1 for the last committed token. None means a chain from the last committed token.
-    all_logits: False asks for the logits of the last token only.
+    all_logits: False asks for the logits of the last token only. embeddings: [N, D] instead of those of the
+    tokens.
     """
 
     slot: int
     tokens: Sequence[int]
     parents: Sequence[int] | None = None
     all_logits: bool = True
+    embeddings: torch.Tensor | None = None
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:
-        """The step_input that verifies a whole tree."""
+        """The input that verifies a whole tree."""
         return cls(slot, tree.tokens, tree.parents)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What a caller needs back beside logits: hidden states behind the layers of these numbers.
+
+    Layers count from 0. FINAL, the normalised states that the output layer reads, come with every step.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The layers that a step hands out only when it is asked to."""
+        return tuple(layer for layer in self.layers if layer != FINAL)
+
+
+LOGITS = Want()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +60,12 @@ class StepOutput:
     """What one step computed for the nodes whose logits were asked for.
 
     hidden [P, D] are final normalised hidden states, logits [P, vocab]; `slices[i]` says which of the P
-    belong to step_input i.
+    belong to input i. layers: of each layer that was wanted, the states behind it [M, D] of all M new nodes,
+    those of input i at `nodes[i]`.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     slices: list[slice]
+    layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    nodes: list[slice] = field(default_factory=list)

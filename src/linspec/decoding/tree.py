@@ -108,9 +108,14 @@ def chain_shape(nodes: int) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The largest tree that a sequence may get: most draft nodes, and the greatest depth of one.
+    """The largest tree that a sequence may get.
 
-    Depth is what room costs: a draft at depth d needs d more positions, however wide its tree.
+    Depth is limited apart from the nodes because it costs positions: a draft at depth d needs d more
+    positions, however wide the tree is.
+
+    Attributes:
+        nodes: most draft nodes, the root not counted.
+        depth: greatest depth of a node; the root has depth 0.
     """
 
     nodes: int
@@ -118,11 +123,11 @@ class Budget:
 
     @classmethod
     def of(cls, nodes: int) -> Budget:
-        """`nodes` draft nodes, as deep as they can be."""
+        """A budget of `nodes` draft nodes that may all form one chain."""
         return cls(nodes, nodes)
 
     def within(self, nodes: int, depth: int) -> Budget:
-        """The part of this budget that has at most `nodes` nodes and `depth`."""
+        """This budget with at most `nodes` nodes and at most this `depth`."""
         depth = min(self.depth, depth)
         return Budget(min(self.nodes, nodes), depth) if depth > 0 else NO_DRAFTS
 
@@ -141,12 +146,22 @@ NO_DRAFTS = Budget(0, 0)
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Tokens and parents of one sequence's draft.
+    """The draft of one sequence: tokens with parents. A chain is a tree; one node alone is a plain step.
 
-    proposals: for a node whose children were *sampled* from a drafter's distribution, that
-    distribution [vocab]; absent for drafts that are deterministic (heads, look-up). The lossless sampling
-    verifier needs it. confidences: where a drafter has them, its own estimate for each node that the node is
-    accepted once its parent is; that of the root is 1.
+    Node 0 is the root, the newest token of the sequence. Parents precede their children.
+
+    Attributes:
+        tokens: token id of each of the N nodes.
+        parents: number of the parent of each node; -1 for the root.
+        proposals: for each node whose children were *sampled* by the drafter, the distribution [vocab] that
+            they were sampled from. The lossless verifier needs it. Deterministic drafts, such as those of
+            heads or look-up, have none.
+        confidences: for each node, how likely the drafter holds it that the node is accepted once its parent
+            is; 1 for the root. None if the drafter has no estimate.
+
+    Raises:
+        ConfigError: the lengths differ, there is not exactly one root, or a parent does not precede its
+            child.
     """
 
     tokens: tuple[int, ...]

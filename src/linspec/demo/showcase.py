@@ -16,6 +16,7 @@ from linspec.demo.budget import Budget
 from linspec.demo.screen import Screen
 from linspec.llm import LLM
 from linspec.report.data import Round, Sample, Span, make_round, token_texts
+from linspec.verifiers import make_verifier
 from linspec.verifiers.base import Verifier
 
 
@@ -49,9 +50,8 @@ class Showcase:
 
 def show(student: Path, prompt: Sequence[int], budget: Budget, screen: Screen) -> Showcase:
     """Generate behind `prompt` with trees of a fixed size, on the screen as it comes."""
-    llm = LLM(student, drafter="medusa", policy=budget.shown_nodes, max_batch=1)
-    recorder = Recorder(llm.engine.verifier)
-    llm.engine.verifier = recorder
+    recorder = Recorder(make_verifier("lossless"))
+    llm = LLM(student, drafter="medusa", policy=budget.shown_nodes, verifier=recorder, max_batch=1)
     params = SamplingParams(max_tokens=budget.shown_tokens, ignore_eos=True)
     text = llm.tokenizer.decode(list(prompt))
     screen.prompt(text)

@@ -18,8 +18,9 @@ from linspec.drafters.saved import CONFIG_FILE
 from linspec.models.decoder import Decoder
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
 from linspec.train.finetune import finetune_loss
-from linspec.train.linearize import RECORD, linearize
+from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
+from linspec.train.linearize_record import RECORD
 from linspec.train.student import make_mixer, spread, student_mixers, with_mixers
 
 MIXER, STUDENT = "aug", "embedded-aug"

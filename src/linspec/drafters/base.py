@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
-from linspec.decoding.step import MAX_STAGED
+from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
@@ -28,8 +28,11 @@ _FORGET = 0.98
 class DrafterContext:
     """What a drafter is made for.
 
-    tokenizer: of the target, None if nobody said. source: the target's directory, None for a model in
-    memory. slots: sequences that run at once.
+    Attributes:
+        target: the model that verifies.
+        tokenizer: of the target; None if the caller gave none.
+        source: the directory of the target; None for a model that was given in memory.
+        slots: most sequences that run at once.
     """
 
     target: CausalModel
@@ -38,7 +41,11 @@ class DrafterContext:
     slots: int = 1
 
     def decoder(self, name: str) -> Decoder:
-        """The target, for a drafter that can draft for decoders only."""
+        """The target as a decoder, for the drafter `name`, which can draft for decoders only.
+
+        Raises:
+            DrafterError: the target is no decoder.
+        """
         if not isinstance(self.target, Decoder):
             raise DrafterError(
                 f"drafter {name!r} drafts for decoders, and this is a {type(self.target).__name__}; use "
@@ -50,15 +57,24 @@ class DrafterContext:
 class Drafter(ABC):
     """Proposes the tokens that the target verifies; knows no model family.
 
-    A round calls `propose`, then `observe` for each sequence that had drafts. `started` and `finished` stand
-    around a request: what is kept in between goes by `sequence.slot` or `sequence.request`, what is kept for
-    longer is a memory across requests. The registry makes a drafter from a context and, where it
-    has some, its options; one that tests and tools make from other parts has a class method `build`.
+    A round calls `propose`, then `observe` for each sequence that had drafts. The engine calls `started`
+    before the first round of a request and `finished` after its last. What a drafter keeps for a sequence
+    goes by `sequence.slot` or `sequence.number`; what it keeps longer is a memory across requests. What a
+    method raises ends the request that it was about.
+
+    The registry calls the class with its DrafterContext and, if it has options, with these. A drafter that
+    must do more first, such as load a model, has a class method `build` with the same arguments.
+
+    Attributes:
+        name: under which it is registered.
+        max_nodes: most draft nodes of one of its trees.
     """
 
     name: ClassVar[str]
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
+    # the target's hidden states that it reads in `sequence.hidden`
+    needs: Want = LOGITS
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         """Keep nothing; a drafter keeps what it needs of them."""
@@ -67,32 +83,42 @@ class Drafter(ABC):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        """A tree per sequence, rooted at its `root`, within its budget of one node or more.
+        """A tree for each sequence, in their order.
 
-        Nodes that matter more come first: a policy may have only the first of them verified. Where it
-        raises, the engine asks again for each sequence alone, to end the one whose fault it was: a round that
-        is proposed again gets the same trees.
+        The root of a tree is `sequence.root`, its newest token. Likely nodes come first, because a policy may
+        verify only the first nodes. If this raises, the engine asks again for each sequence alone: the same
+        round must give the same trees.
+
+        Args:
+            sequences: the sequences of this round.
+            budgets: the largest tree for each; at least one draft node and a depth of one.
         """
 
     @abstractmethod
     def expected(self, budget: Budget) -> float:
-        """Draft tokens that the best tree within `budget` is expected to have accepted."""
+        """The number of draft tokens that a tree within `budget` will have accepted, in the mean."""
 
     def started(self, sequence: RunningSequence) -> None:
-        """A request has its slot: `sequence.tokens` is its prompt, of which nothing is read yet."""
+        """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet."""
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
-        """Learn what the verifier accepted; called before `sequence.tokens` grows."""
+        """Learn from a verified tree with drafts; called before `sequence.tokens` grows.
+
+        Args:
+            sequence: the sequence.
+            tree: what this drafter proposed, or the first nodes of it.
+            path: accepted nodes from the root (node 0) down.
+        """
 
     def finished(self, sequence: RunningSequence) -> None:
-        """A request has ended, however it did, and its slot goes to another: `sequence.tokens` is all it had.
+        """A request has ended: its slot goes to another one. `sequence.tokens` is its prompt and its output.
 
-        Called for each one that was to start, also where `started` raised.
+        The engine calls this for failed requests too, also for one whose `started` raised.
         """
 
 
 class ChainDrafter(Drafter):
-    """A drafter of chains: keeps decayed counts of how often each depth is accepted."""
+    """A drafter of chains, which needs only `draft`; counts how often each depth is accepted."""
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         super().__init__(context, options)
@@ -102,6 +128,7 @@ class ChainDrafter(Drafter):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
+        """A chain for each sequence, from `draft`."""
         drafts = self.draft(sequences, [budget.chain for budget in budgets])
         return [
             chain((sequence.root, *draft))
@@ -111,10 +138,11 @@ class ChainDrafter(Drafter):
     def draft(
         self, sequences: Sequence[RunningSequence], lengths: Sequence[int]
     ) -> list[list[int]]:
-        """Draft tokens for each sequence, at most so many."""
+        """Draft tokens for each sequence, at most `lengths` of them; may be none."""
         raise NotImplementedError
 
     def expected(self, budget: Budget) -> float:
+        """The mean number of accepted draft tokens, from decayed counts for each depth."""
         total, reach = 0.0, 1.0
         for depth in range(budget.chain):
             known = depth < len(self._tried)
@@ -124,6 +152,7 @@ class ChainDrafter(Drafter):
         return total
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
+        """Count the depths that were tried and accepted."""
         drafted, accepted = len(tree) - 1, len(path) - 1
         while len(self._tried) < drafted:
             self._tried.append(0.0)
@@ -134,3 +163,4 @@ class ChainDrafter(Drafter):
 
 
 DRAFTERS: Registry[Drafter] = Registry("drafter", "linspec.drafters", beside=("none",))
+"""The registry of drafters. Packages add to it by entry points of the group `linspec.drafters`."""

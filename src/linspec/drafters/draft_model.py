@@ -22,9 +22,9 @@ from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
 from linspec.errors import DrafterError
-from linspec.kernels.linear import integer_bits
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import integer_bits
 from linspec.utils.options import option
 
 

@@ -13,15 +13,17 @@ from typing import Self
 from torch import nn
 
 from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import FINAL, Want
 from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
 from linspec.errors import DrafterError
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import Quantizer, integer_bits, pick_kernel
+from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.utils.options import option
 
 
@@ -49,6 +51,8 @@ class Medusa(Drafter):
     Head k guesses the token k places behind the root. The tree of n nodes holds the n rank paths that
     are likeliest to be right, so smaller budgets are prefixes of larger ones of the same depth.
     """
+
+    needs = Want((FINAL,))
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -83,14 +87,14 @@ class Medusa(Drafter):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        hidden = [sequence.hidden for sequence in sequences if sequence.hidden is not None]
+        hidden = [each.hidden[FINAL][-1] for each in sequences if each.hidden]
         shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
         heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
         top = max(ranked.top(nodes) for ranked, nodes in shapes)
         guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
         trees = []
         for sequence, (ranked, nodes) in zip(sequences, shapes, strict=True):
-            if sequence.hidden is None:
+            if not sequence.hidden:
                 trees.append(root_only(sequence.root))
                 continue
             guessed = next(guesses)

@@ -10,7 +10,7 @@ spends much of its time reading weights, and this is a quarter of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -20,8 +20,10 @@ from torch import nn
 from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.linear import LinearFactory, Quantizer, integer_bits
+from linspec.kernels.step_plan import LinearPlan
+from linspec.mixers.base import LinearFactory
+from linspec.models.linear import Quantizer, integer_bits
+from linspec.models.native_linear import NativeLinear
 from linspec.models.skeleton import without_memory
 
 
@@ -97,13 +99,17 @@ class PackedHeads(Heads):
         if load().library is None:
             return super().guess(hidden, heads, top)
         if self._call is None:
-            blocks = [(_native(block.first), _native(block.back)) for block in self._blocks]
-            self._call = HeadsCall(blocks, self._outputs)
+            blocks = [(_plans(block.first), _plans(block.back)) for block in self._blocks]
+            self._call = HeadsCall(blocks, _plans(self._outputs))
         return self._call.guess(hidden, heads, top)
 
 
 def _native(layers: nn.ModuleList) -> list[NativeLinear]:
     return cast("list[NativeLinear]", list(layers))
+
+
+def _plans(layers: Iterable[nn.Module]) -> list[LinearPlan]:
+    return [cast(NativeLinear, layer).plan() for layer in layers]
 
 
 def draft_head(head: nn.Module) -> NativeLinear:

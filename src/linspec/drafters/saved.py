@@ -27,11 +27,12 @@ from linspec.checkpoints.tensors import aligned, check_tensors
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, DrafterError
-from linspec.kernels.linear import Blank
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Blank
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 from linspec.utils.border import parse, read_json
+from linspec.utils.format_version import CURRENT, KEY, check_format
 from linspec.utils.messages import shown
 from linspec.utils.places import Place, as_path
 
@@ -83,6 +84,7 @@ def save_packed(
 
 def _write_config(folder: Path, heads: Heads, model: Decoder, facts: Mapping[str, Any]) -> None:
     config = {
+        KEY: CURRENT,
         "kind": "medusa",
         **asdict(heads.config),
         "target": fingerprint(model),
@@ -193,6 +195,7 @@ def read_drafter(folder: Path) -> dict[str, Any]:
             f"no drafter in {folder}: {CONFIG_FILE} is missing; train one: linspec train-drafter"
         )
     data = read_json(path, DrafterError)
+    check_format(data, path, DrafterError)
     if data.get("kind") != "medusa":
         raise DrafterError(
             f"{path} describes a drafter of kind {shown(repr(data.get('kind')))}, expected 'medusa'"

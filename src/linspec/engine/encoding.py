@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from linspec.decoding.request import Request
 from linspec.engine.prompts import Prompt, token_ids
 from linspec.errors import ConfigError, InputError, WrongType
 from linspec.utils.messages import shown
@@ -31,7 +32,9 @@ class TextEncoder:
         Raises InputError for an empty one or text that is not Unicode.
         """
         if not isinstance(prompt, str):
-            ids = token_ids(prompt, self.vocab_size)
+            ids = token_ids(
+                prompt.prompt if isinstance(prompt, Request) else prompt, self.vocab_size
+            )
         else:
             ids = self._tokens(prompt, special=special)
             start = self._start if special else []

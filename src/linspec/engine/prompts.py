@@ -11,15 +11,16 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from linspec.decoding.request import Request
 from linspec.errors import InputError, WrongType
 from linspec.utils.messages import shown
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Request
 
 
 def as_prompts(prompts: Any) -> list[Prompt]:
-    """The prompts in what a caller gave; one prompt, as text or token ids, is a list of one."""
-    if isinstance(prompts, str):
+    """The prompts in what a caller gave; one prompt, as text, token ids or a request, is a list of one."""
+    if isinstance(prompts, str | Request):
         return [prompts]
     items = list(_iterable(prompts))
     return [items] if items and all(_as_id(item) is not None for item in items) else items

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
+from linspec.decoding.outcome import FAILED, Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence, Stats
 from linspec.engine.detokenizer import Detokenizer
-from linspec.engine.engine import FAILED, Emitted
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One finished request; with n > 1 its first sequence, and the `others`.
 
-    finish_reason: 'stop' (end of sequence, stop string or stop token), 'length', or 'error' for one that
-    could not go on: `error` says why, and the text is what came before. prompt_logprobs: one entry for each
-    token of the prompt, None for the first. tokens_per_s counts generated tokens over the seconds of the
-    steps after the prompt was read.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        token_ids: tokens of the output.
+        text: the output as text, up to an error if there was one.
+        finish_reason: 'stop' (end of sequence, stop text or stop token), 'length' or 'error'.
+        logprobs: one entry for each output token, None if the request did not ask for them.
+        stats: rounds, drafted and accepted tokens, seconds.
+        error: why the request failed; None if it did not.
+        prompt_logprobs: one entry for each token of the prompt, None for the first token.
+        others: the sequences 2 to n.
     """
 
     prompt_tokens: int
@@ -35,17 +42,17 @@ class Generation:
 
     @property
     def outputs(self) -> tuple[Generation, ...]:
-        """All n sequences of the request."""
+        """All n sequences of the request, this one first."""
         return (replace(self, others=()), *self.others)
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second of decoding; the first token belongs to the prompt's step."""
+        """Output tokens per second of decoding, without the first: the step of the prompt gives that."""
         seconds = self.stats.decode_seconds
         return (len(self.token_ids) - 1) / seconds if seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The result as plain JSON types; seconds are floats, an error is its message."""
         stats = self.stats
         found: dict[str, Any] = {
             "text": self.text,
@@ -72,7 +79,7 @@ class Generation:
         return found
 
     def summary(self) -> str:
-        """One line for people."""
+        """One line for people: tokens, tokens per second, tokens per round, finish reason."""
         return (
             f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
             f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
@@ -81,7 +88,15 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of a sequence of request `index`; `done` is set on its last piece."""
+    """New text of one sequence.
+
+    Attributes:
+        index: the number of the prompt in the call, from 0.
+        text: may be empty where the new tokens do not complete a character yet.
+        token_ids: the new tokens.
+        done: the finished sequence, on its last piece; None before.
+        sequence: the number of the sequence in its request, from 0 to n - 1.
+    """
 
     index: int
     text: str
@@ -91,7 +106,7 @@ class Piece:
 
 
 class Collector:
-    """Collects what the engine emits for one sequence of a prompt.
+    """Collects what the engine emits for one sequence of a request.
 
     continues: whether the output goes on from the prompt, as that of a decoder does.
     """
@@ -100,16 +115,16 @@ class Collector:
         self,
         place: tuple[int, int],
         tokenizer: Any,
-        prompt: Sequence[int],
+        request: Request,
         params: SamplingParams,
         *,
         continues: bool,
     ) -> None:
         self.index, self.sequence = place
-        self.prompt, self.params = prompt, params
+        self.request, self.params = request, params
         self.text = Detokenizer(
             tokenizer,
-            prompt if continues else (),
+            request.prompt if continues else (),
             params.stop,
             special=not params.skip_special_tokens,
             keep_stop=params.include_stop_str_in_output,
@@ -118,31 +133,31 @@ class Collector:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
 
-    def take(self, emitted: Emitted) -> Piece:
+    def take(self, outcome: Outcome) -> Piece:
         """Add a round's tokens, up to a stop string."""
-        before, finished = len(self.tokens), emitted.finished
-        shown = len(emitted.tokens) - self._hides_end(emitted)
-        for place, token in enumerate(emitted.tokens):
+        before, finished = len(self.tokens), outcome.finished
+        shown = len(outcome.tokens) - self._hides_end(outcome)
+        for place, token in enumerate(outcome.tokens):
             self.tokens.append(token)
             if place < shown and self.text.push(token):
                 finished = finished if finished == FAILED else "stop"
                 break
-        if emitted.accepted is not None and emitted.accepted.logprobs is not None:
-            self.logprobs += emitted.accepted.logprobs[: len(self.tokens) - before]
+        if outcome.accepted is not None and outcome.accepted.logprobs is not None:
+            self.logprobs += outcome.accepted.logprobs[: len(self.tokens) - before]
         if finished and not self.text.stopped:
             self.text.finish()
             finished = "stop" if self.text.stopped else finished
         piece = self.text.release(last=finished is not None)
-        done = self._result(emitted.sequence, finished, emitted.error) if finished else None
+        done = self._result(outcome.sequence, finished, outcome.error) if finished else None
         return Piece(self.index, piece, tuple(self.tokens[before:]), done, self.sequence)
 
-    def _hides_end(self, emitted: Emitted) -> bool:
+    def _hides_end(self, outcome: Outcome) -> bool:
         """Whether the last token ended the output and is no part of its text."""
         params = self.params
-        if emitted.finished != "stop" or params.include_stop_str_in_output:
+        if outcome.finished != "stop" or params.include_stop_str_in_output:
             return False
         # the model's own end is a special token, which is hidden with the others
-        return emitted.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
+        return outcome.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens
 
     def failed(self, sequence: RunningSequence, error: Exception) -> Piece:
         """The last piece where `take` raised: what was shown before stands."""

@@ -8,6 +8,7 @@ of a token budget, so that a long prompt never stalls the others.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from linspec.decoding.sequence import RunningSequence
@@ -22,7 +23,7 @@ class Batch:
     prefilling: list[tuple[RunningSequence, int]]
 
 
-# Pieces of a prompt end at multiples of it. Grouped mixers add up the sequences of a piece in another order
+# Pieces of a prompt end at multiples of it. Grouped mixers add up the tokens of a piece in another order
 # when it begins elsewhere, and quantised layers make a visible difference of that: a prompt would
 # read otherwise beside other requests.
 PIECE = 64
@@ -56,7 +57,7 @@ class Scheduler:
         admitted = []
         while self._waiting and self.free:
             sequence = self._waiting.popleft()
-            # the lowest slot: neighbouring slots form one dense segment
+            # the lowest slot: neighbouring slots form one dense group
             sequence.slot = min(self.free)
             self.free.remove(sequence.slot)
             self.running.append(sequence)
@@ -82,10 +83,10 @@ class Scheduler:
         self.running.remove(sequence)
         self.free.append(sequence.slot)
 
-    def clear(self) -> list[RunningSequence]:
-        """Drop everything that waits and runs; returns the sequences that ran."""
-        dropped = self.running[:]
-        self._waiting.clear()
+    def withdraw(self, unwanted: Callable[[RunningSequence], bool]) -> list[RunningSequence]:
+        """Drop what waits and runs and is unwanted; returns the sequences that ran."""
+        self._waiting = deque(each for each in self._waiting if not unwanted(each))
+        dropped = [each for each in self.running if unwanted(each)]
         for sequence in dropped:
             self.retire(sequence)
         return dropped

@@ -1,6 +1,7 @@
 """Bits per byte and perplexity of an encoder-decoder: how well it continues a text that it has read.
 
-    python -m linspec.evaluate.continuations MODEL --data corpus.txt
+    score = continue_source("path/to/t5", ["corpus.txt"])
+    print(score.bits_per_byte)
 
 A document is cut into windows; the first half of each is the source, the second half is predicted. The
 figures are of those halves alone and compare between encoder-decoders, not with a decoder's.
@@ -8,21 +9,20 @@ figures are of those halves alone and compare between encoder-decoders, not with
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import typer
 
 from linspec.checkpoints.hub import check_tokenizer, load_seq2seq, load_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import Score, held_out_documents, limited
 from linspec.models.t5 import T5
+from linspec.utils.messages import now_called
 from linspec.utils.progress import Progress
 
 # tokens of one batch of windows
@@ -36,6 +36,24 @@ class _Window:
     source: list[int]
     target: list[int]
     bytes: int
+
+
+def continue_source(
+    model: str | Path,
+    data: Sequence[str | Path] = ("stdlib",),
+    *,
+    field: str = "text",
+    limit_bytes: int | None = None,
+    context: int = 512,
+    device: str = "cpu",
+) -> Score:
+    """The score of a T5 directory on `data`; see `evaluate_continuations`, `held_out_documents`."""
+    loaded, tokenizer = load_seq2seq(model, device=device), load_tokenizer(model)
+    check_tokenizer(tokenizer, loaded.config)
+    documents = held_out_documents(data, field)
+    return evaluate_continuations(
+        loaded, tokenizer, documents, context=context, limit_bytes=limit_bytes
+    )
 
 
 @torch.inference_mode()
@@ -111,28 +129,5 @@ def _nats(model: T5, batch: list[_Window]) -> float:
     return float(losses.double().sum())
 
 
-def main(
-    model: Annotated[Path, typer.Argument(help="Directory of a T5.")],
-    data: Annotated[list[str] | None, typer.Option(help="Text files; stdlib if left out.")] = None,
-    field: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
-    limit_bytes: Annotated[int | None, typer.Option(help="Stop after this much text.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window, source and target.")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Bits per byte of the second half of every window, given the first; on held-out text."""
-    loaded, tokenizer = load_seq2seq(model), load_tokenizer(model)
-    check_tokenizer(tokenizer, loaded.config)
-    documents = held_out_documents(data or ["stdlib"], field)
-    score = evaluate_continuations(
-        loaded, tokenizer, documents, context=context, limit_bytes=limit_bytes
-    )
-    print(
-        json.dumps(score.to_json())
-        if as_json
-        else f"{score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.2f}, over "
-        f"{score.tokens:,} tokens"
-    )
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    now_called("linspec eval continuations")

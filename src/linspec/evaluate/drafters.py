@@ -13,8 +13,8 @@ from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
 from linspec.errors import ConfigError, DrafterError
-from linspec.kernels.linear import Quantizer
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
 from linspec.train.drafter import calibrate
 from linspec.utils.files import is_leftover
 

@@ -1,6 +1,7 @@
 """How close an encoder's sentence embeddings are to those of the encoder it was made from.
 
-    python -m linspec.evaluate.embeddings TEACHER STUDENT --data corpus.txt
+    report = compare_sources("minilm", "student", ["corpus.txt"])
+    print(report.cosine, report.spearman)
 
 Two figures. The cosine between both embeddings of the same text says how far they moved; Spearman's
 rank correlation between all pairwise similarities says whether the same texts are still each other's
@@ -9,21 +10,21 @@ neighbours, which is what embeddings are used for (Sentence-BERT, Reimers & Gure
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer
 from linspec.errors import InputError, NotFinite
-from linspec.kernels.linear import Quantizer, check_bits, fused_linear
 from linspec.models.bert import Bert
+from linspec.models.linear import Quantizer, fused_linear
+from linspec.quantization.codes import check_bits
 from linspec.train.data import train_and_heldout
 from linspec.train.encoder import paragraphs
+from linspec.utils.messages import now_called
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,37 @@ class EmbeddingReport:
     least_cosine: float
     spearman: float
 
-    def summary(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.texts} texts of {self.tokens:.0f} tokens: cosine {self.cosine:.4f} (least "
-            f"{self.least_cosine:.4f}), rank correlation of similarities {self.spearman:.4f}"
-        )
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def compare_sources(
+    teacher: str | Path,
+    student: str | Path,
+    data: Sequence[str | Path] = ("stdlib",),
+    *,
+    field: str = "text",
+    count: int = 300,
+    context: int = 256,
+    quantize: int | None = None,
+) -> EmbeddingReport:
+    """Two encoders' directories on up to `count` paragraphs of what is held out of `data`.
+
+    quantize: turn the student's weights into 8 or 4 bits first. See `compare_encoders`.
+    """
+    if quantize is not None:
+        check_bits(quantize)
+    held_out = paragraphs(train_and_heldout(data, field)[1])[:count]
+    return compare_encoders(
+        load_encoder(teacher),
+        load_encoder(student).to_inference(
+            fused_linear if quantize is None else Quantizer(quantize, {})
+        ),
+        load_tokenizer(teacher),
+        held_out,
+        context=context,
+    )
 
 
 def compare_encoders(
@@ -107,31 +133,5 @@ def _ranks(x: torch.Tensor) -> torch.Tensor:
     return (last - (counts - 1) / 2)[places]
 
 
-def main(
-    teacher: Annotated[Path, typer.Argument(help="Directory of the original encoder.")],
-    student: Annotated[Path, typer.Argument(help="Directory of the linearized encoder.")],
-    data: Annotated[list[str] | None, typer.Option(help="Text files; stdlib if left out.")] = None,
-    field: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
-    texts: Annotated[int, typer.Option(help="Most texts, from the held-out part.")] = 300,
-    context: Annotated[int, typer.Option(help="Most tokens of a text.")] = 256,
-    quantize: Annotated[int | None, typer.Option(help="Bits of STUDENT's weights: 8 or 4.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Compare sentence embeddings on held-out text."""
-    if quantize is not None:
-        check_bits(quantize)
-    held_out = paragraphs(train_and_heldout(data or ["stdlib"], field)[1])[:texts]
-    report = compare_encoders(
-        load_encoder(teacher),
-        load_encoder(student).to_inference(
-            fused_linear if quantize is None else Quantizer(quantize, {})
-        ),
-        load_tokenizer(teacher),
-        held_out,
-        context=context,
-    )
-    print(json.dumps(asdict(report)) if as_json else report.summary())
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    now_called("linspec eval embeddings")

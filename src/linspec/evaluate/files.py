@@ -27,10 +27,9 @@ from linspec.checkpoints.hub import (
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
 from linspec.errors import DrafterError
-from linspec.kernels.cpu.library import INT4
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.kernels.cpu.pack import TILE
+from linspec.kernels.cpu.structs import INT4, TILE
 from linspec.models.decoder import Decoder
+from linspec.models.native_linear import NativeLinear
 
 
 @dataclass(frozen=True, slots=True)

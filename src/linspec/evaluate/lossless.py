@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,13 @@ def verify(
         kv=kv,
     )
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
-    plain = LLM(fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
-    single = LLM(
-        fast.model,
-        tokenizer=fast.tokenizer,
-        drafter=_only(fast),
-        policy=policy,
-        max_batch=1,
-        kv=kv,
-    )
+    alone = partial(LLM, fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
+    plain, single = alone(), alone(drafter=_only(fast), policy=policy)
     with Progress("verify: prompts decoded", 3 * prompts) as progress:
         expected, _ = _greedy(plain, texts, tokens, progress, 0)
-        alone, tau = _greedy(single, texts, tokens, progress, prompts)
+        one_by_one, tau = _greedy(single, texts, tokens, progress, prompts)
         ragged, _ = _greedy(fast, texts, tokens, progress, 2 * prompts)
-    compared, found = _compare(fast.model, texts, expected, (alone, ragged))
+    compared, found = _compare(fast.model, texts, expected, (one_by_one, ragged))
     ties = tuple(d for d in found if d.near_tie)
     real = [d for d in found if not d.near_tie]
     return Report(

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from linspec.checkpoints.hub import check_tokenizer, load_tokenizer
+from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_tokenizer
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
+from linspec.models.model_types import of_config
 from linspec.train.data import Split, end_of_text, load_documents
 from linspec.utils.progress import Progress
 
@@ -57,6 +58,10 @@ class _Window:
     scored: int
 
 
+# of the models whose perplexity is measured here
+MEASURE = "linspec eval perplexity"
+
+
 def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[str]:
     """What `linspec eval` measures on: held-out files of 'stdlib', all of other sources."""
     documents: list[str] = []
@@ -78,7 +83,11 @@ def evaluate_source(
     quantize: int | None = None,
     kv: str = "float",
 ) -> Score:
-    """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`."""
+    """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
+
+    Raises ConfigError for a model that does not predict text token by token.
+    """
+    _check_kind(model)
     decoder = load_for(model, quantize, device=device)
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
@@ -86,6 +95,14 @@ def evaluate_source(
     return evaluate(
         decoder, tokenizer, documents, context=context, limit_bytes=limit_bytes, bf16=bf16, kv=kv
     )
+
+
+def _check_kind(model: str | Path) -> None:
+    kind = of_config(load_any_config(model))
+    if kind.measure != MEASURE:
+        raise ConfigError(
+            f"{model} is a model of type {kind.name!r}, which has no perplexity; `{kind.measure}` measures it"
+        )
 
 
 @torch.inference_mode()

@@ -23,19 +23,25 @@ from linspec.checkpoints.load_quantized import load_plain, quantize_model
 from linspec.checkpoints.quantized import save_quantized
 from linspec.evaluate.drafters import find_companions, save_companion
 from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
-from linspec.kernels.linear import check_bits
 from linspec.models.decoder import Decoder
 from linspec.quantization.calibration import input_moments
+from linspec.quantization.codes import check_bits
 from linspec.train.data import end_of_text, load_documents, tokenize
 from linspec.utils.places import Place, as_path
 
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What quantisation did: bits per byte on held-out text before and after, megabytes of weights.
+    """What quantization did to the quality and the size of a model.
 
-    increase: of the bits per byte, 0.01 being one per cent. drafters: by folder, how often the
-    likeliest guess of each head was right on that text, before and after.
+    Attributes:
+        bits: of each weight.
+        bits_per_byte_before: on held-out text.
+        bits_per_byte_after: on the same text.
+        increase: of the bits per byte, as a share; 0.01 is one per cent.
+        megabytes_before: of weights, 10⁶ bytes each.
+        megabytes_after: of weights.
+        drafters: for each folder, how often the likeliest guess of each head was right, before and after.
     """
 
     bits: int
@@ -62,13 +68,24 @@ def quantize(
     limit_bytes: int = 100_000,
     overwrite: bool = False,
 ) -> Quantized:
-    """Write the model in `source` to `out` with weights of `bits` bits, its drafters too.
+    """Write a model and its drafters with quantized weights; returns sizes and quality.
 
-    data: text whose training part calibrates 4-bit weights (`calibration_bytes` of it; 0 leaves that
-    out) and whose held-out part measures the quality (`limit_bytes` of it). out: new or empty, or
-    what this function wrote before if `overwrite` says so (see `Place`). Raises ConfigError when the
-    model is quantised already, `out` may not be written or `bits` is neither 8 nor 4, and
-    CheckpointError for bad files.
+    Args:
+        source: a model directory or the name of a model.
+        out: a directory that is new or empty.
+        bits: 8 or 4 bits for each weight.
+        data: text; its training part calibrates 4-bit weights, its held-out part measures the quality.
+        field: the entry of a `.jsonl` line that holds the text.
+        calibration_bytes: bytes of text that calibrate; 0 does without.
+        limit_bytes: bytes of text that measure the quality.
+        overwrite: replace a model that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: the model is quantized already, `bits` is neither 8 nor 4, or `out` may not be
+            written.
+        CheckpointError: a file of the model is missing or damaged, or the disk refuses.
+        InputError: the data cannot be read.
+        NotFinite: a weight is NaN or infinite.
     """
     check_bits(bits)
     folder = resolve(source)

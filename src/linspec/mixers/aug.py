@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.grouped import Grouped
 
@@ -25,5 +26,5 @@ class Aug(Grouped):
             )
         super().__init__(config, mixer)
 
-    def native_form(self) -> NativeForm | None:
-        return self.native_groups(float(self.alpha)) if type(self) is Aug else None
+    def attention_plan(self) -> AttentionPlan | None:
+        return self.grouped_plan(float(self.alpha)) if type(self) is Aug else None

@@ -14,8 +14,7 @@ example.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
-from linspec.kernels.linear import LinearFactory
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
 from linspec.mixers.options import LinearOptions
@@ -37,29 +36,23 @@ if TYPE_CHECKING:
     from linspec.state.dense_group import DenseGroup
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
-
-
-@dataclass(frozen=True, slots=True)
-class NativeForm:
-    """A mixer's step as `csrc/attention.inc.h` knows it.
-
-    window, group, span: as in `MixerConfig`, 0 where they limit nothing. squares: weights relu(q·k)²
-    of unit features instead of a softmax. alpha: factor on the sums.
-    """
-
-    window: int = 0
-    group: int = 0
-    span: int = 1
-    squares: bool = False
-    alpha: float = 0.0
+# several linear layers of one input -> one inference layer with their outputs side by side
+LinearFactory = Callable[..., nn.Module]
 
 
 class Mixer(nn.Module):
-    """The part of a block through which a token sees other tokens.
+    """The part of a block through which a token sees other tokens, in two forms of one function.
 
-    causal: False for a mixer
-    whose weights need the whole sequence; it fits encoders only. biased: whether weights take a
-    relative position bias, where the backbone has one.
+    The full form (`forward`) computes a whole sequence, the step form (`step`) new tree nodes against the
+    state of their slots. Both give the same outputs. A new mixer defines a few of the methods; see
+    `CONTRIBUTING.md`.
+
+    Attributes:
+        causal: False for a mixer that sees later tokens; it fits encoders only.
+        biased: whether the weights take a relative position bias, where the backbone has one.
+
+    Raises:
+        ConfigError: a size is set that this mixer does not have, or it does not fit the backbone.
     """
 
     causal: ClassVar[bool] = True
@@ -185,8 +178,8 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def native_form(self) -> NativeForm | None:
-        """What the C library needs to compute the step form; None when it cannot."""
+    def attention_plan(self) -> AttentionPlan | None:
+        """The step form as kernels know it; None when it is another."""
         return None
 
     # ---- the forms
@@ -352,3 +345,4 @@ class Mixer(nn.Module):
 
 
 MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions)
+"""The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""

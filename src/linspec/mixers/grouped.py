@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
 
@@ -27,8 +28,8 @@ class Grouped(LinearMixer):
         # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def native_form(self) -> NativeForm | None:
-        return self.native_groups(float(self.alpha)) if type(self) is Grouped else None
+    def attention_plan(self) -> AttentionPlan | None:
+        return self.grouped_plan(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import Mixer, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import join
 from linspec.mixers.ops.decayed import Decayed
@@ -113,12 +114,12 @@ class LinearMixer(Mixer):
         assert both is not None
         return self.finish(both)
 
-    def native_groups(self, alpha: float) -> NativeForm | None:
+    def grouped_plan(self, alpha: float) -> AttentionPlan | None:
         """The C form of squared or softmax weights within the span, unit features in the sums."""
         mixer = self.mixer
         if mixer.kernel not in ("own", "softmax") or self.relative is not None:
             return None
-        return NativeForm(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
+        return AttentionPlan(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)
 
     # ---- state
 

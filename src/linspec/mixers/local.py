@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import LinearMixer
 
 
@@ -21,5 +22,5 @@ class Local(LinearMixer):
     def make_summed(self) -> None:
         return None
 
-    def native_form(self) -> NativeForm | None:
-        return self.native_groups(0.0) if type(self) is Local else None
+    def attention_plan(self) -> AttentionPlan | None:
+        return self.grouped_plan(0.0) if type(self) is Local else None

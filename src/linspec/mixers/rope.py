@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from linspec.kernels.rotary import rotary_factors
 from linspec.mixers.config import RopeConfig
 
 
@@ -45,10 +46,8 @@ class Rotary(torch.nn.Module):
         The sign of the second belongs to the halves that `rotate` swaps. Angles are float32.
         """
         freq = inverse_frequencies(self.config, self.head_width).to(positions.device)
-        angle = positions[..., None].float() * freq
-        cos, sin = angle.cos(), angle.sin()
-        factors = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-        return factors[0].to(dtype)[..., None, :], factors[1].to(dtype)[..., None, :]
+        cosines, sines = rotary_factors(freq, positions)
+        return cosines.to(dtype)[..., None, :], sines.to(dtype)[..., None, :]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

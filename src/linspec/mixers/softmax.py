@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import MIXERS, Mixer, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Exact, softmax_weights
 from linspec.mixers.options import CacheOptions
@@ -54,9 +55,9 @@ class Softmax(Mixer):
     def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
         return new_cache(self.state_spec(), len(layers), slots, options)
 
-    def native_form(self) -> NativeForm | None:
+    def attention_plan(self) -> AttentionPlan | None:
         # a subclass may weigh rows in another way
-        return NativeForm() if type(self) is Softmax and self.relative is None else None
+        return AttentionPlan() if type(self) is Softmax and self.relative is None else None
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which rows each node attends to, [R, N, C]; None for all of them."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import MIXERS, NativeForm
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.base import MIXERS
 from linspec.mixers.options import WindowOptions
 from linspec.mixers.softmax import Softmax
 from linspec.state.contract import LayerState, StateOptions
@@ -41,9 +42,9 @@ class Window(Softmax):
             self.state_spec(), len(layers), slots, options, entries=entry_format(options)
         )
 
-    def native_form(self) -> NativeForm | None:
+    def attention_plan(self) -> AttentionPlan | None:
         return (
-            NativeForm(window=self.mixer.window)
+            AttentionPlan(window=self.mixer.window)
             if type(self) is Window and self.relative is None
             else None
         )

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.kernels.linear import LinearFactory, fused_linear
+from linspec.mixers.base import LinearFactory
 from linspec.models.block import ACTIVATIONS, make_norm
 from linspec.models.config import EncoderConfig
 from linspec.models.encoder import Encoder
+from linspec.models.linear import fused_linear
 
 
 class MaskedLM(nn.Module):

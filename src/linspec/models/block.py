@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.kernels.linear import LinearFactory
-from linspec.kernels.norm import inference_norm
 from linspec.mixers import MIXERS, Mixer
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.config import StackConfig
+from linspec.models.norm import inference_norm
 from linspec.state.contract import Makers
 from linspec.state.dense_group import DenseGroup
 

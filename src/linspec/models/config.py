@@ -33,6 +33,34 @@ class DecoderConfig(StackConfig):
         StackConfig.__post_init__(self)
         check_positive("logit_scale", self.logit_scale)
 
+    def token_ids(self) -> dict[str, Any]:
+        """Special tokens under their Hugging Face names; a single end token is a number."""
+        eos = list(self.eos_ids)
+        return {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "pad_token_id": self.pad_id,
+        }
+
+    def hub_sizes(self) -> dict[str, Any]:
+        """Sizes that transformers wants to know, under its names."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_width,
+            "max_position_embeddings": self.max_positions,
+            "tie_word_embeddings": self.tied_embeddings,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What `linspec info MODEL` says of the shape."""
+        named = ("width", "heads", "kv_heads", "head_width", "mlp_width", "max_positions")
+        mixers = ", ".join(dict.fromkeys(mixer.name for mixer in self.mixers))
+        return {**{name: getattr(self, name) for name in named}, "mixers": mixers}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig(StackConfig):
@@ -58,6 +86,18 @@ class EncoderConfig(StackConfig):
                 f"head {self.head!r} with labels {self.labels}: a classifier needs labels"
             )
 
+    def token_ids(self) -> dict[str, Any]:
+        """As those of a decoder."""
+        return {"pad_token_id": self.pad_id}
+
+    def hub_sizes(self) -> dict[str, Any]:
+        """None: transformers' generate() does not run it."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What `linspec info MODEL` says beside layers and vocabulary."""
+        return {}
+
     @property
     def causal(self) -> bool:
         """Every token sees every other one."""
@@ -82,6 +122,18 @@ class Seq2SeqConfig:
         check_sizes(self, "start_id", least=0)
         if self.start_id >= self.vocab_size:
             raise ConfigError(f"start_id {self.start_id} is none of {self.vocab_size} tokens")
+
+    def token_ids(self) -> dict[str, Any]:
+        """As those of a decoder."""
+        return self.decoder.token_ids() | {"decoder_start_token_id": self.start_id}
+
+    def hub_sizes(self) -> dict[str, Any]:
+        """None: transformers' generate() does not run it."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """What `linspec info MODEL` says beside layers and vocabulary."""
+        return {}
 
     @property
     def vocab_size(self) -> int:

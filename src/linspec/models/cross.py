@@ -7,7 +7,7 @@ as for any other state, and committing does not touch them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.kernels.linear import LinearFactory
-from linspec.kernels.norm import inference_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.models.block import Block, make_norm
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.layer_path import LayerPath
+from linspec.models.norm import inference_norm
 from linspec.state.contract import LayerState, Makers, StateOptions
 from linspec.state.dense_group import DenseGroup
 from linspec.state.sequence_states import MixedState, SequenceStates
@@ -172,11 +172,11 @@ class CrossDecoder(Decoder):
         rope: Rope,
         dense_groups: list[DenseGroup],
         state: SequenceStates,
-        layers: Collection[int] | None = None,
+        path: LayerPath,
     ) -> torch.Tensor:
         slots = [slot for dense_group in dense_groups for slot in dense_group.slot_range]
         sources_of(state).check_filled(slots)
-        return super().run(x, rope, dense_groups, state, layers)
+        return super().run(x, rope, dense_groups, state, path)
 
 
 def sources_of(state: SequenceStates) -> SourceCache:

@@ -8,20 +8,21 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import MAX_STAGED, StepInput, StepOutput
+from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
-from linspec.kernels.cpu.step import NativeStep, native_step
-from linspec.kernels.linear import LinearFactory, fused_linear
-from linspec.kernels.norm import inference_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import new_states
 from linspec.models.config import DecoderConfig
+from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
+from linspec.models.linear import fused_linear
+from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
-from linspec.state.dense_group import DenseGroup, dense_groups_of
+from linspec.models.step_plan import OneCall, one_call
+from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
 from linspec.state.sequence_states import SequenceStates
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
@@ -29,6 +30,8 @@ Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
 class Decoder(nn.Module):
     """Token ids in, logits out. `forward` is the full form, `step` the inference form."""
+
+    continues_prompt = True
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.tie()
         self.is_inference = False
-        self.native: NativeStep | None = None
+        self.native: OneCall | None = None
         # fingerprint of the plain weights, kept when these are gone
         self.identity: str | None = None
 
@@ -76,14 +79,31 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        """Embedded ids, and the rotation of their positions where there is one."""
-        x = self.embed(ids).to(self.dtype)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        """Embedded ids, and the rotation of their positions where there is one.
+
+        given: embeddings [N, D] that stand in place of those of the packed tokens from a number on.
+        """
+        x = self.embedded(ids, given).to(self.dtype)
         if self.config.positions == "learned":
             return x + self.embed_positions(positions), None
         if self.config.positions == "rope":
             return x, self.rotary(positions, x.dtype)
         return x, None
+
+    def embedded(
+        self, ids: torch.Tensor, given: Sequence[tuple[int, torch.Tensor]]
+    ) -> torch.Tensor:
+        """The embeddings of ids, some of which are given; see `enter`."""
+        x = self.embed(ids)
+        for first, embeddings in given:
+            x[first : first + len(embeddings)] = embeddings.to(x)
+        return x
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, vocab] of ids [B, T]; `mask` [B, T] is true at real tokens.
@@ -123,7 +143,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.finalize_weights()
         self.norm = inference_norm(self.norm)
-        self.native = native_step(self)
+        self.native = one_call(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,13 +156,19 @@ class Decoder(nn.Module):
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
+    def new_state(
+        self, slots: int = 1, kv: str = "float", *, layers: Collection[int] | None = None
+    ) -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
-        kv: how softmax caches keep their entries, such as 'int8'. Raises ConfigError when another kind
-        than 'float' is named and no layer has such a cache.
+        kv: how softmax caches keep their entries, such as 'int8'. layers: only these have a state, for steps
+        that run through no others. Raises ConfigError when another kind than 'float' is named and no layer
+        has such a cache.
         """
-        makers = [block.state_makers() for block in self.layers]
+        makers = [
+            block.state_makers() if layers is None or i in layers else ()
+            for i, block in enumerate(self.layers)
+        ]
         return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
 
     def open(
@@ -159,74 +185,63 @@ class Decoder(nn.Module):
         state: SequenceStates,
         *,
         layers: Collection[int] | None = None,
+        want: Want = LOGITS,
     ) -> StepOutput:
         """Run new tokens of several slots against their committed state and stage them there.
 
-        Feeds are in the order of their slots. Nothing committed changes: call `state.commit` with the
+        Inputs are in the order of their slots. Nothing committed changes: call `state.commit` with the
         accepted path afterwards. Raises ContextOverflow before any work when a sequence would pass
         the model's longest position.
 
         layers: those that the nodes go through, None for all; the states of the others stay as they are.
+        want: layers whose hidden states are handed out too.
         """
-        native = self.native if layers is None and state.in_kernels else None
-        parts = [list(range(len(inputs)))] if native is None else _apart(inputs)
-        outputs = [self._step([inputs[i] for i in part], state, native, layers) for part in parts]
-        return outputs[0] if len(outputs) == 1 else _interleaved(parts, outputs)
+        path = LayerPath(layers, want.inner)
+        plain = path.plain and all(each.embeddings is None for each in inputs)
+        native = self.native if plain and state.in_kernels else None
+        long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
+        if native is None or all(long) or not any(long):
+            return self._step(inputs, state, native, path)
+        # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
+        # a prompt would be rounded in another way than one that did not
+        parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
+        outputs = [self._step([inputs[i] for i in part], state, native, path) for part in parts]
+        return _interleaved(parts, outputs)
 
     def _step(
         self,
         inputs: Sequence[StepInput],
         state: SequenceStates,
-        native: NativeStep | None,
-        layers: Collection[int] | None,
+        native: OneCall | None,
+        path: LayerPath,
     ) -> StepOutput:
-        dense_groups = dense_groups_of(inputs, state)
-        shapes = [shape for dense_group in dense_groups for shape in dense_group.shapes]
-        places = [self._positions(*each, state) for each in zip(inputs, shapes, strict=True)]
+        shapes = staged_shapes(inputs, state)
+        positions = self._positions(inputs, shapes, state)
         for step_input in inputs:
-            state.check_layers(step_input.slot, layers)
+            state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
             state.reserve(step_input.slot, len(step_input.tokens))
-        rows, wanted = _wanted(inputs)
+        slices, wanted = _wanted(inputs)
         if native is not None:
-            hidden, logits = self._in_one_call(native, inputs, shapes, places, wanted, state)
+            hidden, logits = native.run(inputs, shapes, positions, wanted, state)
         else:
-            x, rope = self._enter_nodes(inputs, places)
-            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, layers), wanted)
+            x, rope = self._enter_nodes(inputs, positions)
+            dense_groups = dense_groups_of(inputs, shapes)
+            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape, layers=layers)
-        return StepOutput(hidden, logits, rows)
-
-    def _in_one_call(
-        self,
-        native: NativeStep,
-        inputs: Sequence[StepInput],
-        shapes: Sequence[Shape],
-        places: Sequence[Sequence[int]],
-        wanted: Sequence[int],
-        state: SequenceStates,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the `wanted` nodes: all trees together, or chain by chain."""
-        if all(len(step_input.tokens) <= MAX_STAGED for step_input in inputs):
-            return native.run(inputs, shapes, places, wanted, state)
-        outputs, first = [], 0
-        for step_input, place in zip(inputs, places, strict=True):
-            rows = range(first, first + len(place))
-            mine = [row - first for row in wanted if row in rows]
-            outputs.append(native.run_chain(step_input, place, mine, state))
-            first = rows.stop
-        hidden, logits = zip(*outputs, strict=True)
-        return torch.cat(hidden), torch.cat(logits)
+            state.record(step_input.slot, shape, layers=path.layers)
+        nodes = node_slices(inputs) if path.found else []
+        return StepOutput(hidden, logits, slices, path.found, nodes)
 
     def _enter_nodes(
-        self, inputs: Sequence[StepInput], places: Sequence[Sequence[int]]
+        self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, Rope]:
         """`enter` for the packed nodes [M] of a step."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
-        positions = torch.tensor([p for place in places for p in place], device=device)
-        return self.enter(ids, positions)
+        packed = torch.tensor([at for each in positions for at in each], device=device)
+        return self.enter(ids, packed, given_embeddings(inputs))
 
     def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
         """`leave` for the `wanted` of packed nodes [M, D]."""
@@ -240,51 +255,44 @@ class Decoder(nn.Module):
         rope: Rope,
         dense_groups: list[DenseGroup],
         state: SequenceStates,
-        layers: Collection[int] | None = None,
+        path: LayerPath,
     ) -> torch.Tensor:
-        """Packed nodes [M, D] through the step form of every block, or of the blocks `layers`."""
-        for index, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
-            if layers is None or index in layers:
+        """Packed nodes [M, D] through the step form of every layer of `path`."""
+        for layer, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
+            if path.takes(layer):
                 x = block.step(x, rope, dense_groups, *place)
+            path.passed(layer, x)
         return x
 
-    def _positions(self, step_input: StepInput, shape: Shape, state: SequenceStates) -> list[int]:
-        start = state.length(step_input.slot)
-        places = [start + depth for depth in shape.depths[len(shape) - len(step_input.tokens) :]]
-        limit = self.config.position_limit
-        if limit is not None and max(places, default=0) >= limit:
-            raise ContextOverflow(
-                f"position {max(places)} is beyond this model's {limit} positions; shorten the prompt or "
-                "max_tokens, or linearize the model: linear mixers have no such limit"
-            )
-        return places
-
-
-def _apart(inputs: Sequence[StepInput]) -> list[list[int]]:
-    """Which inputs are computed together by the one-call step.
-
-    It takes trees only, and it must take all of them: a tree that shared a step with a prompt would be
-    rounded in another way than one that did not.
-    """
-    parts = [
-        [i for i, step_input in enumerate(inputs) if (len(step_input.tokens) > MAX_STAGED) is long]
-        for long in (False, True)
-    ]
-    return [part for part in parts if part] or [[]]
+    def _positions(
+        self, inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
+    ) -> list[list[int]]:
+        """Positions of the new nodes of each input; raises ContextOverflow beyond the last one."""
+        limit, positions = self.config.position_limit, []
+        for step_input, shape in zip(inputs, shapes, strict=True):
+            start, new = state.length(step_input.slot), len(step_input.tokens)
+            mine = [start + depth for depth in shape.depths[-new:]]
+            if limit is not None and max(mine) >= limit:
+                raise ContextOverflow(
+                    f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "
+                    "or max_tokens, or linearize the model: linear mixers have no such limit"
+                )
+            positions.append(mine)
+        return positions
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each step_input."""
-    rows: list[slice] = []
+    """Which of the packed nodes have logits, and which of those belong to each input."""
+    slices: list[slice] = []
     wanted: list[int] = []
     first = 0
     for step_input in inputs:
         count = len(step_input.tokens)
         keep = range(first if step_input.all_logits else first + count - 1, first + count)
-        rows.append(slice(len(wanted), len(wanted) + len(keep)))
+        slices.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
-    return rows, wanted
+    return slices, wanted
 
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:

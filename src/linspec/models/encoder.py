@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from linspec.errors import ContextOverflow, InputError
-from linspec.kernels.linear import LinearFactory, fused_linear
-from linspec.kernels.norm import inference_norm
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.config import EncoderConfig
+from linspec.models.linear import fused_linear
+from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 
 

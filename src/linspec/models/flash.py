@@ -8,13 +8,13 @@ to come from; `linspec pretrain --recipe flash-aug` trains one from nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from linspec.kernels.linear import LinearFactory
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
@@ -92,8 +92,14 @@ class Flash(Decoder):
         """The blocks, first to last."""
         return [block for block in self.blocks if isinstance(block, FlashBlock)]
 
-    def enter(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Rope]:
-        x = self.embed(ids)
+    def enter(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        given: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> tuple[torch.Tensor, Rope]:
+        # embeddings of a quantised model are narrower
+        x = self.embedded(ids, given).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.kernels.linear import LinearFactory
-from linspec.mixers.base import Rope
+from linspec.mixers.base import LinearFactory, Rope
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.convolution import tap_distances
 from linspec.mixers.ops.exact import Exact, Groups

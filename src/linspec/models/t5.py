@@ -9,12 +9,12 @@ and committed, and trees of draft tokens are verified in one step. `open` reads 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from linspec.decoding.step import StepInput, StepOutput
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.errors import InputError
 from linspec.models.config import Seq2SeqConfig
 from linspec.models.cross import CrossDecoder, sources_of
@@ -25,6 +25,8 @@ from linspec.state.sequence_states import SequenceStates
 
 class T5(nn.Module):
     """Source ids and target ids in, logits of what follows the target out."""
+
+    continues_prompt = False
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
@@ -141,6 +143,13 @@ class T5(nn.Module):
             state.reset(slot)
             sources_of(state).fill(slot, keys[:, row, :, :length], values[:, row, :, :length])
 
-    def step(self, inputs: Sequence[StepInput], state: SequenceStates) -> StepOutput:
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        *,
+        layers: Collection[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
         """One step of the decoder; see `Decoder.step`."""
-        return self.decoder.step(inputs, state)
+        return self.decoder.step(inputs, state, layers=layers, want=want)

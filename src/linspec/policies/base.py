@@ -31,13 +31,23 @@ class RoundTimes:
 
 @dataclass(frozen=True, slots=True)
 class PolicyContext:
-    """What a policy is made for: the model that verifies."""
+    """What a policy is made for.
+
+    Attributes:
+        target: the model that verifies.
+    """
 
     target: CausalModel
 
 
 class Policy(ABC):
-    """Budgets of drafts, one per sequence and round; made like a drafter (see there)."""
+    """Decides how large a tree each sequence gets in each round; made like a Drafter.
+
+    A budget without draft nodes is legal: the round is then plain decoding.
+
+    Attributes:
+        name: under which it is registered.
+    """
 
     name: ClassVar[str]
 
@@ -46,27 +56,32 @@ class Policy(ABC):
 
     @abstractmethod
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
-        """The largest tree for each sequence's next round; the engine bounds its depth by its room."""
+        """The largest tree of each sequence in the next round.
+
+        The engine bounds the depth by the tokens that the request may still emit and the positions that the
+        model still has. It leaves the number of nodes alone.
+        """
 
     def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:
-        """How many draft nodes of a proposed tree are verified, the first ones; all of them by default.
+        """How many draft nodes of a proposed tree to verify: the first ones. The default is all of them.
 
-        Asked only where the verifier's rule allows it: see `Verifier.divides`.
+        The engine asks only if the rule of the verifier allows it: see `Verifier`.
         """
         return len(tree) - 1
 
     def observe(
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
     ) -> None:
-        """One sequence's outcome."""
+        """Learn from one sequence: draft nodes, how many were accepted, how many were expected."""
 
     def observe_round(self, times: RoundTimes) -> None:
-        """One round's timing; rounds that carry prefill are not reported."""
+        """Learn the seconds of one round. Rounds that also read prompt tokens are not reported."""
 
     def release(self, slot: int) -> None:
-        """The request in `slot` has ended."""
+        """The request in `slot` has ended; forget what was kept for it."""
 
 
 POLICIES: Registry[Policy] = Registry(
     "policy", "linspec.policies", beside=("a number of draft nodes",)
 )
+"""The registry of policies. Packages add to it by entry points of the group `linspec.policies`."""

@@ -18,7 +18,7 @@ import torch
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, LinspecError
-from linspec.kernels.cpu.library import ABI
+from linspec.kernels.cpu.structs import ABI
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.border import read_json
 from linspec.utils.files import cache_dir, replace_text

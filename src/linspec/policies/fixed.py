@@ -8,7 +8,8 @@ from typing import Self
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
-from linspec.drafters.base import Drafter
+from linspec.drafters.base import MAX_NODES, Drafter
+from linspec.errors import ConfigError
 from linspec.policies.base import POLICIES, Policy, PolicyContext
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
@@ -21,7 +22,7 @@ class FixedOptions:
     nodes: int = option("draft nodes of every tree; 0 is plain decoding", short=True)
 
     def __post_init__(self) -> None:
-        check_size("draft nodes", self.nodes, least=0)
+        _check(self.nodes)
 
 
 @POLICIES.register(
@@ -34,8 +35,7 @@ class Fixed(Policy):
     """Always `nodes` draft nodes."""
 
     def __init__(self, nodes: int) -> None:
-        # 0 is plain decoding
-        check_size("draft nodes", nodes, least=0)
+        _check(nodes)
         self.nodes = nodes
 
     @classmethod
@@ -45,3 +45,12 @@ class Fixed(Policy):
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         return [Budget.of(min(self.nodes, drafter.max_nodes))] * len(sequences)
+
+
+def _check(nodes: int) -> None:
+    """Raise ConfigError for what no tree can have; 0 is plain decoding."""
+    check_size("draft nodes", nodes, least=0)
+    if nodes > MAX_NODES:
+        raise ConfigError(
+            f"a tree holds at most {MAX_NODES} draft nodes, got {nodes}; ask for fewer, or for auto"
+        )

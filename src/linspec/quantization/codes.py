@@ -12,11 +12,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from linspec.errors import ConfigError
+
+BITS = (8, 4)
 GROUP = 32
 # Largest code that a group's largest weight may be given; below 8 clips nothing, above it clips.
 _REACH = [7.0 + 0.25 * i for i in range(-2, 15)]
 # Weights whose candidates are tried at once: what is in between stays in the core's own cache
 _AT_ONCE = 2**17
+
+
+def check_bits(bits: int) -> None:
+    """Raises ConfigError unless weights can have so many bits."""
+    if bits not in BITS:
+        raise ConfigError(f"weights can have 8 or 4 bits, got {bits}")
 
 
 def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

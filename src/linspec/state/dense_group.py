@@ -78,15 +78,20 @@ class DenseGroup:
         self._tree_masks: dict[int, TreeMask] = {}
 
 
-def dense_groups_of(inputs: Sequence[StepInput], state: SequenceStates) -> list[DenseGroup]:
-    """Group inputs (in order of their slots) into dense_groups; raises ConfigError on a malformed input."""
+def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
+    """Shapes of what each slot has staged after a step; raises ConfigError on a malformed input."""
     slots = [step_input.slot for step_input in inputs]
     if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
         raise ConfigError(f"slots {slots} are not different slots of a state of {state.slots}")
+    return [_shape(step_input, state) for step_input in inputs]
+
+
+def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> list[DenseGroup]:
+    """Group inputs, in order of their slots, and their `staged_shapes`."""
     dense_groups: list[DenseGroup] = []
     first = 0
-    for step_input in inputs:
-        count, shape = len(step_input.tokens), _shape(step_input, state)
+    for step_input, shape in zip(inputs, shapes, strict=True):
+        count = len(step_input.tokens)
         long = count > MAX_STAGED
         last = dense_groups[-1] if dense_groups else None
         if last is None or last.long != long or last.slots.stop != step_input.slot:

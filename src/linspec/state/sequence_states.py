@@ -23,7 +23,9 @@ class MixedState:
 class SequenceStates:
     """The states of up to `slots` sequences: one for each kind of layer, made by a mixer of that kind.
 
+    makers: of each layer, () for one that is to have no state, so that no step can run through it.
     layers[i]: the state of layer i and its index there; a MixedState where a layer has several parts.
+    in_kernels: whether compiled kernels may read the buffers of all layers.
     """
 
     def __init__(self, makers: Sequence[Makers], slots: int, options: StateOptions) -> None:
@@ -35,8 +37,9 @@ class SequenceStates:
         self.parts: list[Any] = list(made.values())
         self.layers: list[tuple[Any, int]] = [_layer(place, made) for place in places]
         self._counted: list[LayerState] = [part for part in self.parts if part.counts_tokens]
-        # whether compiled kernels may read the buffers of all layers
-        self.in_kernels = all(part.in_kernels for part in self._counted)
+        self._without = frozenset(i for i, each in enumerate(self._makers) if each == ())
+        # asked in every step
+        self.in_kernels = not self._without and all(part.in_kernels for part in self._counted)
         self._staged = [NOTHING_STAGED] * slots
         # staged nodes that are never committed, and states that a step of some layers left torn
         self._ephemeral: dict[int, frozenset[int]] = {}
@@ -72,7 +75,14 @@ class SequenceStates:
     # ---- the transaction
 
     def check_layers(self, slot: int, layers: Collection[int] | None) -> None:
-        """Raise StateError if `slot` has staged nodes in other layers than these; None means all."""
+        """Raise StateError if a step of `slot` cannot run through these layers; None means all.
+
+        Some have no state, or what is staged ran through others.
+        """
+        if self._without and (layers is None or not self._without.isdisjoint(layers)):
+            raise StateError(
+                f"layers {sorted(self._without)} have no state here; name the layers of the step"
+            )
         if self._staged[slot] and self._ran.get(slot) != _chosen(layers):
             raise StateError(
                 f"slot {slot} has staged nodes in other layers; commit or drop them before a step "

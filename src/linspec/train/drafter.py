@@ -102,16 +102,27 @@ def train_drafter(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Train and calibrate heads for the model directory `model`; returns where they are.
+    """Train and calibrate Medusa heads for a model; returns their directory.
 
-    out: MODEL/medusa if None, where `--drafter medusa` looks; else a directory of its own, new or
-    empty, or what this function wrote before if `overwrite` says so (see `Place`). Calibration
-    measures, on text held out of `data`, how often each head's rank-i guess is right. Killed at any
-    moment, the same call with `resume` goes on; heads that were in `out` before stay until the new
-    ones are whole.
+    Calibration measures how often the rank-i guess of each head is right, on text that training does not
+    see. A run that was killed continues with the same call and `resume`. Heads that were in `out` before
+    stay until the new heads are complete. Paper: Cai et al. 2024, arXiv 2401.10774.
 
-    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
-    loss is not finite or there is nothing to resume.
+    Args:
+        model: a model directory or the name of a model.
+        out: None for MODEL/medusa, where the drafter 'medusa' looks; else a directory that is new or empty.
+        kind: 'medusa', the only kind that is trained today.
+        data: files, folders, 'stdlib' or data sets; see the page on use.
+        field: the entry of a `.jsonl` line that holds the text.
+        config: sizes of the heads, tokens and rates; None for the defaults of DrafterConfig.
+        resume: continue a run from its last saved state.
+        overwrite: replace heads that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or `out` may not be written.
+        CheckpointError: the model cannot be read, or the disk refuses.
+        InputError: the data cannot be read or hold too little text. These come before any long work.
+        TrainingError: the loss is not finite, or there is nothing to resume.
     """
     config = config or DrafterConfig()
     if kind not in KINDS:

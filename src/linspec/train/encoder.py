@@ -1,6 +1,6 @@
 """Linearize an encoder: its softmax attention replaced by bidirectional linear mixers.
 
-    python -m linspec.train.encoder MODEL --out student --mixer aug --data corpus.txt
+    linearize("path/to/bert", "student", mixer="aug", data=["corpus.txt"])
 
 The same two stages as for a decoder. *Transfer* matches each new mixer to the teacher's; *finetune*
 matches the hidden states of every block and the sentence embedding, as there is no next token to
@@ -10,15 +10,15 @@ learn from (layer-wise distillation: Jiao et al. 2020, TinyBERT, arXiv 1909.1035
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer, save_model
 from linspec.errors import ConfigError, InputError
@@ -26,53 +26,26 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
 from linspec.train.compiled import LossFn
 from linspec.train.data import train_and_heldout
-from linspec.train.linearize import RECORD, output_place, record_files
-from linspec.train.linearize_config import FROM_NOTHING
+from linspec.train.encoder_training import EncoderTraining
+from linspec.train.linearize_recipe import LinearizeRecipe
+from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.student import changed_layers, check_taps, make_mixer, student_mixers
+from linspec.train.student import (
+    DEFAULT_GROUP,
+    changed_layers,
+    check_taps,
+    spread,
+    student_mixers,
+)
 from linspec.train.transfer import Transfer, relative_error
+from linspec.utils.messages import now_called
+from linspec.utils.places import Place
 
+# texts are short, so groups are
+ENCODER_GROUP = 32
 # shorter paragraphs are headings and lines of code fences
 _LEAST_CHARACTERS = 60
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncoderTraining:
-    """How long and how to train.
-
-    transfer_steps, finetune_steps: of the two stages. rows: texts of a step; context: most tokens of a
-    text. mixer_lr_factor: on the rate of α, taps and what else starts at nothing and has far to go.
-    """
-
-    transfer_steps: int = 60
-    finetune_steps: int = 60
-    rows: int = 16
-    context: int = 256
-    transfer_lr: float = 1e-3
-    lr: float = 3e-4
-    mixer_lr_factor: float = 10.0
-    warmup: int = 5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.transfer_steps + self.finetune_steps < 1:
-            raise ConfigError("both stages have no steps; give one of them some")
-
-    def stage(self, steps: int, lr: float) -> TrainConfig:
-        """Settings of the training loop for one stage."""
-        factors = tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING)
-        return TrainConfig(
-            steps=steps,
-            lr=lr,
-            warmup=self.warmup,
-            lr_factors=factors,
-            seed=self.seed,
-            compile="off",
-        )
 
 
 class Texts:
@@ -123,35 +96,71 @@ def linearize_encoder(
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Train the encoder `source` with other mixers into the model directory `out`; returns it.
-
-    mixer: a registered name with the sizes of `make_mixer`, or a MixerConfig. The other arguments are
-    those of `linearize`, and so are the errors.
-    """
-    config, place = config or EncoderTraining(), output_place(out, source, data, overwrite)
-    place.check(resume=resume)
-    teacher, tokenizer = load_encoder(source), load_tokenizer(source)
-    mixers = student_mixers(teacher.config, make_mixer(mixer), keep_softmax)
-    check_taps(mixers, config.context)
-    student = Bert(teacher.config.with_mixers(mixers))
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    texts = Texts(
-        tokenizer, paragraphs(train_and_heldout(data, field)[0]), config.context, config.seed
+    """`linearize` for an encoder, with the groups of 64 tokens that this function had in 0.1.0."""
+    recipe = LinearizeRecipe.of(
+        mixer=mixer,
+        group=DEFAULT_GROUP,
+        keep_softmax=keep_softmax,
+        data=data,
+        field=field,
+        config=config or EncoderTraining(),
     )
+    place = output_place(out, source, data, overwrite)
+    place.check(resume=resume)
+    return train_encoder(source, place, recipe, resume=resume)
+
+
+def train_encoder(
+    source: str | Path, place: Place, recipe: LinearizeRecipe, *, resume: bool
+) -> Path:
+    """Train the encoder `source` with other mixers into `place`; returns its path."""
+    teacher, tokenizer = load_encoder(source), load_tokenizer(source)
+    config, student = recipe.encoder_training, _student(teacher, recipe)
     plan = {
         "source": str(source),
-        "mixers": [asdict(m) for m in mixers],
-        "data": [str(d) for d in data],
-        "field": field,
+        "mixers": [asdict(m) for m in student.config.mixers],
+        "data": [str(d) for d in recipe.data],
+        "field": recipe.field,
         "config": asdict(config),
     }
+    texts = _texts(tokenizer, recipe, config)
     accelerator = make_accelerator()
     with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             logs = _train(teacher, student, texts, config, folder, resume=resume)
             size = sum(weight.numel() for weight in student.parameters())
-            save_model(student, tokenizer, place, extra_files=record_files(plan, logs, size))
+            files = record_files(recipe, plan, logs, size)
+            save_model(student, tokenizer, place, recipe.dtype, extra_files=files)
     return place.path
+
+
+def _student(teacher: Bert, recipe: LinearizeRecipe) -> Bert:
+    """The teacher's weights under other mixers; raises ConfigError for what no encoder can have."""
+    if recipe.exact_tokens is not None or recipe.softmax_layers:
+        raise ConfigError(
+            "what each layer needs is measured on models that predict text, and this source is an "
+            "encoder; leave out exact_tokens and softmax_layers, and give span and keep_softmax"
+        )
+    context, limit = recipe.encoder_training.context, teacher.config.max_positions
+    if context > limit:
+        raise ConfigError(
+            f"texts of {context} tokens are beyond the encoder's {limit} positions; choose a shorter "
+            "--context"
+        )
+    mixers = student_mixers(teacher.config, recipe.mixer_config(ENCODER_GROUP), recipe.keep_softmax)
+    if isinstance(recipe.span, Sequence):
+        mixers = spread(mixers, recipe.span, recipe.keep_softmax)
+    check_taps(mixers, context)
+    student = Bert(teacher.config.with_mixers(mixers))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student
+
+
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, recipe: LinearizeRecipe, config: EncoderTraining
+) -> Texts:
+    found = paragraphs(train_and_heldout(recipe.data, recipe.field)[0])
+    return Texts(tokenizer, found, config.context, config.seed)
 
 
 def _train(
@@ -189,45 +198,5 @@ def _batch(texts: Texts, rows: int, offset: int, step: int) -> torch.Tensor:
     return texts.batch(offset + step, rows)
 
 
-def main(
-    source: Annotated[Path, typer.Argument(help="Directory of the encoder.")],
-    out: Annotated[Path, typer.Option(help="Model directory to write.")],
-    mixer: Annotated[
-        str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
-    ] = "aug",
-    group: Annotated[int, typer.Option(help="Tokens per group.")] = 32,
-    span: Annotated[int | None, typer.Option(help="Groups to each side, its own included.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="'own' or 'softmax'.")] = None,
-    taps: Annotated[int | None, typer.Option(help="Taps to each side, its own included.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Text files; stdlib if left out.")] = None,
-    field: Annotated[str, typer.Option(help="Key of the text in .jsonl files.")] = "text",
-    transfer_steps: int = 60,
-    finetune_steps: int = 60,
-    rows: int = 16,
-    context: int = 256,
-    seed: int = 0,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Linearize an encoder; see `linearize_encoder`."""
-    config = EncoderTraining(
-        transfer_steps=transfer_steps,
-        finetune_steps=finetune_steps,
-        rows=rows,
-        context=context,
-        seed=seed,
-    )
-    linearize_encoder(
-        source,
-        out,
-        mixer=make_mixer(mixer, group=group, span=span, kernel=kernel, taps=taps),
-        data=data or ["stdlib"],
-        field=field,
-        config=config,
-        resume=resume,
-        overwrite=overwrite,
-    )
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    now_called("linspec linearize")

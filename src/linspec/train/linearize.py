@@ -8,7 +8,6 @@ student on text and on the teacher's distribution. Both resume from where they w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from linspec.checkpoints.gguf.model import stored_dtype as gguf_dtype
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import (
     check_tokenizer,
+    load_any_config,
     load_causal_model,
     load_tokenizer,
     resolve,
@@ -31,25 +31,27 @@ from linspec.checkpoints.hub import (
 )
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.config import MixerConfig
-from linspec.models.config import DecoderConfig, Seq2SeqConfig
+from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
-from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
+from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.encoder import train_encoder
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.loop import TrainConfig, Trainer, log_lines, mean_loss
+from linspec.train.linearize_recipe import LinearizeRecipe
+from linspec.train.linearize_record import RECORD, output_place, record_files
+from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.search import span_losses
 from linspec.train.student import (
-    DEFAULT_GROUP,
-    DEFAULT_ROWS,
+    DEFAULT_EXACT_TOKENS,
     by_need,
     changed_layers,
     check_mixers,
     check_taps,
     leaves_span,
-    make_mixer,
     spread,
     student_mixers,
     with_mixers,
@@ -58,117 +60,97 @@ from linspec.train.sums import keep_useful_sums
 from linspec.train.transfer import Transfer
 from linspec.utils.border import read_json
 from linspec.utils.messages import shown
-from linspec.utils.places import Place, as_path
-from linspec.utils.sizes import check_size
-
-RECORD = "linearize.json"
 
 
 def linearize(
     source: str | Path,
     out: str | Path,
+    recipe: LinearizeRecipe | None = None,
     *,
-    mixer: str | MixerConfig = "aug",
-    group: int = DEFAULT_GROUP,
-    taps: int | None = None,
-    window: int | None = None,
-    span: int | Sequence[int] | None = None,
-    rows: int = DEFAULT_ROWS,
-    kernel: str | None = None,
-    features: int = 0,
-    keep: int = 0,
-    mixer_seed: int = 0,
-    keep_softmax: Sequence[int] = (),
-    softmax_layers: int = 0,
-    data: Sequence[str | Path] = ("stdlib",),
-    field: str = "text",
-    config: LinearizeConfig | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Path:
-    """Train `source` with other mixers into the model directory `out`; returns it.
+    """Train a model with other mixers; returns the directory of the new model.
 
-    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group`, `span`, `kernel`,
-    `taps`, `window`, `features`, `keep` and `mixer_seed` (see `make_mixer`), or a MixerConfig.
-    span: may give one for each layer. rows: with kernel softmax and no span given, tokens that a
-    layer sees exactly in the mean; measured on the teacher, layers that need to see far get more of
-    them (see `measure_reach`). keep_softmax: layers that keep the mixer they have; softmax_layers:
-    how many more do, those that need to see far most. A mixer that changes nothing trains the teacher on (see
-    `continue_training`). data, field: see `load_documents`; what is held out of it is not trained
-    on. dtype: of the saved weights, None for that of `source`. Killed at any moment, the same call
-    with `resume` goes on from the last saved state. out: new or empty, or what this function wrote
-    before if `overwrite` says that it may be replaced (see `Place`).
+    Transfer matches the teacher layer by layer, then finetuning trains the whole model. Sums over closed
+    groups stay only where they lower the loss of texts of four times the context (kernel 'softmax'). A run
+    that was killed continues with the same call and `resume`. A mixer that changes nothing trains the
+    teacher itself.
 
-    Sums over closed groups stay only where they lower the loss of texts of four times the context, with
-    the kernel softmax (see `keep_useful_sums`).
+    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and learns to
+    predict the second half of each window from the first half. An encoder (BERT) learns to imitate its own
+    hidden states.
 
-    An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and
-    learns to predict the second half of a window of `context` tokens from the first.
+    Paper: You et al. 2024, arXiv 2406.07368.
 
-    Raises ConfigError, CheckpointError or InputError before any long work, TrainingError when the
-    loss is not finite or there is nothing to resume.
+    Args:
+        source: a model directory, a GGUF file or the name of a model.
+        out: a directory that is new or empty.
+        recipe: what is asked for; None for the defaults.
+        resume: continue a run from its last saved state.
+        overwrite: replace a model that this function wrote to `out` before.
+        options: fields of LinearizeRecipe or LinearizeConfig, which change the recipe.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or `out` may not be written.
+        CheckpointError: the model cannot be read, or the disk refuses.
+        InputError: the data cannot be read or hold too little text. These come before any long work.
+        TrainingError: the loss is not finite, or there is nothing to resume.
     """
-    check_size("rows", rows)
-    check_sources(data)
-    wanted = make_mixer(
-        mixer,
-        group=group,
-        span=span if isinstance(span, int) else None,
-        kernel=kernel,
-        taps=taps,
-        window=window,
-        features=features,
-        keep=keep,
-        seed=mixer_seed,
-    )
-    place = output_place(out, source, data, overwrite)
+    asked = LinearizeRecipe.of(recipe, **options)
+    place = output_place(out, source, asked.data, overwrite)
     place.check(resume=resume)
+    if isinstance(load_any_config(source), EncoderConfig):
+        return train_encoder(source, place, asked, resume=resume)
     teacher, tokenizer = load_causal_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
-    mixers = student_mixers(teacher.config, wanted, keep_softmax)
-    if isinstance(span, Sequence):
-        mixers = spread(mixers, span, keep_softmax)
-    free = span is None and leaves_span(mixer) and wanted.kernel == "softmax"
-    task = _Task(teacher, mixers, rows if free else None, softmax_layers, data, field)
-    config = task.checked(config or LinearizeConfig())
-    plan = task.to_json(source, config)
+    task = _Task.of(teacher, asked)
+    plan = task.to_json(source)
     accelerator = make_accelerator()
     with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
-            windows = _windows(data, field, tokenizer, teacher.config, config, accelerator)
-            student = with_mixers(
-                teacher, task.final_mixers(windows, folder, config.tokens, accelerator)
-            )
-            stages = _Stages(teacher, student, windows, config, folder, accelerator, resume)
+            windows = _windows(tokenizer, task, accelerator)
+            student = with_mixers(teacher, task.final_mixers(windows, folder, accelerator))
+            stages = _Stages(teacher, student, windows, task.config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
                 sums = keep_useful_sums(stages.student, windows)
                 size = sum(p.numel() for p in student.parameters())
-                files = record_files(plan, logs, size, sums=sums.to_json() if sums else None)
-                kind = dtype or stored_dtype(source)
+                told = sums.to_json() if sums else None
+                files = record_files(asked, plan, logs, size, sums=told)
+                kind = asked.dtype or stored_dtype(source)
                 save_model(stages.student, tokenizer, place, kind, extra_files=files)
     return place.path
 
 
-def output_place(
-    out: str | Path, source: str | Path, data: Sequence[str | Path], overwrite: bool
-) -> Place:
-    """Where a linearization of `source` may write."""
-    inputs = (resolve(source),)
-    return Place(as_path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
-
-
 @dataclass(frozen=True)
 class _Task:
-    """What is asked of one linearization. rows: to share out by need, None for the spans of `mixers`."""
+    """A recipe for one teacher. mixers: before anything is measured; config: completed.
+
+    exact_tokens: to share out by need, None for the spans of `mixers`.
+    """
 
     teacher: Predictor
+    recipe: LinearizeRecipe
     mixers: tuple[MixerConfig, ...]
-    rows: int | None
-    softmax_layers: int
-    data: Sequence[str | Path]
-    field: str
+    exact_tokens: int | None
+    config: LinearizeConfig
+
+    @classmethod
+    def of(cls, teacher: Predictor, recipe: LinearizeRecipe) -> _Task:
+        """Raises ConfigError when the recipe cannot be done with this teacher."""
+        wanted = recipe.mixer_config()
+        mixers = student_mixers(teacher.config, wanted, recipe.keep_softmax)
+        if isinstance(recipe.span, Sequence):
+            mixers = spread(mixers, recipe.span, recipe.keep_softmax)
+        changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
+        config = recipe.training.completed([mixers[layer] for layer in changed])
+        free = recipe.span is None and leaves_span(recipe.mixer) and wanted.kernel == "softmax"
+        exact = recipe.exact_tokens or DEFAULT_EXACT_TOKENS
+        task = cls(teacher, recipe, mixers, exact if free else None, config)
+        task._check(changed)
+        return task
 
     @property
     def changed(self) -> list[int]:
@@ -176,60 +158,62 @@ class _Task:
         config = self.teacher.config
         return changed_layers(config, config.with_mixers(self.mixers))
 
-    def checked(self, config: LinearizeConfig) -> LinearizeConfig:
-        """The completed configuration; raises ConfigError when the task cannot be done with it."""
-        changed = self.changed
-        config = config.completed([self.mixers[layer] for layer in changed])
-        _check_context(self.teacher.config, config.context)
-        halves = 2 if isinstance(self.teacher.config, Seq2SeqConfig) else 1
-        check_taps((self.mixers[layer] for layer in changed), config.context // halves)
+    def _check(self, changed: Sequence[int]) -> None:
+        model, context = self.teacher.config, self.config.context
+        _check_context(model, context)
+        parts = of_config(model).parts
+        check_taps((self.mixers[layer] for layer in changed), context // parts)
         check_mixers(self.teacher, self.mixers)
-        if not 0 <= self.softmax_layers < max(1, len(changed)):
+        kept = self.recipe.softmax_layers
+        if kept >= max(1, len(changed)):
             raise ConfigError(
-                f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got "
-                f"{self.softmax_layers}"
+                f"softmax_layers must be in 0..{max(0, len(changed) - 1)}, got {kept}"
             )
-        return config
 
-    def to_json(self, source: str | Path, config: LinearizeConfig) -> dict[str, Any]:
+    def to_json(self, source: str | Path) -> dict[str, Any]:
         """Plain JSON types: what a run that is resumed must have been asked for."""
         return {
             "source": str(source),
             "mixers": [asdict(m) for m in self.mixers],
-            "rows": self.rows if self.changed else None,
-            "softmax_layers": self.softmax_layers,
-            "data": [str(d) for d in self.data],
-            "field": self.field,
-            "config": config.to_json(),
+            "exact_tokens": self.exact_tokens if self.changed else None,
+            "softmax_layers": self.recipe.softmax_layers,
+            "data": [str(d) for d in self.recipe.data],
+            "field": self.recipe.field,
+            "config": self.config.to_json(),
         }
 
     def final_mixers(
-        self, windows: Windows, folder: Path, tokens: int, accelerator: Accelerator
+        self, windows: Windows, folder: Path, accelerator: Accelerator
     ) -> tuple[MixerConfig, ...]:
         """The mixers, after what the teacher's layers need where that is to be measured.
 
-        tokens: of the training that follows. One process measures, all read what it found.
+        One process measures, all read what it found.
         """
-        changed, kept = self.changed, self.softmax_layers
-        if not changed or (self.rows is None and not kept):
+        changed, kept = self.changed, self.recipe.softmax_layers
+        if not changed or (self.exact_tokens is None and not kept):
             return self.mixers
+        first = self.mixers[changed[0]]
         losses = partial(
             span_losses,
             self.teacher,
-            self.mixers[changed[0]],
+            first,
             changed,
             windows,
-            tokens,
+            self.config.tokens,
             folder / "reach.json",
-            groups=(self.rows or 0) // self.mixers[changed[0]].group,
+            groups=(self.exact_tokens or 0) // first.group,
             needed=kept > 0,
         )
         if accelerator.is_main_process:
             losses()
         accelerator.wait_for_everyone()
-        reach = losses()
         return by_need(
-            self.teacher, self.mixers, changed, reach, rows=self.rows, softmax_layers=kept
+            self.teacher,
+            self.mixers,
+            changed,
+            losses(),
+            exact_tokens=self.exact_tokens,
+            softmax_layers=kept,
         )
 
 
@@ -288,36 +272,12 @@ def _check_context(config: DecoderConfig | Seq2SeqConfig, context: int) -> None:
         )
 
 
-def _windows(
-    data: Sequence[str | Path],
-    field: str,
-    tokenizer: PreTrainedTokenizerBase,
-    model: DecoderConfig | Seq2SeqConfig,
-    config: LinearizeConfig,
-    accelerator: Accelerator,
-) -> Windows:
-    texts, _ = train_and_heldout(data, field)
-    stream = tokenize(texts, tokenizer, end_of_text(tokenizer, model))
+def _windows(tokenizer: PreTrainedTokenizerBase, task: _Task, accelerator: Accelerator) -> Windows:
+    recipe, config = task.recipe, task.config
+    texts, _ = train_and_heldout(recipe.data, recipe.field)
+    stream = tokenize(texts, tokenizer, end_of_text(tokenizer, task.teacher.config))
     windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
-    return with_recall(windows, tokenizer, data, config.recall_share)
-
-
-def record_files(
-    plan: dict[str, Any], logs: dict[str, list[dict[str, float]]], size: int, **facts: Any
-) -> dict[str, str]:
-    """The files that say what was done: linearize.json, with further facts, and log.jsonl."""
-    done = {
-        "plan": plan,
-        "parameters": size,
-        "tokens": {stage: log[-1]["tokens"] for stage, log in logs.items()},
-        "seconds": {stage: log[-1]["seconds"] for stage, log in logs.items()},
-        "losses": {stage: round(mean_loss(log), 5) for stage, log in logs.items()},
-        **facts,
-    }
-    lines: list[dict[str, float | str]] = [
-        {"stage": stage, **entry} for stage, log in logs.items() for entry in log
-    ]
-    return {RECORD: json.dumps(done, indent=2) + "\n", "log.jsonl": log_lines(lines)}
+    return with_recall(windows, tokenizer, recipe.data, config.recall_share)
 
 
 class _Stages:

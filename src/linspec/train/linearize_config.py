@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from linspec.errors import ConfigError
@@ -71,6 +71,14 @@ class LinearizeConfig:
         # a compiled run is the same run
         del kept["compile"]
         return {k: v for k, v in kept.items() if k != "recall_share" or v}
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) != each.default
+        }
 
     @property
     def rows(self) -> int:

@@ -6,30 +6,27 @@ import torch
 
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
+from linspec.models.encoder import Encoder
+from linspec.models.model_types import type_of
 from linspec.models.t5 import T5
 
-# models that predict text
+# models that predict text, and all that are linearized
 Predictor = Decoder | T5
+Stack = Predictor | Encoder
 
 
 def next_tokens(model: Predictor, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, vocab], float32, and the N tokens that they should name, of windows [B, T + 1].
 
-    A decoder predicts every token of a window from those before it. An encoder-decoder reads the first
-    half and predicts the second (prefix language modelling, Raffel et al. 2020, arXiv 1910.10683).
+    A decoder predicts every token of a window from those before it, an encoder-decoder the second half
+    from the first.
     """
-    if isinstance(model, T5):
-        source, target = batch.tensor_split(2, dim=1)
-        start = target.new_full((len(target), 1), model.config.start_id)
-        logits = model(source, torch.cat((start, target[:, :-1]), dim=1))
-    else:
-        target = batch[:, 1:]
-        logits = model(batch[:, :-1])
+    predict = type_of(model).predict
+    assert predict is not None, "an encoder predicts no text"
+    logits, target = predict(model, batch)
     return logits.flatten(0, 1).float(), target.flatten()
 
 
-def blocks_of(model: Predictor) -> list[Block]:
+def blocks_of(model: Stack) -> list[Block]:
     """Every block with a mixer, in the order of the configuration's `mixers`."""
-    if isinstance(model, T5):
-        return [*model.encoder.layers, *model.decoder.layers]
-    return model.layers
+    return type_of(model).blocks(model)

@@ -23,7 +23,7 @@ from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, res
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.flash_config import FlashConfig
-from linspec.models.kinds import kind_of
+from linspec.models.model_types import of_config
 from linspec.train.corpora import known_sources
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.loop import TrainConfig, Trainer, log_lines
@@ -32,6 +32,7 @@ from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.tokenizer import train_tokenizer
 from linspec.utils.files import replace_dir
+from linspec.utils.format_version import stamped
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 
@@ -168,13 +169,25 @@ def pretrain(
     compile: str = "auto",
     overwrite: bool = False,
 ) -> Path:
-    """Train `recipe` into the model directory `out`; returns it.
+    """Train a small model from random weights; returns its directory.
 
-    `steps` and `data` (see `known_sources`) override the recipe's. What is held out of the data (see
-    `train_and_heldout`) is not trained on. Killed at any moment, the same call with `resume` goes on
-    from the last saved state. out: new or empty, or what this function wrote before if `overwrite`
-    says so (see `Place`). compile: see TrainConfig. Raises ConfigError for an unknown recipe,
-    TrainingError when there is nothing to resume or the run was started with other settings.
+    A run that was killed continues with the same call and `resume`.
+
+    Args:
+        out: a directory that is new or empty.
+        recipe: 'embedded', 'recall', 'flash-aug' or 'flash-quadratic': shape, text and rates.
+        data: files, folders or 'stdlib'; empty for those of the recipe. The held-out documents are not
+            trained on.
+        resume: continue a run from its last saved state.
+        steps: optimizer steps; None for those of the recipe.
+        compile: 'on', 'off' or 'auto': whether steps are compiled. The result is the same.
+        overwrite: replace a model that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: the recipe is unknown, or `out` may not be written.
+        CheckpointError: the disk refuses, or another process writes to `out`.
+        TrainingError: the loss is not finite, there is nothing to resume, or the run was started with other
+            settings.
     """
     if recipe not in RECIPES:
         raise ConfigError(
@@ -267,8 +280,8 @@ class _Run:
         )
         log = trainer.run(resume=self.resume and trainer.has_state)
         if self.accelerator.is_main_process:
-            record = json.dumps({"plan": self.plan, "tokens": log[-1]["tokens"]}, indent=2) + "\n"
-            files = {RECORD: record, "log.jsonl": log_lines(log)}
+            record = stamped({"plan": self.plan, "tokens": log[-1]["tokens"]})
+            files = {RECORD: json.dumps(record, indent=2) + "\n", "log.jsonl": log_lines(log)}
             save_model(model, tokenizer, self.place, dtype, extra_files=files)
 
     def _batch(self, windows: Windows, step: int) -> torch.Tensor:
@@ -278,7 +291,7 @@ class _Run:
 
 def _model(plan: Recipe) -> Predictor:
     """The recipe's model with the weights that it starts from."""
-    kind: Callable[..., Any] = kind_of(plan.model).model
+    kind: Callable[..., Any] = of_config(plan.model).model
     model: Predictor = kind(plan.model)
     if plan.base:
         model.load_state_dict(load_model(plan.base).state_dict())

@@ -1,7 +1,7 @@
 """How far each layer must see exactly: measured on the teacher, not guessed.
 
 A few layers copy from far back, most look only near (Olsson et al. 2022, arXiv 2209.11895). A budget
-of rows that every layer gets alike is wasted on most of them, so it goes where it lowers the loss.
+of exact tokens that every layer gets alike is wasted on most of them, so it goes where it lowers the loss.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Reach:
         """A span for each layer, in all at most `groups`; raises ConfigError when they are too few."""
         if groups < len(self.losses):
             raise ConfigError(
-                f"{groups} groups are too few for {len(self.losses)} layers; give more --rows or a "
-                "smaller --group"
+                f"{groups} groups are too few for {len(self.losses)} layers; give more "
+                "--exact-tokens or a smaller --group"
             )
         chosen = allocate(list(self.losses.values()), self.spans, groups)
         return dict(zip(self.losses, chosen, strict=True))

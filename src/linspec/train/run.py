@@ -19,12 +19,15 @@ from accelerate import Accelerator
 from linspec.errors import TrainingError
 from linspec.utils.border import read_json
 from linspec.utils.files import replace_dir, replace_text, restored
+from linspec.utils.format_version import KEY, check_format, stamped
 from linspec.utils.messages import shown
 from linspec.utils.places import TRAINING, Place, mark_folder
 
 Plan = Mapping[str, Any]
 # in the folder of a run under way
 PLAN_FILE = "plan.json"
+# of what is asked for, as linspec 0.1 wrote it
+OLD_NAMES = {"rows": "exact_tokens"}
 
 
 def make_accelerator() -> Accelerator:
@@ -55,7 +58,7 @@ def training_run(
             # at once: a folder without its plan could neither be resumed nor told from one of others
             with replace_dir(folder) as aside:
                 mark_folder(aside, place.kind)
-                replace_text(aside / PLAN_FILE, json.dumps(plan, indent=2) + "\n")
+                replace_text(aside / PLAN_FILE, json.dumps(stamped(plan), indent=2) + "\n")
         accelerator.wait_for_everyone()
         yield folder
         accelerator.wait_for_everyone()
@@ -82,13 +85,17 @@ def _is_done(out: Path, plan: Plan, folder: Path, record: str) -> bool:
 
 
 def _check_same(before: Plan, now: Plan, out: Path) -> None:
-    for key in sorted({*before, *now}):
+    before = {OLD_NAMES.get(name, name): value for name, value in before.items() if name != KEY}
+    for key in dict.fromkeys((*now, *before)):
         if before.get(key) != now.get(key):
             raise TrainingError(
                 f"the run in {out} was started with {key} = {shown(before.get(key))}, now it is "
-                f"{now.get(key)}; resume with the same settings or use another --out"
+                f"{shown(now.get(key))}; resume with the same settings, begin anew with --overwrite "
+                "(overwrite=True in Python) instead of --resume, or use another --out"
             )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, TrainingError)
+    data = read_json(path, TrainingError)
+    check_format(data, path, TrainingError)
+    return data

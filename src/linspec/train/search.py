@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.mixers.config import MixerConfig
-from linspec.models.decoder import Decoder
+from linspec.models.model_types import type_of
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor, blocks_of
 from linspec.train.reach import Reach, measure_reach, tried_spans
@@ -85,7 +85,7 @@ class Costs:
         """Every layer at every span; of a decoder, what is below the layer is not computed again."""
         total, count = 0.0, len(blocks_of(self.teacher))
         for layer in self.layers:
-            above = count - layer if isinstance(self.teacher, Decoder) else count
+            above = count - layer if type_of(self.teacher).parts == 1 else count
             total += len(spans) * (self._layers(above, context) + self._head())
         exact = sum(min(span * self.mixer.group, context) for span in spans)
         return windows * context * (total + len(self.layers) * self._attention(exact))
@@ -191,7 +191,7 @@ def _plan(
 ) -> Search | None:
     costs = Costs(teacher, mixer, layers)
     # a T5 has no positions of its own: nobody says that it can read more than it trained on
-    longest = teacher.config.max_positions if isinstance(teacher, Decoder) else windows.context
+    longest = getattr(teacher.config, "max_positions", windows.context)
     fitting, least = choose(costs, windows.context, run_tokens, longest=longest, groups=groups)
     run = PASSES * costs.forward(run_tokens, windows.context)
     if fitting is None and not needed:

@@ -18,7 +18,7 @@ from linspec.train.objective import Predictor
 from linspec.train.reach import Reach
 
 DEFAULT_GROUP = 64
-DEFAULT_ROWS = 384
+DEFAULT_EXACT_TOKENS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 # mixers that by default keep the teacher's softmax weights within reach ...
@@ -139,22 +139,24 @@ def by_need(
     layers: Sequence[int],
     reach: Reach | None,
     *,
-    rows: int | None,
+    exact_tokens: int | None,
     softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
     """`mixers` with what the teacher's `layers` need, as `reach` says; the same for all without one.
 
-    softmax_layers: so many stay as they are. rows: see `linearize`; None leaves the spans.
+    softmax_layers: so many stay as they are. exact_tokens: see LinearizeRecipe; None leaves the spans.
     """
     group = mixers[layers[0]].group
-    reach = reach or Reach([max(1, (rows or 0) // group)], {layer: [0.0] for layer in layers})
+    reach = reach or Reach(
+        [max(1, (exact_tokens or 0) // group)], {layer: [0.0] for layer in layers}
+    )
     kept = reach.neediest(softmax_layers)
     found = list(mixers)
     for layer in kept:
         found[layer] = teacher.config.mixers[layer]
     rest = reach.without(kept)
-    if rows is not None:
-        for layer, span in rest.spans_by_need(len(rest.losses) * rows // group).items():
+    if exact_tokens is not None:
+        for layer, span in rest.spans_by_need(len(rest.losses) * exact_tokens // group).items():
             found[layer] = replace(found[layer], span=span)
     return tuple(found)
 

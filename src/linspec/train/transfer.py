@@ -15,11 +15,8 @@ from torch import nn
 
 from linspec.mixers import Mixer
 from linspec.models.block import Block
-from linspec.models.decoder import Decoder
-from linspec.models.encoder import Encoder
-from linspec.train.objective import Predictor, blocks_of, next_tokens
-
-Stack = Predictor | Encoder
+from linspec.models.model_types import type_of
+from linspec.train.objective import Stack, blocks_of
 
 
 class Transfer:
@@ -65,13 +62,7 @@ class Transfer:
         return torch.stack([self._error(layer) for layer in self.layers]).mean()
 
     def _run_teacher(self, batch: torch.Tensor) -> None:
-        if isinstance(self.teacher, Encoder):
-            self.teacher(batch.clamp_min(0), batch >= 0)
-        elif isinstance(self.teacher, Decoder):
-            # the output layer is not needed
-            self.teacher.hidden(batch[:, :-1])
-        else:
-            next_tokens(self.teacher, batch)
+        type_of(self.teacher).run(self.teacher, batch)
 
     def _error(self, layer: int) -> torch.Tensor:
         inputs, wanted = self._seen[layer]
@@ -93,7 +84,7 @@ def mixer_of(model: Stack, layer: int) -> Mixer:
 
 def block_of(model: Stack, layer: int) -> Block:
     """The block of one layer; an encoder-decoder counts those of its encoder first."""
-    return (model.layers if isinstance(model, Encoder) else blocks_of(model))[layer]
+    return blocks_of(model)[layer]
 
 
 def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

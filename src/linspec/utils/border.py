@@ -1,9 +1,9 @@
-"""The border for JSON: what is read from disk is checked once, here, before anything relies on it.
+"""The border for JSON: linspec checks what it reads from disk once, here, before anything relies on it.
 
     data = read_json(folder / "config.json")                 # an object, or a named error
     config = parse(MixerConfig, data, "config.json")         # every type and rule checked by name
 
-Tensors have a border of their own in `models/tensors.py`.
+Tensors have a border of their own in `checkpoints/tensors.py`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ def read_json(path: Path, error: type[LinspecError] = CheckpointError) -> dict[s
         raise error(f"cannot read {because(cause)}") from cause
     except (ValueError, RecursionError) as cause:
         raise error(
-            f"cannot read {path}: it is no sound JSON: {cause}; copy the file again"
+            f"cannot read {path}: it is not valid JSON: {cause}; copy the file again"
         ) from cause
     if not isinstance(data, dict):
-        raise error(f"{path} holds no JSON object but {shown(data)}; copy the file again")
+        raise error(f"{path} must hold a JSON object, got {shown(data)}; copy the file again")
     return data
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number that JSON knows")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def parse(kind: type[T], data: object, where: object) -> T:
     """`data` as a `kind` (a dataclass or any annotation); raises ConfigError that names the entry.
 
-    Types are strict: 16.5, "16" and true are no whole numbers. What a dataclass checks in its
-    `__post_init__` holds as well.
+    Types are strict: 16.5, "16" and true are no whole numbers. The rules in the `__post_init__` of a
+    dataclass apply too.
     """
-    # not every command reads JSON of ours, and all of them would wait for the import
+    # only some commands read JSON of linspec, and all would wait for the import
     from pydantic import ValidationError
 
     try:
@@ -72,7 +72,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def _sentence(error: Any) -> str:
-    """One fault of pydantic's, with its place and what stood there."""
+    """One error of pydantic as a sentence: the entry, the rule, the value."""
     place = shown(".".join(map(str, error["loc"])))
     own = error.get("ctx", {}).get("error")
     if isinstance(own, LinspecError):

@@ -1,7 +1,7 @@
-"""Writing that loses nothing: aside first, then renamed, one writer at a time.
+"""Writing that loses nothing: write beside the target first, then rename, one writer at a time.
 
-What is being written lies in `.NAME.writing-ID` beside NAME, and its writer holds a lock on it. A
-leftover that nobody holds is one of a process that was killed; the next writer of NAME removes it.
+A writer of NAME writes `.NAME.writing-ID` beside it and holds a lock on that. A leftover that nobody
+holds belongs to a killed process; the next writer of NAME removes it.
 """
 
 from __future__ import annotations
@@ -89,10 +89,9 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def tidy(target: Path) -> None:
-    """Clear what killed processes left beside `target`.
+    """Remove what killed processes left beside `target`.
 
-    Half-written files are removed. What stood at `target` is put back where a process was killed
-    between taking it away and putting the new one there.
+    If a process was killed between its two renames, the old file or directory gets its name back.
     """
     for left in _leftovers(target):
         with contextlib.suppress(OSError):
@@ -106,7 +105,7 @@ def tidy(target: Path) -> None:
 
 
 def restored(target: Path) -> Path:
-    """`target`, put back if a writer was killed while its name was free; for readers."""
+    """`target`, for readers; renamed back if a writer was killed between its two renames."""
     for _ in range(_WAITS):
         if os.path.lexists(target) or not _leftovers(target):
             break
@@ -116,7 +115,7 @@ def restored(target: Path) -> Path:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is one that is being written aside."""
+    """Whether a file of this name belongs to a write that has not finished."""
     return re.fullmatch(r"\..+\.(writing|old)-[0-9a-f]{32}", name) is not None
 
 
@@ -176,7 +175,7 @@ def _share(folder: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put `new` in the place of `target`; what was there then lies at `new`, or is gone."""
+    """Give `new` the name `target`; the old content then has the name `new`, or is removed."""
     if not target.exists():
         new.rename(target)
         return
@@ -204,7 +203,7 @@ def _exchange(a: Path, b: Path) -> bool:
 def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `directory` for one writer; raises CheckpointError if another process holds it.
 
-    wait: until it is free, instead. A directory that is made for it and stays empty goes away again.
+    wait: wait until it is free instead. A directory that this call makes and that stays empty is removed.
     """
     with _disk_errors(directory):
         made = not directory.exists()
@@ -232,7 +231,8 @@ def _hold(directory: Path, wait: bool) -> IO[str]:
             if not wait:
                 lock.close()
                 raise CheckpointError(
-                    f"{directory} is in use by another linspec process; wait for it to end or choose "
+                    f"{directory} is in use by another linspec process; wait for it to end, after "
+                    "which --overwrite (overwrite=True in Python) would replace what it wrote, or choose "
                     "another --out directory"
                 ) from error
             print(f"waiting for the process that uses {directory}", file=sys.stderr, flush=True)
@@ -251,7 +251,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def cache_dir() -> Path:
-    """Where derived data is kept between runs: $LINSPEC_CACHE, else the user's cache directory."""
+    """The directory for derived data: $LINSPEC_CACHE, else `linspec` in the user's cache directory."""
     root = os.environ.get("LINSPEC_CACHE")
     if root:
         return Path(root)

@@ -1,9 +1,9 @@
-"""Whose fault it was: a call for many that raises is repeated for each alone.
+"""Find the item that made a call raise: repeat the call for each item alone.
 
     for item, result in zip(items, isolated(items, compute)):
         if isinstance(result, Exception): ...     # this item's own error
 
-The call must be repeatable: what it did before it raised changes nothing about the next result.
+The call must be repeatable: a call that raised must not change the result of the next one.
 """
 
 from __future__ import annotations

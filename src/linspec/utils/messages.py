@@ -1,4 +1,4 @@
-"""Parts of error messages that many places need: why a file failed, what a name may have meant.
+"""Parts of error messages: why a file failed, which known name is near an unknown one.
 
 because(error)                      # "data.txt: permission denied; make it readable for this user"
 did_you_mean("medua", ["medusa"])   # "; did you mean 'medusa'?"
@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shlex
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 _LONGEST = 80
 # errno -> the rule that was broken, and the way out
@@ -53,8 +56,15 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def now_called(command: str) -> NoReturn:
+    """Answer `python -m` of a module that is a verb now: the new command, and exit code 2."""
+    words = shlex.join(sys.argv[1:])
+    print(f"error: this command is now: {command} {words}".rstrip(), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def shown(value: object) -> str:
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value as a message shows it: on one line, with a long one cut."""
     text = value if isinstance(value, str) else _text(value)
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"

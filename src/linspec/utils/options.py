@@ -1,4 +1,4 @@
-"""The settings of a plug-in: a frozen dataclass with a help text for each field, read from a spec.
+"""The options of a plug-in: a frozen dataclass with a help text for each field, read from a spec.
 
     @dataclass(frozen=True)
     class SuffixOptions:
@@ -32,9 +32,15 @@ _SETTING = re.compile(r"\s*([A-Za-z_][\w-]*)\s*=(.*)", re.DOTALL)
 
 
 def option(help: str, *, default: Any = dataclasses.MISSING, short: bool = False) -> Any:
-    """A field of a plug-in's options; without a default it has to be given.
+    """A field of the options of a plug-in, which are a frozen dataclass.
 
-    help: what it means, as `linspec list` shows it. short: NAME:VALUE sets this field.
+    Its type is int, float, bool, str or Path, or one of them or None. A spec such as
+    'prompt-lookup:max_ngram=3' sets it.
+
+    Args:
+        help: what it means, as `linspec list` shows it.
+        default: its value if a spec does not set it; without a default every spec must.
+        short: whether 'NAME:VALUE' sets this field.
     """
     return dataclasses.field(default=default, metadata={"help": help, "short": short})
 
@@ -102,7 +108,7 @@ def _text(value: object) -> str:
 
 
 def parse_options(options: type[Any], settings: str | None, axis: str, name: str) -> Any:
-    """The options that `settings` of the plug-in `name` describe; raises ConfigError that names it."""
+    """The options that the settings of a spec give; raises ConfigError that names the plug-in."""
     who = f"{axis} {name!r}"
     given = dict(_given(options, settings, who))
     for each in settings_of(options):

@@ -1,8 +1,8 @@
-"""Where linspec may write, decided before any work: nothing of anybody else is overwritten or removed.
+"""Where linspec may write, decided before any work: it overwrites and removes nothing of others.
 
-A place to write a directory is new, or empty, or holds what the same command wrote before. The last is
-replaced only where the caller asks for it. Everything else is refused by name. A directory that
-linspec wrote says so in `linspec.json`: which command wrote it, and which files.
+A place for a directory is new, is empty, or holds what the same command wrote before. linspec replaces
+the last only if the caller asks for it, and refuses everything else by name. `linspec.json` in a
+directory says which command wrote it, and which files.
 
     place = Place(out, "quantize", inputs=(model,))
     place.check()
@@ -53,18 +53,18 @@ _SHOWN = 3
 
 
 def as_path(out: object) -> Path:
-    """Where a caller wants something written; raises WrongType for what is no path."""
+    """The path that a caller gave for an output; raises WrongType if it is no path."""
     if isinstance(out, str | os.PathLike):
         return Path(out)
-    raise WrongType(f"a place to write to is a text or a path, got {out!r}; name a new directory")
+    raise WrongType(f"an output is a text or a path, got {out!r}; name a new directory")
 
 
 @dataclass(frozen=True)
 class Place:
     """A directory that one command writes as a whole.
 
-    kind: the command. inputs: what it reads: never written to, nor what holds them or lies in them.
-    holders: inputs inside which the place may be all the same. overwrite: replace what the same
+    kind: the command. inputs: what it reads; the place may not be one of them, hold one or lie in one.
+    holders: inputs in which the place may lie all the same. overwrite: replace what the same
     command wrote before. beside: files of others may be there, and stay.
     """
 
@@ -83,7 +83,7 @@ class Place:
     def check(self, *, resume: bool = False) -> None:
         """Raise ConfigError if the place may not be written; touches nothing.
 
-        resume: the run that is under way there goes on; files of others that came since then stay.
+        resume: continue the run that is under way there; files that others added since then stay.
         """
         _check_name(self.path)
         self._check_inputs()
@@ -109,8 +109,8 @@ class Place:
     def replaced(self) -> Iterator[Path]:
         """Yield an empty directory that becomes the place when the block succeeds.
 
-        What linspec wrote there before goes, files of others stay. Raises CheckpointError when the
-        disk refuses, or when another's file has a name that is written here.
+        The old files of linspec are removed, files of others stay. Raises CheckpointError if the disk
+        refuses, or if a file of others has the name of a new file.
         """
         with replace_dir(self.path) as aside:
             yield aside
@@ -156,8 +156,8 @@ class Place:
             )
         if under_way is not None and not self.overwrite:
             raise ConfigError(
-                f"{self.path} holds an unfinished run; give the same command with --resume to go on "
-                f"or with --overwrite (overwrite=True in Python) to start anew, or {_OTHER}"
+                f"{self.path} holds an unfinished run; give the same command with --resume to continue "
+                f"it or with --overwrite (overwrite=True in Python) to start again, or {_OTHER}"
             )
         if files and not self.overwrite:
             raise ConfigError(
@@ -166,7 +166,7 @@ class Place:
             )
 
     def _keep_strangers(self, aside: Path, written: set[str]) -> None:
-        """Link files that somebody else laid into the place, so that replacing it loses none."""
+        """Link the files of others into the new directory, so that they are not lost."""
         if not self.path.is_dir():
             return
         mark = read_mark(self.path)
@@ -206,7 +206,7 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def mark_folder(folder: Path, kind: str) -> None:
-    """Say that `kind` fills this folder bit by bit, if nothing says so yet."""
+    """Write the mark of a folder that `kind` fills step by step, if there is none yet."""
     if _read(folder / MARK).get("kind") != kind:
         replace_text(folder / MARK, json.dumps({"format": 1, "kind": kind}) + "\n")
 
@@ -214,9 +214,9 @@ def mark_folder(folder: Path, kind: str) -> None:
 def check_workspace(
     out: Path, kind: str, signs: Sequence[str], inputs: Sequence[str | Path] = ()
 ) -> None:
-    """Raise ConfigError for a folder of others; `kind` fills its own bit by bit and never replaces it.
+    """Raise ConfigError for a folder of others; `kind` fills its own step by step, and never replaces it.
 
-    signs: patterns of files that say that `kind` began it before there were marks.
+    signs: patterns of files that show that `kind` began the folder before there were marks.
     """
     _check_kind(out)
     Place(out, kind, holders=inputs)._check_inputs()
@@ -231,7 +231,7 @@ def check_workspace(
 def check_text(path: Path, signs: Sequence[str]) -> None:
     """Raise ConfigError unless a text can be written to `path`: a new file or one of linspec's own.
 
-    signs: one of them stands at the beginning of every text that the command writes.
+    signs: every text that the command writes has one of them at its beginning.
     """
     if path.is_symlink() or path.is_dir():
         raise ConfigError(f"{path} is {_what(path)}; name a file that is new")
@@ -244,7 +244,7 @@ def check_text(path: Path, signs: Sequence[str]) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise ConfigError for what is there and is no directory of its own."""
+    """Raise ConfigError for a path that exists and is no directory, or is a link."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ConfigError(f"{path} is {_what(path)}, not a directory; {_OTHER}")
     parent = next((each for each in path.absolute().parents if each.exists()), None)
@@ -272,7 +272,7 @@ def _what(path: Path) -> str:
 
 
 def _by(kind: str) -> str:
-    """How a user calls it: a module of a clone, a function, or a verb."""
+    """The command as a user types it: a module of a clone, a function, or a verb."""
     if "." in kind:
         return f"`python -m {kind}`"
     return f"`{kind}`" if "_" in kind else f"`linspec {kind}`"

@@ -8,9 +8,9 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping; None where the system does not say.
+    """Bytes of memory that are available without swapping; None if the system does not say.
 
-    Pages of files count as free, mapped ones too: a model that has been read before is not counted
+    Pages of files count as free, mapped pages too: a model that was read before does not count
     against itself.
     """
     try:

@@ -2,8 +2,8 @@
 
     DRAFTERS.build("prompt-lookup:max_ngram=3", context)
 
-Plug-ins outside the tree come in by entry points of the group `linspec.AXIS`. They are loaded when a
-name is not known, or all names are asked for; one that cannot be loaded is named and left out.
+Packages add plug-ins by entry points of the group `linspec.AXIS`. They are loaded when a name is not
+known, or when all names are needed. A plug-in that cannot be loaded is named and left out.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ class Entry(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """Names of one axis (mixer, drafter, verifier, policy) and what they stand for.
+    """Names of one axis (mixer, drafter, verifier, policy) and the plug-ins that they stand for.
 
-    group: of its entry points, None where there are none. beside: names that users write for no
-    plug-in, such as 'none'. options: of those that are registered without any of their own.
+    Args:
+        axis: what a message calls the plug-ins.
+        group: of the entry points that bring further plug-ins; None for no such group.
+        beside: names that users write for no plug-in, such as 'none'.
+        options: the options class of plug-ins that are registered without one.
     """
 
     def __init__(
@@ -74,9 +77,17 @@ class Registry(Generic[T]):
         options: type[Any] | None = None,
         **facts: str,
     ) -> Callable[[type[T]], type[T]]:
-        """Decorator that files a class under `name`, which it carries as `name` too.
+        """A decorator that registers a class; the class gets the attribute `name`.
 
-        options: a frozen dataclass with a help text for each field; see linspec.utils.options.
+        Args:
+            name: one word without colon and comma.
+            summary: what it does, in one line of `linspec list`.
+            paper: where it comes from.
+            options: a frozen dataclass whose fields are made by `option`.
+            facts: further columns of `linspec list`, such as `cost` or `needs`.
+
+        Raises:
+            ConfigError: the name is taken or no sound name, or the options cannot be read from a spec.
         """
         if name in self._entries or name in self.beside:
             raise ConfigError(f"{self.axis} {name!r} is registered twice")
@@ -94,10 +105,13 @@ class Registry(Generic[T]):
         return add
 
     def build(self, spec: str, *context: object) -> T:
-        """Make the plug-in that NAME or NAME:key=value,… describes.
+        """Make the plug-in that a spec (NAME or NAME:key=value,…) describes.
 
-        The class is called with `context`, and with its options if it has any; one with a method
-        `build` is made by that. Raises ConfigError for unknown names and settings.
+        The class, or its class method `build` if it has one, is called with `context` and, if the plug-in
+        has options, with these.
+
+        Raises:
+            ConfigError: the name or a setting is unknown, or a value breaks a rule.
         """
         entry, options = self.read(spec)
         make: Any = getattr(entry.value, "build", entry.value)
@@ -105,7 +119,7 @@ class Registry(Generic[T]):
         return made
 
     def read(self, spec: str) -> tuple[Entry[T], Any]:
-        """The entry that a spec names, and the options that it gives."""
+        """The entry that a spec names, and its options; raises ConfigError as `build` does."""
         name, settings = read_spec(spec)
         if name in self.beside and settings is not None:
             raise ConfigError(f"{self.axis} {name!r} takes no options; leave them out")
@@ -113,7 +127,7 @@ class Registry(Generic[T]):
         return entry, parse_options(entry.options or NoOptions, settings, self.axis, name)
 
     def forget(self, name: str) -> None:
-        """Remove `name`; for plug-ins that live only for a while, such as a test's."""
+        """Remove `name`, for plug-ins that exist only for a while, such as those of a test."""
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
@@ -166,7 +180,7 @@ class Registry(Generic[T]):
                 _log.warning(message)
 
     def _load(self, point: metadata.EntryPoint) -> str | None:
-        """Why an entry point brought no plug-in of its name; None when it did."""
+        """Load an entry point; returns why it registered no plug-in of its name, None if it did."""
         try:
             point.load()
         # some modules end the program that imports them

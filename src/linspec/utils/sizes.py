@@ -7,7 +7,7 @@ import math
 from linspec.errors import ConfigError
 from linspec.utils.messages import did_you_mean, shown
 
-# the largest of each size that is believed: far beyond every model there is, far below what makes
+# the largest accepted value of each size: far beyond every known model, far below what makes
 # a shape hang or a product of sizes leave 64 bits
 MOST = 2**31 - 1
 LARGEST = {
@@ -30,13 +30,13 @@ LARGEST = {
 
 
 def check_sizes(config: object, names: str, *, least: int = 1) -> None:
-    """Raise ConfigError unless every one of the named (space-separated) sizes is a sound one."""
+    """Raise ConfigError unless `check_size` accepts all the named (space-separated) sizes of `config`."""
     for name in names.split():
         check_size(name, getattr(config, name), least=least)
 
 
 def check_size(name: str, value: object, *, least: int = 1) -> None:
-    """Raise ConfigError unless `value` is a whole number from `least` to the largest believed."""
+    """Raise ConfigError unless `value` is a whole number from `least` to the largest accepted one."""
     most = LARGEST.get(name, MOST)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"{name} must be a whole number, got {shown(value)}")

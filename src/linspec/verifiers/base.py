@@ -16,19 +16,26 @@ from linspec.utils.registry import Registry
 
 
 class Verifier(Protocol):
-    """The rule that turns a tree and the target's logits into a path and one bonus token.
+    """The rule that turns a tree and the target's logits into an accepted path and one bonus token.
 
-    lossless: whether the output has exactly the target's distribution.
-
-    divides: whether the rule divides by the distribution that drafts were sampled from
-    (`TokenTree.proposals`), as rejection sampling does. Such a rule is exact only if it sees every draw: a
-    policy that drops one because of its token, or of the drafter's confidence in it, changes which drafts are
-    judged, and with that the output. A rule that samples from the target and follows the draft that matches
-    is exact for any tree, and so for any part of one. Hence what a policy may do:
+    What a policy may do to a tree depends on the rule:
 
     - before drafting: any budget, that is any number of nodes and any depth, with every verifier;
-    - after drafting (`Policy.keep`): verify the first nodes of a tree alone, unless the verifier divides
-      and the tree has proposals. The engine does not ask then.
+    - after drafting (`Policy.keep`): verify only the first nodes of a tree, unless the verifier divides and
+      the tree has proposals. The engine does not ask then.
+
+    The reason: a rule that divides is exact only if it judges every draw. A policy that drops a draft
+    because of its token, or because of the confidence of the drafter, changes the output. A rule that
+    samples from the target and follows the draft that matches is exact for every tree, so also for a part
+    of one.
+
+    Paper: Leviathan et al. 2023, arXiv 2211.17192; for trees Miao et al. 2023, arXiv 2305.09781.
+
+    Attributes:
+        name: under which it is registered.
+        lossless: whether the output has exactly the distribution of the target.
+        divides: whether the rule divides by the distribution that drafts were sampled from
+            (`TokenTree.proposals`), as rejection sampling does.
     """
 
     name: ClassVar[str]
@@ -36,11 +43,22 @@ class Verifier(Protocol):
     divides: ClassVar[bool]
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
-        """Judge `tree` by `logits` [N, V]; the sampler's history ends with the tree's root."""
+        """The accepted path and the bonus token.
+
+        Args:
+            tree: N nodes; node 0 is the root, which the sequence holds already.
+            logits: [N, vocab], the scores of the target for the token after each node.
+            sampler: random numbers and rules of the request; its history ends with the root.
+
+        Raises:
+            InputError: the logits do not fit the tree.
+            NotFinite: a score is NaN.
+        """
         ...
 
 
 VERIFIERS: Registry[Verifier] = Registry("verifier", "linspec.verifiers")
+"""The registry of verifiers. Packages add to it by entry points of the group `linspec.verifiers`."""
 
 
 def may_cut(verifier: Verifier, tree: TokenTree) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from linspec.errors import UnsupportedModel
 from linspec.mixers.config import StackConfig
-from linspec.models.config import EncoderConfig, ModelConfig, Seq2SeqConfig
+from linspec.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -105,20 +105,6 @@ class Family:
 
 def _turned(tensor: torch.Tensor, rule: Rule) -> torch.Tensor:
     return tensor.t().contiguous() if rule.transposed and tensor.ndim == 2 else tensor
-
-
-def write_ids(config: ModelConfig) -> dict[str, Any]:
-    """Special tokens under their Hugging Face names; a single end token is written as a number."""
-    if isinstance(config, Seq2SeqConfig):
-        return write_ids(config.decoder) | {"decoder_start_token_id": config.start_id}
-    if isinstance(config, EncoderConfig):
-        return {"pad_token_id": config.pad_id}
-    eos = list(config.eos_ids)
-    return {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": config.pad_id,
-    }
 
 
 def read_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from linspec.checkpoints.families.base import (
     activation_here,
     activation_there,
     read_ids,
-    write_ids,
 )
 from linspec.checkpoints.families.bert import BERT
 from linspec.checkpoints.families.t5 import T5
@@ -100,7 +99,7 @@ def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
         "model_type": family.name,
         "architectures": [family.architecture],
         "vocab_size": config.vocab_size,
-        **write_ids(config),
+        **config.token_ids(),
         **family.write(config),
     }
 

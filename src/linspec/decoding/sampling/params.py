@@ -30,33 +30,41 @@ _SWITCHES = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """What a request asks of generation; raises ConfigError for a setting that breaks a rule.
+    """What a request asks of generation, checked when it is made.
 
-    max_tokens: most tokens to emit.
-    n: sequences, each with random numbers of its own; the first is the one of n = 1.
-    temperature: 0 takes the likeliest token; otherwise the scores are divided by it.
-    top_k, top_p: keep the k likeliest tokens, then the fewest tokens whose mass reaches p.
-        0 and 1.0 keep all.
-    min_p: then keep tokens at least this many times as likely as the likeliest one. 0 keeps all.
-    repetition_penalty: above 1 makes tokens of the prompt and the output less likely.
-    presence_penalty, frequency_penalty: taken from the score of every token of the output, once, and
-        for each time that it occurs there.
-    logit_bias: added to the scores of single token ids; -inf bans a token.
-    allowed_token_ids: the only tokens that may be emitted; None allows all.
-    bad_words: texts that the output never completes, as the tokenizer spells them, at the start of a text
-        and behind a space; or lists of token ids.
-    logits_processors: functions (output, scores) or (prompt, output, scores) -> scores [V], where prompt
-        and output are lists of token ids; or transformers' LogitsProcessor. A draft asks them about
-        tokens that may never come, so the answer must depend on what they are given alone.
-    min_tokens: tokens to emit before anything may end the output.
-    stop: texts that end the output; one string is one text.
-    stop_token_ids: tokens that end the output, beside the model's own end of sequence.
-    include_stop_str_in_output: show the stop text or token that ended the output.
-    ignore_eos: go on after the end-of-sequence token.
-    skip_special_tokens: leave special tokens out of the text.
-    seed: equal seeds give equal outputs; None takes fresh entropy.
-    logprobs: None reports none, k reports each token's and those of the k likeliest.
-    prompt_logprobs: the same for the tokens of the prompt.
+    Attributes:
+        max_tokens: most tokens of the output, 1 or more.
+        n: sequences of the request, each with its own random numbers. The first is the one of n = 1.
+        temperature: 0 takes the likeliest token; otherwise the scores are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: then keep the fewest tokens whose probabilities add up to p (Holtzman et al. 2019,
+            arXiv 1904.09751); 1.0 keeps all.
+        min_p: then keep the tokens that are at least this many times as likely as the likeliest one
+            (Nguyen et al. 2024, arXiv 2407.01082); 0 keeps all.
+        repetition_penalty: a factor above 1 makes the tokens of prompt and output less likely (Keskar et
+            al. 2019, arXiv 1909.05858); 1.0 changes nothing.
+        presence_penalty: subtracted from the score of every token that the output holds.
+        frequency_penalty: subtracted once for each time that the output holds the token.
+        logit_bias: added to the scores of single token ids; -inf bans a token.
+        allowed_token_ids: the only tokens that the output may hold; None allows all.
+        bad_words: texts that the output never completes, as the tokenizer spells them at the start of a
+            text and behind a space; or tuples of token ids.
+        logits_processors: functions (output, scores) or (prompt, output, scores) -> scores [vocab], where
+            prompt and output are lists of token ids; or LogitsProcessors of transformers. Drafts ask them
+            about tokens that may never come: the answer must depend on the arguments alone.
+        min_tokens: tokens before which nothing ends the output.
+        stop: texts that end the output; one string is one text.
+        stop_token_ids: tokens that end the output, beside the end-of-sequence tokens of the model.
+        include_stop_str_in_output: keep the stop text or stop token in the text.
+        ignore_eos: go on after an end-of-sequence token.
+        skip_special_tokens: leave special tokens out of the text.
+        seed: equal seeds give equal outputs; None takes fresh entropy.
+        logprobs: report the log-probability of each output token under the model itself, with the k
+            likeliest tokens; None reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt.
+
+    Raises:
+        ConfigError: a setting breaks a rule.
     """
 
     max_tokens: int = 128
@@ -113,7 +121,7 @@ class SamplingParams:
         return self.temperature == 0
 
     def sequences(self) -> tuple[SamplingParams, ...]:
-        """What each of the n sequences asks for; seeds are made of this one and the number."""
+        """The parameters of each of the n sequences, with n = 1; a seed and the number give the new seeds."""
         if self.n == 1:
             return (self,)
         # the prompt is the same for all: one of them tells about it

@@ -113,6 +113,11 @@ class Processor(Rule):
                 f"logits processor {shown(repr(self.function))} must return scores "
                 f"{list(scores.shape)}, got {given}"
             )
+        if not found.is_floating_point():
+            raise WrongType(
+                f"logits processor {shown(repr(self.function))} must return scores, which are floats, "
+                f"got {found.dtype}; return result.float()"
+            )
         most = float(found.max())
         if math.isnan(most) or most == math.inf:
             raise InputError(

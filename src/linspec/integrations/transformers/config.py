@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig
+from linspec.utils.format_version import CURRENT, KEY, check_format
 
 
 class LinspecConfig(PreTrainedConfig):
@@ -26,6 +27,7 @@ class LinspecConfig(PreTrainedConfig):
     model_type = "linspec"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
+    format_version: str | None = None
     decoder: dict[str, Any] | None = None
     vocab_size: int | None = None
     hidden_size: int | None = None
@@ -44,6 +46,10 @@ class LinspecConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.format_version is not None:
+            check_format({KEY: self.format_version}, "config.json", ConfigError)
+        # what is saved again is of this version
+        self.format_version = CURRENT
         if self.decoder is not None:
             self._follow(self.decoder_config())
         # importing it registers the model class

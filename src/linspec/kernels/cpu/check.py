@@ -6,8 +6,11 @@ import ctypes
 
 import torch
 
-from linspec.kernels.cpu import library as native
 from linspec.kernels.cpu import pack
+from linspec.kernels.cpu.linear import linear, linear_struct
+from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8
+from linspec.kernels.step_plan import LinearPlan
+from linspec.quantization.codes import GROUP
 
 INPUTS, OUTPUTS, ROWS = 96, 40, 9
 
@@ -21,22 +24,18 @@ def passes(library: ctypes.CDLL) -> bool:
     x[:, 0] = 127
     expected = (x @ small.T).float()
     return all(
-        bool(
-            (
-                native.linear(library, pack.struct(kind, *parts), x.float(), 1)[:, :OUTPUTS]
-                == expected
-            ).all()
-        )
-        for kind, parts in _packings(small)
+        torch.equal(linear(library, linear_struct(plan), x.float(), 1), expected)
+        for plan in _plans(small)
     )
 
 
-def _packings(weight: torch.Tensor) -> list[tuple[int, tuple[torch.Tensor, torch.Tensor | None]]]:
+def _plans(weight: torch.Tensor) -> list[LinearPlan]:
     ones = torch.ones(len(weight))
-    groups = torch.ones(len(weight), INPUTS // pack.GROUP, dtype=torch.bfloat16)
+    groups = torch.ones(len(weight), INPUTS // GROUP, dtype=torch.bfloat16)
+    sizes = weight.shape[0], weight.shape[1]
     return [
-        (native.F32, (pack.pack_floats(weight.float()), None)),
-        (native.BF16, (pack.pack_floats(weight.to(torch.bfloat16)), None)),
-        (native.INT8, pack.pack_int8(weight.to(torch.int8), ones)),
-        (native.INT4, (pack.pack_int4(weight.to(torch.int8), groups), None)),
+        LinearPlan(F32, *sizes, pack.pack_floats(weight.float())),
+        LinearPlan(BF16, *sizes, pack.pack_floats(weight.to(torch.bfloat16))),
+        LinearPlan(INT8, *sizes, *pack.pack_int8(weight.to(torch.int8), ones)),
+        LinearPlan(INT4, *sizes, pack.pack_int4(weight.to(torch.int8), groups)),
     ]

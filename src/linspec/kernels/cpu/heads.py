@@ -13,53 +13,37 @@ from typing import Any
 
 import torch
 
-from linspec.kernels.cpu.library import LinearStruct, Table, load
-from linspec.kernels.cpu.linear import NativeLinear
+from linspec.kernels.cpu.library import load
+from linspec.kernels.cpu.linear import linear_struct
 from linspec.kernels.cpu.space import Space
+from linspec.kernels.cpu.structs import GuessStruct, HeadsStruct, LinearStruct
 from linspec.kernels.cpu.threads import native_threads
+from linspec.kernels.step_plan import LinearPlan
 
 # a block of every head: its first layers, and its second ones where it has any
-Blocks = Sequence[tuple[Sequence[NativeLinear], Sequence[NativeLinear]]]
-
-
-class _Heads(Table):
-    """`ls_heads` of csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("heads", "blocks", "width", "inner", "vocabulary")),
-        ("shared", c_int32),
-        *((name, POINTER(POINTER(LinearStruct))) for name in ("first", "back", "out")),
-    )
-
-
-class _Guess(Table):
-    """`ls_guess` of csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("rows", "heads", "top")),
-        ("hidden", POINTER(c_void_p)),
-        ("tokens", POINTER(c_int32)),
-    )
+Blocks = Sequence[tuple[Sequence[LinearPlan], Sequence[LinearPlan]]]
 
 
 class HeadsCall:
-    """Heads as the table that the C side reads; the layers must outlive it.
+    """Heads as the table that the C side reads.
 
     outputs: the output layer of each head, or one that all share. Needs the compiled library.
     """
 
-    def __init__(self, blocks: Blocks, outputs: Sequence[NativeLinear]) -> None:
+    def __init__(self, blocks: Blocks, outputs: Sequence[LinearPlan]) -> None:
         library = load().library
         assert library is not None
         self._call, self._workspace = _functions(library)
         first = [layer for layers, _ in blocks for layer in layers]
         back = [layer for _, layers in blocks for layer in layers]
-        self._heads = _Heads(
+        # the table has addresses only
+        self._layers = [*first, *back, *outputs]
+        self._heads = HeadsStruct(
             heads=len(first) // len(blocks),
             blocks=len(blocks),
-            width=first[0].in_features,
-            inner=first[0].out_features,
-            vocabulary=outputs[0].out_features,
+            width=first[0].inputs,
+            inner=first[0].outputs,
+            vocabulary=outputs[0].outputs,
             shared=len(outputs) == 1,
             first=_table(first),
             back=_table(back) if back else None,
@@ -75,7 +59,7 @@ class HeadsCall:
         rows, count = len(hidden), heads * top
         lines = [line.contiguous() for line in hidden]
         tokens = (c_int32 * (rows * count))()
-        asked = _Guess(
+        asked = GuessStruct(
             rows=rows,
             heads=heads,
             top=top,
@@ -87,13 +71,18 @@ class HeadsCall:
         return [tokens[row * count : (row + 1) * count] for row in range(rows)]
 
 
-def _table(layers: Sequence[NativeLinear]) -> Any:
-    return (POINTER(LinearStruct) * len(layers))(*(pointer(layer.struct()) for layer in layers))
+def _table(layers: Sequence[LinearPlan]) -> Any:
+    return (POINTER(LinearStruct) * len(layers))(*(pointer(linear_struct(x)) for x in layers))
 
 
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_heads_workspace.restype = c_int64
-    library.ls_heads_workspace.argtypes = [POINTER(_Heads), POINTER(_Guess)]
+    library.ls_heads_workspace.argtypes = [POINTER(HeadsStruct), POINTER(GuessStruct)]
     library.ls_heads_guess.restype = None
-    library.ls_heads_guess.argtypes = [POINTER(_Heads), POINTER(_Guess), c_void_p, c_int32]
+    library.ls_heads_guess.argtypes = [
+        POINTER(HeadsStruct),
+        POINTER(GuessStruct),
+        c_void_p,
+        c_int32,
+    ]
     return library.ls_heads_guess, library.ls_heads_workspace

@@ -11,56 +11,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, ClassVar
 
-import torch
-
-from linspec.errors import ConfigError, StateError
+from linspec.errors import ConfigError
+from linspec.kernels.cpu.structs import ABI, LinearStruct, layout
 from linspec.utils.messages import did_you_mean, shown
 
-ABI = 5
 SWITCH = "LINSPEC_CPU_KERNELS"
-F32, BF16, INT8, INT4 = range(4)
-
-
-class Table(ctypes.Structure):
-    """A structure of the C side whose whole numbers are checked: ctypes itself cuts off high bits."""
-
-    _most: ClassVar[dict[str, int]] = {}
-
-    def __init_subclass__(cls) -> None:
-        bits = {c_int32: 31, c_int64: 63}
-        # fields may have a third entry, for bits
-        kinds = {field[0]: field[1] for field in cls._fields_}
-        cls._most = {name: 2 ** bits[kind] for name, kind in kinds.items() if kind in bits}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        most = self._most.get(name)
-        if most is not None and not -most <= value < most:
-            raise StateError(
-                f"{name} is {value}, which the kernels cannot count; use a smaller model or a shorter text"
-            )
-        super().__setattr__(name, value)
-
-
-class LinearStruct(Table):
-    """`ls_linear` of csrc/kernels.h."""
-
-    _fields_ = (
-        ("kind", c_int32),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-        ("padded", c_int32),
-        ("weights", c_void_p),
-        ("scales", c_void_p),
-        ("bias", c_void_p),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +48,7 @@ def load() -> Found:
         library = _declared(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         return _none(f"{path.name} cannot be loaded: {error}")
-    if library.ls_abi() != ABI:
+    if library.ls_abi() != ABI or _layout(library) != layout():
         return _none(f"{path.name} is of another version; install linspec again")
     if wanted and not library.ls_use_isa(wanted.encode()):
         sets = ", ".join(instruction_sets(library))
@@ -116,6 +79,7 @@ def _path() -> Path | None:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Types of the functions; raises AttributeError when one is missing."""
+    library.ls_layout.restype = POINTER(c_int32)
     library.ls_isa.restype = c_char_p
     library.ls_isa_at.restype = c_char_p
     library.ls_linear_workspace.restype = c_int64
@@ -130,28 +94,18 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def _layout(library: ctypes.CDLL) -> list[int]:
+    """What the compiler made of the structures; see `layout`."""
+    numbers = library.ls_layout()
+    return list(itertools.takewhile(lambda number: number >= 0, numbers))
+
+
 def instruction_sets(library: ctypes.CDLL) -> list[str]:
     """Names of the sets that this processor runs, best first."""
     names: list[str] = []
     while (name := library.ls_isa_at(len(names))) is not None:
         names.append(name.decode())
     return names
-
-
-def linear(
-    library: ctypes.CDLL, struct: LinearStruct, x: torch.Tensor, threads: int
-) -> torch.Tensor:
-    """x [M, inputs] float32 with contiguous rows times the weights of `struct`: [M, outputs]."""
-    rows = x.shape[0]
-    y = torch.empty(rows, struct.outputs)
-    space = torch.empty(library.ls_linear_workspace(byref(struct), rows), dtype=torch.uint8)
-    library.ls_linear_forward(
-        byref(struct),
-        *(x.data_ptr(), x.stride(0), rows),
-        *(y.data_ptr(), struct.outputs),
-        *(space.data_ptr(), threads),
-    )
-    return y
 
 
 def _passes(library: ctypes.CDLL) -> bool:

@@ -1,134 +1,110 @@
 """Linear layers on the C kernels: float32, bfloat16, W8A8 and W4A8 weights, any number of rows.
 
-Rows never meet: a row gets the same bits whether it comes alone or with others, so verification of a
-token tree decides exactly as plain decoding would. Integer layers quantise each row of activations to
-int8 with a scale of its own.
+Rows are independent: a row gets the same bits whether it comes alone or with others, so verification
+of a token tree decides exactly as plain decoding would. Integer layers quantise each row of
+activations to int8 with a scale of its own.
 """
 
 from __future__ import annotations
 
-from typing import cast
+import ctypes
+from ctypes import byref
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from linspec.errors import StateError
-from linspec.kernels.cpu import library as native
 from linspec.kernels.cpu import pack
-from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, load
-from linspec.kernels.cpu.threads import native_threads
+from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8, LinearStruct
+from linspec.kernels.step_plan import LinearPlan
+from linspec.quantization.codes import GROUP
 
 _DTYPES = {F32: torch.float32, BF16: torch.bfloat16, INT8: torch.uint8, INT4: torch.uint8}
 
 
-class NativeLinear(nn.Module):
-    """x W^T + b with packed weights; inference only.
+def without_weights(kind: int, outputs: int, inputs: int, bias: bool) -> LinearPlan:
+    """A layer without memory (device meta), for weights that are loaded later."""
+    shape, scales = pack.packed_shapes(kind, outputs, inputs)
+    return LinearPlan(
+        kind,
+        outputs,
+        inputs,
+        torch.empty(shape, dtype=_DTYPES[kind], device="meta"),
+        None if scales is None else torch.empty(scales, device="meta"),
+        torch.empty(outputs, device="meta") if bias else None,
+    )
 
-    `packed` and `scales` are as `pack` makes them for `kind`. Without the compiled library the product
-    is computed by torch from the unpacked weights.
-    """
 
-    scales: torch.Tensor | None
-    bias: torch.Tensor | None
+def linear_struct(plan: LinearPlan) -> LinearStruct:
+    """What the C side is told; the tensors must outlive it. Raises StateError if they are not as it
+    takes them for."""
+    _check(plan)
+    return LinearStruct(
+        kind=plan.kind,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        padded=pack.up(plan.inputs, GROUP),
+        weights=plan.weights.data_ptr(),
+        scales=None if plan.scales is None else plan.scales.data_ptr(),
+        bias=None if plan.bias is None else plan.bias.data_ptr(),
+    )
 
-    def __init__(
-        self,
-        kind: int,
-        outputs: int,
-        inputs: int,
-        packed: torch.Tensor,
-        scales: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.kind, self.out_features, self.in_features = kind, outputs, inputs
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", bias)
-        self._struct: native.LinearStruct | None = None
-        self._plain: torch.Tensor | None = None
 
-    @classmethod
-    def empty(cls, kind: int, outputs: int, inputs: int, bias: bool) -> NativeLinear:
-        """A layer without memory (device meta), for weights that are loaded later."""
-        shape, scales = pack.packed_shapes(kind, outputs, inputs)
-        return cls(
-            kind,
-            outputs,
-            inputs,
-            torch.empty(shape, dtype=_DTYPES[kind], device="meta"),
-            None if scales is None else torch.empty(scales, device="meta"),
-            torch.empty(outputs, device="meta") if bias else None,
-        )
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The float32 weights [outputs, inputs] that the packed ones stand for; a new tensor."""
-        packed = cast(torch.Tensor, self.packed)
-        if self.kind == INT8:
-            assert self.scales is not None
-            return pack.unpack_int8(packed, self.scales, self.out_features, self.in_features)
-        if self.kind == INT4:
-            return pack.unpack_int4(packed, self.out_features, self.in_features)
-        return pack.unpack_floats(packed, self.out_features).float()
-
-    def struct(self) -> native.LinearStruct:
-        """What the C side needs to know; valid as long as this layer's tensors stay."""
-        packed = cast(torch.Tensor, self.packed)
-        # weights that are loaded later replace the first ones
-        if self._struct is None or self._struct.weights != packed.data_ptr():
-            self._check()
-            self._struct = pack.struct(
-                self.kind,
-                packed,
-                self.scales,
-                outputs=self.out_features,
-                inputs=self.in_features,
-                bias=self.bias,
+def _check(plan: LinearPlan) -> None:
+    shape, scales = pack.packed_shapes(plan.kind, plan.outputs, plan.inputs)
+    wanted = (
+        ("weights", plan.weights, shape, _DTYPES[plan.kind]),
+        ("scales", plan.scales, scales, torch.float32),
+        ("bias", plan.bias, (plan.outputs,), torch.float32),
+    )
+    for name, tensor, sizes, dtype in wanted:
+        if tensor is None and (name == "bias" or sizes is None):
+            continue
+        if (
+            tensor is None
+            or (tuple(tensor.shape), tensor.dtype) != (sizes, dtype)
+            or not tensor.is_contiguous()
+        ):
+            found = None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise StateError(
+                f"{name} of a layer of {plan.outputs} outputs is {found}, its kernel takes "
+                f"contiguous {dtype} {sizes}; load or quantise the model again"
             )
-        return self._struct
 
-    def _check(self) -> None:
-        """Raise StateError unless all tensors are what the C side takes them for."""
-        shape, scales = pack.packed_shapes(self.kind, self.out_features, self.in_features)
-        wanted = (
-            ("packed", shape, _DTYPES[self.kind]),
-            ("scales", scales, torch.float32),
-            ("bias", (self.out_features,), torch.float32),
-        )
-        for name, sizes, dtype in wanted:
-            tensor = getattr(self, name)
-            if tensor is None and (name == "bias" or sizes is None):
-                continue
-            if (
-                tensor is None
-                or (tuple(tensor.shape), tensor.dtype) != (sizes, dtype)
-                or not tensor.is_contiguous()
-            ):
-                found = None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-                raise StateError(
-                    f"{name} of a layer of {self.out_features} outputs is {found}, its kernel takes "
-                    f"contiguous {dtype} {sizes}; load or quantise the model again"
-                )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        library = load().library
-        rows = x.reshape(-1, self.in_features)
-        if library is None:
-            return self._by_torch(rows).view(*x.shape[:-1], self.out_features)
-        rows = rows.float()
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        y = native.linear(library, self.struct(), rows, native_threads())
-        return y.view(*x.shape[:-1], self.out_features)
+def linear(
+    library: ctypes.CDLL, struct: LinearStruct, x: torch.Tensor, threads: int
+) -> torch.Tensor:
+    """x [M, inputs] float32 with contiguous rows times the weights of `struct`: [M, outputs]."""
+    rows = x.shape[0]
+    y = torch.empty(rows, struct.outputs)
+    space = torch.empty(library.ls_linear_workspace(byref(struct), rows), dtype=torch.uint8)
+    library.ls_linear_forward(
+        byref(struct),
+        *(x.data_ptr(), x.stride(0), rows),
+        *(y.data_ptr(), struct.outputs),
+        *(space.data_ptr(), threads),
+    )
+    return y
 
-    def _by_torch(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._plain is None:
-            self._plain = self.weight
-        if self.kind in (F32, BF16):
-            return F.linear(rows, self._plain, self.bias)
-        scale = rows.abs().amax(1, keepdim=True) / 127
-        codes = (rows / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
-        y = (codes @ self._plain.T) * scale
-        return y if self.bias is None else y + self.bias
+
+def plain_weight(plan: LinearPlan) -> torch.Tensor:
+    """The float32 weights [outputs, inputs] that the packed ones stand for; a new tensor."""
+    if plan.kind == INT8:
+        assert plan.scales is not None
+        return pack.unpack_int8(plan.weights, plan.scales, plan.outputs, plan.inputs)
+    if plan.kind == INT4:
+        return pack.unpack_int4(plan.weights, plan.outputs, plan.inputs)
+    return pack.unpack_floats(plan.weights, plan.outputs).float()
+
+
+def linear_by_torch(
+    kind: int, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """What `linear` gives, without the library: x [M, inputs] by what `plain_weight` made."""
+    if kind in (F32, BF16):
+        return F.linear(x, weight, bias)
+    scale = x.abs().amax(1, keepdim=True) / 127
+    codes = (x / scale.clamp_min(torch.finfo(torch.float32).tiny)).round()
+    y = (codes @ weight.T) * scale
+    return y if bias is None else y + bias

@@ -1,6 +1,6 @@
 """Weights in the order that the C kernels read: tiles of 32 output channels, interleaved.
 
-`csrc/kernels.h` says what lies where. Widths that are not multiples are padded with zeros, so any
+`LinearStruct` says what lies where. Widths that are not multiples are padded with zeros, so any
 width works.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from linspec.kernels.cpu.library import BF16, F32, INT4, INT8, LinearStruct
-
-TILE = 32
-GROUP = 32
+from linspec.kernels.cpu.structs import INT4, INT8, TILE
+from linspec.quantization.codes import GROUP
 
 
 def up(size: int, multiple: int) -> int:
@@ -80,29 +78,3 @@ def packed_shapes(
     if kind == INT4:
         return (tiles, padded // GROUP, 2 * TILE + GROUP * TILE // 2), None
     return (tiles, inputs, TILE), None
-
-
-def struct(
-    kind: int,
-    packed: torch.Tensor,
-    scales: torch.Tensor | None = None,
-    *,
-    outputs: int | None = None,
-    inputs: int | None = None,
-    bias: torch.Tensor | None = None,
-) -> LinearStruct:
-    """What the C side is told about packed weights; the tensors must outlive it.
-
-    Without sizes the result has all outputs and inputs that the packing has room for.
-    """
-    if inputs is None:
-        inputs = {F32: 1, BF16: 1, INT8: 4, INT4: GROUP}[kind] * packed.shape[1]
-    return LinearStruct(
-        kind=kind,
-        inputs=inputs,
-        outputs=outputs if outputs is not None else packed.shape[0] * TILE,
-        padded=up(inputs, GROUP),
-        weights=packed.data_ptr(),
-        scales=None if scales is None else scales.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-    )

@@ -1,90 +1,90 @@
-/* What the new nodes of one slot read from the rows within their reach, over one kv head. Part of
- * every isa_*.c.
+/* What the new nodes of one slot read from the rows that they attend to exactly, over one kv head.
+ * Part of every isa_*.c.
  *
  * A node sees rows in the order of their positions: the committed ones, then its own ancestors among
- * the staged ones. Row i of this order has position i, counted from the slot's origin. Sums over rows
- * are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK, whatever the
- * place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
- * ancestors had been committed. All nodes that see the same committed rows meet them together: a long
+ * the staged ones. Row i of this order has position i, counted from the slot's base position. Sums
+ * over rows are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK,
+ * whatever the place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
+ * ancestors had been committed. All nodes that see the same committed rows read them together: a long
  * cache is read once for a whole tree. */
 
 #define BLOCK 64
 
-/* a node's place among the rows: how many it sees, its staged ancestors, the first within reach */
+/* the rows that a node sees: how many, the first of them, which staged rows are its ancestors */
 typedef struct {
     int32_t count, first;
-    uint8_t ancestors[64];
-} view;
+    uint8_t ancestors[LS_MAX_NODES];
+} visible_rows;
 
-/* what the softmax of one query over the rows so far needs to go on */
+/* the softmax of one query over the rows so far: the largest score, the sum of exponentials */
 typedef struct {
-    float top, sum;
-} running;
+    float max, sum;
+} softmax_state;
 
-/* One query of one node, its output and its softmax. Codes and what follows: of queries that meet
- * coded rows. What is computed for one query, and in which order, does not depend on the others. */
+/* One query of one node, its output and its softmax. `codes` and what follows: for quantized rows.
+ * What is computed for one query, and in which order, does not depend on the others. */
 typedef struct {
     const float *q;
     float *out;
-    running *state;
-    const view *sees;
+    softmax_state *state;
+    const visible_rows *visible;
     int8_t *codes;
     int32_t offset;
     float scale;
-} asker;
-_Static_assert(sizeof(view) + sizeof(asker) <= LS_MIX_FLOATS * sizeof(float), "scratch");
-#define QUERIES 4 /* that meet a row at once */
+} query;
+_Static_assert(sizeof(visible_rows) + sizeof(query) <= LS_QUERY_FLOATS * sizeof(float), "scratch");
+#define MAX_QUERIES 4 /* that share a load of a row */
 /* unrolled before registers are given out */
-#define EACH_ASKER _Pragma("GCC unroll 4") for (int a = 0; a < count; a++)
+#define EACH_QUERY _Pragma("GCC unroll 4") for (int j = 0; j < count; j++)
 #define EACH_KEY _Pragma("GCC unroll 4") for (int k = 0; k < rows; k++)
 
-/* Rows `from`.. of a kv head that some askers see: `shared` committed ones and then their own. news:
- * nobody has met them yet, so those of the next block should be asked for. */
+/* Rows `from`.. of a kv head that some queries see: `shared` committed ones and then their own.
+ * first_touch: the first queries to read this block prefetch the next one. */
 typedef struct {
     const ls_mixer *m;
     const char *keys, *values;
-    int from, shared, news;
+    int from, shared, first_touch;
 } block;
 
-static void look(const ls_mixer *m, int node, view *v) {
+static void find_visible(const ls_mixer *m, int node, visible_rows *v) {
     uint64_t seen = m->ancestors[m->staged - m->nodes + node];
-    v->count = m->base;
+    v->count = m->committed;
     for (; seen; seen &= seen - 1)
-        v->ancestors[v->count++ - m->base] = (uint8_t)__builtin_ctzll(seen);
+        v->ancestors[v->count++ - m->committed] = (uint8_t)__builtin_ctzll(seen);
     int64_t first = 0;
     if (m->window) first = v->count - m->window;
     if (m->group) first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
     v->first = first > 0 ? (int32_t)first : 0;
 }
 
-/* place in the buffer of the row at `position`, which may be negative for values */
-INLINE int row_at(const ls_mixer *m, const view *v, int position) {
-    return position < m->base ? position : m->base + v->ancestors[position - m->base];
+/* index in the buffer of the row at `position`, which may be negative for values */
+INLINE int row_at(const ls_mixer *m, const visible_rows *v, int position) {
+    return position < m->committed ? position : m->committed + v->ancestors[position - m->committed];
 }
 
-/* The rows of a block that only this asker sees: their places; returns how many. */
-INLINE int own_rows(const block *b, const asker *a, int32_t *places) {
+/* The rows of a block that this query alone sees: their indices; returns how many. */
+INLINE int own_rows(const block *b, const query *q, int32_t *indices) {
     int begin = b->from + b->shared, end = b->from + BLOCK;
-    if (a->sees->count < end) end = a->sees->count;
-    for (int i = begin; i < end; i++) places[i - begin] = row_at(b->m, a->sees, i);
+    if (q->visible->count < end) end = q->visible->count;
+    for (int i = begin; i < end; i++) indices[i - begin] = row_at(b->m, q->visible, i);
     return end > begin ? end - begin : 0;
 }
 
-#define FOLD(n, how) \
+#define REDUCE_EACH(n, how) \
     _Pragma("GCC unroll 8") for (int i = 0; i < n; i++) \
         v[i] = SHUFFLE(v[2 * i], v[2 * i + 1], how##_0) + SHUFFLE(v[2 * i], v[2 * i + 1], how##_1)
 
 /* lane i of the result is the sum of v[i], added up as in vf_sum */
-INLINE vf sum_each(vf *v) {
-    FOLD(8, HALVES);
-    FOLD(4, QUARTERS);
-    FOLD(2, PAIRS);
-    FOLD(1, SINGLE);
+INLINE vf sum_lanes_each(vf *v) {
+    REDUCE_EACH(8, HALVES);
+    REDUCE_EACH(4, QUARTERS);
+    REDUCE_EACH(2, PAIRS);
+    REDUCE_EACH(1, SINGLE);
     return v[0];
 }
 
-INLINE vf products(const float *a, const float *b, int width) {
-    vf sum = vf_all(0.0f);
+INLINE vf dot_lanes(const float *a, const float *b, int width) {
+    vf sum = vf_set1(0.0f);
     int whole = width & ~15;
     for (int i = 0; i < whole; i += 16) sum = LS_FMA(vf_load(a + i), vf_load(b + i), sum);
     if (whole < width)
@@ -93,20 +93,20 @@ INLINE vf products(const float *a, const float *b, int width) {
     return sum;
 }
 
-/* have the keys of the next block ready */
-INLINE void fetch_keys(const float *key, int rows, int width) {
+/* of the next block */
+INLINE void prefetch_keys(const float *key, int rows, int width) {
     EACH_KEY
         for (int c = 0; c < width; c += 64)
-            fetch((const char *)(key + (size_t)(k + BLOCK) * width), c, 0);
+            prefetch((const char *)(key + (size_t)(k + BLOCK) * width), c, 0);
 }
 
-/* Products of `rows` neighbouring keys with some queries, a vector of partial sums each: in the order of
- * `products`. */
-INLINE void products_each(const asker *askers, int count, const float *key, int rows, int width,
-                          vf sums[][16], int place) {
-    vf s[QUERIES][LS_KEYS];
+/* Dot products of `rows` neighbouring keys with some queries, sixteen partial sums each, in the order
+ * of `dot_lanes`. */
+INLINE void dot_lanes_each(const query *queries, int count, const float *key, int rows, int width,
+                           vf sums[][16], int first) {
+    vf s[MAX_QUERIES][LS_KEYS];
     int i = 0;
-    EACH_ASKER EACH_KEY s[a][k] = vf_all(0.0f);
+    EACH_QUERY EACH_KEY s[j][k] = vf_set1(0.0f);
     for (; i < width; i += 16) {
         int n = width - i;
         vf keys[LS_KEYS];
@@ -114,180 +114,182 @@ INLINE void products_each(const asker *askers, int count, const float *key, int 
             const float *at = key + (size_t)k * width + i;
             keys[k] = n < 16 ? vf_load_part(at, n) : vf_load(at);
         }
-        EACH_ASKER {
-            const float *at = askers[a].q + i;
+        EACH_QUERY {
+            const float *at = queries[j].q + i;
             vf q = n < 16 ? vf_load_part(at, n) : vf_load(at);
-            EACH_KEY s[a][k] = LS_FMA(q, keys[k], s[a][k]);
+            EACH_KEY s[j][k] = LS_FMA(q, keys[k], s[j][k]);
         }
     }
-    EACH_ASKER EACH_KEY sums[a][place + k] = s[a][k];
+    EACH_QUERY EACH_KEY sums[j][first + k] = s[j][k];
 }
 
-/* Products of the queries with the rows of a block; -inf behind the last row that is seen. */
-INLINE void score_floats(const block *b, const asker *askers, int count, float scores[][BLOCK]) {
+/* Dot products of the queries with the rows of a block; -inf behind the last row that is seen. */
+INLINE void score_float(const block *b, const query *queries, int count, float scores[][BLOCK]) {
     int width = b->m->width;
     for (int first = 0; first < BLOCK; first += 16) {
-        vf sums[QUERIES][16];
+        vf sums[MAX_QUERIES][16];
         int n = b->shared - first < 16 ? (b->shared > first ? b->shared - first : 0) : 16;
         const float *keys = (const float *)b->keys + (size_t)(b->from + first) * width;
         int i = 0;
         for (; i + LS_KEYS <= n; i += LS_KEYS) {
-            if (b->news) fetch_keys(keys + (size_t)i * width, LS_KEYS, width);
-            products_each(askers, count, keys + (size_t)i * width, LS_KEYS, width, sums, i);
+            if (b->first_touch) prefetch_keys(keys + (size_t)i * width, LS_KEYS, width);
+            dot_lanes_each(queries, count, keys + (size_t)i * width, LS_KEYS, width, sums, i);
         }
-        for (; i < n; i++) products_each(askers, count, keys + (size_t)i * width, 1, width, sums, i);
-        for (int a = 0; a < count; a++) {
-            for (int i = n; i < 16; i++) sums[a][i] = vf_all(-__builtin_inff());
-            vf_store(scores[a] + first, sum_each(sums[a]));
+        for (; i < n; i++)
+            dot_lanes_each(queries, count, keys + (size_t)i * width, 1, width, sums, i);
+        for (int j = 0; j < count; j++) {
+            for (int i = n; i < 16; i++) sums[j][i] = vf_set1(-__builtin_inff());
+            vf_store(scores[j] + first, sum_lanes_each(sums[j]));
         }
     }
-    for (int a = 0; a < count; a++) {
-        int32_t places[BLOCK];
-        int own = own_rows(b, askers + a, places);
+    for (int j = 0; j < count; j++) {
+        int32_t indices[BLOCK];
+        int own = own_rows(b, queries + j, indices);
         for (int i = 0; i < own; i++) {
-            const char *key = b->keys + (size_t)places[i] * b->m->row_bytes;
-            scores[a][b->shared + i] = vf_sum(products(askers[a].q, (const float *)key, width));
+            const char *key = b->keys + (size_t)indices[i] * b->m->row_bytes;
+            scores[j][b->shared + i] = vf_sum(dot_lanes(queries[j].q, (const float *)key, width));
         }
     }
 }
 
-/* scores to softmax weights, in place; returns the factor on what was summed before */
-INLINE float soften(float *scores, float scale, running *state) {
-    vf s[BLOCK / 16], total = vf_all(0.0f), most = vf_all(-__builtin_inff());
+/* scores to softmax weights, in place; returns the factor on what was accumulated before */
+INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
+    vf s[BLOCK / 16], total = vf_set1(0.0f), most = vf_set1(-__builtin_inff());
     for (int i = 0; i < BLOCK / 16; i++) {
-        s[i] = vf_load(scores + 16 * i) * vf_all(scale);
+        s[i] = vf_load(scores + 16 * i) * vf_set1(scale);
         most = vf_max(s[i], most);
     }
-    float top = vf_top(most);
-    if (!(top > state->top)) top = state->top;
-    vf before = vf_exp(vf_all(state->top - top));
+    float max = vf_largest(most);
+    if (!(max > state->max)) max = state->max;
+    vf before = vf_exp(vf_set1(state->max - max));
     for (int i = 0; i < BLOCK / 16; i++) {
-        vf e = vf_exp(s[i] - vf_all(top));
+        vf e = vf_exp(s[i] - vf_set1(max));
         vf_store(scores + 16 * i, e);
         total += e;
     }
     state->sum = state->sum * before[0] + vf_sum(total);
-    state->top = top;
+    state->max = max;
     return before[0];
 }
 
 /* scores to squares of what is positive, in place; -inf weighs nothing either way */
 INLINE void square(float *scores) {
     for (int i = 0; i < BLOCK; i += 16) {
-        vf positive = vf_max(vf_load(scores + i), vf_all(0.0f));
+        vf positive = vf_max(vf_load(scores + i), vf_set1(0.0f));
         vf_store(scores + i, positive * positive);
     }
 }
 
-/* Turn scores into weights and add the rows of a block to the askers' outputs. */
-INLINE void weigh(const block *b, const asker *askers, int count, float weights[][BLOCK],
-                  const float *scales) {
+/* Turn scores into weights and add the weighted values of a block to the queries' outputs. */
+INLINE void apply_weights(const block *b, const query *queries, int count, float weights[][BLOCK],
+                          const float *scales) {
     const ls_mixer *m = b->m;
-    taker takers[LS_ROWS];
-    for (int a = 0; a < count; a++) {
-        float keep = 1.0f, scale = m->coded ? askers[a].scale : 1.0f;
-        if (m->squares)
-            square(weights[a]);
+    accumulator accumulators[LS_ROWS];
+    for (int j = 0; j < count; j++) {
+        float keep = 1.0f, scale = m->quantized ? queries[j].scale : 1.0f;
+        if (m->squared_relu)
+            square(weights[j]);
         else
-            keep = soften(weights[a], scale / __builtin_sqrtf((float)m->width), askers[a].state);
+            keep = softmax_update(weights[j], scale / __builtin_sqrtf((float)m->width),
+                                  queries[j].state);
         for (int i = 0; scales && i < BLOCK; i += 16)
-            vf_store(weights[a] + i, vf_load(weights[a] + i) * vf_load(scales + i));
-        takers[a] = (taker){askers[a].out, weights[a], keep};
+            vf_store(weights[j] + i, vf_load(weights[j] + i) * vf_load(scales + i));
+        accumulators[j] = (accumulator){queries[j].out, weights[j], keep};
     }
     const char *rows = b->values + (int64_t)b->from * m->row_bytes;
-    source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->coded,
-                       b->news ? (int64_t)BLOCK * m->row_bytes : 0};
-    take(&together, takers, count);
-    for (int a = 0; a < count; a++) {
-        int32_t places[BLOCK];
-        int own = own_rows(b, askers + a, places);
+    source together = {rows, NULL, m->row_bytes, b->shared, m->width, m->quantized,
+                       b->first_touch ? (int64_t)BLOCK * m->row_bytes : 0};
+    accumulate(&together, accumulators, count);
+    for (int j = 0; j < count; j++) {
+        int32_t indices[BLOCK];
+        int own = own_rows(b, queries + j, indices);
         if (!own) continue;
-        for (int i = 0; m->coded && i < own; i++)
-            weights[a][b->shared + i] *= coded_scale(b->values, places[i], m);
-        source apart = {b->values, places, m->row_bytes, own, m->width, m->coded, 0};
-        takers[a] = (taker){askers[a].out, weights[a] + b->shared, 1.0f};
-        take(&apart, takers + a, 1);
+        for (int i = 0; m->quantized && i < own; i++)
+            weights[j][b->shared + i] *= row_scale(b->values, indices[i], m);
+        source apart = {b->values, indices, m->row_bytes, own, m->width, m->quantized, 0};
+        accumulators[j] = (accumulator){queries[j].out, weights[j] + b->shared, 1.0f};
+        accumulate(&apart, accumulators + j, 1);
     }
 }
 
-INLINE void meet_floats(const block *b, const asker *askers, int count) {
-    float scores[QUERIES][BLOCK];
-    score_floats(b, askers, count, scores);
-    weigh(b, askers, count, scores, NULL);
+INLINE void attend_block_float(const block *b, const query *queries, int count) {
+    float scores[MAX_QUERIES][BLOCK];
+    score_float(b, queries, count, scores);
+    apply_weights(b, queries, count, scores, NULL);
 }
 
-static void meet_codes(const block *b, const asker *askers, int count);
+static void attend_block_int8(const block *b, const query *queries, int count);
 
-/* up to QUERIES askers (LS_ROWS of codes); constants, so that their sums stay in registers */
-static void meet(const block *b, const asker *askers, int count) {
-    if (b->m->coded) {
-        meet_codes(b, askers, count);
+/* Up to MAX_QUERIES queries (LS_ROWS of int8); constants, so that their sums stay in registers. */
+static void attend_block(const block *b, const query *queries, int count) {
+    if (b->m->quantized) {
+        attend_block_int8(b, queries, count);
         return;
     }
-    if (count == QUERIES) {
-        meet_floats(b, askers, QUERIES);
+    if (count == MAX_QUERIES) {
+        attend_block_float(b, queries, MAX_QUERIES);
         return;
     }
-    for (int a = 0; a < count; a++) meet_floats(b, askers + a, 1);
+    for (int j = 0; j < count; j++) attend_block_float(b, queries + j, 1);
 }
 
-/* The rows begin.. of what is within reach, for askers that all reach back to the same first row. */
-static void meet_all(block *b, const asker *askers, int count, int begin) {
-    int most = b->m->coded ? LS_ROWS : QUERIES, n = 0;
-    asker batch[LS_ROWS];
-    b->from = askers->sees->first + begin;
-    b->shared = b->m->base - b->from;
+/* The block of rows begin.. behind the first one, for queries whose first row is the same. */
+static void attend_rows(block *b, const query *queries, int count, int begin) {
+    int most = b->m->quantized ? LS_ROWS : MAX_QUERIES, n = 0;
+    query batch[LS_ROWS];
+    b->from = queries->visible->first + begin;
+    b->shared = b->m->committed - b->from;
     if (b->shared > BLOCK) b->shared = BLOCK;
     if (b->shared < 0) b->shared = 0;
-    b->news = 1;
-    for (int a = 0; a < count; a++) {
-        if (askers[a].sees->count > b->from) batch[n++] = askers[a];
-        if (n == most || (n && a == count - 1)) {
-            meet(b, batch, n);
-            n = b->news = 0;
+    b->first_touch = 1;
+    for (int j = 0; j < count; j++) {
+        if (queries[j].visible->count > b->from) batch[n++] = queries[j];
+        if (n == most || (n && j == count - 1)) {
+            attend_block(b, batch, n);
+            n = b->first_touch = 0;
         }
     }
 }
 
-/* everything that `near` needs to know of the queries, in `scratch` */
-static asker *ask(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial,
-                  void *scratch) {
+/* the queries of a kv head, laid out in `scratch` */
+static query *prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride,
+                              float *partial, void *scratch) {
     int repeats = m->heads / m->kv_heads, count = m->nodes * repeats, padded = (m->width + 31) & ~31;
-    asker *askers = scratch;
-    view *views = (view *)(askers + count);
-    int8_t *codes = (int8_t *)(views + m->nodes);
-    running *states = (running *)(partial + (size_t)count * m->width);
-    for (int n = 0; n < m->nodes; n++) look(m, n, views + n);
+    query *queries = scratch;
+    visible_rows *visible = (visible_rows *)(queries + count);
+    int8_t *codes = (int8_t *)(visible + m->nodes);
+    softmax_state *states = (softmax_state *)(partial + (size_t)count * m->width);
+    for (int n = 0; n < m->nodes; n++) find_visible(m, n, visible + n);
     memset(partial, 0, sizeof(float) * (size_t)count * m->width);
     for (int i = 0; i < count; i++) {
         int n = i / repeats;
-        states[i] = (running){-__builtin_inff(), 0.0f};
-        askers[i] = (asker){.q = q + n * q_stride + (head * repeats + i % repeats) * m->width,
+        states[i] = (softmax_state){-__builtin_inff(), 0.0f};
+        queries[i] = (query){.q = q + n * q_stride + (head * repeats + i % repeats) * m->width,
                             .out = partial + (size_t)i * m->width, .state = states + i,
-                            .sees = views + n, .codes = codes + (size_t)i * padded};
-        if (m->coded)
-            askers[i].scale = put_codes(askers[i].q, m->width, padded, 1, 0, askers[i].codes,
-                                        &askers[i].offset);
+                            .visible = visible + n, .codes = codes + (size_t)i * padded};
+        if (m->quantized)
+            queries[i].scale = quantize_row(queries[i].q, m->width, padded, 1, 0, queries[i].codes,
+                                            &queries[i].offset);
     }
-    return askers;
+    return queries;
 }
 
 /* see ls_ops */
-static void mix_near(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
-                     float *partial, void *scratch) {
+static void attend_chunk(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
+                         float *partial, void *scratch) {
     int repeats = m->heads / m->kv_heads, most = 0;
-    asker *askers = ask(m, head, q, q_stride, partial, scratch);
+    query *queries = prepare_queries(m, head, q, q_stride, partial, scratch);
     block b = {m, m->keys + head * m->key_stride, m->values + head * m->value_stride, 0, 0, 1};
     for (int n = 0; n < m->nodes; n++) {
-        const view *v = askers[n * repeats].sees;
+        const visible_rows *v = queries[n * repeats].visible;
         if (v->count - v->first > most) most = v->count - v->first;
     }
     int begin = chunk * LS_CHUNK, end = most < begin + LS_CHUNK ? most : begin + LS_CHUNK;
     for (; begin < end; begin += BLOCK)
         for (int n = 0, last; n < m->nodes; n = last) {
-            int first = askers[n * repeats].sees->first;
+            int first = queries[n * repeats].visible->first;
             for (last = n + 1; last < m->nodes; last++)
-                if (askers[last * repeats].sees->first != first) break;
-            meet_all(&b, askers + n * repeats, (last - n) * repeats, begin);
+                if (queries[last * repeats].visible->first != first) break;
+            attend_rows(&b, queries + n * repeats, (last - n) * repeats, begin);
         }
 }

@@ -76,6 +76,12 @@ const ls_ops *ls_current(void) {
 
 LS_API int32_t ls_abi(void) { return LS_ABI; }
 
+/* Sizes and offsets of the structures that Python fills in, -1 behind the last. */
+LS_API const int32_t *ls_layout(void) {
+    static const int32_t numbers[] = {LS_LAYOUT, -1};
+    return numbers;
+}
+
 /* Name of the instruction set in use. */
 LS_API const char *ls_isa(void) { return ls_current()->name; }
 

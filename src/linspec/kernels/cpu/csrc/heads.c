@@ -1,8 +1,8 @@
-/* What all Medusa heads guess, in one call: the last hidden states of some sequences, through the blocks of
- * every head and the output layer, to the likeliest tokens.
+/* What all Medusa heads guess, in one call: the last hidden states of some sequences, through the
+ * blocks of every head and the output layer, to the likeliest tokens.
  *
- * Features lie head by head, [heads][rows][width]: a head's layers then meet their rows side by side, and an
- * output layer that all heads share meets everything at once. Threads meet at barriers as in step.c. */
+ * Features lie head by head, [heads][rows][width]: the rows of a head's layers are then side by
+ * side, and so are all rows of an output layer that all heads share. Threads wait as in step.c. */
 #include <string.h>
 
 #include "kernels.h"
@@ -10,23 +10,23 @@
 typedef struct {
     const ls_heads *h;
     const ls_guess *g;
-    float *x, *wide, *ones; /* features; what the blocks' first layers give; 1.0 */
+    float *x, *projected, *ones; /* features; what the blocks' first layers give; 1.0 */
     float *logits;
-    char *prepared;
+    char *packed;
 } guess;
 
-static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static int all_rows(const ls_guess *g) { return g->heads * g->rows; }
 
 /* output layers that are asked, and the rows of each */
 static int outputs(const ls_heads *h, const ls_guess *g) { return h->shared ? 1 : g->heads; }
 
-static size_t prepared_bytes(const ls_heads *h, const ls_guess *g) {
+static size_t packed_bytes(const ls_heads *h, const ls_guess *g) {
     size_t heads = (size_t)g->heads, layers = (size_t)outputs(h, g);
-    size_t n = layers * ls_rows_bytes(h->out[0], all_rows(g) / outputs(h, g));
-    n = most(n, heads * ls_rows_bytes(h->first[0], g->rows));
-    return h->back ? most(n, heads * ls_rows_bytes(h->back[0], g->rows)) : n;
+    size_t n = layers * ls_packed_bytes(h->out[0], all_rows(g) / outputs(h, g));
+    n = larger(n, heads * ls_packed_bytes(h->first[0], g->rows));
+    return h->back ? larger(n, heads * ls_packed_bytes(h->back[0], g->rows)) : n;
 }
 
 /* Bytes of workspace that `ls_heads_guess` needs. */
@@ -34,28 +34,28 @@ LS_API int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g) {
     size_t rows = (size_t)all_rows(g);
     size_t floats = ls_up64(rows * h->width) + ls_up64(rows * h->inner) + ls_up64(h->inner) +
                     ls_up64(rows * h->vocabulary);
-    return (int64_t)(floats * sizeof(float) + prepared_bytes(h, g));
+    return (int64_t)(floats * sizeof(float) + packed_bytes(h, g));
 }
 
-/* y (+)= x W^T of `groups` layers of one shape, each for its own `rows` rows. A thread prepares the rows that
+/* y (+)= x W^T of `groups` layers of one shape, each for its own `rows` rows. A thread packs the rows that
  * it last wrote as one of ls_share(groups * rows). */
 static void multiply(const guess *s, const ls_linear *const *layers, int groups, int rows,
                      const float *x, float *y, int add, int thread, int threads) {
     const ls_linear *one = layers[0];
-    size_t bytes = ls_rows_bytes(one, rows);
+    size_t bytes = ls_packed_bytes(one, rows);
     int all = groups * rows, tiles = ls_tile_count(one);
     for (int i = ls_share(all, thread, threads); i < ls_share(all, thread + 1, threads); i++) {
         int group = i / rows, row = i % rows;
-        ls_rows to = ls_rows_at(one, rows, s->prepared + (size_t)group * bytes);
-        ls_rows_fill(one, &to, row, row + 1, x + (size_t)group * rows * one->inputs, one->inputs);
+        ls_packed_rows to = ls_packed_at(one, rows, s->packed + (size_t)group * bytes);
+        ls_pack_rows(one, &to, row, row + 1, x + (size_t)group * rows * one->inputs, one->inputs);
     }
     ls_barrier(threads);
     int last = ls_share(groups * tiles, thread + 1, threads), next;
     for (int at = ls_share(groups * tiles, thread, threads); at < last; at = next) {
         int group = at / tiles, begin = group * tiles;
         next = last < begin + tiles ? last : begin + tiles;
-        ls_rows from = ls_rows_at(one, rows, s->prepared + (size_t)group * bytes);
-        ls_tiles(layers[group], &from, at - begin, next - begin,
+        ls_packed_rows from = ls_packed_at(one, rows, s->packed + (size_t)group * bytes);
+        ls_multiply_tiles(layers[group], &from, at - begin, next - begin,
                  y + (size_t)group * rows * one->outputs, one->outputs, add);
     }
     ls_barrier(threads);
@@ -65,19 +65,19 @@ static void multiply(const guess *s, const ls_linear *const *layers, int groups,
 static void block(const guess *s, int number, int thread, int threads) {
     const ls_heads *h = s->h;
     size_t at = (size_t)number * h->heads, inner = (size_t)h->inner;
-    multiply(s, h->first + at, s->g->heads, s->g->rows, s->x, s->wide, 0, thread, threads);
+    multiply(s, h->first + at, s->g->heads, s->g->rows, s->x, s->projected, 0, thread, threads);
     int all = all_rows(s->g), last = ls_share(all, thread + 1, threads);
     for (int i = ls_share(all, thread, threads); i < last; i++) {
-        float *line = s->wide + (size_t)i * inner, *x = s->x + (size_t)i * inner;
+        float *line = s->projected + (size_t)i * inner, *x = s->x + (size_t)i * inner;
         ls_current()->silu_mul(line, s->ones, h->inner, line);
         for (size_t k = 0; !h->back && k < inner; k++) x[k] += line[k];
     }
     if (h->back)
-        multiply(s, h->back + at, s->g->heads, s->g->rows, s->wide, s->x, 1, thread, threads);
+        multiply(s, h->back + at, s->g->heads, s->g->rows, s->projected, s->x, 1, thread, threads);
 }
 
-/* Places of the `top` largest of x, largest first, earlier places first among equals. */
-static void top_of(const float *x, int count, int top, int32_t *to) {
+/* Indices of the `top` largest of x, largest first, lower ones first among equals. */
+static void top_k(const float *x, int count, int top, int32_t *to) {
     int have = 0;
     for (int i = 0; i < count; i++) {
         if (have == top && !(x[i] > x[to[top - 1]])) continue;
@@ -100,7 +100,7 @@ static void guess_body(void *context, int thread, int threads) {
     multiply(s, h->out, outputs(h, g), all / outputs(h, g), s->x, s->logits, 0, thread, threads);
     for (int i = first; i < last; i++) {
         int head = i / g->rows, row = i % g->rows;
-        top_of(s->logits + (size_t)i * h->vocabulary, h->vocabulary, g->top,
+        top_k(s->logits + (size_t)i * h->vocabulary, h->vocabulary, g->top,
                g->tokens + ((size_t)row * g->heads + head) * g->top);
     }
 }
@@ -109,9 +109,9 @@ static void guess_body(void *context, int thread, int threads) {
 LS_API void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads) {
     size_t rows = (size_t)all_rows(g);
     guess s = {.h = h, .g = g, .x = workspace};
-    s.wide = s.x + ls_up64(rows * h->width);
-    s.ones = s.wide + ls_up64(rows * h->inner);
+    s.projected = s.x + ls_up64(rows * h->width);
+    s.ones = s.projected + ls_up64(rows * h->inner);
     s.logits = s.ones + ls_up64(h->inner);
-    s.prepared = (char *)(s.logits + ls_up64(rows * h->vocabulary));
+    s.packed = (char *)(s.logits + ls_up64(rows * h->vocabulary));
     ls_parallel(guess_body, &s, threads, LS_SPIN_STEP);
 }

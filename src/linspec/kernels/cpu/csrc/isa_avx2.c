@@ -8,9 +8,9 @@
 #include "fma256.h"
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
-#include "rows.inc.h"
-#include "floats.inc.h"
-#include "mixing.inc.h"
+#include "row_ops.inc.h"
+#include "float_tiles.inc.h"
+#include "mixer.inc.h"
 
 /* |w| times x with w's sign: pairs of products stay below 2^15 as all codes are within -127..127 */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
@@ -18,7 +18,7 @@ INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #define DOT dot
-#include "avx2.inc.h"
+#include "avx2_tiles.inc.h"
 
 const ls_ops ls_ops_avx2 = LS_OPS("avx2");
 #if defined(__clang__)

@@ -18,20 +18,20 @@
 #define LS_KEYS 4
 #define LS_WIDE_SHUFFLES /* of sixteen lanes cost one instruction */
 #include "vector.h"
-#include "rows.inc.h"
-#include "floats.inc.h"
-#include "mixing.inc.h"
+#include "row_ops.inc.h"
+#include "float_tiles.inc.h"
+#include "mixer.inc.h"
 
 /* Unrolled before registers are given out, or the sums would live in memory. */
 #define EACH_OF(n) _Pragma("GCC unroll 8") for (int r = 0; r < (n); r++)
 #define EACH_ROW EACH_OF(rows)
 #define EACH_QUAD _Pragma("GCC unroll 4") for (int q = 0; q < 4; q++)
 
-/* Lines are asked for this many bytes before they are used. While eight rows meet a line few others
+/* Lines are prefetched this many bytes ahead. While eight rows use a line few others
  * are read, so the distance, not the number of loads in flight, has to cover the memory's latency. */
 #define AHEAD 8192
 
-INLINE __m512i spread(const int8_t *four) {
+INLINE __m512i broadcast4(const int8_t *four) {
     int32_t bits;
     memcpy(&bits, four, sizeof bits);
     return _mm512_set1_epi32(bits);
@@ -52,7 +52,7 @@ INLINE void int8_rows(const uint8_t *w, const int8_t *x, const int32_t *offsets,
         _mm_prefetch((const char *)w + AHEAD + 64, _MM_HINT_T0);
         __m512i w0 = _mm512_loadu_si512(w), w1 = _mm512_loadu_si512(w + 64);
         EACH_ROW {
-            __m512i input = spread(x + 4 * r);
+            __m512i input = broadcast4(x + 4 * r);
             low[r] = dot(low[r], w0, input);
             high[r] = dot(high[r], w1, input);
         }
@@ -81,12 +81,12 @@ INLINE void int4_part(const uint8_t *w, const int8_t *x, const int32_t *offsets,
         __m512i a1 = _mm512_and_si512(_mm512_srli_epi16(a, 4), nibble);
         __m512i b1 = _mm512_and_si512(_mm512_srli_epi16(b, 4), nibble);
         EACH_OF(part) {
-            __m512i input = spread(x + (q * rows + first + r) * 4);
+            __m512i input = broadcast4(x + (q * rows + first + r) * 4);
             dots[r][0] = dot(dots[r][0], a0, input);
             dots[r][1] = dot(dots[r][1], b0, input);
         }
         EACH_OF(part) {
-            __m512i input = spread(x + ((q + 4) * rows + first + r) * 4);
+            __m512i input = broadcast4(x + ((q + 4) * rows + first + r) * 4);
             dots[r][0] = dot(dots[r][0], a1, input);
             dots[r][1] = dot(dots[r][1], b1, input);
         }

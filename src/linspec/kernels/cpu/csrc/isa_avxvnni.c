@@ -9,16 +9,16 @@
 #include "fma256.h"
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
-#include "rows.inc.h"
-#include "floats.inc.h"
-#include "mixing.inc.h"
+#include "row_ops.inc.h"
+#include "float_tiles.inc.h"
+#include "mixer.inc.h"
 
 /* the instruction wants unsigned times signed */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
     return _mm256_dpbusd_avx_epi32(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 #define DOT dot
-#include "avx2.inc.h"
+#include "avx2_tiles.inc.h"
 
 const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");
 #if defined(__clang__)

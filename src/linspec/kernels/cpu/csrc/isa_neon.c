@@ -23,11 +23,11 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 }
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
-#include "rows.inc.h"
-#include "floats.inc.h"
-#include "mixing.inc.h"
+#include "row_ops.inc.h"
+#include "float_tiles.inc.h"
+#include "mixer.inc.h"
 
-INLINE int8x16_t spread(const int8_t *four) {
+INLINE int8x16_t broadcast4(const int8_t *four) {
     int32_t bits;
     memcpy(&bits, four, sizeof bits);
     return vreinterpretq_s8_s32(vdupq_n_s32(bits));
@@ -46,7 +46,7 @@ INLINE void int8_part(const uint8_t *w, const int8_t *x, int quads, int stride, 
     for (int q = 0; q < quads; q++, w += 128, x += 4 * stride)
         for (int i = 0; i < 4; i++) {
             uint8x16_t codes = veorq_u8(vld1q_u8(w + 16 * i), vdupq_n_u8(128));
-            sums[i] = dot(sums[i], vreinterpretq_s8_u8(codes), spread(x));
+            sums[i] = dot(sums[i], vreinterpretq_s8_u8(codes), broadcast4(x));
         }
     for (int i = 0; i < 4; i++) vst1q_f32(out + 4 * i, vcvtq_f32_s32(sums[i]));
 }
@@ -68,8 +68,8 @@ INLINE float32x4_t int4_four(const uint8_t *codes, const uint8_t *scales, const 
         uint8x16_t both = vld1q_u8(codes + 128 * q);
         int8x16_t low = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), eight);
         int8x16_t high = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(both, 4)), eight);
-        total = dot(total, low, spread(x + q * rows * 4));
-        total = dot(total, high, spread(x + (q + 4) * rows * 4));
+        total = dot(total, low, broadcast4(x + q * rows * 4));
+        total = dot(total, high, broadcast4(x + (q + 4) * rows * 4));
     }
     uint16x4_t half;
     memcpy(&half, scales, sizeof half);

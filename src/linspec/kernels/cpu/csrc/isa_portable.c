@@ -31,9 +31,9 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #define LS_FMA(a, b, c) ls_fma(a, b, c)
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
-#include "rows.inc.h"
-#include "floats.inc.h"
-#include "mixing.inc.h"
+#include "row_ops.inc.h"
+#include "float_tiles.inc.h"
+#include "mixer.inc.h"
 
 static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int quads,
                       int rows, float *out) {

@@ -1,7 +1,7 @@
-/* Linear layers: rows are prepared once, then every thread multiplies its share of the tiles. */
+/* Linear layers: rows are packed once, then every thread multiplies its share of the tiles. */
 #include "kernels.h"
 
-#define CHUNK_BYTES (256 * 1024) /* of prepared rows that one pass over the weights serves */
+#define CHUNK_BYTES (256 * 1024) /* of packed rows that one pass over the weights serves */
 
 static int is_integer(const ls_linear *layer) { return layer->kind >= LS_INT8; }
 
@@ -13,16 +13,16 @@ static size_t row_offsets(const ls_linear *layer) {
     return layer->kind == LS_INT4 ? (size_t)layer->padded / LS_GROUP : 1;
 }
 
-/* Memory that `rows` prepared rows need. */
-size_t ls_rows_bytes(const ls_linear *layer, int rows) {
+/* Memory that `rows` packed rows need. */
+size_t ls_packed_bytes(const ls_linear *layer, int rows) {
     return ls_up64(rows * row_bytes(layer)) + ls_up64(rows * row_offsets(layer) * sizeof(int32_t)) +
            ls_up64(rows * sizeof(float));
 }
 
-/* `memory` cut into the parts of prepared rows. */
-ls_rows ls_rows_at(const ls_linear *layer, int rows, void *memory) {
+/* `memory` cut into the parts of packed rows. */
+ls_packed_rows ls_packed_at(const ls_linear *layer, int rows, void *memory) {
     char *at = memory;
-    ls_rows x = {rows, at, NULL, NULL};
+    ls_packed_rows x = {rows, at, NULL, NULL};
     at += ls_up64(rows * row_bytes(layer));
     x.offsets = (int32_t *)at;
     at += ls_up64(rows * row_offsets(layer) * sizeof(int32_t));
@@ -35,28 +35,28 @@ static int block_size(int rows, int row) {
     return left < LS_ROWS ? left : LS_ROWS;
 }
 
-/* Prepare rows first..last-1 of x [rows][stride]. */
-void ls_rows_fill(const ls_linear *layer, const ls_rows *to, int first, int last, const float *x,
+/* Pack rows first..last-1 of x [rows][stride]. */
+void ls_pack_rows(const ls_linear *layer, const ls_packed_rows *to, int first, int last, const float *x,
                   int64_t stride) {
     const ls_ops *ops = ls_current();
-    int groups = layer->padded / LS_GROUP, each = layer->kind == LS_INT4;
+    int groups = layer->padded / LS_GROUP, per_group = layer->kind == LS_INT4;
     for (int row = first; row < last; row++) {
-        int size = block_size(to->rows, row), begin = row / LS_ROWS * LS_ROWS, place = row - begin;
+        int size = block_size(to->rows, row), begin = row / LS_ROWS * LS_ROWS, index = row - begin;
         const float *from = x + row * stride;
         if (!is_integer(layer)) {
-            float *at = (float *)to->codes + (size_t)begin * layer->inputs + place;
-            ops->put_floats(from, layer->inputs, size, at);
+            float *at = (float *)to->codes + (size_t)begin * layer->inputs + index;
+            ops->copy_row(from, layer->inputs, size, at);
             continue;
         }
-        int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * place;
-        int32_t *offsets = to->offsets + (each ? (size_t)begin * groups : (size_t)begin) + place;
+        int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * index;
+        int32_t *offsets = to->offsets + (per_group ? (size_t)begin * groups : (size_t)begin) + index;
         to->scales[row] =
-            ops->put_codes(from, layer->inputs, layer->padded, size, each, codes, offsets);
+            ops->quantize_row(from, layer->inputs, layer->padded, size, per_group, codes, offsets);
     }
 }
 
 /* Sums of one tile over a block of rows: [rows][32]. */
-static void sum_tile(const ls_linear *layer, const ls_rows *x, int tile, int first, int rows,
+static void sum_tile(const ls_linear *layer, const ls_packed_rows *x, int tile, int first, int rows,
                      float *sums) {
     const ls_ops *ops = ls_current();
     const char *w = layer->weights;
@@ -78,12 +78,12 @@ static void sum_tile(const ls_linear *layer, const ls_rows *x, int tile, int fir
     }
 }
 
-static void one_tile(const ls_linear *layer, const ls_rows *x, int tile, int first, int rows,
+static void one_tile(const ls_linear *layer, const ls_packed_rows *x, int tile, int first, int rows,
                      float *y, int64_t stride, int add) {
     float sums[LS_ROWS * LS_TILE];
     sum_tile(layer, x, tile, first, rows, sums);
     int channel = tile * LS_TILE, width = layer->outputs - channel;
-    ls_finish to = {
+    ls_epilogue to = {
         .row_scales = is_integer(layer) ? x->scales + first : NULL,
         .channel_scales = layer->scales ? layer->scales + channel : NULL,
         .bias = layer->bias ? layer->bias + channel : NULL,
@@ -91,11 +91,11 @@ static void one_tile(const ls_linear *layer, const ls_rows *x, int tile, int fir
         .width = width < LS_TILE ? width : LS_TILE,
         .add = add,
     };
-    ls_current()->finish(&to, rows, sums, y + first * stride + channel);
+    ls_current()->epilogue(&to, rows, sums, y + first * stride + channel);
 }
 
-/* y [rows][stride] = (or += if `add`) tiles first..last-1 of the layer, for all prepared rows. */
-void ls_tiles(const ls_linear *layer, const ls_rows *x, int first, int last, float *y,
+/* y [rows][stride] = (or += if `add`) tiles first..last-1 of the layer, for all packed rows. */
+void ls_multiply_tiles(const ls_linear *layer, const ls_packed_rows *x, int first, int last, float *y,
               int64_t stride, int add) {
     int chunk = (int)(CHUNK_BYTES / row_bytes(layer)) / LS_ROWS * LS_ROWS;
     if (chunk < 2 * LS_ROWS) chunk = 2 * LS_ROWS;
@@ -116,29 +116,29 @@ typedef struct {
     const float *x;
     float *y;
     int64_t x_stride, y_stride;
-    ls_rows rows;
+    ls_packed_rows rows;
 } call;
 
 static void linear_body(void *context, int thread, int threads) {
     call *c = context;
     int rows = c->rows.rows;
-    ls_rows_fill(c->layer, &c->rows, ls_share(rows, thread, threads),
+    ls_pack_rows(c->layer, &c->rows, ls_share(rows, thread, threads),
                  ls_share(rows, thread + 1, threads), c->x, c->x_stride);
     ls_barrier(threads);
     int tiles = ls_tile_count(c->layer);
-    ls_tiles(c->layer, &c->rows, ls_share(tiles, thread, threads),
+    ls_multiply_tiles(c->layer, &c->rows, ls_share(tiles, thread, threads),
              ls_share(tiles, thread + 1, threads), c->y, c->y_stride, 0);
 }
 
 /* Bytes of workspace that `ls_linear_forward` needs for this many rows. */
 LS_API int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows) {
-    return (int64_t)ls_rows_bytes(layer, rows);
+    return (int64_t)ls_packed_bytes(layer, rows);
 }
 
 /* y [rows][y_stride] = x [rows][x_stride] W^T + bias. */
 LS_API void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride,
                               int32_t rows, float *y, int64_t y_stride, void *workspace,
                               int32_t threads) {
-    call c = {layer, x, y, x_stride, y_stride, ls_rows_at(layer, rows, workspace)};
+    call c = {layer, x, y, x_stride, y_stride, ls_packed_at(layer, rows, workspace)};
     ls_parallel(linear_body, &c, threads, LS_SPIN_LAYER);
 }

@@ -1,6 +1,6 @@
 /* The pool: threads that wait for the next call, first spinning, then asleep.
  *
- * A decode step has a hundred short phases, so phases meet at a spinning barrier and no thread is
+ * A decode step has a hundred short phases, so threads wait at a spinning barrier and no thread is
  * created or woken between them. Between calls a thread spins for as long as the call says: waking it
  * takes as long as half a step of a small model, but torch has threads of its own that want the same cores
  * between the layers of a prompt.
@@ -17,9 +17,9 @@
 #define MOST_THREADS 256
 #define BARRIER_SPINS 4000 /* then let others run: the thread waited for may need this core */
 
-static pthread_mutex_t entry = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
-static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER;  /* guards sleeping and waking */
-static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
+static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;  /* guards sleeping and waking */
+static pthread_cond_t wake_signal = PTHREAD_COND_INITIALIZER;
 
 static struct {
     ls_body body;
@@ -34,9 +34,9 @@ static _Alignas(64) atomic_int sleeping;
 static _Alignas(64) atomic_int arrived;
 static _Alignas(64) atomic_uint phase;
 static int started = 1; /* threads of the pool, the caller included */
-static unsigned born[MOST_THREADS]; /* round before the first one of a thread */
+static unsigned joined_at[MOST_THREADS]; /* round before the first one of a thread */
 
-static inline void relax(void) {
+static inline void cpu_pause(void) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -51,11 +51,11 @@ static int64_t now_ns(void) {
 }
 
 static void sleep_until_round(unsigned seen) {
-    pthread_mutex_lock(&door);
+    pthread_mutex_lock(&sleep_lock);
     atomic_fetch_add(&sleeping, 1);
-    while (atomic_load(&round_number) == seen) pthread_cond_wait(&bell, &door);
+    while (atomic_load(&round_number) == seen) pthread_cond_wait(&wake_signal, &sleep_lock);
     atomic_fetch_sub(&sleeping, 1);
-    pthread_mutex_unlock(&door);
+    pthread_mutex_unlock(&sleep_lock);
 }
 
 static void wait_for_round(unsigned seen, int spin_ns) {
@@ -63,7 +63,7 @@ static void wait_for_round(unsigned seen, int spin_ns) {
     for (;;) {
         for (int i = 0; i < 64; i++) {
             if (atomic_load_explicit(&round_number, memory_order_acquire) != seen) return;
-            relax();
+            cpu_pause();
         }
         if (now_ns() > until) {
             sleep_until_round(seen);
@@ -74,7 +74,7 @@ static void wait_for_round(unsigned seen, int spin_ns) {
 
 static void *work(void *argument) {
     int thread = (int)(intptr_t)argument, spin_ns = LS_SPIN_LAYER;
-    unsigned seen = born[thread];
+    unsigned seen = joined_at[thread];
     for (;;) {
         wait_for_round(seen, spin_ns);
         seen = atomic_load(&round_number);
@@ -86,10 +86,10 @@ static void *work(void *argument) {
 }
 
 /* A forked child has the calling thread only: it starts over with a pool of its own. */
-static void forget(void) {
-    pthread_mutex_init(&entry, NULL);
-    pthread_mutex_init(&door, NULL);
-    pthread_cond_init(&bell, NULL);
+static void reset_after_fork(void) {
+    pthread_mutex_init(&in_use, NULL);
+    pthread_mutex_init(&sleep_lock, NULL);
+    pthread_cond_init(&wake_signal, NULL);
     atomic_store(&working, 0);
     atomic_store(&sleeping, 0);
     atomic_store(&arrived, 0);
@@ -99,10 +99,10 @@ static void forget(void) {
 /* Threads exist before a round begins, or its barriers would wait for one that never came. */
 static int start(int threads) {
     static int watched = 0;
-    if (!watched) watched = pthread_atfork(NULL, NULL, forget) == 0;
+    if (!watched) watched = pthread_atfork(NULL, NULL, reset_after_fork) == 0;
     while (started < threads) {
         pthread_t id;
-        born[started] = atomic_load(&round_number);
+        joined_at[started] = atomic_load(&round_number);
         if (pthread_create(&id, NULL, work, (void *)(intptr_t)started) != 0) return 0;
         pthread_detach(id);
         started++;
@@ -112,7 +112,7 @@ static int start(int threads) {
 
 static void wait_for_workers(void) {
     for (int spins = 0; atomic_load_explicit(&working, memory_order_acquire) > 0; spins++)
-        spins < BARRIER_SPINS ? relax() : (void)sched_yield();
+        spins < BARRIER_SPINS ? cpu_pause() : (void)sched_yield();
 }
 
 static void run_round(ls_body body, void *context, int threads, int spin_ns) {
@@ -123,9 +123,9 @@ static void run_round(ls_body body, void *context, int threads, int spin_ns) {
     atomic_store(&working, started - 1);
     atomic_fetch_add(&round_number, 1);
     if (atomic_load(&sleeping) > 0) {
-        pthread_mutex_lock(&door);
-        pthread_cond_broadcast(&bell);
-        pthread_mutex_unlock(&door);
+        pthread_mutex_lock(&sleep_lock);
+        pthread_cond_broadcast(&wake_signal);
+        pthread_mutex_unlock(&sleep_lock);
     }
     body(context, 0, threads);
     wait_for_workers();
@@ -134,7 +134,7 @@ static void run_round(ls_body body, void *context, int threads, int spin_ns) {
 void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     /* a second caller at the same time does its work alone: results do not depend on the count */
-    if (threads <= 1 || pthread_mutex_trylock(&entry) != 0) {
+    if (threads <= 1 || pthread_mutex_trylock(&in_use) != 0) {
         body(context, 0, 1);
         return;
     }
@@ -142,7 +142,7 @@ void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
         run_round(body, context, threads, spin_ns);
     else
         body(context, 0, 1);
-    pthread_mutex_unlock(&entry);
+    pthread_mutex_unlock(&in_use);
 }
 
 void ls_barrier(int threads) {
@@ -154,7 +154,7 @@ void ls_barrier(int threads) {
         return;
     }
     for (int spins = 0; atomic_load_explicit(&phase, memory_order_acquire) == before; spins++)
-        spins < BARRIER_SPINS ? relax() : (void)sched_yield();
+        spins < BARRIER_SPINS ? cpu_pause() : (void)sched_yield();
 }
 
 void *ls_scratch(size_t bytes) {

@@ -11,7 +11,7 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef int8_t vb __attribute__((vector_size(16)));
-/* keys that meet queries at once: as many as the registers can hold */
+/* keys that are multiplied by queries at once: as many as the registers can hold */
 #ifndef LS_KEYS
 #define LS_KEYS 1
 #endif
@@ -38,7 +38,7 @@ INLINE void vf_store_part(float *p, vf v, int n) {
     memcpy(p, part, (size_t)n * sizeof *p);
 }
 
-INLINE vf vf_all(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE vf vf_set1(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE vf vf_bits(vi v) {
     vf f;
@@ -52,14 +52,14 @@ INLINE vi vi_bits(vf v) {
     return i;
 }
 
-INLINE vf vf_pick(vi mask, vf yes, vf no) {
+INLINE vf vf_select(vi mask, vf yes, vf no) {
     return vf_bits((mask & vi_bits(yes)) | (~mask & vi_bits(no)));
 }
 
 /* the second where one is not a number, as x86 has it */
 #ifndef LS_MAX
-#define LS_MAX(a, b) vf_pick((vi)((a) > (b)), a, b)
-#define LS_MIN(a, b) vf_pick((vi)((a) < (b)), a, b)
+#define LS_MAX(a, b) vf_select((vi)((a) > (b)), a, b)
+#define LS_MIN(a, b) vf_select((vi)((a) < (b)), a, b)
 #endif
 INLINE vf vf_max(vf a, vf b) { return LS_MAX(a, b); }
 INLINE vf vf_min(vf a, vf b) { return LS_MIN(a, b); }
@@ -79,29 +79,29 @@ INLINE vf vf_abs(vf a) { return vf_bits(vi_bits(a) & 0x7fffffff); }
 #define PAIRS_1 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
 #define SINGLE_0 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define SINGLE_1 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#define FOLD_ONE(v, op, how) v = op(SHUFFLE(v, v, how##_0), SHUFFLE(v, v, how##_1))
-#define FOLD_ALL(v, op)         \
+#define REDUCE_STEP(v, op, how) v = op(SHUFFLE(v, v, how##_0), SHUFFLE(v, v, how##_1))
+#define REDUCE(v, op)         \
     do {                        \
-        FOLD_ONE(v, op, HALVES);   \
-        FOLD_ONE(v, op, QUARTERS); \
-        FOLD_ONE(v, op, PAIRS);    \
-        FOLD_ONE(v, op, SINGLE);   \
+        REDUCE_STEP(v, op, HALVES);   \
+        REDUCE_STEP(v, op, QUARTERS); \
+        REDUCE_STEP(v, op, PAIRS);    \
+        REDUCE_STEP(v, op, SINGLE);   \
     } while (0)
 #define PLUS(a, b) ((a) + (b))
 
 /* Sum and maximum over the lanes, always in this order. */
 INLINE float vf_sum(vf v) {
-    FOLD_ALL(v, PLUS);
+    REDUCE(v, PLUS);
     return v[0];
 }
 
 INLINE int32_t vi_sum(vi v) {
-    FOLD_ALL(v, PLUS);
+    REDUCE(v, PLUS);
     return v[0];
 }
 
-INLINE float vf_top(vf v) {
-    FOLD_ALL(v, vf_max);
+INLINE float vf_largest(vf v) {
+    REDUCE(v, vf_max);
     return v[0];
 }
 
@@ -120,34 +120,35 @@ INLINE vf ls_widen(vb codes) {
 
 /* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
 INLINE vi vf_round(vf x) {
-    const vf magic = vf_all(12582912.0f);
+    const vf magic = vf_set1(12582912.0f);
     return vi_bits(x + magic) - vi_bits(magic);
 }
 
 /* e^x with a relative error below 3e-7; 0 below -87, the largest finite power above 88. */
 INLINE vf vf_exp(vf x) {
-    vf in = vf_min(vf_max(x, vf_all(-87.0f)), vf_all(88.0f));
-    vi n = vf_round(in * vf_all(1.44269504f));
+    vf in = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
+    vi n = vf_round(in * vf_set1(1.44269504f));
     vf whole = __builtin_convertvector(n, vf);
-    vf r = LS_FMA(whole, vf_all(-0.693145752f), in);
-    r = LS_FMA(whole, vf_all(-1.42860677e-6f), r);
-    vf p = vf_all(1.98756915e-4f);
-    p = LS_FMA(p, r, vf_all(1.39819995e-3f));
-    p = LS_FMA(p, r, vf_all(8.33345191e-3f));
-    p = LS_FMA(p, r, vf_all(4.16657962e-2f));
-    p = LS_FMA(p, r, vf_all(1.66666655e-1f));
-    p = LS_FMA(p, r, vf_all(5.00000012e-1f));
-    p = LS_FMA(p, r * r, r) + vf_all(1.0f);
+    vf r = LS_FMA(whole, vf_set1(-0.693145752f), in);
+    r = LS_FMA(whole, vf_set1(-1.42860677e-6f), r);
+    vf p = vf_set1(1.98756915e-4f);
+    p = LS_FMA(p, r, vf_set1(1.39819995e-3f));
+    p = LS_FMA(p, r, vf_set1(8.33345191e-3f));
+    p = LS_FMA(p, r, vf_set1(4.16657962e-2f));
+    p = LS_FMA(p, r, vf_set1(1.66666655e-1f));
+    p = LS_FMA(p, r, vf_set1(5.00000012e-1f));
+    p = LS_FMA(p, r * r, r) + vf_set1(1.0f);
     vf y = p * vf_bits((n + 127) << 23);
-    y = vf_pick((vi)(x < vf_all(-87.0f)), vf_all(0.0f), y);
-    return vf_pick((vi)(x == x), y, x);
+    y = vf_select((vi)(x < vf_set1(-87.0f)), vf_set1(0.0f), y);
+    return vf_select((vi)(x == x), y, x);
 }
 
 /* The table of an instruction set, from the functions of one isa_*.c file. */
-#define LS_OPS(set)                                                                        \
-    {.name = set,       .int8 = int8_tile,      .int4 = int4_tile,        .f32 = f32_tile, \
-     .bf16 = bf16_tile, .put_codes = put_codes, .put_floats = put_floats, .finish = finish, \
-     .rms_norm = rms_norm, .silu_mul = silu_mul, .unit = unit, .near = mix_near, \
-     .gather = mix_gather, .fold = mix_fold}
+#define LS_OPS(set)                                                                       \
+    {.name = set,         .int8 = int8_tile,             .int4 = int4_tile,               \
+     .f32 = f32_tile,     .bf16 = bf16_tile,             .quantize_row = quantize_row,    \
+     .copy_row = copy_row, .epilogue = epilogue,         .rms_norm = rms_norm,            \
+     .silu_mul = silu_mul, .normalize = normalize,       .attend_chunk = attend_chunk,    \
+     .combine = combine_chunks, .fold = fold_rows}
 
 #endif

@@ -6,7 +6,7 @@
 #define PART 4 /* rows */
 #define EACH_ROW _Pragma("GCC unroll 4") for (int r = 0; r < rows; r++)
 
-INLINE __m256i spread(const int8_t *four) {
+INLINE __m256i broadcast4(const int8_t *four) {
     int32_t bits;
     memcpy(&bits, four, sizeof bits);
     return _mm256_set1_epi32(bits);
@@ -23,7 +23,7 @@ INLINE void int8_part(const uint8_t *w, const int8_t *x, int quads, int stride, 
         __m256i w0 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), sign);
         __m256i w1 = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(w + 32)), sign);
         EACH_ROW {
-            __m256i input = spread(x + 4 * r);
+            __m256i input = broadcast4(x + 4 * r);
             sums[r][0] = DOT(sums[r][0], w0, input);
             sums[r][1] = DOT(sums[r][1], w1, input);
         }
@@ -67,8 +67,8 @@ INLINE void int4_eight(const uint8_t *codes, const int8_t *x, __m256 scale, int 
         __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
         high = _mm256_sub_epi8(high, eight);
         EACH_ROW {
-            dots[r] = DOT(dots[r], low, spread(x + (q * stride + r) * 4));
-            dots[r] = DOT(dots[r], high, spread(x + ((q + 4) * stride + r) * 4));
+            dots[r] = DOT(dots[r], low, broadcast4(x + (q * stride + r) * 4));
+            dots[r] = DOT(dots[r], high, broadcast4(x + ((q + 4) * stride + r) * 4));
         }
     }
     EACH_ROW

@@ -7,44 +7,19 @@ cost nearly the same for 1 and for 8 rows, which is what verification needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from linspec.errors import ConfigError
 from linspec.kernels.cpu import pack
-from linspec.kernels.cpu.library import F32, INT4, INT8, load
-from linspec.kernels.cpu.linear import NativeLinear
-from linspec.quantization.codes import quantize_int4, quantize_int8
+from linspec.kernels.cpu.structs import F32, INT4, INT8
+from linspec.kernels.selector import pick_kernel
+from linspec.models.native_linear import NativeLinear
+from linspec.quantization.codes import check_bits, quantize_int4, quantize_int8
 
-# several linear layers of one input -> one inference layer with their outputs side by side
-LinearFactory = Callable[..., nn.Module]
-BITS = {8: INT8, 4: INT4}
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """Which implementation was picked, and why; own: linspec's."""
-
-    name: str
-    reason: str
-    own: bool = False
-
-
-def pick_kernel(weight: torch.Tensor) -> Kernel:
-    """The linear kernel for weights of this dtype on this device."""
-    if weight.device.type != "cpu":
-        return Kernel("torch", f"{weight.device.type} device")
-    if weight.dtype != torch.float32:
-        return Kernel("torch", f"{weight.dtype} weights are not prepacked")
-    found = load()
-    if found.library is not None:
-        return Kernel(f"linspec-{found.name}", found.reason, own=True)
-    if not torch.backends.mkldnn.is_available():
-        return Kernel("torch", "this torch was built without oneDNN")
-    return Kernel("onednn-packed", f"weights reordered once by oneDNN, as {found.reason}")
+_KINDS = {8: INT8, 4: INT4}
 
 
 class PackedLinear(nn.Module):
@@ -139,16 +114,10 @@ class Blank:
     def __call__(self, *linears: nn.Module) -> nn.Module:
         plain = [layer for layer in linears if isinstance(layer, nn.Linear)]
         outputs, bias = sum(layer.out_features for layer in plain), plain[0].bias is not None
-        return NativeLinear.empty(BITS[self.bits], outputs, plain[0].in_features, bias)
+        return NativeLinear.empty(_KINDS[self.bits], outputs, plain[0].in_features, bias)
 
 
 def integer_bits(layer: nn.Module) -> int | None:
     """Bits of the weights of a quantised layer, None for any other."""
     kind = layer.kind if isinstance(layer, NativeLinear) else None
-    return next((bits for bits, known in BITS.items() if known == kind), None)
-
-
-def check_bits(bits: int) -> None:
-    """Raises ConfigError unless weights can have so many bits."""
-    if bits not in BITS:
-        raise ConfigError(f"weights can have 8 or 4 bits, got {bits}")
+    return next((bits for bits, known in _KINDS.items() if known == kind), None)

@@ -2,38 +2,39 @@
 
 /* Symmetric codes -127..127 of one row, padded with zeros; returns the scale.
  * A row that holds a NaN or an infinity gets the scale NaN, so that it cannot pass unnoticed. */
-static float scale_of(const float *x, int width, vf *inverse) {
-    vf top = vf_all(0.0f), poison = top;
+static float quantization_scale(const float *x, int width, vf *inverse) {
+    vf top = vf_set1(0.0f), not_finite = top;
     int whole = width & ~15;
     for (int i = 0; i < whole; i += 16) {
         vf v = vf_abs(vf_load(x + i));
         top = vf_max(top, v);
-        poison += v * vf_all(0.0f);
+        not_finite += v * vf_set1(0.0f);
     }
     if (whole < width) {
         vf v = vf_abs(vf_load_part(x + whole, width - whole));
         top = vf_max(top, v);
-        poison += v * vf_all(0.0f);
+        not_finite += v * vf_set1(0.0f);
     }
-    float most = vf_top(top);
+    float most = vf_largest(top);
     /* rows below 4e-37 have no inverse: they are zeros */
     float factor = most > 0.0f ? 127.0f / most : 0.0f;
-    *inverse = vf_all(__builtin_isfinite(factor) ? factor : 0.0f);
-    return most / 127.0f + vf_sum(poison);
+    *inverse = vf_set1(__builtin_isfinite(factor) ? factor : 0.0f);
+    return most / 127.0f + vf_sum(not_finite);
 }
 
 /* The codes of a row whose scale is NaN: any other would overflow when they are added up. */
-static float put_zeros(int padded, int size, int each, int8_t *codes, int32_t *offsets, float scale) {
-    for (int q = 0; q < padded / 4; q++) memset(codes + (size_t)q * size * 4, 0, 4);
-    for (int g = 0; g < (each ? padded / LS_GROUP : 1); g++) offsets[(size_t)g * size] = 0;
+static float zero_row(int padded, int rows, int per_group, int8_t *codes, int32_t *offsets,
+                      float scale) {
+    for (int q = 0; q < padded / 4; q++) memset(codes + (size_t)q * rows * 4, 0, 4);
+    for (int g = 0; g < (per_group ? padded / LS_GROUP : 1); g++) offsets[(size_t)g * rows] = 0;
     return scale;
 }
 
-static float put_codes(const float *x, int width, int padded, int size, int each, int8_t *codes,
-                       int32_t *offsets) {
+static float quantize_row(const float *x, int width, int padded, int rows, int per_group,
+                          int8_t *codes, int32_t *offsets) {
     vf inverse;
-    float scale = scale_of(x, width, &inverse);
-    if (!__builtin_isfinite(scale)) return put_zeros(padded, size, each, codes, offsets, scale);
+    float scale = quantization_scale(x, width, &inverse);
+    if (!__builtin_isfinite(scale)) return zero_row(padded, rows, per_group, codes, offsets, scale);
     int32_t total = 0;
     for (int i = 0; i < padded; i += LS_GROUP) {
         int32_t four[8], sum;
@@ -47,34 +48,34 @@ static float put_codes(const float *x, int width, int padded, int size, int each
             both += whole;
         }
         for (int q = 0; q < 8; q++)
-            memcpy(codes + ((size_t)(i / 4 + q) * size) * 4, four + q, 4);
+            memcpy(codes + ((size_t)(i / 4 + q) * rows) * 4, four + q, 4);
         sum = vi_sum(both);
-        if (each) offsets[(size_t)(i / LS_GROUP) * size] = -8 * sum;
+        if (per_group) offsets[(size_t)(i / LS_GROUP) * rows] = -8 * sum;
         total += sum;
     }
-    if (!each) *offsets = -128 * total;
+    if (!per_group) *offsets = -128 * total;
     return scale;
 }
 
-static void put_floats(const float *x, int width, int size, float *to) {
-    if (size == 1) {
+static void copy_row(const float *x, int width, int rows, float *to) {
+    if (rows == 1) {
         memcpy(to, x, (size_t)width * sizeof *x);
         return;
     }
-    for (int k = 0; k < width; k++) to[(size_t)k * size] = x[k];
+    for (int k = 0; k < width; k++) to[(size_t)k * rows] = x[k];
 }
 
-static void finish(const ls_finish *to, int rows, const float *sums, float *y) {
+static void epilogue(const ls_epilogue *to, int rows, const float *sums, float *y) {
     for (int half = 0; half < LS_TILE; half += 16) {
         int width = to->width - half < 16 ? to->width - half : 16;
         if (width <= 0) return;
-        vf scale = to->channel_scales ? vf_load(to->channel_scales + half) : vf_all(1.0f);
-        vf bias = vf_all(0.0f);
+        vf scale = to->channel_scales ? vf_load(to->channel_scales + half) : vf_set1(1.0f);
+        vf bias = vf_set1(0.0f);
         if (to->bias) bias = width == 16 ? vf_load(to->bias + half) : vf_load_part(to->bias + half, width);
         for (int r = 0; r < rows; r++) {
             float *at = y + r * to->stride + half;
             vf v = vf_load(sums + r * LS_TILE + half);
-            if (to->row_scales) v = v * vf_all(to->row_scales[r]) * scale;
+            if (to->row_scales) v = v * vf_set1(to->row_scales[r]) * scale;
             if (to->bias) v += bias;
             if (width == 16) {
                 vf_store(at, to->add ? v + vf_load(at) : v);
@@ -86,14 +87,14 @@ static void finish(const ls_finish *to, int rows, const float *sums, float *y) {
 }
 
 static void rms_norm(const float *x, const float *weight, float eps, int width, float *y) {
-    vf squares = vf_all(0.0f);
+    vf squares = vf_set1(0.0f);
     int whole = width & ~15, rest = width - whole;
     for (int i = 0; i < whole; i += 16) squares = LS_FMA(vf_load(x + i), vf_load(x + i), squares);
     if (rest) {
         vf v = vf_load_part(x + whole, rest);
         squares = LS_FMA(v, v, squares);
     }
-    vf scale = vf_all(1.0f / __builtin_sqrtf(vf_sum(squares) / (float)width + eps));
+    vf scale = vf_set1(1.0f / __builtin_sqrtf(vf_sum(squares) / (float)width + eps));
     for (int i = 0; i < whole; i += 16)
         vf_store(y + i, vf_load(x + i) * scale * vf_load(weight + i));
     if (rest)
@@ -102,23 +103,23 @@ static void rms_norm(const float *x, const float *weight, float eps, int width, 
             rest);
 }
 
-/* The factor that makes x one long; rows that are all zero, such as padding, stay zero. */
-static float to_unit(const float *x, int width) {
-    vf squares = vf_all(0.0f);
+/* One over the length of x; rows that are all zero, such as padding, stay zero. */
+static float inverse_length(const float *x, int width) {
+    vf squares = vf_set1(0.0f);
     for (int i = 0; i < width; i += 16) {
         vf v = width - i < 16 ? vf_load_part(x + i, width - i) : vf_load(x + i);
         squares = LS_FMA(v, v, squares);
     }
-    float size = __builtin_sqrtf(vf_sum(squares));
-    return 1.0f / (size > 1e-6f ? size : 1e-6f);
+    float length = __builtin_sqrtf(vf_sum(squares));
+    return 1.0f / (length > 1e-6f ? length : 1e-6f);
 }
 
-static void unit(float *x, int width) {
-    float scale = to_unit(x, width);
+static void normalize(float *x, int width) {
+    float scale = inverse_length(x, width);
     for (int i = 0; i < width; i++) x[i] *= scale;
 }
 
-INLINE vf silu(vf x) { return x / (vf_all(1.0f) + vf_exp(-x)); }
+INLINE vf silu(vf x) { return x / (vf_set1(1.0f) + vf_exp(-x)); }
 
 static void silu_mul(const float *gate, const float *up, int width, float *y) {
     int whole = width & ~15, rest = width - whole;

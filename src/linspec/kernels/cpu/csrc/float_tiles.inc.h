@@ -5,7 +5,7 @@
 
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 
-/* Lines are asked for this many bytes before they are used: far, as several rows use a line for long. */
+/* Lines are prefetched this many bytes ahead: far, as several rows use a line for long. */
 #define FLOATS_AHEAD 8192
 
 INLINE vf widen(const uint16_t *p) {
@@ -18,7 +18,7 @@ INLINE vf widen(const uint16_t *p) {
 INLINE void float_part(const void *w, const float *x, int inputs, int stride, int rows, int bf16,
                        float *out) {
     vf sums[LS_FLOAT_ROWS][2];
-    EACH_ROW sums[r][0] = sums[r][1] = vf_all(0.0f);
+    EACH_ROW sums[r][0] = sums[r][1] = vf_set1(0.0f);
     for (int k = 0; k < inputs; k++) {
         const float *at32 = (const float *)w + (size_t)k * LS_TILE;
         const uint16_t *at16 = (const uint16_t *)w + (size_t)k * LS_TILE;
@@ -27,7 +27,7 @@ INLINE void float_part(const void *w, const float *x, int inputs, int stride, in
         vf low = bf16 ? widen(at16) : vf_load(at32);
         vf high = bf16 ? widen(at16 + 16) : vf_load(at32 + 16);
         EACH_ROW {
-            vf input = vf_all(x[(size_t)k * stride + r]);
+            vf input = vf_set1(x[(size_t)k * stride + r]);
             sums[r][0] = LS_FMA(low, input, sums[r][0]);
             sums[r][1] = LS_FMA(high, input, sums[r][1]);
         }

@@ -1,5 +1,5 @@
 /* All of a mixer's step, for the instruction set of the including file. */
-#include "take.inc.h"
+#include "accumulate.inc.h"
 #include "attention.inc.h"
-#include "coded.inc.h"
-#include "gather.inc.h"
+#include "quantized.inc.h"
+#include "combine.inc.h"

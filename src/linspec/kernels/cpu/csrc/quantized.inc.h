@@ -29,7 +29,7 @@ INLINE void transpose(vi *v) {
 }
 
 /* sixteen rows and sixteen fours of codes of each: the same as by fours */
-INLINE void lay_square(const char *rows, int64_t stride, uint8_t *tile) {
+INLINE void tile_square(const char *rows, int64_t stride, uint8_t *tile) {
     vi v[16];
     for (int i = 0; i < 16; i++) memcpy(v + i, rows + i * stride, sizeof *v);
     transpose(v);
@@ -41,13 +41,13 @@ INLINE void lay_square(const char *rows, int64_t stride, uint8_t *tile) {
 #endif
 
 /* `count` rows into a tile: [quads][32][4] of code + 128 */
-static void lay_rows(const char *rows, int64_t stride, int count, int quads, uint8_t *tile) {
+static void tile_rows(const char *rows, int64_t stride, int count, int quads, uint8_t *tile) {
     int done = 0;
 #ifdef LS_WIDE_SHUFFLES
     if (quads % 16 == 0)
         for (; done + 16 <= count; done += 16)
             for (int q = 0; q < quads; q += 16)
-                lay_square(rows + done * stride + 4 * q, stride, tile + (q * 32 + done) * 4);
+                tile_square(rows + done * stride + 4 * q, stride, tile + (q * 32 + done) * 4);
 #endif
     for (int i = done; i < count; i++)
         for (int q = 0; q < quads; q++) {
@@ -58,69 +58,69 @@ static void lay_rows(const char *rows, int64_t stride, int count, int quads, uin
         }
 }
 
-/* exact, in whatever order: |codes| <= 127 and at most 512 of them */
-INLINE int32_t dot_codes(const int8_t *a, const int8_t *b, int count) {
+/* exact, in whatever order: |codes| <= 127 and at most LS_MAX_HEAD_WIDTH of them */
+INLINE int32_t dot_int8(const int8_t *a, const int8_t *b, int count) {
     int32_t sum = 0;
     for (int i = 0; i < count; i++) sum += a[i] * b[i];
     return sum;
 }
 
 /* the codes of some queries side by side, as a block of rows of a layer */
-INLINE void lay_queries(const asker *askers, int count, int quads, int8_t *codes,
+INLINE void tile_queries(const query *queries, int count, int quads, int8_t *codes,
                         int32_t *offsets) {
-    for (int a = 0; a < count; a++) {
-        offsets[a] = askers[a].offset;
+    for (int j = 0; j < count; j++) {
+        offsets[j] = queries[j].offset;
         for (int q = 0; q < quads; q++)
-            memcpy(codes + (size_t)(q * count + a) * 4, askers[a].codes + 4 * q, 4);
+            memcpy(codes + (size_t)(q * count + j) * 4, queries[j].codes + 4 * q, 4);
     }
 }
 
 /* scores without the queries' scales; -inf behind the last row that is seen */
-static void score_codes(const block *b, int count, const int8_t *codes, const int32_t *offsets,
+static void score_int8(const block *b, int count, const int8_t *codes, const int32_t *offsets,
                         float scores[][BLOCK]) {
     const ls_mixer *m = b->m;
     int quads = (m->width + 3) / 4;
     for (int first = 0; first < BLOCK; first += LS_TILE) {
-        _Alignas(64) uint8_t tile[512 / 4 * 128];
+        _Alignas(64) uint8_t tile[LS_MAX_HEAD_WIDTH / 4 * 128];
         _Alignas(64) float sums[LS_ROWS * LS_TILE], scales[LS_TILE] = {0};
         int n = b->shared - first < LS_TILE ? b->shared - first : LS_TILE;
-        for (int a = 0; a < count; a++)
+        for (int j = 0; j < count; j++)
             for (int i = 0; i < LS_TILE; i += 16)
-                vf_store(scores[a] + first + i, vf_all(-__builtin_inff()));
+                vf_store(scores[j] + first + i, vf_set1(-__builtin_inff()));
         if (n <= 0) continue;
         const char *rows = b->keys + (int64_t)(b->from + first) * m->row_bytes;
-        lay_rows(rows, m->row_bytes, n, quads, tile);
+        tile_rows(rows, m->row_bytes, n, quads, tile);
         for (int i = 0; i < n; i++) {
-            scales[i] = coded_scale(rows, i, m);
-            for (int c = 0; b->news && c < m->width; c += 64)
-                fetch(rows + (int64_t)(i + BLOCK) * m->row_bytes, c, 1);
+            scales[i] = row_scale(rows, i, m);
+            for (int c = 0; b->first_touch && c < m->width; c += 64)
+                prefetch(rows + (int64_t)(i + BLOCK) * m->row_bytes, c, 1);
         }
         int8_tile(tile, codes, offsets, quads, count, sums);
-        for (int a = 0; a < count; a++)
+        for (int j = 0; j < count; j++)
             for (int i = 0; i < n; i++)
-                scores[a][first + i] = sums[a * LS_TILE + i] * scales[i];
+                scores[j][first + i] = sums[j * LS_TILE + i] * scales[i];
     }
 }
 
-static void meet_codes(const block *b, const asker *askers, int count) {
+static void attend_block_int8(const block *b, const query *queries, int count) {
     const ls_mixer *m = b->m;
     int quads = (m->width + 3) / 4;
     _Alignas(64) float scores[LS_ROWS][BLOCK];
-    _Alignas(64) int8_t codes[LS_ROWS * 512];
+    _Alignas(64) int8_t codes[LS_ROWS * LS_MAX_HEAD_WIDTH];
     int32_t offsets[LS_ROWS];
     float scales[BLOCK];
-    lay_queries(askers, count, quads, codes, offsets);
-    score_codes(b, count, codes, offsets, scores);
-    for (int a = 0; a < count; a++) {
-        int32_t places[BLOCK];
-        int own = own_rows(b, askers + a, places);
+    tile_queries(queries, count, quads, codes, offsets);
+    score_int8(b, count, codes, offsets, scores);
+    for (int j = 0; j < count; j++) {
+        int32_t indices[BLOCK];
+        int own = own_rows(b, queries + j, indices);
         for (int i = 0; i < own; i++) {
-            const int8_t *key = (const int8_t *)b->keys + (int64_t)places[i] * m->row_bytes;
-            float dot = (float)dot_codes(askers[a].codes, key, m->width);
-            scores[a][b->shared + i] = dot * coded_scale(b->keys, places[i], m);
+            const int8_t *key = (const int8_t *)b->keys + (int64_t)indices[i] * m->row_bytes;
+            float dot = (float)dot_int8(queries[j].codes, key, m->width);
+            scores[j][b->shared + i] = dot * row_scale(b->keys, indices[i], m);
         }
     }
     for (int i = 0; i < BLOCK; i++)
-        scales[i] = i < b->shared ? coded_scale(b->values, b->from + i, m) : 1.0f;
-    weigh(b, askers, count, scores, scales);
+        scales[i] = i < b->shared ? row_scale(b->values, b->from + i, m) : 1.0f;
+    apply_weights(b, queries, count, scores, scales);
 }

@@ -1,0 +1,39 @@
+"""What a round did to one sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.sequence import RunningSequence
+
+# `Outcome.finished` of a sequence that failed
+FAILED = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """New tokens of one sequence, and whether it goes on.
+
+    finished: None, 'stop' (end of sequence), 'length', or 'error', which `error` explains. accepted: what
+    the verifier said, None where a generation loop has none or failed before it had its say.
+    """
+
+    sequence: RunningSequence
+    tokens: tuple[int, ...]
+    accepted: Accepted | None
+    finished: str | None
+    error: Exception | None = None
+
+    @classmethod
+    def failure(cls, sequence: RunningSequence, error: Exception) -> Outcome:
+        """The end of a sequence that failed; what it emitted in earlier rounds stands."""
+        return cls(sequence, (), None, FAILED, error)
+
+
+def raise_first(outcomes: Iterable[Outcome]) -> None:
+    """Raise the error of the first sequence that failed, for who cannot go on without it."""
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error

@@ -1,0 +1,63 @@
+"""A model with its state: what drafters, policies, loops and servers see of the model that is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.step import FINAL, LOGITS, StepInput, Want
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOutput:
+    """What a step computed for one input: logits [P, vocab], and hidden states by layer.
+
+    hidden[FINAL] [P, D] belongs to the nodes that have logits, `hidden[layer]` [N, D] to all new nodes.
+    """
+
+    logits: torch.Tensor
+    hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`model` with the `state` of all running sequences; tokenizer: None if nobody said."""
+
+    model: CausalModel
+    state: Any
+    tokenizer: Any = None
+
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        *,
+        layers: Collection[int] | None = None,
+        want: Want = LOGITS,
+    ) -> list[NodeOutput]:
+        """Run new tokens of several slots, in any order, and stage them; what each of them brought.
+
+        layers: only these are computed, None for all. Where it raises, nothing is staged.
+        """
+        order = sorted(range(len(inputs)), key=lambda i: inputs[i].slot)
+        special: dict[str, Any] = {}
+        if layers is not None:
+            special["layers"] = layers
+        if want.inner:
+            special["want"] = want
+        try:
+            output = self.model.step([inputs[i] for i in order], self.state, **special)
+        except Exception:
+            for each in inputs:
+                self.state.drop(each.slot)
+            raise
+        found: dict[int, NodeOutput] = {}
+        for place, i in enumerate(order):
+            part = output.slices[place]
+            hidden = {FINAL: output.hidden[part]}
+            hidden |= {n: states[output.nodes[place]] for n, states in output.layers.items()}
+            found[i] = NodeOutput(output.logits[part], hidden)
+        return [found[i] for i in range(len(inputs))]

@@ -1,0 +1,80 @@
+"""What a model and its state have room for; asked once, before a request is queued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from linspec.decoding.protocols import CausalModel
+from linspec.decoding.request import Request
+from linspec.decoding.sampling import SamplingParams
+from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.state.sequence_states import SequenceStates
+from linspec.utils.sizes import check_size
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests are checked against; longest: most tokens of a prompt and its output, or None.
+
+    Raises ConfigError for a `longest` beyond the model's positions.
+    """
+
+    model: CausalModel
+    state: SequenceStates
+    longest: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.longest is None:
+            return
+        # a prompt and a new token
+        check_size("max_model_len", self.longest, least=2)
+        limit = self.model.config.position_limit
+        if limit is not None and self.longest > limit:
+            raise ConfigError(
+                f"max_model_len must be at most {limit}, the positions of this model, got {self.longest}; "
+                "lower it, or linearize the model: linear mixers have no such limit"
+            )
+
+    def fitted(self, request: Request, name: str = "the prompt") -> Request:
+        """`request` with no more new tokens than there is room for.
+
+        Raises InputError for an empty prompt or embeddings that do not fit it, ContextOverflow for one that
+        leaves no room for a new token, StateError for one whose keys and values do not fit into memory.
+        """
+        size, limit = len(request.prompt), self.model.config.position_limit
+        if not size:
+            raise InputError(f"{name} has no tokens; give at least one")
+        if limit is not None and size > limit:
+            raise ContextOverflow(
+                f"{name} has {size} tokens, this model takes {limit}; shorten it, or linearize the model: "
+                "linear mixers have no such limit"
+            )
+        self._check_embeddings(request)
+        self.state.check_room(size)
+        return replace(request, params=self._within(request.params, size, name))
+
+    def _check_embeddings(self, request: Request) -> None:
+        given = request.embeddings
+        if given is None:
+            return
+        if not self.model.continues_prompt:
+            raise InputError(
+                "this model reads its prompt as a source, by its own embeddings; leave out embeddings"
+            )
+        shape = (len(request.prompt), self.model.embed.embedding_dim)
+        if tuple(given.shape) != shape or not bool(given.isfinite().all()):
+            raise InputError(
+                f"embeddings must be finite numbers [tokens of the prompt, width of the model] = "
+                f"{list(shape)}, got {list(given.shape)}"
+            )
+
+    def _within(self, params: SamplingParams, size: int, name: str) -> SamplingParams:
+        if self.longest is None:
+            return params
+        room = self.longest - size
+        if room < max(1, params.min_tokens):
+            raise ContextOverflow(
+                f"{name} has {size} tokens and asks for {max(1, params.min_tokens)} more at least; "
+                f"max_model_len is {self.longest}: shorten the prompt or raise max_model_len"
+            )
+        return replace(params, max_tokens=min(params.max_tokens, room))

@@ -1,0 +1,191 @@
+"""Token by token, or several at a time: plan, propose, step, accept, commit, observe.
+
+It does not know which drafter, verifier, policy or mixer takes part, and the sequences of a batch need
+nothing in common: prompts that are still being read ride in the same step as trees that are verified.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linspec.decoding.accepted import Accepted
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import FINAL, LOGITS, StepInput
+from linspec.decoding.target import NodeOutput
+from linspec.decoding.tree import TokenTree, root_only
+from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
+from linspec.engine.prompt_logprobs import refuse_source, score_prompt
+from linspec.engine.proposals import Proposals
+from linspec.engine.scheduler import Batch
+from linspec.policies.acceptance import expected_of
+from linspec.policies.base import RoundTimes
+from linspec.utils.isolation import isolated
+
+_log = logging.getLogger("linspec")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one sequence has in a step: a tree that is verified, or (None) a piece of its prompt."""
+
+    sequence: RunningSequence
+    given: StepInput
+    tree: TokenTree | None
+
+
+@LOOPS.register(
+    "autoregressive",
+    summary="draft, verify and commit; a prompt is read in pieces beside the others' rounds",
+    paper="Leviathan et al. 2023, arXiv 2211.17192; Cai et al. 2024, arXiv 2401.10774",
+)
+class Autoregressive(GenerationLoop):
+    """Rounds of drafts; without a drafter every round is one plain step."""
+
+    def __init__(self, context: LoopContext, options: Any = None) -> None:
+        super().__init__(context, options)
+        self.verifier, self.clock = context.verifier, context.clock
+        self.drafter, self.policy = context.drafter, context.policy
+        self.want = LOGITS if self.drafter is None else self.drafter.needs
+        self.kept = (FINAL, *self.want.inner)
+
+    def started(self, sequence: RunningSequence) -> None:
+        model, state = self.target.model, self.target.state
+        fed, source = model.open(sequence.tokens, sequence.slot, state)
+        sequence.tokens, sequence.prompt_length, sequence.source = fed, len(fed), source
+        if source:
+            # penalties are about the output and what it goes on from; a source is neither
+            sequence.sampler = sequence.sampler.restarted(fed)
+            refuse_source(sequence)
+        if self.drafter is not None:
+            self.drafter.started(sequence)
+
+    def round(self, batch: Batch) -> list[Outcome]:
+        began = self.clock()
+        trees = self._propose(batch.decoding)
+        drafted = self.clock()
+        parts, outcomes = self._parts(batch, trees)
+        outputs = isolated(parts, self._step)
+        stepped = self.clock()
+        for part, output in zip(parts, outputs, strict=True):
+            outcomes += self._judged(part, output)
+        self._account(batch, parts, outcomes, (began, drafted, stepped, self.clock()))
+        return outcomes
+
+    def _propose(self, sequences: list[RunningSequence]) -> Sequence[TokenTree | Exception]:
+        """A tree per sequence, or the error of the policy or the drafter about it."""
+        if self.drafter is None or self.policy is None:
+            return [root_only(sequence.root) for sequence in sequences]
+        config = self.target.model.config
+        return Proposals(self.drafter, self.policy, self.verifier, config).trees(sequences)
+
+    def _parts(
+        self, batch: Batch, trees: Sequence[TokenTree | Exception]
+    ) -> tuple[list[_Part], list[Outcome]]:
+        """What the sequences have in the step, and the failures of those that have nothing."""
+        parts, failures = [], []
+        for sequence, tree in zip(batch.decoding, trees, strict=True):
+            if isinstance(tree, Exception):
+                failures.append(Outcome.failure(sequence, tree))
+            else:
+                parts.append(_Part(sequence, StepInput.tree(sequence.slot, tree), tree))
+        parts += [_Part(each, _prompt_piece(each, n), None) for each, n in batch.prefilling]
+        return parts, failures
+
+    def _step(self, parts: Sequence[_Part]) -> list[NodeOutput]:
+        return self.target.step([part.given for part in parts], want=self.want)
+
+    def _judged(self, part: _Part, output: NodeOutput | Exception) -> list[Outcome]:
+        """What a part of a step has brought its sequence: tokens, nothing yet, or an error."""
+        sequence = part.sequence
+        try:
+            if isinstance(output, Exception):
+                raise output
+            if part.tree is None:
+                return self._read(sequence, len(part.given.tokens), output)
+            return [self._verified(sequence, part.tree, output)]
+        except Exception as error:
+            return [Outcome.failure(sequence, error)]
+
+    def _verified(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Outcome:
+        accepted = self.verifier.accept(tree, output.logits, sequence.sampler)
+        path = accepted.path
+        self.target.state.commit(sequence.slot, path)
+        sequence.stats.count(tree, path)
+        if self.drafter is not None and self.policy is not None and len(tree) > 1:
+            expected = expected_of(tree, self.drafter)
+            self.policy.observe(sequence, len(tree) - 1, len(path) - 1, expected)
+            self.drafter.observe(sequence, tree, path)
+        sequence.hidden = {n: output.hidden[n][list(path)] for n in self.kept}
+        return self._extended(sequence, tree, accepted)
+
+    def _read(self, sequence: RunningSequence, count: int, output: NodeOutput) -> list[Outcome]:
+        """A piece of `count` prompt tokens is committed; the last piece emits the first token."""
+        self.target.state.commit(sequence.slot, range(count))
+        if sequence.params.prompt_logprobs is not None:
+            score_prompt(sequence, output.logits)
+        sequence.prefilled += count
+        sequence.append_hidden({n: output.hidden[n] for n in self.kept})
+        if sequence.prefilling:
+            return []
+        tree = root_only(sequence.root)
+        accepted = self.verifier.accept(tree, output.logits[-1:], sequence.sampler)
+        return [self._extended(sequence, tree, accepted)]
+
+    def _extended(self, sequence: RunningSequence, tree: TokenTree, accepted: Accepted) -> Outcome:
+        """Append the round's tokens, up to the end of the sequence or the request's limit."""
+        tokens, finished = accepted.emitted(tree)[: sequence.remaining], None
+        ends = [i for i, token in enumerate(tokens) if token in sequence.sampler.ends]
+        if ends:
+            tokens, finished = tokens[: ends[0] + 1], "stop"
+        sequence.tokens += tokens
+        sequence.sampler.observe(tokens)
+        limit = self.target.model.config.position_limit
+        if finished is None and (
+            sequence.remaining <= 0 or (limit and len(sequence.tokens) > limit)
+        ):
+            finished = "length"
+        return Outcome(sequence, tokens, accepted, finished)
+
+    def _account(
+        self,
+        batch: Batch,
+        parts: Sequence[_Part],
+        outcomes: Sequence[Outcome],
+        times: tuple[float, float, float, float],
+    ) -> None:
+        began, drafted, stepped, ended = times
+        for sequence in batch.decoding:
+            sequence.stats.decode_seconds += ended - began
+        for sequence, _ in batch.prefilling:
+            sequence.stats.prefill_seconds += ended - began
+        # a round that was repeated sequence by sequence says nothing about what rounds cost
+        usual = batch.decoding and not batch.prefilling and not any(e.error for e in outcomes)
+        if self.policy is None or not usual:
+            return
+        nodes = sum(len(part.given.tokens) for part in parts)
+        drafts = max((len(part.tree) - 1 for part in parts if part.tree is not None), default=0)
+        seconds = RoundTimes(drafted - began, stepped - drafted, nodes, drafts, ended - stepped)
+        try:
+            self.policy.observe_round(seconds)
+        except Exception:
+            # it is about no sequence, and decides about speed alone
+            _log.warning("the policy did not take the times of a round", exc_info=True)
+
+    def finished(self, sequence: RunningSequence) -> None:
+        try:
+            if self.drafter is not None:
+                self.drafter.finished(sequence)
+        finally:
+            if self.policy is not None:
+                self.policy.release(sequence.slot)
+
+
+def _prompt_piece(sequence: RunningSequence, count: int) -> StepInput:
+    piece = slice(sequence.prefilled, sequence.prefilled + count)
+    given = None if sequence.embeddings is None else sequence.embeddings[piece]
+    every = sequence.params.prompt_logprobs is not None
+    return StepInput(sequence.slot, sequence.tokens[piece], all_logits=every, embeddings=given)

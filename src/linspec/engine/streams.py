@@ -1,0 +1,155 @@
+"""Several callers at once: each has a stream of what its requests get, and whoever waits drives the engine.
+
+    with EngineStreams(engine).open(requests) as stream:
+        for outcome in stream: ...
+
+There is no thread of its own: a caller whose stream is empty takes the engine for one step and hands out what
+that step brought to everyone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
+from linspec.decoding.sequence import RunningSequence
+from linspec.engine.engine import Engine
+from linspec.errors import StateError
+
+
+class EngineStreams:
+    """The streams of one engine; any thread may open one and read it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._turn = threading.Lock()
+        self._open: dict[int, Stream] = {}
+
+    def open(self, requests: Iterable[Request]) -> Stream:
+        """Add `requests`; a stream of their outcomes. Raises what `Engine.add` raises, and adds none then."""
+        self.engine.check_process()
+        stream = Stream(self)
+        try:
+            for request in requests:
+                with self._turn:
+                    handle = self.engine.add(request)
+                    self._open[handle] = stream
+                    stream.add(handle, request.params.n)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def drive(self, stream: Stream) -> None:
+        """Step the engine until `stream` has something, or has nothing to wait for."""
+        while stream.waits:
+            with self._turn:
+                self._turn_for(stream)
+
+    def _turn_for(self, stream: Stream) -> None:
+        # another caller's step may have brought it meanwhile
+        if not stream.waits:
+            return
+        try:
+            outcomes = self.engine.step()
+        except BaseException as error:
+            self._broken(error)
+            raise
+        for outcome in outcomes:
+            self._hand_out(outcome)
+
+    def _hand_out(self, outcome: Outcome) -> None:
+        stream = self._open.get(outcome.sequence.request)
+        if stream is not None:
+            stream.take(outcome)
+
+    def _broken(self, error: BaseException) -> None:
+        """A step that was interrupted may have stopped anywhere: nobody can go on from it."""
+        self.engine.cancel()
+        for stream in set(self._open.values()):
+            stream.broken = error
+        self._open.clear()
+
+    def close(self, stream: Stream) -> None:
+        """Drop what is left of `stream`'s requests."""
+        for handle in list(stream.handles):
+            self.engine.abort(handle)
+            self._open.pop(handle, None)
+            del stream.handles[handle]
+
+
+class Stream:
+    """Outcomes of some `requests` as they come; closing it drops what is left of them."""
+
+    def __init__(self, owner: EngineStreams) -> None:
+        self._owner = owner
+        self._ready: deque[Outcome] = deque()
+        self.requests: list[int] = []
+        # how many sequences of each request have not ended, and those that have
+        self.handles: dict[int, int] = {}
+        self._ended: set[int] = set()
+        self.broken: BaseException | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something to come and nothing there."""
+        return bool(self.handles) and not self._ready and self.broken is None
+
+    def add(self, handle: int, sequences: int) -> None:
+        """Wait for a further request."""
+        self.requests.append(handle)
+        self.handles[handle] = sequences
+
+    def take(self, outcome: Outcome) -> None:
+        """Put an outcome there."""
+        self._ready.append(outcome)
+        if outcome.finished:
+            self._end(outcome.sequence)
+
+    def drop(self, sequence: RunningSequence) -> Exception | None:
+        """The caller has enough of `sequence`; returns the error of a plug-in that could not let go of it."""
+        error = self._owner.engine.retire(sequence)
+        self._end(sequence)
+        self._ready = deque(each for each in self._ready if each.sequence is not sequence)
+        return error
+
+    def _end(self, sequence: RunningSequence) -> None:
+        handle = sequence.request
+        if handle not in self.handles or sequence.number in self._ended:
+            return
+        self._ended.add(sequence.number)
+        self.handles[handle] -= 1
+        if not self.handles[handle]:
+            del self.handles[handle]
+
+    def __iter__(self) -> Iterator[Outcome]:
+        while True:
+            self._owner.drive(self)
+            if self._ready:
+                yield self._ready.popleft()
+            elif self.broken is not None:
+                raise StateError(
+                    "another caller of this engine was interrupted in the middle of a step, so this request "
+                    "cannot go on; ask again"
+                ) from self.broken
+            else:
+                return
+
+    def close(self) -> None:
+        """Drop what is left; closing again changes nothing."""
+        self._owner.close(self)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,133 @@
+/* The end of a mixer: the chunks of a node put together, the sums of closed groups, the convolution.
+ * Part of every isa_*.c. */
+
+/* Add a later chunk to the sums of all before it. */
+static void merge_chunk(const ls_mixer *m, float *out, softmax_state *state, const float *more,
+                 const softmax_state *later) {
+    float keep = 1.0f, scale = 1.0f;
+    if (!m->squared_relu) {
+        if (later->sum == 0.0f) return; /* its rows are behind this node */
+        float max = state->max > later->max ? state->max : later->max;
+        keep = vf_exp(vf_set1(state->max - max))[0];
+        scale = vf_exp(vf_set1(later->max - max))[0];
+        *state = (softmax_state){max, state->sum * keep + later->sum * scale};
+    }
+    for (int i = 0; i < m->width; i++) out[i] = out[i] * keep + more[i] * scale;
+}
+
+/* rows of groups that close on the path to this node */
+static void add_closing_rows(const ls_mixer *m, const float *keys, const float *values,
+                             const visible_rows *v, const float *features, float *out) {
+    float key[LS_MAX_HEAD_WIDTH];
+    for (int i = m->summed; i < v->first; i++) {
+        int64_t row = row_at(m, v, i);
+        memcpy(key, keys + row * m->width, sizeof(float) * (size_t)m->width);
+        if (!m->squared_relu) normalize(key, m->width);
+        float weight = vf_sum(dot_lanes(features, key, m->width));
+        for (int c = 0; c < m->width; c++) out[c] += weight * values[row * m->width + c];
+    }
+}
+
+/* see ls_ops: a few lines of the sums at a time, each with a column of the keys as weights */
+static void fold_rows(const ls_mixer *m, int head, int first, int last, float *sums) {
+    const float *keys = (const float *)(m->keys + head * m->key_stride);
+    const float *values = (const float *)(m->values + head * m->value_stride);
+    for (int64_t row = first; row < last; row += BLOCK) {
+        int count = last - row < BLOCK ? (int)(last - row) : BLOCK;
+        const float *key = keys + row * m->width;
+        float scales[BLOCK], columns[MAX_ACCUMULATORS][BLOCK];
+        for (int i = 0; i < count; i++)
+            scales[i] = m->squared_relu ? 1.0f : inverse_length(key + i * m->width, m->width);
+        const char *value = (const char *)(values + row * m->width);
+        source rows = {value, NULL, m->row_bytes, count, m->width, 0, 0};
+        for (int line = 0, lines; line < m->width; line += lines) {
+            accumulator to[MAX_ACCUMULATORS] = {{0}};
+            lines = m->width - line < MAX_ACCUMULATORS ? m->width - line : MAX_ACCUMULATORS;
+            for (int t = 0; t < lines; t++) {
+                for (int i = 0; i < count; i++)
+                    columns[t][i] = key[(int64_t)i * m->width + line + t] * scales[i];
+                to[t] = (accumulator){sums + (int64_t)(line + t) * m->width, columns[t], 1.0f};
+            }
+            accumulate(&rows, to, lines);
+        }
+    }
+}
+
+/* the sums over closed groups, for up to MAX_ACCUMULATORS queries at once */
+static void add_closed_sums(const ls_mixer *m, int head, const visible_rows *const *visible,
+                            const float *const *q, float *const *out, int count) {
+    float features[MAX_ACCUMULATORS][LS_MAX_HEAD_WIDTH];
+    accumulator to[MAX_ACCUMULATORS] = {{0}};
+    const float *keys = (const float *)(m->keys + head * m->key_stride);
+    const float *values = (const float *)(m->values + head * m->value_stride);
+    for (int t = 0; t < count; t++) {
+        memcpy(features[t], q[t], sizeof(float) * (size_t)m->width);
+        if (!m->squared_relu) normalize(features[t], m->width);
+        for (int i = 0; i < m->width; i++) features[t][i] *= m->alpha;
+        to[t] = (accumulator){out[t], features[t], 1.0f};
+    }
+    int64_t bytes = (int64_t)m->width * (int64_t)sizeof(float);
+    const char *rows = (const char *)m->sums + head * m->width * bytes;
+    source sums = {rows, NULL, bytes, m->width, m->width, 0, 0};
+    accumulate(&sums, to, count);
+    for (int t = 0; t < count; t++)
+        add_closing_rows(m, keys, values, visible[t], features[t], out[t]);
+}
+
+/* causal convolution over the values of a node and its nearest ancestors, for its heads */
+static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, float *out) {
+    int repeats = m->heads / m->kv_heads;
+    const char *values = m->values + head * m->value_stride;
+    for (int first = 0; first < m->taps; first += BLOCK) {
+        int32_t indices[BLOCK];
+        float weights[BLOCK];
+        int count = m->taps - first < BLOCK ? m->taps - first : BLOCK;
+        for (int i = 0; i < count; i++) indices[i] = row_at(m, v, v->count - 1 - first - i);
+        source rows = {values, indices, m->row_bytes, count, m->width, m->quantized, 0};
+        for (int r = 0; r < repeats; r++) {
+            const float *taps = m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first;
+            for (int i = 0; i < count; i++)
+                weights[i] = taps[i] * (m->quantized ? row_scale(values, indices[i], m) : 1.0f);
+            accumulator one = {out + r * m->width, weights, 1.0f};
+            accumulate(&rows, &one, 1);
+        }
+    }
+}
+
+/* One query: its output from its partial sums. */
+static void merge_chunks(const ls_mixer *m, int index, int count, int chunks, float *partials,
+                         float *out) {
+    size_t size = (size_t)count * (size_t)(m->width + 2);
+    float *sum = partials + (size_t)index * m->width;
+    softmax_state *state = (softmax_state *)(partials + (size_t)count * m->width) + index;
+    for (int c = 1; c < chunks; c++)
+        merge_chunk(m, sum, state, sum + c * size, (softmax_state *)((float *)state + c * size));
+    float scale = m->squared_relu ? 1.0f : 1.0f / state->sum;
+    for (int i = 0; i < m->width; i++) out[i] = sum[i] * scale;
+}
+
+/* see ls_ops */
+static void combine_chunks(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
+                           float *partials, float *out, int64_t out_stride, void *scratch) {
+    int repeats = m->heads / m->kv_heads, queries = m->nodes * repeats, pending = 0;
+    visible_rows *visible = scratch;
+    const visible_rows *seen[MAX_ACCUMULATORS];
+    const float *q_at[MAX_ACCUMULATORS];
+    float *out_at[MAX_ACCUMULATORS];
+    for (int n = 0; n < m->nodes; n++) find_visible(m, n, visible + n);
+    for (int i = 0; i < queries; i++) {
+        int n = i / repeats, column = (head * repeats + i % repeats) * m->width;
+        float *at = out + n * out_stride + column;
+        merge_chunks(m, i, queries, chunks, partials, at);
+        if (!m->sums) continue;
+        seen[pending] = visible + n;
+        q_at[pending] = q + n * q_stride + column;
+        out_at[pending++] = at;
+        if (pending == MAX_ACCUMULATORS || i == queries - 1) {
+            add_closed_sums(m, head, seen, q_at, out_at, pending);
+            pending = 0;
+        }
+    }
+    for (int n = 0; m->taps && n < m->nodes; n++)
+        add_convolution(m, head, visible + n, out + n * out_stride + head * repeats * m->width);
+}

@@ -1,0 +1,278 @@
+"""What Python and C share: constants, and the structures that cross the border. Declared here, once.
+
+`csrc/structs.h` is written from this table, and the library says where its compiler put every field:
+
+    python -m linspec.kernels.cpu.structs > src/linspec/kernels/cpu/csrc/structs.h
+    LinearStruct(kind=INT8, ...)     # as ctypes has it
+"""
+
+from __future__ import annotations
+
+import ctypes
+import textwrap
+import zlib
+from collections.abc import Callable
+from ctypes import POINTER, c_float, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any, NamedTuple, TypeVar
+
+from linspec.decoding.step import MAX_STAGED
+from linspec.errors import StateError
+from linspec.quantization.codes import GROUP
+
+# raised with every change of what Python relies on and no structure shows
+ABI = 6
+TILE = 32
+F32, BF16, INT8, INT4 = range(4)
+MAX_HEAD_WIDTH = 512
+MAX_NODES = MAX_STAGED
+
+CONSTANTS = (
+    ("LS_ABI", ABI, "of this table and the functions"),
+    ("LS_TILE", TILE, "output channels of a tile"),
+    ("LS_GROUP", GROUP, "inputs that share a scale in int4 weights"),
+    ("LS_F32", F32, "kinds of weights"),
+    ("LS_BF16", BF16, ""),
+    ("LS_INT8", INT8, ""),
+    ("LS_INT4", INT4, ""),
+    ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
+    ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
+)
+
+
+class Field(NamedTuple):
+    """One line of a structure: the names that have a C type, and what they are."""
+
+    type: str
+    names: str
+    comment: str = ""
+
+
+class Whole:
+    """A whole number of a structure, checked: ctypes itself cuts off high bits without a word."""
+
+    def __init__(self, field: Any, name: str, bits: int) -> None:
+        self.field, self.name, self.most = field, name, 2 ** (bits - 1)
+
+    def __get__(self, struct: Any, owner: type) -> Any:
+        return self.field.__get__(struct, owner)
+
+    def __set__(self, struct: Any, value: int) -> None:
+        if not -self.most <= value < self.most:
+            raise StateError(
+                f"{self.name} is {value}, which the kernels cannot count; use a smaller model or a "
+                "shorter text"
+            )
+        self.field.__set__(struct, value)
+
+
+class Struct(ctypes.Structure):
+    """A structure of the C side; its docstring is the comment there."""
+
+
+class Declared(NamedTuple):
+    """A structure under its name in C."""
+
+    name: str
+    fields: tuple[Field, ...]
+    struct: type[Struct]
+
+
+STRUCTS: list[Declared] = []
+# addresses of tensors are plain; of numbers and structures ctypes keeps what they point to alive
+_TYPES: dict[str, Any] = {
+    "int32_t": c_int32,
+    "int64_t": c_int64,
+    "float": c_float,
+    **dict.fromkeys(("const void *", "char *", "float *", "const float *"), c_void_p),
+    "int32_t *": POINTER(c_int32),
+    "const int32_t *": POINTER(c_int32),
+    "const uint64_t *": POINTER(c_uint64),
+    "const float *const *": POINTER(c_void_p),
+}
+S = TypeVar("S", bound=type[Struct])
+
+
+def declared(name: str, *fields: Field) -> Callable[[S], S]:
+    """Give a class the fields of the C structure `name`, in this order."""
+
+    def declare(struct: S) -> S:
+        struct._fields_ = [(n, _TYPES[field.type]) for field in fields for n in field.names.split()]
+        for field in fields:
+            if field.type in ("int32_t", "int64_t"):
+                for n in field.names.split():
+                    bits = 8 * ctypes.sizeof(_TYPES[field.type])
+                    setattr(struct, n, Whole(getattr(struct, n), n, bits))
+        STRUCTS.append(Declared(name, fields, struct))
+        _TYPES[f"const {name} *"] = POINTER(struct)
+        _TYPES[f"const {name} *const *"] = POINTER(POINTER(struct))
+        return struct
+
+    return declare
+
+
+@declared(
+    "ls_linear",
+    Field("int32_t", "kind inputs outputs padded", "padded: inputs rounded up to whole groups"),
+    Field("const void *", "weights"),
+    Field(
+        "const float *", "scales bias", "scales [tiles * 32] are for int8 only; bias may be null"
+    ),
+)
+class LinearStruct(Struct):
+    """One linear layer. Weights by kind, for every tile in turn:
+    f32, bf16  [inputs][32]
+    int8       [padded / 4][32][4] bytes of code + 128
+    int4       [padded / 32] groups of { bf16 scale [32], [4][32][4] bytes }: byte (q, c, i) has code
+               + 8 of input 4 q + i in its low half and of input 16 + 4 q + i in its high half"""
+
+
+@declared(
+    "ls_layer",
+    Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
+    Field("int32_t", "state", "kind of state, an index into `committed` of an input"),
+    Field("int32_t", "squared_relu", "weights relu(q.k)^2 of unit features instead of a softmax"),
+    Field("int32_t", "taps conv_history", "of the convolution; value rows before the first row"),
+    Field("float", "alpha", "factor on the sums"),
+    Field("const float *", "conv_weights", "[heads][taps]"),
+    Field("const float *", "mixer_norm mlp_norm q_norm k_norm", "the last two may be null"),
+    Field("const ls_linear *", "qkv out gate_up down"),
+    Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
+    Field("const float *", "sums", "[slots][kv_heads][head_width][head_width], null without"),
+    Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
+    Field("int32_t", "quantized row_bytes", "rows are int8 codes and a scale; bytes of a row"),
+)
+class LayerStruct(Struct):
+    """A block: what its mixer does, its weights, and where its state is."""
+
+
+@declared(
+    "ls_decoder",
+    Field("int32_t", "layers width heads kv_heads head_width mlp_width vocabulary"),
+    Field("int32_t", "embedding_kind", "LS_F32 or LS_BF16"),
+    Field("float", "eps", "of the norms"),
+    Field("const void *", "embedding", "[vocabulary][width]"),
+    Field("const float *", "final_norm"),
+    Field("const ls_linear *", "head"),
+    Field("const ls_layer *", "layer"),
+)
+class DecoderStruct(Struct):
+    """A whole decoder."""
+
+
+@declared(
+    "ls_step_input",
+    Field("int32_t", "slot first", "first: the row of its first new node among those of the step"),
+    Field("int32_t", "nodes staged", "new nodes; staged rows after this step, the new ones last"),
+    Field("const int32_t *", "committed", "rows in each kind of state"),
+    Field("const uint64_t *", "ancestors", "[staged]: bit i says that staged row i is seen"),
+)
+class InputStruct(Struct):
+    """The new nodes of one slot."""
+
+
+@declared(
+    "ls_batch",
+    Field("int32_t", "rows inputs outputs", "new nodes, slots that they are of, logits asked for"),
+    Field("int32_t", "chained", "inputs are pieces of one prompt, each behind the one before"),
+    Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the rotary table"),
+    Field("const int32_t *", "output_rows", "[outputs]"),
+    Field("const float *", "cosines sines", "[positions][head_width]"),
+    Field("const ls_step_input *", "input"),
+    Field("float *", "hidden logits", "[outputs][width], [outputs][vocabulary]"),
+)
+class BatchStruct(Struct):
+    """What one step is to compute, and where the results go."""
+
+
+@declared(
+    "ls_heads",
+    Field("int32_t", "heads blocks width inner vocabulary"),
+    Field("int32_t", "shared", "all heads have the first output layer"),
+    Field("const ls_linear *const *", "first", "[blocks][heads]: width -> inner"),
+    Field("const ls_linear *const *", "back", "[blocks][heads]: inner -> width"),
+    Field("const ls_linear *const *", "out", "[heads], or one"),
+)
+class HeadsStruct(Struct):
+    """Medusa heads, see heads.c: x += W2 silu(W1 x + b) for every block, then the output layer. Where
+    `back` is null a block is x += silu(W1 x + b) and `inner` is `width`. All layers of one list are
+    alike."""
+
+
+@declared(
+    "ls_guess",
+    Field("int32_t", "rows heads top", "the `top` likeliest tokens of the first `heads` heads"),
+    Field("const float *const *", "hidden", "[rows]: where each hidden state [width] is"),
+    Field("int32_t *", "tokens", "[rows][heads][top], likeliest first"),
+)
+class GuessStruct(Struct):
+    """What Medusa heads are asked."""
+
+
+def layout() -> list[int]:
+    """This table as a number, then the size of every structure and the offset of every field."""
+    numbers = [_checksum()]
+    for each in STRUCTS:
+        numbers.append(ctypes.sizeof(each.struct))
+        numbers += [getattr(each.struct, name).offset for name in _names(each)]
+    return numbers
+
+
+def _names(each: Declared) -> list[str]:
+    return [name for field in each.fields for name in field.names.split()]
+
+
+def _checksum() -> int:
+    """Of all that is declared here: fields of one size could change places unseen."""
+    return zlib.crc32(repr((CONSTANTS, [each[:2] for each in STRUCTS])).encode()) >> 1
+
+
+def header() -> str:
+    """The text of `csrc/structs.h`."""
+    lines = [
+        "/* Written from kernels/cpu/structs.py, where it is changed; see there. */",
+        "#ifndef LINSPEC_STRUCTS_H",
+        "#define LINSPEC_STRUCTS_H",
+        "",
+        "#include <stddef.h>",
+        "#include <stdint.h>",
+        "",
+        *(_behind(f"#define {name} {value}", comment) for name, value, comment in CONSTANTS),
+        *(line for each in STRUCTS for line in _struct_lines(each)),
+        "",
+        "/* what `layout` of structs.py says, as this compiler has it */",
+        "#define LS_LAYOUT \\",
+        *_layout_lines(),
+        "",
+        "#endif",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _struct_lines(each: Declared) -> list[str]:
+    comment = textwrap.dedent("    " + (each.struct.__doc__ or "")).strip().split("\n")
+    lines = ["", "/* " + "\n * ".join(comment) + " */", "typedef struct {"]
+    for field in each.fields:
+        pointer = field.type.endswith("*")
+        kind = field.type.removesuffix("*").rstrip() if pointer else field.type
+        names = ", ".join(f"*{name}" if pointer else name for name in field.names.split())
+        lines.append(_behind(f"    {kind} {names};", field.comment))
+    return [*lines, f"}} {each.name};"]
+
+
+def _layout_lines() -> list[str]:
+    lines = [f"    {_checksum()},"]
+    for each in STRUCTS:
+        offsets = "".join(f", offsetof({each.name},{name})" for name in _names(each))
+        text = f"sizeof({each.name}){offsets},"
+        wrapped = textwrap.wrap(text, 90, initial_indent="    ", subsequent_indent="        ")
+        lines += [line.replace(f"({each.name},", f"({each.name}, ") for line in wrapped]
+    lines[-1] = lines[-1].rstrip(",")
+    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+
+
+def _behind(code: str, comment: str) -> str:
+    return f"{code:<44} /* {comment} */" if comment else code
+
+
+if __name__ == "__main__":
+    print(header(), end="")

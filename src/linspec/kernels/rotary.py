@@ -1,0 +1,17 @@
+"""Rotary positions: the factors that turn queries and keys."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary_factors(
+    frequencies: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cos, ∓sin) of the angles of `positions`, positions.shape + [K] each; the angles are float32.
+
+    frequencies: [K / 2]. The sign of the second belongs to the halves that a rotation swaps.
+    """
+    angle = positions[..., None].float() * frequencies
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

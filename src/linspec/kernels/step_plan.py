@@ -1,0 +1,136 @@
+"""A decoder as kernels see it: numbers and tensors, with no module, mixer or state.
+
+    plan = step_plan(model)       # by models/step_plan.py, which alone knows both sides
+    print(why_not(plan))          # by a kernel: None, or what it does not compute
+
+A plan says what a model is, not what a kernel can do, so that every kernel takes the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from linspec.decoding.tree import Shape
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearPlan:
+    """x Wᵀ + b with packed weights.
+
+    kind, weights and scales: as `kernels/cpu/pack.py` makes them. bias [outputs].
+    """
+
+    kind: int
+    outputs: int
+    inputs: int
+    weights: torch.Tensor
+    scales: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a node reads from the rows of its slot.
+
+    window: nearest rows that it sees; 0 is all. group, span: rows of a group, and how many groups it
+    sees exactly, its own included; group 0 is one group of all rows. squared_relu: weights relu(q·k)²
+    of unit features instead of a softmax. alpha: factor on what the sums of older groups give.
+    """
+
+    window: int = 0
+    group: int = 0
+    span: int = 1
+    squared_relu: bool = False
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPlan:
+    """A block: mixer and MLP, each behind its norm.
+
+    mixer: its name; attention: None for a mixer that is not an `AttentionPlan`. Linear layers are None
+    where the weights are not packed; gate_up has the outputs of both, the gate first. conv_weights:
+    [heads, taps] of the convolution over values, None without. q_norm and k_norm [head_width]: None
+    without.
+    """
+
+    mixer: str
+    attention: AttentionPlan | None
+    mixer_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    conv_weights: torch.Tensor | None
+    qkv: LinearPlan | None
+    out: LinearPlan | None
+    gate_up: LinearPlan | None
+    down: LinearPlan | None
+
+    @property
+    def linears(self) -> tuple[LinearPlan | None, ...]:
+        """The linear layers in the order in which a step needs them."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """A whole decoder.
+
+    norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width];
+    final_norm [width]. frequencies [head_width / 2]: of the rotary positions, None without.
+    score_scale: factor on q·k ahead of a softmax; logit_scale: on the final hidden states.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    vocabulary: int
+    norm: str
+    norm_eps: float
+    positions: str
+    activation: str
+    gated_mlp: bool
+    embedding: torch.Tensor
+    final_norm: torch.Tensor
+    frequencies: torch.Tensor | None
+    score_scale: float
+    logit_scale: float
+    head: LinearPlan | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerBuffers:
+    """Where the state of a layer is.
+
+    kind: layers of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
+    Hkv, conv_history + C, .]: committed rows, then staged rows; sums [slots, Hkv, K, V] or None.
+    quantized: rows are int8 codes and a scale.
+    """
+
+    kind: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    sums: torch.Tensor | None
+    conv_history: int
+    quantized: bool
+
+
+@dataclass(slots=True)
+class NewNodes:
+    """The new nodes of one slot in a step.
+
+    shape: of all that the slot has staged then, the new nodes last. committed: its rows in the state
+    of each kind.
+    """
+
+    slot: int
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    shape: Shape
+    committed: Sequence[int]

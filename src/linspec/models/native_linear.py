@@ -1,0 +1,85 @@
+"""A linear layer of packed weights; what multiplies by them is `kernels/cpu/linear.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from linspec.kernels.cpu.library import load
+from linspec.kernels.cpu.linear import (
+    linear,
+    linear_by_torch,
+    linear_struct,
+    plain_weight,
+    without_weights,
+)
+from linspec.kernels.cpu.structs import LinearStruct
+from linspec.kernels.cpu.threads import native_threads
+from linspec.kernels.step_plan import LinearPlan
+
+
+class NativeLinear(nn.Module):
+    """x Wᵀ + b with packed weights; inference only.
+
+    `packed` and `scales` are as `pack` makes them for `kind`. Without the compiled library the product
+    is computed by torch from the unpacked weights.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        kind: int,
+        outputs: int,
+        inputs: int,
+        packed: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.out_features, self.in_features = kind, outputs, inputs
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self._struct: LinearStruct | None = None
+        self._plain: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, kind: int, outputs: int, inputs: int, bias: bool) -> NativeLinear:
+        """A layer without memory (device meta), for weights that are loaded later."""
+        plan = without_weights(kind, outputs, inputs, bias)
+        return cls(kind, outputs, inputs, plan.weights, plan.scales, plan.bias)
+
+    def plan(self) -> LinearPlan:
+        """This layer as kernels see it."""
+        return LinearPlan(
+            self.kind, self.out_features, self.in_features, self.packed, self.scales, self.bias
+        )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The float32 weights [outputs, inputs] that the packed ones stand for; a new tensor."""
+        return plain_weight(self.plan())
+
+    def struct(self) -> LinearStruct:
+        """What the C side needs to know; valid as long as this layer's tensors stay."""
+        # weights that are loaded later replace the first ones
+        if self._struct is None or self._struct.weights != self.packed.data_ptr():
+            self._struct = linear_struct(self.plan())
+        return self._struct
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        library = load().library
+        rows = x.reshape(-1, self.in_features)
+        if library is None:
+            if self._plain is None:
+                self._plain = self.weight
+            y = linear_by_torch(self.kind, self._plain, self.bias, rows)
+            return y.view(*x.shape[:-1], self.out_features)
+        rows = rows.float()
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = linear(library, self.struct(), rows, native_threads())
+        return y.view(*x.shape[:-1], self.out_features)

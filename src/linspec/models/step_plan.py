@@ -1,0 +1,198 @@
+"""A decoder and its state, described to the kernels: the one file that knows both sides.
+
+step = one_call(model)                # None where the model has to run layer by layer
+print(why_not(model))                 # the reason
+hidden, logits = step.run(inputs, shapes, positions, outputs, state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from linspec.decoding.step import MAX_STAGED, StepInput
+from linspec.decoding.tree import Shape
+from linspec.kernels.cpu.step import CpuStep
+from linspec.kernels.cpu.step import why_not as why_not_on_cpu
+from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
+from linspec.mixers.rope import inverse_frequencies
+from linspec.models.block import Block
+from linspec.models.native_linear import NativeLinear
+from linspec.state.sequence_states import SequenceStates
+
+if TYPE_CHECKING:
+    from linspec.models.decoder import Decoder
+
+
+def one_call(model: Decoder) -> OneCall | None:
+    """The one-call form of a model in its inference form; None if `why_not` has a reason."""
+    if _other_blocks(model):
+        return None
+    plan = step_plan(model)
+    return None if why_not_on_cpu(plan) else OneCall(CpuStep(plan))
+
+
+def why_not(model: Decoder) -> str | None:
+    """Why a model in its inference form has to run layer by layer; None if one call can do it."""
+    others = _other_blocks(model)
+    if others:
+        return f"{', '.join(others)} has no plan for a step in one call"
+    return why_not_on_cpu(step_plan(model))
+
+
+def _other_blocks(model: Decoder) -> list[str]:
+    """Kinds of blocks that are more, or something else, than a mixer and an MLP."""
+    return sorted({type(block).__name__ for block in model.layers if type(block) is not Block})
+
+
+def step_plan(model: Decoder) -> StepPlan:
+    """A model of plain blocks, in its inference form, as kernels see it."""
+    config = model.config
+    turned = config.positions == "rope"
+    return StepPlan(
+        layers=tuple(_layer(block) for block in model.layers),
+        width=config.width,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        head_width=config.head_width,
+        mlp_width=config.mlp_width,
+        vocabulary=config.vocab_size,
+        norm=config.norm,
+        norm_eps=config.norm_eps,
+        positions=config.positions,
+        activation=config.activation,
+        gated_mlp=config.gated_mlp,
+        embedding=model.embed.weight,
+        final_norm=_weight(model.norm),
+        frequencies=inverse_frequencies(config.rope, config.head_width) if turned else None,
+        score_scale=config.score_scale,
+        logit_scale=config.logit_scale,
+        head=_linear(model.head),
+    )
+
+
+def _layer(block: Block) -> LayerPlan:
+    mixer, mlp = block.mixer, block.mlp
+    return LayerPlan(
+        mixer=mixer.mixer.name,
+        attention=mixer.attention_plan(),
+        mixer_norm=_weight(block.mixer_norm),
+        mlp_norm=_weight(block.mlp_norm),
+        q_norm=mixer.q_norm.weight if mixer.config.qk_norm else None,
+        k_norm=mixer.k_norm.weight if mixer.config.qk_norm else None,
+        conv_weights=mixer.taps if mixer.mixer.taps else None,
+        qkv=_linear(mixer.qkv),
+        out=_linear(mixer.o),
+        gate_up=_linear(mlp.gate_up),
+        down=_linear(mlp.down),
+    )
+
+
+def _linear(layer: nn.Module | None) -> LinearPlan | None:
+    return layer.plan() if isinstance(layer, NativeLinear) else None
+
+
+def _weight(norm: nn.Module) -> torch.Tensor:
+    return cast(torch.Tensor, norm.weight)
+
+
+class OneCall:
+    """The steps of one decoder through a kernel, against whatever state they come with."""
+
+    def __init__(self, kernel: CpuStep) -> None:
+        self.kernel = kernel
+        self._placed: tuple[Any, ...] = ()
+
+    def run(
+        self,
+        inputs: Sequence[StepInput],
+        shapes: Sequence[Shape],
+        positions: Sequence[Sequence[int]],
+        outputs: Sequence[int],
+        state: SequenceStates,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all new nodes, packed.
+
+        shapes: of all that each slot has staged then; positions: of the new nodes of each input.
+        Inputs are all trees or all longer chains. Keys and values are staged in `state`, which must
+        have room; recording them is the caller's.
+        """
+        nodes = [
+            NewNodes(each.slot, each.tokens, at, shape, _committed(state, each.slot))
+            for each, shape, at in zip(inputs, shapes, positions, strict=True)
+        ]
+        if len(nodes[0].tokens) > MAX_STAGED:
+            return self._run_chains(nodes, outputs, state)
+        # sizes too: a new state may lie where an old one was
+        placed = tuple(
+            (rows.data_ptr(), rows.shape)
+            for part in state.parts
+            for rows in (part.keys, part.values, part.sums)
+        )
+        if placed != self._placed:
+            # known when it is done: a process may be forked half-way
+            self._placed = ()
+            self.kernel.place(_buffers(state))
+            self._placed = placed
+        return self.kernel.run(nodes, outputs)
+
+    def _run_chains(
+        self, nodes: Sequence[NewNodes], outputs: Sequence[int], state: SequenceStates
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other; their rows are staged aside, as `stage_long` of a state does."""
+        self._placed = ()
+        results, first = [], 0
+        for new in nodes:
+            rows = range(first, first + len(new.tokens))
+            self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
+            # what is staged aside is the only slot there
+            new.slot = 0
+            results.append(
+                self.kernel.run_chain(new, [row - first for row in outputs if row in rows])
+            )
+            first = rows.stop
+        hidden, logits = zip(*results, strict=True)
+        return torch.cat(hidden), torch.cat(logits)
+
+
+def _committed(state: SequenceStates, slot: int) -> list[int]:
+    """Rows of `slot` in the state of each kind of layer."""
+    return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
+
+
+def _buffers(state: SequenceStates) -> list[LayerBuffers]:
+    """Where every layer finds its rows."""
+    return [
+        LayerBuffers(
+            kind=state.parts.index(part),
+            keys=part.keys[index],
+            values=part.values[index],
+            sums=part.sums[index] if part.sums.numel() else None,
+            conv_history=part.spec.conv_history,
+            quantized=part.entries.quantized,
+        )
+        for part, index in state.layers
+    ]
+
+
+def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[LayerBuffers]:
+    """Where every layer finds the rows of one slot, with room for a chain of `new` nodes."""
+    rooms = [iter(part.room_aside(slot, new)) for part in state.parts]
+    buffers = []
+    for part, index in state.layers:
+        kind = state.parts.index(part)
+        keys, values = next(rooms[kind])
+        buffers.append(
+            LayerBuffers(
+                kind=kind,
+                keys=keys[None],
+                values=values[None],
+                sums=part.sums[index, slot] if part.sums.numel() else None,
+                conv_history=part.spec.conv_history,
+                quantized=part.entries.quantized,
+            )
+        )
+    return buffers

@@ -1,0 +1,157 @@
+"""Everything that a linearization is asked for, as one object: which mixers, which text, which training.
+
+recipe = LinearizeRecipe.of(mixer="aug", exact_tokens=256, tokens=500_000)
+linearize("embedded-softmax", "student", recipe)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linspec.errors import ConfigError, WrongType
+from linspec.mixers.config import MixerConfig
+from linspec.train.data import check_sources
+from linspec.train.encoder_training import EncoderTraining
+from linspec.train.linearize_config import LinearizeConfig
+from linspec.train.student import DEFAULT_GROUP, make_mixer
+from linspec.utils.messages import did_you_mean
+from linspec.utils.sizes import check_size
+
+# names of 0.1.0, which still work
+OLD_NAMES = {"rows": "exact_tokens"}
+Training = LinearizeConfig | EncoderTraining | Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearizeRecipe:
+    """How a softmax checkpoint becomes one with other mixers; checked when it is made.
+
+    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group` (64, or 32 for an
+    encoder), `span`, `kernel`, `taps`, `window`, `features`, `keep` and `mixer_seed` (see
+    `make_mixer`), or a MixerConfig. span: may give one for each layer. exact_tokens: with kernel
+    softmax and no span given, tokens that a layer sees exactly in the mean (384 if None); measured on
+    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
+    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see far
+    most. A mixer that changes nothing trains the teacher on (see `continue_training`).
+
+    data, field: see `load_documents`; what is held out of it is not trained on. config: how long
+    and how to train; a mapping gives some settings of LinearizeConfig and leaves the others to the
+    kind of model. dtype: of the saved weights, None for that of the source.
+    """
+
+    mixer: str | MixerConfig = "aug"
+    group: int | None = None
+    taps: int | None = None
+    window: int | None = None
+    span: int | Sequence[int] | None = None
+    exact_tokens: int | None = None
+    kernel: str | None = None
+    features: int = 0
+    keep: int = 0
+    mixer_seed: int = 0
+    keep_softmax: Sequence[int] = ()
+    softmax_layers: int = 0
+    config: Training = field(default_factory=dict)
+    data: Sequence[str | Path] = ("stdlib",)
+    field: str = "text"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.exact_tokens is not None:
+            check_size("exact_tokens", self.exact_tokens)
+        check_size("softmax_layers", self.softmax_layers, least=0)
+        check_sources(self.data)
+        self.mixer_config()
+        if isinstance(self.config, Mapping):
+            LinearizeConfig(**self.config)
+
+    @classmethod
+    def of(cls, recipe: LinearizeRecipe | None = None, **options: Any) -> LinearizeRecipe:
+        """`recipe`, or the default one, with other options: its own and those of its training.
+
+        Raises WrongType for an unknown one, ConfigError for what breaks a rule.
+        """
+        for old, new in OLD_NAMES.items():
+            if old in options:
+                warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=3)
+                options[new] = options.pop(old)
+        own, trained = _names(cls), _names(LinearizeConfig)
+        for name in options:
+            if name not in own and name not in trained:
+                known = sorted({*own, *trained})
+                raise WrongType(
+                    f"linearize has no option {name!r}; known: {', '.join(known)}"
+                    f"{did_you_mean(name, known)}"
+                )
+        chosen = {name: value for name, value in options.items() if name in own}
+        # `config=None` stands for the default
+        chosen = {k: v for k, v in chosen.items() if k != "config" or v is not None}
+        made = replace(recipe or cls(), **chosen)
+        changed = {name: value for name, value in options.items() if name not in own}
+        return replace(made, config=_changed(made.config, changed)) if changed else made
+
+    def mixer_config(self, group: int = DEFAULT_GROUP) -> MixerConfig:
+        """The mixer of every layer that changes. group: where neither mixer nor recipe says one."""
+        return make_mixer(
+            self.mixer,
+            group=group if self.group is None else self.group,
+            span=self.span if isinstance(self.span, int) else None,
+            kernel=self.kernel,
+            taps=self.taps,
+            window=self.window,
+            features=self.features,
+            keep=self.keep,
+            seed=self.mixer_seed,
+        )
+
+    @property
+    def training(self) -> LinearizeConfig:
+        """How a model that generates is trained; not completed yet."""
+        if isinstance(self.config, EncoderTraining):
+            raise ConfigError(
+                "EncoderTraining is how encoders are trained, and this source generates text; give "
+                "a LinearizeConfig"
+            )
+        if isinstance(self.config, LinearizeConfig):
+            return self.config
+        return LinearizeConfig(**self.config)
+
+    @property
+    def encoder_training(self) -> EncoderTraining:
+        """How an encoder is trained."""
+        if isinstance(self.config, EncoderTraining):
+            return self.config
+        if isinstance(self.config, LinearizeConfig):
+            return EncoderTraining.of(self.config.chosen())
+        return EncoderTraining.of(self.config)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types: what was asked for, as linearize.json keeps it."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        found["data"] = [str(source) for source in self.data]
+        found["keep_softmax"] = list(self.keep_softmax)
+        found["span"] = list(self.span) if isinstance(self.span, Sequence) else self.span
+        found["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        found["mixer"] = asdict(self.mixer) if isinstance(self.mixer, MixerConfig) else self.mixer
+        found["config"] = self.config if isinstance(self.config, Mapping) else asdict(self.config)
+        return found
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return {each.name for each in fields(kind)}
+
+
+def _changed(config: Training, options: Mapping[str, Any]) -> Training:
+    """A training with other settings."""
+    if isinstance(config, Mapping):
+        return {**config, **options}
+    strange = sorted(options.keys() - _names(type(config)))
+    if strange:
+        raise ConfigError(f"{type(config).__name__} has no {', '.join(strange)}; leave it out")
+    return replace(config, **options)

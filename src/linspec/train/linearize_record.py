@@ -1,0 +1,51 @@
+"""Where a linearization may write, and the files that say what was done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from linspec.checkpoints.hub import resolve
+from linspec.train.linearize_recipe import LinearizeRecipe
+from linspec.train.loop import log_lines, mean_loss
+from linspec.utils.format_version import stamped
+from linspec.utils.places import Place, as_path
+
+RECORD = "linearize.json"
+
+
+def output_place(
+    out: str | Path, source: str | Path, data: Sequence[str | Path], overwrite: bool
+) -> Place:
+    """Where a linearization of `source` may write."""
+    inputs = (resolve(source),)
+    return Place(as_path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
+
+
+def record_files(
+    recipe: LinearizeRecipe,
+    plan: dict[str, Any],
+    logs: dict[str, list[dict[str, float]]],
+    size: int,
+    **facts: Any,
+) -> dict[str, str]:
+    """The files that say what was done: linearize.json, with further facts, and log.jsonl.
+
+    plan: what a run that is resumed must have been asked for; the recipe as it was completed.
+    """
+    done = {
+        "recipe": recipe.to_json(),
+        "plan": plan,
+        "parameters": size,
+        "tokens": {stage: log[-1]["tokens"] for stage, log in logs.items()},
+        "seconds": {stage: log[-1]["seconds"] for stage, log in logs.items()},
+        "losses": {stage: round(mean_loss(log), 5) for stage, log in logs.items()},
+        **facts,
+    }
+    lines: list[dict[str, float | str]] = [
+        {"stage": stage, **entry} for stage, log in logs.items() for entry in log
+    ]
+    text = json.dumps(stamped(done), indent=2) + "\n"
+    return {RECORD: text, "log.jsonl": log_lines(lines)}
