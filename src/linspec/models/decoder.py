@@ -12,7 +12,8 @@ from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Wan
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
+from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import new_states
