@@ -22,7 +22,7 @@ class StepInput:
     parents: index of each token's parent among the slot's staged nodes (those of earlier steps come
     first), -1 for the last committed token. None means a chain from the last committed token.
     all_logits: False asks for the logits of the last token only. embeddings: [N, D] instead of those of the
-    tokens.
+    tokens. ephemeral: which of the nodes are never committed, None for none of them.
     """
 
     slot: int
@@ -30,6 +30,7 @@ class StepInput:
     parents: Sequence[int] | None = None
     all_logits: bool = True
     embeddings: torch.Tensor | None = None
+    ephemeral: Sequence[bool] | None = None
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

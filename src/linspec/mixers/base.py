@@ -131,7 +131,7 @@ class Mixer(HeadProjections):
         tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Step form on features: what nodes with queries q read from the rows and sums of their slots.
+        """Step form on features: what nodes with queries q read from the entries and sums of their slots.
 
         q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
         keeps them -> [R, Hkv, rep, N, V].
@@ -149,7 +149,7 @@ class Mixer(HeadProjections):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and row values v [B, Hkv, T, V'].
+        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and kept values v [B, Hkv, T, V'].
 
         sums [B, Hkv, S, Z] are the groups closed before the sequence. Returns [B, H, T, V].
         """
@@ -160,7 +160,7 @@ class Mixer(HeadProjections):
     ) -> torch.Tensor:
         """As `mix` without causality, for encoders: every token sees every real token.
 
-        real [B, T] is true at real tokens, which come first in each row; k and v are zero elsewhere.
+        real [B, T] is true at real tokens, which come first in each sequence; k and v are zero elsewhere.
         None means that all are real.
         """
         raise NotImplementedError
@@ -174,7 +174,7 @@ class Mixer(HeadProjections):
     def project(
         self, x: torch.Tensor, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
+        """x [..., D] -> q features [..., H, K'], k features with gates and kept values [..., Hkv, .]."""
         return self.to_features(*self.split_heads(x), rope)
 
     def to_features(
@@ -269,7 +269,7 @@ class Mixer(HeadProjections):
         state: EntryState,
         layer: int,
     ) -> torch.Tensor:
-        """A few nodes a row, any tree: one masked product over the rows of each slot."""
+        """A few nodes a slot, any tree: one masked product over the entries of each slot."""
         state.stage(layer, dense_group.start, dense_group.lengths, k, v)
         tree_mask = dense_group.tree_mask(state)
         slots, width = dense_group.slots, tree_mask.width

@@ -231,7 +231,8 @@ class Decoder(nn.Module):
             hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape, layers=path.layers)
+            ephemeral = step_input.ephemeral
+            state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
         nodes = node_slices(inputs) if path.found else []
         return StepOutput(hidden, logits, slices, path.found, nodes)
 
