@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 from checkpoints import model_dir
 
+import linspec
 from linspec import LLM, SamplingParams
 
 PROMPTS = ("abcd end abcd end", "the end", "cd the abcd the", "x")
@@ -36,3 +40,11 @@ def _check(llm: LLM, mixer: str, remembers: bool) -> None:
         if params.ignore_eos:
             first, second = (sum(each.stats.accepted for each in found) for found in passes)
             assert not remembers or (second > 0 and second >= first)
+
+
+def check_imports(path: Path) -> None:
+    """A guest's file imports public names of linspec only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("linspec"):
+            assert node.module == "linspec"
+            assert {name.name for name in node.names} <= set(linspec.__all__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from guests import paged_state
@@ -79,14 +81,18 @@ def test_nodes_staged_in_other_layers_are_refused_before_any_work() -> None:
 def test_ephemeral_nodes_are_seen_by_others_and_never_committed() -> None:
     model = tiny_model("aug", "softmax")
     state = prefilled(model, TEXT)
-    model.step([StepInput(0, [1, 2, 3], [-1, 0, 1])], state)
-    state.record(0, state.staged(0), ephemeral=[1])
+    plain, marks = StepInput(0, [1, 2, 3], [-1, 0, 1]), [False, True, False]
+    expected = model.step([plain], prefilled(model, TEXT)).logits
+    assert torch.equal(model.step([replace(plain, ephemeral=marks)], state).logits, expected)
+    model.step([StepInput(0, [4], [2], ephemeral=[True])], state)
     before = state.snapshot(0)
-    with pytest.raises(StateError, match=r"nodes \[1\] of slot 0 are ephemeral"):
-        state.commit(0, [0, 1, 2])
+    with pytest.raises(StateError, match=r"nodes \[1, 3\] of slot 0 are ephemeral"):
+        state.commit(0, [0, 1, 2, 3])
     assert_same_bytes(state.snapshot(0), before)
     state.commit(0, [0])
     assert_close(remembered(model, state), remembered(model, prefilled(model, [*TEXT, 1])))
+    with pytest.raises(ConfigError, match="2 tokens and 1 marks of ephemeral nodes"):
+        model.step([StepInput(0, [4, 5], ephemeral=[True])], state)
     # the next nodes of the slot are their own
     model.step([StepInput(0, [4, 5])], state)
     state.commit(0, [0, 1])

@@ -37,7 +37,7 @@ Kv = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         callback=cache_dtype,
-        help="How softmax caches are kept: auto (as the model computes), float32 or int8.",
+        help="How softmax caches are kept: auto (as the model computes), float32, int8 or bfloat16.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]

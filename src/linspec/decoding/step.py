@@ -19,13 +19,14 @@ FINAL = -1
 class StepInput:
     """New tokens of one slot.
 
-    Attributes:
+        Attributes:
         slot: the place of the sequence in the state.
         tokens: N token ids.
         parents: for each token the number of its parent among the staged nodes of the slot (those of
             earlier steps come first), or -1 for the last committed token. None is a chain.
         all_logits: False asks for the logits of the last token only.
         embeddings: [N, D], used instead of the embeddings of the tokens.
+    ephemeral: which of the nodes are never committed; None for none of them.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class StepInput:
     parents: Sequence[int] | None = None
     all_logits: bool = True
     embeddings: torch.Tensor | None = None
+    ephemeral: Sequence[bool] | None = None
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

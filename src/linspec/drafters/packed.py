@@ -21,7 +21,7 @@ from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, Medus
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
 from linspec.kernels.step_plan import LinearPlan
-from linspec.mixers.base import LinearFactory
+from linspec.mixers.projections import LinearFactory
 from linspec.models.linear import Quantizer, integer_bits
 from linspec.models.native_linear import NativeLinear
 from linspec.models.skeleton import without_memory

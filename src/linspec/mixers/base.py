@@ -14,7 +14,7 @@ example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
 from linspec.mixers.options import LinearOptions
+from linspec.mixers.projections import HeadProjections
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.state.contract import EntryState, LayerState, Makers, StateOptions
@@ -36,11 +37,9 @@ if TYPE_CHECKING:
     from linspec.state.dense_group import DenseGroup
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
-# several linear layers of one input -> one inference layer with their outputs side by side
-LinearFactory = Callable[..., nn.Module]
 
 
-class Mixer(nn.Module):
+class Mixer(HeadProjections):
     """The part of a block through which a token sees other tokens, in two forms of one function.
 
     The full form (`forward`) computes a whole sequence, the step form (`step`) new tree nodes against the
@@ -60,7 +59,7 @@ class Mixer(nn.Module):
     keeps_cache: bool = False
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         takes = {setting.name for setting in MIXERS.entry(mixer.name).settings}
         for name in ("features", "keep", "seed"):
             if getattr(mixer, name) and name not in takes:
@@ -69,19 +68,7 @@ class Mixer(nn.Module):
                 )
         self._check_direction(config, mixer)
         self.config, self.mixer = config, mixer
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.repeats = config.heads // config.kv_heads
-        self.head_width = config.head_width
-        q_width, kv_width = self.heads * self.head_width, self.kv_heads * self.head_width
-        self.q = nn.Linear(config.width, q_width, bias=config.qkv_bias)
-        self.k = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.o: nn.Module = nn.Linear(q_width, config.width, bias=config.out_bias)
-        self.qkv: nn.Module | None = None
         self.padded_taps: torch.Tensor | None = None
-        if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
         self.relative: RelativeBias | None = None
         if self.biased and config.relative is not None:
             self.relative = RelativeBias(config.relative, self.heads, causal=config.causal)
@@ -144,7 +131,7 @@ class Mixer(nn.Module):
         tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Step form on features: what nodes with queries q read from the rows and sums of their slots.
+        """Step form on features: what nodes with queries q read from the entries and sums of their slots.
 
         q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
         keeps them -> [R, Hkv, rep, N, V].
@@ -162,7 +149,7 @@ class Mixer(nn.Module):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and row values v [B, Hkv, T, V'].
+        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and kept values v [B, Hkv, T, V'].
 
         sums [B, Hkv, S, Z] are the groups closed before the sequence. Returns [B, H, T, V].
         """
@@ -173,7 +160,7 @@ class Mixer(nn.Module):
     ) -> torch.Tensor:
         """As `mix` without causality, for encoders: every token sees every real token.
 
-        real [B, T] is true at real tokens, which come first in each row; k and v are zero elsewhere.
+        real [B, T] is true at real tokens, which come first in each sequence; k and v are zero elsewhere.
         None means that all are real.
         """
         raise NotImplementedError
@@ -187,12 +174,13 @@ class Mixer(nn.Module):
     def project(
         self, x: torch.Tensor, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
-        heads = self._projections(x).unflatten(-1, (-1, self.head_width))
-        both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        if self.config.qk_norm:
-            q, k = both.split((self.heads, self.kv_heads), dim=-2)
-            both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        """x [..., D] -> q features [..., H, K'], k features with gates and kept values [..., Hkv, .]."""
+        return self.to_features(*self.split_heads(x), rope)
+
+    def to_features(
+        self, both: torch.Tensor, v: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `project` gives, from what `split_heads` gives."""
         gates = self.entry_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
@@ -200,17 +188,6 @@ class Mixer(nn.Module):
         if gates is not None:
             k = torch.cat((k, gates), dim=-1)
         return q, k, self.entry_values(v)
-
-    def _projections(self, x: torch.Tensor) -> torch.Tensor:
-        if self.qkv is not None:
-            return self.qkv(x)
-        return torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
-
-    def to_inference(self, linear_factory: LinearFactory) -> None:
-        """Replace the projections by their inference form: one product for q, k and v."""
-        self.qkv = linear_factory(self.q, self.k, self.v)
-        self.o = linear_factory(self.o)
-        del self.q, self.k, self.v
 
     def finalize_weights(self) -> None:
         """Compute what depends on the weights, once these are final."""
@@ -292,7 +269,7 @@ class Mixer(nn.Module):
         state: EntryState,
         layer: int,
     ) -> torch.Tensor:
-        """A few nodes a row, any tree: one masked product over the rows of each slot."""
+        """A few nodes a slot, any tree: one masked product over the entries of each slot."""
         state.stage(layer, dense_group.start, dense_group.lengths, k, v)
         tree_mask = dense_group.tree_mask(state)
         slots, width = dense_group.slots, tree_mask.width

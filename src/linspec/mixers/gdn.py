@@ -23,7 +23,7 @@ class Gdn(DecayingMixer):
     """S_t = a_t S_{t-1} + k̂_t u_tᵀ, u_t = b_t (v_t - a_t S_{t-1}ᵀ k̂_t), o_t = q̂_t S_t.
 
     a_t = sigmoid(x)^(1/16) and b_t = sigmoid(y) are scalars; x and y are learned projections of the key
-    before its rotation, which start at 3 and 0 for every key. The u of all rows of a chunk or a tree
+    before its rotation, which start at 3 and 0 for every key. The u of all tokens of a chunk or a tree
     solve one triangular system.
     """
 

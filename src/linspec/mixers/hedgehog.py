@@ -16,13 +16,13 @@ from linspec.mixers.ops.features import two_sided_softmax
 
 @MIXERS.register(
     "hedgehog",
-    summary="softmax weights within reach + learned softmax features over earlier groups, normalised",
+    summary="softmax weights within the span + learned softmax features over earlier groups, normalised",
     paper="Zhang et al. 2024 (LoLCATs), arXiv 2410.10254; 2024 (Hedgehog), arXiv 2402.04347",
     state="2·d² + 2·d + n·G·(2·d + 1) per KV head",
     cost="(2·n·G + 6·d)·d per token",
 )
 class Hedgehog(Normalised):
-    """o_t = (Σ_near e_s v_s + Σ_far w_s v_s) / (Σ_near e_s + Σ_far w_s).
+    """o_t = (Σ_exact e_s v_s + Σ_summed w_s v_s) / (Σ_exact e_s + Σ_summed w_s).
 
     e_s = exp(q_t·k_s / sqrt(K) - the largest of them) and w_s = exp(γ) φ(q_t)·φ(k_s), with
     φ(x) = [softmax(W x), softmax(-W x)]. W is learned per head, for queries and keys apart, and starts

@@ -27,14 +27,14 @@ TOKENS_PER_ROW = 8
 
 @MIXERS.register(
     "linformer",
-    summary="softmax over the rows within reach and learned mixtures of each earlier group's rows",
+    summary="softmax over the tokens within the span and learned mixtures of each earlier group's rows",
     paper="Wang et al. 2020, arXiv 2006.04768",
     state="M·p·(2·d + 1) + 2·n·G·d per KV head: the last M groups, p rows each",
     cost="2·(n·G + M·p)·d per token; in an encoder 2·(p/G)·T·d",
     options=CompressionOptions,
 )
 class Linformer(Mixer):
-    """Softmax over s within reach and over the rows E K_g, F V_g of the last M closed groups g.
+    """Softmax over s within the span and over the rows E K_g, F V_g of the last M closed groups g.
 
     The published form mixes all positions and cannot be causal; here E and F [p, G] mix the positions
     of one closed group, and start as averages of p parts of it. Older groups are forgotten, which
@@ -47,7 +47,7 @@ class Linformer(Mixer):
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":
             raise ConfigError(
-                f"mixer 'linformer' has softmax weights within reach and beyond, under one "
+                f"mixer 'linformer' has softmax weights for tokens and for closed groups, under one "
                 f"denominator; kernel {mixer.kernel!r} means nothing to it, leave it out"
             )
         if mixer.keep and not config.causal:
@@ -126,7 +126,7 @@ class Linformer(Mixer):
         return (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
 
     def _remembered(self, of_group: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
-        """Compressed rows of groups beyond the reach of nodes in groups `nodes`, not yet forgotten."""
+        """Compressed rows of groups before the span of nodes in groups `nodes`, not yet forgotten."""
         newest = nodes - self.mixer.span
         return (of_group <= newest) & (of_group > newest - self.keep)
 
@@ -182,7 +182,7 @@ class Linformer(Mixer):
         else:
             kept = start.to(new.dtype).unflatten(2, (self.keep, self.rows))
             new = F.pad(torch.cat((kept, new), dim=2), (0, 0, 0, 0, ahead, 0))
-        # group i sees the `keep` groups that end just before its reach
+        # group i sees the `keep` groups that end just before its span
         rows = shifted(new, 2, -(-k.shape[2] // group), self.keep, at=3).flatten(3, 4)
         return rows.split((self.head_width, self.head_width, 1), dim=-1)
 

@@ -56,11 +56,11 @@ class Softmax(Mixer):
         return new_cache(self.state_spec(), len(layers), slots, options)
 
     def attention_plan(self) -> AttentionPlan | None:
-        # a subclass may weigh rows in another way
+        # a subclass may weigh entries in another way
         return AttentionPlan() if type(self) is Softmax and self.relative is None else None
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
-        """Which rows each node attends to, [R, N, C]; None for all of them."""
+        """Which positions each node attends to, [R, N, C]; None for all of them."""
         return None if tree_mask.plain else tree_mask.visible
 
     def attend(
@@ -100,10 +100,10 @@ class Softmax(Mixer):
         state: EntryState,
         layer: int,
     ) -> torch.Tensor:
-        # a subclass may weigh rows in another way
+        # a subclass may weigh entries in another way
         if type(self) is not Softmax or self.relative is not None or self.mixer.taps:
             return super()._step_long(q, k, v, dense_group, state, layer)
-        # the new rows alone: nothing of the rows before them is computed again
+        # the new tokens alone: nothing of those before them is computed again
         keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
         q = state.entries.queries(q)
         out = values.new_zeros(*q.shape[:3], values.shape[3])
@@ -114,12 +114,12 @@ class Softmax(Mixer):
             for first in range(0, n, _TAIL_ROWS):
                 last = min(first + _TAIL_ROWS, n)
                 seen = slice(i, i + 1), slice(None), slice(past + last)
-                rows = q[i : i + 1, :, first:last]
-                out[i, :, first:last] = self._tail(rows, keys[seen], values[seen])[0]
+                queries = q[i : i + 1, :, first:last]
+                out[i, :, first:last] = self._tail(queries, keys[seen], values[seen])[0]
         return out
 
     def _tail(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The last rows of `mix`: q [B, H, N, K] of the last tokens, k and v of all."""
+        """The end of `mix`: q [B, H, N, K] of the last tokens, k and v of all."""
         count, time = q.shape[2], k.shape[2]
         mask = torch.ones(count, time, dtype=torch.bool, device=q.device).tril(time - count)
         return self.over(q, k, v, mask)

@@ -52,11 +52,11 @@ class Window(Softmax):
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         size = self.mixer.window
 
-        def near() -> torch.Tensor:
+        def inside() -> torch.Tensor:
             distance = tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :]
             return tree_mask.visible & (distance < size)
 
-        found: torch.Tensor = tree_mask.memo(("window", size), near)
+        found: torch.Tensor = tree_mask.memo(("window", size), inside)
         return found
 
     def mix(
@@ -66,22 +66,22 @@ class Window(Softmax):
         v: torch.Tensor,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.over(q, k, v, self._near(q, later=False))
+        return self.over(q, k, v, self._inside(q, later=False))
 
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
         # a padding token sees itself, if nothing else: a softmax over nothing is NaN, and its gradient
         # would reach the weights
-        mask = self._near(q, later=True)
+        mask = self._inside(q, later=True)
         if real is not None:
             alone = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
             mask = (mask & real[:, None, None]) | alone
         return self.over(q, k, v, mask)
 
-    def _near(self, q: torch.Tensor, *, later: bool) -> torch.Tensor:
+    def _inside(self, q: torch.Tensor, *, later: bool) -> torch.Tensor:
         """[T, T]: keys less than `window` tokens away, those after the query only if `later`."""
         at = torch.arange(q.shape[2], device=q.device)
         distance = at[:, None] - at
-        near = distance.abs() < self.mixer.window
-        return near if later else near & (distance >= 0)
+        inside = distance.abs() < self.mixer.window
+        return inside if later else inside & (distance >= 0)

@@ -22,7 +22,7 @@ LARGEST_COSINE = 0.999
 
 @MIXERS.register(
     "yoso",
-    summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within reach, to second order beyond, L2-normalised",
+    summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within the span, to second order before it, L2-normalised",
     paper="Zeng et al. 2021, arXiv 2111.09714",
     state="(d²/2 + 2·d + 1)·d + 2·n·G·d per KV head",
     cost="(2·n·G + d²)·d per token",
@@ -30,7 +30,7 @@ LARGEST_COSINE = 0.999
 class Yoso(LinearMixer):
     """o_t = Σ f(q̂_t·k̂_s) v_s / ‖…‖ with f(x) = (1 - acos(x)/π)^τ, the chance that τ bits agree.
 
-    f is no finite product of features, so exact weights need all keys. They are exact within reach;
+    f is no finite product of features, so exact weights need all keys. They are exact within the span;
     over closed groups f is its Taylor polynomial a + b x + c x², which is positive, deterministic and
     has 1 + 2 d + d²/2 features. A span over the whole text gives exact YOSO-E.
     """

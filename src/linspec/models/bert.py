@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.mixers.base import LinearFactory
+from linspec.mixers.projections import LinearFactory
 from linspec.models.block import ACTIVATIONS, make_norm
 from linspec.models.config import EncoderConfig
 from linspec.models.encoder import Encoder

@@ -11,8 +11,9 @@ from torch import nn
 
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
 from linspec.mixers.config import StackConfig
+from linspec.mixers.projections import LinearFactory
 from linspec.models.norm import inference_norm
 from linspec.state.contract import Makers
 from linspec.state.dense_group import DenseGroup

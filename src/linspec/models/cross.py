@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
+from linspec.mixers.projections import LinearFactory
 from linspec.models.block import Block, make_norm
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder

@@ -12,7 +12,8 @@ from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Wan
 from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
+from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.cache import new_states
@@ -230,7 +231,8 @@ class Decoder(nn.Module):
             hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            state.record(step_input.slot, shape, layers=path.layers)
+            ephemeral = step_input.ephemeral
+            state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
         nodes = node_slices(inputs) if path.found else []
         return StepOutput(hidden, logits, slices, path.found, nodes)
 

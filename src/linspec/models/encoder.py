@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from linspec.errors import ContextOverflow, InputError
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
+from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
 from linspec.models.block import Block, make_norm
 from linspec.models.config import EncoderConfig

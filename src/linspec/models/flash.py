@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
+from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary, inverse_frequencies
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder

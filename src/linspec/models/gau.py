@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import LinearFactory, Rope
+from linspec.mixers.base import Rope
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.convolution import tap_distances
 from linspec.mixers.ops.exact import Exact, Groups
 from linspec.mixers.ops.summed import Summed
+from linspec.mixers.projections import LinearFactory
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.models.flash_config import FlashConfig

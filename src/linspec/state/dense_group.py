@@ -113,6 +113,11 @@ def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
             f"slot {step_input.slot} has staged a chain of {len(staged)} tokens; commit it before "
             "staging more"
         )
+    if step_input.ephemeral is not None and len(step_input.ephemeral) != count:
+        raise ConfigError(
+            f"slot {step_input.slot} was fed {count} tokens and {len(step_input.ephemeral)} marks of "
+            "ephemeral nodes; give one for each token"
+        )
     if step_input.parents is None:
         if staged:
             raise ConfigError(

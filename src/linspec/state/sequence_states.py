@@ -95,16 +95,18 @@ class SequenceStates:
         staged: Shape,
         *,
         layers: Collection[int] | None = None,
-        ephemeral: Collection[int] = (),
+        ephemeral: Sequence[bool] | None = None,
     ) -> None:
         """Note the shape of all staged nodes of `slot` after a step has staged more.
 
-        layers: those that the step ran through, None for all. ephemeral: which of the staged nodes are
+        layers: those that the step ran through, None for all. ephemeral: which of the newest nodes are
         never to be committed.
         """
         self._staged[slot] = staged
         if ephemeral:
-            self._ephemeral[slot] = self._ephemeral.get(slot, frozenset()) | frozenset(ephemeral)
+            first = len(staged) - len(ephemeral)
+            more = (first + node for node, never in enumerate(ephemeral) if never)
+            self._ephemeral[slot] = self._ephemeral.get(slot, frozenset()).union(more)
         if layers is None:
             for part in self.parts:
                 part.record(slot, staged)

@@ -59,10 +59,10 @@ def tap_distances(
     taps: int,
     conv_history: int,
 ) -> torch.Tensor:
-    """How many tokens back each value row lies from each node: [R, N, conv_history + C]; `taps` if unseen.
+    """How many tokens back each value lies from each node: [R, N, conv_history + C]; `taps` if unseen.
 
     offsets [R, N], columns [R, C], visible [R, N, C]: see TreeMask. A node's window is itself and its
-    nearest ancestors; past the root it reads committed rows.
+    nearest ancestors; past the root it reads committed values.
     """
     before = torch.arange(-conv_history, 0, device=columns.device).expand(len(columns), -1)
     columns = torch.cat((before, columns), dim=1)
