@@ -37,6 +37,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        # asked in every step
+        self.position_limit = config.position_limit
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions, config.width)
@@ -270,7 +272,7 @@ class Decoder(nn.Module):
         self, inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
     ) -> list[list[int]]:
         """Positions of the new nodes of each input; raises ContextOverflow beyond the last one."""
-        limit, positions = self.config.position_limit, []
+        limit, positions = self.position_limit, []
         for step_input, shape in zip(inputs, shapes, strict=True):
             start, new = state.length(step_input.slot), len(step_input.tokens)
             mine = [start + depth for depth in shape.depths[-new:]]
