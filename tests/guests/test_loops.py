@@ -128,3 +128,22 @@ def test_an_interrupted_step_ends_the_other_streams_with_a_word(
     monkeypatch.setattr(llm.engine.loop, "round", step)
     assert not llm.engine.busy
     assert llm.generate("x", GREEDY)[0].error is None
+
+
+def test_a_stream_that_is_closed_in_the_middle_of_a_step_ends_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = LLM(model_dir("aug"), max_batch=2)
+    first, second = (llm.stream(prompt, GREEDY) for prompt in PROMPTS[:2])
+    expected = llm.generate(PROMPTS[1], GREEDY)[0].text
+    next(first)
+    step = llm.engine.loop.round
+
+    def closing(batch: object) -> object:
+        # as the garbage collector does with a stream that nobody holds
+        first.close()
+        return step(batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(llm.engine.loop, "round", closing)
+    assert "".join(piece.text for piece in second) == expected
+    assert not llm.engine.busy

@@ -26,8 +26,11 @@ class EngineStreams:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._turn = threading.Lock()
+        # reentrant: the garbage collector may close a forgotten stream in the middle of this thread's step
+        self._turn = threading.RLock()
+        self._stepping = False
         self._open: dict[int, Stream] = {}
+        self._closed_inside: list[Stream] = []
 
     def open(self, requests: Iterable[Request]) -> Stream:
         """Add `requests`; a stream of their outcomes. Raises what `Engine.add` raises, and adds none then."""
@@ -54,18 +57,25 @@ class EngineStreams:
         # another caller's step may have brought it meanwhile
         if not stream.waits:
             return
+        self._stepping = True
         try:
             outcomes = self.engine.step()
         except BaseException as error:
             self._broken(error)
             raise
+        finally:
+            self._stepping = False
         for outcome in outcomes:
             self._hand_out(outcome)
+        while self._closed_inside:
+            self.close(self._closed_inside.pop())
 
     def _hand_out(self, outcome: Outcome) -> None:
         stream = self._open.get(outcome.sequence.request)
         if stream is not None:
             stream.take(outcome)
+            if outcome.sequence.request not in stream.handles:
+                del self._open[outcome.sequence.request]
 
     def _broken(self, error: BaseException) -> None:
         """A step that was interrupted may have stopped anywhere: nobody can go on from it."""
@@ -76,10 +86,23 @@ class EngineStreams:
 
     def close(self, stream: Stream) -> None:
         """Drop what is left of `stream`'s requests."""
-        for handle in list(stream.handles):
-            self.engine.abort(handle)
-            self._open.pop(handle, None)
-            del stream.handles[handle]
+        with self._turn:
+            if self._stepping:
+                self._closed_inside.append(stream)
+                return
+            for handle in list(stream.handles):
+                self.engine.abort(handle)
+                self._open.pop(handle, None)
+                del stream.handles[handle]
+
+    def end(self, stream: Stream, sequence: RunningSequence) -> Exception | None:
+        """A caller has enough of `sequence`; returns the error of a plug-in that could not let go of it."""
+        with self._turn:
+            error = self.engine.retire(sequence)
+            stream.forget(sequence)
+            if sequence.request not in stream.handles:
+                self._open.pop(sequence.request, None)
+        return error
 
 
 class Stream:
@@ -112,10 +135,12 @@ class Stream:
 
     def drop(self, sequence: RunningSequence) -> Exception | None:
         """The caller has enough of `sequence`; returns the error of a plug-in that could not let go of it."""
-        error = self._owner.engine.retire(sequence)
+        return self._owner.end(self, sequence)
+
+    def forget(self, sequence: RunningSequence) -> None:
+        """Wait for `sequence` no longer, and throw away what is there of it."""
         self._end(sequence)
         self._ready = deque(each for each in self._ready if each.sequence is not sequence)
-        return error
 
     def _end(self, sequence: RunningSequence) -> None:
         handle = sequence.request
