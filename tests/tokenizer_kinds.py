@@ -41,7 +41,7 @@ def byte_fallback() -> Tokenizer:
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
-            decoders.LinearFactory(),
+            decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
         ]
     )
@@ -77,7 +77,7 @@ def unigram_with_bytes() -> Tokenizer:
     """Gemma, Phi-3 and others: the same with bytes for what is unknown."""
     tokenizer = _unigram(fallback=True)
     tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Metaspace(), decoders.LinearFactory()]
+        [decoders.ByteFallback(), decoders.Metaspace(), decoders.Fuse()]
     )
     return tokenizer
 

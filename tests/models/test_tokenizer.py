@@ -83,7 +83,7 @@ def sentence_pieces() -> Tokenizer:
         [
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
-            decoders.LinearFactory(),
+            decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
         ]
     )
