@@ -175,6 +175,8 @@ def test_encoders_go_through_the_verbs(bert_dir: Path, paragraphs: Path, tmp_pat
     assert found["texts"] == 3 and 0.5 < found["cosine"] < 1
     itself = run("eval", "embeddings", bert_dir, bert_dir, *data, *limits)
     assert itself["cosine"] == pytest.approx(1, abs=1e-5)
+    rounded = run("eval", "embeddings", bert_dir, bert_dir, *data, *limits, "--quantize", 4)
+    assert 0.5 < rounded["cosine"] < itself["cosine"]
 
 
 def test_the_old_function_for_encoders_does_what_it_did(
