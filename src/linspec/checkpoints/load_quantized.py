@@ -44,10 +44,12 @@ def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
     return quantize_model(load_plain(source), bits, {})
 
 
-def quantize_model(model: Decoder, bits: int, moments: Mapping[nn.Module, torch.Tensor]) -> Decoder:
+def quantize_model(
+    model: Decoder, bits: int, calibration: Mapping[nn.Module, torch.Tensor]
+) -> Decoder:
     """Turn a plain model into its quantised inference form, in place; returns it."""
     model.identity = fingerprint(model)
-    model.to_inference(Quantizer(bits, moments))
+    model.to_inference(Quantizer(bits, calibration))
     tied = model.embed.weight
     model.embed.weight = nn.Parameter(tied.detach().to(torch.bfloat16), requires_grad=False)
     model.finalize_weights()

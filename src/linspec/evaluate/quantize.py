@@ -24,7 +24,7 @@ from linspec.checkpoints.quantized import save_quantized
 from linspec.evaluate.drafters import find_companions, save_companion
 from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
 from linspec.models.decoder import Decoder
-from linspec.quantization.calibration import input_moments
+from linspec.quantization.calibration import input_statistics
 from linspec.quantization.codes import check_bits
 from linspec.train.data import end_of_text, load_documents, tokenize
 from linspec.utils.places import Place, as_path
@@ -100,12 +100,12 @@ def quantize(
         stream = tokenize(limited(documents, limit_bytes), tokenizer, eos)
         companions = find_companions(folder, model, stream)
         size = sum(tensor.nbytes for tensor in model.parameters())
-        moments: Mapping[nn.Module, torch.Tensor] = {}
+        calibration: Mapping[nn.Module, torch.Tensor] = {}
         if bits == 4 and calibration_bytes:
-            moments = _moments(
+            calibration = _calibration(
                 model, tokenizer, load_documents(data, "train", field), calibration_bytes
             )
-        quantize_model(model, bits, moments)
+        quantize_model(model, bits, calibration)
         after = score(label="quality after").bits_per_byte
         facts = {
             "bits_per_byte_before": before,
@@ -121,9 +121,9 @@ def quantize(
     return Quantized(bits=bits, **facts, drafters=drafters)
 
 
-def _moments(
+def _calibration(
     model: Decoder, tokenizer: Any, documents: Sequence[str], limit_bytes: int
 ) -> dict[nn.Module, torch.Tensor]:
-    with input_moments(model) as moments:
+    with input_statistics(model) as calibration:
         evaluate(model, tokenizer, documents, limit_bytes=limit_bytes, label="calibration")
-    return moments
+    return calibration

@@ -82,12 +82,12 @@ def _sizes(weight: torch.Tensor) -> tuple[int, int]:
 class Quantizer:
     """A `LinearFactory` that makes integer layers.
 
-    bits: 8 or 4, for the weights; activations have 8. moments: second moments of the inputs of a
+    bits: 8 or 4, for the weights; activations have 8. calibration: second moments of the inputs of a
     layer (the first, where several are fused), for the search of int4 scales.
     """
 
     bits: int
-    moments: Mapping[nn.Module, torch.Tensor]
+    calibration: Mapping[nn.Module, torch.Tensor]
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -98,7 +98,7 @@ class Quantizer:
         if self.bits == 8:
             parts = pack.pack_int8(*quantize_int8(weight))
             return NativeLinear(INT8, *_sizes(weight), *parts, bias)
-        packed = pack.pack_int4(*quantize_int4(weight, self.moments.get(linears[0])))
+        packed = pack.pack_int4(*quantize_int4(weight, self.calibration.get(linears[0])))
         return NativeLinear(INT4, *_sizes(weight), packed, None, bias)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def input_moments(model: nn.Module) -> Iterator[dict[nn.Module, torch.Tensor]]:
+def input_statistics(model: nn.Module) -> Iterator[dict[nn.Module, torch.Tensor]]:
     """Yield sums of squares of every input of every linear layer, [K] each, over what runs inside."""
     found: dict[nn.Module, torch.Tensor] = {}
 

@@ -44,7 +44,7 @@ from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.search import span_losses
+from linspec.train.span_search import search_spans
 from linspec.train.student import (
     DEFAULT_EXACT_TOKENS,
     by_need,
@@ -194,7 +194,7 @@ class _Task:
             return self.mixers
         first = self.mixers[changed[0]]
         losses = partial(
-            span_losses,
+            search_spans,
             self.teacher,
             first,
             changed,

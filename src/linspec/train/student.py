@@ -15,13 +15,13 @@ from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import given
 from linspec.models.config import Seq2SeqConfig
 from linspec.train.objective import Predictor
-from linspec.train.reach import Reach
+from linspec.train.span_losses import SpanLosses
 
 DEFAULT_GROUP = 64
 DEFAULT_EXACT_TOKENS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
-# mixers that by default keep the teacher's softmax weights within reach ...
+# mixers that by default keep the teacher's softmax weights of exact positions ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
 SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
@@ -137,24 +137,24 @@ def by_need(
     teacher: Predictor,
     mixers: tuple[MixerConfig, ...],
     layers: Sequence[int],
-    reach: Reach | None,
+    losses: SpanLosses | None,
     *,
     exact_tokens: int | None,
     softmax_layers: int,
 ) -> tuple[MixerConfig, ...]:
-    """`mixers` with what the teacher's `layers` need, as `reach` says; the same for all without one.
+    """`mixers` with what the teacher's `layers` need, as `losses` say; the same for all without one.
 
     softmax_layers: so many stay as they are. exact_tokens: see LinearizeRecipe; None leaves the spans.
     """
     group = mixers[layers[0]].group
-    reach = reach or Reach(
+    known = losses or SpanLosses(
         [max(1, (exact_tokens or 0) // group)], {layer: [0.0] for layer in layers}
     )
-    kept = reach.neediest(softmax_layers)
+    kept = known.neediest(softmax_layers)
     found = list(mixers)
     for layer in kept:
         found[layer] = teacher.config.mixers[layer]
-    rest = reach.without(kept)
+    rest = known.without(kept)
     if exact_tokens is not None:
         for layer, span in rest.spans_by_need(len(rest.losses) * exact_tokens // group).items():
             found[layer] = replace(found[layer], span=span)

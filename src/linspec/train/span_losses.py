@@ -26,7 +26,7 @@ from linspec.utils.progress import Progress
 
 
 @dataclass(frozen=True)
-class Reach:
+class SpanLosses:
     """Loss in nats of the teacher with one layer changed: losses[layer][i] at a span of spans[i]."""
 
     spans: list[int]
@@ -42,10 +42,10 @@ class Reach:
         chosen = allocate(list(self.losses.values()), self.spans, groups)
         return dict(zip(self.losses, chosen, strict=True))
 
-    def without(self, layers: Iterable[int]) -> Reach:
+    def without(self, layers: Iterable[int]) -> SpanLosses:
         """The same but for `layers`."""
         left = set(self.losses) - set(layers)
-        return Reach(
+        return SpanLosses(
             self.spans, {layer: self.losses[layer] for layer in self.losses if layer in left}
         )
 
@@ -61,7 +61,7 @@ def tried_spans(context: int, group: int) -> tuple[int, ...]:
     return tuple(1 << i for i in range(most.bit_length()) if 1 << i <= most)
 
 
-def measure_reach(
+def measure_span_losses(
     teacher: Predictor,
     mixer: MixerConfig,
     layers: Sequence[int],
@@ -70,27 +70,27 @@ def measure_reach(
     spans: Sequence[int] = (),
     known: Mapping[int, Sequence[float]] | None = None,
     keep: Callable[[Mapping[int, list[float]]], None] = lambda losses: None,
-) -> Reach:
+) -> SpanLosses:
     """Swap `mixer` into one of `layers` at a time, at `spans` (all that the text shows if empty).
 
     batch [B, T + 1]: text to measure on. known: losses that were measured before, a layer's may be
     the first few; keep: is given all losses after every new one.
     """
-    reach = Reach(list(spans or tried_spans(batch.shape[1] - 1, mixer.group)), {})
+    measured = SpanLosses(list(spans or tried_spans(batch.shape[1] - 1, mixer.group)), {})
     found = {layer: list((known or {}).get(layer, ())) for layer in layers}
-    done, total = sum(map(len, found.values())), len(layers) * len(reach.spans)
-    with torch.no_grad(), _precision(batch.device), Progress("reach", total, done) as progress:
+    done, total = sum(map(len, found.values())), len(layers) * len(measured.spans)
+    with torch.no_grad(), _precision(batch.device), Progress("spans", total, done) as progress:
         loss = _loss_of(teacher, batch) if done < total else None
         for layer, losses in found.items():
-            for span in reach.spans[len(losses) :]:
+            for span in measured.spans[len(losses) :]:
                 assert loss is not None
                 with _swapped(teacher, layer, replace(mixer, span=span)):
                     losses.append(loss(layer))
                 done += 1
                 keep(found)
                 progress.update(done, f"layer {layer}: {losses[0]:.3f} to {losses[-1]:.3f} nats")
-    reach.losses.update(found)
-    return reach
+    measured.losses.update(found)
+    return measured
 
 
 def allocate(losses: Sequence[Sequence[float]], spans: Sequence[int], budget: int) -> list[int]:

@@ -13,7 +13,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.finetune import finetune_loss
-from linspec.train.reach import Reach, allocate, measure_reach
+from linspec.train.span_losses import SpanLosses, allocate, measure_span_losses
 
 SPANS = [1, 2, 4, 8]
 
@@ -48,20 +48,20 @@ def test_a_layer_is_left_as_it_was_and_every_layer_gets_a_span(
     before = [block.mixer for block in teacher.layers]
     batch = torch.randint(1, 290, (2, 65), generator=torch.Generator().manual_seed(0))
     mixer = MixerConfig(name="aug", group=8, kernel="softmax", taps=4)
-    reach = measure_reach(teacher, mixer, (0, 1), batch)
+    measured = measure_span_losses(teacher, mixer, (0, 1), batch)
     assert [block.mixer for block in teacher.layers] == before
-    assert reach.spans == [1, 2, 4, 8]
-    found = reach.spans_by_need(8)
+    assert measured.spans == [1, 2, 4, 8]
+    found = measured.spans_by_need(8)
     assert set(found) == {0, 1}
     assert sum(found.values()) <= 8
     with pytest.raises(ConfigError, match="1 groups are too few for 2 layers"):
-        reach.spans_by_need(1)
+        measured.spans_by_need(1)
     # at the longest span nothing is out of reach: the teacher itself
     expected = float(finetune_loss(teacher, batch))
-    assert reach.losses[0][-1] == pytest.approx(expected, rel=1e-2)
+    assert measured.losses[0][-1] == pytest.approx(expected, rel=1e-2)
 
 
 def test_the_neediest_layer_is_the_one_that_loses_most() -> None:
-    reach = Reach([1, 2], {3: [2.0, 1.0], 5: [1.9, 1.5]})
-    assert reach.neediest(1) == [5]
-    assert reach.without([5]).losses == {3: [2.0, 1.0]}
+    measured = SpanLosses([1, 2], {3: [2.0, 1.0], 5: [1.9, 1.5]})
+    assert measured.neediest(1) == [5]
+    assert measured.without([5]).losses == {3: [2.0, 1.0]}

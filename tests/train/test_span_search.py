@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.train import reach as reach_module
+from linspec.train import span_losses as span_losses_module
 from linspec.train.data import Windows
-from linspec.train.reach import Reach
-from linspec.train.search import PASSES, SHARE, Costs, choose, span_losses
+from linspec.train.span_losses import SpanLosses
+from linspec.train.span_search import PASSES, SHARE, Costs, choose, search_spans
 from linspec.train.student import by_need, make_mixer
 from linspec.utils.progress import Progress
 
@@ -74,11 +74,11 @@ def windows() -> Windows:
     return Windows(np.random.default_rng(0).integers(1, 290, 4000), 64, 0)
 
 
-def search(teacher: Decoder, windows: Windows, file: Path, **options: Any) -> Reach | None:
+def search(teacher: Decoder, windows: Windows, file: Path, **options: Any) -> SpanLosses | None:
     settings: dict[str, Any] = {"groups": 1, "needed": False} | options
     tokens = settings.pop("tokens", 10**6)
     mixer = make_mixer("aug", group=8, taps=4)
-    return span_losses(teacher, mixer, (0, 1), windows, tokens, file, **settings)
+    return search_spans(teacher, mixer, (0, 1), windows, tokens, file, **settings)
 
 
 def test_a_search_that_was_interrupted_began_again(
@@ -100,7 +100,7 @@ def test_a_search_that_was_interrupted_began_again(
             if done == 6:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(reach_module, "Progress", Watched)
+    monkeypatch.setattr(span_losses_module, "Progress", Watched)
     with pytest.raises(KeyboardInterrupt):
         search(teacher, windows, tmp_path / "cut.json")
     # the second time the search is whole, and the third time there is nothing left to measure
@@ -133,4 +133,4 @@ def test_a_search_of_linspec_0_1_goes_on(
 ) -> None:
     (tmp_path / "reach.json").write_text(json.dumps([[1, 2], [[2.0, 1.0], [3.0, 1.0]]]))
     found = search(tiny_teacher(), windows, tmp_path / "reach.json")
-    assert found == Reach([1, 2], {0: [2.0, 1.0], 1: [3.0, 1.0]})
+    assert found == SpanLosses([1, 2], {0: [2.0, 1.0], 1: [3.0, 1.0]})

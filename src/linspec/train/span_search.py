@@ -19,7 +19,7 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.model_types import type_of
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor, blocks_of
-from linspec.train.reach import Reach, measure_reach, tried_spans
+from linspec.train.span_losses import SpanLosses, measure_span_losses, tried_spans
 from linspec.utils.files import replace_text
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _options(trained: int, group: int, longest: int) -> Iterator[tuple[int, int,
             return
 
 
-def span_losses(
+def search_spans(
     teacher: Predictor,
     mixer: MixerConfig,
     layers: Sequence[int],
@@ -152,7 +152,7 @@ def span_losses(
     *,
     groups: int,
     needed: bool,
-) -> Reach | None:
+) -> SpanLosses | None:
     """What each of `layers` loses at each span, from `file` as far as it was measured before.
 
     None where no search fits the run and it is not `needed`. run_tokens: of the run that it serves;
@@ -163,7 +163,7 @@ def span_losses(
         assert search is not None
         if not search.windows and search.losses:
             kept = dict(zip(layers, search.losses.values(), strict=True))
-            return Reach(list(search.spans), kept)
+            return SpanLosses(list(search.spans), kept)
     else:
         search = _plan(teacher, mixer, layers, windows, run_tokens, groups=groups, needed=needed)
         (search or Search(0, 0, (), 0.0)).save(file)
@@ -174,7 +174,7 @@ def span_losses(
     def keep(losses: Mapping[int, list[float]]) -> None:
         replace(search, losses=dict(losses)).save(file)
 
-    return measure_reach(
+    return measure_span_losses(
         teacher, mixer, layers, batch, spans=search.spans, known=search.losses, keep=keep
     )
 
