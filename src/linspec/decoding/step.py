@@ -23,6 +23,9 @@ class StepInput:
     first), -1 for the last committed token. None means a chain from the last committed token.
     all_logits: False asks for the logits of the last token only. embeddings: [N, D] instead of those of the
     tokens. ephemeral: which of the nodes are never committed, None for none of them.
+
+    overwrite: committed positions whose entries the tokens replace at once; they are computed again with all
+    entries in place, and nothing is staged. causal: False lets these tokens see later positions too.
     """
 
     slot: int
@@ -31,6 +34,8 @@ class StepInput:
     all_logits: bool = True
     embeddings: torch.Tensor | None = None
     ephemeral: Sequence[bool] | None = None
+    overwrite: Sequence[int] | None = None
+    causal: bool = True
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

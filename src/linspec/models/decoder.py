@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         want: layers whose hidden states are handed out too.
         """
         path = LayerPath(layers, want.inner)
-        plain = path.plain and all(each.embeddings is None for each in inputs)
+        plain = path.plain and not any(_by_layers(each) for each in inputs)
         native = self.native if plain and state.in_kernels else None
         long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
         if native is None or all(long) or not any(long):
@@ -221,7 +221,8 @@ class Decoder(nn.Module):
         for step_input in inputs:
             state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
-            state.reserve(step_input.slot, len(step_input.tokens))
+            if step_input.overwrite is None:
+                state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
         if native is not None:
             hidden, logits = native.run(inputs, shapes, positions, wanted, state)
@@ -231,8 +232,9 @@ class Decoder(nn.Module):
             hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            ephemeral = step_input.ephemeral
-            state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
+            if step_input.overwrite is None:
+                ephemeral = step_input.ephemeral
+                state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
         nodes = node_slices(inputs) if path.found else []
         return StepOutput(hidden, logits, slices, path.found, nodes)
 
@@ -273,14 +275,19 @@ class Decoder(nn.Module):
         limit, positions = self.config.position_limit, []
         for step_input, shape in zip(inputs, shapes, strict=True):
             start, new = state.length(step_input.slot), len(step_input.tokens)
-            mine = [start + depth for depth in shape.depths[-new:]]
+            mine = step_input.overwrite or [start + depth for depth in shape.depths[-new:]]
             if limit is not None and max(mine) >= limit:
                 raise ContextOverflow(
                     f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "
                     "or max_tokens, or linearize the model: linear mixers have no such limit"
                 )
-            positions.append(mine)
+            positions.append(list(mine))
         return positions
+
+
+def _by_layers(step_input: StepInput) -> bool:
+    """Whether the one-call step cannot take this input."""
+    return step_input.embeddings is not None or step_input.overwrite is not None
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
