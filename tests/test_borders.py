@@ -41,8 +41,8 @@ from linspec.evaluate.files import verify_files
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
 from linspec.kernels.cpu.step import CpuStep
-from linspec.kernels.cpu.structs import INT8, LinearStruct
-from linspec.kernels.step_plan import AttentionPlan
+from linspec.kernels.cpu.structs import LinearStruct
+from linspec.kernels.step_plan import INT8, AttentionPlan
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.linear import Quantizer

@@ -12,7 +12,6 @@ import pytest
 from checkpoints import model_dir
 from typer.testing import CliRunner, Result
 
-from linspec.bench import kernels as kernels_bench
 from linspec.cli import app
 from linspec.evaluate.positions import by_position
 from linspec.evaluate.recall import evaluate_recall
@@ -112,8 +111,7 @@ def test_bench_drafters(data: Path) -> None:
     assert "prompt-lookup" in people.stdout and "left out medusa: " in people.stderr
 
 
-def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_bench, "read_bandwidth", lambda: 10.0)
+def test_bench_kernels() -> None:
     found = run_json("bench", "kernels", model_dir("aug"), "--repeats", 1, "--formats", "int8")
     assert found["settings"]["formats"] == ["int8"]
     one, *more = found["steps"]

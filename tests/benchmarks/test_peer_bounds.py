@@ -12,12 +12,12 @@ from benchmarks.peers.cells import Cell, Plan, Result
 from benchmarks.peers.ctranslate2 import Paced
 from benchmarks.peers.llama_cpp import padded
 from benchmarks.peers.own import OwnSession
-from benchmarks.peers.rows import RunningSequence, ratios, row_of, times_faster
+from benchmarks.peers.rows import Row, ratios, row_of, times_faster
 from benchmarks.peers.shapes import SHAPES, write_checkpoint
 from linspec.checkpoints.hub import load_model
 
 
-def row(peer: str, steps: list[float], run: str = "a", **result: object) -> RunningSequence:
+def row(peer: str, steps: list[float], run: str = "a", **result: object) -> Row:
     cell = Cell(shape="1b", context=128, batch=1, peer=peer, form="int8")
     found = Result(
         prefill_s=[1.0],

@@ -14,6 +14,7 @@ from torch import nn
 
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.load_quantized import load_for, quantize_model
+from linspec.decoding.step import FINAL
 from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter, packed
 from linspec.drafters.draft_model import DraftModel
@@ -141,7 +142,7 @@ def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
 
     heads = Counted(SHAPE, make_model().head, RATES)
     heads.asked = []
-    drafter, row = Medusa(heads), SimpleNamespace(hidden=hidden(1)[0], root=7)
+    drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7)
     trees = [drafter.propose([row], [Budget.of(n)])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
     assert heads.asked[0] == (1, 1) and heads.asked[-1] == (3, 3)
     for tree in trees:

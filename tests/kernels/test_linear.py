@@ -10,7 +10,7 @@ import torch
 from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.kernels.cpu.linear import linear
-from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8
+from linspec.kernels.step_plan import BF16, F32, INT4, INT8
 from linspec.models.linear import Quantizer
 from linspec.models.native_linear import NativeLinear
 from linspec.quantization.codes import quantize_int4, quantize_int8

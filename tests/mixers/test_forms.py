@@ -104,11 +104,8 @@ def test_dropping_the_closing_group_at_a_border_would_be_noticed(
     tree, state = chain(random_tokens(GROUP + 2, seed=1)), prefilled(model, prompt)
     expected = tree_logits(model, prompt, tree)
     assert_close(verified(model, state, tree), expected)
-    # layouts remember their groups
-    for part in state.parts:
-        part._tree_masks.clear()
-    wrong = without_groups_closed_in_the_tree(Groups._masks)
-    monkeypatch.setattr(Groups, "_masks", wrong)
+    wrong = without_groups_closed_in_the_tree(Groups.masks)
+    monkeypatch.setattr(Groups, "masks", wrong)
     found = verified(model, state, tree)
     border = GROUP - offset
     assert_close(found[:border], expected[:border])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from helpers import kill_before
 from transformers import PreTrainedTokenizerFast
 
 from linspec.checkpoints.hub import save_model
@@ -99,22 +98,6 @@ def killed_before() -> Callable[[int], AbstractContextManager[None]]:
 @pytest.fixture(scope="session")
 def no_training() -> Callable[[], AbstractContextManager[None]]:
     return lambda: kill_before(0)
-
-
-@contextmanager
-def kill_before(update: int) -> Iterator[None]:
-    """Training inside is killed before its update of the weights number `update`, counted from 0."""
-    done = itertools.count()
-
-    def count(*_: object) -> None:
-        if next(done) == update:
-            raise RuntimeError(f"killed before update {update}")
-
-    handle = register_optimizer_step_pre_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def random_teacher(vocab_size: int = 290, seed: int = 0) -> Decoder:

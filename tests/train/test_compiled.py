@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -52,25 +53,31 @@ def fresh_graphs(two_threads: None) -> None:
     torch._dynamo.reset()
 
 
-def pairwise(name: str, kernel: str, context: int) -> list[MixerConfig]:
-    """Three of the nine mixers that pair every context, group, span and number of taps."""
-    at = CONTEXTS.index(context)
-    found = []
-    for i, group in enumerate(GROUPS):
-        span = 1 if name == "global" else SPANS[(at + i) % 3]
-        rows = {"features": 4, "keep": 2} if name == "linformer" else {}
-        found.append(
-            MixerConfig(
-                name=name,
-                group=group,
-                span=span,
-                kernel=kernel,
-                taps=TAPS[(at + 2 * i) % 3],
-                window=group if name == "window" else 0,
-                **rows,
-            )
+def numbered(cases: Iterable[tuple[str, str]]) -> list[tuple[int, str, str]]:
+    """Each case with its number in a list."""
+    return [(number, *case) for number, case in enumerate(cases)]
+
+
+def pairwise(number: int, name: str, kernel: str, context: int) -> list[MixerConfig]:
+    """The mixer that case `number` of a list has at `context`.
+
+    Each case meets every context, group, span and number of taps once; nine neighbouring cases pair every
+    context, group, span and number of taps with every other.
+    """
+    at, b, c = CONTEXTS.index(context), number % 3, number // 3 % 3
+    rows = {"features": 4, "keep": 2} if name == "linformer" else {}
+    group = GROUPS[(at + b) % 3]
+    return [
+        MixerConfig(
+            name=name,
+            group=group,
+            span=1 if name == "global" else SPANS[(at + 2 * b) % 3],
+            kernel=kernel,
+            taps=TAPS[(at + c) % 3],
+            window=group if name == "window" else 0,
+            **rows,
         )
-    return found
+    ]
 
 
 def decoder(*mixers: MixerConfig) -> Decoder:
@@ -218,30 +225,40 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("name", "kernel"), MIXER_KERNELS)
-def test_compiled_decoder_steps_equal_plain_ones(name: str, kernel: str, context: int) -> None:
-    assert_compiled_gradients_are_right(decoder_case(pairwise(name, kernel, context), context))
+@pytest.mark.parametrize(("number", "name", "kernel"), numbered(MIXER_KERNELS))
+def test_compiled_decoder_steps_equal_plain_ones(
+    number: int, name: str, kernel: str, context: int
+) -> None:
+    mixers = pairwise(number, name, kernel, context)
+    assert_compiled_gradients_are_right(decoder_case(mixers, context))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
-    ("name", "kernel"), [m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional()]
+    ("number", "name", "kernel"),
+    numbered(m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional()),
 )
-def test_compiled_encoder_steps_equal_plain_ones(name: str, kernel: str, context: int) -> None:
-    assert_compiled_gradients_are_right(bert_case(pairwise(name, kernel, context), context))
+def test_compiled_encoder_steps_equal_plain_ones(
+    number: int, name: str, kernel: str, context: int
+) -> None:
+    mixers = pairwise(number, name, kernel, context)
+    assert_compiled_gradients_are_right(bert_case(mixers, context))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize(
-    ("name", "kernel"),
-    [m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional() and MIXERS[m[0]].causal],
+    ("number", "name", "kernel"),
+    numbered(m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional() and MIXERS[m[0]].causal),
 )
-def test_compiled_t5_steps_equal_plain_ones(name: str, kernel: str, context: int) -> None:
-    assert_compiled_gradients_are_right(t5_case(pairwise(name, kernel, context), context))
+def test_compiled_t5_steps_equal_plain_ones(
+    number: int, name: str, kernel: str, context: int
+) -> None:
+    mixers = pairwise(number, name, kernel, context)
+    assert_compiled_gradients_are_right(t5_case(mixers, context))
 
 
 @pytest.mark.slow
@@ -261,15 +278,18 @@ def test_compiled_steps_of_drafter_heads_equal_plain_ones(context: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("name", "kernel"), MIXER_KERNELS)
-def test_compiled_bfloat16_steps_round_like_plain_ones(name: str, kernel: str) -> None:
-    case = decoder_case(pairwise(name, kernel, CONTEXTS[1])[:2], CONTEXTS[1])
+@pytest.mark.parametrize(("number", "name", "kernel"), numbered(MIXER_KERNELS))
+def test_compiled_bfloat16_steps_round_like_plain_ones(number: int, name: str, kernel: str) -> None:
+    case = decoder_case(pairwise(number, name, kernel, CONTEXTS[1]), CONTEXTS[1])
     assert_compiled_gradients_are_right(case, narrow=True)
 
 
-@pytest.mark.parametrize(("name", "kernel"), MIXER_KERNELS)
-def test_bfloat16_gradients_point_where_float32_gradients_do(name: str, kernel: str) -> None:
-    model, loss, context = decoder_case(pairwise(name, kernel, CONTEXTS[0])[:1], CONTEXTS[0])
+@pytest.mark.parametrize(("number", "name", "kernel"), numbered(MIXER_KERNELS))
+def test_bfloat16_gradients_point_where_float32_gradients_do(
+    number: int, name: str, kernel: str
+) -> None:
+    mixers = pairwise(number, name, kernel, CONTEXTS[0])
+    model, loss, context = decoder_case(mixers, CONTEXTS[0])
     weights, batch = trained(model), batch_of(context)
     with torch.autocast("cpu", torch.bfloat16):
         narrow = gradients(loss, batch, weights)
@@ -321,6 +341,20 @@ def test_every_new_shape_of_a_batch_is_checked_once(monkeypatch: pytest.MonkeyPa
     for rows in (4, 4, 1, 4, 1):
         compiled(torch.ones(rows, 3))
     assert calls == [(4, 3)] * 3 + [(1, 3)] * 2 + [(4, 3), (1, 3)]
+
+
+def test_the_cases_pair_every_context_group_span_and_taps() -> None:
+    made = [
+        (context, mixer.group, mixer.span, mixer.taps)
+        for number in range(9)
+        for context in CONTEXTS
+        for mixer in pairwise(number, "aug", "softmax", context)
+    ]
+    for first, second in combinations(range(4), 2):
+        assert len({(case[first], case[second]) for case in made}) == 9
+    for number in range(0, 27, 3):
+        one = made[number : number + 3]
+        assert all(len({case[place] for case in one}) == 3 for place in range(4))
 
 
 def test_a_gradient_that_is_missing_or_not_a_number_is_wrong() -> None:

@@ -168,7 +168,7 @@ def test_encoders_go_through_the_verbs(bert_dir: Path, paragraphs: Path, tmp_pat
     assert run("linearize", bert_dir, "--out", out, *data, *sizes, "--taps", 4) == {"out": str(out)}
     assert {mixer.span for mixer in load_any_config(out).mixers} == {1}
     refused = CliRunner().invoke(app, ["eval", str(out), *map(str, data)])
-    assert refused.exit_code == 1 and "`linspec eval embeddings` compares" in refused.stderr
+    assert refused.exit_code == 1 and "`linspec eval embeddings` measures it" in refused.stderr
     limits = ("--texts", 3, "--context", 24)
     found = run("eval", "embeddings", bert_dir, out, *data, *limits)
     assert found == compare_sources(bert_dir, out, [paragraphs], count=3, context=24).to_json()

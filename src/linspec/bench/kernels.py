@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from linspec.bench.machine import machine, read_bandwidth
-from linspec.checkpoints.hub import load_model
+from linspec.checkpoints.config_file import read_config_file
+from linspec.checkpoints.hub import resolve
 from linspec.checkpoints.load_quantized import load_for
+from linspec.checkpoints.quantized import check_entry
 from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
-from linspec.models.linear import PackedLinear, integer_bits
+from linspec.models.linear import PackedLinear
 from linspec.models.native_linear import NativeLinear
 from linspec.policies.costs import measure
 from linspec.utils.messages import did_you_mean, shown
@@ -96,14 +98,14 @@ def bench_kernels(
     if repeats < 1:
         raise ConfigError(f"repeats must be 1 or more, got {repeats}")
     chosen = _formats(model, formats)
-    facts = machine() | {"read_gb_per_s": round(roof(), 1)}
+    bandwidth = roof()
+    facts = machine() | {"read_gb_per_s": _digits(bandwidth)}
     kernels, linears, steps = dict[str, str](), list[LinearRow](), list[StepRow]()
     with Progress("bench kernels", len(chosen)) as progress:
         for done, (name, bits) in enumerate(chosen.items(), 1):
             loaded = load_for(model, bits).to_inference()
             kernels[name] = loaded.kernels
             by_size = _by_size(loaded)
-            bandwidth = facts["read_gb_per_s"]
             linears += _linears(name, by_size, repeats, bandwidth, clock)
             steps += _steps(name, loaded, by_size, bandwidth, clock)
             del loaded, by_size
@@ -120,10 +122,10 @@ def _formats(model: str | Path, names: Sequence[str]) -> dict[str, int | None]:
                 f"unknown format {shown(repr(name))}; known: {', '.join(FORMATS)}"
                 f"{did_you_mean(name, FORMATS)}"
             )
-    loaded = load_model(model)
-    if not loaded.prepared:
+    read = read_config_file(resolve(model))
+    if read.quantization is None:
         return {name: FORMATS[name] for name in names or FORMATS}
-    own = f"int{integer_bits(loaded.head)}"
+    own = f"int{check_entry(read.quantization, read.folder)}"
     if any(name != own for name in names):
         raise ConfigError(f"{model} is quantised to {own} and has no other format; leave them out")
     return {own: None}
@@ -209,4 +211,4 @@ def _steps(
 
 
 def _digits(value: float) -> float:
-    return round(value, 3)
+    return float(f"{value:.4g}")

@@ -34,7 +34,7 @@ def info(
 
 @guarded()
 def list_plugins(as_json: Json = False) -> None:
-    """Every mixer, drafter, verifier, policy and cache, with its options and the paper it comes from."""
+    """Every mixer, drafter, verifier, policy, cache and generation loop, with its options and paper."""
     from linspec.cli.plugins import catalogue
 
     found = catalogue()
@@ -45,7 +45,8 @@ def list_plugins(as_json: Json = False) -> None:
         options = _options(entries)
         columns = [key for key in dict.fromkeys(k for e in entries for k in e) if key != "options"]
         print_table(axis, columns, [[e.get(key, "") for key in columns] for e in entries])
-        print_table(f"options of {axis}", ["name", "option", "default", "help"], options)
+        if options:
+            print_table(f"options of {axis}", ["name", "option", "default", "help"], options)
 
 
 def _options(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linspec.drafters import DRAFTERS
+from linspec.engine.loops import LOOPS
 from linspec.mixers import MIXERS, Mixer
 from linspec.policies import POLICIES
 from linspec.state.registry import STATES
@@ -25,6 +26,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "verifiers": VERIFIERS,
         "policies": POLICIES,
         "caches": STATES,
+        "loops": LOOPS,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:

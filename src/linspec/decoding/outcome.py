@@ -14,10 +14,14 @@ FAILED = "error"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """New tokens of one sequence, and whether it goes on.
+    """What a round did to one sequence.
 
-    finished: None, 'stop' (end of sequence), 'length', or 'error', which `error` explains. accepted: what
-    the verifier said, None where a generation loop has none or failed before it had its say.
+    Attributes:
+        sequence: the sequence.
+        tokens: its new tokens.
+        accepted: the result of the verifier; None if the loop has no verifier or failed before it.
+        finished: None if the sequence continues, else 'stop' (end of sequence), 'length' or 'error'.
+        error: why the sequence failed; None if it did not.
     """
 
     sequence: RunningSequence

@@ -13,8 +13,11 @@ from linspec.decoding.sampling import SamplingParams
 class Request:
     """A prompt of token ids with its sampling parameters; `params.n` sequences answer it.
 
-    embeddings: [T, D] instead of the embeddings of the T tokens of the prompt, for what is no token: an
-    image, speech, a trained prompt. The tokens then stand for it in penalties and n-gram drafts alone.
+    Attributes:
+        prompt: T token ids.
+        params: what the request asks of generation.
+        embeddings: [T, D], used instead of the embeddings of the tokens, for input that is no token: an
+            image, speech, a trained prompt. The tokens then matter only for penalties and n-gram drafts.
     """
 
     prompt: tuple[int, ...]

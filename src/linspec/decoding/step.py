@@ -19,13 +19,17 @@ FINAL = -1
 class StepInput:
     """New tokens of one slot.
 
-    parents: index of each token's parent among the slot's staged nodes (those of earlier steps come
-    first), -1 for the last committed token. None means a chain from the last committed token.
-    all_logits: False asks for the logits of the last token only. embeddings: [N, D] instead of those of the
-    tokens. ephemeral: which of the nodes are never committed, None for none of them.
-
-    overwrite: committed positions whose entries the tokens replace at once; they are computed again with all
-    entries in place, and nothing is staged. causal: False lets these tokens see later positions too.
+    Attributes:
+        slot: the place of the sequence in the state.
+        tokens: N token ids.
+        parents: for each token the number of its parent among the staged nodes of the slot (those of
+            earlier steps come first), or -1 for the last committed token. None is a chain.
+        all_logits: False asks for the logits of the last token only.
+        embeddings: [N, D], used instead of the embeddings of the tokens.
+        ephemeral: which of the nodes are never committed; None for none of them.
+        overwrite: committed positions whose entries the tokens replace at once; they are computed again
+            with all entries in place, and nothing is staged.
+        causal: False lets tokens that overwrite see later positions too.
     """
 
     slot: int
@@ -45,9 +49,11 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """What a caller needs back beside logits: hidden states behind the layers of these numbers.
+    """What a caller needs from a step beside logits.
 
-    Layers count from 0. FINAL, the normalised states that the output layer reads, come with every step.
+    Attributes:
+        layers: numbers of layers, from 0, whose outputs are needed as hidden states. FINAL, the normalized
+            states that the output layer reads, come with every step.
     """
 
     layers: tuple[int, ...] = ()

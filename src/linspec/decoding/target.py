@@ -25,7 +25,13 @@ class NodeOutput:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`model` with the `state` of all running sequences; tokenizer: None if nobody said."""
+    """The model that is decoded, with the state of all running sequences.
+
+    Attributes:
+        model: the model in its inference form.
+        state: the state of all slots.
+        tokenizer: of the model; None if the caller gave none.
+    """
 
     model: CausalModel
     state: Any
@@ -38,9 +44,14 @@ class Target:
         layers: Collection[int] | None = None,
         want: Want = LOGITS,
     ) -> list[NodeOutput]:
-        """Run new tokens of several slots, in any order, and stage them; what each of them brought.
+        """Run new tokens of several slots and stage them; outputs in the order of `inputs`.
 
-        layers: only these are computed, None for all. Where it raises, nothing is staged.
+        If a step raises, nothing is staged.
+
+        Args:
+            inputs: new tokens of different slots, in any order.
+            layers: compute only these layers; None computes all.
+            want: hidden states that are needed beside the logits.
         """
         order = sorted(range(len(inputs)), key=lambda i: inputs[i].slot)
         special: dict[str, Any] = {}

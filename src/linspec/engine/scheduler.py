@@ -17,7 +17,12 @@ from linspec.utils.sizes import check_size
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work: sequences that decode, and sequences with the number of prompt tokens they get."""
+    """The sequences of one step.
+
+    Attributes:
+        decoding: sequences whose prompt is read.
+        prefilling: sequences with the number of prompt tokens that this step reads.
+    """
 
     decoding: list[RunningSequence]
     prefilling: list[tuple[RunningSequence, int]]

@@ -27,7 +27,8 @@ from linspec.checkpoints.hub import (
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
 from linspec.errors import DrafterError
-from linspec.kernels.cpu.structs import INT4, TILE
+from linspec.kernels.cpu.structs import TILE
+from linspec.kernels.step_plan import INT4
 from linspec.models.decoder import Decoder
 from linspec.models.native_linear import NativeLinear
 

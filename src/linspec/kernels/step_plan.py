@@ -15,12 +15,15 @@ import torch
 
 from linspec.decoding.tree import Shape
 
+# kinds of weights
+F32, BF16, INT8, INT4 = range(4)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearPlan:
     """x Wᵀ + b with packed weights.
 
-    kind, weights and scales: as `kernels/cpu/pack.py` makes them. bias [outputs].
+    kind: of the weights. weights and scales: as `kernels/cpu/pack.py` makes them. bias [outputs].
     """
 
     kind: int

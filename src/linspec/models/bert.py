@@ -127,8 +127,8 @@ class Bert(nn.Module):
     def to_inference(self, linear_factory: LinearFactory = fused_linear) -> Bert:
         """Turn this model into its inference form, in place; returns it.
 
-        `fused_linear` makes the layers of the encoder, by default in the precision of the weights.
+        `linear_factory` makes the layers of the encoder, by default in the precision of the weights.
         """
         self.eval().requires_grad_(False)
-        self.encoder.to_inference(fused_linear)
+        self.encoder.to_inference(linear_factory)
         return self

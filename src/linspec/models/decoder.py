@@ -37,6 +37,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        # asked in every step
+        self.position_limit = config.position_limit
         self.embed = nn.Embedding(config.vocab_size, config.width)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions, config.width)
@@ -198,7 +200,7 @@ class Decoder(nn.Module):
         want: layers whose hidden states are handed out too.
         """
         path = LayerPath(layers, want.inner)
-        plain = path.plain and not any(_by_layers(each) for each in inputs)
+        plain = path.plain and all(i.embeddings is None and i.overwrite is None for i in inputs)
         native = self.native if plain and state.in_kernels else None
         long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
         if native is None or all(long) or not any(long):
@@ -272,22 +274,19 @@ class Decoder(nn.Module):
         self, inputs: Sequence[StepInput], shapes: Sequence[Shape], state: SequenceStates
     ) -> list[list[int]]:
         """Positions of the new nodes of each input; raises ContextOverflow beyond the last one."""
-        limit, positions = self.config.position_limit, []
+        limit, positions = self.position_limit, []
         for step_input, shape in zip(inputs, shapes, strict=True):
             start, new = state.length(step_input.slot), len(step_input.tokens)
-            mine = step_input.overwrite or [start + depth for depth in shape.depths[-new:]]
+            mine = [start + depth for depth in shape.depths[-new:]]
+            if step_input.overwrite is not None:
+                mine = list(step_input.overwrite)
             if limit is not None and max(mine) >= limit:
                 raise ContextOverflow(
                     f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "
                     "or max_tokens, or linearize the model: linear mixers have no such limit"
                 )
-            positions.append(list(mine))
+            positions.append(mine)
         return positions
-
-
-def _by_layers(step_input: StepInput) -> bool:
-    """Whether the one-call step cannot take this input."""
-    return step_input.embeddings is not None or step_input.overwrite is not None
 
 
 def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:

@@ -125,8 +125,8 @@ class Encoder(nn.Module):
         return self.norm(x) if self.config.post_norm else x, rope
 
     def to_inference(self, linear_factory: LinearFactory = fused_linear) -> None:
-        """Replace every part by its inference form; `fused_linear` makes the linear layers."""
+        """Replace every part by its inference form; `linear_factory` makes the linear layers."""
         for block in self.layers:
-            block.to_inference(fused_linear)
+            block.to_inference(linear_factory)
             block.finalize_weights()
         self.norm = inference_norm(self.norm)

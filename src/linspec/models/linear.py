@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from linspec.kernels.cpu import pack
-from linspec.kernels.cpu.structs import F32, INT4, INT8
 from linspec.kernels.selector import pick_kernel
+from linspec.kernels.step_plan import F32, INT4, INT8
 from linspec.models.native_linear import NativeLinear
 from linspec.quantization.codes import check_bits, quantize_int4, quantize_int8
 

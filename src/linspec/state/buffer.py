@@ -78,7 +78,10 @@ class BufferState(SlotStates):
         """Make room for `new` more staged nodes in `slot`; longer chains are staged aside."""
         if new > MAX_STAGED:
             return
-        self._ensure(self._next(slot) + new)
+        wanted = self._next(slot) + new
+        # asked in every step, and rarely more than there is
+        if wanted > self.keys.shape[3]:
+            self._ensure(wanted)
 
     def _next(self, slot: int) -> int:
         """Where the next staged entry of `slot` lies."""

@@ -25,8 +25,12 @@ TreeMasks = OrderedDict[tuple[Any, ...], TreeMask]
 class StateOptions:
     """What a caller chooses for the states of all layers of a model.
 
-    kv_cache: how caches keep their entries, a spec of STATES. tree_masks: shared by all states, because a
-    mask depends on the tree and on how many positions are held, not on what they hold.
+    Attributes:
+        dtype: in which the model computes.
+        device: where buffers are.
+        kv_cache: how caches keep their entries, a spec of STATES.
+        tree_masks: shared by all states, because a mask depends only on the tree and on the number of held
+            positions.
     """
 
     dtype: torch.dtype = torch.float32
@@ -57,9 +61,14 @@ Makers = StateMaker | tuple["Makers", ...]
 class LayerState(Protocol):
     """What the layers of one kind remember of the committed tokens of every slot.
 
-    lengths: committed tokens of each slot, per kind of layer, because a step may skip layers. staged: the
-    shape of the nodes that each slot has staged. counts_tokens: False where entries are no tokens of the
-    sequence. in_kernels: whether compiled kernels may read its buffers.
+    A state stages new entries beside the committed ones, then commits a path or drops them. It never rolls
+    back.
+
+    Attributes:
+        layers: how many layers share it.
+        lengths: committed tokens of each slot, for this kind of layer, because a step may skip layers.
+        staged: the shape of the nodes that each slot has staged.
+        counts_tokens: False if entries are no tokens of the sequence.
     """
 
     layers: int
@@ -68,7 +77,9 @@ class LayerState(Protocol):
     counts_tokens: bool
 
     @property
-    def in_kernels(self) -> bool: ...
+    def in_kernels(self) -> bool:
+        """Whether compiled kernels may read its buffers."""
+        ...
 
     def reserve(self, slot: int, new: int) -> None:
         """Make room for `new` more staged nodes in `slot`."""

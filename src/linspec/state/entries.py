@@ -12,7 +12,11 @@ import torch
 class EntrySpec:
     """Sizes of the entries of one kind of layer: a key and a value of each KV head.
 
-    conv_history: values that are kept before the base position, for a convolution.
+    Attributes:
+        kv_heads: key/value heads.
+        key_width: elements of a key.
+        value_width: elements of a value.
+        conv_history: values that are kept before the base position, for a convolution.
     """
 
     kv_heads: int

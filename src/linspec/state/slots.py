@@ -21,9 +21,16 @@ _MASK_COLUMNS_KEPT = 1024
 
 @dataclass(frozen=True, slots=True)
 class StateSnapshot:
-    """What one slot has committed: keys [L, Hkv, C, .], values [L, Hkv, conv_history + C, .], sums.
+    """A copy of what one slot has committed, in L layers.
 
-    spec, entries: of the state that it was taken from.
+    Attributes:
+        spec: sizes of the state that it is from.
+        entries: name of the format of its entries.
+        length: committed tokens.
+        base_position: position of the oldest entry that is held.
+        keys: [L, Hkv, C, K] for C held positions.
+        values: [L, Hkv, conv_history + C, V].
+        sums: of closed groups; None for a state without sums.
     """
 
     spec: EntrySpec

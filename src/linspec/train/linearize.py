@@ -31,7 +31,7 @@ from linspec.checkpoints.hub import (
 )
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.config import MixerConfig
-from linspec.models.config import DecoderConfig, EncoderConfig, Seq2SeqConfig
+from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
@@ -101,7 +101,7 @@ def linearize(
     asked = LinearizeRecipe.of(recipe, **options)
     place = output_place(out, source, asked.data, overwrite)
     place.check(resume=resume)
-    if isinstance(load_any_config(source), EncoderConfig):
+    if of_config(load_any_config(source)).predict is None:
         return train_encoder(source, place, asked, resume=resume)
     teacher, tokenizer = load_causal_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)

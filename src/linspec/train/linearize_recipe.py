@@ -30,19 +30,35 @@ Training = LinearizeConfig | EncoderTraining | Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearizeRecipe:
-    """How a softmax checkpoint becomes one with other mixers; checked when it is made.
+    """How a softmax model becomes one with other mixers; checked when it is made.
 
-    mixer: NAME or NAME:key=value,… of `linspec list`, with sizes also by `group` (64, or 32 for an
-    encoder), `span`, `kernel`, `taps`, `window`, `features`, `keep` and `mixer_seed` (see
-    `make_mixer`), or a MixerConfig. span: may give one for each layer. exact_tokens: with kernel
-    softmax and no span given, tokens that a layer sees exactly in the mean (384 if None); measured on
-    the teacher, layers that need to see far get more of them (see `measure_reach`). keep_softmax:
-    layers that keep the mixer they have; softmax_layers: how many more do, those that need to see far
-    most. A mixer that changes nothing trains the teacher on (see `continue_training`).
+    A mixer that changes nothing trains the teacher itself.
 
-    data, field: see `load_documents`; what is held out of it is not trained on. config: how long
-    and how to train; a mapping gives some settings of LinearizeConfig and leaves the others to the
-    kind of model. dtype: of the saved weights, None for that of the source.
+    Attributes:
+        mixer: a spec of `linspec list` such as 'aug:taps=16', or a MixerConfig. A spec goes before the
+            sizes below.
+        group: tokens of a group; None for 64, or 32 for an encoder.
+        taps: taps of the causal convolution over values; None for the default of the mixer.
+        window: tokens that the mixer 'window' sees; None for its default.
+        span: groups that a layer sees exactly, for all layers or one for each; None searches.
+        exact_tokens: tokens that a layer sees exactly, in the mean over the layers, which the search for
+            spans may spend; None for 384.
+        kernel: weights of the exact positions: 'softmax' (those of the teacher), 'own' or 'relu2'.
+        features: random features of 'performer' and 'rfa', positions of a group of 'linformer'; 0 for the
+            default.
+        keep: groups that 'linformer' remembers; 0 for the default.
+        mixer_seed: of the random features.
+        keep_softmax: numbers of the layers that keep their mixer.
+        softmax_layers: how many more layers keep theirs: those that need distant positions most.
+        config: tokens, rates and precision; a mapping gives some settings of LinearizeConfig and leaves the
+            others to the kind of model.
+        data: files, folders, 'stdlib' or data sets; the held-out documents are not trained on.
+        field: the entry of a `.jsonl` line that holds the text.
+        dtype: of the saved weights; None for that of the source.
+
+    Raises:
+        ConfigError: a setting breaks a rule.
+        InputError: the data cannot be read.
     """
 
     mixer: str | MixerConfig = "aug"

@@ -50,6 +50,7 @@ class Autoregressive(GenerationLoop):
         self.verifier, self.clock = context.verifier, context.clock
         self.drafter, self.policy = context.drafter, context.policy
         self.want = LOGITS if self.drafter is None else self.drafter.needs
+        self.limit = self.target.model.config.position_limit
         self.kept = (FINAL, *self.want.inner)
 
     def started(self, sequence: RunningSequence) -> None:
@@ -143,7 +144,7 @@ class Autoregressive(GenerationLoop):
             tokens, finished = tokens[: ends[0] + 1], "stop"
         sequence.tokens += tokens
         sequence.sampler.observe(tokens)
-        limit = self.target.model.config.position_limit
+        limit = self.limit
         if finished is None and (
             sequence.remaining <= 0 or (limit and len(sequence.tokens) > limit)
         ):

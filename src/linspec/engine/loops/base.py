@@ -20,7 +20,15 @@ from linspec.verifiers.base import Verifier
 
 @dataclass(frozen=True, slots=True)
 class LoopContext:
-    """What a loop is made for; drafter and policy: None for plain decoding. clock: returns seconds."""
+    """What a loop is made for.
+
+    Attributes:
+        target: the model with its state.
+        verifier: the rule that judges trees.
+        drafter: None for plain decoding.
+        policy: None for plain decoding.
+        clock: returns seconds.
+    """
 
     target: Target
     verifier: Verifier
@@ -30,11 +38,14 @@ class LoopContext:
 
 
 class GenerationLoop(ABC):
-    """How the tokens of sequences come about, round by round.
+    """Makes the tokens of sequences, round by round.
 
-    The engine calls `started` when a sequence has its slot, `round` as long as any runs, and `finished` when
-    one has ended, however it did. A loop that does not read prompts through the scheduler's pieces sets
-    `sequence.prefilled` in `started`.
+    The engine calls `started` when a sequence has its slot, `round` while sequences run, and `finished` when
+    a sequence has ended, also by an error. A loop that reads prompts itself, not in the pieces of the
+    scheduler, sets `sequence.prefilled` in `started`.
+
+    Attributes:
+        name: under which it is registered.
     """
 
     name: ClassVar[str]
@@ -48,9 +59,9 @@ class GenerationLoop(ABC):
 
     @abstractmethod
     def round(self, batch: Batch) -> list[Outcome]:
-        """One round: what it did to the sequences of `batch`; those that wait for more have none.
+        """One round; returns an outcome for each sequence that has new tokens or has ended.
 
-        A sequence that cannot go on has an outcome with its error, and takes nothing from the others.
+        The outcome of a sequence that failed has its error. The other sequences lose nothing by it.
         """
 
     def finished(self, sequence: RunningSequence) -> None:

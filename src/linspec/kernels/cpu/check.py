@@ -8,8 +8,7 @@ import torch
 
 from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.linear import linear, linear_struct
-from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.step_plan import BF16, F32, INT4, INT8, LinearPlan
 from linspec.quantization.codes import GROUP
 
 INPUTS, OUTPUTS, ROWS = 96, 40, 9

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from linspec.errors import StateError
 from linspec.kernels.cpu import pack
-from linspec.kernels.cpu.structs import BF16, F32, INT4, INT8, LinearStruct
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.cpu.structs import LinearStruct
+from linspec.kernels.step_plan import BF16, F32, INT4, INT8, LinearPlan
 from linspec.quantization.codes import GROUP
 
 _DTYPES = {F32: torch.float32, BF16: torch.bfloat16, INT8: torch.uint8, INT4: torch.uint8}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from linspec.kernels.cpu.structs import INT4, INT8, TILE
+from linspec.kernels.cpu.structs import TILE
+from linspec.kernels.step_plan import INT4, INT8
 from linspec.quantization.codes import GROUP
 
 

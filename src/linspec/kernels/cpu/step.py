@@ -26,8 +26,6 @@ from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import linear_struct
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.structs import (
-    BF16,
-    F32,
     MAX_HEAD_WIDTH,
     MAX_NODES,
     BatchStruct,
@@ -37,7 +35,15 @@ from linspec.kernels.cpu.structs import (
 )
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
-from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
+from linspec.kernels.step_plan import (
+    BF16,
+    F32,
+    LayerBuffers,
+    LayerPlan,
+    LinearPlan,
+    NewNodes,
+    StepPlan,
+)
 from linspec.utils.messages import shown
 
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}

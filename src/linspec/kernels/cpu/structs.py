@@ -17,12 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
+from linspec.kernels.step_plan import BF16, F32, INT4, INT8
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
 ABI = 6
 TILE = 32
-F32, BF16, INT8, INT4 = range(4)
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
 
