@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from guests import paged_state
 from helpers import (
+    TAPS,
     assert_close,
     assert_same_bytes,
     feed,
+    mixer_config,
     prefilled,
     random_tokens,
+    randomise,
     remembered,
+    tiny_config,
     tiny_model,
 )
 
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, StateError
+from linspec.models.decoder import Decoder
 from linspec.state.registry import STATES
 
 TEXT = random_tokens(9)
@@ -112,6 +118,61 @@ def test_a_model_that_sums_refuses_to_overwrite_before_any_work() -> None:
     state.check_overwrite(0, [0, len(TEXT) - 1])
     with pytest.raises(StateError, match="not all committed"):
         state.check_overwrite(0, [len(TEXT)])
+
+
+@pytest.mark.parametrize("kind", ["float", "guest-paged:block=3"])
+@pytest.mark.parametrize("layers", [("softmax", "softmax"), (mixer_config("softmax", TAPS),) * 2])
+def test_overwriting_the_end_of_a_text_is_having_read_another(
+    layers: tuple[object, ...], kind: str
+) -> None:
+    model, other = tiny_model(*layers), random_tokens(4, seed=5)
+    state = model.new_state(2, kind)
+    for slot in (0, 1):
+        feed(model, state, TEXT, slot)
+    positions = range(len(TEXT) - len(other), len(TEXT))
+    inputs = [StepInput(0, other, overwrite=positions), StepInput(1, [1, 2], [-1, -1])]
+    found = model.step(inputs, state)
+    text = [*TEXT[: -len(other)], *other]
+    with torch.no_grad():
+        assert_close(found.logits[: len(other)], model(torch.tensor([text]))[0, -len(other) :])
+    assert not state.staged(0) and len(state.staged(1)) == 2
+    assert_close(remembered(model, state), remembered(model, prefilled(model, text)))
+    step = [StepInput(0, [3, 4])]
+    assert_close(model.step(step, state).logits, model.step(step, prefilled(model, text)).logits)
+
+
+def test_overwritten_tokens_may_see_later_positions() -> None:
+    """One layer: what a token sees is a plain softmax over all entries."""
+    model = randomise(Decoder(tiny_config(mixer_config("softmax"))), seed=0).double()
+    state = prefilled(model, TEXT)
+    (causal, free) = (
+        model.step([StepInput(0, TEXT, overwrite=range(len(TEXT)), causal=c)], state).logits
+        for c in (True, False)
+    )
+    assert len(model.layers) == 1
+    assert_close(causal[-1], free[-1])
+    assert (causal - free)[:-1].abs().amax(1).min() > 1e-3
+    with torch.no_grad():
+        assert_close(causal, model(torch.tensor([TEXT]))[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"overwrite": [1]}, ConfigError, "2 tokens to overwrite positions"),
+        ({"overwrite": [1, 1]}, ConfigError, "a position of its own"),
+        ({"overwrite": [1, 9]}, StateError, "not all committed"),
+        ({"overwrite": [1, 2], "parents": [-1, 0]}, StateError, "stage nodes at once"),
+    ],
+)
+def test_what_cannot_be_overwritten_changes_nothing(
+    given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    state = prefilled(tiny_model("softmax"), TEXT)
+    before = state.snapshot(0)
+    with pytest.raises(error, match=message):
+        tiny_model("softmax").step([StepInput(0, [1, 2], **given)], state)
+    assert_same_bytes(state.snapshot(0), before)
 
 
 # ---- kinds of caches

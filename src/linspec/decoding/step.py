@@ -19,14 +19,17 @@ FINAL = -1
 class StepInput:
     """New tokens of one slot.
 
-        Attributes:
+    Attributes:
         slot: the place of the sequence in the state.
         tokens: N token ids.
         parents: for each token the number of its parent among the staged nodes of the slot (those of
             earlier steps come first), or -1 for the last committed token. None is a chain.
         all_logits: False asks for the logits of the last token only.
         embeddings: [N, D], used instead of the embeddings of the tokens.
-    ephemeral: which of the nodes are never committed; None for none of them.
+        ephemeral: which of the nodes are never committed; None for none of them.
+        overwrite: committed positions whose entries the tokens replace at once; they are computed again
+            with all entries in place, and nothing is staged.
+        causal: False lets tokens that overwrite see later positions too.
     """
 
     slot: int
@@ -35,6 +38,8 @@ class StepInput:
     all_logits: bool = True
     embeddings: torch.Tensor | None = None
     ephemeral: Sequence[bool] | None = None
+    overwrite: Sequence[int] | None = None
+    causal: bool = True
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

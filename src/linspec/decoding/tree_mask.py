@@ -120,3 +120,25 @@ class TreeMask:
             seen[i, :total, :base] = torch.ones(total, base, dtype=torch.bool).tril()
             seen[i, base:total, base:total] = shape.ancestors
         return seen.to(self.device)
+
+
+class OverwriteMask(TreeMask):
+    """Which held positions the tokens of one slot attend to that replace entries at `positions`.
+
+    causal: no token sees a later position; else each sees all that are held.
+    """
+
+    def __init__(
+        self, positions: Sequence[int], held: int, *, causal: bool, device: torch.device
+    ) -> None:
+        self.rows, self.device, self.tree = [], device, None
+        self.width, self.deepest, self.plain = held, max(positions), False
+        self._memo = {}
+        self._positions, self._causal = positions, causal
+
+    @cached_property
+    def _ragged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        offsets = torch.tensor([list(self._positions)], device=self.device)
+        columns = torch.arange(self.width, device=self.device)[None]
+        seen = columns[:, None] <= offsets[:, :, None]
+        return offsets, columns, seen if self._causal else torch.ones_like(seen)

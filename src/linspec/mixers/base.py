@@ -270,7 +270,10 @@ class Mixer(HeadProjections):
         layer: int,
     ) -> torch.Tensor:
         """A few nodes a slot, any tree: one masked product over the entries of each slot."""
-        state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+        if dense_group.overwrite is None:
+            state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+        else:
+            state.overwrite(layer, dense_group.start, dense_group.overwrite, k[0], v[0])
         tree_mask = dense_group.tree_mask(state)
         slots, width = dense_group.slots, tree_mask.width
         keys, values = state.read(layer, slots, width)

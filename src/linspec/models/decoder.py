@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         want: layers whose hidden states are handed out too.
         """
         path = LayerPath(layers, want.inner)
-        plain = path.plain and all(each.embeddings is None for each in inputs)
+        plain = path.plain and all(i.embeddings is None and i.overwrite is None for i in inputs)
         native = self.native if plain and state.in_kernels else None
         long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
         if native is None or all(long) or not any(long):
@@ -223,7 +223,8 @@ class Decoder(nn.Module):
         for step_input in inputs:
             state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
-            state.reserve(step_input.slot, len(step_input.tokens))
+            if step_input.overwrite is None:
+                state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
         if native is not None:
             hidden, logits = native.run(inputs, shapes, positions, wanted, state)
@@ -233,8 +234,9 @@ class Decoder(nn.Module):
             hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
-            ephemeral = step_input.ephemeral
-            state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
+            if step_input.overwrite is None:
+                ephemeral = step_input.ephemeral
+                state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
         nodes = node_slices(inputs) if path.found else []
         return StepOutput(hidden, logits, slices, path.found, nodes)
 
@@ -276,6 +278,8 @@ class Decoder(nn.Module):
         for step_input, shape in zip(inputs, shapes, strict=True):
             start, new = state.length(step_input.slot), len(step_input.tokens)
             mine = [start + depth for depth in shape.depths[-new:]]
+            if step_input.overwrite is not None:
+                mine = list(step_input.overwrite)
             if limit is not None and max(mine) >= limit:
                 raise ContextOverflow(
                     f"position {max(mine)} is beyond this model's {limit} positions; shorten the prompt "

@@ -155,6 +155,10 @@ class EntryState(LayerState, Protocol):
         """Mask of slots `start`..: `shapes` of what each has staged, of which the last `new` are new."""
         ...
 
+    def overwrite_mask(self, slot: int, positions: Sequence[int], *, causal: bool) -> TreeMask:
+        """Mask of tokens that replace the entries of `slot` at committed positions."""
+        ...
+
     def stage(
         self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:

@@ -24,7 +24,8 @@ from linspec.state.sequence_states import SequenceStates
 class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
-    lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last.
+    lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last. overwrite:
+    positions whose entries the tokens of one slot replace instead of being staged; causal: see StepInput.
     """
 
     start: int
@@ -54,6 +55,8 @@ class DenseGroup:
         return torch.cat(rows)
 
     first: int = 0  # of this dense_group's nodes in the packed matrix
+    overwrite: Sequence[int] | None = None
+    causal: bool = True
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[M, H, K] -> this dense_group's [R, N, H, K], zero where a row has fewer nodes."""
@@ -70,9 +73,14 @@ class DenseGroup:
 
     def tree_mask(self, state: EntryState) -> TreeMask:
         """The tree mask of these slots; computed once for all layers of `state`."""
-        if id(state) not in self._tree_masks:
-            self._tree_masks[id(state)] = state.tree_mask(self.start, self.shapes, self.lengths)
-        return self._tree_masks[id(state)]
+        found = self._tree_masks.get(id(state))
+        if found is None:
+            if self.overwrite is None:
+                found = state.tree_mask(self.start, self.shapes, self.lengths)
+            else:
+                found = state.overwrite_mask(self.start, self.overwrite, causal=self.causal)
+            self._tree_masks[id(state)] = found
+        return found
 
     def __post_init__(self) -> None:
         self._tree_masks: dict[int, TreeMask] = {}
@@ -91,11 +99,13 @@ def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> lis
     dense_groups: list[DenseGroup] = []
     first = 0
     for step_input, shape in zip(inputs, shapes, strict=True):
-        count = len(step_input.tokens)
-        long = count > MAX_STAGED
+        count, over = len(step_input.tokens), step_input.overwrite
+        long = count > MAX_STAGED and over is None
         last = dense_groups[-1] if dense_groups else None
-        if last is None or last.long != long or last.slots.stop != step_input.slot:
-            last = DenseGroup(step_input.slot, [], [], long, first)
+        # what overwrites is alone: its mask is of its own
+        alone = over is not None or (last is not None and last.overwrite is not None)
+        if last is None or alone or last.long != long or last.slots.stop != step_input.slot:
+            last = DenseGroup(step_input.slot, [], [], long, first, over, step_input.causal)
             dense_groups.append(last)
         last.lengths.append(count)
         last.shapes.append(shape)
@@ -113,6 +123,8 @@ def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
             f"slot {step_input.slot} has staged a chain of {len(staged)} tokens; commit it before "
             "staging more"
         )
+    if step_input.overwrite is not None:
+        return _overwritten(step_input, step_input.overwrite, state)
     if step_input.ephemeral is not None and len(step_input.ephemeral) != count:
         raise ConfigError(
             f"slot {step_input.slot} was fed {count} tokens and {len(step_input.ephemeral)} marks of "
@@ -138,3 +150,20 @@ def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
             "or a longer chain from the last committed token"
         )
     return shape
+
+
+def _overwritten(step_input: StepInput, positions: Sequence[int], state: SequenceStates) -> Shape:
+    """The shape of a step that stages nothing; raises StateError where it cannot overwrite."""
+    slot, count = step_input.slot, len(step_input.tokens)
+    if len(set(positions)) != count or len(positions) != count:
+        raise ConfigError(
+            f"slot {slot} was fed {count} tokens to overwrite positions {list(positions)}; give each token "
+            "a position of its own"
+        )
+    if state.staged(slot) or step_input.parents is not None or step_input.ephemeral is not None:
+        raise StateError(
+            f"slot {slot} cannot overwrite committed positions and stage nodes at once; commit or drop what "
+            "is staged, and give no parents"
+        )
+    state.check_overwrite(slot, positions)
+    return state.staged(slot)

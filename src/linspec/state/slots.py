@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from linspec.decoding.tree import Shape, shape_of
-from linspec.decoding.tree_mask import TreeMask
+from linspec.decoding.tree_mask import OverwriteMask, TreeMask
 from linspec.errors import StateError
 from linspec.state.contract import StateOptions
 from linspec.state.entries import FLOATS, EntryFormat, EntrySpec
@@ -86,6 +86,12 @@ class SlotStates:
                 if len(self._tree_masks) > _MASKS_KEPT:
                     self._tree_masks.popitem(last=False)
         return found
+
+    def overwrite_mask(self, slot: int, positions: Sequence[int], *, causal: bool) -> TreeMask:
+        """Mask of tokens that replace the entries of `slot` at committed positions."""
+        base, held = self.base_positions[slot], self.held(slot)
+        places = [position - base for position in positions]
+        return OverwriteMask(places, held, causal=causal, device=self.device)
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
         """What closed groups became; None where nothing is summed."""
