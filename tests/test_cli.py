@@ -236,7 +236,7 @@ def test_info() -> None:
 
 def test_list() -> None:
     found = run_json("list")
-    assert set(found) == {"mixers", "drafters", "verifiers", "policies", "caches"}
+    assert set(found) == {"mixers", "drafters", "verifiers", "policies", "loops", "caches"}
     for entries in found.values():
         assert all({"name", "paper", "summary"} <= set(entry) for entry in entries)
     names = {axis: [entry["name"] for entry in entries] for axis, entries in found.items()}
