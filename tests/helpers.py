@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ VOCAB = 31
 GROUP = 4
 WINDOW = 5
 TAPS = 3
+SINKS = 2
 
 # "aug:softmax" is aug with the kernel softmax; the linear mixers in the grouped arrangement
 EXACT = (
@@ -63,7 +65,9 @@ def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> Mixe
         taps = TAPS if name == "aug" else 0
     window = WINDOW if name == "window" else 0
     # small enough that old groups are forgotten
-    rows = {"features": 2, "keep": 2} if name == "linformer" else {}
+    rows: dict[str, Any] = {"features": 2, "keep": 2} if name == "linformer" else {}
+    rows |= {"sinks": SINKS} if name in ("streaming", "by-head") else {}
+    rows |= {"exact_heads": (0,)} if name == "by-head" else {}
     return MixerConfig(
         name=name, group=group, kernel=kernel or "own", taps=taps, window=window, **rows
     )

@@ -62,7 +62,7 @@ class Mixer(nn.Module):
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__()
         takes = {setting.name for setting in MIXERS.entry(mixer.name).settings}
-        for name in ("features", "keep", "seed"):
+        for name in ("features", "keep", "seed", "sinks"):
             if getattr(mixer, name) and name not in takes:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"
@@ -188,11 +188,21 @@ class Mixer(nn.Module):
         self, x: torch.Tensor, rope: Rope
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [..., D] -> q features [..., H, K'], k features and row values [..., Hkv, .]."""
+        return self.to_features(*self.split_heads(x), rope)
+
+    def split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., D] -> queries and keys before rotation [..., H + Hkv, K], values [..., Hkv, V]."""
         heads = self._projections(x).unflatten(-1, (-1, self.head_width))
         both, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
         if self.config.qk_norm:
             q, k = both.split((self.heads, self.kv_heads), dim=-2)
             both = torch.cat((self.q_norm(q), self.k_norm(k)), dim=-2)
+        return both, v
+
+    def to_features(
+        self, both: torch.Tensor, v: torch.Tensor, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `project` gives, from what `split_heads` gives."""
         gates = self.entry_gates(both[..., self.heads :, :])
         if rope is not None:
             both = rotate(both, *rope)
