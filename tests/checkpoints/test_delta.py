@@ -15,9 +15,12 @@ from gguf_files import tiny
 from helpers import assert_close
 
 from linspec import LLM
+from linspec.checkpoints.checksums import check_files
 from linspec.checkpoints.delta import WEIGHTS, exact_heads, save_delta
-from linspec.checkpoints.hub import load_any_config, load_model, load_tokenizer
+from linspec.checkpoints.description import describe
+from linspec.checkpoints.hub import load_any_config, load_model, load_tokenizer, resolve
 from linspec.checkpoints.packages import PACKAGES
+from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.errors import CheckpointError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -160,3 +163,33 @@ def test_weights_that_fit_no_layer_are_named(base: Path, tmp_path: Path, name: s
 def test_a_configuration_with_heads_survives_json(base: Path) -> None:
     config = exact_student(load_model("smollm2"), HEADS).config
     assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+SHIPPED = {"smollm2-aug": 11, "smollm2-aug-22": 22}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_says_what_it_derives_from(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path))
+    facts = describe(name)
+    assert facts["exact_kv_heads"] == f"{SHIPPED[name]} of 90"
+    assert facts["license"] == "Apache-2.0"
+    assert "derived from SmolLM2-135M-Instruct" in facts["notice"]
+    assert facts["base"] == "not here yet: linspec get smollm2"
+    assert "Apache License 2.0" in (resolve(name) / "NOTICE").read_text()
+    assert check_files(resolve(name)) == {WEIGHTS: "match"}
+    assert (resolve(name) / WEIGHTS).stat().st_size < 12e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_ships_asks_for_its_base_and_refuses_another(base: Path, name: str) -> None:
+    """Here smollm2 is another file than the one that the deltas were made for."""
+    for load in (load_model, load_tokenizer, load_text_tokenizer):
+        with pytest.raises(CheckpointError, match="`linspec get smollm2` brings the right file"):
+            load(name)
+    base.unlink()
+    for load in (load_model, load_tokenizer, load_text_tokenizer):
+        with pytest.raises(CheckpointError, match="`linspec get smollm2` downloads it"):
+            load(name)

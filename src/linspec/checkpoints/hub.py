@@ -62,6 +62,8 @@ HEAD = "lm_head.weight"
 EMBEDDED = {
     "embedded-softmax": "softmax",
     "embedded-aug": "aug",
+    "smollm2-aug": "smollm2-aug",
+    "smollm2-aug-22": "smollm2-aug-22",
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
