@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ VOCAB = 31
 GROUP = 4
 WINDOW = 5
 TAPS = 3
+SINKS = 2
 
 DEVICES = [
     "cpu",
@@ -47,7 +49,9 @@ def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> Mixe
         taps = TAPS if name == "aug" else 0
     window = WINDOW if name == "window" else 0
     # small enough that old groups are forgotten
-    rows = {"features": 2, "keep": 2} if name == "linformer" else {}
+    rows: dict[str, Any] = {"features": 2, "keep": 2} if name == "linformer" else {}
+    rows |= {"sinks": SINKS} if name in ("streaming", "by-head") else {}
+    rows |= {"exact_heads": (0,)} if name == "by-head" else {}
     return MixerConfig(
         name=name, group=group, kernel=kernel or "own", taps=taps, window=window, **rows
     )

@@ -22,6 +22,7 @@ from linspec import LLM, SamplingParams
 from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.step import StepInput
 
 PATH = PACKAGES["smollm2"].path
 TEXT = os.environ.get("LINSPEC_TEST_TEXT", "")
@@ -30,6 +31,16 @@ pytestmark = [
     pytest.mark.skipif(not PATH.is_file(), reason="no SmolLM2 here; run `linspec get smollm2`"),
 ]
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model_file() -> None:
+    """The file of the user's cache in that of the tests, where all else stays apart."""
+    link = PACKAGES["smollm2"].path
+    if link != PATH:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(PATH)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +100,25 @@ def test_token_ids_are_those_of_the_original() -> None:
     for text in texts():
         expected = original(text)["input_ids"]
         assert whole(text)["input_ids"] == expected == plain(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("name", ["smollm2-aug", "smollm2-aug-22"])
+def test_the_deltas_answer_and_their_step_form_is_their_full_form(name: str) -> None:
+    llm = LLM(name)
+    prompt = llm.tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    assert llm.generate(prompt, SamplingParams(max_tokens=40))[0].text == (
+        "The capital of France is Paris."
+    )
+    model = load_model(name)
+    ids = torch.randint(5, 49_000, (1, 700), generator=torch.Generator().manual_seed(0))
+    state, seen = model.new_state(), 0
+    with torch.inference_mode():
+        full = model(ids)[0]
+    # prefill, single tokens, a full stage, and groups that close within a step
+    for count in (300, 1, 1, 40, 64, *[3] * 30, 204):
+        out = model.step([StepInput(0, ids[0, seen : seen + count].tolist())], state)
+        state.commit(0, range(count))
+        seen += count
+        # logits are of the order of 30
+        assert float((out.logits[-1] - full[seen - 1]).abs().max()) <= 3e-4
+    assert seen == 700

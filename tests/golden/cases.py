@@ -71,7 +71,8 @@ def cases(models: dict[str, Model]) -> Iterator[Case]:
 
 def _grows(model: Model) -> bool:
     """Whether a layer keeps a cache that grows, which can be kept as 8-bit codes."""
-    return any(mixer["name"] == "softmax" for mixer in model["config"].get("mixers", ()))
+    mixers = model["config"].get("mixers", ())
+    return any(mixer["name"] == "softmax" or mixer.get("exact_heads") for mixer in mixers)
 
 
 class Bench:

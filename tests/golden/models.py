@@ -22,7 +22,7 @@ _ACCURACIES = [[0.6, 0.2, 0.1], [0.4, 0.15, 0.05], [0.3, 0.1]]
 
 # one model: its kind, its configuration and the shapes of its tensors as they lie on disk
 Model = dict[str, Any]
-NO_ARRANGEMENT = ("softmax", "window", "global", "linformer")
+NO_ARRANGEMENT = ("softmax", "window", "global", "linformer", "streaming", "by-head")
 
 
 def write_model(model: Model, name: str, folder: Path, noise: str = "") -> Path:
@@ -88,6 +88,8 @@ def _mixer(name: str, kernel: str = "own", keep: int = 3) -> Any:
         taps=_TAPS if name == "aug" else 0,
         window=6 if name == "window" else 0,
         **({"features": 2, "keep": keep} if name == "linformer" else {}),
+        **({"sinks": 3} if name in ("streaming", "by-head") else {}),
+        **({"exact_heads": (0,)} if name == "by-head" else {}),
     )
 
 

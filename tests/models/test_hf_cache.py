@@ -125,7 +125,7 @@ def test_copying_a_cache_copies_no_weights() -> None:
 @pytest.mark.parametrize("kv", STATES.names())
 def test_an_empty_state_of_the_same_model_has_the_same_specs_and_rules(name: str, kv: str) -> None:
     model = tiny_model(name, name, name)
-    if kv != "float" and not any(block.mixer.keeps_cache for block in model.layers):
+    if kv != "float" and not any(mixer.grows for mixer in model.config.mixers):
         pytest.skip("no cache to keep in another way")
     state = model.new_state(2, kv)
     other = state.empty(5)

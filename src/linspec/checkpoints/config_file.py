@@ -27,6 +27,8 @@ from linspec.utils.format_version import CURRENT, KEY, check_format
 
 # the key of what is said of quantised weights
 QUANTIZATION = "quantization"
+# the key of what is said of the model that this one is a change of
+DELTA = "delta"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -34,13 +36,15 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class ConfigFile:
     """What was read of one model. family: of the format on disk, None for linspec's own.
 
-    quantization: the entry about quantised weights of linspec's own format, None for plain ones.
+    quantization, delta: the entries of linspec's own format about quantised weights, and about the model of
+    which this one is a change; None where there is no such thing.
     """
 
     folder: Path
     config: ModelConfig
     family: Family | None
     quantization: Any = None
+    delta: Any = None
 
     @property
     def kind(self) -> ModelType:
@@ -59,7 +63,8 @@ def read_config_file(folder: Path) -> ConfigFile:
         )
     data = read_json(folder / "config.json")
     if data.get("model_type") == "linspec":
-        return ConfigFile(folder, _read_own(data, folder), None, data.get(QUANTIZATION))
+        own = _read_own(data, folder)
+        return ConfigFile(folder, own, None, data.get(QUANTIZATION), data.get(DELTA))
     generation = folder / GENERATION
     if generation.exists():
         given = read_json(generation)

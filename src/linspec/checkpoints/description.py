@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from linspec.checkpoints.delta import Delta, exact_heads, read_delta
 from linspec.checkpoints.gguf.model import quantised
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import load_any_config, resolve
 from linspec.checkpoints.packages import PACKAGES
+from linspec.models.config import DecoderConfig
 
 
 def describe(source: str | Path) -> dict[str, Any]:
@@ -25,9 +27,25 @@ def describe(source: str | Path) -> dict[str, Any]:
     facts |= config.facts()
     if is_gguf(path):
         facts |= _of_gguf(path)
+    elif (delta := read_delta(path)) is not None and isinstance(config, DecoderConfig):
+        facts |= _of_delta(delta, config)
     if package := next((p for p in PACKAGES.values() if p.path == path), None):
         facts |= {"license": package.license, "notice": package.notice}
     return facts
+
+
+def _of_delta(delta: Delta, config: DecoderConfig) -> dict[str, Any]:
+    exact, heads = exact_heads(config), config.layers * config.kv_heads
+    facts = {
+        "format": f"delta {delta.version} of {delta.base}",
+        "exact_kv_heads": f"{exact} of {heads}",
+    }
+    package = PACKAGES.get(delta.base)
+    if package is None:
+        return facts
+    here = "here" if package.path.is_file() else f"not here yet: linspec get {delta.base}"
+    notice = f"derived from {package.notice}; changed by linspec: attention and low-rank weights"
+    return facts | {"base": here, "license": package.license, "notice": notice}
 
 
 def _of_gguf(path: Path) -> dict[str, Any]:

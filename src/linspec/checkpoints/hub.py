@@ -23,6 +23,7 @@ import torch
 
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.config_file import ConfigFile, config_file, read_config_file
+from linspec.checkpoints.delta import base_of, load_delta, parse_delta, read_delta
 from linspec.checkpoints.families import known as families
 from linspec.checkpoints.families.base import Family, Tensors
 from linspec.checkpoints.gguf.model import load_gguf
@@ -57,7 +58,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD = "lm_head.weight"
-EMBEDDED = {"embedded-softmax": "softmax", "embedded-aug": "aug"}
+# models that are part of this package, and where
+EMBEDDED = {
+    "embedded-softmax": "softmax",
+    "embedded-aug": "aug",
+    "smollm2-aug": "smollm2-aug",
+    "smollm2-aug-22": "smollm2-aug-22",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -186,8 +193,11 @@ def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.d
     """The model that was described, if it is one of those that are wanted."""
     if not issubclass(read.kind.model, wanted):
         raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
-    if read.quantization is not None and isinstance(read.config, DecoderConfig):
-        found: Model = _load_quantized(read, read.config, dtype, device)
+    if read.delta is not None and isinstance(read.config, DecoderConfig):
+        delta = parse_delta(read.delta, read.folder / "config.json")
+        found: Model = load_delta(read.folder, read.config, delta, dtype).to(device)
+    elif read.quantization is not None and isinstance(read.config, DecoderConfig):
+        found = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
         found = load_gguf(read.folder, dtype).to(device)
     else:
@@ -252,6 +262,13 @@ def _load_quantized(
     return load_quantized(read.folder, config, read.quantization)
 
 
+def tokenizer_place(source: str | Path) -> Path:
+    """The directory or GGUF file whose tokenizer the model in `source` has; of a delta, its base."""
+    folder = resolve(source)
+    delta = None if is_gguf(folder) else read_delta(folder)
+    return folder if delta is None else base_of(delta, folder)
+
+
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the model in `source`, as transformers' class.
 
@@ -261,7 +278,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is no tokenizer, or it cannot be read.
     """
-    folder = resolve(source)
+    folder = tokenizer_place(source)
     if is_gguf(folder):
         return load_gguf_tokenizer(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.gguf.tokenizer import end_token, read_tokenizer
-from linspec.checkpoints.hub import load_tokenizer, resolve
+from linspec.checkpoints.hub import load_tokenizer, tokenizer_place
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -88,7 +88,7 @@ def load_text_tokenizer(source: str | Path) -> Any:
 
     Elsewhere `load_tokenizer` reads it, and raises CheckpointError where it cannot.
     """
-    return plain_tokenizer(resolve(source)) or load_tokenizer(source)
+    return plain_tokenizer(tokenizer_place(source)) or load_tokenizer(source)
 
 
 def plain_tokenizer(folder: Path) -> PlainTokenizer | None:

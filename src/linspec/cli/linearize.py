@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,17 @@ SoftmaxLayers = Annotated[
     int,
     typer.Option(callback=whole(0), help="How many more stay: those that need to see far most."),
 ]
+ExactHeads = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep only these KV heads exact: 11, 12%, layers:0,7 or all-linear. Mixers go unasked.",
+        show_default=False,
+    ),
+]
+GateSteps = Annotated[
+    int | None,
+    typer.Option(callback=whole(), help="To find those heads, at most.", show_default="400"),
+]
 TransferShare = Annotated[
     float | None,
     typer.Option(
@@ -134,6 +146,8 @@ def linearize(
     texts: Texts,
     training: Training,
     run: Run,
+    exact_heads: ExactHeads = None,
+    gate_steps: GateSteps = None,
     transfer_share: TransferShare = None,
     kl_weight: KlWeight = None,
     recall_share: RecallShare = None,
@@ -146,10 +160,15 @@ def linearize(
     stays, and it learns to write the second half of a window (--context) from the first. An encoder
     learns to imitate its own hidden states.
     """
+    place_on("cpu", run.threads)
+    if exact_heads is not None:
+        sizes = {"gate_steps": gate_steps, "recall_share": recall_share}
+        _by_head(source, out, exact_heads, texts, {**training.given(), **given(sizes)}, run)
+        report_written(out, as_json)
+        return
     from linspec.train.linearize import linearize as library
     from linspec.train.linearize_recipe import LinearizeRecipe
 
-    place_on("cpu", run.threads)
     shares = {
         "transfer_share": transfer_share,
         "kl_weight": kl_weight,
@@ -162,3 +181,20 @@ def linearize(
     with quiet_stdout():
         library(source, out, recipe, resume=run.resume, overwrite=run.overwrite)
     report_written(out, as_json)
+
+
+def _by_head(
+    source: str, out: Path, exact: str, texts: Texts, settings: dict[str, Any], run: Run
+) -> None:
+    from linspec.train.linearize_heads import HeadsConfig, linearize_heads
+
+    with quiet_stdout():
+        linearize_heads(
+            source,
+            out,
+            exact=exact,
+            config=HeadsConfig(**settings),
+            **texts.to_library(),
+            resume=run.resume,
+            overwrite=run.overwrite,
+        )

@@ -13,7 +13,10 @@ from linspec.cli.checks import cache_dtype, named, real, sources, whole
 from linspec.cli.console import place_on
 
 Model = Annotated[
-    str, typer.Argument(help="A directory, a GGUF file, embedded-softmax, embedded-aug or smollm2.")
+    str,
+    typer.Argument(
+        help="A directory, a GGUF file, embedded-softmax, embedded-aug, smollm2 or smollm2-aug."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Threads = Annotated[

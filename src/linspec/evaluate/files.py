@@ -23,6 +23,7 @@ from linspec.checkpoints.hub import (
     load_any,
     load_tokenizer,
     resolve,
+    tokenizer_place,
 )
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
@@ -60,7 +61,8 @@ def verify_files(source: str | Path) -> FilesReport:
     sums = check_files(folder)
     model = load_any(folder)
     tensors = _all_finite(model, folder)
-    if folder.is_file() or any((folder / name).exists() for name in TOKENIZER_FILES):
+    place = tokenizer_place(folder)
+    if place.is_file() or any((place / name).exists() for name in TOKENIZER_FILES):
         check_tokenizer(load_tokenizer(folder), model.config)
     drafters = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):

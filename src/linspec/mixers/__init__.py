@@ -2,6 +2,7 @@
 
 from linspec.mixers import (
     aug,
+    by_head,
     gdn,
     gla,
     global_,
@@ -13,6 +14,7 @@ from linspec.mixers import (
     relu,
     rfa,
     softmax,
+    streaming,
     transnormer,
     window,
     yoso,
@@ -23,6 +25,7 @@ __all__ = [
     "MIXERS",
     "Mixer",
     "aug",
+    "by_head",
     "gdn",
     "gla",
     "global_",
@@ -34,6 +37,7 @@ __all__ = [
     "relu",
     "rfa",
     "softmax",
+    "streaming",
     "transnormer",
     "window",
     "yoso",

@@ -61,7 +61,7 @@ class Mixer(HeadProjections):
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config)
         takes = {setting.name for setting in MIXERS.entry(mixer.name).settings}
-        for name in ("features", "keep", "seed"):
+        for name in ("features", "keep", "seed", "sinks"):
             if getattr(mixer, name) and name not in takes:
                 raise ConfigError(
                     f"mixer {mixer.name!r} has no {name!r} to set, got {getattr(mixer, name)}; leave it out"

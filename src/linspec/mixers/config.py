@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from linspec.errors import ConfigError
 from linspec.utils.border import parse
-from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_sizes
+from linspec.utils.messages import shown
+from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_size, check_sizes
 
 KERNELS = ("own", "softmax", "relu2")
 # what `parse` lets a JSON object of these classes hold: nothing that they do not know
@@ -27,6 +28,8 @@ class MixerConfig:
     features: random features of `performer` and `rfa`, rows that `linformer` makes of a group; 0 for
     the mixer's default. keep: closed groups that `linformer` remembers; 0 for its default.
     seed: of what a mixer draws at random when it is made.
+    sinks: first tokens of a text that `streaming` sees from everywhere. exact_heads: KV heads that
+    `by-head` gives softmax attention.
     """
 
     name: str = "softmax"
@@ -38,21 +41,39 @@ class MixerConfig:
     features: int = 0
     keep: int = 0
     seed: int = 0
+    sinks: int = 0
+    exact_heads: tuple[int, ...] = ()
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         check_sizes(self, "group span")
-        check_sizes(self, "taps window features keep seed", least=0)
+        check_sizes(self, "taps window features keep seed sinks", least=0)
+        check_heads(self.exact_heads)
         check_choice("kernel", self.kernel, KERNELS)
         if self.name == "window" and self.window < 1:
             raise ConfigError(
                 f"mixer 'window' needs a window of 1 or more tokens, got {self.window}"
             )
 
+    @property
+    def grows(self) -> bool:
+        """Whether it keeps a cache that grows with the context."""
+        return self.name == "softmax" or bool(self.exact_heads)
+
     def chosen(self) -> dict[str, Any]:
         """The settings that differ from the defaults: the same when later versions add more."""
         every = asdict(self)
         return {f.name: every[f.name] for f in fields(self) if every[f.name] != f.default}
+
+
+def check_heads(heads: tuple[int, ...]) -> None:
+    """Raise ConfigError unless `heads` are different KV heads in rising order."""
+    for head in heads:
+        check_size("exact_heads", head, least=0)
+    if sorted(set(heads)) != list(heads):
+        raise ConfigError(
+            f"exact_heads must name different KV heads in rising order, got {shown(list(heads))}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +200,7 @@ class StackConfig:
     @property
     def linear(self) -> bool:
         """True when no layer keeps a cache that grows with the context."""
-        return all(m.name != "softmax" for m in self.mixers)
+        return not any(m.grows for m in self.mixers)
 
     @property
     def position_limit(self) -> int | None:

@@ -40,6 +40,13 @@ class SpanOptions(GroupOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SinkOptions(SpanOptions):
+    """Of mixers that also see the first tokens of a text."""
+
+    sinks: int | None = option("first tokens that every token sees", default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinearOptions(SpanOptions):
     """Of mixers that can be had in the grouped arrangement."""
 

@@ -69,6 +69,17 @@ def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> tor
     return _softmax_over(q, k, v, lambda t, s: t - s < head.config.window)
 
 
+def streaming(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over s within reach of t and over the first `sinks` tokens."""
+    return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s < head.config.sinks)
+
+
+def by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """`softmax` where the KV head is one of `exact_heads`, else `streaming`."""
+    form = softmax if head.shared in head.config.exact_heads else streaming
+    return form(q, k, v, head)
+
+
 def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """o_t = sum over s <= t within reach of relu(q̂_t·k̂_s)² v_s, where x̂ = x / ‖x‖.
 
@@ -277,6 +288,8 @@ def _normalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -
 REFERENCES: dict[str, Form] = {
     "softmax": softmax,
     "window": window,
+    "streaming": streaming,
+    "by-head": by_head,
     "local": local,
     "global": global_,
     "grouped": grouped,

@@ -129,7 +129,7 @@ def train_encoder(
         if folder is not None:
             logs = _train(teacher, student, texts, config, folder, resume=resume)
             size = sum(weight.numel() for weight in student.parameters())
-            files = record_files(recipe, plan, logs, size)
+            files = record_files(recipe.to_json(), plan, logs, size)
             save_model(student, tokenizer, place, recipe.dtype, extra_files=files)
     return place.path
 

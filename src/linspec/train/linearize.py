@@ -118,7 +118,7 @@ def linearize(
                 sums = keep_useful_sums(stages.student, windows)
                 size = sum(p.numel() for p in student.parameters())
                 told = sums.to_json() if sums else None
-                files = record_files(asked, plan, logs, size, sums=told)
+                files = record_files(asked.to_json(), plan, logs, size, sums=told)
                 kind = asked.dtype or stored_dtype(source)
                 save_model(stages.student, tokenizer, place, kind, extra_files=files)
     return place.path

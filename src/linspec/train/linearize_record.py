@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.hub import resolve
-from linspec.train.linearize_recipe import LinearizeRecipe
 from linspec.train.loop import log_lines, mean_loss
 from linspec.utils.format_version import stamped
 from linspec.utils.places import Place, as_path
@@ -25,7 +24,7 @@ def output_place(
 
 
 def record_files(
-    recipe: LinearizeRecipe,
+    recipe: Mapping[str, Any],
     plan: dict[str, Any],
     logs: dict[str, list[dict[str, float]]],
     size: int,
@@ -33,10 +32,11 @@ def record_files(
 ) -> dict[str, str]:
     """The files that say what was done: linearize.json, with further facts, and log.jsonl.
 
-    plan: what a run that is resumed must have been asked for; the recipe as it was completed.
+    recipe: what was asked for, as JSON. plan: what a run that is resumed must have been asked for; the
+    recipe as it was completed.
     """
     done = {
-        "recipe": recipe.to_json(),
+        "recipe": dict(recipe),
         "plan": plan,
         "parameters": size,
         "tokens": {stage: log[-1]["tokens"] for stage, log in logs.items()},

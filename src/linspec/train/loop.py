@@ -52,6 +52,7 @@ class TrainConfig:
     over which the learning rate falls linearly to zero. save_every: seconds between checkpoints.
     muon_lr: when set, 2-D weights of the blocks use Muon with this rate, the rest AdamW with `lr`.
     lr_factors: (end of a weight's name, factor on `lr`) pairs; such weights never use Muon.
+    seconds: train no longer than this; the learning rate then falls with the time, if that is first.
     precision: 'auto' computes in bfloat16 where the processor has fast bfloat16, else float32.
     compile: 'on' compiles the step, 'off' does not, 'auto' does where there is a C++ compiler and enough
     steps are left to pay for it. Compiled or not, the run is the same: see `CompiledLoss`.
@@ -70,6 +71,7 @@ class TrainConfig:
     precision: str = "auto"
     compile: str = "auto"
     save_every: float = 120.0
+    seconds: float | None = None
     log_every: int = 10
 
     def __post_init__(self) -> None:
@@ -80,11 +82,13 @@ class TrainConfig:
         check_choice(self.compile)
 
 
-def schedule(step: int, config: TrainConfig) -> float:
-    """Factor on the learning rate: warm-up, plateau, linear decay to zero."""
+def schedule(step: int, config: TrainConfig, seconds: float = 0.0) -> float:
+    """Factor on the learning rate after so many seconds: warm-up, plateau, linear decay to zero."""
     rise = min(1.0, (step + 1) / max(1, config.warmup))
     left = (config.steps - step) / max(1.0, config.decay * config.steps)
-    return rise * min(1.0, left)
+    if config.seconds is not None:
+        left = min(left, (config.seconds - seconds) / (config.decay * config.seconds))
+    return rise * max(0.0, min(1.0, left))
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -205,7 +209,7 @@ class Trainer:
         """
         if resume:
             self.load()
-            if self.step >= self.config.steps:
+            if self._done():
                 return self.log
         else:
             # a full or read-only disk shows now, not after minutes of work
@@ -223,7 +227,7 @@ class Trainer:
         before, first = self.seconds, self.step
         if self.config.compile == "on":
             self._consider_compiling(0.0)
-        while self.step < self.config.steps:
+        while not self._done():
             step_began = time.monotonic()
             loss, tokens = self._train_step()
             now = time.monotonic()
@@ -240,6 +244,10 @@ class Trainer:
                 self.save()
                 saved_at = now
 
+    def _done(self) -> bool:
+        limit = self.config.seconds
+        return self.step >= self.config.steps or (limit is not None and self.seconds >= limit)
+
     def _consider_compiling(self, step_seconds: float) -> None:
         """Compile now if it is wanted and pays; step_seconds: what a plain step takes, 0 if unknown."""
         if self._compiled is not None or self.config.compile == "off":
@@ -254,7 +262,7 @@ class Trainer:
         self._compiled = CompiledLoss(self.loss_fn, self.named, self.label)
 
     def _train_step(self) -> tuple[float, int]:
-        factor = schedule(self.step, self.config)
+        factor = schedule(self.step, self.config, self.seconds)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor

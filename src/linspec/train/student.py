@@ -14,6 +14,8 @@ from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import given
 from linspec.models.config import Seq2SeqConfig
+from linspec.models.decoder import Decoder
+from linspec.models.skeleton import without_memory
 from linspec.train.objective import Predictor
 from linspec.train.span_losses import SpanLosses
 
@@ -21,10 +23,11 @@ DEFAULT_GROUP = 64
 DEFAULT_EXACT_TOKENS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
+DEFAULT_SINKS = 4
 # mixers that by default keep the teacher's softmax weights of exact positions ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
-SEE_EXACTLY = (*SOFTMAX_WITHIN, "hedgehog", "linformer", "yoso")
+SEE_EXACTLY = (*SOFTMAX_WITHIN, "streaming", "by-head", "hedgehog", "linformer", "yoso")
 
 
 P = TypeVar("P", bound=Predictor)
@@ -42,6 +45,7 @@ def make_mixer(
     features: int = 0,
     keep: int = 0,
     seed: int = 0,
+    sinks: int | None = None,
 ) -> MixerConfig:
     """The configuration of NAME, NAME:KERNEL or NAME:key=value,…; raises ConfigError for an unknown one.
 
@@ -57,11 +61,14 @@ def make_mixer(
     if chosen := given(options):
         sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
         sizes |= {"window": window, "features": features, "keep": keep, "seed": seed}
+        sizes |= {"sinks": sinks}
         return make_mixer(entry.name, **sizes | chosen)
     if taps is None:
         taps = DEFAULT_TAPS if mixer == "aug" else 0
     if window is None:
         window = DEFAULT_WINDOW if mixer == "window" else 0
+    if sinks is None:
+        sinks = DEFAULT_SINKS if mixer in ("streaming", "by-head") else 0
     return MixerConfig(
         name=entry.name,
         group=group,
@@ -72,6 +79,7 @@ def make_mixer(
         features=features,
         keep=keep,
         seed=seed,
+        sinks=sinks,
     )
 
 
@@ -125,6 +133,22 @@ def with_mixers(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     student.load_state_dict(teacher.state_dict(), strict=False)
     share_origin(teacher, student)
     return student
+
+
+def sharing(teacher: Decoder, mixers: tuple[MixerConfig, ...]) -> Decoder:
+    """As `with_mixers` for mixers without weights of their own: frozen, on the teacher's very tensors."""
+    with without_memory():
+        student = _make_student(teacher, mixers)
+    missing = sorted(student.state_dict().keys() - teacher.state_dict().keys())
+    if missing:
+        raise ConfigError(
+            f"these mixers have weights of their own, {missing[0]} first, which the teacher has not; take "
+            "mixers without, such as streaming"
+        )
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    student.tie()
+    share_origin(teacher, student)
+    return student.requires_grad_(False).eval()
 
 
 def changed_layers(teacher: C, student: C) -> list[int]:

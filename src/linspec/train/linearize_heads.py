@@ -1,0 +1,247 @@
+"""`linspec linearize MODEL --exact-heads 11`: a model of which few KV heads see everything.
+
+    linearize_heads("smollm2", "small", exact="11")
+
+Gates find the heads, KL makes what is left match the teacher (see `exact_heads`). Of a model that a package
+holds a *delta* is written, a few megabytes that need the package's own file; of any other the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from linspec.checkpoints.checksums import write_checksums
+from linspec.checkpoints.delta import write_delta
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, save_model
+from linspec.checkpoints.packages import PACKAGES
+from linspec.errors import ConfigError, TrainingError
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.train.compiled import check_choice
+from linspec.train.data import check_sources, end_of_text, tokenize, train_and_heldout
+from linspec.train.exact_heads import (
+    LENGTHS,
+    exact_student,
+    find_heads,
+    match_teacher,
+    needle_windows,
+)
+from linspec.train.gates import GateConfig, Heads
+from linspec.train.linearize import stored_dtype
+from linspec.train.linearize_record import RECORD, output_place, record_files
+from linspec.train.loop import TrainConfig
+from linspec.train.low_rank import factors, merge_low_rank
+from linspec.train.run import make_accelerator, training_run
+from linspec.utils.border import read_json
+from linspec.utils.files import replace_text
+from linspec.utils.messages import shown
+from linspec.utils.places import Place
+from linspec.utils.sizes import check_positive, check_sizes
+
+_GATES = "gates.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsConfig:
+    """How long and how to train.
+
+    gate_steps: to find the heads, at most; 0 tokens leave the student untrained. context: tokens of a
+    window; batch_tokens: of a step. recall_share: of the windows, how many are chats that ask for what
+    stood far above.
+    """
+
+    gate_steps: int = 400
+    tokens: int = 2_200_000
+    context: int = 2048
+    batch_tokens: int = 8192
+    lr: float = 1e-3
+    recall_share: float = 0.25
+    precision: str = "auto"
+    compile: str = "off"
+    save_every: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self.compile)
+        check_sizes(self, "gate_steps context batch_tokens")
+        check_sizes(self, "tokens seed", least=0)
+        check_positive("lr", self.lr)
+        if not 0 <= self.recall_share <= 1:
+            raise ConfigError(f"recall_share must be in 0..1, got {self.recall_share}")
+
+    @property
+    def rows(self) -> int:
+        """Windows of a step."""
+        return max(1, self.batch_tokens // self.context)
+
+    @property
+    def train(self) -> TrainConfig | None:
+        """Settings of the training loop; None where nothing is trained."""
+        steps = round(self.tokens / (self.rows * self.context))
+        if not steps:
+            return None
+        return TrainConfig(
+            steps=steps,
+            lr=self.lr,
+            warmup=10,
+            precision=self.precision,
+            compile=self.compile,
+            save_every=self.save_every,
+            seed=self.seed,
+        )
+
+
+def linearize_heads(
+    source: str | Path,
+    out: str | Path,
+    *,
+    exact: str,
+    data: Sequence[str | Path] = ("stdlib",),
+    field: str = "text",
+    config: HeadsConfig | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write `source` with few exact KV heads into `out`; returns it.
+
+    exact: how many, as a number ('11'), a share ('12%'), 'layers:0,7' for all heads of some layers, or
+    'all-linear' for none. data, field, resume, overwrite: as in `linearize`. Raises ConfigError,
+    CheckpointError or InputError before any long work.
+    """
+    config = config or HeadsConfig()
+    check_sources(data)
+    place = output_place(out, source, data, overwrite)
+    place.check(resume=resume)
+    teacher, tokenizer = load_model(source), load_tokenizer(source)
+    check_tokenizer(tokenizer, teacher.config)
+    wanted = read_exact(exact, teacher.config)
+    if config.context > teacher.config.max_positions:
+        raise ConfigError(
+            f"a training context of {config.context} tokens is beyond the teacher's "
+            f"{teacher.config.max_positions} positions; choose a shorter --context"
+        )
+    plan = {
+        "source": str(source),
+        "exact": exact,
+        "data": [str(d) for d in data],
+        "field": field,
+        "config": asdict(config),
+    }
+    accelerator = make_accelerator()
+    if accelerator.num_processes > 1:
+        raise TrainingError("exact heads are trained by one process; start it without a launcher")
+    with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            teacher.to(accelerator.device).requires_grad_(False)
+            task = _Task(teacher, tokenizer, config, folder)
+            task.run(wanted, _stream(data, field, tokenizer, teacher.config), resume=resume)
+            task.save(source, place, plan)
+    return place.path
+
+
+def read_exact(text: str, config: DecoderConfig) -> int | Heads:
+    """How many KV heads `text` asks for, or which; raises ConfigError for what this model has not."""
+    total, every = config.layers * config.kv_heads, tuple(range(config.kv_heads))
+    if text == "all-linear":
+        return ((),) * config.layers
+    kind, _, rest = text.partition(":")
+    if kind == "layers" and all(part.isdecimal() for part in rest.split(",")):
+        layers = {int(part) for part in rest.split(",")}
+        if max(layers) >= config.layers:
+            raise ConfigError(f"no layer {max(layers)}: layers are 0..{config.layers - 1}")
+        return tuple(every if layer in layers else () for layer in range(config.layers))
+    share = text.endswith("%") and text[:-1].isdecimal()
+    count = round(int(text[:-1]) / 100 * total) if share else int(text) if text.isdecimal() else 0
+    if not 1 <= count < total:
+        raise ConfigError(
+            f"exact heads must be 1 to {total - 1} of this model's {total}, a share such as 12%, "
+            f"layers:0,7 or all-linear, got {shown(repr(text))}"
+        )
+    return count
+
+
+def _stream(
+    data: Sequence[str | Path], field: str, tokenizer: PreTrainedTokenizerBase, model: DecoderConfig
+) -> np.ndarray:
+    texts, _ = train_and_heldout(data, field)
+    return tokenize(texts, tokenizer, end_of_text(tokenizer, model))
+
+
+@dataclass
+class _Task:
+    """One linearization: the student, and what is known of how it came about."""
+
+    teacher: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    config: HeadsConfig
+    folder: Path
+
+    def run(self, wanted: int | Heads, stream: np.ndarray, *, resume: bool) -> None:
+        """Find the heads where only their number is known, then train."""
+        heads = self._found(wanted, stream) if isinstance(wanted, int) else wanted
+        self.student = exact_student(self.teacher, heads)
+        self.heads, self.log = heads, []
+        train = self.config.train
+        if train is None:
+            return
+        windows = needle_windows(
+            self.tokenizer, stream, self.config.context, self.config.recall_share, seed=train.seed
+        )
+        self.log = match_teacher(
+            self.teacher,
+            self.student,
+            windows,
+            train,
+            self.folder / "match",
+            rows=self.config.rows,
+            label="match",
+            resume=resume,
+        )
+
+    def _found(self, count: int, stream: np.ndarray) -> Heads:
+        """The heads that gates choose; kept, so that a run that is resumed has the same."""
+        path = self.folder / _GATES
+        if not path.exists():
+            lengths = [n for n in LENGTHS if n <= self.config.context] or [self.config.context]
+            gates = find_heads(
+                self.teacher,
+                self.tokenizer,
+                stream,
+                GateConfig(counts=(count,), steps=self.config.gate_steps),
+                lengths=lengths,
+                batch_tokens=self.config.batch_tokens,
+                seed=self.config.seed,
+            )[count]
+            replace_text(path, json.dumps(asdict(gates)) + "\n")
+        kept = read_json(path, TrainingError)["heads"]
+        return tuple(tuple(layer) for layer in kept)
+
+    def save(self, source: str | Path, place: Place, plan: dict[str, Any]) -> None:
+        """A delta where the source is a package's file, else the model."""
+        size = sum(p.numel() for p in self.teacher.parameters())
+        facts = {"heads": [list(layer) for layer in self.heads]}
+        logs = {"match": self.log} if self.log else {}
+        files = record_files(plan, plan, logs, size, **facts)
+        if str(source) not in PACKAGES:
+            save_model(
+                merge_low_rank(self.student),
+                self.tokenizer,
+                place,
+                stored_dtype(source),
+                extra_files=files,
+            )
+            return
+        with place.replaced() as aside:
+            write_delta(
+                self.student.config, factors(self.student), aside, base=str(source), facts=facts
+            )
+            write_checksums(aside)
+            for name, text in files.items():
+                (aside / name).write_text(text, encoding="utf-8")
