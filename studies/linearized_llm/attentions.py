@@ -10,7 +10,7 @@ aug  that with the convolution
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from studies.linearized_llm.variants import variant
 PLAIN, CONV, BOTH, ALPHA, AUG = PARTS = ("plain", "+conv", "+grouped", "+α·grouped", "aug")
 # columns of the grid, not attentions: `local` in the grouped arrangement
 ARRANGEMENTS = ("grouped", "aug")
+# not of the paper: what some heads of a layer have beside exact ones
+BY_HEAD = ("streaming", "by-head")
 # weights of tokens within the group, for attentions that bring none: those of the paper's code
 GROUP_KERNEL = "relu2"
 
@@ -41,7 +43,7 @@ class Choice:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON types."""
-        return {"mixer": asdict(self.mixer), "variant": self.variant}
+        return {"mixer": self.mixer.recorded(), "variant": self.variant}
 
 
 def attentions() -> list[str]:
@@ -49,7 +51,8 @@ def attentions() -> list[str]:
 
     'local:softmax' is local attention that keeps the teacher's weights within the group.
     """
-    names = [n for n in MIXERS.names() if n not in ARRANGEMENTS and not n.startswith("study-")]
+    other = (*ARRANGEMENTS, *BY_HEAD)
+    names = [n for n in MIXERS.names() if n not in other and not n.startswith("study-")]
     first = ["softmax", "local", "local:softmax"]
     return [*first, *(name for name in names if name not in first)]
 

@@ -77,7 +77,7 @@ class Encoders(BackboneTable):
             "domain": domain,
             "text": self.plan.texts[domain],
             "texts": size.encoder_texts,
-            "mixer": asdict(choice.mixer),
+            "mixer": choice.mixer.recorded(),
             "training": {k: v for k, v in asdict(training).items() if k != "seed"},
         }
 

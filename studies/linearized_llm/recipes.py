@@ -57,7 +57,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        mixer = self.mixer if isinstance(self.mixer, str) else asdict(self.mixer)
+        mixer = self.mixer if isinstance(self.mixer, str) else self.mixer.recorded()
         # the name of 0.1.0: cells are named by the hash of their settings
         options = {"rows" if k == "exact_tokens" else k: v for k, v in self.options.items()}
         return {"mixer": mixer, "options": options}

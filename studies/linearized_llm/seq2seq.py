@@ -85,7 +85,7 @@ class Seq2Seq(BackboneTable):
             "domain": self.plan.domain,
             "text": self.plan.texts[self.plan.domain],
             "limit_bytes": size.limit_bytes,
-            "mixer": asdict(choice.mixer),
+            "mixer": choice.mixer.recorded(),
             "training": recipe(size, choice.mixer, size.context),
         }
 

@@ -18,7 +18,7 @@ from linspec.errors import ConfigError, InputError, TrainingError
 from linspec.mixers import MIXERS
 from linspec.utils.places import mark_folder
 from studies.linearized_llm import TABLES, Plan, Size, make_plan, study
-from studies.linearized_llm.attentions import AUG, PARTS, PLAIN, attentions
+from studies.linearized_llm.attentions import ARRANGEMENTS, AUG, BY_HEAD, PARTS, PLAIN, attentions
 from studies.linearized_llm.cache import Cache
 from studies.linearized_llm.paper import comparison
 from studies.linearized_llm.plan import MODULE
@@ -80,7 +80,8 @@ def test_every_attention_and_arrangement_is_a_cell_or_says_why_not(plan: Plan) -
     every = Plan(plan.out, plan.teacher, plan.domains, SIZE)
     cells = Quality(every).cells()
     assert {(c.row, c.column) for c in cells} == {(r, p) for r in attentions() for p in PARTS}
-    assert {c.row.partition(":")[0] for c in cells} >= set(MIXERS.names()) - {"grouped", "aug"}
+    others = {*ARRANGEMENTS, *BY_HEAD}
+    assert {c.row.partition(":")[0] for c in cells} >= set(MIXERS.names()) - others
     for cell in cells:
         assert bool(cell.undefined) != bool(cell.settings)
     assert next(c.undefined for c in cells if (c.row, c.column) == ("softmax", "aug"))

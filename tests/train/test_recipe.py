@@ -97,7 +97,7 @@ def test_a_recipe_is_written_as_it_was_asked_for(
     record = json.loads((out / "linearize.json").read_text())
     assert record["recipe"] == json.loads(json.dumps(recipe.to_json()))
     assert record["recipe"]["config"] == SHORT
-    assert record["recipe"]["mixer"] == asdict(MixerConfig(name="aug", group=8, taps=4))
+    assert record["recipe"]["mixer"] == MixerConfig(name="aug", group=8, taps=4).recorded()
     assert record["format_version"] == "0.2"
     # the plan is the recipe for this teacher, completed
     assert record["plan"]["config"]["kl_weight"] == 1.0

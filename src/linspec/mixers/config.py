@@ -11,6 +11,8 @@ from linspec.utils.messages import shown
 from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_size, check_sizes
 
 KERNELS = ("own", "softmax", "relu2")
+# settings that came after the first runs and cells were kept
+_LATER = ("sinks", "exact_heads")
 # what `parse` lets a JSON object of these classes hold: nothing that they do not know
 STRICT = {"extra": "forbid"}
 
@@ -59,6 +61,11 @@ class MixerConfig:
     def grows(self) -> bool:
         """Whether it keeps a cache that grows with the context."""
         return self.name == "softmax" or bool(self.exact_heads)
+
+    def recorded(self) -> dict[str, Any]:
+        """Its settings as runs and study cells are known by: without later ones that are not used."""
+        found = asdict(self)
+        return {k: v for k, v in found.items() if k not in _LATER or v}
 
     def chosen(self) -> dict[str, Any]:
         """The settings that differ from the defaults: the same when later versions add more."""

@@ -118,7 +118,7 @@ def train_encoder(
     config, student = recipe.encoder_training, _student(teacher, recipe)
     plan = {
         "source": str(source),
-        "mixers": [asdict(m) for m in student.config.mixers],
+        "mixers": [m.recorded() for m in student.config.mixers],
         "data": [str(d) for d in recipe.data],
         "field": recipe.field,
         "config": asdict(config),

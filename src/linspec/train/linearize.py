@@ -9,7 +9,7 @@ student on text and on the teacher's distribution. Both resume from where they w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class _Task:
         """Plain JSON types: what a run that is resumed must have been asked for."""
         return {
             "source": str(source),
-            "mixers": [asdict(m) for m in self.mixers],
+            "mixers": [m.recorded() for m in self.mixers],
             "exact_tokens": self.exact_tokens if self.changed else None,
             "softmax_layers": self.recipe.softmax_layers,
             "data": [str(d) for d in self.recipe.data],

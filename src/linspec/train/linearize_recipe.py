@@ -154,7 +154,9 @@ class LinearizeRecipe:
         found["keep_softmax"] = list(self.keep_softmax)
         found["span"] = list(self.span) if isinstance(self.span, Sequence) else self.span
         found["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
-        found["mixer"] = asdict(self.mixer) if isinstance(self.mixer, MixerConfig) else self.mixer
+        found["mixer"] = (
+            self.mixer.recorded() if isinstance(self.mixer, MixerConfig) else self.mixer
+        )
         found["config"] = self.config if isinstance(self.config, Mapping) else asdict(self.config)
         return found
 
