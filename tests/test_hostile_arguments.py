@@ -239,3 +239,16 @@ def test_names_of_files_that_are_not_unicode_are_printed(tmp_path: Path) -> None
     from linspec.cli.console import print_json
 
     print_json({"out": Path(os.fsdecode(b"\xff"))})
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "embedded-aug", "--prompt"], ["list", "--json=1"]]
+)
+def test_an_option_without_its_value_is_one_line(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        app(command)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and "\n" not in said

@@ -136,7 +136,7 @@ class LLM:
             prefill_tokens=prefill_tokens,
             kv_cache_dtype=kept,
             max_model_len=max_model_len,
-            loop=loop_of(self.model) if loop == "auto" else loop,
+            loop=_loop(loop, self.model),
         )
         self.streams = EngineStreams(self.engine)
 
@@ -203,8 +203,9 @@ class LLM:
             InputError: a prompt cannot be used, or there is none.
             WrongType: a prompt or parameter is of a type that can never be used.
             ContextOverflow: a prompt is longer than the model or `max_model_len` allows.
-            ConfigError: the numbers of prompts and parameters differ, or another call is still streaming.
-            StateError: the process was forked while another thread used this LLM.
+            ConfigError: the numbers of prompts and parameters differ.
+            StateError: the process was forked while another thread used this LLM, or the call comes from
+                inside a step of this LLM, such as from a logits processor.
         """
         return joined(self.stream(prompts, params, return_errors=return_errors))
 
@@ -288,6 +289,8 @@ class LLM:
         """What the engine is asked for; raises ContextOverflow where there is no room for it."""
         asked = prompt if isinstance(prompt, Request) else Request((), params)
         params = asked.params
+        if not isinstance(params, SamplingParams):
+            raise WrongType(f"params of a Request are SamplingParams, got {shown(repr(params))}")
         if params.bad_words:
             params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
         request = replace(asked, prompt=tuple(self.encode(prompt)), params=params)
@@ -299,3 +302,12 @@ class LLM:
             Collector((index, i), self.tokenizer, request, each, continues=continues)
             for i, each in enumerate(request.params.sequences())
         ]
+
+
+def _loop(loop: object, model: CausalModel) -> str:
+    """The spec of a generation loop; 'auto' and None are that of the type of the model."""
+    if loop is None or loop == "auto":
+        return loop_of(model)
+    if not isinstance(loop, str):
+        raise WrongType(f"a loop is a spec of `linspec list`, got {shown(repr(loop))}")
+    return loop

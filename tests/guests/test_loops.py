@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 import torch
 from checkpoints import model_dir
 
 from guests import beam, client, diffusion, soft_prompt  # noqa: F401
 from linspec import LLM, Request, SamplingParams
-from linspec.errors import InputError
+from linspec.errors import InputError, StateError, WrongType
 
 PROMPTS = ("abcd end abcd end", "the end", "cd the abcd the", "x")
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -147,3 +151,97 @@ def test_a_stream_that_is_closed_in_the_middle_of_a_step_ends_after_it(
     monkeypatch.setattr(llm.engine.loop, "round", closing)
     assert "".join(piece.text for piece in second) == expected
     assert not llm.engine.busy
+
+
+def test_an_interrupt_while_outcomes_are_handed_out_ends_the_other_streams(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = LLM(model_dir("aug"), max_batch=2)
+    waiting = llm.stream(PROMPTS[0], GREEDY)
+    next(waiting)
+    hand_out = llm.streams.hand_out
+
+    def interrupted(outcome: object) -> None:
+        monkeypatch.setattr(llm.streams, "hand_out", hand_out)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.streams, "hand_out", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS[1], GREEDY)
+    with pytest.raises(StateError, match="interrupted in the middle of a step"):
+        list(waiting)
+    assert not llm.engine.busy
+
+
+def test_a_call_from_inside_a_step_is_refused_and_ends_only_its_own_request() -> None:
+    llm = LLM(model_dir("aug"), max_batch=2)
+    alone = llm.generate(PROMPTS[0], GREEDY)[0].text
+
+    def nested(output: list[int], scores: torch.Tensor) -> torch.Tensor:
+        llm.generate(PROMPTS[1], GREEDY)
+        return scores
+
+    bad = SamplingParams(max_tokens=5, logits_processors=(nested,))
+    good, failed = llm.generate(PROMPTS[:2], [GREEDY, bad], return_errors=True)
+    assert good.text == alone
+    assert isinstance(failed.error, StateError)
+    assert "inside one of its own steps" in str(failed.error)
+
+
+def test_a_loop_that_raises_ends_the_sequences_of_its_round_with_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = LLM(model_dir("aug"), max_batch=2)
+
+    def broken(batch: object) -> object:
+        raise RuntimeError("a broken loop")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(llm.engine.loop, "round", broken)
+        found = llm.generate(PROMPTS[:2], GREEDY, return_errors=True)
+    assert [str(each.error) for each in found] == ["a broken loop"] * 2
+    assert llm.generate(PROMPTS[0], GREEDY)[0].error is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_beside_a_busy_thread_after_a_refused_call_is_refused_in_the_child() -> None:
+    llm = LLM(model_dir("aug"), max_batch=2)
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(output: list[int], scores: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        go.wait(60)
+        return scores
+
+    params = SamplingParams(max_tokens=2, logits_processors=(slow,))
+    thread = threading.Thread(target=llm.generate, args=(PROMPTS[0], params))
+    thread.start()
+    assert inside.wait(60)
+    with pytest.raises(InputError):
+        llm.generate("", GREEDY)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            llm.generate("x", GREEDY)
+        except StateError:
+            os._exit(7)
+        os._exit(1)
+    go.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize(
+    "embeddings",
+    [[[0.0]], torch.zeros(2, 32, dtype=torch.long), torch.zeros(2, 32, device="meta")],
+    ids=["list", "whole numbers", "meta"],
+)
+def test_embeddings_of_wrong_types_are_refused_by_name(embeddings: object) -> None:
+    llm = LLM(model_dir("aug"))
+    with pytest.raises(WrongType, match="Request"):
+        llm.generate(Request((1, 2), GREEDY, embeddings))  # type: ignore[arg-type]
+    with pytest.raises(WrongType, match="SamplingParams"):
+        llm.generate(Request((1, 2), None))  # type: ignore[arg-type]
+    with pytest.raises(WrongType, match="linspec list"):
+        LLM(model_dir("aug"), loop=5)  # type: ignore[arg-type]

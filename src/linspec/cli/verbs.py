@@ -153,8 +153,10 @@ def _wrong_usage(error: Any) -> int:
         error.show()
         return int(error.exit_code)
     command = error.ctx.command_path if error.ctx else "linspec"
-    if hasattr(error, "option_name"):
-        said = error.message + did_you_mean(error.option_name, error.possibilities or ())
+    # an option without its value has a name too, and nothing like it
+    near = getattr(error, "possibilities", None)
+    if near and hasattr(error, "option_name"):
+        said = error.message + did_you_mean(error.option_name, near)
     else:
         said = error.format_message()
     said = " ".join(said.split()).rstrip(".") + _maybe_a_directory(error, command)

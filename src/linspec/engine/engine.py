@@ -28,7 +28,7 @@ from linspec.decoding.target import Target
 from linspec.drafters.base import Drafter
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
-from linspec.engine.scheduler import Scheduler
+from linspec.engine.scheduler import Batch, Scheduler
 from linspec.errors import StateError
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.policies.base import Policy
@@ -66,7 +66,10 @@ class Engine:
         target = Target(model, self.state)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
         self._requests = self._sequences = 0
-        self._driver = (os.getpid(), threading.get_ident())
+        # the thread that stepped last, and the one that is inside a step
+        self._process = os.getpid()
+        self._driver = (self._process, threading.get_ident())
+        self._inside: tuple[int, int] | None = None
         self._lock = threading.RLock()
 
     def add(self, request: Request) -> int:
@@ -110,14 +113,34 @@ class Engine:
         """
         self.check_process()
         with self._lock:
-            outcomes = self._admit()
-            batch = self.scheduler.next_batch()
-            if batch.decoding or batch.prefilling:
-                # torch's threads would wait on the cores that the kernels' own threads need
-                with nullcontext() if self.model.native is None else torch_on_one_thread():
-                    found = self.loop.round(batch)
-                outcomes += [self._closed(outcome) for outcome in found]
-            return outcomes
+            if self._inside is not None:
+                raise StateError(
+                    "a step was asked for inside a step of the same engine, such as by a logits processor; "
+                    "use another LLM there: LLM(llm.model, tokenizer=llm.tokenizer)"
+                )
+            self._driver = self._inside = (os.getpid(), threading.get_ident())
+            try:
+                return self._step()
+            finally:
+                self._inside = None
+
+    def _step(self) -> list[Outcome]:
+        outcomes = self._admit()
+        batch = self.scheduler.next_batch()
+        if batch.decoding or batch.prefilling:
+            # torch's threads would wait on the cores that the kernels' own threads need
+            with nullcontext() if self.model.native is None else torch_on_one_thread():
+                found = self._round(batch)
+            outcomes += [self._closed(outcome) for outcome in found]
+        return outcomes
+
+    def _round(self, batch: Batch) -> list[Outcome]:
+        try:
+            return self.loop.round(batch)
+        except Exception as error:
+            # a loop that raises says nothing about whose fault it was
+            taking = (*batch.decoding, *(sequence for sequence, _ in batch.prefilling))
+            return [Outcome.failure(sequence, error) for sequence in taking]
 
     def abort(self, handle: int) -> None:
         """Drop what waits and runs of the request of `handle`; one that has ended is dropped already."""
@@ -140,16 +163,16 @@ class Engine:
     def check_process(self) -> None:
         """Raise StateError or ConfigError in a forked process that has not all that this engine needs."""
         check_fork()
-        if self._driver[0] != os.getpid():
+        stopped = self._inside is not None and not outlived_fork(*self._inside)
+        if self._process != os.getpid():
             # a thread that is gone may have held it
-            self._lock = threading.RLock()
-        if self.busy and not outlived_fork(*self._driver):
+            self._lock, self._process = threading.RLock(), os.getpid()
+        if stopped or (self.busy and not outlived_fork(*self._driver)):
             raise StateError(
                 "this process was forked while another thread of its parent generated with this engine, "
                 "which may have stopped anywhere; make another on the same model: LLM(llm.model, "
                 "tokenizer=llm.tokenizer)"
             )
-        self._driver = (os.getpid(), threading.get_ident())
 
     def _admit(self) -> list[Outcome]:
         """Let waiting sequences in; returns those that cannot begin, whose slots are free again."""

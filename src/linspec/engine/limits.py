@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
-from linspec.errors import ConfigError, ContextOverflow, InputError
+from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.state.sequence_states import SequenceStates
+from linspec.utils.messages import shown
 from linspec.utils.sizes import check_size
 
 
@@ -41,6 +44,10 @@ class Limits:
         Raises InputError for an empty prompt or embeddings that do not fit it, ContextOverflow for one that
         leaves no room for a new token, StateError for one whose keys and values do not fit into memory.
         """
+        if not isinstance(request.params, SamplingParams):
+            raise WrongType(
+                f"params of a Request are SamplingParams, got {shown(repr(request.params))}"
+            )
         size, limit = len(request.prompt), self.model.config.position_limit
         if not size:
             raise InputError(f"{name} has no tokens; give at least one")
@@ -57,16 +64,24 @@ class Limits:
         given = request.embeddings
         if given is None:
             return
+        if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+            raise WrongType(
+                f"embeddings of a Request are a tensor of floats, got {shown(repr(type(given).__name__))}"
+            )
+        if given.layout != torch.strided or given.is_meta:
+            raise WrongType("embeddings of a Request are a dense tensor with values")
         if not self.model.continues_prompt:
             raise InputError(
                 "this model reads its prompt as a source, by its own embeddings; leave out embeddings"
             )
         shape = (len(request.prompt), self.model.embed.embedding_dim)
-        if tuple(given.shape) != shape or not bool(given.isfinite().all()):
+        if tuple(given.shape) != shape:
             raise InputError(
-                f"embeddings must be finite numbers [tokens of the prompt, width of the model] = "
-                f"{list(shape)}, got {list(given.shape)}"
+                f"embeddings must be [tokens of the prompt, width of the model] = {list(shape)}, got "
+                f"{list(given.shape)}"
             )
+        if not bool(given.isfinite().all()):
+            raise InputError("embeddings must be finite, these have NaN or infinity; mend them")
 
     def _within(self, params: SamplingParams, size: int, name: str) -> SamplingParams:
         if self.longest is None:

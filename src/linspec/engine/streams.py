@@ -9,6 +9,7 @@ that step brought to everyone.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,7 @@ class EngineStreams:
         self.engine = engine
         # reentrant: the garbage collector may close a forgotten stream in the middle of this thread's step
         self._turn = threading.RLock()
+        self._process = os.getpid()
         self._stepping = False
         self._open: dict[int, Stream] = {}
         self._closed_inside: list[Stream] = []
@@ -35,10 +37,12 @@ class EngineStreams:
     def open(self, requests: Iterable[Request]) -> Stream:
         """Add `requests`; a stream of their outcomes. Raises what `Engine.add` raises, and adds none then."""
         self.engine.check_process()
+        self._renew()
         stream = Stream(self)
         try:
             for request in requests:
                 with self._turn:
+                    self._check_outside()
                     handle = self.engine.add(request)
                     self._open[handle] = stream
                     stream.add(handle, request.params.n)
@@ -47,8 +51,22 @@ class EngineStreams:
             raise
         return stream
 
+    def _renew(self) -> None:
+        """In a forked child, a lock that no thread of the parent holds."""
+        if self._process != os.getpid():
+            self._turn, self._process, self._stepping = threading.RLock(), os.getpid(), False
+
+    def _check_outside(self) -> None:
+        """Raise StateError in a call that comes from inside a step, by the thread that steps."""
+        if self._stepping:
+            raise StateError(
+                "this LLM was called from inside one of its own steps, such as by a logits processor; use "
+                "another one there: LLM(llm.model, tokenizer=llm.tokenizer)"
+            )
+
     def drive(self, stream: Stream) -> None:
         """Step the engine until `stream` has something, or has nothing to wait for."""
+        self._renew()
         while stream.waits:
             with self._turn:
                 self._turn_for(stream)
@@ -57,20 +75,21 @@ class EngineStreams:
         # another caller's step may have brought it meanwhile
         if not stream.waits:
             return
+        self._check_outside()
         self._stepping = True
         try:
-            outcomes = self.engine.step()
+            for outcome in self.engine.step():
+                self.hand_out(outcome)
         except BaseException as error:
             self._broken(error)
             raise
         finally:
             self._stepping = False
-        for outcome in outcomes:
-            self._hand_out(outcome)
         while self._closed_inside:
             self.close(self._closed_inside.pop())
 
-    def _hand_out(self, outcome: Outcome) -> None:
+    def hand_out(self, outcome: Outcome) -> None:
+        """Give an outcome to the stream that waits for it."""
         stream = self._open.get(outcome.sequence.request)
         if stream is not None:
             stream.take(outcome)
@@ -86,6 +105,7 @@ class EngineStreams:
 
     def close(self, stream: Stream) -> None:
         """Drop what is left of `stream`'s requests."""
+        self._renew()
         with self._turn:
             if self._stepping:
                 self._closed_inside.append(stream)
