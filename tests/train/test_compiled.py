@@ -58,13 +58,16 @@ def numbered(cases: Iterable[tuple[str, str]]) -> list[tuple[int, str, str]]:
     return [(number, *case) for number, case in enumerate(cases)]
 
 
-def covering(number: int, name: str, kernel: str) -> tuple[int, list[MixerConfig]]:
+def covering(
+    number: int, name: str, kernel: str, *, causal: bool = True
+) -> tuple[int, list[MixerConfig]]:
     """The context and the mixer of case `number` of a list.
 
     Nine neighbouring cases pair every context, group, span and number of taps with every other.
     """
     a, b = number % 3, number // 3 % 3
-    rows = {"features": 4, "keep": 2} if name == "linformer" else {}
+    # in an encoder linformer sees every group
+    rows = {"features": 4, "keep": 2 * causal} if name == "linformer" else {}
     mixer = MixerConfig(
         name=name,
         group=GROUPS[b],
@@ -147,6 +150,7 @@ def flash_case(variant: str, context: int) -> Case:
         width=32,
         layers=2,
         head_width=16,
+        turned=8,
         mlp_width=64,
         max_positions=512,
         variant=variant,
@@ -227,6 +231,8 @@ def test_compiled_decoder_steps_equal_plain_ones(number: int, name: str, kernel:
     assert_compiled_gradients_are_right(decoder_case(mixers, context))
 
 
+# a graph break in the padding of an encoder makes the compiler look at gradients of inner tensors
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
@@ -234,7 +240,7 @@ def test_compiled_decoder_steps_equal_plain_ones(number: int, name: str, kernel:
     numbered(m for m in MIXER_KERNELS if MIXERS[m[0]].bidirectional()),
 )
 def test_compiled_encoder_steps_equal_plain_ones(number: int, name: str, kernel: str) -> None:
-    context, mixers = covering(number, name, kernel)
+    context, mixers = covering(number, name, kernel, causal=False)
     assert_compiled_gradients_are_right(bert_case(mixers, context))
 
 

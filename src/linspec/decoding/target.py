@@ -57,7 +57,7 @@ class Target:
         special: dict[str, Any] = {}
         if layers is not None:
             special["layers"] = layers
-        if want.inner:
+        if want is not LOGITS and want.inner:
             special["want"] = want
         try:
             output = self.model.step([inputs[i] for i in order], self.state, **special)

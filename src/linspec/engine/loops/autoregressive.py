@@ -120,7 +120,9 @@ class Autoregressive(GenerationLoop):
             expected = expected_of(tree, self.drafter)
             self.policy.observe(sequence, len(tree) - 1, len(path) - 1, expected)
             self.drafter.observe(sequence, tree, path)
-        sequence.hidden = {n: output.hidden[n][list(path)] for n in self.kept}
+        # nearly always the first nodes, of which a view is enough
+        kept = slice(len(path)) if path[-1] == len(path) - 1 else list(path)
+        sequence.hidden = {n: output.hidden[n][kept] for n in self.kept}
         return self._extended(sequence, tree, accepted)
 
     def _read(self, sequence: RunningSequence, count: int, output: NodeOutput) -> list[Outcome]:
