@@ -115,7 +115,11 @@ def t5(*mixers: MixerConfig) -> T5:
         T5(
             replace(
                 shape,
-                encoder=replace(shape.encoder, **half),
+                # there linformer sees every group
+                encoder=replace(
+                    shape.encoder,
+                    **{**half, "mixers": tuple(replace(each, keep=0) for each in mixers)},
+                ),
                 decoder=replace(shape.decoder, **half),
             )
         ),
