@@ -227,6 +227,12 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
     assert_compiled_gradients_are_right((model, partial(finetune_loss, model), 40))
 
 
+def test_a_partial_last_group_is_masked_when_compiled() -> None:
+    mixer = MixerConfig(name="yoso", group=24)
+    model = decoder(mixer)
+    assert_compiled_gradients_are_right((model, partial(finetune_loss, model), 40))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("number", "name", "kernel"), numbered(MIXER_KERNELS))

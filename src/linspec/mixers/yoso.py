@@ -102,11 +102,18 @@ class Series(Summed):
         blocks = to_blocks(unit(q), self.groups.size)
         cosines = blocks @ unit(k).mT[:, :, None]
         a, b, c = taylor_factors(HASH_BITS)
-        # how many groups back a key lies; in an encoder, how many away
-        key = torch.arange(k.shape[2], device=k.device) // self.groups.size
-        away = torch.arange(blocks.shape[2], device=k.device)[:, None, None] - key
-        far = (away if self.causal else away.abs()) >= self.groups.span
+        far = self.beyond_span(blocks.shape[2], k.shape[2], k.device)
         return ((a + b * cosines + c * cosines.square()) * far) @ v[:, :, None]
+
+    def beyond_span(self, blocks: int, tokens: int, device: torch.device) -> torch.Tensor:
+        """Where the groups within a block's span do not reach, behind it or to both sides: [n, 1, T]."""
+        # no key // group: torch.compile splits the loop over keys by that divisor and drops what is left
+        # when it does not divide them (torch 2.13)
+        size, span = self.groups.size, self.groups.span
+        keys = torch.arange(tokens, device=device)
+        first = torch.arange(blocks, device=device)[:, None, None] * size
+        behind = keys < first - (span - 1) * size
+        return behind if self.causal else behind | (keys >= first + span * size)
 
 
 def taylor_factors(bits: int) -> tuple[float, float, float]:
