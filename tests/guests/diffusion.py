@@ -41,6 +41,8 @@ class DiffusionLoop(GenerationLoop):
         # nothing is read before the first round
         sequence.prefilled = sequence.prompt_length
         self.canvas[sequence.slot] = [None] * sequence.params.max_tokens
+        # the first mask may be the last that is decided
+        self.patience = max(self.patience, sequence.params.max_tokens)
 
     def finished(self, sequence: RunningSequence) -> None:
         self.canvas.pop(sequence.slot, None)

@@ -24,6 +24,7 @@ from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import sample_prompts
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
+from linspec.train.data import Sources, check_sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def bench_drafters(
     policy: str | int = "auto",
     nodes: int = 12,
     prompts: int = 8,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     quantize: int | None = None,
     kv: str = "float",
     device: str = "cpu",
@@ -81,6 +82,7 @@ def bench_drafters(
     """
     if nodes < 1 or prompts < 1:
         raise ConfigError(f"nodes and prompts must be 1 or more, got {nodes} and {prompts}")
+    data = check_sources(data)
     source, tokenizer = resolve(model), load_tokenizer(model)
     loaded = load_for(model, quantize, device=device)
     found = DrafterContext(loaded, tokenizer, source)

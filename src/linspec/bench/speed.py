@@ -35,7 +35,7 @@ from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.policies.base import Policy
 from linspec.state.slots import StateSnapshot
-from linspec.train.data import end_of_text
+from linspec.train.data import Sources, check_sources, end_of_text
 from linspec.utils.progress import Progress
 
 PLAIN = "plain"
@@ -104,7 +104,7 @@ def bench(
     tokens: int = 64,
     repeats: int = 5,
     policy: str | int | Policy = "auto",
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     device: str = "cpu",
     bandwidth: bool = False,
     quantize: int | None = None,
@@ -119,6 +119,7 @@ def bench(
     than a near tie.
     """
     _check(contexts, tokens, repeats)
+    data = check_sources(data)
     source = None if isinstance(model, Decoder) else resolve(model)
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,9 @@ from linspec.errors import InputError
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.report.html import SIGNS, write_report
-from linspec.train.data import train_and_heldout
+from linspec.train.data import Sources, check_sources, train_and_heldout
 from linspec.utils.files import exclusive
-from linspec.utils.places import check_text, check_workspace, mark_folder
+from linspec.utils.places import as_path, check_text, check_workspace, mark_folder
 
 REPORT = "report.html"
 PHASES = ("load", "linearize", "heads", "quality", "decode", "speed", "report")
@@ -50,7 +49,7 @@ def run_demo(
     quick: bool = False,
     teacher: str | Path = "embedded-softmax",
     student: str | Path | None = "embedded-aug",
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     seed: int = 0,
     echo: Echo | None = None,
     overwrite: bool = False,
@@ -63,7 +62,7 @@ def run_demo(
     or empty folder, or that of a demo; one with other settings is made anew if `overwrite` says so.
     Raises ConfigError, CheckpointError or InputError before any long work.
     """
-    out = Path(out)
+    out, data = as_path(out), check_sources(data)
     inputs = (resolve(teacher), *([resolve(student)] if student else []), *data)
     check_workspace(out, "demo", (f"*/{RECORD}",), inputs)
     mark_folder(out, "demo")
@@ -86,7 +85,7 @@ class _Demo:
         quick: bool,
         teacher: str | Path,
         student: str | Path | None,
-        data: Sequence[str | Path],
+        data: tuple[str | Path, ...],
         seed: int,
         screen: Screen,
         overwrite: bool,
@@ -94,7 +93,7 @@ class _Demo:
         self.overwrite = overwrite
         self.out, self.quick, self.seed, self.screen = out, quick, seed, screen
         self.source, self.shipped = teacher, student
-        self.data = tuple(data)
+        self.data = data
         self.budget: Budget = budgets.QUICK if quick else budgets.FULL
 
     def run(self) -> DemoResult:

@@ -28,7 +28,8 @@ from linspec.decoding.target import Target
 from linspec.drafters.base import Drafter
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
-from linspec.engine.scheduler import Batch, Scheduler
+from linspec.engine.rounds import Rounds
+from linspec.engine.scheduler import Scheduler
 from linspec.errors import StateError
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.policies.base import Policy
@@ -65,6 +66,7 @@ class Engine:
         self.limits = Limits(model, self.state, max_model_len)
         target = Target(model, self.state)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
+        self.rounds = Rounds(self.loop, model.config.vocab_size)
         self._requests = self._sequences = 0
         # the thread that stepped last, and the one that is inside a step
         self._process = os.getpid()
@@ -72,10 +74,17 @@ class Engine:
         self._inside: tuple[int, int] | None = None
         self._lock = threading.RLock()
 
-    def add(self, request: Request) -> int:
+    def reserve(self) -> int:
+        """A handle for a request that `add` gets next: who has it can drop the request at any moment."""
+        with self._lock:
+            self._requests += 1
+            return self._requests
+
+    def add(self, request: Request, handle: int | None = None) -> int:
         """Queue a request; returns its handle, the number that its sequences carry as `request`.
 
-        Raises what `Limits.fitted` raises, and InputError for foreign token ids.
+        handle: from `reserve`; None takes a new one. Raises what `Limits.fitted` raises, and InputError for
+        foreign token ids. If this is interrupted, nothing is queued.
         """
         request = self.limits.fitted(request)
         config = self.model.config
@@ -85,21 +94,30 @@ class Engine:
             for params in request.params.sequences()
         ]
         self.check_process()
-        with self._lock:
-            self._requests += 1
-            for index, sampler in enumerate(samplers):
-                self._sequences += 1
-                sequence = RunningSequence(
-                    self._sequences,
-                    sampler,
-                    list(request.prompt),
-                    len(request.prompt),
-                    request=self._requests,
-                    index=index,
-                    embeddings=request.embeddings,
+        handle = self.reserve() if handle is None else handle
+        try:
+            with self._lock:
+                self.scheduler.submit(
+                    [self._sequence(request, handle, *each) for each in enumerate(samplers)]
                 )
-                self.scheduler.submit(sequence)
-            return self._requests
+            return handle
+        except BaseException:
+            self.abort(handle)
+            raise
+
+    def _sequence(
+        self, request: Request, handle: int, index: int, sampler: Sampler
+    ) -> RunningSequence:
+        self._sequences += 1
+        return RunningSequence(
+            self._sequences,
+            sampler,
+            list(request.prompt),
+            len(request.prompt),
+            request=handle,
+            index=index,
+            embeddings=request.embeddings,
+        )
 
     @property
     def busy(self) -> bool:
@@ -109,7 +127,8 @@ class Engine:
     def step(self) -> list[Outcome]:
         """One round of all running sequences; what it did to each of them.
 
-        A sequence that cannot go on ends with finished 'error'; it takes nothing from the others.
+        A sequence that cannot go on ends with finished 'error'; it takes nothing from the others. An
+        interrupt drops every request: it may have stopped the step anywhere.
         """
         self.check_process()
         with self._lock:
@@ -118,9 +137,12 @@ class Engine:
                     "a step was asked for inside a step of the same engine, such as by a logits processor; "
                     "use another LLM there: LLM(llm.model, tokenizer=llm.tokenizer)"
                 )
-            self._driver = self._inside = (os.getpid(), threading.get_ident())
             try:
+                self._driver = self._inside = (os.getpid(), threading.get_ident())
                 return self._step()
+            except BaseException:
+                self.cancel()
+                raise
             finally:
                 self._inside = None
 
@@ -130,27 +152,19 @@ class Engine:
         if batch.decoding or batch.prefilling:
             # torch's threads would wait on the cores that the kernels' own threads need
             with nullcontext() if self.model.native is None else torch_on_one_thread():
-                found = self._round(batch)
+                found = self.rounds.next(batch)
             outcomes += [self._closed(outcome) for outcome in found]
         return outcomes
-
-    def _round(self, batch: Batch) -> list[Outcome]:
-        try:
-            return self.loop.round(batch)
-        except Exception as error:
-            # a loop that raises says nothing about whose fault it was
-            taking = (*batch.decoding, *(sequence for sequence, _ in batch.prefilling))
-            return [Outcome.failure(sequence, error) for sequence in taking]
 
     def abort(self, handle: int) -> None:
         """Drop what waits and runs of the request of `handle`; one that has ended is dropped already."""
         with self._lock:
-            self._drop(self.scheduler.withdraw(lambda sequence: sequence.request == handle))
+            self._drop(lambda sequence: sequence.request == handle)
 
     def cancel(self) -> None:
         """Drop every request."""
         with self._lock:
-            self._drop(self.scheduler.withdraw(lambda sequence: True))
+            self._drop(lambda sequence: True)
 
     def retire(self, sequence: RunningSequence) -> Exception | None:
         """End a running sequence early, for a stop string.
@@ -193,12 +207,14 @@ class Engine:
         return replace(outcome, finished=FAILED, error=error)
 
     def _retire(self, sequence: RunningSequence) -> Exception | None:
+        # it has its slot until all have forgotten it, so that nobody gets the slot after an interrupt
+        error = self._forget(sequence)
         self.scheduler.retire(sequence)
-        return self._forget(sequence)
+        return error
 
-    def _drop(self, sequences: list[RunningSequence]) -> None:
-        for sequence in sequences:
-            error = self._forget(sequence)
+    def _drop(self, unwanted: Callable[[RunningSequence], bool]) -> None:
+        for sequence in self.scheduler.withdraw(unwanted):
+            error = self._retire(sequence)
             if error is not None:
                 _log.warning(
                     "request %d was dropped, but not by all", sequence.request, exc_info=error

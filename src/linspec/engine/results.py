@@ -154,7 +154,7 @@ class Collector:
     def _hides_end(self, outcome: Outcome) -> bool:
         """Whether the last token ended the output and is no part of its text."""
         params = self.params
-        if outcome.finished != "stop" or params.include_stop_str_in_output:
+        if outcome.finished != "stop" or not outcome.tokens or params.include_stop_str_in_output:
             return False
         # the model's own end is a special token, which is hidden with the others
         return outcome.tokens[-1] in params.stop_token_ids or not params.skip_special_tokens

@@ -8,7 +8,7 @@ of a token budget, so that a long prompt never stalls the others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from linspec.decoding.sequence import RunningSequence
@@ -37,20 +37,27 @@ PIECE = 64
 class Scheduler:
     """First come, first served, in `slots` places.
 
-    A slot is either free or that of a sequence in `running`, whatever becomes of the sequence.
+    A slot that no sequence in `running` has is free: there is no list of free slots that an interrupt could
+    leave behind.
     """
 
     def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
         check_size("max_batch", slots)
         check_size("prefill_tokens", prefill_tokens)
         self.prefill_tokens = prefill_tokens
-        self.free = list(range(slots))
+        self.slots = slots
         self._waiting: deque[RunningSequence] = deque()
         self.running: list[RunningSequence] = []
 
-    def submit(self, sequence: RunningSequence) -> None:
-        """Queue a request until a slot is free."""
-        self._waiting.append(sequence)
+    @property
+    def free(self) -> list[int]:
+        """The slots that nobody has, the lowest first."""
+        taken = {sequence.slot for sequence in self.running}
+        return [slot for slot in range(self.slots) if slot not in taken]
+
+    def submit(self, sequences: Sequence[RunningSequence]) -> None:
+        """Queue the sequences of a request until slots are free: all at once, or none."""
+        self._waiting.extend(sequences)
 
     @property
     def busy(self) -> bool:
@@ -60,13 +67,16 @@ class Scheduler:
     def admit(self) -> list[RunningSequence]:
         """Give free slots to those that wait; returns the sequences that run from now on."""
         admitted = []
-        while self._waiting and self.free:
-            sequence = self._waiting.popleft()
-            # the lowest slot: neighbouring slots form one dense group
-            sequence.slot = min(self.free)
-            self.free.remove(sequence.slot)
+        # the lowest slots: neighbouring slots form one dense group
+        for slot in self.free if self._waiting else ():
+            sequence = self._waiting[0]
+            sequence.slot = slot
             self.running.append(sequence)
+            # it waits until it runs: an interrupt between the two loses no sequence
+            self._waiting.popleft()
             admitted.append(sequence)
+            if not self._waiting:
+                break
         return admitted
 
     def next_batch(self) -> Batch:
@@ -86,12 +96,8 @@ class Scheduler:
     def retire(self, sequence: RunningSequence) -> None:
         """The request has ended; its slot is free."""
         self.running.remove(sequence)
-        self.free.append(sequence.slot)
 
     def withdraw(self, unwanted: Callable[[RunningSequence], bool]) -> list[RunningSequence]:
-        """Drop what waits and runs and is unwanted; returns the sequences that ran."""
+        """Drop what waits and is unwanted; returns the unwanted sequences that run."""
         self._waiting = deque(each for each in self._waiting if not unwanted(each))
-        dropped = [each for each in self.running if unwanted(each)]
-        for sequence in dropped:
-            self.retire(sequence)
-        return dropped
+        return [each for each in self.running if unwanted(each)]

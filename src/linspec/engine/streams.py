@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import TracebackType
+from weakref import WeakValueDictionary
 
 from linspec.decoding.outcome import Outcome
 from linspec.decoding.request import Request
@@ -31,25 +32,34 @@ class EngineStreams:
         self._turn = threading.RLock()
         self._process = os.getpid()
         self._stepping = False
-        self._open: dict[int, Stream] = {}
+        # a stream that nobody holds any more closes itself
+        self._open: WeakValueDictionary[int, Stream] = WeakValueDictionary()
         self._closed_inside: list[Stream] = []
 
     def open(self, requests: Iterable[Request]) -> Stream:
-        """Add `requests`; a stream of their outcomes. Raises what `Engine.add` raises, and adds none then."""
+        """A stream of the outcomes of `requests`, which are added when it is entered."""
+        return Stream(self, requests)
+
+    def ask(self, stream: Stream, requests: Iterable[Request]) -> None:
+        """Add `requests` for `stream`; raises what `Engine.add` raises, and adds none then."""
         self.engine.check_process()
         self._renew()
-        stream = Stream(self)
         try:
             for request in requests:
                 with self._turn:
                     self._check_outside()
-                    handle = self.engine.add(request)
-                    self._open[handle] = stream
-                    stream.add(handle, request.params.n)
+                    self._add(stream, request)
         except BaseException:
             stream.close()
             raise
-        return stream
+
+    def _add(self, stream: Stream, request: Request) -> None:
+        # it has an owner before it exists: no interrupt can leave one that nobody drops
+        handle = self.engine.reserve()
+        self._open[handle] = stream
+        stream.add(handle)
+        self.engine.add(request, handle)
+        stream.expect(handle, request.params.n)
 
     def _renew(self) -> None:
         """In a forked child, a lock that no thread of the parent holds."""
@@ -76,8 +86,8 @@ class EngineStreams:
         if not stream.waits:
             return
         self._check_outside()
-        self._stepping = True
         try:
+            self._stepping = True
             for outcome in self.engine.step():
                 self.hand_out(outcome)
         except BaseException as error:
@@ -86,7 +96,8 @@ class EngineStreams:
         finally:
             self._stepping = False
         while self._closed_inside:
-            self.close(self._closed_inside.pop())
+            self.close(self._closed_inside[-1])
+            self._closed_inside.pop()
 
     def hand_out(self, outcome: Outcome) -> None:
         """Give an outcome to the stream that waits for it."""
@@ -94,7 +105,7 @@ class EngineStreams:
         if stream is not None:
             stream.take(outcome)
             if outcome.sequence.request not in stream.handles:
-                del self._open[outcome.sequence.request]
+                self._open.pop(outcome.sequence.request, None)
 
     def _broken(self, error: BaseException) -> None:
         """A step that was interrupted may have stopped anywhere: nobody can go on from it."""
@@ -128,8 +139,8 @@ class EngineStreams:
 class Stream:
     """Outcomes of some `requests` as they come; closing it drops what is left of them."""
 
-    def __init__(self, owner: EngineStreams) -> None:
-        self._owner = owner
+    def __init__(self, owner: EngineStreams, requests: Iterable[Request]) -> None:
+        self._owner, self._asked = owner, requests
         self._ready: deque[Outcome] = deque()
         self.requests: list[int] = []
         # how many sequences of each request have not ended, and those that have
@@ -142,9 +153,13 @@ class Stream:
         """Whether there is something to come and nothing there."""
         return bool(self.handles) and not self._ready and self.broken is None
 
-    def add(self, handle: int, sequences: int) -> None:
-        """Wait for a further request."""
+    def add(self, handle: int) -> None:
+        """Own a further request."""
         self.requests.append(handle)
+        self.handles[handle] = 0
+
+    def expect(self, handle: int, sequences: int) -> None:
+        """Wait for the sequences of a request."""
         self.handles[handle] = sequences
 
     def take(self, outcome: Outcome) -> None:
@@ -188,7 +203,13 @@ class Stream:
         """Drop what is left; closing again changes nothing."""
         self._owner.close(self)
 
+    def __del__(self) -> None:
+        # an interrupt may come before the caller closes it, or while it does
+        if self.handles:
+            self.close()
+
     def __enter__(self) -> Stream:
+        self._owner.ask(self, self._asked)
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ figures are of those halves alone and compare between encoder-decoders, not with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from linspec.checkpoints.hub import check_tokenizer, load_seq2seq, load_tokenize
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import Score, held_out_documents, limited
 from linspec.models.t5 import T5
+from linspec.train.data import Sources, check_sources
 from linspec.utils.messages import now_called
 from linspec.utils.progress import Progress
 
@@ -40,7 +41,7 @@ class _Window:
 
 def continue_source(
     model: str | Path,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     *,
     field: str = "text",
     limit_bytes: int | None = None,
@@ -48,6 +49,7 @@ def continue_source(
     device: str = "cpu",
 ) -> Score:
     """The score of a T5 directory on `data`; see `evaluate_continuations`, `held_out_documents`."""
+    data = check_sources(data)
     loaded, tokenizer = load_seq2seq(model, device=device), load_tokenizer(model)
     check_tokenizer(tokenizer, loaded.config)
     documents = held_out_documents(data, field)

@@ -22,7 +22,7 @@ from linspec.errors import InputError, NotFinite
 from linspec.models.bert import Bert
 from linspec.models.linear import Quantizer, fused_linear
 from linspec.quantization.codes import check_bits
-from linspec.train.data import train_and_heldout
+from linspec.train.data import Sources, train_and_heldout
 from linspec.train.encoder import paragraphs
 from linspec.utils.messages import now_called
 
@@ -45,7 +45,7 @@ class EmbeddingReport:
 def compare_sources(
     teacher: str | Path,
     student: str | Path,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     *,
     field: str = "text",
     count: int = 300,

@@ -24,6 +24,7 @@ from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.policies.base import Policy
+from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
 
 # Below this difference of two logits, float32 rounding decides which of them is the larger.
@@ -93,7 +94,7 @@ def verify(
     tokens: int = 128,
     draws: int = 2000,
     policy: str | int | Policy = 12,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     device: str = "cpu",
     seed: int = 0,
     quantize: int | None = None,
@@ -111,6 +112,7 @@ def verify(
             f"prompts and tokens must be 1 or more and draws 0 or more, got {prompts}, {tokens} "
             f"and {draws}"
         )
+    data = check_sources(data)
     fast = LLM(
         model,
         tokenizer=tokenizer,

@@ -24,7 +24,7 @@ from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.decoder import Decoder
 from linspec.models.model_types import of_config
-from linspec.train.data import Split, end_of_text, load_documents
+from linspec.train.data import Sources, Split, check_sources, end_of_text, load_documents
 from linspec.utils.progress import Progress
 
 # Tokens of one batch of windows, and logits that exist at once: what bounds the memory.
@@ -62,10 +62,10 @@ class _Window:
 MEASURE = "linspec eval perplexity"
 
 
-def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[str]:
+def held_out_documents(data: Sources, field: str = "text") -> list[str]:
     """What `linspec eval` measures on: held-out files of 'stdlib', all of other sources."""
     documents: list[str] = []
-    for source in data:
+    for source in check_sources(data):
         split: Split = "heldout" if str(source) == "stdlib" else "all"
         documents += load_documents([source], split, field)
     return documents
@@ -73,7 +73,7 @@ def held_out_documents(data: Sequence[str | Path], field: str = "text") -> list[
 
 def evaluate_source(
     model: str | Path,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     *,
     field: str = "text",
     limit_bytes: int | None = None,
@@ -87,6 +87,7 @@ def evaluate_source(
 
     Raises ConfigError for a model that does not predict text token by token.
     """
+    data = check_sources(data)
     _check_kind(model)
     decoder = load_for(model, quantize, device=device)
     tokenizer = load_tokenizer(model)

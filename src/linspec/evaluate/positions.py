@@ -10,7 +10,6 @@ difference is what the length does; the difficulty of the text at that place can
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from linspec.checkpoints.hub import with_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.train.data import end_of_text, tokenize
+from linspec.train.data import Sources, check_sources, end_of_text, tokenize
 from linspec.utils.progress import Progress
 
 LENGTH = 32_768
@@ -66,7 +65,7 @@ def by_position(
     model: str | Path | Decoder,
     *,
     tokenizer: Any = None,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     length: int = LENGTH,
     context: int | None = None,
@@ -79,6 +78,7 @@ def by_position(
     window apart. A softmax model's texts end at its positions, and held-out text that is too short
     shortens them: `limit` says so. Raises ConfigError for sizes below 2, InputError without text.
     """
+    data = check_sources(data)
     model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     context = model.config.max_positions if context is None else context
     if min(length, context) < 2 or texts < 1:

@@ -26,7 +26,7 @@ from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
 from linspec.models.decoder import Decoder
 from linspec.quantization.calibration import input_statistics
 from linspec.quantization.codes import check_bits
-from linspec.train.data import end_of_text, load_documents, tokenize
+from linspec.train.data import Sources, check_sources, end_of_text, load_documents, tokenize
 from linspec.utils.places import Place, as_path
 
 
@@ -62,7 +62,7 @@ def quantize(
     out: str | Path,
     *,
     bits: int = 8,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     calibration_bytes: int = 200_000,
     limit_bytes: int = 100_000,
@@ -88,6 +88,7 @@ def quantize(
         NotFinite: a weight is NaN or infinite.
     """
     check_bits(bits)
+    data = check_sources(data)
     folder = resolve(source)
     place = Place(as_path(out), "quantize", inputs=(folder,), holders=data, overwrite=overwrite)
     with place.held():

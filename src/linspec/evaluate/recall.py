@@ -26,7 +26,7 @@ from linspec.checkpoints.hub import load_model, with_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
-from linspec.train.data import end_of_text
+from linspec.train.data import Sources, check_sources, end_of_text
 from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
 from linspec.utils.progress import Progress
 
@@ -93,7 +93,7 @@ def evaluate_recall(
     *,
     teacher: str | Path | Decoder | None = None,
     tokenizer: Any = None,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     texts: Sequence[str] = (),
     lengths: Sequence[int] = LENGTHS,
@@ -111,6 +111,7 @@ def evaluate_recall(
     `limits`. Raises ConfigError for sizes that cannot be built.
     """
     _check(lengths, samples, seeds)
+    data = check_sources(data)
     model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)

@@ -24,6 +24,7 @@ from linspec.errors import ConfigError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.recall import filler_ids, limits_of, reads
 from linspec.models.decoder import Decoder
+from linspec.train.data import Sources, check_sources
 
 PASSAGE = 128
 # of a repeated passage, tokens that do not count: they are what tells that it is one
@@ -66,7 +67,7 @@ def evaluate_repeats(
     *,
     teacher: str | Path | Decoder | None = None,
     tokenizer: Any = None,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     lengths: Sequence[int] = (1024, 2048, 4096),
     passage: int = PASSAGE,
@@ -83,6 +84,7 @@ def evaluate_repeats(
             f"texts of {list(lengths)} tokens must hold a passage twice, which has more than "
             f"{_OPENING} tokens, and samples must be 1 or more; got {passage} and {samples}"
         )
+    data = check_sources(data)
     model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
         teacher = load_model(teacher, device=device)

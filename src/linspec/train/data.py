@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 from linspec.decoding.protocols import CausalModelConfig
-from linspec.errors import CheckpointError, InputError
+from linspec.errors import CheckpointError, InputError, WrongType
 from linspec.utils.files import cache_dir, replace_file
 from linspec.utils.messages import because, did_you_mean, shown
 from linspec.utils.progress import Progress
 
 Split = Literal["train", "heldout", "all"]
+# one source, or several
+Sources = str | Path | Sequence[str | Path]
 
 # One file (or record) in this many is held out, chosen by the hash of its bytes.
 HELD_OUT_SHARE = 20
@@ -38,28 +40,46 @@ def is_held_out(content: bytes) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
-def check_sources(sources: Sequence[str | Path]) -> None:
-    """Raise InputError for a source that is not there; reads nothing."""
-    for source in sources:
-        if not str(source):
-            raise InputError("a data source has no name; give a file, a folder or 'stdlib'")
-        if str(source) != "stdlib" and not Path(source).exists():
-            raise InputError(
-                f"{Path(source)} does not exist; give a file, a folder or 'stdlib'"
-                f"{did_you_mean(source, ('stdlib',))}"
-            )
+def check_sources(sources: object) -> tuple[str | Path, ...]:
+    """The data sources that a caller gave, one or several; reads nothing.
+
+    Raises InputError if there is none or one is not there, WrongType for what names none.
+    """
+    # a text by itself would otherwise be a list of letters
+    found = (sources,) if isinstance(sources, str | os.PathLike) else sources
+    if not isinstance(found, Sequence) or isinstance(found, bytes | bytearray | memoryview):
+        raise WrongType(
+            f"data are a text or a path, or a list of them, got {shown(sources)}; such as data='stdlib'"
+        )
+    if not found:
+        raise InputError("no data were given; give a file, a folder or 'stdlib'")
+    for source in found:
+        _check_source(source)
+    return tuple(found)
 
 
-def load_documents(
-    sources: Sequence[str | Path], split: Split = "all", field: str = "text"
-) -> list[str]:
+def _check_source(source: object) -> None:
+    if not isinstance(source, str | os.PathLike):
+        raise WrongType(
+            f"a data source is a text or a path, got {shown(source)}; give a file, a folder or 'stdlib'"
+        )
+    if not str(source):
+        raise InputError("a data source has no name; give a file, a folder or 'stdlib'")
+    if str(source) != "stdlib" and not Path(source).exists():
+        raise InputError(
+            f"{Path(source)} does not exist; give a file, a folder or 'stdlib'"
+            f"{did_you_mean(source, ('stdlib',))}"
+        )
+
+
+def load_documents(sources: Sources, split: Split = "all", field: str = "text") -> list[str]:
     """Every document of `sources` that belongs to `split`, in a stable order.
 
     A source is 'stdlib' (the Python standard library's source on this machine), a text file, a
     folder of text files, a .jsonl file (one document per line, under `field`) or a Hugging Face
     datasets directory. Raises InputError for a missing, empty or non-UTF-8 source.
     """
-    check_sources(sources)
+    sources = check_sources(sources)
     documents: list[str] = []
     for source in sources:
         found = [text for text in _read(source, field) if text.strip()]
@@ -77,9 +97,7 @@ def load_documents(
     return documents
 
 
-def train_and_heldout(
-    sources: Sequence[str | Path], field: str = "text"
-) -> tuple[list[str], list[str]]:
+def train_and_heldout(sources: Sources, field: str = "text") -> tuple[list[str], list[str]]:
     """Documents to train on and documents never to train on, both non-empty.
 
     The split is by the hash of each document; where that leaves one side of a source empty (a single
@@ -88,7 +106,7 @@ def train_and_heldout(
     `load_documents`.
     """
     parts: tuple[list[str], list[str]] = ([], [])
-    for source in sources:
+    for source in check_sources(sources):
         for part, documents in zip(
             parts, _split(load_documents([source], "all", field)), strict=True
         ):

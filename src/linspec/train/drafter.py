@@ -22,14 +22,21 @@ from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
 from linspec.models.decoder import Decoder
-from linspec.train.compiled import check_choice
-from linspec.train.data import Windows, check_sources, end_of_text, tokenize, train_and_heldout
+from linspec.train.compiled import check_choice, check_precision
+from linspec.train.data import (
+    Sources,
+    Windows,
+    check_sources,
+    end_of_text,
+    tokenize,
+    train_and_heldout,
+)
 from linspec.train.loop import TrainConfig, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 from linspec.utils.progress import Progress
-from linspec.utils.sizes import check_positive, check_sizes
+from linspec.utils.sizes import check_instance, check_positive, check_sizes
 
 KINDS = ("medusa",)
 # Ranks whose accuracy is measured for each head: no published tree uses more.
@@ -62,6 +69,8 @@ class DrafterConfig:
 
     def __post_init__(self) -> None:
         check_choice(self.compile)
+        check_precision(self.precision)
+        check_positive("save_every", self.save_every, zero=True)
         check_sizes(self, "heads blocks tokens context batch_tokens calibration_tokens")
         check_sizes(self, "hidden seed", least=0)
         check_positive("lr", self.lr)
@@ -96,7 +105,7 @@ def train_drafter(
     out: str | Path | None = None,
     *,
     kind: str = "medusa",
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     config: DrafterConfig | None = None,
     resume: bool = False,
@@ -124,13 +133,15 @@ def train_drafter(
         InputError: the data cannot be read or hold too little text. These come before any long work.
         TrainingError: the loss is not finite, or there is nothing to resume.
     """
+    check_instance("config", config, DrafterConfig, none=True)
+    check_instance("field", field, str)
     config = config or DrafterConfig()
     if kind not in KINDS:
         raise ConfigError(
             f"cannot train a drafter of kind {shown(repr(kind))}; known: {', '.join(KINDS)}"
             f"{did_you_mean(kind, KINDS)}"
         )
-    check_sources(data)
+    data = check_sources(data)
     place = _place(model, out, kind, data, overwrite)
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)

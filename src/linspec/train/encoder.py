@@ -25,7 +25,7 @@ from linspec.errors import ConfigError, InputError
 from linspec.mixers.config import MixerConfig
 from linspec.models.bert import Bert
 from linspec.train.compiled import LossFn
-from linspec.train.data import train_and_heldout
+from linspec.train.data import Sources, train_and_heldout
 from linspec.train.encoder_training import EncoderTraining
 from linspec.train.linearize_recipe import LinearizeRecipe
 from linspec.train.linearize_record import RECORD, output_place, record_files
@@ -34,6 +34,7 @@ from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import (
     DEFAULT_GROUP,
     changed_layers,
+    check_reach,
     check_taps,
     spread,
     student_mixers,
@@ -90,7 +91,7 @@ def linearize_encoder(
     *,
     mixer: str | MixerConfig = "aug",
     keep_softmax: Sequence[int] = (),
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     config: EncoderTraining | None = None,
     resume: bool = False,
@@ -105,7 +106,7 @@ def linearize_encoder(
         field=field,
         config=config or EncoderTraining(),
     )
-    place = output_place(out, source, data, overwrite)
+    place = output_place(out, source, recipe.data, overwrite)
     place.check(resume=resume)
     return train_encoder(source, place, recipe, resume=resume)
 
@@ -150,6 +151,7 @@ def _student(teacher: Bert, recipe: LinearizeRecipe) -> Bert:
     mixers = student_mixers(teacher.config, recipe.mixer_config(ENCODER_GROUP), recipe.keep_softmax)
     if isinstance(recipe.span, Sequence):
         mixers = spread(mixers, recipe.span, recipe.keep_softmax)
+    check_reach(mixers, limit, None)
     check_taps(mixers, context)
     student = Bert(teacher.config.with_mixers(mixers))
     student.load_state_dict(teacher.state_dict(), strict=False)

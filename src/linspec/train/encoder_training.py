@@ -9,6 +9,7 @@ from typing import Any
 from linspec.errors import ConfigError
 from linspec.train.linearize_config import FROM_NOTHING
 from linspec.train.loop import TrainConfig
+from linspec.utils.sizes import check_positive, check_sizes
 
 # of the options that all linearizations have, where they are left out
 _TOKENS, _BATCH_TOKENS, _CONTEXT, _TRANSFER_SHARE = 120 * 4096, 4096, 256, 0.5
@@ -34,9 +35,10 @@ class EncoderTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("rows", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_sizes(self, "rows context")
+        check_sizes(self, "transfer_steps finetune_steps warmup seed", least=0)
+        for name in ("transfer_lr", "lr", "mixer_lr_factor"):
+            check_positive(name, getattr(self, name))
         if self.transfer_steps + self.finetune_steps < 1:
             raise ConfigError("both stages have no steps; give one of them some")
 

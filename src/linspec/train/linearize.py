@@ -34,7 +34,7 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
-from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.data import Sources, Windows, end_of_text, tokenize, train_and_heldout
 from linspec.train.encoder import train_encoder
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize_config import LinearizeConfig
@@ -50,6 +50,7 @@ from linspec.train.student import (
     by_need,
     changed_layers,
     check_mixers,
+    check_reach,
     check_taps,
     leaves_span,
     spread,
@@ -162,6 +163,9 @@ class _Task:
         model, context = self.teacher.config, self.config.context
         _check_context(model, context)
         parts = of_config(model).parts
+        # a T5 has no positions of its own: nobody says that it can read more than it trains on
+        longest = getattr(model, "max_positions", context)
+        check_reach([self.mixers[layer] for layer in changed], longest, self.recipe.exact_tokens)
         check_taps((self.mixers[layer] for layer in changed), context // parts)
         check_mixers(self.teacher, self.mixers)
         kept = self.recipe.softmax_layers
@@ -221,7 +225,7 @@ def continue_training(
     source: str | Path,
     out: str | Path,
     *,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     config: LinearizeConfig | None = None,
     resume: bool = False,

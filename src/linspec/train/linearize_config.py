@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
-from linspec.train.compiled import check_choice
+from linspec.train.compiled import check_choice, check_precision
 from linspec.train.loop import TrainConfig
-from linspec.utils.sizes import check_positive, check_sizes
+from linspec.utils.sizes import check_positive, check_share, check_sizes
 
 # measured in docs/results/core.md
 CLOSE_LR = 3e-4
@@ -54,16 +52,16 @@ class LinearizeConfig:
     def __post_init__(self) -> None:
         check_choice(self.compile)
         check_sizes(self, "tokens context batch_tokens")
-        check_sizes(self, "warmup lora_rank seed", least=0)
+        check_precision(self.precision)
+        check_sizes(self, "warmup lora_rank lora_alpha seed", least=0)
         for name in ("lr", "transfer_lr", "muon_lr", "mixer_lr_factor"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        for name in ("transfer_share", "recall_share"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ConfigError(f"{name} must be in 0..1, got {share}")
-        if not 0 <= self.kl_weight < math.inf:
-            raise ConfigError(f"kl_weight must be finite and 0 or more, got {self.kl_weight}")
+        if self.transfer_share is not None:
+            check_share("transfer_share", self.transfer_share)
+        check_share("recall_share", self.recall_share)
+        check_positive("kl_weight", self.kl_weight, zero=True)
+        check_positive("save_every", self.save_every, zero=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: what decides the result; without a recall_share of 0, as before there was one."""

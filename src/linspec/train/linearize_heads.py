@@ -24,8 +24,8 @@ from linspec.checkpoints.packages import PACKAGES
 from linspec.errors import ConfigError, TrainingError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.train.compiled import check_choice
-from linspec.train.data import check_sources, end_of_text, tokenize, train_and_heldout
+from linspec.train.compiled import check_choice, check_precision
+from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.exact_heads import (
     LENGTHS,
     exact_student,
@@ -43,7 +43,7 @@ from linspec.utils.border import read_json
 from linspec.utils.files import replace_text
 from linspec.utils.messages import shown
 from linspec.utils.places import Place
-from linspec.utils.sizes import check_positive, check_sizes
+from linspec.utils.sizes import check_instance, check_positive, check_share, check_sizes
 
 _GATES = "gates.json"
 
@@ -70,11 +70,12 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         check_choice(self.compile)
+        check_precision(self.precision)
+        check_positive("save_every", self.save_every, zero=True)
         check_sizes(self, "gate_steps context batch_tokens")
         check_sizes(self, "tokens seed", least=0)
         check_positive("lr", self.lr)
-        if not 0 <= self.recall_share <= 1:
-            raise ConfigError(f"recall_share must be in 0..1, got {self.recall_share}")
+        check_share("recall_share", self.recall_share)
 
     @property
     def rows(self) -> int:
@@ -103,7 +104,7 @@ def linearize_heads(
     out: str | Path,
     *,
     exact: str,
-    data: Sequence[str | Path] = ("stdlib",),
+    data: Sources = ("stdlib",),
     field: str = "text",
     config: HeadsConfig | None = None,
     resume: bool = False,
@@ -115,8 +116,10 @@ def linearize_heads(
     'all-linear' for none. data, field, resume, overwrite: as in `linearize`. Raises ConfigError,
     CheckpointError or InputError before any long work.
     """
+    check_instance("config", config, HeadsConfig, none=True)
+    check_instance("field", field, str)
     config = config or HeadsConfig()
-    check_sources(data)
+    data = check_sources(data)
     place = output_place(out, source, data, overwrite)
     place.check(resume=resume)
     teacher, tokenizer = load_model(source), load_tokenizer(source)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from linspec.errors import ConfigError, WrongType
 from linspec.mixers.config import MixerConfig
-from linspec.train.data import check_sources
+from linspec.train.data import Sources, check_sources
 from linspec.train.encoder_training import EncoderTraining
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.student import DEFAULT_GROUP, make_mixer
-from linspec.utils.messages import did_you_mean
-from linspec.utils.sizes import check_size
+from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.sizes import check_instance, check_size
 
 # names of 0.1.0, which still work
 OLD_NAMES = {"rows": "exact_tokens"}
@@ -74,7 +73,7 @@ class LinearizeRecipe:
     keep_softmax: Sequence[int] = ()
     softmax_layers: int = 0
     config: Training = field(default_factory=dict)
-    data: Sequence[str | Path] = ("stdlib",)
+    data: Sources = ("stdlib",)
     field: str = "text"
     dtype: torch.dtype | None = None
 
@@ -82,10 +81,18 @@ class LinearizeRecipe:
         if self.exact_tokens is not None:
             check_size("exact_tokens", self.exact_tokens)
         check_size("softmax_layers", self.softmax_layers, least=0)
-        check_sources(self.data)
+        _check_layers("keep_softmax", self.keep_softmax, least=0)
+        if isinstance(self.span, Sequence):
+            _check_layers("span", self.span)
+        elif self.span is not None:
+            check_size("span", self.span)
+        check_instance("dtype", self.dtype, torch.dtype, none=True)
+        check_instance("field", self.field, str)
+        check_instance("config", self.config, LinearizeConfig, EncoderTraining, Mapping)
+        object.__setattr__(self, "data", check_sources(self.data))
         self.mixer_config()
         if isinstance(self.config, Mapping):
-            LinearizeConfig(**self.config)
+            _changed(LinearizeConfig(), self.config)
 
     @classmethod
     def of(cls, recipe: LinearizeRecipe | None = None, **options: Any) -> LinearizeRecipe:
@@ -93,6 +100,12 @@ class LinearizeRecipe:
 
         Raises WrongType for an unknown one, ConfigError for what breaks a rule.
         """
+        if isinstance(recipe, Mapping):
+            raise WrongType(
+                f"a recipe is a LinearizeRecipe, got {shown(recipe)}; give its entries as options: "
+                "linearize(source, out, **recipe)"
+            )
+        check_instance("recipe", recipe, LinearizeRecipe, none=True)
         for old, new in OLD_NAMES.items():
             if old in options:
                 warnings.warn(f"{old} is now called {new}", DeprecationWarning, stacklevel=3)
@@ -159,6 +172,14 @@ class LinearizeRecipe:
         )
         found["config"] = self.config if isinstance(self.config, Mapping) else asdict(self.config)
         return found
+
+
+def _check_layers(name: str, numbers: object, *, least: int = 1) -> None:
+    """Raise WrongType or ConfigError unless these are whole numbers, one for each of some layers."""
+    if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+        raise WrongType(f"{name} takes whole numbers in a list, got {shown(numbers)}")
+    for number in numbers:
+        check_size(name, number, least=least)
 
 
 def _names(kind: type[Any]) -> set[str]:

@@ -27,12 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from linspec.errors import CheckpointError, ConfigError, TrainingError
-from linspec.train.compiled import CompiledLoss, LossFn, check_choice, has_compiler
+from linspec.errors import CheckpointError, TrainingError
+from linspec.train.compiled import CompiledLoss, LossFn, check_choice, check_precision, has_compiler
 from linspec.train.run import make_accelerator
 from linspec.train.saved_state import read_state
 from linspec.utils.files import replace_dir
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_size
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +76,8 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be 1 or more, got {self.steps}")
-        if self.precision not in ("auto", "bf16", "float32"):
-            raise ConfigError(f"precision must be auto, bf16 or float32, got {self.precision!r}")
+        check_size("steps", self.steps)
+        check_precision(self.precision)
         check_choice(self.compile)
 
 

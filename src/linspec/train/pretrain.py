@@ -25,7 +25,14 @@ from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.flash_config import FlashConfig
 from linspec.models.model_types import of_config
 from linspec.train.corpora import known_sources
-from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
+from linspec.train.data import (
+    Sources,
+    Windows,
+    check_sources,
+    end_of_text,
+    tokenize,
+    train_and_heldout,
+)
 from linspec.train.loop import TrainConfig, Trainer, log_lines
 from linspec.train.objective import Predictor, next_tokens
 from linspec.train.recall_texts import with_recall
@@ -163,7 +170,7 @@ def pretrain(
     out: str | Path,
     *,
     recipe: str = "embedded",
-    data: Sequence[str] = (),
+    data: Sources = (),
     resume: bool = False,
     steps: int | None = None,
     compile: str = "auto",
@@ -195,6 +202,7 @@ def pretrain(
             f"{did_you_mean(recipe, RECIPES)}"
         )
     wanted = RECIPES[recipe]()
+    data = () if data in ((), []) else check_sources(data)
     if steps is not None:
         wanted = replace(wanted, train=replace(wanted.train, steps=steps))
     base = (resolve(wanted.base),) if wanted.base else ()
@@ -239,8 +247,8 @@ def train_from_nothing(
     return place.path
 
 
-def _files(data: Sequence[str], folder: Path) -> tuple[str, ...]:
-    found = [files for source in data for files in known_sources(source, folder).values()]
+def _files(data: Sequence[str | Path], folder: Path) -> tuple[str, ...]:
+    found = [files for source in data for files in known_sources(str(source), folder).values()]
     return tuple(file for files in found for file in files)
 
 

@@ -122,6 +122,33 @@ def check_taps(mixers: Iterable[MixerConfig], length: int) -> None:
         )
 
 
+def check_reach(mixers: Iterable[MixerConfig], longest: int, exact_tokens: int | None) -> None:
+    """Raise ConfigError for what reaches far beyond the `longest` texts that the teacher can read.
+
+    Nothing could be learned about it, and the largest sizes ask for more memory than there is.
+    """
+    if exact_tokens is not None and exact_tokens > longest:
+        raise ConfigError(
+            f"exact_tokens must be at most {longest}, the positions that this teacher can read, got "
+            f"{exact_tokens}; lower it"
+        )
+    # the defaults fit every teacher, also one that reads less than a group
+    most = max(longest, DEFAULT_GROUP, DEFAULT_WINDOW)
+    for mixer in mixers:
+        reaches = {
+            "group": mixer.group,
+            "span": (mixer.span - 1) * mixer.group,
+            "window": mixer.window,
+            "keep": mixer.keep,
+        }
+        for name, reach in reaches.items():
+            if reach > most:
+                raise ConfigError(
+                    f"{name} {getattr(mixer, name)} of mixer {mixer.name!r} (groups of {mixer.group} tokens) is "
+                    f"beyond the {longest} positions that this teacher can read; choose a smaller {name}"
+                )
+
+
 def _make_student(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
     kind: Callable[..., P] = type(teacher)
     return kind(teacher.config.with_mixers(mixers))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, WrongType
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.options import Setting, parse_options, read_spec, settings_of
 
@@ -120,6 +120,11 @@ class Registry(Generic[T]):
 
     def read(self, spec: str) -> tuple[Entry[T], Any]:
         """The entry that a spec names, and its options; raises ConfigError as `build` does."""
+        if not isinstance(spec, str):
+            raise WrongType(
+                f"a {self.axis} is a text such as NAME or NAME:key=value, got {shown(repr(spec))}; see "
+                "`linspec list`"
+            )
         name, settings = read_spec(spec)
         if name in self.beside and settings is not None:
             raise ConfigError(f"{self.axis} {name!r} takes no options; leave them out")

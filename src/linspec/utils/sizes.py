@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, WrongType
 from linspec.utils.messages import did_you_mean, shown
 
 # the largest accepted value of each size: far beyond every known model, far below what makes
@@ -52,6 +53,20 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> None:
     if not 0 < number < math.inf and not (zero and number == 0):
         rule = "0 or more" if zero else "above 0"
         raise ConfigError(f"{name} must be finite and {rule}, got {shown(value)}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a number from 0 to 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be in 0..1, got {shown(value)}")
+
+
+def check_instance(name: str, value: object, *kinds: type[Any], none: bool = False) -> None:
+    """Raise WrongType unless `value` is of one of the `kinds`, or None where that is allowed."""
+    if isinstance(value, kinds) or (none and value is None):
+        return
+    known = [kind.__name__ for kind in kinds] + ["None"] * none
+    raise WrongType(f"{name} must be of type {' or '.join(known)}, got {shown(repr(value))}")
 
 
 def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

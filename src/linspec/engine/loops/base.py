@@ -46,9 +46,11 @@ class GenerationLoop(ABC):
 
     Attributes:
         name: under which it is registered.
+        patience: rounds in a row that may bring no sequence any further; the next one is an error.
     """
 
     name: ClassVar[str]
+    patience: int = 1000
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         self.target = context.target
@@ -61,7 +63,9 @@ class GenerationLoop(ABC):
     def round(self, batch: Batch) -> list[Outcome]:
         """One round; returns an outcome for each sequence that has new tokens or has ended.
 
-        The outcome of a sequence that failed has its error. The other sequences lose nothing by it.
+        The loop appends new tokens to `sequence.tokens` itself, at most `sequence.remaining` of them. The
+        outcome of a sequence that failed has its error. The other sequences lose nothing by it. An outcome
+        that breaks a rule ends its sequence with an error that names the loop.
         """
 
     def finished(self, sequence: RunningSequence) -> None:
