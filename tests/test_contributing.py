@@ -15,6 +15,7 @@ from guests.proof import check_lossless
 from linspec import DRAFTERS
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree
+from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
@@ -51,6 +52,12 @@ def drafter() -> Iterator[str]:
 
 def test_worked_drafter_is_lossless_and_remembers(drafter: str) -> None:
     check_lossless(f"{drafter}:length=2")
+
+
+@pytest.mark.parametrize("setting", ["length=0", "length=-1", "memory=-1"])
+def test_worked_drafter_refuses_what_it_cannot_use(drafter: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"drafter '{drafter}': length must be 1 or more"):
+        DRAFTERS.read(f"{drafter}:{setting}")
 
 
 @pytest.mark.parametrize("taps", [0, 3])

@@ -151,7 +151,46 @@ ARGUMENTS = [
     ((*GENERATE, "--device", "cdua"), "did you mean 'cuda'?"),
     ((*GENERATE, "--kv-cache-dtype", "itn8"), "did you mean 'int8'?"),
     ((*GENERATE, "--max-token", "3"), "did you mean '--max-tokens'?"),
-    (("genrate", "x"), "Did you mean 'generate'"),
+    (("genrate", "x"), "did you mean 'generate'?"),
+    (("evl", "{model}"), "no such verb: evl; did you mean 'eval'?"),
+    (("bnech", "{model}"), "did you mean 'bench'?"),
+    (("eval", "perplexty", "{model}"), "did you mean eval 'perplexity'?"),
+    (("bench", "kernel", "{model}"), "did you mean bench 'kernels'?"),
+    # two names of one thing, and what contradicts another option
+    (
+        (*GENERATE, "--kv", "int8", "--kv-cache-dtype", "float32"),
+        "--kv and --kv-cache-dtype are two names of one option",
+    ),
+    (
+        (*GENERATE, "--kv-cache-dtype=int8", "--kv=int8"),
+        "--kv and --kv-cache-dtype are two names of one option",
+    ),
+    (
+        (*LINEARIZE, "--rows", 64, "--exact-tokens", 128),
+        "--rows and --exact-tokens are two names of one option",
+    ),
+    (
+        (*LINEARIZE, "--span", 2, "--exact-tokens", 128),
+        "exact_tokens 128 lets a search choose the spans, and span gives them",
+    ),
+    ((*LINEARIZE, "--span", 2, "--rows", 128), "leave out one of the two"),
+    ((*LINEARIZE, "--mixer", "aug:span=2", "--exact-tokens", 128), "and the mixer gives them"),
+    ((*LINEARIZE, "--exact-heads", 1, "--span", 2), "or leave out --exact-heads"),
+    ((*LINEARIZE, "--exact-heads", 1, "--lora-rank", 2), "or leave out --exact-heads"),
+    ((*LINEARIZE, "--gate-steps", 2), "--gate-steps finds the heads of --exact-heads"),
+    ((*LINEARIZE, "--resume", "--overwrite"), "give one of the two"),
+    # sizes beyond what the teacher can read
+    (
+        (*LINEARIZE, "--context", 128, "--exact-tokens", 2**31 - 1),
+        "exact_tokens must be at most 256, the positions that this teacher can read",
+    ),
+    ((*LINEARIZE, "--context", 128, "--span", 2**20), "span 1048576 of mixer 'aug' (group 64)"),
+    ((*LINEARIZE, "--context", 128, "--group", 2**24), "choose a smaller group"),
+    (
+        (*LINEARIZE, "--context", 128, "--mixer", "linformer", "--keep", 2**30),
+        "choose a smaller keep",
+    ),
+    ((*GENERATE, "--drafter", "prompt-lookup", "--policy", "fixed:1000"), "at most 63 draft"),
     (("pretrain", "--out", "out", "--recipe", "embeded"), "did you mean 'embedded'?"),
     (("train-drafter", "{model}", "--kind", "medua"), "did you mean 'medusa'?"),
     (("eval", "recal", "{model}"), "did you mean eval 'recall'?"),

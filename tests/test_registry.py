@@ -282,6 +282,22 @@ def test_plug_ins_of_other_packages_are_loaded_and_broken_ones_named(
         sys.modules.pop(f"guest_{module}", None)
 
 
+def test_a_plug_in_of_another_package_is_loaded_without_the_others(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(outside)
+    drafters: Registry[Drafter] = Registry("drafter", "linspec.drafters")
+    monkeypatch.setattr(linspec, "DRAFTERS", drafters)
+    # nothing is imported to say that there is no such name, and the names are known all the same
+    with pytest.raises(ConfigError, match=r"known: .*broken, .*did you mean 'outside'"):
+        drafters.read("outsid")
+    assert not [name for name in sys.modules if name.startswith("guest_")]
+    assert drafters.read("outside")[0].name == "outside"
+    assert [name for name in sys.modules if name.startswith("guest_")] == ["guest_sound"]
+    assert not caplog.messages
+    sys.modules.pop("guest_sound")
+
+
 def test_the_command_line_runs_a_plug_in_of_another_package(outside: Path) -> None:
     where = os.pathsep.join([str(outside), str(Path(linspec.__file__).parents[1])])
     command = "generate --prompt abcd --drafter outside --policy fixed:3 --max-tokens 3 --json"

@@ -220,3 +220,31 @@ def test_a_wrong_variable_of_the_environment_is_named(
     assert "--threads must be 1 or more" in run("info", "--threads", "-1").stderr
     monkeypatch.setenv("LINSPEC_THREADS", "10000")
     assert "(--threads, LINSPEC_THREADS)" in run("info").stderr
+
+
+# ---- flags of 0.1 whose meaning nobody can guess, and the version
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("MODEL", "--recall", "--repeats"), ("perplexity", "MODEL", "--recall")],
+)
+def test_a_measurement_that_became_a_verb_is_named_where_it_cannot_be_guessed(
+    args: tuple[str, ...],
+) -> None:
+    found = run("eval", *args)
+    assert found.exit_code == 2 and found.stdout == ""
+    assert "is now linspec eval recall MODEL" in found.stderr
+    assert ("linspec eval repeats MODEL" in found.stderr) == ("--repeats" in args)
+
+
+def test_the_version_is_printed_without_torch() -> None:
+    code = (
+        "import sys; from linspec.cli import app\n"
+        "try: app(['--version'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    name, version = done.stdout.split()
+    assert name == "linspec" and version[0].isdigit()

@@ -26,7 +26,12 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
-from linspec.engine.encoding import Conversation, TextEncoder, as_conversations
+from linspec.engine.encoding import (
+    Conversation,
+    TextEncoder,
+    as_conversations,
+    check_tokenizer_type,
+)
 from linspec.engine.engine import Engine
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
@@ -100,6 +105,8 @@ class LLM:
         check_fork()
         kept = kv_of(kv_cache_dtype, kv)
         check_policy(policy)
+        if tokenizer is not None:
+            check_tokenizer_type(tokenizer)
         check_size("max_batch", max_batch)
         check_size("prefill_tokens", prefill_tokens)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
@@ -112,7 +119,7 @@ class LLM:
                 if quantize is None
                 else load_for(model, quantize, **options)
             )
-            tokenizer = tokenizer or load_text_tokenizer(model)
+            tokenizer = load_text_tokenizer(model) if tokenizer is None else tokenizer
         elif isinstance(model, nn.Module) and hasattr(model, "new_state"):
             self.model = model
         else:

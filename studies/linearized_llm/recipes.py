@@ -6,7 +6,6 @@ model, where those published for billions of weights would hardly move anything.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,7 +20,7 @@ from linspec.models.decoder import Decoder
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.linearize_record import RECORD
+from linspec.train.linearize_record import RECORD, read_record
 from linspec.train.run import begun
 from studies.linearized_llm.table import (
     TABLES,
@@ -183,7 +182,7 @@ class Recipes(Table):
         model, tokenizer = load_model(out), load_tokenizer(out)
         texts = train_and_heldout(data)[1]
         score = evaluate(model, tokenizer, texts, limit_bytes=cell.settings["limit_bytes"])
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        record = read_record(out)
         return {
             "bits_per_byte": score.bits_per_byte,
             **self._recall(model, tokenizer, texts, config.context),

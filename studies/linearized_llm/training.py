@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from linspec.models.decoder import Decoder
 from linspec.train.data import train_and_heldout
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import CLOSE_LR, LinearizeConfig
-from linspec.train.linearize_record import RECORD
+from linspec.train.linearize_record import RECORD, read_record
 from linspec.train.run import begun
 from studies.linearized_llm.attentions import Choice
 from studies.linearized_llm.cache import shared_teacher
@@ -63,7 +62,7 @@ def train_and_score(plan: Plan, cell: Cell, folder: Path) -> Result:
     with variant(mixer, settings["variant"]) as named:
         out = train(plan, settings, cell.seed, folder, named)
         model, tokenizer = load_model(out), load_tokenizer(out)
-        record = json.loads((out / RECORD).read_text(encoding="utf-8"))
+        record = read_record(out)
         texts = train_and_heldout(plan.domains[settings["domain"]])[1]
 
         def score() -> Score:

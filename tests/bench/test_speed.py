@@ -41,6 +41,8 @@ def test_rows_of_every_mode_and_context(data: Path) -> None:
     # a linear state does not grow with the context
     assert len({row.state_bytes for row in result.rows}) == 1
     assert {"machine", "settings", "rows", "skipped"} <= set(result.to_json())
+    settings = result.settings
+    assert settings["kv_cache_dtype"] == settings["kv"] == "float"
 
 
 def test_time_is_that_of_the_decoding_steps(data: Path) -> None:

@@ -37,6 +37,7 @@ from linspec.policies.base import Policy
 from linspec.state.slots import StateSnapshot
 from linspec.train.data import Sources, check_sources, end_of_text
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_lengths, check_size
 
 PLAIN = "plain"
 # Characters per token of no tokenizer are so many that a context could not be filled from this.
@@ -147,7 +148,9 @@ def bench(
         "batch": 1,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantize,
+        # scripts read the old name
         "kv": kv,
+        "kv_cache_dtype": kv,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }
@@ -173,8 +176,9 @@ def _modes(
 
 
 def _check(contexts: Sequence[int], tokens: int, repeats: int) -> None:
-    if not contexts or min(contexts) < 1:
-        raise ConfigError(f"contexts must be 1 or more tokens each, got {list(contexts)}")
+    check_lengths("contexts", contexts)
+    check_size("tokens", tokens)
+    check_size("repeats", repeats)
     if tokens < 8 or repeats < 1:
         raise ConfigError(
             f"a timing needs 8 tokens and 1 repeat or more, got {tokens} and {repeats}"
@@ -233,7 +237,7 @@ def _decode(
     sampler.observe(prefix.tokens[-1:])
     row = RunningSequence(0, sampler, prefix.tokens[:], len(prompt), prefilled=len(prompt))
     row.hidden = dict(prefix.hidden)
-    engine.scheduler.submit(row)
+    engine.scheduler.submit([row])
     try:
         # by hand: the engine itself would open an empty slot
         engine.scheduler.admit()

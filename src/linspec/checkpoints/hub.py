@@ -43,6 +43,7 @@ from linspec.checkpoints.weights import (
     write_tensors,
 )
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, WrongType
+from linspec.kernels.device import pick_device
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
@@ -191,6 +192,8 @@ def load_any(source: str | Path) -> Model:
 
 def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.device | str) -> M:
     """The model that was described, if it is one of those that are wanted."""
+    if not isinstance(device, torch.device):
+        device = pick_device(device)
     if not issubclass(read.kind.model, wanted):
         raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
     if read.delta is not None and isinstance(read.config, DecoderConfig):

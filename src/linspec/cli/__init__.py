@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -28,7 +29,6 @@ from linspec.cli.verbs import Verb, Verbs, epilog
 app = typer.Typer(
     cls=Verbs,
     name="linspec",
-    help="Checkpoint in, fast model out: linear attention and lossless tree speculation.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -59,6 +59,18 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
 )
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=about.version, help="Name and version."),
+    ] = False,
+) -> None:
+    """Checkpoint in, fast model out: linear attention and lossless tree speculation."""
+
+
 _names = [name for _, name, _ in _VERBS]
 for _verb, _name, _example in _VERBS:
     app.command(_name, cls=Verb, epilog=epilog(_name, _example, _names))(_verb)

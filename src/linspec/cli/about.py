@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+import linspec
 from linspec.cli.console import guarded, place_on, print_facts, print_json, print_table
 from linspec.cli.options import Json, Threads
 
@@ -60,3 +61,10 @@ def _options(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ["all" if 1 < len(who) == len(entries) else ", ".join(who), *option]
         for option, who in names.items()
     ]
+
+
+def version(asked: bool) -> None:
+    """Print the name and the version, where that is asked for."""
+    if asked:
+        print(f"linspec {linspec.__version__}")
+        raise typer.Exit(0)

@@ -19,6 +19,7 @@ from linspec.cli.console import (
 )
 from linspec.cli.groups import grouped
 from linspec.cli.options import Json, Model, Out, RecallShare, Run, Texts, Training, given
+from linspec.errors import ConfigError
 
 MixerName = Annotated[
     str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
@@ -162,10 +163,15 @@ def linearize(
     """
     place_on("cpu", run.threads)
     if exact_heads is not None:
+        _check_unasked(mixing, transfer_share, kl_weight, lora_rank)
         sizes = {"gate_steps": gate_steps, "recall_share": recall_share}
         _by_head(source, out, exact_heads, texts, {**training.given(), **given(sizes)}, run)
         report_written(out, as_json)
         return
+    if gate_steps is not None:
+        raise ConfigError(
+            "--gate-steps finds the heads of --exact-heads; give that too, or leave it out"
+        )
     from linspec.train.linearize import linearize as library
     from linspec.train.linearize_recipe import LinearizeRecipe
 
@@ -181,6 +187,15 @@ def linearize(
     with quiet_stdout():
         library(source, out, recipe, resume=run.resume, overwrite=run.overwrite)
     report_written(out, as_json)
+
+
+def _check_unasked(mixing: Mixing, *shares: float | None) -> None:
+    """Raise ConfigError for options that exact heads leave unasked."""
+    if mixing != Mixing() or any(share is not None for share in shares):
+        raise ConfigError(
+            "--exact-heads says which mixers all layers get and how they are trained; leave out the options "
+            "of mixers, --transfer-share, --kl-weight and --lora-rank, or leave out --exact-heads"
+        )
 
 
 def _by_head(

@@ -11,6 +11,7 @@ import typer
 
 from linspec.cli.checks import cache_dtype, named, real, sources, whole
 from linspec.cli.console import place_on
+from linspec.errors import ConfigError
 
 Model = Annotated[
     str,
@@ -187,6 +188,12 @@ class Run:
     resume: Resume = False
     overwrite: Overwrite = False
     threads: Threads = None
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "--resume continues a run and --overwrite begins it again; give one of the two"
+            )
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from linspec.cli.console import explain, say
-from linspec.utils.messages import did_you_mean
+from linspec.utils.messages import did_you_mean, shown
 
 # what `linspec eval MODEL` means, without a second word
 DEFAULTS = {"eval": "eval perplexity", "bench": "bench speed"}
@@ -72,6 +72,7 @@ class Verb(_OneLine, TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # typer's own class of contexts
         """Take an old flag as the new one, and say so."""
         found = _with_new_names(args, self.params)
+        _check_names(args, found)
         for old, new in zip(args, found, strict=True):
             if old != new:
                 say(f"note: {old.partition('=')[0]} is now called {new.partition('=')[0]}")
@@ -87,6 +88,7 @@ class Verbs(_OneLine, TyperGroup):
             if tuple(args[: len(old)]) == old:
                 print(_moved(old, module, args[len(old) :]), file=sys.stderr)
                 ctx.exit(2)
+        _check_verb(args, self.commands)
         return super().parse_args(ctx, _joined(args, self.commands))
 
 
@@ -109,6 +111,7 @@ def _joined(args: list[str], commands: Mapping[str, Any]) -> list[str]:
     if not args or args[0] not in DEFAULTS:
         return args
     first, rest = args[0], args[1:]
+    _check_words(first, rest, commands)
     if rest and f"{first} {rest[0]}" in commands:
         return [f"{first} {rest[0]}", *rest[1:]]
     for flag, word in WORDS.get(first, {}).items():
@@ -120,6 +123,25 @@ def _joined(args: list[str], commands: Mapping[str, Any]) -> list[str]:
     return [DEFAULTS[first], *rest]
 
 
+def _check_verb(args: Sequence[str], commands: Mapping[str, Any]) -> None:
+    """Raise UsageError for a first word that is no verb; without any, the help says what there is."""
+    known = dict.fromkeys(name.partition(" ")[0] for name in commands)
+    if args and not args[0].startswith("-") and args[0] not in {*known, *commands}:
+        raise UsageError(f"no such verb: {shown(args[0])}{did_you_mean(args[0], known)}")
+
+
+def _check_words(first: str, rest: Sequence[str], commands: Mapping[str, Any]) -> None:
+    """Raise UsageError for flags of 0.1.0 of which nobody can say which command they mean now."""
+    given = [flag for flag in WORDS.get(first, {}) if flag in rest]
+    second = bool(rest) and f"{first} {rest[0]}" in commands
+    if len(given) > 1 or (given and second):
+        ways = " and ".join(f"linspec {first} {WORDS[first][flag]} MODEL" for flag in given)
+        raise UsageError(
+            f"{' and '.join(given)}: what linspec {first} measured with it is now {ways}; give one command "
+            "at a time"
+        )
+
+
 def _check_word(first: str, word: str, commands: Mapping[str, Any]) -> None:
     """Raise UsageError for what is no model here and nearly a second word."""
     words = [name.removeprefix(f"{first} ") for name in commands if name.startswith(f"{first} ")]
@@ -127,6 +149,15 @@ def _check_word(first: str, word: str, commands: Mapping[str, Any]) -> None:
         raise UsageError(
             f"no such verb or model: {first} {word}; did you mean {first} {near[0]!r}?"
         )
+
+
+def _check_names(args: Sequence[str], found: Sequence[str]) -> None:
+    """Raise UsageError where an option is given by its old name and by its new one."""
+    names = {old.partition("=")[0]: new for old, new in zip(args, found, strict=True) if old != new}
+    for old, new in names.items():
+        name = new.partition("=")[0]
+        if any(each.partition("=")[0] == name for each in args):
+            raise UsageError(f"{old} and {name} are two names of one option; give one of them")
 
 
 def _with_new_names(args: Sequence[str], params: Sequence[Any]) -> list[str]:

@@ -14,6 +14,7 @@ from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
+from linspec.utils.messages import shown
 from linspec.utils.registry import Registry
 
 # most draft nodes of any tree: its root takes one sequence of the stage
@@ -115,6 +116,21 @@ class Drafter(ABC):
 
         The engine calls this for failed requests too, also for one whose `started` raised.
         """
+
+
+def check_needs(drafter: Drafter, layers: int) -> None:
+    """Raise DrafterError if a drafter reads hidden states that a target of `layers` layers has not."""
+    name, needs = getattr(drafter, "name", type(drafter).__name__), drafter.needs
+    if not isinstance(needs, Want) or not isinstance(needs.layers, tuple):
+        raise DrafterError(
+            f"drafter {name!r}: needs must be a Want such as Want(layers=(0,)), got {shown(repr(needs))}"
+        )
+    for layer in needs.inner:
+        if type(layer) is not int or not 0 <= layer < layers:
+            raise DrafterError(
+                f"drafter {name!r} needs the hidden states of layer {shown(repr(layer))}, and this model has "
+                f"{layers} layers, numbered from 0 to {layers - 1}; name one of them in its `needs`"
+            )
 
 
 class ChainDrafter(Drafter):

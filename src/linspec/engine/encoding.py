@@ -20,6 +20,17 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 
 
+def check_tokenizer_type(tokenizer: object) -> None:
+    """Raise WrongType for what is no tokenizer."""
+    if isinstance(tokenizer, type) or not all(
+        callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")
+    ):
+        raise WrongType(
+            f"a tokenizer has `encode` and `decode`, got {shown(repr(tokenizer))}; take that of "
+            "linspec.load or transformers, or leave it out with a model directory"
+        )
+
+
 class TextEncoder:
     """Token ids inside a vocabulary, of texts, conversations and words."""
 

@@ -25,7 +25,7 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
-from linspec.drafters.base import Drafter
+from linspec.drafters.base import Drafter, check_needs
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
 from linspec.engine.rounds import Rounds
@@ -63,6 +63,8 @@ class Engine:
         self.model, self.drafter = model, drafter
         self.scheduler = Scheduler(slots, prefill_tokens)
         self.state = model.new_state(slots, kv_cache_dtype)
+        if drafter is not None:
+            check_needs(drafter, len(self.state.layers))
         self.limits = Limits(model, self.state, max_model_len)
         target = Target(model, self.state)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))

@@ -7,6 +7,7 @@ sequences would harm its callers far from where the fault is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from linspec.decoding.accepted import Accepted
 from linspec.decoding.outcome import FAILED, Outcome
@@ -86,7 +87,7 @@ def _reached(sequences: Sequence[RunningSequence]) -> list[tuple[int, int]]:
     return [(sequence.prefilled, len(sequence.tokens)) for sequence in sequences]
 
 
-def _fault(outcome: Outcome, vocab_size: int) -> str | None:
+def _fault(outcome: Any, vocab_size: int) -> str | None:
     """What is wrong with an outcome: the value and the rule."""
     tokens, sequence = outcome.tokens, outcome.sequence
     if not isinstance(tokens, tuple) or not all(type(token) is int for token in tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,27 @@ _CONTEXT = 512
 class Companion:
     """The heads in one folder of a model directory.
 
-    before, after: how often the likeliest guess of each head is the target's choice on the same
-    held-out text, plain heads on the plain target and quantised ones on the quantised.
+    facts: what drafter.json says. before, after: how often the likeliest guess of each head is the target's
+    choice on the same held-out text, plain heads on the plain target and quantised ones on the quantised.
     """
 
     folder: Path
     heads: MedusaHeads
-    before: list[float]
-    after: list[float]
+    facts: dict[str, Any]
+    before: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+
+    def measure(self, model: Decoder, stream: np.ndarray) -> None:
+        """Count the right guesses of the plain heads."""
+        self.before = _first_guesses(model, self.heads, stream)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {"first_guess_before": self.before, "first_guess_after": self.after}
 
 
-def find_companions(folder: Path, model: Decoder, stream: np.ndarray) -> list[Companion]:
-    """The drafters in a plain model directory, measured on `stream`.
+def find_companions(folder: Path, model: Decoder) -> list[Companion]:
+    """The drafters in a plain model directory, checked and not measured yet.
 
     Raises DrafterError for one of another model and ConfigError for one that is quantised.
     """
@@ -55,7 +60,7 @@ def find_companions(folder: Path, model: Decoder, stream: np.ndarray) -> list[Co
             )
         for name, tensor in heads.state_dict().items():
             check_finite(name, tensor, path.parent, DrafterError)
-        found.append(Companion(path.parent, heads, _first_guesses(model, heads, stream), []))
+        found.append(Companion(path.parent, heads, read_drafter(path.parent)))
     return found
 
 
@@ -66,8 +71,7 @@ def save_companion(
     companion.heads.bind(model.head)
     packed = PackedHeads.of(companion.heads, Quantizer(bits, {}))
     companion.after = _first_guesses(model, packed, stream)
-    facts = read_drafter(companion.folder)
-    save_packed(packed, model, out / companion.folder.name, bits, facts)
+    save_packed(packed, model, out / companion.folder.name, bits, companion.facts)
 
 
 def _first_guesses(

@@ -26,6 +26,7 @@ from linspec.llm import LLM
 from linspec.policies.base import Policy
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_size
 
 # Below this difference of two logits, float32 rounding decides which of them is the larger.
 NEAR_TIE = 1e-4
@@ -107,11 +108,9 @@ def verify(
     draws: samples at temperature 1 for the test of the distribution, 0 leaves it out. Raises what
     LLM raises, InputError when the data hold too little text.
     """
-    if prompts < 1 or tokens < 1 or draws < 0:
-        raise ConfigError(
-            f"prompts and tokens must be 1 or more and draws 0 or more, got {prompts}, {tokens} "
-            f"and {draws}"
-        )
+    check_size("prompts", prompts)
+    check_size("tokens", tokens)
+    check_size("draws", draws, least=0)
     data = check_sources(data)
     fast = LLM(
         model,

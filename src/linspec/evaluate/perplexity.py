@@ -26,6 +26,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.model_types import of_config
 from linspec.train.data import Sources, Split, check_sources, end_of_text, load_documents
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_size
 
 # Tokens of one batch of windows, and logits that exist at once: what bounds the memory.
 _BATCH_TOKENS = 8192
@@ -132,6 +133,7 @@ def evaluate(
     InputError when there is nothing to predict.
     """
     context = model.config.max_positions if context is None else context
+    check_size("context", context)
     stride = max(1, context // 2) if stride is None else stride
     _check_sizes(model, context, stride, limit_bytes)
     texts = list(limited(documents, limit_bytes))
@@ -151,14 +153,13 @@ def evaluate(
 
 def _check_sizes(model: Decoder, context: int, stride: int, limit_bytes: int | None) -> None:
     limit = model.config.position_limit
-    if context < 1 or (limit is not None and context > limit):
-        raise ConfigError(
-            f"context must be 1 or more and at most this model's {limit} positions, got {context}"
-        )
+    check_size("stride", stride)
+    if limit_bytes is not None:
+        check_size("limit_bytes", limit_bytes)
+    if limit is not None and context > limit:
+        raise ConfigError(f"context must be at most this model's {limit} positions, got {context}")
     if not 1 <= stride <= context:
         raise ConfigError(f"stride must be from 1 to the context of {context}, got {stride}")
-    if limit_bytes is not None and limit_bytes < 1:
-        raise ConfigError(f"limit_bytes must be 1 or more, got {limit_bytes}")
 
 
 def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from linspec.checkpoints.hub import with_tokenizer
-from linspec.errors import ConfigError, InputError, NotFinite
+from linspec.errors import InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_size
 
 LENGTH = 32_768
 _FIRST_BIN = 256
@@ -79,13 +80,12 @@ def by_position(
     shortens them: `limit` says so. Raises ConfigError for sizes below 2, InputError without text.
     """
     data = check_sources(data)
+    check_size("length", length, least=2)
+    check_size("texts", texts)
+    if context is not None:
+        check_size("context", context, least=2)
     model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     context = model.config.max_positions if context is None else context
-    if min(length, context) < 2 or texts < 1:
-        raise ConfigError(
-            f"length and context must be 2 or more and texts 1 or more, got {length}, {context} "
-            f"and {texts}"
-        )
     end = end_of_text(tokenizer, model.config)
     stream = torch.from_numpy(
         tokenize(held_out_documents(data, field), tokenizer, end).astype("int64")

@@ -28,6 +28,7 @@ from linspec.quantization.calibration import input_statistics
 from linspec.quantization.codes import check_bits
 from linspec.train.data import Sources, check_sources, end_of_text, load_documents, tokenize
 from linspec.utils.places import Place, as_path
+from linspec.utils.sizes import check_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,23 +90,28 @@ def quantize(
     """
     check_bits(bits)
     data = check_sources(data)
+    check_size("calibration_bytes", calibration_bytes, least=0)
+    check_size("limit_bytes", limit_bytes)
     folder = resolve(source)
     place = Place(as_path(out), "quantize", inputs=(folder,), holders=data, overwrite=overwrite)
     with place.held():
         model, tokenizer = load_plain(folder), load_tokenizer(folder)
         check_tokenizer(tokenizer, model.config)
+        # before the long work: whatever is wrong with the drafters or the data
+        companions = find_companions(folder, model)
         documents = held_out_documents(data, field)
+        calibrating = bits == 4 and calibration_bytes > 0
+        texts = load_documents(data, "train", field) if calibrating else []
         score = partial(evaluate, model, tokenizer, documents, limit_bytes=limit_bytes)
         before = score(label="quality before").bits_per_byte
         eos = end_of_text(tokenizer, model.config)
         stream = tokenize(limited(documents, limit_bytes), tokenizer, eos)
-        companions = find_companions(folder, model, stream)
+        for companion in companions:
+            companion.measure(model, stream)
         size = sum(tensor.nbytes for tensor in model.parameters())
         calibration: Mapping[nn.Module, torch.Tensor] = {}
-        if bits == 4 and calibration_bytes:
-            calibration = _calibration(
-                model, tokenizer, load_documents(data, "train", field), calibration_bytes
-            )
+        if calibrating:
+            calibration = _calibration(model, tokenizer, texts, calibration_bytes)
         quantize_model(model, bits, calibration)
         after = score(label="quality after").bits_per_byte
         facts = {

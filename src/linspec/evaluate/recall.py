@@ -29,6 +29,7 @@ from linspec.models.decoder import Decoder
 from linspec.train.data import Sources, check_sources, end_of_text
 from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_lengths, check_size
 
 LENGTHS = (512, 1024, 2048, 4096)
 # 3/4 of each length and of half the shortest: every length has a farthest place, with room for lines
@@ -111,6 +112,7 @@ def evaluate_recall(
     `limits`. Raises ConfigError for sizes that cannot be built.
     """
     _check(lengths, samples, seeds)
+    check_lengths("distances", distances)
     data = check_sources(data)
     model, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
@@ -135,11 +137,9 @@ def evaluate_recall(
 
 
 def _check(lengths: Sequence[int], samples: int, seeds: int) -> None:
-    if not lengths or samples < 1 or seeds < 1:
-        raise ConfigError(
-            f"recall needs a length, a sample and a seed or more, got {list(lengths)}, {samples} "
-            f"and {seeds}"
-        )
+    check_lengths("lengths", lengths)
+    check_size("samples", samples)
+    check_size("seeds", seeds)
 
 
 def reads(model: Decoder | None, length: int) -> bool:

@@ -25,6 +25,7 @@ from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.recall import filler_ids, limits_of, reads
 from linspec.models.decoder import Decoder
 from linspec.train.data import Sources, check_sources
+from linspec.utils.sizes import check_lengths, check_size
 
 PASSAGE = 128
 # of a repeated passage, tokens that do not count: they are what tells that it is one
@@ -79,6 +80,9 @@ def evaluate_repeats(
     lengths: of whole texts, in tokens. Lengths beyond the positions of a softmax model are left out
     for it. Raises ConfigError when a text has no room for a passage and its repetition.
     """
+    check_lengths("lengths", lengths)
+    check_size("passage", passage)
+    check_size("samples", samples)
     if min(lengths, default=0) < 2 * passage or passage <= _OPENING or samples < 1:
         raise ConfigError(
             f"texts of {list(lengths)} tokens must hold a passage twice, which has more than "

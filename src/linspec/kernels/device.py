@@ -15,6 +15,9 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        # a number would be an accelerator of its own
+        if not isinstance(name, str):
+            raise TypeError(name)
         device = torch.device(name)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(

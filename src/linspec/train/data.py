@@ -23,6 +23,7 @@ from linspec.errors import CheckpointError, InputError, WrongType
 from linspec.utils.files import cache_dir, replace_file
 from linspec.utils.messages import because, did_you_mean, shown
 from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_instance
 
 Split = Literal["train", "heldout", "all"]
 # one source, or several
@@ -80,6 +81,7 @@ def load_documents(sources: Sources, split: Split = "all", field: str = "text") 
     datasets directory. Raises InputError for a missing, empty or non-UTF-8 source.
     """
     sources = check_sources(sources)
+    check_instance("field", field, str)
     documents: list[str] = []
     for source in sources:
         found = [text for text in _read(source, field) if text.strip()]

@@ -106,7 +106,7 @@ def linearize_encoder(
         field=field,
         config=config or EncoderTraining(),
     )
-    place = output_place(out, source, recipe.data, overwrite)
+    place = output_place(out, source, recipe.sources, overwrite)
     place.check(resume=resume)
     return train_encoder(source, place, recipe, resume=resume)
 
@@ -120,7 +120,7 @@ def train_encoder(
     plan = {
         "source": str(source),
         "mixers": [m.recorded() for m in student.config.mixers],
-        "data": [str(d) for d in recipe.data],
+        "data": [str(d) for d in recipe.sources],
         "field": recipe.field,
         "config": asdict(config),
     }

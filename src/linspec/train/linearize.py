@@ -100,7 +100,7 @@ def linearize(
         TrainingError: the loss is not finite, or there is nothing to resume.
     """
     asked = LinearizeRecipe.of(recipe, **options)
-    place = output_place(out, source, asked.data, overwrite)
+    place = output_place(out, source, asked.sources, overwrite)
     place.check(resume=resume)
     if of_config(load_any_config(source)).predict is None:
         return train_encoder(source, place, asked, resume=resume)
@@ -181,7 +181,7 @@ class _Task:
             "mixers": [m.recorded() for m in self.mixers],
             "exact_tokens": self.exact_tokens if self.changed else None,
             "softmax_layers": self.recipe.softmax_layers,
-            "data": [str(d) for d in self.recipe.data],
+            "data": [str(d) for d in self.recipe.sources],
             "field": self.recipe.field,
             "config": self.config.to_json(),
         }
@@ -281,7 +281,7 @@ def _windows(tokenizer: PreTrainedTokenizerBase, task: _Task, accelerator: Accel
     texts, _ = train_and_heldout(recipe.data, recipe.field)
     stream = tokenize(texts, tokenizer, end_of_text(tokenizer, task.teacher.config))
     windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
-    return with_recall(windows, tokenizer, recipe.data, config.recall_share)
+    return with_recall(windows, tokenizer, recipe.sources, config.recall_share)
 
 
 class _Stages:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from linspec.mixers.config import MixerConfig
 from linspec.train.data import Sources, check_sources
 from linspec.train.encoder_training import EncoderTraining
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.student import DEFAULT_GROUP, make_mixer
+from linspec.train.student import DEFAULT_GROUP, leaves_span, make_mixer
 from linspec.utils.messages import did_you_mean, shown
-from linspec.utils.sizes import check_instance, check_size
+from linspec.utils.sizes import check_instance, check_lengths, check_size
 
 # names of 0.1.0, which still work
 OLD_NAMES = {"rows": "exact_tokens"}
@@ -81,18 +82,29 @@ class LinearizeRecipe:
         if self.exact_tokens is not None:
             check_size("exact_tokens", self.exact_tokens)
         check_size("softmax_layers", self.softmax_layers, least=0)
-        _check_layers("keep_softmax", self.keep_softmax, least=0)
+        check_lengths("keep_softmax", self.keep_softmax, least=0, empty=True)
         if isinstance(self.span, Sequence):
-            _check_layers("span", self.span)
+            check_lengths("span", self.span)
         elif self.span is not None:
             check_size("span", self.span)
+        self._check_exact_tokens()
         check_instance("dtype", self.dtype, torch.dtype, none=True)
         check_instance("field", self.field, str)
         check_instance("config", self.config, LinearizeConfig, EncoderTraining, Mapping)
-        object.__setattr__(self, "data", check_sources(self.data))
+        check_sources(self.data)
         self.mixer_config()
         if isinstance(self.config, Mapping):
             _changed(LinearizeConfig(), self.config)
+
+    def _check_exact_tokens(self) -> None:
+        """Raise ConfigError for two answers to the question of what each layer sees exactly."""
+        if self.exact_tokens is None:
+            return
+        if self.span is not None or not leaves_span(self.mixer):
+            raise ConfigError(
+                f"exact_tokens {self.exact_tokens} lets a search choose the spans, and "
+                f"{'span' if self.span is not None else 'the mixer'} gives them; leave out one of the two"
+            )
 
     @classmethod
     def of(cls, recipe: LinearizeRecipe | None = None, **options: Any) -> LinearizeRecipe:
@@ -140,6 +152,11 @@ class LinearizeRecipe:
         )
 
     @property
+    def sources(self) -> tuple[str | Path, ...]:
+        """`data` as a list, also where it is one source."""
+        return check_sources(self.data)
+
+    @property
     def training(self) -> LinearizeConfig:
         """How a model that generates is trained; not completed yet."""
         if isinstance(self.config, EncoderTraining):
@@ -163,7 +180,7 @@ class LinearizeRecipe:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: what was asked for, as linearize.json keeps it."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
-        found["data"] = [str(source) for source in self.data]
+        found["data"] = [str(source) for source in self.sources]
         found["keep_softmax"] = list(self.keep_softmax)
         found["span"] = list(self.span) if isinstance(self.span, Sequence) else self.span
         found["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
@@ -172,14 +189,6 @@ class LinearizeRecipe:
         )
         found["config"] = self.config if isinstance(self.config, Mapping) else asdict(self.config)
         return found
-
-
-def _check_layers(name: str, numbers: object, *, least: int = 1) -> None:
-    """Raise WrongType or ConfigError unless these are whole numbers, one for each of some layers."""
-    if isinstance(numbers, str) or not isinstance(numbers, Sequence):
-        raise WrongType(f"{name} takes whole numbers in a list, got {shown(numbers)}")
-    for number in numbers:
-        check_size(name, number, least=least)
 
 
 def _names(kind: type[Any]) -> set[str]:

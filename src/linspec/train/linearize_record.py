@@ -9,7 +9,8 @@ from typing import Any
 
 from linspec.checkpoints.hub import resolve
 from linspec.train.loop import log_lines, mean_loss
-from linspec.utils.format_version import stamped
+from linspec.utils.border import read_json
+from linspec.utils.format_version import check_format, stamped
 from linspec.utils.places import Place, as_path
 
 RECORD = "linearize.json"
@@ -21,6 +22,13 @@ def output_place(
     """Where a linearization of `source` may write."""
     inputs = (resolve(source),)
     return Place(as_path(out), "linearize", inputs=inputs, holders=data, overwrite=overwrite)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What linearize.json of a model directory says; raises CheckpointError for a newer or unsound one."""
+    data = read_json(folder / RECORD)
+    check_format(data, folder / RECORD)
+    return data
 
 
 def record_files(

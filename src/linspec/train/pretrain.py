@@ -196,7 +196,7 @@ def pretrain(
         TrainingError: the loss is not finite, there is nothing to resume, or the run was started with other
             settings.
     """
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise ConfigError(
             f"unknown recipe {shown(repr(recipe))}; known: {', '.join(RECIPES)}"
             f"{did_you_mean(recipe, RECIPES)}"

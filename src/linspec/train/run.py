@@ -88,11 +88,24 @@ def _check_same(before: Plan, now: Plan, out: Path) -> None:
     before = {OLD_NAMES.get(name, name): value for name, value in before.items() if name != KEY}
     for key in dict.fromkeys((*now, *before)):
         if before.get(key) != now.get(key):
+            name, old, new = _difference(key, before.get(key), now.get(key))
             raise TrainingError(
-                f"the run in {out} was started with {key} = {shown(before.get(key))}, now it is "
-                f"{shown(now.get(key))}; resume with the same settings, begin anew with --overwrite "
+                f"the run in {out} was started with {name} = {shown(old)}, now it is "
+                f"{shown(new)}; resume with the same settings, begin anew with --overwrite "
                 "(overwrite=True in Python) instead of --resume, or use another --out"
             )
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first entry inside two unequal settings that differs: its name and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key), new.get(key)) for key in (*new, *old)}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = dict(enumerate(zip(old, new, strict=True)))
+    else:
+        return name, old, new
+    inside = next((key for key, (a, b) in pairs.items() if a != b), None)
+    return (name, old, new) if inside is None else _difference(f"{name}.{inside}", *pairs[inside])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def check_reach(mixers: Iterable[MixerConfig], longest: int, exact_tokens: int |
         for name, reach in reaches.items():
             if reach > most:
                 raise ConfigError(
-                    f"{name} {getattr(mixer, name)} of mixer {mixer.name!r} (groups of {mixer.group} tokens) is "
-                    f"beyond the {longest} positions that this teacher can read; choose a smaller {name}"
+                    f"{name} {getattr(mixer, name)} of mixer {mixer.name!r} (group {mixer.group}) is beyond "
+                    f"the {longest} positions that this teacher can read; choose a smaller {name}"
                 )
 
 

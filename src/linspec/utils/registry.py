@@ -2,14 +2,14 @@
 
     DRAFTERS.build("prompt-lookup:max_ngram=3", context)
 
-Packages add plug-ins by entry points of the group `linspec.AXIS`. They are loaded when a name is not
-known, or when all names are needed. A plug-in that cannot be loaded is named and left out.
+Packages add plug-ins by entry points of the group `linspec.AXIS`. One is loaded when its name is asked
+for, all of them when all names are. A plug-in that cannot be loaded is named and left out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Generic, TypeVar
@@ -66,7 +66,8 @@ class Registry(Generic[T]):
         self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
         self._entries: dict[str, Entry[T]] = {}
         self._broken: dict[str, str] = {}
-        self._looked_outside = False
+        # entry points that were loaded, or tried
+        self._seen: set[metadata.EntryPoint] = set()
 
     def register(
         self,
@@ -147,7 +148,7 @@ class Registry(Generic[T]):
     def _unknown(self, name: object) -> ConfigError:
         if isinstance(name, str) and name in self._broken:
             return ConfigError(self._broken[name])
-        names = (*self.beside, *sorted(self._entries))
+        names = (*self.beside, *sorted({*self._entries, *(p.name for p in self._points())}))
         return ConfigError(
             f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}"
             f"{did_you_mean(name, names)}"
@@ -155,7 +156,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         if name not in self._entries:
-            self._look_outside()
+            self._look_outside(name)
         return name in self._entries
 
     def __iter__(self) -> Iterator[Entry[T]]:
@@ -167,13 +168,17 @@ class Registry(Generic[T]):
         self._look_outside()
         return list(self._entries)
 
-    def _look_outside(self) -> None:
-        """Load the entry points of this axis, once."""
-        if self._looked_outside or self.group is None:
-            return
-        # first, because what is loaded may ask for names
-        self._looked_outside = True
-        for point in metadata.entry_points(group=self.group):
+    def _points(self) -> Iterable[metadata.EntryPoint]:
+        """The entry points of this axis; nothing is imported for it."""
+        return () if self.group is None else metadata.entry_points(group=self.group)
+
+    def _look_outside(self, name: object = None) -> None:
+        """Load the entry points of this axis, each once: that of one name, or all of them."""
+        for point in self._points():
+            if point in self._seen or name not in (None, point.name):
+                continue
+            # first, because what is loaded may ask for names
+            self._seen.add(point)
             reason = self._load(point)
             if reason is not None:
                 maker = f" of package {point.dist.name!r}" if point.dist is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from linspec.errors import ConfigError, WrongType
@@ -53,6 +54,16 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> None:
     if not 0 < number < math.inf and not (zero and number == 0):
         rule = "0 or more" if zero else "above 0"
         raise ConfigError(f"{name} must be finite and {rule}, got {shown(value)}")
+
+
+def check_lengths(name: str, sizes: object, *, least: int = 1, empty: bool = False) -> None:
+    """Raise WrongType or ConfigError unless `sizes` are whole numbers, at least one if not `empty`."""
+    if isinstance(sizes, str | bytes) or not isinstance(sizes, Sequence):
+        raise WrongType(f"{name} takes whole numbers in a list, got {shown(repr(sizes))}")
+    if not sizes and not empty:
+        raise ConfigError(f"{name} has no numbers; give one or more")
+    for size in sizes:
+        check_size(name, size, least=least)
 
 
 def check_share(name: str, value: object) -> None:
