@@ -97,12 +97,12 @@ def contents(kind: str) -> dict[str, bytes]:
 @contextlib.contextmanager
 def damaged(kind: str, file: str, content: bytes) -> Iterator[Path]:
     """The directory of this kind while one of its files holds `content`."""
-    folder = workshop(kind)
+    folder, sound = workshop(kind), contents(kind)[file]
     try:
         _put(folder / file, content)
         yield folder
     finally:
-        _put(folder / file, contents(kind)[file])
+        _put(folder / file, sound)
 
 
 def _put(path: Path, content: bytes) -> None:

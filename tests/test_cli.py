@@ -279,11 +279,11 @@ def test_training_options_are_those_of_the_library(monkeypatch: pytest.MonkeyPat
         keep_softmax=(0, 2), data=["stdlib"], config={"lr": 0.5, "compile": "auto"}
     )
     sizes = ("--features", 3, "--keep", 2, "--mixer-seed", 7, "--mixer", "linformer")
-    more = ("--span", "4", "--exact-tokens", 128, "--softmax-layers", 1, "--group", 16)
+    more = ("--exact-tokens", 128, "--softmax-layers", 1, "--group", 16)
     run_json("linearize", "x", "--out", "y", *sizes, *more)
     recipe = seen["recipe"]
     assert (recipe.features, recipe.keep, recipe.mixer_seed) == (3, 2, 7)
-    assert (recipe.span, recipe.exact_tokens, recipe.softmax_layers) == (4, 128, 1)
+    assert (recipe.span, recipe.exact_tokens, recipe.softmax_layers) == (None, 128, 1)
     assert recipe.mixer_config().group == 16
     run_json("linearize", "x", "--out", "y", "--span", "4,2")
     assert seen["recipe"].span == (4, 2)

@@ -345,3 +345,15 @@ def test_two_processes_write_one_place_in_turn(tmp_path: Path) -> None:
     assert (out / "a").read_text() == (out / "b").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["a", "b", MARK]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_another_process_writes_is_in_use_and_no_unfinished_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with exclusive(out):
+        (out / "training").mkdir()
+        mark_folder(out / "training", "linearize")
+        # of this process, which is as good as another one for the lock
+        with pytest.raises(CheckpointError, match="in use by another linspec process; wait"):
+            Place(out, "linearize").check()
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        Place(out, "linearize").check()

@@ -230,17 +230,33 @@ def _hold(directory: Path, wait: bool) -> IO[str]:
         except BlockingIOError as error:
             if not wait:
                 lock.close()
-                raise CheckpointError(
-                    f"{directory} is in use by another linspec process; wait for it to end, after "
-                    "which --overwrite (overwrite=True in Python) would replace what it wrote, or choose "
-                    "another --out directory"
-                ) from error
+                raise _in_use(directory) from error
             print(f"waiting for the process that uses {directory}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_at(lock, directory / LOCK_FILE):
             return lock
         # its holder removed it or replaced the directory meanwhile
         lock.close()
+
+
+def check_unused(directory: Path) -> None:
+    """Raise CheckpointError if a process holds `directory`; holds nothing itself."""
+    try:
+        lock = open(directory / LOCK_FILE)  # noqa: SIM115 - closed below
+    except (OSError, ValueError):
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _in_use(directory) from error
+
+
+def _in_use(directory: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} is in use by another linspec process; wait for it to end, after which --overwrite "
+        "(overwrite=True in Python) would replace what it wrote, or choose another --out directory"
+    )
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from linspec.errors import CheckpointError, ConfigError, WrongType
-from linspec.utils.files import LOCK_FILE, exclusive, is_leftover, replace_dir, replace_text, tidy
+from linspec.utils.files import (
+    LOCK_FILE,
+    check_unused,
+    exclusive,
+    is_leftover,
+    replace_dir,
+    replace_text,
+    tidy,
+)
 
 MARK = "linspec.json"
 # of a run under way, inside its output
@@ -83,8 +91,14 @@ class Place:
     def check(self, *, resume: bool = False) -> None:
         """Raise ConfigError if the place may not be written; touches nothing.
 
-        resume: continue the run that is under way there; files that others added since then stay.
+        resume: continue the run that is under way there; files that others added since then stay. Raises
+        CheckpointError if another process writes there.
         """
+        # first: what it holds at this moment would be called an unfinished run
+        check_unused(self.path)
+        self._check(resume)
+
+    def _check(self, resume: bool) -> None:
         _check_name(self.path)
         self._check_inputs()
         if self.path.exists():
@@ -98,7 +112,7 @@ class Place:
         """
         self.check(resume=resume)
         with exclusive(self.path):
-            self.check(resume=resume)
+            self._check(resume)
             tidy(self.path)
             if self.overwrite and not resume and _made_here(self.path):
                 told = f"overwriting {self.path}, which {_by(self.kind)} wrote"
