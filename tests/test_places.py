@@ -347,7 +347,9 @@ def test_two_processes_write_one_place_in_turn(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_place_that_another_process_writes_is_in_use_and_no_unfinished_run(tmp_path: Path) -> None:
+def test_a_place_that_another_process_writes_is_in_use_and_no_unfinished_run(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "out"
     with exclusive(out):
         (out / "training").mkdir()
