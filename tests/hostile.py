@@ -9,6 +9,7 @@ A damage is drawn by hypothesis: `damages(kind)` is a strategy of (file, new con
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 import random
@@ -150,7 +151,7 @@ def _other_json(content: bytes, rng: random.Random) -> bytes:
 def _changed(data: Any, rng: random.Random) -> Any:
     """One value anywhere in `data` replaced, removed or added."""
     if not isinstance(data, dict | list) or not data or rng.random() < 0.05:
-        return rng.choice(VALUES)
+        return _value(rng)
     keys = list(data) if isinstance(data, dict) else list(range(len(data)))
     key = rng.choice(keys)
     deeper = isinstance(data[key], dict | list) and data[key]
@@ -159,10 +160,15 @@ def _changed(data: Any, rng: random.Random) -> Any:
     elif rng.random() < 0.1:
         del data[key]
     elif rng.random() < 0.1 and isinstance(data, dict):
-        data[rng.choice(("extra", "layers", "mixers", "group"))] = rng.choice(VALUES)
+        data[rng.choice(("extra", "layers", "mixers", "group"))] = _value(rng)
     else:
-        data[key] = rng.choice(VALUES)
+        data[key] = _value(rng)
     return data
+
+
+def _value(rng: random.Random) -> Any:
+    """One of VALUES, as a copy: the next change may go into it."""
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def _other_tensors(content: bytes, rng: random.Random) -> bytes:
@@ -180,7 +186,7 @@ def _other_tensors(content: bytes, rng: random.Random) -> bytes:
     elif how == 3:
         header[rng.choice(("other", "", "\ud800", "embed.weight"))] = header.pop(name)
     elif how == 4:
-        header[name] = rng.choice(VALUES)
+        header[name] = _value(rng)
     elif how == 5:
         _poison(header[name], data, rng)
     else:
