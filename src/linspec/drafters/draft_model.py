@@ -13,8 +13,9 @@ from typing import Self
 
 import torch
 
-from linspec.checkpoints.hub import EMBEDDED, load_model
+from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.load_quantized import quantize_model
+from linspec.checkpoints.resolve import EMBEDDED
 from linspec.checkpoints.same_tokenizer import check_same_tokenizer
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.sequence import RunningSequence

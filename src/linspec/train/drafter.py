@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from linspec.checkpoints.fingerprint import fingerprint
-from linspec.checkpoints.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
