@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.exact import Exact
 from linspec.mixers.ops.features import same
+from linspec.mixers.ops.parts import weigh_features
 from linspec.state.grouped import GroupedSpec
 
 DENOMINATOR_FLOOR = 1e-6
@@ -28,7 +29,7 @@ class Normalised(LinearMixer):
         return F.pad(v, (0, 1), value=1.0)
 
     def own_exact(self) -> Exact | None:
-        return self.feature_exact(same)
+        return weigh_features(self.summed, same)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return o[..., :-1] / (o[..., -1:] + DENOMINATOR_FLOOR)
