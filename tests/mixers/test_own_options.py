@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, full_logits, random_tokens, tiny_config
+from helpers import assert_close, full_logits, random_tokens, tiny_config, tiny_model
 
 from linspec import MIXERS, ConfigError, option
 from linspec.checkpoints.hub import load_model, save_model
@@ -50,17 +50,16 @@ def scaled() -> Iterator[None]:
 def test_its_own_option_is_in_the_spec_in_config_json_and_in_the_result(tmp_path: Path) -> None:
     mixer = make_mixer("scaled-local:factor=0.5,group=4")
     assert (mixer.options, mixer.group) == ({"factor": 0.5}, 4)
-    model = Decoder(tiny_config(mixer)).eval()
+    model = tiny_model(mixer, dtype=torch.float32)
     save_model(model, None, tmp_path / "m")
-    (kept,) = json.loads((tmp_path / "m" / "config.json").read_text())["decoder"]["mixers"]
-    assert kept["options"] == {"factor": 0.5}
-    again, text = load_model(tmp_path / "m"), [random_tokens(9)]
+    kept = json.loads((tmp_path / "m" / "config.json").read_text())["decoder"]["mixers"]
+    assert [each["options"] for each in kept] == 2 * [{"factor": 0.5}]
+    again, text = load_model(tmp_path / "m"), [random_tokens(11)]
     assert again.config == model.config
     assert_close(full_logits(again, text), full_logits(model, text))
     plain = make_mixer("scaled-local:group=4")
     assert plain.options == {"factor": 2.0}
-    other = Decoder(tiny_config(plain)).eval()
-    other.load_state_dict(model.state_dict())
+    other = tiny_model(plain, dtype=torch.float32)
     assert not torch.equal(full_logits(other, text), full_logits(model, text))
 
 
