@@ -202,7 +202,7 @@ def _load_quantized(
 ) -> Decoder:
     if torch.device(device).type != "cpu" or dtype != torch.float32:
         raise ConfigError(
-            f"{read.folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{read.folder} is quantized: it runs on the CPU and computes in float32, not on {device} in "
             f"{dtype}; use the model that it was made from"
         )
     return load_quantized(read.folder, config, read.quantization)

@@ -222,6 +222,6 @@ def _ready_model(folder: str, target: Decoder) -> Decoder:
     small = load_model(folder, dtype=target.dtype, device=str(target.embed.weight.device))
     bits = integer_bits(target.head)
     if bits and not small.is_inference:
-        # a target that was quantised at load wants a draft model that was
+        # a target that was quantized at load wants a draft model that was
         quantize_model(small, bits, {})
     return small.to_inference()

@@ -26,7 +26,7 @@ class Grouped(LinearMixer):
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
-        # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
+        # α = 0 at the start: with α = 1 the unnormalized sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def attention_plan(self) -> AttentionPlan | None:

@@ -46,7 +46,7 @@ class LinearMixer(ClosingMixer):
         exact = arranged_exact(config, mixer) if self.arranged else self.own_exact()
         self.parts = Parts(self.groups, exact, self.summed)
         if self.arranged and self.summed is not None:
-            # α = 0 at the start: with α = 1 the unnormalised sum drowns the exact part (You et al.
+            # α = 0 at the start: with α = 1 the unnormalized sum drowns the exact part (You et al.
             # 2024, fig. 6b)
             self.alpha = nn.Parameter(torch.zeros(()))
 

@@ -16,7 +16,7 @@ from linspec.state.grouped import GroupedSpec
 DENOMINATOR_FLOOR = 1e-6
 
 
-class Normalised(LinearMixer):
+class Normalized(LinearMixer):
     """o_t = Σ weight(t, s) v_s / (Σ weight(t, s) + ε).
 
     With a kernel for the exact part, each of the two parts has its own denominator.

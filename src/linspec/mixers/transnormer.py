@@ -1,4 +1,4 @@
-"""TransNormer (Qin et al. 2022): linear attention whose output is normalised, not its weights."""
+"""TransNormer (Qin et al. 2022): linear attention whose output is normalized, not its weights."""
 
 from __future__ import annotations
 

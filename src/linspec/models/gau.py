@@ -2,7 +2,7 @@
 
 One head with narrow queries and keys and wide values. Four scaled and shifted copies of one
 projection serve as queries and keys of two branches: a quadratic one inside a group, whose weights
-are not normalised, and a linear one over the groups before. A gate multiplies their sum.
+are not normalized, and a linear one over the groups before. A gate multiplies their sum.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def laplace_weights(
     group: int,
     width: int,
 ) -> torch.Tensor:
-    """Weights of the quadratic branch, which are not normalised."""
+    """Weights of the quadratic branch, which are not normalized."""
     scores = products / group
     if bias is not None:
         scores = scores + bias * width**0.5
@@ -116,7 +116,7 @@ class GatedAttentionUnit(LinearMixer):
         return x[..., : self.qk_width]
 
     def linear_half(self, x: torch.Tensor) -> torch.Tensor:
-        """The half of queries or keys that meets the sums."""
+        """The half of queries or keys that reads or enters the sums."""
         return x[..., self.qk_width :]
 
     def sum_scale(self) -> float:
