@@ -91,7 +91,7 @@ def poisoned(path: Path, name: str, value: float = float("nan")) -> None:
         ("medusa/drafter.safetensors", "blocks.0.first.0.scales", torch.uint8),
     ],
 )
-def test_quantised_tensors_of_a_wrong_dtype_were_read_past_their_end(
+def test_quantized_tensors_of_a_wrong_dtype_were_read_past_their_end(
     file: str, name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = copy_of(workshop("int8"), tmp_path)

@@ -22,7 +22,7 @@ _PLACES = 64
 
 
 class OwnDrafted(Peer):
-    """Weights are quantised as they are loaded: drafters are matched to the model that they know."""
+    """Weights are quantized as they are loaded: drafters are matched to the model that they know."""
 
     name = "linspec-drafted"
     packages = ("torch", "transformers", "safetensors")

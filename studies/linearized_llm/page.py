@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linspec.checkpoints.hub import EMBEDDED
+from linspec.checkpoints.resolve import EMBEDDED
 from studies.lib import page as pages
 from studies.linearized_llm.paper import comparison, speaks
 from studies.linearized_llm.plan import MODULE, Plan

@@ -39,15 +39,14 @@ class Unmasked(Aug):
         super().__init__(config, mixer)
         self.future_taps = nn.Parameter(torch.zeros(self.heads, mixer.taps - 1))
 
-    def _full(
+    def mix(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lead: torch.Tensor | None = None,
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        o = super()._full(q, k, v, lead, sums)
+        o = super().mix(q, k, v, sums)
         if not self.leaking:
             return o
         # the past of the reversed values is the future; its tap on the token itself is there already

@@ -51,7 +51,7 @@ def test_every_format_has_its_rows(tmp_path: Path) -> None:
         model_dir("aug"), tmp_path / "q", bits=8, data=[tmp_path / "text.txt"], limit_bytes=300
     )
     assert {row.format for row in measured(tmp_path / "q").steps} == {"int8"}
-    with pytest.raises(ConfigError, match="quantised to int8 and has no other format"):
+    with pytest.raises(ConfigError, match="quantized to int8 and has no other format"):
         measured(tmp_path / "q", "int4")
 
 

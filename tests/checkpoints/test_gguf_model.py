@@ -142,7 +142,7 @@ def test_the_dtype_of_a_file_loses_nothing(tmp_path: Path) -> None:
     assert stored_dtype(tiny("llama", tmp_path / "b.gguf", "Q4_0")[1]) == torch.float32
 
 
-def test_a_file_says_that_it_is_dequantised(
+def test_a_file_says_that_it_is_dequantized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, path = tiny("llama", tmp_path / "m.gguf", "Q4_1")

@@ -173,7 +173,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_heads(heads, model, tmp_path_factory.mktemp("plain") / "medusa", dtype=None)
 
 
-def quantised(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
+def quantized(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
     model = make_model()
     heads = load_heads(plain, model)
     assert isinstance(heads, MedusaHeads)
@@ -184,7 +184,7 @@ def quantised(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits: int) -> None:
-    made, folder = quantised(plain, tmp_path, bits)
+    made, folder = quantized(plain, tmp_path, bits)
     loaded = load_heads(folder, make_model())
     assert isinstance(loaded, PackedHeads) and loaded.accuracies == RATES
     assert torch.equal(loaded(hidden(3)), made(hidden(3)))
@@ -194,7 +194,7 @@ def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits:
 
 
 def test_heads_keep_the_bits_they_were_saved_with(plain: Path, tmp_path: Path) -> None:
-    _, folder = quantised(plain, tmp_path, 4)
+    _, folder = quantized(plain, tmp_path, 4)
     drafter = make_drafter(f"medusa:{folder}", DrafterContext(make_model()))
     assert isinstance(drafter, Medusa) and isinstance(drafter.heads, PackedHeads)
     assert integer_bits(drafter.heads.outputs[0]) == 4
@@ -243,7 +243,7 @@ def cut(folder: Path) -> None:
 def test_damaged_or_foreign_packed_heads(
     plain: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    _, folder = quantised(plain, tmp_path, 8)
+    _, folder = quantized(plain, tmp_path, 8)
     damage(folder)
     with pytest.raises(DrafterError, match=message):
         load_heads(folder, make_model())

@@ -217,7 +217,7 @@ static void norm_and_codes(const float *x, const float *weight, int width) {
         int same = !memcmp(rows[0], rows[1], sizeof **rows * (size_t)width) &&
                    !memcmp(codes[0], codes[1], (size_t)padded) && scales[0] == scales[1] &&
                    !memcmp(offsets[0], offsets[1], sizeof **offsets * (size_t)(each ? groups : 1));
-        expect(same, "norm and quantisation", width, each, 0, 0);
+        expect(same, "norm and quantization", width, each, 0, 0);
         for (int i = 0; i < 2; i++) free(rows[i]), free(codes[i]), free(offsets[i]);
     }
 }

@@ -110,7 +110,7 @@ def test_threads_change_nothing(library: ctypes.CDLL, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_rows_of_zeros_and_of_nan(isa: str, kind: str) -> None:
-    """A NaN must not become a number by quantisation; zeros have no scale."""
+    """A NaN must not become a number by quantization; zeros have no scale."""
     made, x = layer(kind, 40, 64), random(3, 64)
     x[0] = 0
     x[1, 63] = float("nan")

@@ -99,7 +99,7 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
 def test_a_step_has_the_same_bits_on_every_instruction_set(
     library: ctypes.CDLL, mixer: str, bits: int | None
 ) -> None:
-    """Norms, quantisation, rotation, attention over a cache and over sums, and all linear layers."""
+    """Norms, quantization, rotation, attention over a cache and over sums, and all linear layers."""
     made, before = model(mixer, bits), library.ls_isa()
     prompt, results = [index * 31 % 97 for index in range(63)], []
     filled = made.new_state()

@@ -1,8 +1,8 @@
-"""Reading a prompt in pieces: what changes, and why quantised weights show more of it.
+"""Reading a prompt in pieces: what changes, and why quantized weights show more of it.
 
 Pieces that begin at multiples of 16 tokens add up the rows of a group in the order in which the whole
 prompt does; others add in another order, which moves float32 sums by about 1e-7. Float weights pass
-that on. Quantised layers round their inputs to 8-bit codes, and an input that lies at the border
+that on. Quantized layers round their inputs to 8-bit codes, and an input that lies at the border
 between two codes goes to the other one: a step of 1/127 of the largest input of its row. So the
 difference is that of any change of 1e-7, and the test compares it with one.
 """

@@ -1,4 +1,4 @@
-"""Quantised models: on disk and back, mapped and refused, and lossless under speculation."""
+"""Quantized models: on disk and back, mapped and refused, and lossless under speculation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from linspec.utils import ram
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
 
 
-def quantised_heads(model: Decoder, bits: int) -> Medusa:
+def quantized_heads(model: Decoder, bits: int) -> Medusa:
     """The student's heads on its teacher, whose hidden states are much the same."""
     shape = HeadsConfig(width=256, vocab_size=4096, heads=3, hidden=512)
     heads = MedusaHeads(shape, model.head, [[0.3, 0.1, 0.1], [0.2, 0.1], [0.2]])
@@ -53,7 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "int4"
 
 
-def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
+def test_a_quantized_directory_is_the_quantized_model(small: Path) -> None:
     loaded, made = load_model(small), load_for("embedded-aug", 4)
     assert loaded.is_inference and loaded.identity == made.identity
     logits = []
@@ -62,7 +62,7 @@ def test_a_quantised_directory_is_the_quantised_model(small: Path) -> None:
     assert torch.equal(*logits)
 
 
-def test_drafters_come_along_quantised(small: Path) -> None:
+def test_drafters_come_along_quantized(small: Path) -> None:
     llm = LLM(small, drafter="medusa", policy=6)
     assert isinstance(llm.engine.drafter, Medusa)
     assert isinstance(llm.engine.drafter.heads, PackedHeads)
@@ -77,7 +77,7 @@ def test_drafters_come_along_quantised(small: Path) -> None:
         )
 
 
-def test_a_quantised_draft_model_drafts(small: Path) -> None:
+def test_a_quantized_draft_model_drafts(small: Path) -> None:
     """From its own directory, as any draft model."""
     llm = LLM("embedded-softmax", drafter=f"student:{small}", policy=4, max_batch=1)
     params = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -88,14 +88,14 @@ def test_a_quantised_draft_model_drafts(small: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_speculation_is_lossless_with_quantised_weights(bits: int) -> None:
+def test_speculation_is_lossless_with_quantized_weights(bits: int) -> None:
     """Softmax and integer weights: every bit of every logit, so no near tie can differ."""
     model, tokenizer = load_for("embedded-softmax", bits), load_tokenizer("embedded-softmax")
     plain = LLM(model, tokenizer=tokenizer)
     drafters = (
         PromptLookup(),
         DraftModel(load_for("embedded-aug", 4), model.config, 8),
-        quantised_heads(model, bits),
+        quantized_heads(model, bits),
     )
     params = SamplingParams(max_tokens=50, ignore_eos=True, logprobs=2)
     for prompt in (TEXT[:150], "x = [1, 2, 3]\n" * 8):
@@ -160,13 +160,13 @@ def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
         load_model(copy)
 
 
-@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("quantized", [True, False])
 def test_too_little_memory_is_said_before_loading(
-    small: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
+    small: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
     with pytest.raises(CheckpointError, match=r"needs .* GiB"):
-        load_model(small if quantised else "embedded-aug")
+        load_model(small if quantized else "embedded-aug")
 
 
 def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
@@ -190,10 +190,10 @@ def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.Monkey
     memory.check_memory(2**60, tmp_path)
 
 
-def test_quantising_twice_is_refused(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantised already"):
+def test_quantizing_twice_is_refused(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quantized already"):
         quantize(small, tmp_path / "again", bits=8)
-    with pytest.raises(ConfigError, match="quantised already"):
+    with pytest.raises(ConfigError, match="quantized already"):
         LLM(small, quantize=8)
     with pytest.raises(ConfigError, match="8 or 4 bits, got 5"):
         quantize("embedded-aug", tmp_path / "odd", bits=5)

@@ -20,7 +20,7 @@ from helpers import (
     tree_logits,
 )
 
-import linspec.mixers.base
+import linspec.mixers.forms
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree, chain
 from linspec.decoding.tree_mask import TreeMask
@@ -65,7 +65,7 @@ def test_the_future_does_not_change_a_single_bit(name: str, taps: int, dtype: to
 def test_a_centred_convolution_would_be_noticed(
     name: str, taps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    causal = linspec.mixers.base.convolve
+    causal = linspec.mixers.forms.convolve
 
     def centred(
         v: torch.Tensor, kernel: torch.Tensor, repeats: int, conv_history: torch.Tensor | None
@@ -73,7 +73,7 @@ def test_a_centred_convolution_would_be_noticed(
         ahead = torch.nn.functional.pad(v[:, :, taps // 2 :], (0, 0, 0, taps // 2))
         return causal(ahead, kernel, repeats, conv_history)
 
-    monkeypatch.setattr(linspec.mixers.base, "convolve", centred)
+    monkeypatch.setattr(linspec.mixers.forms, "convolve", centred)
     assert max(changes(bare(name, taps))) > LARGE
 
 

@@ -323,7 +323,7 @@ def test_a_real_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bits", "near"), [(8, 0.99), (4, 0.9)])
-def test_a_quantised_encoder_is_near_the_original(bits: int, near: float, tmp_path: Path) -> None:
+def test_a_quantized_encoder_is_near_the_original(bits: int, near: float, tmp_path: Path) -> None:
     save("bare", tmp_path)
     ids, mask = torch.arange(48).reshape(4, 12), torch.ones(4, 12, dtype=torch.bool)
     whole = load_encoder(tmp_path).to_inference().embed_text(ids, mask)

@@ -120,7 +120,7 @@ def test_prepared_and_saved_models_are_the_same_function(variant: str, tmp_path:
 
 @every_variant
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_flash_model_could_not_be_quantised(variant: str, bits: int, tmp_path: Path) -> None:
+def test_a_flash_model_could_not_be_quantized(variant: str, bits: int, tmp_path: Path) -> None:
     shape = config(variant, vocab_size=len(tiny_tokenizer()), width=32, mlp_width=32, eos_ids=(0,))
     model = randomise(Flash(shape), 0).float()
     assert isinstance(model, Flash)

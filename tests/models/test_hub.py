@@ -249,7 +249,7 @@ def test_resolve_knows_paths_and_embedded_names(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resolve(str(saved)) == saved
-    monkeypatch.setattr(hub.importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr("importlib.resources.files", lambda _: tmp_path)
     with pytest.raises(CheckpointError, match="not part of this installation"):
         resolve("embedded-softmax")
     (tmp_path / "embedded" / "softmax").mkdir(parents=True)

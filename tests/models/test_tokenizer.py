@@ -287,7 +287,7 @@ def test_tokenizer_that_nobody_can_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_generating_from_a_quantised_directory_imports_neither_transformers_nor_a_compiler(
+def test_generating_from_a_quantized_directory_imports_neither_transformers_nor_a_compiler(
     tmp_path: Path,
 ) -> None:
     small = tmp_path / "small"

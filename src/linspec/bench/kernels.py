@@ -92,7 +92,7 @@ def bench_kernels(
 ) -> KernelSpeeds:
     """Time the linear layers and the steps of a decoder on the CPU.
 
-    formats: of the weights, all of FORMATS if empty; a quantised directory has its own only. roof:
+    formats: of the weights, all of FORMATS if empty; a quantized directory has its own only. roof:
     gives the GB/s at which memory is read. Raises ConfigError for unknown formats.
     """
     if repeats < 1:
@@ -127,7 +127,7 @@ def _formats(model: str | Path, names: Sequence[str]) -> dict[str, int | None]:
         return {name: FORMATS[name] for name in names or FORMATS}
     own = f"int{check_entry(read.quantization, read.folder)}"
     if any(name != own for name in names):
-        raise ConfigError(f"{model} is quantised to {own} and has no other format; leave them out")
+        raise ConfigError(f"{model} is quantized to {own} and has no other format; leave them out")
     return {own: None}
 
 

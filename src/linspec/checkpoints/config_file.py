@@ -25,7 +25,7 @@ from linspec.models.model_types import MODEL_TYPES, ModelType, of_config
 from linspec.utils.border import read_json
 from linspec.utils.format_version import CURRENT, KEY, check_format
 
-# the key of what is said of quantised weights
+# the key of what is said of quantized weights
 QUANTIZATION = "quantization"
 # the key of what is said of the model that this one is a change of
 DELTA = "delta"
@@ -36,7 +36,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 class ConfigFile:
     """What was read of one model. family: of the format on disk, None for linspec's own.
 
-    quantization, delta: the entries of linspec's own format about quantised weights, and about the model of
+    quantization, delta: the entries of linspec's own format about quantized weights, and about the model of
     which this one is a change; None where there is no such thing.
     """
 

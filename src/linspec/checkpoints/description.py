@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.delta import Delta, exact_heads, read_delta
-from linspec.checkpoints.gguf.model import quantised
+from linspec.checkpoints.gguf.model import quantized
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import load_any_config, resolve
 from linspec.checkpoints.packages import PACKAGES
@@ -52,13 +52,14 @@ def _of_gguf(path: Path) -> dict[str, Any]:
     file = read_gguf(path)
     named = ("general.name", "general.license", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     said = {name.rpartition(".")[2]: file.keys[name] for name in named if name in file.keys}
-    formats = quantised(file)
-    how = "quantised tensors are dequantised as they are loaded and computed with as floats"
+    formats = quantized(file)
+    how = "quantized tensors are dequantized as they are loaded and computed with as floats"
     return {
         "format": "GGUF",
         **({"license": said["license"]} if "license" in said else {}),
         "name": said.get("name", ""),
         "tokenizer": " ".join(str(said[key]) for key in ("model", "pre") if key in said),
         "chat_template": "tokenizer.chat_template" in file.keys,
+        # scripts read this key, whatever prose spells now
         **({"quantised": formats, "note": how} if formats else {}),
     }

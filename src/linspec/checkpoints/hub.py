@@ -11,9 +11,7 @@ checkpoint is run.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +21,19 @@ import torch
 
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.config_file import ConfigFile, config_file, read_config_file
-from linspec.checkpoints.delta import base_of, load_delta, parse_delta, read_delta
+from linspec.checkpoints.delta import load_delta, parse_delta
 from linspec.checkpoints.families import known as families
 from linspec.checkpoints.families.base import Family, Tensors
 from linspec.checkpoints.gguf.model import load_gguf
 from linspec.checkpoints.gguf.reader import is_gguf
-from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer
+
+# further names that callers import from here
+from linspec.checkpoints.load_tokenizer import check_tokenizer as check_tokenizer
+from linspec.checkpoints.load_tokenizer import load_tokenizer as load_tokenizer
 from linspec.checkpoints.matching import fill, match, own_tensors
 from linspec.checkpoints.origin import GENERATION, origin_of, remember_origin
-from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.quantized import load_quantized
+from linspec.checkpoints.resolve import resolve as resolve
 from linspec.checkpoints.weights import (
     SHARD_BYTES,
     cast,
@@ -42,7 +43,7 @@ from linspec.checkpoints.weights import (
     weight_files,
     write_tensors,
 )
-from linspec.errors import CheckpointError, ConfigError, UnsupportedModel, WrongType
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.kernels.device import pick_device
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
@@ -51,67 +52,12 @@ from linspec.models.memory import check_memory
 from linspec.models.model_types import MODEL_TYPES, M, Model, ModelType
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
-from linspec.utils.files import restored
-from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HEAD = "lm_head.weight"
-# models that are part of this package, and where
-EMBEDDED = {
-    "embedded-softmax": "softmax",
-    "embedded-aug": "aug",
-    "smollm2-aug": "smollm2-aug",
-    "smollm2-aug-22": "smollm2-aug-22",
-}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-
-
-# bytes of a file name that file systems hold
-LONGEST_NAME = 255
-
-
-def _path(source: object) -> Path:
-    """A model's path; raises WrongType or CheckpointError for what names none."""
-    if not isinstance(source, str | os.PathLike):
-        raise WrongType(
-            f"a model is named by a text or a path, got {shown(repr(source))}; give a directory, a GGUF "
-            "file or a name"
-        )
-    path = Path(source)
-    # an empty name would be the present directory
-    if not str(source):
-        raise CheckpointError("'' names no model directory; give one, or ./ for this one")
-    if len(path.name.encode(errors="replace")) > LONGEST_NAME:
-        raise CheckpointError(
-            f"{shown(str(source))} is a name longer than the system allows; give a model directory"
-        )
-    return path
-
-
-def resolve(source: str | Path) -> Path:
-    """The directory or GGUF file of `source`: a path, or the name of a model that linspec knows."""
-    if isinstance(source, str) and source in EMBEDDED:
-        folder = Path(str(importlib.resources.files("linspec") / "embedded" / EMBEDDED[source]))
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{source} is not part of this installation ({folder} is missing); install linspec "
-                "again, or give the path of a model directory"
-            )
-        return folder
-    if isinstance(source, str) and source in PACKAGES:
-        return PACKAGES[source].found()
-    folder = restored(_path(source))
-    if not folder.is_dir() and not is_gguf(folder):
-        names = (*EMBEDDED, *PACKAGES)
-        raise CheckpointError(
-            f"{shown(str(source))} is not a directory; give the path of a model directory, of a GGUF "
-            f"file, or one of {', '.join(names)}. linspec downloads nothing by itself"
-            f"{did_you_mean(source, names)}"
-        )
-    return folder
 
 
 def load_config(source: str | Path) -> DecoderConfig:
@@ -259,70 +205,10 @@ def _load_quantized(
 ) -> Decoder:
     if torch.device(device).type != "cpu" or dtype != torch.float32:
         raise ConfigError(
-            f"{read.folder} is quantised: it runs on the CPU and computes in float32, not on {device} in "
+            f"{read.folder} is quantized: it runs on the CPU and computes in float32, not on {device} in "
             f"{dtype}; use the model that it was made from"
         )
     return load_quantized(read.folder, config, read.quantization)
-
-
-def tokenizer_place(source: str | Path) -> Path:
-    """The directory or GGUF file whose tokenizer the model in `source` has; of a delta, its base."""
-    folder = resolve(source)
-    delta = None if is_gguf(folder) else read_delta(folder)
-    return folder if delta is None else base_of(delta, folder)
-
-
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model in `source`, as transformers' class.
-
-    Args:
-        source: a model directory, a GGUF file, or the name of an embedded or fetched model.
-
-    Raises:
-        CheckpointError: there is no tokenizer, or it cannot be read.
-    """
-    folder = tokenizer_place(source)
-    if is_gguf(folder):
-        return load_gguf_tokenizer(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise CheckpointError(
-            f"no tokenizer in {folder}: none of {', '.join(TOKENIZER_FILES)} is there. "
-            "Copy the tokenizer files of the original model into it"
-        )
-    try:
-        tokenizer = _tokenizer_class(folder).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        # settings of a wrong type show when they are first used
-        tokenizer.decode(tokenizer("a b", verbose=False)["input_ids"])
-        return tokenizer
-    # the tokenizers library raises bare Exception for a malformed tokenizer.json
-    except Exception as error:
-        raise CheckpointError(
-            f"cannot read the tokenizer in {folder}: {error}; copy its files again"
-        ) from error
-
-
-def _tokenizer_class(folder: Path) -> Any:
-    # tokenizer.json says everything itself; the Auto class would look for a class by model_type
-    if (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast
-    # a quarter of a second that most directories do not need
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
-    """Raises CheckpointError if the tokenizer can produce ids that the model cannot embed."""
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if size > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {size} entries but the model embeds {config.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
 
 
 def with_tokenizer(

@@ -1,4 +1,4 @@
-"""Models with quantised weights: as they lie on disk, or quantised as they are loaded."""
+"""Models with quantized weights: as they lie on disk, or quantized as they are loaded."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from linspec.quantization.codes import check_bits
 
 
 def load_plain(source: str | Path) -> Decoder:
-    """The model in `source`; raises ConfigError if it is quantised already."""
+    """The model in `source`; raises ConfigError if it is quantized already."""
     model = load_model(source)
     if model.is_inference:
         raise ConfigError(
-            f"{source} is quantised already; quantise the model that it was made from"
+            f"{source} is quantized already; quantize the model that it was made from"
         )
     # all weights are read anyway: integers would hide a damaged one for good
     for name, tensor in model.state_dict().items():
@@ -40,14 +40,14 @@ def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
         return load_model(source, **options)
     check_bits(bits)
     if torch.device(options.get("device", "cpu")).type != "cpu":
-        raise ConfigError("quantised weights are for the CPU; leave out --device or --quantize")
+        raise ConfigError("quantized weights are for the CPU; leave out --device or --quantize")
     return quantize_model(load_plain(source), bits, {})
 
 
 def quantize_model(
     model: Decoder, bits: int, calibration: Mapping[nn.Module, torch.Tensor]
 ) -> Decoder:
-    """Turn a plain model into its quantised inference form, in place; returns it."""
+    """Turn a plain model into its quantized inference form, in place; returns it."""
     model.identity = fingerprint(model)
     model.to_inference(Quantizer(bits, calibration))
     tied = model.embed.weight

@@ -1,4 +1,4 @@
-"""Quantised model directories: weights as the kernels read them, mapped into memory, never copied.
+"""Quantized model directories: weights as the kernels read them, mapped into memory, never copied.
 
 The weights lie in one safetensors file whose tensors begin at multiples of 64 bytes. `config.json` has
 the entry `quantization` with the version of this format, so that a directory of another version is
@@ -53,7 +53,7 @@ def save_quantized(
     bits: int,
     facts: Mapping[str, Any],
 ) -> Iterator[Path]:
-    """Write a quantised model to `out`; inside the block more files can be laid beside it.
+    """Write a quantized model to `out`; inside the block more files can be laid beside it.
 
     `facts` go into the configuration. `out` must be new or empty, or a Place that the caller holds.
     All or nothing: it is there when the block ends. Raises ConfigError when `out` may not be written,
@@ -96,17 +96,17 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
 
 
 def entry_of(bits: int) -> dict[str, Any]:
-    """What a configuration says about quantised weights beside it."""
+    """What a configuration says about quantized weights beside it."""
     return {"format": FORMAT, "bits": bits}
 
 
 def check_entry(entry: Any, folder: Path) -> int:
-    """The bits of quantised weights; raises CheckpointError for those of another version."""
+    """The bits of quantized weights; raises CheckpointError for those of another version."""
     version = entry.get("format") if isinstance(entry, dict) else None
     if version != FORMAT:
         raise CheckpointError(
-            f"{folder} holds quantised weights of format {version}, this linspec reads format {FORMAT}; "
-            "quantise the original model again with `linspec quantize`, or use the linspec that wrote it"
+            f"{folder} holds quantized weights of format {version}, this linspec reads format {FORMAT}; "
+            "quantize the original model again with `linspec quantize`, or use the linspec that wrote it"
         )
     bits = entry.get("bits")
     if not isinstance(bits, int) or bits not in BITS:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.gguf.tokenizer import end_token, read_tokenizer
-from linspec.checkpoints.hub import load_tokenizer, tokenizer_place
+from linspec.checkpoints.load_tokenizer import load_tokenizer, tokenizer_place
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -20,69 +21,69 @@ from linspec.cli.console import (
     say,
     words,
 )
-from linspec.cli.options import Data, Device, Json, Kv, Model, PolicyName, Quantize, Threads
+from linspec.cli.groups import grouped
+from linspec.cli.options import Data, Json, Loading, Model, PolicyName, Threads
 
 # for people: tokens per round, as the policy chose and with a fixed number of draft nodes
 _COLUMNS = ("drafter", "tokens/s", "× plain", "per round", "fixed", "accepted by depth")
 
-Timed = Annotated[int, typer.Option(callback=whole(), help="Tokens decoded in a repeat.")]
-Repeats = Annotated[
-    int, typer.Option(callback=whole(), help="Repeats after a warm-up; the median counts.")
-]
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What is timed, and how often."""
+
+    tokens: Annotated[int, typer.Option(callback=whole(), help="Tokens decoded in a repeat.")] = 64
+    repeats: Annotated[
+        int, typer.Option(callback=whole(), help="Repeats after a warm-up; the median counts.")
+    ] = 5
+    policy: PolicyName = "auto"
 
 
+@grouped
 @guarded()
 def speed(
     model: Model,
+    *,
     contexts: Annotated[str, typer.Option(help="Tokens before decoding, by commas.")] = "128,1024",
     drafter: Annotated[
         list[str] | None, typer.Option(help="A drafter beside plain decoding; repeatable.")
     ] = None,
-    tokens: Timed = 64,
-    repeats: Repeats = 5,
-    policy: PolicyName = "auto",
+    timing: Timing,
     data: Data = None,
     bandwidth: Annotated[
         bool, typer.Option("--bandwidth", help="Measure the memory's speed too.")
     ] = False,
-    quantize: Quantize = None,
-    kv: Kv = "auto",
-    device: Device = "cpu",
-    threads: Threads = None,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Time decoding after long and short contexts, plain and with drafters, in one run."""
     from linspec.bench.speed import bench as library
 
-    place = place_on(device, threads)
+    options = loading.to_library()
     with quiet_stdout():
         result = library(
             model,
             numbers(contexts, "--contexts"),
             drafter or (),
-            tokens=tokens,
-            repeats=repeats,
-            policy=policy,
+            **asdict(timing),
             data=data or ["stdlib"],
-            device=place,
             bandwidth=bandwidth,
-            quantize=quantize,
-            kv=kv,
+            **options,
         ).to_json()
     print_json(result) if as_json else print_speed(result)
 
 
+@grouped
 @guarded()
 def drafters(
     model: Model,
+    *,
     drafter: Annotated[
         list[str] | None,
         typer.Option(help="Only this one; repeatable.", show_default="all that fit the model"),
     ] = None,
     context: Annotated[int, typer.Option(callback=whole(), help="Tokens before decoding.")] = 128,
-    tokens: Timed = 64,
-    repeats: Repeats = 5,
-    policy: PolicyName = "auto",
+    timing: Timing,
     nodes: Annotated[
         int, typer.Option(callback=whole(), help="Draft tokens where acceptance is measured.")
     ] = 12,
@@ -90,30 +91,23 @@ def drafters(
         int, typer.Option(callback=whole(), help="Texts on which acceptance is measured.")
     ] = 8,
     data: Data = None,
-    quantize: Quantize = None,
-    kv: Kv = "auto",
-    device: Device = "cpu",
-    threads: Threads = None,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Compare every drafter on a model: speed beside plain decoding, acceptance by depth."""
     from linspec.bench.drafters import bench_drafters
 
-    place = place_on(device, threads)
+    options = loading.to_library()
     with quiet_stdout():
         found = bench_drafters(
             model,
             drafter or (),
             context=context,
-            tokens=tokens,
-            repeats=repeats,
-            policy=policy,
+            **asdict(timing),
             nodes=nodes,
             prompts=prompts,
             data=data or ["stdlib"],
-            quantize=quantize,
-            kv=kv,
-            device=place,
+            **options,
         ).to_json()
     if as_json:
         print_json(found)

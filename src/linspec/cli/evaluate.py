@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from linspec.cli.console import (
     quiet_stdout,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Device, Json, Kv, Model, Quantize, Texts, Threads
+from linspec.cli.options import Computing, Json, Loading, Model, Texts, Threads
 
 LimitBytes = Annotated[
     int | None, typer.Option(callback=whole(), help="Stop after this much text.")
@@ -26,40 +27,48 @@ Window = Annotated[
     int | None,
     typer.Option(callback=whole(), help="Tokens of a window.", show_default="the model's"),
 ]
-Teacher = Annotated[str | None, typer.Option(help="A model to compare with, on the same texts.")]
-Lengths = Annotated[str, typer.Option(help="Tokens of the texts, by commas.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeating:
+    """What is read twice, and who else reads it."""
+
+    teacher: Annotated[
+        str | None, typer.Option(help="A model to compare with, on the same texts.")
+    ] = None
+    lengths: Annotated[str, typer.Option(help="Tokens of the texts, by commas.")] = (
+        "512,1024,2048,4096"
+    )
+
+    def to_library(self) -> dict[str, Any]:
+        """As functions of the library take it."""
+        return {"teacher": self.teacher, "lengths": numbers(self.lengths, "--lengths")}
 
 
 @grouped
 @guarded()
 def perplexity(
     model: Model,
+    *,
     texts: Texts,
     limit_bytes: LimitBytes = None,
     context: Window = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    quantize: Quantize = None,
-    kv: Kv = "auto",
-    device: Device = "cpu",
-    threads: Threads = None,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
     from linspec.evaluate.perplexity import evaluate_source
 
-    place = place_on(device, threads)
     _show(
-        lambda: evaluate_source(
-            model,
-            **texts.to_library(),
-            limit_bytes=limit_bytes,
-            context=context,
-            bf16=bf16,
-            quantize=quantize,
-            kv=kv,
-            device=place,
-        ),
+        evaluate_source,
         as_json,
+        model=model,
+        **texts.to_library(),
+        limit_bytes=limit_bytes,
+        context=context,
+        bf16=bf16,
+        **loading.to_library(),
     )
 
 
@@ -67,33 +76,29 @@ def perplexity(
 @guarded()
 def recall(
     model: Model,
+    *,
     texts: Texts,
-    teacher: Teacher = None,
-    lengths: Lengths = "512,1024,2048,4096",
+    repeating: Repeating,
     samples: Annotated[
         int, typer.Option(callback=whole(), help="Texts of a kind, length and seed.")
     ] = 16,
     seeds: Annotated[int, typer.Option(callback=whole(), help="Seeds of what is asked.")] = 1,
-    device: Device = "cpu",
-    threads: Threads = None,
+    computing: Computing,
     as_json: Json = False,
 ) -> None:
     """How much of what a text said once the model repeats, by length and distance."""
     from linspec.evaluate.recall import evaluate_recall
 
-    place, sizes = place_on(device, threads), numbers(lengths, "--lengths")
     _show(
-        lambda: evaluate_recall(
-            model,
-            teacher=teacher,
-            **texts.to_library(),
-            lengths=sizes,
-            samples=samples,
-            seeds=seeds,
-            device=place,
-        ),
+        evaluate_recall,
         as_json,
         "cells",
+        model=model,
+        **texts.to_library(),
+        **computing.to_library(),
+        **repeating.to_library(),
+        samples=samples,
+        seeds=seeds,
     )
 
 
@@ -101,23 +106,23 @@ def recall(
 @guarded()
 def repeats(
     model: Model,
+    *,
     texts: Texts,
-    teacher: Teacher = None,
-    lengths: Lengths = "512,1024,2048,4096",
-    device: Device = "cpu",
-    threads: Threads = None,
+    repeating: Repeating,
+    computing: Computing,
     as_json: Json = False,
 ) -> None:
     """What a model gains on a passage that it reads a second time, at the end of a long text."""
     from linspec.evaluate.repeats import evaluate_repeats
 
-    place, sizes = place_on(device, threads), numbers(lengths, "--lengths")
     _show(
-        lambda: evaluate_repeats(
-            model, teacher=teacher, **texts.to_library(), lengths=sizes, device=place
-        ),
+        evaluate_repeats,
         as_json,
         "cells",
+        model=model,
+        **texts.to_library(),
+        **computing.to_library(),
+        **repeating.to_library(),
     )
 
 
@@ -125,23 +130,25 @@ def repeats(
 @guarded()
 def positions(
     model: Model,
+    *,
     texts: Texts,
     length: Annotated[int, typer.Option(callback=whole(), help="Tokens of a text.")] = 32768,
     context: Window = None,
-    device: Device = "cpu",
-    threads: Threads = None,
+    computing: Computing,
     as_json: Json = False,
 ) -> None:
     """Perplexity along long texts, beside that in windows of the training context."""
     from linspec.evaluate.positions import by_position
 
-    place = place_on(device, threads)
     _show(
-        lambda: by_position(
-            model, **texts.to_library(), length=length, context=context, device=place
-        ),
+        by_position,
         as_json,
         "stretches",
+        model=model,
+        **texts.to_library(),
+        **computing.to_library(),
+        length=length,
+        context=context,
     )
 
 
@@ -149,24 +156,26 @@ def positions(
 @guarded()
 def continuations(
     model: Model,
+    *,
     texts: Texts,
     limit_bytes: LimitBytes = None,
     context: Annotated[
         int, typer.Option(callback=whole(2), help="Tokens of a window, source and target.")
     ] = 512,
-    device: Device = "cpu",
-    threads: Threads = None,
+    computing: Computing,
     as_json: Json = False,
 ) -> None:
     """Bits per byte of an encoder-decoder (T5): the second half of every window, given the first."""
     from linspec.evaluate.continuations import continue_source
 
-    place = place_on(device, threads)
     _show(
-        lambda: continue_source(
-            model, **texts.to_library(), limit_bytes=limit_bytes, context=context, device=place
-        ),
+        continue_source,
         as_json,
+        model=model,
+        **texts.to_library(),
+        **computing.to_library(),
+        limit_bytes=limit_bytes,
+        context=context,
     )
 
 
@@ -192,20 +201,19 @@ def embeddings(
 
     place_on("cpu", threads)
     _show(
-        lambda: compare_sources(
-            teacher,
-            student,
-            **texts.to_library(),
-            count=count,
-            context=context,
-            quantize=quantize,
-        ),
+        compare_sources,
         as_json,
+        teacher=teacher,
+        student=student,
+        **texts.to_library(),
+        count=count,
+        context=context,
+        quantize=quantize,
     )
 
 
-def _show(measure: Callable[[], Any], as_json: bool, rows: str = "") -> None:
+def _show(measure: Callable[..., Any], as_json: bool, rows: str = "", **options: Any) -> None:
     """Measure and print; rows: the list of the result that people see as a table."""
     with quiet_stdout():
-        found = measure().to_json()
+        found = measure(**options).to_json()
     print_json(found) if as_json else print_measured(found, rows)

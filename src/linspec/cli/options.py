@@ -166,6 +166,33 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Computing:
+    """On what a model computes."""
+
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def to_library(self) -> dict[str, Any]:
+        """As functions of the library take it; --threads is applied."""
+        return {"device": place_on(self.device, self.threads)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded, and on what it computes."""
+
+    quantize: Quantize = None
+    kv: Kv = "auto"
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def to_library(self) -> dict[str, Any]:
+        """As functions of the library take it; --threads is applied."""
+        place = place_on(self.device, self.threads)
+        return {"quantize": self.quantize, "kv": self.kv, "device": place}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How long and how to train; what is left out (None) keeps the default of the library."""
 

@@ -11,7 +11,7 @@ from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
 MAX_STAGED = 64
-# in place of a layer's number: the normalised states that the output layer reads
+# in place of a layer's number: the normalized states that the output layer reads
 FINAL = -1
 
 
@@ -71,7 +71,7 @@ LOGITS = Want()
 class StepOutput:
     """What one step computed for the nodes whose logits were asked for.
 
-    hidden [P, D] are final normalised hidden states, logits [P, vocab]; `slices[i]` says which of the P
+    hidden [P, D] are final normalized hidden states, logits [P, vocab]; `slices[i]` says which of the P
     belong to input i. layers: of each layer that was wanted, the states behind it [M, D] of all M new nodes,
     those of input i at `nodes[i]`.
     """

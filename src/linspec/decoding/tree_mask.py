@@ -1,4 +1,4 @@
-"""Who sees whom when the nodes of a step meet the rows of a state."""
+"""The attention mask of one step: which cached and staged positions each new node may attend to."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _SIGNATURE = re.compile(r"^ *def .*:\n", re.M)
 _CHARACTERS_BEFORE = 1200
 _LEAST_PROMPTS = 2
 _LEAST_CONTEXTS = 2
-# how much longer the next context is believed to take than the last one
+# how much longer the next context is expected to take than the last one
 _GROWTH = 4
 
 

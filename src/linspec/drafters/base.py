@@ -19,7 +19,7 @@ from linspec.utils.registry import Registry
 
 # most draft nodes of any tree: its root takes one sequence of the stage
 MAX_NODES = MAX_STAGED - 1
-# A fresh drafter is believed to be right this often at each depth, as if seen this many times.
+# A fresh drafter is assumed to be right this often at each depth, as if seen this many times.
 PRIOR_RATE = 0.5
 PRIOR_COUNT = 4.0
 _FORGET = 0.98

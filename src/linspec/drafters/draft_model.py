@@ -13,8 +13,9 @@ from typing import Self
 
 import torch
 
-from linspec.checkpoints.hub import EMBEDDED, load_model
+from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.load_quantized import quantize_model
+from linspec.checkpoints.resolve import EMBEDDED
 from linspec.checkpoints.same_tokenizer import check_same_tokenizer
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.sequence import RunningSequence
@@ -221,6 +222,6 @@ def _ready_model(folder: str, target: Decoder) -> Decoder:
     small = load_model(folder, dtype=target.dtype, device=str(target.embed.weight.device))
     bits = integer_bits(target.head)
     if bits and not small.is_inference:
-        # a target that was quantised at load wants a draft model that was
+        # a target that was quantized at load wants a draft model that was
         quantize_model(small, bits, {})
     return small.to_inference()

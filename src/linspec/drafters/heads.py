@@ -1,6 +1,6 @@
 """Medusa heads (Cai et al. 2024, arXiv 2401.10774): what they compute.
 
-Head k (1-based) sees the final normalised hidden state at position t, whose next token t+1 is the
+Head k (1-based) sees the final normalized hidden state at position t, whose next token t+1 is the
 model's own business, and guesses token t+1+k.
 
     logits = heads(hidden)     # [..., D] -> [..., heads, vocab]

@@ -1,7 +1,7 @@
 """Medusa heads on disk: a directory with `drafter.json` and `drafter.safetensors`.
 
 drafter.json holds the shape, the fingerprint of the target and the accuracies on held-out text. Packed
-heads have an entry `quantization` there, as quantised models have, and their weights are mapped.
+heads have an entry `quantization` there, as quantized models have, and their weights are mapped.
 
     heads = load_heads("model/medusa", model)
 """
@@ -123,7 +123,7 @@ def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -
     """Packed heads of the shape of `plain`, mapped."""
     if model.embed.weight.device.type != "cpu":
         raise DrafterError(
-            f"the drafter in {folder} is quantised, which is for the CPU; use the one it was made from"
+            f"the drafter in {folder} is quantized, which is for the CPU; use the one it was made from"
         )
     try:
         bits = check_entry(entry, folder)

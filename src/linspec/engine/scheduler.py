@@ -29,7 +29,7 @@ class Batch:
 
 
 # Pieces of a prompt end at multiples of it. Grouped mixers add up the tokens of a piece in another order
-# when it begins elsewhere, and quantised layers make a visible difference of that: a prompt would
+# when it begins elsewhere, and quantized layers make a visible difference of that: a prompt would
 # read otherwise beside other requests.
 PIECE = 64
 

@@ -1,4 +1,4 @@
-"""Drafters that come along when their model is quantised: packed, and measured before and after."""
+"""Drafters that come along when their model is quantized: packed, and measured before and after."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Companion:
     """The heads in one folder of a model directory.
 
     facts: what drafter.json says. before, after: how often the likeliest guess of each head is the target's
-    choice on the same held-out text, plain heads on the plain target and quantised ones on the quantised.
+    choice on the same held-out text, plain heads on the plain target and quantized ones on the quantized.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Companion:
 def find_companions(folder: Path, model: Decoder) -> list[Companion]:
     """The drafters in a plain model directory, checked and not measured yet.
 
-    Raises DrafterError for one of another model and ConfigError for one that is quantised.
+    Raises DrafterError for one of another model and ConfigError for one that is quantized.
     """
     found = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
@@ -56,7 +56,7 @@ def find_companions(folder: Path, model: Decoder) -> list[Companion]:
         heads = load_heads(path.parent, model)
         if not isinstance(heads, MedusaHeads):
             raise ConfigError(
-                f"{path.parent} is quantised already; quantise the one it was made from"
+                f"{path.parent} is quantized already; quantize the one it was made from"
             )
         for name, tensor in heads.state_dict().items():
             check_finite(name, tensor, path.parent, DrafterError)
@@ -67,7 +67,7 @@ def find_companions(folder: Path, model: Decoder) -> list[Companion]:
 def save_companion(
     companion: Companion, model: Decoder, out: Path, bits: int, stream: np.ndarray
 ) -> None:
-    """Quantise the heads of a model that now is quantised, measure them, and write them into `out`."""
+    """Quantize the heads of a model that now is quantized, measure them, and write them into `out`."""
     companion.heads.bind(model.head)
     packed = PackedHeads.of(companion.heads, Quantizer(bits, {}))
     companion.after = _first_guesses(model, packed, stream)

@@ -18,13 +18,12 @@ import torch
 
 from linspec.checkpoints.checksums import check_files
 from linspec.checkpoints.hub import (
-    TOKENIZER_FILES,
     check_tokenizer,
     load_any,
     load_tokenizer,
     resolve,
-    tokenizer_place,
 )
+from linspec.checkpoints.load_tokenizer import TOKENIZER_FILES, tokenizer_place
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
 from linspec.errors import DrafterError

@@ -3,13 +3,13 @@
     report = quantize("embedded-softmax", "small", bits=4)
     print(report.increase)          # of the bits per byte, as a share
 
-All linear layers and the output layer are quantised; norms, convolutions and scalars stay float32,
-embeddings become bfloat16. Activations are quantised to 8 bits as they come, a scale for each token.
+All linear layers and the output layer are quantized; norms, convolutions and scalars stay float32,
+embeddings become bfloat16. Activations are quantized to 8 bits as they come, a scale for each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -109,10 +109,7 @@ def quantize(
         for companion in companions:
             companion.measure(model, stream)
         size = sum(tensor.nbytes for tensor in model.parameters())
-        calibration: Mapping[nn.Module, torch.Tensor] = {}
-        if calibrating:
-            calibration = _calibration(model, tokenizer, texts, calibration_bytes)
-        quantize_model(model, bits, calibration)
+        quantize_model(model, bits, _calibration(model, tokenizer, texts, calibration_bytes))
         after = score(label="quality after").bits_per_byte
         facts = {
             "bits_per_byte_before": before,
@@ -131,6 +128,9 @@ def quantize(
 def _calibration(
     model: Decoder, tokenizer: Any, documents: Sequence[str], limit_bytes: int
 ) -> dict[nn.Module, torch.Tensor]:
+    """Statistics of the inputs of linear layers on `documents`; none without any."""
+    if not documents:
+        return {}
     with input_statistics(model) as calibration:
         evaluate(model, tokenizer, documents, limit_bytes=limit_bytes, label="calibration")
     return calibration

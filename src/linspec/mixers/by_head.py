@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS, Mixer, Rope
+from linspec.mixers.base import MIXERS, Features, Mixer, Rope
 from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.forms import full
 from linspec.mixers.options import SinkOptions
 from linspec.mixers.softmax import Softmax
 from linspec.mixers.streaming import Streaming
@@ -96,7 +97,7 @@ class ByHead(Mixer):
         outputs = []
         for part, packed in self._shared_out(x, rope):
             q, k, v = (t.transpose(1, 2) for t in packed)
-            outputs.append(part._full(q, k, v).transpose(1, 2))
+            outputs.append(full(part, q, k, v).transpose(1, 2))
         return self.o(self._joined(outputs).flatten(2))
 
     def step(
@@ -114,9 +115,7 @@ class ByHead(Mixer):
         ]
         return self.o(self._joined(outputs).flatten(1))
 
-    def _shared_out(
-        self, x: torch.Tensor, rope: Rope
-    ) -> list[tuple[Mixer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    def _shared_out(self, x: torch.Tensor, rope: Rope) -> list[tuple[Mixer, Features]]:
         """Each part with its features of x [..., D]: q [..., heads, K'], k and v [..., KV heads, .]."""
         both, v = self.split_heads(x)
         q, k = both.split((self.heads, self.kv_heads), dim=-2)

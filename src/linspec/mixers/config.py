@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self, TypeVar
 
 from linspec.errors import ConfigError
 from linspec.utils.border import parse
 from linspec.utils.messages import shown
 from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_size, check_sizes
 
+T = TypeVar("T")
+
 KERNELS = ("own", "softmax", "relu2")
 # settings that came after the first runs and cells were kept
-_LATER = ("sinks", "exact_heads")
+_LATER = ("sinks", "exact_heads", "options")
 # what `parse` lets a JSON object of these classes hold: nothing that they do not know
 STRICT = {"extra": "forbid"}
 
@@ -32,6 +34,7 @@ class MixerConfig:
     seed: of what a mixer draws at random when it is made.
     sinks: first tokens of a text that `streaming` sees from everywhere. exact_heads: KV heads that
     `by-head` gives softmax attention.
+    options: further settings, of a mixer that another package brings; see `own_options`.
     """
 
     name: str = "softmax"
@@ -45,6 +48,7 @@ class MixerConfig:
     seed: int = 0
     sinks: int = 0
     exact_heads: tuple[int, ...] = ()
+    options: dict[str, bool | int | float | str | None] = field(default_factory=dict, hash=False)
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -69,8 +73,12 @@ class MixerConfig:
 
     def chosen(self) -> dict[str, Any]:
         """The settings that differ from the defaults: the same when later versions add more."""
-        every = asdict(self)
-        return {f.name: every[f.name] for f in fields(self) if every[f.name] != f.default}
+        usual = asdict(MixerConfig())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
+    def own_options(self, kind: type[T]) -> T:
+        """`options` as the dataclass `kind` of a mixer; raises ConfigError if they do not fit it."""
+        return parse(kind, self.options, f"options of mixer {self.name!r}")
 
 
 def check_heads(heads: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from linspec.kernels.step_plan import AttentionPlan
+from linspec.mixers.arranged import grouped_plan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
@@ -25,11 +26,13 @@ class Grouped(LinearMixer):
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
-        # α = 0 at the start: with α = 1 the unnormalised sum drowns the local part (paper, fig. 6b)
+        # α = 0 at the start: with α = 1 the unnormalized sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
     def attention_plan(self) -> AttentionPlan | None:
-        return self.grouped_plan(float(self.alpha)) if type(self) is Grouped else None
+        if type(self) is not Grouped:
+            return None
+        return grouped_plan(self.mixer, alpha=float(self.alpha), biased=self.relative is not None)
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

@@ -1,4 +1,4 @@
-"""Hedgehog feature maps with a softmax window (Zhang et al. 2024, LoLCATs): learned, normalised jointly."""
+"""Hedgehog feature maps with a softmax window (Zhang et al. 2024, LoLCATs): learned, normalized jointly."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import nn
 
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.normalised import Normalised
+from linspec.mixers.normalized import Normalized
 from linspec.mixers.ops.exact import Exact
 from linspec.mixers.ops.features import two_sided_softmax
 
 
 @MIXERS.register(
     "hedgehog",
-    summary="softmax weights within the span + learned softmax features over earlier groups, normalised",
+    summary="softmax weights within the span + learned softmax features over earlier groups, normalized",
     paper="Zhang et al. 2024 (LoLCATs), arXiv 2410.10254; 2024 (Hedgehog), arXiv 2402.04347",
     state="2·d² + 2·d + n·G·(2·d + 1) per KV head",
     cost="(2·n·G + 6·d)·d per token",
 )
-class Hedgehog(Normalised):
+class Hedgehog(Normalized):
     """o_t = (Σ_exact e_s v_s + Σ_summed w_s v_s) / (Σ_exact e_s + Σ_summed w_s).
 
     e_s = exp(q_t·k_s / sqrt(K) - the largest of them) and w_s = exp(γ) φ(q_t)·φ(k_s), with

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.base import MIXERS
+from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, shifted, split, windows
-from linspec.mixers.ops.exact import Groups, masked_softmax
+from linspec.mixers.ops.exact import masked_softmax
+from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import CompressionOptions
-from linspec.state.contract import LayerState, StateOptions
-from linspec.state.grouped import GroupedSpec, GroupedState
 
 DEFAULT_KEEP = 16
 # tokens that one compressed row stands for, unless `features` says otherwise
@@ -33,7 +30,7 @@ TOKENS_PER_ROW = 8
     cost="2·(n·G + M·p)·d per token; in an encoder 2·(p/G)·T·d",
     options=CompressionOptions,
 )
-class Linformer(Mixer):
+class Linformer(ClosingMixer):
     """Softmax over s within the span and over the rows E K_g, F V_g of the last M closed groups g.
 
     The published form mixes all positions and cannot be causal; here E and F [p, G] mix the positions
@@ -56,7 +53,6 @@ class Linformer(Mixer):
                 "there, leave it out"
             )
         super().__init__(config, mixer)
-        self.groups = Groups(mixer.group, mixer.span)
         self.rows = mixer.features or max(1, mixer.group // TOKENS_PER_ROW)
         if self.rows > mixer.group:
             raise ConfigError(
@@ -67,25 +63,16 @@ class Linformer(Mixer):
         self.key_map = nn.Parameter(averages(self.rows, mixer.group))
         self.value_map = nn.Parameter(averages(self.rows, mixer.group))
 
-    def state_spec(self) -> GroupedSpec:
-        return GroupedSpec(
-            kv_heads=self.kv_heads,
-            key_width=self.head_width,
-            value_width=self.head_width,
-            conv_history=max(0, self.mixer.taps - 1),
-            group=self.mixer.group,
-            span=self.mixer.span,
-            sum_width=self.keep * self.rows,
-            sum_columns=2 * self.head_width + 1,
-        )
+    def sum_width(self) -> int:
+        return self.keep * self.rows
 
-    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
-        return GroupedState(self.state_spec(), [each.fold for each in layers], slots, options)
+    def sum_columns(self) -> int:
+        return row_columns(self.head_width)
 
     def compress(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Groups [..., G, K] -> [..., p, 2 K + 1]: key, value, and a 1 that says the row is there."""
         k, v = self.key_map.to(keys.dtype) @ keys, self.value_map.to(values.dtype) @ values
-        return F.pad(torch.cat((k, v), dim=-1), (0, 1), value=1.0)
+        return pack_rows(k, v)
 
     def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Sums after groups have closed: their rows behind those that were there, the oldest forgotten."""
@@ -104,12 +91,12 @@ class Linformer(Mixer):
     ) -> torch.Tensor:
         assert sums is not None
         exact, closed_on_path = self.groups.masks(tree_mask)
-        k, v, there = sums.to(q.dtype).split((self.head_width, self.head_width, 1), dim=-1)
+        k, v, there = unpack_rows(sums.to(q.dtype))
         products, kept = (self._products(q, rows) for rows in (keys, k))
         nodes = (tree_mask.offsets // self.mixer.group)[:, None, None, :, None]
         # groups count from the base_position: the newest kept one is -1
         age = torch.arange(-self.keep, 0, device=q.device).repeat_interleave(self.rows)
-        seen = (there.mT > 0).unsqueeze(2) & self._remembered(age, nodes)
+        seen = there.mT.unsqueeze(2) & self._remembered(age, nodes)
         masks = [torch.ones_like(products, dtype=torch.bool) if exact is None else exact, seen]
         if closed_on_path is None:
             rows, old = self._weigh([products, kept], masks)
@@ -166,7 +153,7 @@ class Linformer(Mixer):
         exact = causal_window(keys.shape[2], group, before, k.device).repeat(1, self.repeats, 1)
         old_k, old_v, there = self._kept(k, v, sums)
         products = [blocks @ keys.mT, blocks @ old_k.mT]
-        rows, old = self._weigh(products, [exact, there.mT > 0])
+        rows, old = self._weigh(products, [exact, there.mT])
         o = rows @ windows(v, None, before, group) + old @ old_v
         return join(o, self.repeats, q.shape[2])
 
@@ -183,8 +170,7 @@ class Linformer(Mixer):
             kept = start.to(new.dtype).unflatten(2, (self.keep, self.rows))
             new = F.pad(torch.cat((kept, new), dim=2), (0, 0, 0, 0, ahead, 0))
         # group i sees the `keep` groups that end just before its span
-        rows = shifted(new, 2, -(-k.shape[2] // group), self.keep, at=3).flatten(3, 4)
-        return rows.split((self.head_width, self.head_width, 1), dim=-1)
+        return unpack_rows(shifted(new, 2, -(-k.shape[2] // group), self.keep, at=3).flatten(3, 4))
 
     # ---- encoder form
 
@@ -193,7 +179,7 @@ class Linformer(Mixer):
     ) -> torch.Tensor:
         group = self.mixer.group
         rows = self.compress(split(k, group), split(v, group)).flatten(2, 3)
-        keys, values, _ = rows.split((self.head_width, self.head_width, 1), dim=-1)
+        keys, values, _ = unpack_rows(rows)
         if real is None:
             real = torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device)
         # a row stands for a share of its group: it is there when the first token of that is

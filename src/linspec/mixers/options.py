@@ -1,11 +1,13 @@
 """What can be set behind a mixer's name, such as aug:softmax or window:window=128: one dataclass a kind.
 
-None is what `linspec linearize` takes for this mixer. Fields are named as in MixerConfig.
+None is what `linspec linearize` takes for this mixer. Fields are named as in MixerConfig. A mixer of another
+package may have further ones, which MixerConfig keeps in its `options`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from linspec.utils.options import option
@@ -71,7 +73,11 @@ class CompressionOptions(SpanOptions):
     keep: int | None = option("closed groups that are remembered", default=None)
 
 
-def given(options: Any) -> dict[str, str | int]:
-    """The settings that a spec gave."""
+def given(options: Any) -> dict[str, Any]:
+    """The settings that a spec gave, as JSON has them."""
     every = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in every.items() if value is not None}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in every.items()
+        if value is not None
+    }

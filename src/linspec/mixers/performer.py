@@ -14,7 +14,7 @@ FEATURE_FLOOR = 1e-4
 
 @MIXERS.register(
     "performer",
-    summary="positive random features of exp(q·k / sqrt(d)) over all tokens, normalised",
+    summary="positive random features of exp(q·k / sqrt(d)) over all tokens, normalized",
     paper="Choromanski et al. 2021, arXiv 2009.14794",
     state="m·(d + 1) + n·G·(2·d + 1) per KV head, m = d·ln d",
     cost="(2·n·G + 2·m)·d per token",

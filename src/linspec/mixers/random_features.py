@@ -7,7 +7,7 @@ import math
 import torch
 
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.normalised import Normalised
+from linspec.mixers.normalized import Normalized
 
 # exp(w·y - ‖y‖²/2) is at most exp(‖w‖²/2), and exp(80) is a float32
 LONGEST_SQUARE = 160.0
@@ -33,7 +33,7 @@ def orthogonal_rows(count: int, width: int, seed: int) -> torch.Tensor:
     return torch.cat(blocks)[:count].float()
 
 
-class RandomFeatures(Normalised):
+class RandomFeatures(Normalized):
     """Base of mixers whose features are functions of a fixed random projection.
 
     The projection is drawn from the mixer's seed once and kept in the checkpoint: another version of

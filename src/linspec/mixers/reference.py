@@ -128,7 +128,7 @@ def arranged(own: LinearForm) -> Form:
 
 def relu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
     """φ(q_t) S_t / (φ(q_t)·z_t + ε): S_t sums φ(k_s) v_sᵀ, z_t sums φ(k_s), φ = relu."""
-    return _normalised(q.relu(), k.relu(), v, seen)
+    return _normalized(q.relu(), k.relu(), v, seen)
 
 
 def hedgehog(
@@ -167,7 +167,7 @@ def performer(
 
     largest = exponents(q).max(1, keepdim=True).values
     q, k = (exponents(q) - largest).exp() + 1e-4, exponents(k).exp() + 1e-4
-    return _normalised(q / math.sqrt(len(w)), k / math.sqrt(len(w)), v, seen)
+    return _normalized(q / math.sqrt(len(w)), k / math.sqrt(len(w)), v, seen)
 
 
 def rfa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, seen: Seen) -> torch.Tensor:
@@ -273,7 +273,7 @@ def _two_sided(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((x.exp() / x.exp().sum(), (-x).exp() / (-x).exp().sum()))
 
 
-def _normalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> torch.Tensor:
+def _normalized(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Linear attention with a denominator, on features."""
     out = []
     for t in range(len(q)):

@@ -12,6 +12,7 @@ from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.config import RelativeConfig
+from linspec.mixers.ops.exact import Groups
 
 
 class RelativeBias(nn.Module):
@@ -54,9 +55,18 @@ class RelativeBias(nn.Module):
         bias: torch.Tensor = self(tree_mask.memo(("buckets", self.config), buckets))
         return bias.unflatten(1, (kv_heads, -1))
 
-    def blocks(self, group: int, columns: int, before: int, kv_heads: int) -> torch.Tensor:
-        """Bias between the tokens of a block and what lies around it: [Hkv, 1, rep * G, C]."""
-        device = self.table.weight.device
+    def blocks(self, groups: Groups, time: int, kv_heads: int) -> torch.Tensor:
+        """Bias between the tokens of a block and those within its span: [Hkv, 1, rep * G, C]."""
+        before = groups.before(-(-time // groups.size))
+        return self._around(groups.size, before, 0, kv_heads)
+
+    def blocks_both(self, groups: Groups, kv_heads: int) -> torch.Tensor:
+        """As `blocks` for encoders, with as many groups behind a block as ahead of it."""
+        reach = (groups.span - 1) * groups.size
+        return self._around(groups.size, reach, reach, kv_heads)
+
+    def _around(self, group: int, before: int, after: int, kv_heads: int) -> torch.Tensor:
+        device, columns = self.table.weight.device, before + group + after
         column = torch.arange(columns, device=device) - before
         row = torch.arange(group, device=device)[:, None]
         bias: torch.Tensor = self(self.buckets(row - column))

@@ -1,21 +1,21 @@
-"""ReLU linear attention (Cai et al. 2023, EfficientViT): a normalised kernel attention."""
+"""ReLU linear attention (Cai et al. 2023, EfficientViT): a normalized kernel attention."""
 
 from __future__ import annotations
 
 import torch
 
 from linspec.mixers.base import MIXERS
-from linspec.mixers.normalised import Normalised
+from linspec.mixers.normalized import Normalized
 
 
 @MIXERS.register(
     "relu",
-    summary="relu(q)·relu(k) weights over all tokens, normalised",
+    summary="relu(q)·relu(k) weights over all tokens, normalized",
     paper="Cai et al. 2023 (EfficientViT), arXiv 2205.14756",
     state="d² + d + n·G·(2·d + 1) per KV head",
     cost="(2·n·G + d)·d per token",
 )
-class Relu(Normalised):
+class Relu(Normalized):
     """o_t = φ(q_t)·Σ φ(k_s) v_sᵀ / (φ(q_t)·Σ φ(k_s) + ε), φ = relu.
 
     With its own kernel, groups change nothing in the result; they only batch the updates of the sum.

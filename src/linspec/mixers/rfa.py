@@ -15,7 +15,7 @@ SMALLEST_TOTAL = 0.1
 
 @MIXERS.register(
     "rfa",
-    summary="random sines and cosines of exp(-‖q̂ - k̂‖² / 2) over all tokens, normalised",
+    summary="random sines and cosines of exp(-‖q̂ - k̂‖² / 2) over all tokens, normalized",
     paper="Peng et al. 2021, arXiv 2103.02143",
     state="2·m·(d + 1) + n·G·(2·d + 1) per KV head, m = d·ln d",
     cost="(2·n·G + 4·m)·d per token",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,9 @@ from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Exact, softmax_weights
 from linspec.mixers.options import CacheOptions
-from linspec.state.contract import EntryState, LayerState, StateOptions
+from linspec.state.contract import LayerState, StateOptions
 from linspec.state.entries import EntrySpec
 from linspec.state.registry import new_cache
-
-if TYPE_CHECKING:
-    from linspec.state.dense_group import DenseGroup
 
 # queries that share a mask: few, so that little is computed only to be masked
 _TAIL_ROWS = 256
@@ -43,6 +40,9 @@ class Softmax(Mixer):
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
+        # a subclass may weigh entries in another way
+        self.plain = type(self) is Softmax and self.relative is None
+        self.ends_alone = self.plain and not mixer.taps
 
     def state_spec(self) -> EntrySpec:
         return EntrySpec(
@@ -56,8 +56,7 @@ class Softmax(Mixer):
         return new_cache(self.state_spec(), len(layers), slots, options)
 
     def attention_plan(self) -> AttentionPlan | None:
-        # a subclass may weigh entries in another way
-        return AttentionPlan() if type(self) is Softmax and self.relative is None else None
+        return AttentionPlan() if self.plain else None
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which positions each node attends to, [R, N, C]; None for all of them."""
@@ -91,38 +90,14 @@ class Softmax(Mixer):
         time = q.shape[2]
         return self.over(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
 
-    def _step_long(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        dense_group: DenseGroup,
-        state: EntryState,
-        layer: int,
-    ) -> torch.Tensor:
-        # a subclass may weigh entries in another way
-        if type(self) is not Softmax or self.relative is not None or self.mixer.taps:
-            return super()._step_long(q, k, v, dense_group, state, layer)
-        # the new tokens alone: nothing of those before them is computed again
-        keys, values = state.stage_long(layer, dense_group.start, dense_group.lengths, k, v)
-        q = state.entries.queries(q)
-        out = values.new_zeros(*q.shape[:3], values.shape[3])
-        for i, (slot, n) in enumerate(
-            zip(dense_group.slot_range, dense_group.lengths, strict=True)
-        ):
-            past = state.held(slot)
-            for first in range(0, n, _TAIL_ROWS):
-                last = min(first + _TAIL_ROWS, n)
-                seen = slice(i, i + 1), slice(None), slice(past + last)
-                queries = q[i : i + 1, :, first:last]
-                out[i, :, first:last] = self._tail(queries, keys[seen], values[seen])[0]
-        return out
-
-    def _tail(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The end of `mix`: q [B, H, N, K] of the last tokens, k and v of all."""
-        count, time = q.shape[2], k.shape[2]
-        mask = torch.ones(count, time, dtype=torch.bool, device=q.device).tril(time - count)
-        return self.over(q, k, v, mask)
+    def mix_end(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        past, ends = k.shape[2] - q.shape[2], []
+        for first in range(0, q.shape[2], _TAIL_ROWS):
+            queries = q[:, :, first : first + _TAIL_ROWS]
+            count, time = queries.shape[2], past + first + queries.shape[2]
+            mask = torch.ones(count, time, dtype=torch.bool, device=q.device).tril(time - count)
+            ends.append(self.over(queries, k[:, :, :time], v[:, :, :time], mask))
+        return torch.cat(ends, dim=2)
 
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
-from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.base import MIXERS
+from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, windows
-from linspec.mixers.ops.exact import Exact, Groups, softmax_weights
+from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import SinkOptions
-from linspec.state.contract import LayerState, StateOptions
-from linspec.state.grouped import GroupedSpec, GroupedState
 
 
 @MIXERS.register(
@@ -29,7 +27,7 @@ from linspec.state.grouped import GroupedSpec, GroupedState
     cost="2·(n·G + s)·d per token",
     options=SinkOptions,
 )
-class Streaming(Mixer):
+class Streaming(ClosingMixer):
     """Softmax over s within reach of t and over s < sinks.
 
     Within reach are t's own group and the span - 1 groups before it. The sinks are rows of the first
@@ -49,35 +47,20 @@ class Streaming(Mixer):
                 f"{mixer.sinks}; choose fewer sinks or a larger group"
             )
         super().__init__(config, mixer)
-        self.groups = Groups(mixer.group, mixer.span)
         self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
 
     # ---- state
 
-    def state_spec(self) -> GroupedSpec:
-        return GroupedSpec(
-            kv_heads=self.kv_heads,
-            key_width=self.head_width,
-            value_width=self.head_width,
-            conv_history=max(0, self.mixer.taps - 1),
-            group=self.mixer.group,
-            span=self.mixer.span,
-            sum_width=self.mixer.sinks,
-            sum_columns=2 * self.head_width + 1,
-        )
+    def sum_width(self) -> int:
+        return self.mixer.sinks
 
-    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
-        return GroupedState(self.state_spec(), [each.fold for each in layers], slots, options)
+    def sum_columns(self) -> int:
+        return row_columns(self.head_width)
 
     def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         count = self.mixer.sinks
-        first = torch.cat((keys[:, :count], values[:, :count]), dim=-1).to(sums.dtype)
-        return torch.where(sums[..., -1:] > 0, sums, F.pad(first, (0, 1), value=1.0))
-
-    def _kept(self, sums: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Keys and values [R, Hkv, s, .] of sinks whose group has closed, and which slots [R] have them."""
-        k, v, there = sums.to(dtype).split((self.head_width, self.head_width, 1), dim=-1)
-        return k, v, there[:, 0, 0, 0] > 0
+        first = pack_rows(keys[:, :count], values[:, :count]).to(sums.dtype)
+        return torch.where(unpack_rows(sums)[2], sums, first)
 
     # ---- step form
 
@@ -91,9 +74,10 @@ class Streaming(Mixer):
     ) -> torch.Tensor:
         near, first = self._masks(tree_mask)
         if sums is not None:
-            k, v, there = self._kept(sums, q.dtype)
-            near = near | (first & ~there[:, None, None])
-            kept = there[:, None, None].expand(*near.shape[:2], k.shape[2])
+            k, v, there = unpack_rows(sums.to(q.dtype))
+            there = there[:, 0, :1]  # [R, 1, 1]: all sinks of a slot are there, or none
+            near = near | (first & ~there)
+            kept = there.expand(*near.shape[:2], k.shape[2])
             near = torch.cat((kept, near), dim=-1)
             keys, values = torch.cat((k, keys), dim=2), torch.cat((v, values), dim=2)
         o = self.exact.nodes(q, keys, values, near[:, None, None])
@@ -154,10 +138,10 @@ class Streaming(Mixer):
         far = torch.arange(count, device=k.device)[None, :, None] >= self.mixer.span
         if sums is None:
             return k, v, far.expand(-1, -1, sinks)
-        kept_k, kept_v, there = self._kept(sums, k.dtype)
-        pick = there[:, None, None, None]
-        k, v = torch.where(pick, kept_k, k), torch.where(pick, kept_v, v)
-        return k, v, (far | there[:, None, None]).expand(-1, -1, sinks)
+        kept_k, kept_v, there = unpack_rows(sums.to(k.dtype))
+        there = there[:, :1, :1]  # [B, 1, 1, 1]: all sinks of a sequence are there, or none
+        k, v = torch.where(there, kept_k, k), torch.where(there, kept_v, v)
+        return k, v, (far | there[:, 0]).expand(-1, -1, sinks)
 
     def _over_blocks(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor

@@ -1,4 +1,4 @@
-"""TransNormer (Qin et al. 2022): linear attention whose output is normalised, not its weights."""
+"""TransNormer (Qin et al. 2022): linear attention whose output is normalized, not its weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.exact import Exact
 from linspec.mixers.ops.features import same
+from linspec.mixers.ops.parts import weigh_features
 
 RMS_FLOOR = 1e-6
 
@@ -33,7 +34,7 @@ class TransNormer(LinearMixer):
         return F.elu(x) + 1
 
     def own_exact(self) -> Exact | None:
-        return self.feature_exact(same)
+        return weigh_features(self.summed, same)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(o, (self.head_width,), self.gain.to(o.dtype), RMS_FLOOR)

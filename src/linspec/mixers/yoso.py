@@ -22,7 +22,7 @@ LARGEST_COSINE = 0.999
 
 @MIXERS.register(
     "yoso",
-    summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within the span, to second order before it, L2-normalised",
+    summary="(1 - acos(q̂·k̂)/π)⁸ weights, exact within the span, to second order before it, L2-normalized",
     paper="Zeng et al. 2021, arXiv 2111.09714",
     state="(d²/2 + 2·d + 1)·d + 2·n·G·d per KV head",
     cost="(2·n·G + d²)·d per token",

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def make_norm(config: StackConfig) -> nn.Module:
-    """The configured normalisation over the model width."""
+    """The configured normalization over the model width."""
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.width, eps=config.norm_eps)
 

@@ -161,7 +161,7 @@ class CrossDecoder(Decoder):
         return [block.cross.read(hidden, real) for block in self.cross_blocks]
 
     def decode(self, ids: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
-        """Final normalised hidden states [B, T, D] of ids [B, T] (padded at the end if at all)."""
+        """Final normalized hidden states [B, T, D] of ids [B, T] (padded at the end if at all)."""
         x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
         for block, source in zip(self.cross_blocks, sources, strict=True):
             x = block.attend(x, rope, source)

@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def hidden(self, ids: torch.Tensor, through: Through = Block.__call__) -> torch.Tensor:
-        """Final normalised hidden states [B, T, D] of ids [B, T] at positions 0..T-1.
+        """Final normalized hidden states [B, T, D] of ids [B, T] at positions 0..T-1.
 
         through: runs one block on its input; a caller can look at it, or recompute it later.
         """
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         return self.leave(x)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """What the output layer takes: the last block's states, normalised."""
+        """What the output layer takes: the last block's states, normalized."""
         x = self.norm(x)
         return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
 

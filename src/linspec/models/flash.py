@@ -99,7 +99,7 @@ class Flash(Decoder):
         positions: torch.Tensor,
         given: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> tuple[torch.Tensor, Rope]:
-        # embeddings of a quantised model are narrower
+        # embeddings of a quantized model are narrower
         x = self.embedded(ids, given).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq

@@ -2,7 +2,7 @@
 
 One head with narrow queries and keys and wide values. Four scaled and shifted copies of one
 projection serve as queries and keys of two branches: a quadratic one inside a group, whose weights
-are not normalised, and a linear one over the groups before. A gate multiplies their sum.
+are not normalized, and a linear one over the groups before. A gate multiplies their sum.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.mixers.base import Rope
+from linspec.mixers.base import Features, Rope
+from linspec.mixers.forms import full
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.convolution import tap_distances
 from linspec.mixers.ops.exact import Exact, Groups
+from linspec.mixers.ops.parts import Parts
 from linspec.mixers.ops.summed import Summed
 from linspec.mixers.projections import LinearFactory
 from linspec.mixers.relative import RelativeBias
@@ -47,7 +49,7 @@ def laplace_weights(
     group: int,
     width: int,
 ) -> torch.Tensor:
-    """Weights of the quadratic branch, which are not normalised."""
+    """Weights of the quadratic branch, which are not normalized."""
     scores = products / group
     if bias is not None:
         scores = scores + bias * width**0.5
@@ -76,6 +78,7 @@ class GatedAttentionUnit(LinearMixer):
         self.summed = None
         if config.variant in ("grouped", "aug"):
             self.summed = Summed(self.groups, self.linear_half, self.linear_half)
+        self.parts = Parts(self.groups, self.exact, self.summed)
         self.broad = nn.Linear(config.width, 2 * config.mlp_width)
         self.narrow = nn.Linear(config.width, config.head_width)
         self.inner: nn.Module | None = None
@@ -113,7 +116,7 @@ class GatedAttentionUnit(LinearMixer):
         return x[..., : self.qk_width]
 
     def linear_half(self, x: torch.Tensor) -> torch.Tensor:
-        """The half of queries or keys that meets the sums."""
+        """The half of queries or keys that reads or enters the sums."""
         return x[..., self.qk_width :]
 
     def sum_scale(self) -> float:
@@ -128,7 +131,7 @@ class GatedAttentionUnit(LinearMixer):
     ) -> torch.Tensor:
         if self.variant != "quadratic":
             return super().mix(q, k, v, sums)
-        assert self.relative is not None and self.exact is not None
+        assert self.relative is not None
         time = q.shape[2]
         seen = torch.ones(time, time, dtype=torch.bool, device=q.device).tril()
         bias = self.relative.between(time, time)
@@ -137,9 +140,7 @@ class GatedAttentionUnit(LinearMixer):
 
     # ---- projections
 
-    def gated(
-        self, x: torch.Tensor, rope: Rope
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def gated(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, Features]:
         """x [..., D] -> the gate [..., V], and q, k [..., 1, 2K] and v [..., 1, V]."""
         v, gate, shared = F.silu(self._projections(x)).split(
             (self.head_width, self.head_width, self.qk_width), dim=-1
@@ -168,7 +169,7 @@ class GatedAttentionUnit(LinearMixer):
     ) -> torch.Tensor:
         gate, heads = self.gated(x, rope)
         q, k, v = (t.transpose(1, 2) for t in heads)
-        return self.o(gate * self._full(q, k, v)[:, 0])
+        return self.o(gate * full(self, q, k, v)[:, 0])
 
     def step(
         self,

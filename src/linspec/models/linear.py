@@ -104,7 +104,7 @@ class Quantizer:
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A `LinearFactory` that makes layers without memory, for quantised weights that are loaded later."""
+    """A `LinearFactory` that makes layers without memory, for quantized weights that are loaded later."""
 
     bits: int
 
@@ -118,6 +118,6 @@ class Blank:
 
 
 def integer_bits(layer: nn.Module) -> int | None:
-    """Bits of the weights of a quantised layer, None for any other."""
+    """Bits of the weights of a quantized layer, None for any other."""
     kind = layer.kind if isinstance(layer, NativeLinear) else None
     return next((bits for bits, known in _KINDS.items() if known == kind), None)

@@ -14,6 +14,6 @@ def check_memory(needed: int, folder: Path) -> None:
     if free is not None and needed > free:
         raise CheckpointError(
             f"{folder} needs {needed / 2**30:.1f} GiB of memory for its weights and {free / 2**30:.1f} GiB "
-            "are free; close other programs, or quantise the model on a larger machine with "
+            "are free; close other programs, or quantize the model on a larger machine with "
             "`linspec quantize --bits 4`"
         )

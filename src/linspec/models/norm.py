@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation for inference: the same formula in fewer operators."""
+"""Root-mean-square normalization for inference: the same formula in fewer operators."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Padded batches: every row is shifted so that its first real token stands at position 0.
 
 All mixers are causal, so padding behind the real tokens changes nothing in front of it. One shift
-at the door of the decoder, and one back, is all that padding needs.
+before the decoder, and one back behind it, is all that padding needs.
 """
 
 from __future__ import annotations

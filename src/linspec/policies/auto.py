@@ -1,4 +1,4 @@
-"""Choose the tree that maximises tokens per second (goodput, Liu et al. 2024, arXiv 2406.14066).
+"""Choose the tree that maximizes tokens per second (goodput, Liu et al. 2024, arXiv 2406.14066).
 
 Four parts, none of which reads a clock or knows a model:
 
@@ -54,7 +54,7 @@ class _Plan:
     paper="Liu et al. 2024 (SmartSpec), arXiv 2406.14066",
 )
 class Auto(Policy):
-    """Budgets that maximise predicted goodput of the whole batch."""
+    """Budgets that maximize predicted goodput of the whole batch."""
 
     @classmethod
     def build(cls, context: PolicyContext) -> Self:

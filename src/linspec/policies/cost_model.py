@@ -8,7 +8,7 @@ from linspec.policies.base import RoundTimes
 from linspec.policies.costs import CostCurve
 
 _FORGET = 0.9
-# how fast plain rounds are learned from, and how much longer than expected one may take to be believed
+# weight of the newest plain round, and the most times its expected cost that a round counts
 _PLAIN_RATE, _SPIKE = 0.1, 2.0
 
 
@@ -43,7 +43,7 @@ class CostModel:
         """Learn from one round."""
         curve = self.curve(times.nodes)
         known = self._drafting(times.drafts) if times.drafts else 0.0
-        # a round that took far longer than it should have met something else
+        # something else delayed a round that took far longer than it should
         step = min(times.step, _SPIKE * (self._drift * curve + known))
         if not times.drafts:
             rest = min(times.rest, _SPIKE * self._rest or times.rest)

@@ -16,8 +16,8 @@ class _Wait:
 class Exploration:
     """Rounds that each request has gone without drafts, and how many it goes on without.
 
-    The wait doubles with every attempt and begins anew when drafts pay. A new request is as patient as
-    the last attempts of others have taught: short requests would otherwise each try anew.
+    The wait doubles with every attempt and begins anew when drafts pay. A new request starts with the wait
+    of the latest attempts of others: short requests would otherwise each try anew.
     """
 
     def __init__(self) -> None:

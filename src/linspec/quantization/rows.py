@@ -1,7 +1,7 @@
 """Rows of a cache as 8-bit codes: what `--kv-cache-dtype int8` keeps of every token.
 
     rows = encode(keys)              # [..., K] floats -> [..., quantized_width(K)] int8
-    decode(rows, K, torch.float32)   # what every query meets
+    decode(rows, K, torch.float32)   # what every query reads
 
 A row is its K codes, -127..127, rounded up to whole fours with zeros, and then the four bytes of a
 float32: the scale of this row. So a row is still one row, and staging, committing and copying know
@@ -39,5 +39,5 @@ def decode(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
-    """x as it would be read from quantized rows; queries meet these rounded alike."""
+    """x as it would be read from quantized rows; queries are rounded in the same way."""
     return decode(encode(x), x.shape[-1], x.dtype)

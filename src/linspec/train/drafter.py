@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from linspec.checkpoints.fingerprint import fingerprint
-from linspec.checkpoints.hub import EMBEDDED, check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
@@ -136,11 +137,7 @@ def train_drafter(
     check_instance("config", config, DrafterConfig, none=True)
     check_instance("field", field, str)
     config = config or DrafterConfig()
-    if kind not in KINDS:
-        raise ConfigError(
-            f"cannot train a drafter of kind {shown(repr(kind))}; known: {', '.join(KINDS)}"
-            f"{did_you_mean(kind, KINDS)}"
-        )
+    _check_kind(kind)
     data = check_sources(data)
     place = _place(model, out, kind, data, overwrite)
     place.check(resume=resume)
@@ -160,16 +157,19 @@ def train_drafter(
             target.to(accelerator.device).requires_grad_(False)
             heads, log = _train(target, train, config, folder, accelerator, resume)
             if accelerator.is_main_process:
-                heads.accuracies = calibrate(
-                    target, heads, heldout, context=config.context, tokens=config.calibration_tokens
-                )
-                facts = {
-                    "plan": plan,
-                    "loss": round(mean_loss(log), 5),
-                    "tokens": log[-1]["tokens"],
-                }
-                save_heads(heads, target, place, facts=facts)
+                sizes = {"context": config.context, "tokens": config.calibration_tokens}
+                heads.accuracies = calibrate(target, heads, heldout, **sizes)
+                facts = {"loss": round(mean_loss(log), 5), "tokens": log[-1]["tokens"]}
+                save_heads(heads, target, place, facts={"plan": plan, **facts})
     return place.path
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ConfigError(
+            f"cannot train a drafter of kind {shown(repr(kind))}; known: {', '.join(KINDS)}"
+            f"{did_you_mean(kind, KINDS)}"
+        )
 
 
 def _place(

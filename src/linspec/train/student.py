@@ -58,29 +58,24 @@ def make_mixer(
         MIXERS.entry(mixer.name)
         return mixer
     entry, options = MIXERS.read(mixer)
-    if chosen := given(options):
-        sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
-        sizes |= {"window": window, "features": features, "keep": keep, "seed": seed}
-        sizes |= {"sinks": sinks}
-        return make_mixer(entry.name, **sizes | chosen)
-    if taps is None:
-        taps = DEFAULT_TAPS if mixer == "aug" else 0
-    if window is None:
-        window = DEFAULT_WINDOW if mixer == "window" else 0
-    if sinks is None:
-        sinks = DEFAULT_SINKS if mixer in ("streaming", "by-head") else 0
-    return MixerConfig(
-        name=entry.name,
-        group=group,
-        span=span if span is not None else 2 if mixer in SEE_EXACTLY else 1,
-        kernel=kernel if kernel is not None else "softmax" if mixer in SOFTMAX_WITHIN else "own",
-        taps=taps,
-        window=window,
-        features=features,
-        keep=keep,
-        seed=seed,
-        sinks=sinks,
-    )
+    sizes: dict[str, Any] = {"group": group, "span": span, "kernel": kernel, "taps": taps}
+    sizes |= {"window": window, "features": features, "keep": keep, "seed": seed, "sinks": sinks}
+    own = given(options)
+    sizes |= {name: own.pop(name) for name in sizes if name in own}
+    usual = _usual(entry.name)
+    chosen = {name: value if value is not None else usual[name] for name, value in sizes.items()}
+    return MixerConfig(name=entry.name, options=own, **chosen)
+
+
+def _usual(mixer: str) -> dict[str, Any]:
+    """What is taken for settings of this mixer that nobody gives."""
+    return {
+        "span": 2 if mixer in SEE_EXACTLY else 1,
+        "kernel": "softmax" if mixer in SOFTMAX_WITHIN else "own",
+        "taps": DEFAULT_TAPS if mixer == "aug" else 0,
+        "window": DEFAULT_WINDOW if mixer == "window" else 0,
+        "sinks": DEFAULT_SINKS if mixer in ("streaming", "by-head") else 0,
+    }
 
 
 def leaves_span(mixer: str | MixerConfig) -> bool:

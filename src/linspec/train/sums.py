@@ -1,4 +1,4 @@
-"""Whether a student's sums over closed groups earn their place: measured beyond the trained length.
+"""Whether a student's sums over closed groups lower the loss: measured beyond the trained length.
 
 A sum without a denominator grows with the text, so an α that helps within the training context can harm
 behind it. A student reads texts of any length: what its sums do there decides whether they stay.

@@ -20,7 +20,7 @@ from linspec.train.objective import Stack, blocks_of
 
 
 class Transfer:
-    """The loss of the transfer stage; a context manager, as it listens in on the teacher.
+    """The loss of the transfer stage; a context manager, because it puts hooks on the teacher's blocks.
 
     layers: those whose mixers are trained. Only they get gradients.
     """

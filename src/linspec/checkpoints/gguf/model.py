@@ -1,7 +1,7 @@
 """The weights of a GGUF file in a `Decoder`.
 
 Tensors have llama.cpp's names. Llama's q and k rows lie in the order of interleaved rotary pairs and are
-put back in halves; GPT-2's matrices are stored [out, in] already. Quantised tensors are dequantised.
+put back in halves; GPT-2's matrices are stored [out, in] already. Quantized tensors are dequantized.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ def stored_dtype(file: GgufFile) -> torch.dtype:
     return functools.reduce(torch.promote_types, kinds)
 
 
-def quantised(file: GgufFile) -> dict[str, int]:
+def quantized(file: GgufFile) -> dict[str, int]:
     """Formats of blocks in the file, and how many tensors have each."""
     counts = Counter(info.kind.name for info in file.tensors.values())
     return {name: count for name, count in counts.most_common() if name not in FLOATS}
 
 
 def _tell(file: GgufFile) -> None:
-    if formats := quantised(file):
+    if formats := quantized(file):
         said = ", ".join(f"{count} {name}" for name, count in formats.items())
-        _log.info("%s: quantised tensors (%s) are computed with as floats", file.path, said)
+        _log.info("%s: quantized tensors (%s) are computed with as floats", file.path, said)
 
 
 def _check(file: GgufFile, expected: dict[str, tuple[int, ...]]) -> None:

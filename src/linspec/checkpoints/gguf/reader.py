@@ -3,7 +3,7 @@
     file = read_gguf(Path("model.gguf"))
     file.keys["general.architecture"], file.tensors["token_embd.weight"].shape
 
-Nothing in the file is believed before it is checked: a count against the bytes that are left, a length
+The reader uses nothing in the file before it is checked: a count against the bytes that are left, a length
 against a cap, an offset against the end, so no file makes the reader loop, allocate or jump. Layout: a
 header, keys with values, descriptions of tensors, padding, the tensors' bytes.
 """
@@ -174,7 +174,7 @@ class _Reader:
     def _count(self, what: str) -> int:
         count = int(self._number("<u8", f"the number of {what}"))
         if count > MOST_ENTRIES:
-            self._damaged(f"it claims {count} {what}, and at most {MOST_ENTRIES} are believed")
+            self._damaged(f"it claims {count} {what}, and at most {MOST_ENTRIES} are read")
         return count
 
     def _take(self, count: int, what: str) -> bytes:
@@ -193,9 +193,7 @@ class _Reader:
     def _string(self, what: str) -> str:
         length = struct.unpack("<Q", self._take(8, what))[0]
         if length > LONGEST_STRING:
-            self._damaged(
-                f"{what} claims {length} bytes, and at most {LONGEST_STRING} are believed"
-            )
+            self._damaged(f"{what} claims {length} bytes, and at most {LONGEST_STRING} are read")
         try:
             return self._take(length, what).decode("utf-8")
         except UnicodeDecodeError:

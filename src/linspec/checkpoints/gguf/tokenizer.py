@@ -221,7 +221,7 @@ def _merges_of_scores(keys: Keys, words: Vocabulary) -> list[tuple[str, str]]:
         if len(piece) > LONGEST_PIECE:
             raise CheckpointError(
                 f"{keys.file.path} has a token of {len(piece)} characters, and at most {LONGEST_PIECE} "
-                f"are believed; {AGAIN}"
+                f"are read; {AGAIN}"
             )
         halves = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
         known = [pair for pair in halves if pair[0] in ids and pair[1] in ids]

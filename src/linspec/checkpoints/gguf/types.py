@@ -1,6 +1,6 @@
 """The number formats of GGUF tensors: how many bytes they take, and their values as floats.
 
-linspec computes on floats until its own kernels read these blocks, so a quantised tensor is dequantised
+linspec computes on floats until its own kernels read these blocks, so a quantized tensor is dequantized
 when it is loaded: the values are exactly those of the file, the memory is that of floats.
 """
 
@@ -25,7 +25,7 @@ class TensorType:
     bytes: int
 
 
-# id in the file -> format; every one that the package gguf can dequantise
+# id in the file -> format; every one that the package gguf can dequantize
 TYPES = {
     0: TensorType("F32", 1, 4),
     1: TensorType("F16", 1, 2),

@@ -1,7 +1,7 @@
 """Linear layers on the C kernels: float32, bfloat16, W8A8 and W4A8 weights, any number of rows.
 
 Rows are independent: a row gets the same bits whether it comes alone or with others, so verification
-of a token tree decides exactly as plain decoding would. Integer layers quantise each row of
+of a token tree decides exactly as plain decoding would. Integer layers quantize each row of
 activations to int8 with a scale of its own.
 """
 
@@ -68,7 +68,7 @@ def _check(plan: LinearPlan) -> None:
             found = None if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise StateError(
                 f"{name} of a layer of {plan.outputs} outputs is {found}, its kernel takes "
-                f"contiguous {dtype} {sizes}; load or quantise the model again"
+                f"contiguous {dtype} {sizes}; load or quantize the model again"
             )
 
 

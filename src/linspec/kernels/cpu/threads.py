@@ -2,10 +2,10 @@
 
 torch's OpenMP threads spin after every parallel operator for longer than a step of a small model
 takes, on the cores that the next native call needs. Between native calls, torch's operators are small:
-there they run on the calling thread and wake nobody.
+there they run on the calling thread and wake no other.
 
 A forked child has the thread that forked and no other. linspec's pool starts over there; torch's
-does not, and an operator that wants its help waits for ever. So torch computes on one thread in a child,
+does not, and an operator that needs it waits for ever. So torch computes on one thread in a child,
 and native calls on as many as in the parent.
 """
 

@@ -1,4 +1,4 @@
-/* Work on single rows: quantisation, norm, gated activation. Part of every isa_*.c. */
+/* Work on single rows: quantization, norm, gated activation. Part of every isa_*.c. */
 
 /* Symmetric codes -127..127 of one row, padded with zeros; returns the scale.
  * A row that holds a NaN or an infinity gets the scale NaN, so that it cannot pass unnoticed. */

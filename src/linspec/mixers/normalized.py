@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.exact import Exact
 from linspec.mixers.ops.features import same
+from linspec.mixers.ops.parts import weigh_features
 from linspec.state.grouped import GroupedSpec
 
 DENOMINATOR_FLOOR = 1e-6
 
 
-class Normalised(LinearMixer):
+class Normalized(LinearMixer):
     """o_t = Σ weight(t, s) v_s / (Σ weight(t, s) + ε).
 
     With a kernel for the exact part, each of the two parts has its own denominator.
@@ -28,7 +29,7 @@ class Normalised(LinearMixer):
         return F.pad(v, (0, 1), value=1.0)
 
     def own_exact(self) -> Exact | None:
-        return self.feature_exact(same)
+        return weigh_features(self.summed, same)
 
     def finish(self, o: torch.Tensor) -> torch.Tensor:
         return o[..., :-1] / (o[..., -1:] + DENOMINATOR_FLOOR)

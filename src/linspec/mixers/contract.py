@@ -1,0 +1,127 @@
+"""What a mixer says about itself: the words that the forms, the states and the kernels ask it for.
+
+A mixer must say what its state is and how it mixes values in its two forms: `state_spec`, `new_state`,
+`attend`, `mix`. The rest has a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.step_plan import AttentionPlan
+from linspec.state.contract import LayerState, Makers, StateOptions
+from linspec.state.entries import EntrySpec
+
+
+class MixerContract:
+    """The words of a mixer. `forms.py` computes with these and with nothing else of it.
+
+    Tensor letters are those of docs/architecture.md; K' and V' are the widths of what entries keep.
+
+    Attributes:
+        causal: False for a mixer that sees later tokens; it fits encoders only.
+        biased: whether the weights take a relative position bias, where the backbone has one.
+        keeps_cache: whether its state is a cache whose entries can be kept in another format.
+        ends_alone: whether there is a `mix_end`.
+    """
+
+    causal: ClassVar[bool] = True
+    biased: ClassVar[bool] = False
+    keeps_cache: bool = False
+    ends_alone: bool = False
+
+    # ---- must be said
+
+    def state_spec(self) -> EntrySpec:
+        """Sizes of the state; layers with equal specs share one state object."""
+        raise NotImplementedError
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        """An empty state for `layers`, mixers whose specs equal this one's."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tree_mask: TreeMask,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Step form on features: what nodes with queries q read from the entries and sums of their slots.
+
+        q [R, Hkv, rep, N, K'], keys [R, Hkv, C, K'], values [R, Hkv, C, V'] and sums as its state
+        keeps them -> [R, Hkv, rep, N, V].
+        """
+        raise NotImplementedError
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Full form on features q [B, H, T, K'], k [B, Hkv, T, K'] and kept values v [B, Hkv, T, V'].
+
+        sums [B, Hkv, S, Z] are the groups closed before the sequence. Returns [B, H, T, V].
+        """
+        raise NotImplementedError
+
+    # ---- what an entry keeps
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What queries and keys become before they are multiplied: [..., H + Hkv, K] -> [..., K'].
+
+        Queries of all heads come first, so that a map of their own can tell them from keys.
+        """
+        return x
+
+    def entry_values(self, v: torch.Tensor) -> torch.Tensor:
+        """What values become before they are kept: [..., V] -> [..., V']."""
+        return v
+
+    def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
+        """Columns kept beside each key, from keys before rotation: [..., Hkv, K] -> [..., Hkv, E]."""
+        return None
+
+    # ---- further forms and readers
+
+    def mix_all(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As `mix` without causality, for encoders: every token sees every real token.
+
+        real [B, T] is true at real tokens, which come first in each sequence; k and v are zero elsewhere.
+        None means that all are real.
+        """
+        raise NotImplementedError
+
+    def mix_end(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The end of `mix`: outputs [1, H, N, V] of the last N tokens, whose queries are q.
+
+        k and v are those of all tokens. With `ends_alone` a long chain computes nothing again that was
+        committed before it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def bidirectional(cls) -> bool:
+        """Whether there is a form for encoders: one that is as much the mixer's own as its causal form."""
+        owners = [
+            next(place for place, kind in enumerate(cls.__mro__) if name in kind.__dict__)
+            for name in ("mix_all", "mix")
+        ]
+        return owners[0] <= owners[1] and cls.mix_all is not MixerContract.mix_all
+
+    def state_makers(self) -> Makers:
+        """Who makes the state: the mixer, or the parts that its heads are divided among."""
+        return self
+
+    def attention_plan(self) -> AttentionPlan | None:
+        """The step form as kernels know it; None when it is another."""
+        return None

@@ -1,0 +1,122 @@
+"""The forms of every mixer, as functions of what it says: a sequence, the nodes of a step, a long chain.
+
+All compute
+
+    o_t = mix of values  +  sum_{j < W} c_j v_{t-j}
+
+where the last term is the causal depthwise convolution (one set of W taps per query head, shared by its
+channels). q, k and v are what `Mixer.to_features` gives, heads before time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
+from linspec.state.contract import EntryState
+
+if TYPE_CHECKING:
+    from linspec.mixers.base import Mixer
+    from linspec.state.dense_group import DenseGroup
+
+
+def full(
+    mixer: Mixer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    conv_history: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`mix` plus the convolution; conv_history [B, Hkv, W-1, V'] are the values before v."""
+    o = mixer.mix(q, k, v, sums)
+    if mixer.mixer.taps:
+        o = o + convolve(v, mixer.taps, mixer.repeats, conv_history)[..., : mixer.head_width]
+    return o
+
+
+def full_both(
+    mixer: Mixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+) -> torch.Tensor:
+    """`mix_all` plus the centred convolution."""
+    if real is not None:
+        k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
+    o = mixer.mix_all(q, k, v, real)
+    if mixer.mixer.taps:
+        o = o + convolve_both(v, mixer.taps, mixer.repeats)[..., : mixer.head_width]
+    return o
+
+
+def step_nodes(
+    mixer: Mixer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dense_group: DenseGroup,
+    state: EntryState,
+    layer: int,
+) -> torch.Tensor:
+    """A few nodes a slot, any tree: one masked product over the entries of each slot."""
+    if dense_group.overwrite is None:
+        state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+    else:
+        state.overwrite(layer, dense_group.start, dense_group.overwrite, k[0], v[0])
+    tree_mask, slots = dense_group.tree_mask(state), dense_group.slots
+    keys, values = state.read(layer, slots, tree_mask.width)
+    sums, before = state.read_sums(layer, slots), state.spec.conv_history
+    q = state.entries.queries(q).unflatten(1, (mixer.kv_heads, mixer.repeats))
+    o = mixer.attend(q, keys, values[:, :, before:], tree_mask, sums)
+    if mixer.mixer.taps:
+        padded, final = mixer.padded_taps, mixer.padded_taps is not None
+        if padded is None:
+            padded = pad_taps(mixer.taps, mixer.kv_heads)
+        values = values[..., : mixer.head_width]
+        o = o + convolve_nodes(values, tree_mask, padded, before, final=final)
+    return o.flatten(1, 2)
+
+
+def step_long(
+    mixer: Mixer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dense_group: DenseGroup,
+    state: EntryState,
+    layer: int,
+) -> torch.Tensor:
+    """Long chains (prefill): the new tokens alone, or the full form from each base position on."""
+    lengths = dense_group.lengths
+    keys, values = state.stage_long(layer, dense_group.start, lengths, k, v)
+    q = state.entries.queries(q)
+    ends = [
+        (state.held(slot), state.held(slot) + new)
+        for slot, new in zip(dense_group.slot_range, lengths, strict=True)
+    ]
+    if mixer.ends_alone:
+        return _ends_alone(mixer, q, keys, values, ends)
+    aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
+    for i, (first, end) in enumerate(ends):
+        aligned[i, :, first:end] = q[i, :, : end - first]
+    before, sums = state.spec.conv_history, state.read_sums(layer, dense_group.slots)
+    o = full(mixer, aligned, keys, values[:, :, before:], values[:, :, :before], sums)
+    out = o.new_zeros(*q.shape[:3], o.shape[3])
+    for i, (first, end) in enumerate(ends):
+        out[i, :, : end - first] = o[i, :, first:end]
+    return out
+
+
+def _ends_alone(
+    mixer: Mixer,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    ends: list[tuple[int, int]],
+) -> torch.Tensor:
+    """Outputs of new tokens [R, H, N, V]: those of slot i lie at the positions `ends[i]`."""
+    out = values.new_zeros(*q.shape[:3], values.shape[3])
+    for i, (first, end) in enumerate(ends):
+        one, new = slice(i, i + 1), end - first
+        out[one, :, :new] = mixer.mix_end(q[one, :, :new], keys[one, :, :end], values[one, :, :end])
+    return out
