@@ -354,6 +354,14 @@ def test_the_cases_pair_every_context_group_span_and_taps() -> None:
         assert len({(case[first], case[second]) for case in made}) == 9
 
 
+def test_a_scalar_that_rounds_little_by_chance_is_no_wrong_gradient() -> None:
+    exact = {"many": torch.ones(1000), "one": torch.ones(1)}
+    plain = {"many": torch.ones(1000) * 1.004, "one": torch.ones(1)}
+    assert not any(d.wrong for d in compare(exact, plain, {**plain, "one": torch.tensor([1.005])}))
+    wrong = compare(exact, plain, {**plain, "one": torch.tensor([1.05])})
+    assert [d.name for d in wrong if d.wrong] == ["one"]
+
+
 def test_a_gradient_that_is_missing_or_not_a_number_is_wrong() -> None:
     one = {"a": torch.ones(2)}
     assert not any(d.wrong for d in compare(one, one, one))

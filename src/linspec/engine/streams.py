@@ -204,8 +204,8 @@ class Stream:
         self._owner.close(self)
 
     def __del__(self) -> None:
-        # an interrupt may come before the caller closes it, or while it does
-        if self.handles:
+        # an interrupt may come before the caller closes it, while it does, or before there are handles
+        if getattr(self, "handles", None):
             self.close()
 
     def __enter__(self) -> Stream:
