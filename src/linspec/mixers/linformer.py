@@ -14,7 +14,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, shifted, split, windows
-from linspec.mixers.ops.exact import Groups, masked_softmax
+from linspec.mixers.ops.exact import Groups, capped, masked_softmax
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import CompressionOptions
 from linspec.state.contract import LayerState, StateOptions
@@ -134,6 +134,7 @@ class Linformer(Mixer):
         """Softmax weights over the rows of all parts together."""
         masks = [m.expand_as(p) for m, p in zip(seen, products, strict=True)]
         scores = torch.cat(products, dim=-1) * self.config.score_scale
+        scores = capped(scores, self.config.score_cap)
         weights = masked_softmax(scores, torch.cat(masks, dim=-1))
         return list(weights.split([p.shape[-1] for p in products], dim=-1))
 

@@ -14,7 +14,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, windows
-from linspec.mixers.ops.exact import Exact, Groups, softmax_weights
+from linspec.mixers.ops.exact import Exact, Groups, softmax_attention, softmax_weights
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import SinkOptions
 from linspec.state.contract import LayerState, StateOptions
@@ -50,7 +50,7 @@ class Streaming(Mixer):
             )
         super().__init__(config, mixer)
         self.groups = Groups(mixer.group, mixer.span)
-        self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
+        self.exact = Exact(partial(softmax_weights, scale=config.score_scale, cap=config.score_cap))
 
     # ---- state
 
@@ -168,11 +168,12 @@ class Streaming(Mixer):
         """
         shape, mask = q.shape[1:3], seen[:, None].expand(-1, q.shape[1], -1, -1, -1)
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))
-        o = F.scaled_dot_product_attention(
+        o = softmax_attention(
             q,
             k,
             v,
-            attn_mask=mask.flatten(1, 2),
             scale=self.config.score_scale,
+            cap=self.config.score_cap,
+            mask=mask.flatten(1, 2),
         )
         return o.unflatten(1, shape)

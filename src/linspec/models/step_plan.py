@@ -8,6 +8,7 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,11 +21,49 @@ from linspec.kernels.cpu.step import why_not as why_not_on_cpu
 from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
 from linspec.mixers.rope import inverse_frequencies
 from linspec.models.block import Block
+from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
 from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
+
+
+# settings that a plan tells, or that change nothing that is computed in a step
+TOLD = frozenset(
+    {
+        *(
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+            "mixers",
+        ),
+        *(
+            "family",
+            "norm",
+            "norm_eps",
+            "activation",
+            "gated_mlp",
+            "qkv_bias",
+            "out_bias",
+            "mlp_bias",
+        ),
+        *(
+            "qk_norm",
+            "positions",
+            "rope",
+            "relative",
+            "scaled_scores",
+            "score_factor",
+            "logit_scale",
+        ),
+        *("max_positions", "tied_embeddings", "pad_id", "bos_id", "eos_ids"),
+    }
+)
 
 
 def one_call(model: Decoder) -> OneCall | None:
@@ -68,9 +107,20 @@ def step_plan(model: Decoder) -> StepPlan:
         embedding=model.embed.weight,
         final_norm=_weight(model.norm),
         frequencies=inverse_frequencies(config.rope, config.head_width) if turned else None,
+        rotary_scale=config.rope.attention_factor,
         score_scale=config.score_scale,
         logit_scale=config.logit_scale,
         head=_linear(model.head),
+        others=untold(config),
+    )
+
+
+def untold(config: DecoderConfig) -> tuple[str, ...]:
+    """Settings that no plan tells and that are not as usual, so that no kernel computes without them."""
+    return tuple(
+        each.name
+        for each in fields(config)
+        if each.name not in TOLD and getattr(config, each.name) != each.default
     )
 
 

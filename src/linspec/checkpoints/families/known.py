@@ -18,7 +18,8 @@ from linspec.checkpoints.families.base import (
 from linspec.checkpoints.families.bert import BERT
 from linspec.checkpoints.families.t5 import T5
 from linspec.errors import CheckpointError, UnsupportedModel
-from linspec.mixers.config import MixerConfig, RopeConfig
+from linspec.mixers.config import MixerConfig
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig, ModelConfig
 
 if TYPE_CHECKING:

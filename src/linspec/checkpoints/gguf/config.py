@@ -15,8 +15,9 @@ import torch
 from linspec.checkpoints.gguf.keys import Keys
 from linspec.checkpoints.gguf.reader import GgufFile
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
-from linspec.mixers.config import MixerConfig, RopeConfig
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.rope import inverse_frequencies
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
