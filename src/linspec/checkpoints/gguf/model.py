@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family, Rule
+from linspec.checkpoints.families.base import FAMILIES, Family, Rule
 from linspec.checkpoints.gguf.config import HEAD, ROPE_FACTORS, read_config, tied
 from linspec.checkpoints.gguf.reader import GgufFile, read_gguf
 from linspec.checkpoints.gguf.types import FLOATS
@@ -87,7 +86,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
 def names_of(config: DecoderConfig) -> Family:
     """The model's Hugging Face family under the names that GGUF files give its tensors."""
     rules = GPT2 if config.family == "gpt2" else GATED
-    return replace(families.FAMILIES[config.family], prefix="", rules=rules)
+    return replace(FAMILIES[config.family], prefix="", rules=rules)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:
