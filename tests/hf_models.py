@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 96,
     **IDS,
 }
 LLAMA3 = {
@@ -46,7 +46,7 @@ LONGROPE = {
     "original_max_position_embeddings": 16,
 }
 NEOX = {key: SIZES[key] for key in SIZES if key != "num_key_value_heads"}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96}
 SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA = SIZES | {
     "head_dim": 12,
@@ -134,12 +134,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "starcoder2",
         SIZES | {"sliding_window": None, "use_bias": False, "tie_word_embeddings": False},
     ),
-    "stablelm": ("stablelm", SIZES | {"use_qkv_bias": True}),
+    "stablelm": ("stablelm", SIZES | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "stablelm-parallel": (
         "stablelm",
-        SIZES | {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+        SIZES
+        | {"use_parallel_residual": True, "qk_layernorm": True, "partial_rotary_factor": 0.75},
     ),
-    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox": ("gpt_neox", NEOX | {"rotary_pct": 0.5}),
     "gpt_neox-sequential": (
         "gpt_neox",
         NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "attention_bias": False},
@@ -160,7 +161,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES
         | {
             "rope_parameters": LONGROPE | {"partial_rotary_factor": 1.0},
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 96,
         },
     ),
 }

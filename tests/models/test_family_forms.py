@@ -1,0 +1,167 @@
+"""Every family in every form: steps, batches, integer weights, linear mixers, linspec's own format."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import feed, full_logits, random_tokens, random_tree, randomise, tree_logits
+from hf_models import MODELS, assert_close, make, save, tokens
+
+from linspec.checkpoints.hub import load_config, load_model, save_model
+from linspec.checkpoints.load_quantized import quantize_model
+from linspec.decoding.step import MAX_STAGED, StepInput
+from linspec.kernels.cpu.library import load
+from linspec.mixers.config import MixerConfig
+from linspec.mixers.rope_config import RopeConfig
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.step_plan import TOLD, why_not
+
+AUG = MixerConfig(name="aug", group=4, taps=3)
+every_model = pytest.mark.parametrize("name", MODELS)
+LONG = MAX_STAGED + 7
+
+
+@pytest.fixture
+def wide(name: str, tmp_path: Path) -> Decoder:
+    """The model in float64, where the two forms agree to the last digits."""
+    save(name, tmp_path)
+    return load_model(tmp_path, dtype=torch.float64)
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+@every_model
+@pytest.mark.parametrize("length", [0, 9, LONG])
+def test_steps_equal_the_full_form(wide: Decoder, length: int) -> None:
+    prompt, tree = random_tokens(length), random_tree(random.Random(length), 9)
+    state = wide.new_state()
+    if prompt:
+        same(feed(wide, state, prompt)[-1:], full_logits(wide, [prompt]))
+    same(wide.step([StepInput.tree(0, tree)], state).logits, tree_logits(wide, prompt, tree))
+
+
+@every_model
+def test_a_batch_equals_its_sequences_alone(wide: Decoder) -> None:
+    prompts = [random_tokens(13), random_tokens(5, seed=1), random_tokens(LONG, seed=2)]
+    trees = [random_tree(random.Random(seed), 5) for seed in range(3)]
+    state = wide.new_state(3)
+    for slot, prompt in enumerate(prompts):
+        feed(wide, state, prompt, slot)
+    output = wide.step([StepInput.tree(i, tree) for i, tree in enumerate(trees)], state)
+    for place, prompt, tree in zip(output.slices, prompts, trees, strict=True):
+        same(output.logits[place], tree_logits(wide, prompt, tree))
+
+
+@every_model
+@torch.no_grad()
+def test_the_inference_form_equals_transformers(name: str, tmp_path: Path) -> None:
+    theirs = save(name, tmp_path)
+    model, ids = load_model(tmp_path).to_inference(), tokens(rows=1, length=50)
+    state = model.new_state()
+    steps = [feed(model, state, ids[0, first:last].tolist()) for first, last in ((0, 40), (40, 50))]
+    assert_close(torch.cat(steps), theirs(ids).logits[0])
+
+
+@every_model
+@torch.no_grad()
+def test_integer_weights_have_a_step_that_equals_their_full_form(name: str, tmp_path: Path) -> None:
+    if load().library is None:
+        pytest.skip("integer weights need the kernels")
+    save(name, tmp_path)
+    model, ids = quantize_model(load_model(tmp_path), 8, {}), tokens(rows=1, length=30)
+    # one rounding of an input to 8 bits that falls the other way shows in the third digit
+    stepped = torch.cat(
+        [feed(model, state, [t]) for state in [model.new_state()] for t in ids[0].tolist()]
+    )
+    same(stepped, model(ids)[0], atol=2e-2)
+
+
+@every_model
+def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path)
+    model = load_model(tmp_path).to_inference()
+    if load().library is not None and unusual(model.config) - TOLD:
+        assert model.native is None
+        assert why_not(model) is not None
+
+
+def unusual(config: DecoderConfig) -> set[str]:
+    """Settings that differ from those of a plain Llama."""
+    sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+    plain = DecoderConfig(**{size: getattr(config, size) for size in sizes})
+    return {
+        each.name
+        for each in fields(config)
+        if getattr(config, each.name) != getattr(plain, each.name)
+    }
+
+
+# ---- what each setting does
+
+
+def matters() -> list[tuple[str, str]]:
+    """Every model and each of its settings beyond sizes that can be taken back with the same weights."""
+    names = """score_factor score_cap logit_cap embedding_scale residual_scale logit_scale layer_ropes rope
+        local_rope norm_offset residual mixers activation"""
+    found = []
+    for name in MODELS:
+        config = config_of(name)
+        found += [(name, each) for each in names.split() if each in unusual(config)]
+    # one has no norm of its own to take back to; the other changes nothing within the context
+    without = {("stablelm-parallel", "residual"), ("llama-rope-dynamic", "rope")}
+    return [pair for pair in found if pair not in without]
+
+
+def config_of(name: str) -> DecoderConfig:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        make(name).config.save_pretrained(folder)
+        return load_config(folder)
+
+
+@pytest.mark.parametrize(("name", "setting"), matters())
+@torch.no_grad()
+def test_a_setting_that_is_taken_back_changes_the_logits(
+    name: str, setting: str, tmp_path: Path
+) -> None:
+    save(name, tmp_path)
+    model, ids = load_model(tmp_path), tokens(length=40)
+    usual = {each.name: each.default for each in fields(model.config)}[setting]
+    changes: dict[str, Any] = {setting: usual}
+    if setting == "rope":
+        changes = {"rope": RopeConfig()}
+    if setting in ("layer_ropes", "local_rope"):
+        changes = {"layer_ropes": (), "local_rope": None}
+    other = Decoder(replace(model.config, **changes)).eval()
+    other.load_state_dict(model.state_dict())
+    assert (other(ids) - model(ids)).abs().max() > 1e-3
+
+
+# ---- linear mixers and linspec's own format
+
+
+@every_model
+@torch.no_grad()
+def test_linear_mixers_take_the_place_of_attention(name: str, tmp_path: Path) -> None:
+    save(name, tmp_path / "theirs")
+    config = load_config(tmp_path / "theirs")
+    linear = config.with_mixers((AUG,) * config.layers)
+    model = randomise(Decoder(linear), seed=3)
+    save_model(model, None, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "linspec"
+    again = load_model(tmp_path / "ours", dtype=torch.float64)
+    assert again.config == linear
+    prompt, tree = random_tokens(14), random_tree(random.Random(1), 9)
+    state = again.new_state()
+    feed(again, state, prompt)
+    same(again.step([StepInput.tree(0, tree)], state).logits, tree_logits(again, prompt, tree))
