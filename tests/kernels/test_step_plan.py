@@ -77,9 +77,7 @@ def test_a_setting_that_no_plan_tells_is_named_and_computed_layer_by_layer(
 ) -> None:
     model, ids = made(**UNTOLD[setting]), [1, 2, 3, 4, 5]
     assert model.native is None
-    # also by the kernel itself, whatever the blocks are
-    assert setting in str(step.why_not(step_plan(model)))
-    assert why_not(model) is not None
+    assert setting in str(why_not(model))
     output = model.step([StepInput(0, ids)], model.new_state())
     torch.testing.assert_close(output.logits, model(torch.tensor([ids]))[0], rtol=1e-4, atol=1e-5)
 

@@ -89,9 +89,9 @@ def test_integer_weights_have_a_step_that_equals_their_full_form(name: str, tmp_
 def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Path) -> None:
     save(name, tmp_path)
     model = load_model(tmp_path).to_inference()
-    if load().library is not None and unusual(model.config) - TOLD:
+    if load().library is not None and (settings := unusual(model.config) - TOLD):
         assert model.native is None
-        assert why_not(model) is not None
+        assert all(setting in str(why_not(model)) for setting in settings)
 
 
 def unusual(config: DecoderConfig) -> set[str]:

@@ -85,8 +85,7 @@ class StepPlan:
     norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width];
     final_norm [width]. frequencies [R / 2]: of the rotary positions, which turn R features of a head, None
     without; rotary_scale: factor on their cosines and sines. score_scale: factor on q·k ahead of a softmax;
-    logit_scale: on the final hidden states. others: settings of the model that no plan tells, which change
-    what it computes.
+    logit_scale: on the final hidden states.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -108,7 +107,6 @@ class StepPlan:
     score_scale: float
     logit_scale: float
     head: LinearPlan | None
-    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from linspec.kernels.cpu.step import CpuStep
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
 from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
 from linspec.mixers.rope import inverse_frequencies
+from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
@@ -68,7 +69,7 @@ TOLD = frozenset(
 
 def one_call(model: Decoder) -> OneCall | None:
     """The one-call form of a model in its inference form; None if `why_not` has a reason."""
-    if _other_blocks(model):
+    if _untold(model):
         return None
     plan = step_plan(model)
     return None if why_not_on_cpu(plan) else OneCall(CpuStep(plan))
@@ -76,15 +77,18 @@ def one_call(model: Decoder) -> OneCall | None:
 
 def why_not(model: Decoder) -> str | None:
     """Why a model in its inference form has to run layer by layer; None if one call can do it."""
-    others = _other_blocks(model)
-    if others:
-        return f"{', '.join(others)} has no plan for a step in one call"
-    return why_not_on_cpu(step_plan(model))
+    return _untold(model) or why_not_on_cpu(step_plan(model))
 
 
-def _other_blocks(model: Decoder) -> list[str]:
-    """Kinds of blocks that are more, or something else, than a mixer and an MLP."""
-    return sorted({type(block).__name__ for block in model.layers if type(block) is not Block})
+def _untold(model: Decoder) -> str | None:
+    """What of a model no plan tells, if anything."""
+    kinds = sorted({type(block) for block in model.layers} - {Block, ArrangedBlock}, key=repr)
+    if kinds:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        return f"{names} has no plan for a step in one call"
+    if names := ", ".join(untold(model.config)):
+        return f"{names} of this model have no plan for a step in one call"
+    return None
 
 
 def step_plan(model: Decoder) -> StepPlan:
@@ -111,7 +115,6 @@ def step_plan(model: Decoder) -> StepPlan:
         score_scale=config.score_scale,
         logit_scale=config.logit_scale,
         head=_linear(model.head),
-        others=untold(config),
     )
 
 

@@ -54,8 +54,6 @@ def why_not(plan: StepPlan) -> str | None:
     found = load()
     if found.library is None:
         return found.reason
-    if plan.others:
-        return f"{', '.join(plan.others)} of this model are not in the one-call step"
     if plan.positions != "rope" or plan.norm != "rms":
         return "only RMS norms and rotary positions are in the one-call step"
     if not plan.gated_mlp or plan.activation != "silu":
