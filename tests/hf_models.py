@@ -167,20 +167,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(name: str) -> PreTrainedModel:
+# one model of each family
+FAMILY_MODELS = {family: name for name, (family, _) in reversed(MODELS.items())}
+
+
+def make(name: str, **changes: Any) -> PreTrainedModel:
     """A random model in which no norm is one and no bias is zero."""
     torch.manual_seed(0)
     family, settings = MODELS[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).eval()
+    config = AutoConfig.for_model(family, **settings | changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.15)
     return model
 
 
-def save(name: str, folder: Path, **options: Any) -> PreTrainedModel:
+def save(name: str, folder: Path, **changes: Any) -> PreTrainedModel:
     """`make`, saved by transformers."""
-    model = make(name)
-    model.save_pretrained(folder, **options)
+    model = make(name, **changes)
+    model.save_pretrained(folder)
     return model
 
 
