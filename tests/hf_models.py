@@ -173,9 +173,14 @@ FAMILY_MODELS = {family: name for name, (family, _) in reversed(MODELS.items())}
 
 def make(name: str, **changes: Any) -> PreTrainedModel:
     """A random model in which no norm is one and no bias is zero."""
-    torch.manual_seed(0)
     family, settings = MODELS[name]
-    config = AutoConfig.for_model(family, **settings | changes)
+    return make_of(family, settings | changes)
+
+
+def make_of(family: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """As `make`, for any family of transformers."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.15)

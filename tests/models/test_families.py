@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import LINEAR, LLAMA3, MODELS, SIZES, assert_close, make, save, tokens
+from hf_models import (
+    LINEAR,
+    LLAMA3,
+    LONGROPE,
+    MODELS,
+    SIZES,
+    YARN,
+    assert_close,
+    make,
+    save,
+    tokens,
+)
 from transformers import AutoModelForCausalLM
 
 from linspec.checkpoints.families.base import FAMILIES
@@ -133,6 +144,68 @@ def test_unsupported_configs_name_the_reason(change: dict[str, Any], message: st
     with pytest.raises(CheckpointError, match=message) as error:
         read_config({"model_type": "llama", **SIZES} | change)
     assert isinstance(error.value, UnsupportedModel) or "layer_types" in change
+
+
+FULL = "full_attention"
+UNSOUND: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "granite",
+        {"residual_multiplier": 0.0},
+        "residual_multiplier must be finite and above 0, got 0",
+    ),
+    ("granite", {"logits_scaling": -2.0}, "logits_scaling must be finite and above 0, got -2"),
+    ("granite", {"embedding_multiplier": "3"}, "embedding_multiplier"),
+    ("granite", {"hidden_act": "mish"}, "'mish'.*supported: .*gelu_new"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be finite and above 0"),
+    ("gemma2", {"attn_logit_softcapping": -50.0}, "attn_logit_softcapping must be.*got -50"),
+    ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping must be.*got 0"),
+    ("gemma2", {"hidden_activation": "mish"}, "'mish'.*supported: .*gelu_new"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types|layer types"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ("gemma3_text", {"sliding_window": 0}, "window of 1 or more tokens, got 0"),
+    ("gemma3_text", {"rope_parameters": {FULL: {"rope_type": "su"}}}, "'su'"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1]}, r"no_rope_layers must be.*\[1, 2, 1\]"),
+    (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 1]},
+        "no_rope_layers must be a list of 0 and 1 for each of 3",
+    ),
+    ("stablelm", {"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 turns 0 of 8"),
+    (
+        "stablelm",
+        {"partial_rotary_factor": 1.5},
+        "partial_rotary_factor must be above 0 and at most 1",
+    ),
+    ("gpt_neox", {"rotary_pct": 0.4}, "partial_rotary_factor 0.4 turns 3 of 8"),
+    ("phi3", {"sliding_window": -1}, "window must be 0 or more|window of 1 or more"),
+    ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "long_factor"),
+    (
+        "phi3",
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0, 1.0, 0.0, 1.0]}},
+        "short_factors",
+    ),
+    ("llama", {"rope_parameters": YARN | {"factor": -1.0}}, "factor must be finite and above 0"),
+    (
+        "llama",
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 0}},
+        "original_max_position_embeddings must be finite and above 0|zero",
+    ),
+    (
+        "llama",
+        {"rope_parameters": YARN | {"beta_fast": -1.0}},
+        "beta_fast must be finite and above 0",
+    ),
+    ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}, "rope theta is 1"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), UNSOUND, ids=str)
+def test_unsound_settings_are_named_with_value_and_rule(
+    family: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_config({"model_type": family, **SIZES} | change)
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_key_value_heads": 3}])

@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 import torch
 from helpers import feed, full_logits, random_tokens, random_tree, randomise, tree_logits
-from hf_models import MODELS, assert_close, make, save, tokens
+from hf_models import MODELS, VOCAB, assert_close, make, save, tokens
+from transformers import AutoModelForCausalLM
 
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.checkpoints.load_quantized import quantize_model
 from linspec.decoding.step import MAX_STAGED, StepInput
+from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.head import make_head
 from linspec.models.step_plan import TOLD, why_not
+from linspec.train.kl import kl_of_hidden
 
 AUG = MixerConfig(name="aug", group=4, taps=3)
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -145,6 +149,89 @@ def test_a_setting_that_is_taken_back_changes_the_logits(
     other = Decoder(replace(model.config, **changes)).eval()
     other.load_state_dict(model.state_dict())
     assert (other(ids) - model(ids)).abs().max() > 1e-3
+
+
+# ---- caps and scales where no transformers model stands beside
+
+
+@torch.no_grad()
+def test_a_prompt_of_the_embeddings_of_tokens_is_the_prompt_of_these_tokens(tmp_path: Path) -> None:
+    save("gemma3", tmp_path)
+    model, ids = load_model(tmp_path), random_tokens(11)
+    given = model.embed(torch.tensor(ids))
+    inputs = StepInput(0, [0] * len(ids), embeddings=given)
+    found = model.step([inputs], model.new_state()).logits
+    torch.testing.assert_close(found, feed(model, model.new_state(), ids))
+
+
+@pytest.mark.parametrize("capped", [True, False])
+def test_kl_of_a_model_with_capped_logits_has_the_gradient_of_autograd(capped: bool) -> None:
+    config = config_of("gemma2")
+    shape = replace(config, logit_cap=0.7) if capped else replace(config, logit_cap=0.0)
+    head, other = (randomise(make_head(shape), seed).double() for seed in (0, 1))
+    given, wanted = (
+        torch.randn(5, shape.width, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    p = other(wanted).log_softmax(-1)
+    expected = (p.exp() * (p - head(given).log_softmax(-1))).sum() / 5
+    (slope,) = torch.autograd.grad(expected, given)
+    for layer in (head, other):
+        layer.requires_grad_(False)
+    loss = kl_of_hidden(given, wanted.detach(), head, other)
+    same(loss, expected)
+    same(torch.autograd.grad(loss, given)[0], slope)
+
+
+@torch.no_grad()
+def test_resized_embeddings_keep_the_cap_of_the_logits(tmp_path: Path) -> None:
+    save("gemma2", tmp_path / "theirs")
+    config = load_config(tmp_path / "theirs")
+    plain = Decoder(config.with_mixers((AUG,) * config.layers))
+    save_model(randomise(plain, seed=3), None, tmp_path / "ours")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    before = model(tokens()).logits
+    model.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    same(model(tokens()).logits[..., :VOCAB], before, atol=1e-5)
+    assert model(tokens()).logits.abs().max() <= config.logit_cap
+
+
+# ---- what longrope does
+
+
+def longrope(limit: int, folder: Path) -> Decoder:
+    """The model with a context limit of its own, and the attention factor that it has."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    factor = load_config(folder).rope.attention_factor
+    data["max_position_embeddings"] = limit
+    data["rope_parameters"]["attention_factor"] = factor
+    path.write_text(json.dumps(data))
+    return load_model(folder)
+
+
+@torch.no_grad()
+def test_the_context_limit_decides_which_factors_longrope_has(tmp_path: Path) -> None:
+    theirs = save("phi3-longrope", tmp_path, sliding_window=None)
+    short, long = tokens(length=12), tokens(length=30)
+    model = load_model(tmp_path)
+    assert model.config.rope.long
+    assert_close(model(long), theirs(long).logits)
+    # transformers turns a short text by the short factors, whose keys would have to turn again later
+    assert (model(short) - theirs(short).logits).abs().max() > 1e-3
+    limited = longrope(16, tmp_path)
+    assert not limited.config.rope.long
+    assert_close(limited(short), theirs(short).logits)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_changes_nothing_up_to_the_limit_and_ends_there(tmp_path: Path) -> None:
+    theirs = save("llama-rope-dynamic", tmp_path)
+    model, ids = load_model(tmp_path), tokens(length=96)
+    assert_close(model(ids), theirs(ids).logits)
+    state = model.new_state()
+    feed(model, state, ids[0].tolist())
+    with pytest.raises(ContextOverflow, match="beyond this model's 96 positions"):
+        model.step([StepInput(0, [1])], state)
 
 
 # ---- linear mixers and linspec's own format

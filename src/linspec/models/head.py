@@ -24,11 +24,16 @@ class CappedLinear(nn.Linear):
 
 def make_head(config: DecoderConfig) -> nn.Linear:
     """The output layer of a new decoder."""
-    if not config.logit_cap:
-        return nn.Linear(config.width, config.vocab_size, bias=False)
-    head = CappedLinear(config.width, config.vocab_size, bias=False)
-    head.cap = config.logit_cap
-    return head
+    return with_cap(nn.Linear(config.width, config.vocab_size, bias=False), config.logit_cap)
+
+
+def with_cap(head: nn.Linear, cap: float) -> nn.Linear:
+    """`head` itself, or a layer of its weights with capped logits."""
+    if not cap or isinstance(head, CappedLinear):
+        return head
+    made = CappedLinear(head.in_features, head.out_features, bias=False, device="meta")
+    made.weight, made.cap = head.weight, cap
+    return made
 
 
 def cap_of(head: nn.Module) -> float:

@@ -16,6 +16,7 @@ from linspec.checkpoints.families.shared import (
 )
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig
+from linspec.utils.messages import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 def _read(hf: PreTrainedConfig) -> DecoderConfig:
     turns = hf.no_rope_layers
-    if set(turns) - {0, 1}:
-        raise ConfigError(f"no_rope_layers must be a list of 0 and 1, got {turns}")
+    if set(turns) - {0, 1} or len(turns) != hf.num_hidden_layers:
+        raise ConfigError(
+            f"no_rope_layers must be a list of 0 and 1 for each of {hf.num_hidden_layers} layers, got "
+            f"{shown(turns)}"
+        )
     bias = hf.attention_bias
     return read_decoder(
         hf,
