@@ -137,6 +137,17 @@ def test_a_directory_and_a_gguf_file_of_one_model_are_alike(family: str, tmp_pat
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_change_no_token(family: str, tmp_path: Path) -> None:
+    _, path = tiny(family, tmp_path / "m.gguf")
+    prompts = ["abcd the end abcd the end abcd", "12 12 12 12", "é"]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    plain = LLM(path, max_batch=3).generate(prompts, params)
+    drafted = LLM(path, max_batch=3, drafter="prompt-lookup", policy=4).generate(prompts, params)
+    assert [a.token_ids for a in plain] == [b.token_ids for b in drafted]
+    assert max(each.stats.tokens_per_round for each in drafted) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_form_of_a_gguf_model_is_its_full_form(family: str, tmp_path: Path) -> None:
     model = load_model(tiny(family, tmp_path / "m.gguf", "Q8_0")[1])
     state = model.new_state(2)

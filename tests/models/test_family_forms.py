@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.checkpoints.load_quantized import quantize_model
+from linspec.checkpoints.quantized import save_quantized
 from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load
@@ -87,6 +88,27 @@ def test_integer_weights_have_a_step_that_equals_their_full_form(name: str, tmp_
         [feed(model, state, [t]) for state in [model.new_state()] for t in ids[0].tolist()]
     )
     same(stepped, model(ids)[0], atol=2e-2)
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing to save."""
+
+
+@every_model
+@torch.no_grad()
+def test_integer_weights_are_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    if load().library is None:
+        pytest.skip("integer weights need the kernels")
+    save(name, tmp_path / "theirs")
+    model = quantize_model(load_model(tmp_path / "theirs"), 8, {})
+    tokenizer: Any = NoTokenizer()
+    with save_quantized(model, tokenizer, tmp_path / "ours", 8, {}):
+        pass
+    again, ids = load_model(tmp_path / "ours"), random_tokens(20)
+    assert again.config == model.config
+    found, expected = (feed(each, each.new_state(), ids) for each in (again, model))
+    assert torch.equal(found, expected)
 
 
 @every_model
