@@ -14,6 +14,7 @@ from helpers import feed, full_logits, random_tokens, random_tree, randomise, tr
 from hf_models import MODELS, VOCAB, assert_close, make, save, tokens
 from transformers import AutoModelForCausalLM
 
+from linspec.checkpoints.description import describe
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.quantized import save_quantized
@@ -118,6 +119,7 @@ def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Pat
     if load().library is not None and (settings := unusual(model.config) - TOLD):
         assert model.native is None
         assert all(setting in str(why_not(model)) for setting in settings)
+        assert all(setting in describe(tmp_path)["steps"] for setting in settings)
 
 
 def unusual(config: DecoderConfig) -> set[str]:
