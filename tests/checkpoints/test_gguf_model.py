@@ -17,11 +17,13 @@ from linspec import LLM, SamplingParams
 from linspec.checkpoints.gguf.architectures import ARCHITECTURES
 from linspec.checkpoints.gguf.config import read_config
 from linspec.checkpoints.gguf.reader import read_gguf
+from linspec.checkpoints.gguf.ropes import share_of
 from linspec.checkpoints.gguf.types import TYPES
 from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.cli import app
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.decoder import Decoder
 from linspec.train.linearize import stored_dtype
 
@@ -320,3 +322,9 @@ def test_heads_of_a_gguf_model_need_a_place_of_their_own(tmp_path: Path) -> None
     _, path = tiny("llama", tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="give --out"):
         train_drafter(path, None)
+
+
+def test_a_part_of_a_head_that_is_no_binary_fraction_was_turned_by_a_feature_less() -> None:
+    for width in range(2, 257, 2):
+        for turned in range(2, width + 1, 2):
+            assert RopeConfig(partial_rotary_factor=share_of(turned, width)).turned(width) == turned

@@ -276,3 +276,10 @@ def test_linear_mixers_take_the_place_of_attention(name: str, tmp_path: Path) ->
     state = again.new_state()
     feed(again, state, prompt)
     same(again.step([StepInput.tree(0, tree)], state).logits, tree_logits(again, prompt, tree))
+
+
+@torch.no_grad()
+def test_weights_of_norms_that_are_added_to_1_keep_their_digits_in_bfloat16(tmp_path: Path) -> None:
+    theirs = save("gemma3", tmp_path).to(torch.bfloat16)
+    norm, x = load_model(tmp_path, dtype=torch.bfloat16).norm, torch.randn(7, 32).bfloat16()
+    assert torch.equal(norm(x), theirs.model.norm(x))

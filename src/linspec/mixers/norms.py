@@ -17,7 +17,10 @@ class OffsetRMSNorm(nn.RMSNorm):
         nn.init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+        # in bfloat16, 1 + w would lose most of w
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        weight = 1 + self.weight.to(wide.dtype)
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 class EachHeadNorm(nn.Module):

@@ -57,13 +57,9 @@ def _read(hf: PreTrainedConfig, **own: Any) -> DecoderConfig:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    """Without rotary positions, which the two write differently."""
-    found = write_decoder(config, NAMES)
-    for name in write_rope(config.rope):
-        del found[name]
     # the root of a whole number is not always one when it is squared again
     scalar = round(config.score_scale**-2, 6)
-    return found | {
+    return write_decoder(config, NAMES) | {
         "attention_bias": config.qkv_bias,
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "final_logit_softcapping": config.logit_cap or None,
@@ -78,11 +74,7 @@ def _read_gemma2(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _write_gemma2(config: DecoderConfig) -> dict[str, Any]:
-    return (
-        _write(config)
-        | {"attn_logit_softcapping": config.score_cap or None}
-        | write_rope(config.rope)
-    )
+    return _write(config) | {"attn_logit_softcapping": config.score_cap or None}
 
 
 def _read_gemma3(hf: PreTrainedConfig) -> DecoderConfig:
@@ -104,11 +96,13 @@ def _read_gemma3(hf: PreTrainedConfig) -> DecoderConfig:
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
-    local = config.local_rope
-    found = {"full_attention": rope_parameters(config.rope)}
-    if local is not None:
-        found["sliding_attention"] = rope_parameters(local)
-    return _write(config) | {"rope_parameters": found}
+    found = _write(config)
+    # the style of older readers has one kind of positions
+    for name in write_rope(config.rope):
+        del found[name]
+    ropes = {"full_attention": config.rope, "sliding_attention": config.local_rope}
+    named = {kind: rope_parameters(rope) for kind, rope in ropes.items() if rope is not None}
+    return found | {"rope_parameters": named}
 
 
 _LAYER, _BLOCK = "model.layers.{}.", "blocks.{}."

@@ -41,12 +41,19 @@ def read_rope(keys: Keys, *, partial: bool = False) -> RopeConfig:
         )
     plain = RopeConfig(theta=keys.real("arch.rope.freq_base", 10_000.0))
     if turned != head_width:
-        plain = replace(plain, partial_rotary_factor=turned / head_width)
+        plain = replace(plain, partial_rotary_factor=share_of(turned, head_width))
     if ROPE_FACTORS in keys.file.tensors:
         return _llama3(keys.file, plain, head_width)
     if {SHORT_FACTORS, LONG_FACTORS} & keys.file.tensors.keys():
         return replace(plain, **_longrope(keys))
     return replace(plain, **_scaling(keys))
+
+
+def share_of(turned: int, head_width: int) -> float:
+    """The share of a head that is `turned` features of it."""
+    share = turned / head_width
+    # a quotient that was rounded down would turn one feature less
+    return share if int(head_width * share) == turned else math.nextafter(share, 1)
 
 
 def _scaling(keys: Keys) -> dict[str, Any]:
