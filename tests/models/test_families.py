@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from linspec.checkpoints.families.known import family_of, read_config, write_con
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.errors import CheckpointError, InputError, UnsupportedModel
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -144,6 +146,106 @@ def test_unsupported_configs_name_the_reason(change: dict[str, Any], message: st
     with pytest.raises(CheckpointError, match=message) as error:
         read_config({"model_type": "llama", **SIZES} | change)
     assert isinstance(error.value, UnsupportedModel) or "layer_types" in change
+
+
+# settings in the style of the years in which these families came out, and what they mean
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+PUBLISHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "rope_theta": 1000000,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 512,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 16,
+        },
+        {
+            "rope": RopeConfig(theta=1e6, kind="linear", factor=8.0),
+            "local_rope": RopeConfig(theta=1e4),
+            "layer_ropes": ("local", "local", "main"),
+            "score_factor": 0.25,
+            "logit_cap": 0.0,
+        },
+    ),
+    (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "rope_theta": 10000.0,
+            "sliding_window": 4,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        {
+            "score_cap": 50.0,
+            "logit_cap": 30.0,
+            "mixers": (
+                MixerConfig(name="window", window=4),
+                MixerConfig(),
+                MixerConfig(name="window", window=4),
+            ),
+        },
+    ),
+    (
+        "stablelm",
+        {"rope_theta": 1000.0, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+        {"rope": RopeConfig(theta=1000.0, partial_rotary_factor=0.25), "norm": "layer"},
+    ),
+    (
+        "gpt_neox",
+        {"rotary_pct": 0.5, "rotary_emb_base": 5000, "use_parallel_residual": True},
+        {"rope": RopeConfig(theta=5000.0, partial_rotary_factor=0.5), "residual": "parallel"},
+    ),
+    (
+        "phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 1.0,
+            "rope_scaling": {"type": "longrope", **FACTORS},
+        },
+        {
+            "rope": RopeConfig(
+                kind="longrope",
+                factor=6.0,
+                original_max_positions=16,
+                attention_factor=math.sqrt(1 + math.log(6) / math.log(16)),
+                short_factors=(1.0, 1.1, 1.2, 1.3),
+                long_factors=(1.0, 2.0, 3.0, 4.0),
+                long=True,
+            )
+        },
+    ),
+    (
+        "smollm3",
+        {"num_hidden_layers": 8, "rope_theta": 5000000.0, "no_rope_layer_interval": 4},
+        {"layer_ropes": ("main", "main", "main", "none") * 2, "rope": RopeConfig(theta=5e6)},
+    ),
+    (
+        "llama",
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {
+            "rope": RopeConfig(
+                theta=5e5,
+                kind="yarn",
+                factor=4.0,
+                original_max_positions=96,
+                attention_factor=0.1 * math.log(4.0) + 1,
+            )
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "meant"), PUBLISHED, ids=str)
+def test_settings_as_they_were_published(
+    family: str, given: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    config = read_config({"model_type": family, **SIZES} | given)
+    assert isinstance(config, DecoderConfig)
+    assert {name: getattr(config, name) for name in meant} == meant
+    assert read_config(write_config(FAMILIES[family], config)) == config
 
 
 FULL = "full_attention"
