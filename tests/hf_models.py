@@ -156,6 +156,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    # as in Phi-4-mini
+    "phi3-longrope-partial": (
+        "phi3",
+        SIZES
+        | {
+            "rope_parameters": LONGROPE | {"short_factor": [1.0, 1.2], "long_factor": [1.0, 6.0]},
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "phi3-longrope-short": (
         "phi3",
         SIZES

@@ -43,12 +43,12 @@ class ArrangedBlock(Block):
 
     def _summed(self, x: torch.Tensor, normed: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """What leaves the block, from what enters it, the mixer's input and its output."""
-        mixed = self.mixer_out_norm(mixed) * self.scale
-        if self.shared:
-            return x + mixed + self.mlp_out_norm(self.mlp(normed)) * self.scale
-        seen = x if self.parallel else x + mixed
-        fed = self.mlp_out_norm(self.mlp(self.mlp_norm(seen))) * self.scale
-        return x + mixed + fed
+        mixer_sum = x + self._scaled(self.mixer_out_norm(mixed))
+        fed = normed if self.shared else self.mlp_norm(x if self.parallel else mixer_sum)
+        return mixer_sum + self._scaled(self.mlp_out_norm(self.mlp(fed)))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.scale == 1.0 else x * self.scale
 
     def finalize_weights(self) -> None:
         super().finalize_weights()

@@ -87,7 +87,7 @@ def _untold(model: Decoder) -> str | None:
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"{names} has no plan for a step in one call"
     if names := ", ".join(untold(model.config)):
-        return f"{names} of this model have no plan for a step in one call"
+        return f"no plan for a step in one call has this model's {names}"
     return None
 
 
