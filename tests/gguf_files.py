@@ -46,7 +46,26 @@ _BLOCK = {
     "ln_2": "ffn_norm",
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "attention.query_key_value": "attn_qkv",
+    "attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
 }
+# where the norm behind attention is one of its output, not of the MLP's input
+_BEHIND = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+_SANDWICHED = ("gemma2", "gemma3_text", "olmo2")
+_GEMMA = ("gemma2", "gemma3_text")
+# whose q and k rows lie in the order of rotary pairs
+_PAIRS = ("llama", "mistral", "smollm3", "granite")
+ARCHITECTURE_OF = {"mistral": "llama", "gemma3_text": "gemma3", "gpt_neox": "gptneox"}
 _WHOLE = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -54,6 +73,8 @@ _WHOLE = {
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
     "transformer.ln_f": "output_norm",
+    "gpt_neox.embed_in": "token_embd",
+    "gpt_neox.final_layer_norm": "output_norm",
 }
 
 
@@ -116,6 +137,46 @@ def byte_words() -> dict[str, Any]:
     }
 
 
+# settings of a family that its files tell, and that differ from what is usual
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 64},
+    "gemma2": {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 6,
+        "num_hidden_layers": 7,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "smollm3": {"num_hidden_layers": 5},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "logits_scaling": 4.0,
+    },
+    "starcoder2": {"norm_epsilon": 3e-6, "tie_word_embeddings": True},
+    "stablelm": {"layer_norm_eps": 3e-6, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    # files have no base of the frequencies
+    "gpt_neox": {
+        "layer_norm_eps": 3e-6,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": 1e4,
+        "num_key_value_heads": 8,
+    },
+    "phi3": {"partial_rotary_factor": 0.75},
+}
+
+
 def hf_config(family: str, **changes: Any) -> Any:
     """A tiny configuration in which no two sizes that could be mixed up are equal."""
     shared = {"vocab_size": 288, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": None}
@@ -131,9 +192,9 @@ def hf_config(family: str, **changes: Any) -> Any:
             "max_position_embeddings": 96,
             "rms_norm_eps": 3e-6,
             "rope_theta": 5e4,
-            "tie_word_embeddings": family == "qwen2",
+            "tie_word_embeddings": family in ("qwen2", "smollm3", *_GEMMA),
         }
-        sizes |= {"head_dim": 64} if family == "qwen3" else {}
+        sizes |= _OWN.get(family, {})
     return AutoConfig.for_model(family, **shared | sizes | changes)
 
 
@@ -149,19 +210,39 @@ def tiny(family: str, path: Path, kind: str = "F32", **changes: Any) -> tuple[An
             weight.add_(torch.randn_like(weight) * 0.05)
             stored, back = _stored(_as_gguf(name, weight, family, config), kind)
             weight.copy_(_as_hf(name, back, family, config))
-            tensors[_renamed(name)] = stored
+            tensors[_renamed(name, family)] = stored
+    tensors = _stacked(tensors)
     if getattr(config, "rope_parameters", {}).get("rope_type") == "llama3":
         factors = _rope_factors(model, config)
         tensors["rope_freqs.weight"] = ("F32", factors.shape, factors.tobytes())
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            factors = np.array(config.rope_parameters[f"{length}_factor"], np.float32)
+            tensors[f"rope_factors_{length}.weight"] = ("F32", factors.shape, factors.tobytes())
     return model, write(path, {**_keys(family, config), **byte_words()}, tensors)
 
 
-def _renamed(name: str) -> str:
+def _stacked(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Norms of single heads as the rows of one tensor."""
+    found: dict[str, Any] = {}
+    for name, (kind, shape, content) in tensors.items():
+        whole, each, _ = name.partition(".norms.")
+        if not each:
+            found[name] = (kind, shape, content)
+            continue
+        _, rows, before = found.get(f"{whole}.weight", (kind, (0,), b""))
+        found[f"{whole}.weight"] = (kind, (rows[0] + 1, *shape), before + content)
+    return found
+
+
+def _renamed(name: str, family: str) -> str:
     stem, _, end = name.rpartition(".")
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{end}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{_BLOCK[part]}.{end}"
+    part, each, head = part.partition(".norms.")
+    names = _BLOCK | (_BEHIND if family in _SANDWICHED else {})
+    return f"blk.{layer}.{names[part]}{each}{head}.{end}"
 
 
 def _conv(name: str, family: str) -> bool:
@@ -178,7 +259,12 @@ def _as_gguf(name: str, weight: torch.Tensor, family: str, config: Any) -> np.nd
     array = weight.detach().numpy()
     if _conv(name, family) and array.ndim == 2:
         return np.ascontiguousarray(array.T)
-    heads = _heads(name, config) if family in ("llama", "mistral") else 0
+    if family in _GEMMA and "norm." in name:
+        return array + np.float32(1)
+    if ".query_key_value." in name:
+        parts = array.reshape(config.num_attention_heads, 3, -1, *array.shape[1:])
+        return np.ascontiguousarray(parts.swapaxes(0, 1).reshape(array.shape))
+    heads = _heads(name, config) if family in _PAIRS else 0
     if heads:
         halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
@@ -188,7 +274,12 @@ def _as_gguf(name: str, weight: torch.Tensor, family: str, config: Any) -> np.nd
 def _as_hf(name: str, array: np.ndarray, family: str, config: Any) -> torch.Tensor:
     if _conv(name, family) and array.ndim == 2:
         array = array.T
-    heads = _heads(name, config) if family in ("llama", "mistral") else 0
+    if family in _GEMMA and "norm." in name:
+        return torch.from_numpy(array - np.float32(1))
+    if ".query_key_value." in name:
+        parts = array.reshape(3, config.num_attention_heads, -1, *array.shape[1:])
+        array = parts.swapaxes(0, 1).reshape(array.shape)
+    heads = _heads(name, config) if family in _PAIRS else 0
     if heads:
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
         array = pairs.swapaxes(1, 2).reshape(array.shape)
@@ -219,7 +310,7 @@ def _rope_factors(model: Any, config: Any) -> np.ndarray:
 
 
 def _keys(family: str, config: Any) -> dict[str, Any]:
-    arch = "llama" if family == "mistral" else family
+    arch = ARCHITECTURE_OF.get(family, family)
     found: dict[str, Any] = {"general.architecture": arch, "general.name": "tiny"}
     if family == "gpt2":
         sizes: dict[str, Any] = {
@@ -237,18 +328,68 @@ def _keys(family: str, config: Any) -> dict[str, Any]:
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.head_count_kv": getattr(
+            config, "num_key_value_heads", config.num_attention_heads
+        ),
+        **_norm_keys(config),
+        **_rope_keys(family, config),
+        **_own_keys(family, config),
     }
-    if family == "qwen3":
+    if getattr(config, "head_dim", None) and family not in ("llama", "mistral", "qwen2"):
         sizes |= {
             "attention.key_length": config.head_dim,
             "attention.value_length": config.head_dim,
         }
-    if family == "mistral" and config.sliding_window:
+    if family in ("mistral", "starcoder2", "phi3", *_GEMMA) and config.sliding_window:
         sizes["attention.sliding_window"] = config.sliding_window
-    if config.rope_parameters["rope_type"] == "linear":
-        sizes |= {"rope.scaling.type": "linear"}
-        sizes |= {"rope.scaling.factor": float(config.rope_parameters["factor"])}
     return found | {f"{arch}.{name}": value for name, value in sizes.items()}
+
+
+def _norm_keys(config: Any) -> dict[str, Any]:
+    for name in ("norm_epsilon", "layer_norm_eps"):
+        if hasattr(config, name):
+            return {"attention.layer_norm_epsilon": getattr(config, name)}
+    return {"attention.layer_norm_rms_epsilon": config.rms_norm_eps}
+
+
+def _rope_keys(family: str, config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    found: dict[str, Any] = {}
+    if family != "gpt_neox":
+        found["rope.freq_base"] = float(rope["rope_theta"])
+    if family in ("stablelm", "gpt_neox", "phi3"):
+        width = config.hidden_size // config.num_attention_heads
+        found["rope.dimension_count"] = int(width * rope["partial_rotary_factor"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        found |= {
+            "rope.scaling.type": rope["rope_type"],
+            "rope.scaling.factor": float(rope["factor"]),
+        }
+    if rope["rope_type"] in ("yarn", "longrope"):
+        original = rope["original_max_position_embeddings"]
+        found["rope.scaling.original_context_length"] = original
+    if rope["rope_type"] == "longrope":
+        grown = np.log(config.max_position_embeddings / original) / np.log(original)
+        found["rope.scaling.attn_factor"] = float(np.sqrt(1 + max(0.0, grown)))
+    return found
+
+
+def _own_keys(family: str, config: Any) -> dict[str, Any]:
+    if family == "gemma2":
+        return {
+            "attn_logit_softcapping": config.attn_logit_softcapping,
+            "final_logit_softcapping": config.final_logit_softcapping,
+        }
+    if family == "gemma3_text" and config.final_logit_softcapping:
+        return {"final_logit_softcapping": config.final_logit_softcapping}
+    if family == "granite":
+        return {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if family in ("stablelm", "gpt_neox"):
+        return {"use_parallel_residual": config.use_parallel_residual}
+    return {}

@@ -14,17 +14,36 @@ from gguf_files import _keys as keys_of
 from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.gguf.config import ARCHITECTURES, read_config
+from linspec.checkpoints.gguf.architectures import ARCHITECTURES
+from linspec.checkpoints.gguf.config import read_config
 from linspec.checkpoints.gguf.reader import read_gguf
+from linspec.checkpoints.gguf.ropes import share_of
 from linspec.checkpoints.gguf.types import TYPES
 from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.cli import app
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.decoder import Decoder
 from linspec.train.linearize import stored_dtype
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gpt2", "gemma2", "gemma3_text", "olmo2", "smollm3"),
+    *("granite", "starcoder2", "stablelm", "gpt_neox", "phi3"),
+)
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5e4,
+    "long_factor": [1.0 + i / 2 for i in range(16)],
+    "short_factor": [1.0 + i / 50 for i in range(16)],
+    "original_max_position_embeddings": 8,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "rope_theta": 500.0,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -66,6 +85,24 @@ def test_logits_are_those_of_transformers(family: str, kind: str, tmp_path: Path
         ("mistral", {"sliding_window": 5}),
         ("qwen2", {"tie_word_embeddings": False}),
         ("qwen3", {"tie_word_embeddings": True}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("gemma3_text", {"num_hidden_layers": 3}),
+        ("gemma3_text", {"final_logit_softcapping": 3.0}),
+        ("olmo2", {"num_key_value_heads": 8}),
+        ("smollm3", {"num_hidden_layers": 3, "tie_word_embeddings": False}),
+        ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+        ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("phi3", {"sliding_window": 6, "tie_word_embeddings": True}),
+        (
+            "phi3",
+            {
+                "rope_parameters": LONGROPE,
+                "original_max_position_embeddings": 8,
+                "partial_rotary_factor": 1.0,
+            },
+        ),
     ],
     ids=str,
 )
@@ -99,6 +136,17 @@ def test_a_directory_and_a_gguf_file_of_one_model_are_alike(family: str, tmp_pat
             eos_token_id=None,
         )
     assert tuple(expected[0, -12:].tolist()) == one[0].token_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_change_no_token(family: str, tmp_path: Path) -> None:
+    _, path = tiny(family, tmp_path / "m.gguf")
+    prompts = ["abcd the end abcd the end abcd", "12 12 12 12", "é"]
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    plain = LLM(path, max_batch=3).generate(prompts, params)
+    drafted = LLM(path, max_batch=3, drafter="prompt-lookup", policy=4).generate(prompts, params)
+    assert [a.token_ids for a in plain] == [b.token_ids for b in drafted]
+    assert max(each.stats.tokens_per_round for each in drafted) > 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +216,11 @@ def test_a_file_says_that_it_is_dequantized(
         ({"llama.attention.head_count_kv": 3}, "cannot share"),
         ({"llama.attention.head_count": "8"}, "must be a whole number"),
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "must be a finite number"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "su"}, "rope scaling 'su'"),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            "does not say 'llama.rope.scaling.original_context_length'",
+        ),
         ({"llama.rope.dimension_count": 16}, "turns 16 of 32"),
         ({"llama.attention.scale": 0.5}, "attention scale"),
         ({"llama.attention.value_length": 16}, "different widths"),
@@ -270,3 +322,9 @@ def test_heads_of_a_gguf_model_need_a_place_of_their_own(tmp_path: Path) -> None
     _, path = tiny("llama", tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="give --out"):
         train_drafter(path, None)
+
+
+def test_a_part_of_a_head_that_is_no_binary_fraction_was_turned_by_a_feature_less() -> None:
+    for width in range(2, 257, 2):
+        for turned in range(2, width + 1, 2):
+            assert RopeConfig(partial_rotary_factor=share_of(turned, width)).turned(width) == turned

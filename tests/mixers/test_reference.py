@@ -20,9 +20,10 @@ from helpers import (
 
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
-from linspec.mixers.config import MixerConfig, RopeConfig
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.reference import REFERENCES, reference
 from linspec.mixers.rope import Rotary, inverse_frequencies
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import EncoderConfig
 
 WITHOUT_SPAN = ("softmax", "window", "global")

@@ -3,110 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
+from hf_models import (
+    LINEAR,
+    LLAMA3,
+    LONGROPE,
+    MODELS,
+    SIZES,
+    YARN,
+    assert_close,
+    make,
+    save,
+    tokens,
 )
+from transformers import AutoModelForCausalLM
 
-from linspec.checkpoints.families.known import FAMILIES, family_of, read_config, write_config
+from linspec.checkpoints.families.base import FAMILIES
+from linspec.checkpoints.families.known import family_of, read_config, write_config
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.errors import CheckpointError, InputError, UnsupportedModel
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
-
-Maker = Callable[[], PreTrainedModel]
-MODELS: dict[str, Maker] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    "llama-tied-biased": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    ),
-    "llama-wide-heads": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, head_dim=12)),
-    "llama-gelu": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh")),
-    "llama-rope-llama3": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
-    "llama-rope-linear": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=LINEAR)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=5)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
-    "qwen2-window": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
-    "qwen3-biased-window": lambda: Qwen3ForCausalLM(
-        Qwen3Config(
-            **SIZES,
-            head_dim=16,
-            attention_bias=True,
-            use_sliding_window=True,
-            sliding_window=3,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        )
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-    "gpt2-untied-inner": lambda: GPT2LMHeadModel(
-        GPT2Config(**GPT2, tie_word_embeddings=False, n_inner=40, activation_function="relu")
-    ),
-}
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name: str) -> PreTrainedModel:
-    """A random model in which no norm is one and no bias is zero."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.15)
-    return model
-
-
-def save(name: str, folder: Path, **options: Any) -> PreTrainedModel:
-    model = make(name)
-    model.save_pretrained(folder, **options)
-    return model
-
-
-def tokens(rows: int = 2, length: int = 23) -> torch.Tensor:
-    return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert theirs.std() > 0.1
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @every_model
@@ -165,7 +90,8 @@ def test_saving_back_gives_transformers_the_same_model(name: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @torch.no_grad()
 def test_sharded_checkpoints(name: str, tmp_path: Path) -> None:
-    theirs = save(name, tmp_path, max_shard_size="12KB")
+    theirs = make(name)
+    theirs.save_pretrained(tmp_path, max_shard_size="12KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_close(load_model(tmp_path)(tokens()), theirs(tokens()).logits)
 
@@ -202,12 +128,11 @@ def test_written_config_reads_the_same_with_old_keys_only() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "'dynamic'.*llama3"),
+        ({"rope_parameters": {**LINEAR, "rope_type": "proportional"}}, "'proportional'.*llama3"),
         ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_act": "mish"}, "'mish'.*gelu_new"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
-        ({"model_type": "smollm3"}, "smollm3.*no position embedding"),
-        ({"model_type": "mamba"}, "'mamba'.*llama, mistral, qwen2, qwen3, gpt2"),
+        ({"model_type": "mamba"}, "'mamba'.*gpt2.*llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "None is not supported"),
         ({"model_type": ["llama"]}, "not supported"),
         (
@@ -221,6 +146,168 @@ def test_unsupported_configs_name_the_reason(change: dict[str, Any], message: st
     with pytest.raises(CheckpointError, match=message) as error:
         read_config({"model_type": "llama", **SIZES} | change)
     assert isinstance(error.value, UnsupportedModel) or "layer_types" in change
+
+
+# settings in the style of the years in which these families came out, and what they mean
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+PUBLISHED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "rope_theta": 1000000,
+            "rope_local_base_freq": 10000,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 512,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 16,
+        },
+        {
+            "rope": RopeConfig(theta=1e6, kind="linear", factor=8.0),
+            "local_rope": RopeConfig(theta=1e4),
+            "layer_ropes": ("local", "local", "main"),
+            "score_factor": 0.25,
+            "logit_cap": 0.0,
+        },
+    ),
+    (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "rope_theta": 10000.0,
+            "sliding_window": 4,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        {
+            "score_cap": 50.0,
+            "logit_cap": 30.0,
+            "mixers": (
+                MixerConfig(name="window", window=4),
+                MixerConfig(),
+                MixerConfig(name="window", window=4),
+            ),
+        },
+    ),
+    (
+        "stablelm",
+        {"rope_theta": 1000.0, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5},
+        {"rope": RopeConfig(theta=1000.0, partial_rotary_factor=0.25), "norm": "layer"},
+    ),
+    (
+        "gpt_neox",
+        {"rotary_pct": 0.5, "rotary_emb_base": 5000, "use_parallel_residual": True},
+        {"rope": RopeConfig(theta=5000.0, partial_rotary_factor=0.5), "residual": "parallel"},
+    ),
+    (
+        "phi3",
+        {
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 1.0,
+            "rope_scaling": {"type": "longrope", **FACTORS},
+        },
+        {
+            "rope": RopeConfig(
+                kind="longrope",
+                factor=6.0,
+                original_max_positions=16,
+                attention_factor=math.sqrt(1 + math.log(6) / math.log(16)),
+                short_factors=(1.0, 1.1, 1.2, 1.3),
+                long_factors=(1.0, 2.0, 3.0, 4.0),
+                long=True,
+            )
+        },
+    ),
+    (
+        "smollm3",
+        {"num_hidden_layers": 8, "rope_theta": 5000000.0, "no_rope_layer_interval": 4},
+        {"layer_ropes": ("main", "main", "main", "none") * 2, "rope": RopeConfig(theta=5e6)},
+    ),
+    (
+        "llama",
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {
+            "rope": RopeConfig(
+                theta=5e5,
+                kind="yarn",
+                factor=4.0,
+                original_max_positions=96,
+                attention_factor=0.1 * math.log(4.0) + 1,
+            )
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "given", "meant"), PUBLISHED, ids=str)
+def test_settings_as_they_were_published(
+    family: str, given: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    config = read_config({"model_type": family, **SIZES} | given)
+    assert isinstance(config, DecoderConfig)
+    assert {name: getattr(config, name) for name in meant} == meant
+    assert read_config(write_config(FAMILIES[family], config)) == config
+
+
+FULL = "full_attention"
+UNSOUND: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "granite",
+        {"residual_multiplier": 0.0},
+        "residual_multiplier must be finite and above 0, got 0",
+    ),
+    ("granite", {"logits_scaling": -2.0}, "logits_scaling must be finite and above 0, got -2"),
+    ("granite", {"embedding_multiplier": "3"}, "embedding_multiplier"),
+    ("granite", {"hidden_act": "mish"}, "'mish'.*supported: .*gelu_new"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be finite and above 0"),
+    ("gemma2", {"attn_logit_softcapping": -50.0}, "attn_logit_softcapping must be.*got -50"),
+    ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping must be.*got 0"),
+    ("gemma2", {"hidden_activation": "mish"}, "'mish'.*supported: .*gelu_new"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types|layer types"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ("gemma3_text", {"sliding_window": 0}, "window of 1 or more tokens, got 0"),
+    ("gemma3_text", {"rope_parameters": {FULL: {"rope_type": "su"}}}, "'su'"),
+    ("smollm3", {"no_rope_layers": [1, 2, 1]}, r"no_rope_layers must be.*\[1, 2, 1\]"),
+    (
+        "smollm3",
+        {"no_rope_layers": [1, 0, 1, 1]},
+        "no_rope_layers must be a list of 0 and 1 for each of 3",
+    ),
+    ("stablelm", {"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 turns 0 of 8"),
+    (
+        "stablelm",
+        {"partial_rotary_factor": 1.5},
+        "partial_rotary_factor must be above 0 and at most 1",
+    ),
+    ("gpt_neox", {"rotary_pct": 0.4}, "partial_rotary_factor 0.4 turns 3 of 8"),
+    ("phi3", {"sliding_window": -1}, "window must be 0 or more|window of 1 or more"),
+    ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "long_factor"),
+    (
+        "phi3",
+        {"rope_parameters": LONGROPE | {"short_factor": [1.0, 1.0, 0.0, 1.0]}},
+        "short_factors",
+    ),
+    ("llama", {"rope_parameters": YARN | {"factor": -1.0}}, "factor must be finite and above 0"),
+    (
+        "llama",
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 0}},
+        "original_max_position_embeddings must be finite and above 0|zero",
+    ),
+    (
+        "llama",
+        {"rope_parameters": YARN | {"beta_fast": -1.0}},
+        "beta_fast must be finite and above 0",
+    ),
+    ("llama", {"rope_parameters": YARN | {"rope_theta": 1.0}}, "rope theta is 1"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "message"), UNSOUND, ids=str)
+def test_unsound_settings_are_named_with_value_and_rule(
+    family: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_config({"model_type": family, **SIZES} | change)
 
 
 @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_key_value_heads": 3}])

@@ -80,7 +80,8 @@ def test_the_unit_is_what_the_paper_says() -> None:
     """One unit by loops over time, from the equations."""
     model = tiny("aug")
     unit, x = model.units[0].mixer, torch.randn(11, 12, dtype=torch.float64)
-    _, rope = model.enter(torch.zeros(1, 11, dtype=torch.long), torch.arange(11))
+    _, ropes = model.enter(torch.zeros(1, 11, dtype=torch.long), torch.arange(11))
+    rope = ropes[0]
     gate, (q, k, v) = unit.gated(x, rope)
     q, k, v = (t[:, 0] for t in (q, k, v))
     bias = unit.relative.between(11, 11)[0] * math.sqrt(8)

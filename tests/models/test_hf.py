@@ -220,9 +220,9 @@ def test_cache_rows_can_be_picked(saved: Saved) -> None:
 
 
 def layer_by_layer(decoder: Decoder, ids: torch.Tensor) -> list[torch.Tensor]:
-    x, rope = decoder.enter(ids, torch.arange(ids.shape[1]))
+    x, ropes = decoder.enter(ids, torch.arange(ids.shape[1]))
     states = [x]
-    for block in decoder.layers:
+    for block, rope in zip(decoder.layers, ropes, strict=True):
         states.append(block(states[-1], rope))
     return [*states[:-1], decoder.leave(states[-1])]
 

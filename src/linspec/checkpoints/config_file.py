@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family
+from linspec.checkpoints.families.base import FAMILIES, Family
 from linspec.checkpoints.gguf.config import read_config
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.origin import GENERATION
@@ -56,7 +56,7 @@ def read_config_file(folder: Path) -> ConfigFile:
     """What a directory or a GGUF file says; raises CheckpointError if that is no sound model."""
     if is_gguf(folder):
         config = read_config(read_gguf(folder))
-        return ConfigFile(folder, config, families.FAMILIES[config.family])
+        return ConfigFile(folder, config, FAMILIES[config.family])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"no config.json in {folder}: not a model directory, or one whose saving was cut off"

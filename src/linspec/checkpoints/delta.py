@@ -28,11 +28,11 @@ from linspec.checkpoints.origin import origin_of, set_origin
 from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.weights import read_shapes, read_tensors
 from linspec.errors import CheckpointError, ConfigError
-from linspec.mixers.config import STRICT, MixerConfig
+from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.skeleton import without_memory
-from linspec.utils.border import parse, read_json
+from linspec.utils.border import STRICT, parse, read_json
 from linspec.utils.files import replace_dir
 from linspec.utils.messages import shown
 

@@ -11,6 +11,7 @@ from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import load_any_config, resolve
 from linspec.checkpoints.packages import PACKAGES
 from linspec.models.config import DecoderConfig
+from linspec.models.step_plan import untold
 
 
 def describe(source: str | Path) -> dict[str, Any]:
@@ -25,6 +26,8 @@ def describe(source: str | Path) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
     }
     facts |= config.facts()
+    if type(config) is DecoderConfig and (names := untold(config)):
+        facts["steps"] = f"layer by layer: the one-call step has no {', '.join(names)}"
     if is_gguf(path):
         facts |= _of_gguf(path)
     elif (delta := read_delta(path)) is not None and isinstance(config, DecoderConfig):

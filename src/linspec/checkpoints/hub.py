@@ -57,8 +57,6 @@ from linspec.utils.places import Place, as_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HEAD = "lm_head.weight"
-
 
 def load_config(source: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory, without its weights."""
@@ -184,9 +182,13 @@ def _with_own_head(
     if not isinstance(decoder, DecoderConfig) or not decoder.tied_embeddings:
         return config
     embedding = next((rule.theirs for rule in family.rules if rule.ours[0].endswith("embed")), "")
+    head = (
+        next((rule.theirs for rule in family.rules if rule.ours[0].endswith("head")), "")
+        + ".weight"
+    )
     names = [f"{embedding}.weight", f"{embedding.removeprefix(family.prefix)}.weight"]
     tied = [name for name in names if name in shapes]
-    if HEAD not in shapes or not tied or same_tensors(files, HEAD, tied[0]):
+    if head not in shapes or not tied or same_tensors(files, head, tied[0]):
         return config
     decoder = replace(decoder, tied_embeddings=False)
     return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder

@@ -83,8 +83,9 @@ class StepPlan:
     """A whole decoder.
 
     norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width];
-    final_norm [width]. frequencies [head_width / 2]: of the rotary positions, None without.
-    score_scale: factor on q·k ahead of a softmax; logit_scale: on the final hidden states.
+    final_norm [width]. frequencies [R / 2]: of the rotary positions, which turn R features of a head, None
+    without; rotary_scale: factor on their cosines and sines. score_scale: factor on q·k ahead of a softmax;
+    logit_scale: on the final hidden states.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -102,6 +103,7 @@ class StepPlan:
     embedding: torch.Tensor
     final_norm: torch.Tensor
     frequencies: torch.Tensor | None
+    rotary_scale: float
     score_scale: float
     logit_scale: float
     head: LinearPlan | None

@@ -16,7 +16,8 @@ def arranged_exact(config: StackConfig, mixer: MixerConfig) -> Exact:
     """The exact part of a mixer whose kernel is not its own."""
     width = partial(_first, width=config.head_width)
     if mixer.kernel == "softmax":
-        return Exact(partial(softmax_weights, scale=config.score_scale), width, width)
+        weights = partial(softmax_weights, scale=config.score_scale, cap=config.score_cap)
+        return Exact(weights, width, width)
     unit_width = partial(_first_unit, width=config.head_width)
     return Exact(partial(plain_weights, of=relu_squared), unit_width, unit_width)
 

@@ -6,17 +6,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 from linspec.errors import ConfigError
-from linspec.utils.border import parse
+from linspec.mixers.rope_config import RopeConfig
+from linspec.utils.border import STRICT, parse
 from linspec.utils.messages import shown
 from linspec.utils.sizes import LARGEST, check_choice, check_positive, check_size, check_sizes
 
 T = TypeVar("T")
 
 KERNELS = ("own", "softmax", "relu2")
+# what has a norm of queries and keys of its own: all heads alike, the whole projection, each head
+QK_NORMS = ("head", "whole", "each")
 # settings that came after the first runs and cells were kept
 _LATER = ("sinks", "exact_heads", "options")
-# what `parse` lets a JSON object of these classes hold: nothing that they do not know
-STRICT = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,33 +93,6 @@ def check_heads(heads: tuple[int, ...]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding. `kind` is 'default', 'linear' or 'llama3'."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-    __pydantic_config__ = STRICT
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("default", "linear", "llama3"):
-            raise ConfigError(
-                f"rope scaling {self.kind!r} is not supported; supported: default, linear, llama3"
-            )
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
-            check_positive(f"rope {name}", getattr(self, name))
-        check_sizes(self, "original_max_positions")
-        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
-            raise ConfigError(
-                f"rope low_freq_factor and high_freq_factor are both {self.low_freq_factor}; "
-                "llama3 scaling needs two different ones, such as 1 and 4"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RelativeConfig:
     """Learned bias by distance (T5, Raffel et al. 2020).
 
@@ -145,7 +119,10 @@ class StackConfig:
     Widths are in features, `max_positions` in tokens. `mixers` has one entry for each layer.
     `family` remembers which Hugging Face family the weights came from, for saving back.
     relative: a bias by distance, with positions 'relative'. scaled_scores: softmax scores are divided
-    by √head_width.
+    by √head_width. score_factor: what they are multiplied by instead; None for that. score_cap: softmax
+    scores s become cap·tanh(s / cap); 0 for none. norm_offset: norms multiply by 1 + weight.
+    qk_norm_of: with qk_norm, 'head' is one RMS norm for all heads, 'whole' one over the projection of all
+    heads, 'each' a LayerNorm without bias for each head.
     """
 
     vocab_size: int
@@ -165,10 +142,14 @@ class StackConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_of: str = "head"
+    norm_offset: bool = False
     positions: str = "rope"
     rope: RopeConfig = field(default_factory=RopeConfig)
     relative: RelativeConfig | None = None
     scaled_scores: bool = True
+    score_factor: float | None = None
+    score_cap: float = 0.0
     max_positions: int = 2048
     pad_id: int | None = None
     __pydantic_config__ = STRICT
@@ -177,6 +158,10 @@ class StackConfig:
         check_sizes(self, "vocab_size width layers heads kv_heads head_width mlp_width")
         check_sizes(self, "max_positions")
         check_positive("norm_eps", self.norm_eps, zero=True)
+        check_choice("qk_norm_of", self.qk_norm_of, QK_NORMS)
+        check_positive("score_cap", self.score_cap, zero=True)
+        if self.score_factor is not None:
+            check_positive("score_factor", self.score_factor)
         if not self.mixers:
             object.__setattr__(self, "mixers", (MixerConfig(),) * self.layers)
         if self.heads * self.head_width > LARGEST["width"]:
@@ -192,6 +177,11 @@ class StackConfig:
             )
         if self.norm not in ("rms", "layer"):
             raise ConfigError(f"norm must be 'rms' or 'layer', got {self.norm!r}")
+        if self.norm_offset and (self.norm != "rms" or self.qk_norm_of != "head"):
+            raise ConfigError(
+                "norm_offset goes with norm 'rms' and qk_norm_of 'head', got "
+                f"{self.norm!r} and {self.qk_norm_of!r}"
+            )
         if self.positions not in ("rope", "learned", "relative"):
             raise ConfigError(
                 f"positions must be 'rope', 'learned' or 'relative', got {self.positions!r}"
@@ -201,6 +191,8 @@ class StackConfig:
                 f"positions {self.positions!r} with relative={self.relative}: a relative bias goes "
                 "with positions 'relative' and with no other"
             )
+        if self.positions == "rope":
+            self.rope.check_heads(self.head_width)
 
     @property
     def causal(self) -> bool:
@@ -210,6 +202,8 @@ class StackConfig:
     @property
     def score_scale(self) -> float:
         """Factor on q·k products ahead of a softmax."""
+        if self.score_factor is not None:
+            return self.score_factor
         return self.head_width**-0.5 if self.scaled_scores else 1.0
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.normalized import Normalized
-from linspec.mixers.ops.exact import Exact
+from linspec.mixers.ops.exact import Exact, capped
 from linspec.mixers.ops.features import two_sided_softmax
 
 
@@ -50,7 +50,8 @@ class Hedgehog(Normalized):
         return two_sided_softmax(k @ self.key_map.mT)
 
     def own_exact(self) -> Exact | None:
-        return Exact(partial(relative_exponentials, scale=self.config.score_scale))
+        config = self.config
+        return Exact(partial(relative_exponentials, scale=config.score_scale, cap=config.score_cap))
 
 
 # exp(score) of the lowest score that can be subtracted still fits in float16
@@ -63,9 +64,10 @@ def relative_exponentials(
     bias: torch.Tensor | None = None,
     *,
     scale: float,
+    cap: float = 0.0,
 ) -> torch.Tensor:
     """exp(scores - the largest): a softmax without its denominator."""
-    scores = products * scale
+    scores = capped(products * scale, cap)
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     # nodes that fill up a ragged batch see nothing: their largest score is no number to subtract

@@ -12,7 +12,7 @@ from linspec.mixers.base import MIXERS
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, shifted, split, windows
-from linspec.mixers.ops.exact import masked_softmax
+from linspec.mixers.ops.exact import capped, masked_softmax
 from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import CompressionOptions
@@ -121,6 +121,7 @@ class Linformer(ClosingMixer):
         """Softmax weights over the rows of all parts together."""
         masks = [m.expand_as(p) for m, p in zip(seen, products, strict=True)]
         scores = torch.cat(products, dim=-1) * self.config.score_scale
+        scores = capped(scores, self.config.score_cap)
         weights = masked_softmax(scores, torch.cat(masks, dim=-1))
         return list(weights.split([p.shape[-1] for p in products], dim=-1))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from linspec.mixers.config import StackConfig
+from linspec.mixers.norms import WeightedNorm, make_qk_norm
 
 # several linear layers of one input -> one inference layer with their outputs side by side
 LinearFactory = Callable[..., nn.Module]
@@ -29,8 +30,8 @@ class HeadProjections(nn.Module):
         self.qkv: nn.Module | None = None
         self.qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
+            self.q_norm: WeightedNorm = make_qk_norm(config, self.heads)
+            self.k_norm: WeightedNorm = make_qk_norm(config, self.kv_heads)
 
     def split_heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [..., D] -> queries, then keys, before rotation [..., H + Hkv, K], and values [..., Hkv, V]."""

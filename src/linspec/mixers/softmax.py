@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.ops.exact import Exact, softmax_attention, softmax_weights
 from linspec.mixers.options import CacheOptions
 from linspec.state.contract import LayerState, StateOptions
 from linspec.state.entries import EntrySpec
@@ -39,7 +38,9 @@ class Softmax(Mixer):
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
-        self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
+        scale, cap = config.score_scale, config.score_cap
+        self.exact = Exact(partial(softmax_weights, scale=scale, cap=cap))
+        self.attention = partial(softmax_attention, scale=scale, cap=cap)
         # a subclass may weigh entries in another way
         self.plain = type(self) is Softmax and self.relative is None
         self.ends_alone = self.plain and not mixer.taps
@@ -84,9 +85,7 @@ class Softmax(Mixer):
         sums: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.relative is None:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=self.config.score_scale, enable_gqa=self.repeats > 1
-            )
+            return self.attention(q, k, v, causal=True)
         time = q.shape[2]
         return self.over(q, k, v, torch.ones(time, time, dtype=torch.bool, device=q.device).tril())
 
@@ -111,6 +110,4 @@ class Softmax(Mixer):
         if self.relative is not None:
             bias = self.relative.between(q.shape[2], k.shape[2]).to(q.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self.config.score_scale, enable_gqa=self.repeats > 1
-        )
+        return self.attention(q, k, v, mask=mask)

@@ -13,7 +13,7 @@ from linspec.mixers.base import MIXERS
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, windows
-from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.ops.exact import Exact, softmax_attention, softmax_weights
 from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import SinkOptions
@@ -47,7 +47,7 @@ class Streaming(ClosingMixer):
                 f"{mixer.sinks}; choose fewer sinks or a larger group"
             )
         super().__init__(config, mixer)
-        self.exact = Exact(partial(softmax_weights, scale=config.score_scale))
+        self.exact = Exact(partial(softmax_weights, scale=config.score_scale, cap=config.score_cap))
 
     # ---- state
 
@@ -152,11 +152,12 @@ class Streaming(ClosingMixer):
         """
         shape, mask = q.shape[1:3], seen[:, None].expand(-1, q.shape[1], -1, -1, -1)
         q, k, v = (part.flatten(1, 2) for part in (q, k, v))
-        o = F.scaled_dot_product_attention(
+        o = softmax_attention(
             q,
             k,
             v,
-            attn_mask=mask.flatten(1, 2),
             scale=self.config.score_scale,
+            cap=self.config.score_cap,
+            mask=mask.flatten(1, 2),
         )
         return o.unflatten(1, shape)

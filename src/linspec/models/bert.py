@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError
+from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
-from linspec.models.block import ACTIVATIONS, make_norm
+from linspec.models.block import ACTIVATIONS
 from linspec.models.config import EncoderConfig
 from linspec.models.encoder import Encoder
 from linspec.models.linear import fused_linear

@@ -13,6 +13,7 @@ from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.base import Rope
 from linspec.mixers.config import StackConfig
+from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
 from linspec.models.norm import inference_norm
 from linspec.state.contract import Makers
@@ -24,12 +25,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-def make_norm(config: StackConfig) -> nn.Module:
-    """The configured normalization over the model width."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.width, eps=config.norm_eps)
 
 
 class MLP(nn.Module):

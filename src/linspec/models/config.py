@@ -6,32 +6,82 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from linspec.errors import ConfigError
-from linspec.mixers.config import (
-    STRICT,
-    MixerConfig,
-    StackConfig,
-)
-from linspec.utils.border import parse
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.rope_config import RopeConfig
+from linspec.utils.border import STRICT, parse
 from linspec.utils.sizes import check_choice, check_positive, check_sizes
 
 HEADS = ("none", "pooler", "masked-lm", "classifier")
+NORMS = ("before", "behind", "both")
+RESIDUALS = ("sequential", "parallel", "parallel-shared")
+LAYER_ROPES = ("main", "local", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(StackConfig):
     """Everything needed to build a decoder.
 
-    logit_scale: factor on the final hidden states ahead of the output layer.
+    norms: of a mixer and an MLP, 'before' them, 'behind' them ahead of the residual sum, or 'both'.
+    residual: 'sequential'; 'parallel', where the MLP reads what the mixer reads, by a norm of its own;
+    'parallel-shared' without one. residual_scale: factor on what mixers and MLPs add. embedding_scale: on
+    the embeddings of tokens; logit_scale: on the final hidden states ahead of the output layer. logit_cap:
+    logits x become cap·tanh(x / cap); 0 for none. layer_ropes: for each layer
+    'main' for `rope`, 'local' for `local_rope` or 'none'; empty for `rope` in all.
     """
 
     tied_embeddings: bool = True
+    norms: str = "before"
+    residual: str = "sequential"
+    residual_scale: float = 1.0
+    embedding_scale: float = 1.0
     logit_scale: float = 1.0
+    logit_cap: float = 0.0
+    layer_ropes: tuple[str, ...] = ()
+    local_rope: RopeConfig | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         StackConfig.__post_init__(self)
-        check_positive("logit_scale", self.logit_scale)
+        for name in ("residual_scale", "embedding_scale", "logit_scale"):
+            check_positive(name, getattr(self, name))
+        check_positive("logit_cap", self.logit_cap, zero=True)
+        check_choice("norms", self.norms, NORMS)
+        check_choice("residual", self.residual, RESIDUALS)
+        if self.residual != "sequential" and self.norms != "before":
+            raise ConfigError(
+                f"residual {self.residual!r} goes with norms 'before', got norms {self.norms!r}"
+            )
+        self._check_ropes()
+
+    def _check_ropes(self) -> None:
+        """Raise ConfigError unless each layer has a rope that is there."""
+        for name in self.layer_ropes:
+            check_choice("layer_ropes", name, LAYER_ROPES)
+        if self.layer_ropes and (len(self.layer_ropes), self.positions) != (self.layers, "rope"):
+            raise ConfigError(
+                f"{len(self.layer_ropes)} layer_ropes for {self.layers} layers with positions "
+                f"{self.positions!r}; there must be one for each layer, with positions 'rope'"
+            )
+        if ("local" in self.layer_ropes) != (self.local_rope is not None):
+            raise ConfigError(
+                "local_rope goes with layers whose layer_ropes is 'local': give both, or neither"
+            )
+        if self.local_rope is not None:
+            self.local_rope.check_heads(self.head_width)
+
+    @property
+    def arranged(self) -> bool:
+        """Whether norms or residual sums of its blocks are arranged in another way than in Llama."""
+        return (self.norms, self.residual, self.residual_scale) != ("before", "sequential", 1.0)
+
+    def check_plain(self, what: str) -> None:
+        """Raise ConfigError if `what`, which has blocks of its own kind, is to be arranged in another way."""
+        if self.arranged or self.layer_ropes or self.score_cap:
+            raise ConfigError(
+                f"norms, residual, residual_scale, layer_ropes and score_cap mean nothing to {what}; leave "
+                "them out"
+            )
 
     def token_ids(self) -> dict[str, Any]:
         """Special tokens under their Hugging Face names; a single end token is a number."""
@@ -119,6 +169,7 @@ class Seq2SeqConfig:
             ours, theirs = getattr(self.encoder, name), getattr(self.decoder, name)
             if ours != theirs:
                 raise ConfigError(f"the encoder's {name} is {ours}, the decoder's {theirs}")
+        self.decoder.check_plain("the decoder of an encoder-decoder")
         check_sizes(self, "start_id", least=0)
         if self.start_id >= self.vocab_size:
             raise ConfigError(f"start_id {self.start_id} is none of {self.vocab_size} tokens")

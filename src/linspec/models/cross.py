@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from linspec.mixers.base import Rope
+from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
-from linspec.models.block import Block, make_norm
+from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.layer_path import LayerPath
@@ -162,22 +163,22 @@ class CrossDecoder(Decoder):
 
     def decode(self, ids: torch.Tensor, sources: Sequence[Source]) -> torch.Tensor:
         """Final normalized hidden states [B, T, D] of ids [B, T] (padded at the end if at all)."""
-        x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
-        for block, source in zip(self.cross_blocks, sources, strict=True):
+        x, ropes = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block, rope, source in zip(self.cross_blocks, ropes, sources, strict=True):
             x = block.attend(x, rope, source)
         return self.leave(x)
 
     def run(
         self,
         x: torch.Tensor,
-        rope: Rope,
+        ropes: Sequence[Rope],
         dense_groups: list[DenseGroup],
         state: SequenceStates,
         path: LayerPath,
     ) -> torch.Tensor:
         slots = [slot for dense_group in dense_groups for slot in dense_group.slot_range]
         sources_of(state).check_filled(slots)
-        return super().run(x, rope, dense_groups, state, path)
+        return super().run(x, ropes, dense_groups, state, path)
 
 
 def sources_of(state: SequenceStates) -> SourceCache:

@@ -1,4 +1,4 @@
-"""One decoder for Llama, Mistral, Qwen2, Qwen3, SmolLM and GPT-2: blocks of mixer and MLP."""
+"""One decoder for all families of decoders: blocks of mixer and MLP."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import Rope
+from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
-from linspec.models.block import Block, make_norm
+from linspec.models.arranged_block import ArrangedBlock
+from linspec.models.block import Block
 from linspec.models.cache import new_states
 from linspec.models.config import DecoderConfig
+from linspec.models.head import inference_head, make_head
 from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
@@ -44,9 +47,11 @@ class Decoder(nn.Module):
             self.embed_positions = nn.Embedding(config.max_positions, config.width)
         elif config.positions == "rope":
             self.rotary = Rotary(config.rope, config.head_width)
+            if config.local_rope is not None:
+                self.local_rotary = Rotary(config.local_rope, config.head_width)
         self.blocks = nn.ModuleList(self.make_block(i) for i in range(config.layers))
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = make_head(config)
         self.tie()
         self.is_inference = False
         self.native: OneCall | None = None
@@ -55,7 +60,8 @@ class Decoder(nn.Module):
 
     def make_block(self, layer: int) -> Block:
         """The block of one layer."""
-        return Block(self.config, layer)
+        kind = ArrangedBlock if self.config.arranged else Block
+        return kind(self.config, layer)
 
     def tie(self) -> None:
         """Make parameters that are one in the checkpoint one in memory."""
@@ -72,8 +78,8 @@ class Decoder(nn.Module):
 
         through: runs one block on its input; a caller can look at it, or recompute it later.
         """
-        x, rope = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
-        for block in self.layers:
+        x, ropes = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+        for block, rope in zip(self.layers, ropes, strict=True):
             x = through(block, x, rope)
         return self.leave(x)
 
@@ -87,17 +93,27 @@ class Decoder(nn.Module):
         ids: torch.Tensor,
         positions: torch.Tensor,
         given: Sequence[tuple[int, torch.Tensor]] = (),
-    ) -> tuple[torch.Tensor, Rope]:
-        """Embedded ids, and the rotation of their positions where there is one.
+    ) -> tuple[torch.Tensor, list[Rope]]:
+        """Embedded ids, and for each layer the rotation of their positions where there is one.
 
-        given: embeddings [N, D] that stand in place of those of the packed tokens from a number on.
+        given: embeddings [N, D] that stand in place of those of the packed tokens from a number on, before
+        `embedding_scale`.
         """
         x = self.embedded(ids, given).to(self.dtype)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
         if self.config.positions == "learned":
-            return x + self.embed_positions(positions), None
-        if self.config.positions == "rope":
-            return x, self.rotary(positions, x.dtype)
-        return x, None
+            x = x + self.embed_positions(positions)
+        return x, self._ropes(positions, x.dtype)
+
+    def _ropes(self, positions: torch.Tensor, dtype: torch.dtype) -> list[Rope]:
+        """The rotation of `positions` in each layer."""
+        if self.config.positions != "rope":
+            return [None] * self.config.layers
+        ropes: dict[str, Rope] = {"main": self.rotary(positions, dtype), "none": None}
+        if self.config.local_rope is not None:
+            ropes["local"] = self.local_rotary(positions, dtype)
+        return [ropes[name] for name in self.config.layer_ropes or ("main",) * self.config.layers]
 
     def embedded(
         self, ids: torch.Tensor, given: Sequence[tuple[int, torch.Tensor]]
@@ -135,7 +151,7 @@ class Decoder(nn.Module):
         self.eval().requires_grad_(False)
         for block in self.layers:
             block.to_inference(linear_factory)
-        self.add_module("head", linear_factory(self.head))
+        self.add_module("head", inference_head(self.head, linear_factory))
         self.is_inference = True
         if not self.embed.weight.is_meta:
             self.finalize_weights()
@@ -229,9 +245,9 @@ class Decoder(nn.Module):
         if native is not None:
             hidden, logits = native.run(inputs, shapes, positions, wanted, state)
         else:
-            x, rope = self._enter_nodes(inputs, positions)
+            x, ropes = self._enter_nodes(inputs, positions)
             dense_groups = dense_groups_of(inputs, shapes)
-            hidden = self._wanted_of(self.run(x, rope, dense_groups, state, path), wanted)
+            hidden = self._wanted_of(self.run(x, ropes, dense_groups, state, path), wanted)
             logits = self.head(hidden)
         for step_input, shape in zip(inputs, shapes, strict=True):
             if step_input.overwrite is None:
@@ -242,7 +258,7 @@ class Decoder(nn.Module):
 
     def _enter_nodes(
         self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, Rope]:
+    ) -> tuple[torch.Tensor, list[Rope]]:
         """`enter` for the packed nodes [M] of a step."""
         device = self.embed.weight.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
@@ -258,13 +274,14 @@ class Decoder(nn.Module):
     def run(
         self,
         x: torch.Tensor,
-        rope: Rope,
+        ropes: Sequence[Rope],
         dense_groups: list[DenseGroup],
         state: SequenceStates,
         path: LayerPath,
     ) -> torch.Tensor:
         """Packed nodes [M, D] through the step form of every layer of `path`."""
-        for layer, (block, place) in enumerate(zip(self.layers, state.layers, strict=True)):
+        places = zip(self.layers, ropes, state.layers, strict=True)
+        for layer, (block, rope, place) in enumerate(places):
             if path.takes(layer):
                 x = block.step(x, rope, dense_groups, *place)
             path.passed(layer, x)

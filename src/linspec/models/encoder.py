@@ -10,9 +10,10 @@ from torch import nn
 
 from linspec.errors import ContextOverflow, InputError
 from linspec.mixers.base import Rope
+from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
-from linspec.models.block import Block, make_norm
+from linspec.models.block import Block
 from linspec.models.config import EncoderConfig
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm

@@ -98,10 +98,11 @@ class Flash(Decoder):
         ids: torch.Tensor,
         positions: torch.Tensor,
         given: Sequence[tuple[int, torch.Tensor]] = (),
-    ) -> tuple[torch.Tensor, Rope]:
+    ) -> tuple[torch.Tensor, list[Rope]]:
         # embeddings of a quantized model are narrower
         x = self.embedded(ids, given).to(self.dtype)
         freq = inverse_frequencies(self.config.rope, self.config.width).to(positions.device)
         angle = positions[..., None].float() * freq
         waves = torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
-        return x + self.wave_scale * waves, self.rotary(positions, x.dtype)
+        rope = self.rotary(positions, x.dtype)
+        return x + self.wave_scale * waves, [rope] * self.config.layers

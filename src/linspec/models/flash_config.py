@@ -60,6 +60,7 @@ class FlashConfig(DecoderConfig):
         unit = MixerConfig(name=f"flash-{self.variant}", group=group, taps=self.taps)
         object.__setattr__(self, "mixers", (unit,) * self.layers)
         DecoderConfig.__post_init__(self)
+        self.check_plain("a FLASH model")
 
     @property
     def linear(self) -> bool:

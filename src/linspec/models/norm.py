@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from linspec.mixers.norms import OffsetRMSNorm
+
 
 class InferenceRMSNorm(nn.Module):
     """x · w / sqrt(mean(x²) + ε) (Zhang & Sennrich 2019), for the few rows of a step on a CPU.
@@ -16,9 +18,13 @@ class InferenceRMSNorm(nn.Module):
         super().__init__()
         assert isinstance(norm.eps, float), "a decoder's norms have their own epsilon"
         width = norm.weight.shape[0]
+        # as it is saved
         self.weight = nn.Parameter(norm.weight.detach(), requires_grad=False)
+        factors = norm.weight.detach()
+        if isinstance(norm, OffsetRMSNorm):
+            factors = 1 + factors
         # sqrt(mean(x²) + ε) = hypot(‖x‖, sqrt(ε D)) / sqrt(D)
-        self.scaled = norm.weight.detach() * width**0.5
+        self.scaled = factors * width**0.5
         self.floor = norm.weight.new_tensor((norm.eps * width) ** 0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +20,9 @@ from linspec.kernels.cpu.step import CpuStep
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
 from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
 from linspec.mixers.rope import inverse_frequencies
+from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
+from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
 from linspec.state.sequence_states import SequenceStates
 
@@ -27,9 +30,46 @@ if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
 
 
+# settings that a plan tells, or that change nothing that is computed in a step
+TOLD = frozenset(
+    {
+        *(
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+            "mixers",
+        ),
+        *(
+            "family",
+            "norm",
+            "norm_eps",
+            "activation",
+            "gated_mlp",
+            "qkv_bias",
+            "out_bias",
+            "mlp_bias",
+        ),
+        *(
+            "qk_norm",
+            "positions",
+            "rope",
+            "relative",
+            "scaled_scores",
+            "score_factor",
+            "logit_scale",
+        ),
+        *("max_positions", "tied_embeddings", "pad_id", "bos_id", "eos_ids"),
+    }
+)
+
+
 def one_call(model: Decoder) -> OneCall | None:
     """The one-call form of a model in its inference form; None if `why_not` has a reason."""
-    if _other_blocks(model):
+    if _untold(model):
         return None
     plan = step_plan(model)
     return None if why_not_on_cpu(plan) else OneCall(CpuStep(plan))
@@ -37,15 +77,18 @@ def one_call(model: Decoder) -> OneCall | None:
 
 def why_not(model: Decoder) -> str | None:
     """Why a model in its inference form has to run layer by layer; None if one call can do it."""
-    others = _other_blocks(model)
-    if others:
-        return f"{', '.join(others)} has no plan for a step in one call"
-    return why_not_on_cpu(step_plan(model))
+    return _untold(model) or why_not_on_cpu(step_plan(model))
 
 
-def _other_blocks(model: Decoder) -> list[str]:
-    """Kinds of blocks that are more, or something else, than a mixer and an MLP."""
-    return sorted({type(block).__name__ for block in model.layers if type(block) is not Block})
+def _untold(model: Decoder) -> str | None:
+    """What of a model no plan tells, if anything."""
+    kinds = sorted({type(block) for block in model.layers} - {Block, ArrangedBlock}, key=repr)
+    if kinds:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        return f"{names} has no plan for a step in one call"
+    if names := ", ".join(untold(model.config)):
+        return f"no plan for a step in one call has this model's {names}"
+    return None
 
 
 def step_plan(model: Decoder) -> StepPlan:
@@ -68,9 +111,19 @@ def step_plan(model: Decoder) -> StepPlan:
         embedding=model.embed.weight,
         final_norm=_weight(model.norm),
         frequencies=inverse_frequencies(config.rope, config.head_width) if turned else None,
+        rotary_scale=config.rope.attention_factor,
         score_scale=config.score_scale,
         logit_scale=config.logit_scale,
         head=_linear(model.head),
+    )
+
+
+def untold(config: DecoderConfig) -> tuple[str, ...]:
+    """Settings that no plan tells and that are not as usual, so that no kernel computes without them."""
+    return tuple(
+        each.name
+        for each in fields(config)
+        if each.name not in TOLD and getattr(config, each.name) != each.default
     )
 
 

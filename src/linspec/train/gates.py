@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count as counter
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.ops.exact import softmax_attention
 from linspec.mixers.streaming import Streaming
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -54,8 +54,8 @@ class GatedHeads(Streaming):
         near = super().mix(q, k, v, sums)
         # with heads repeated, kernels of every device and dtype take it without a [T, T] matrix
         k, v = (rows.repeat_interleave(self.repeats, dim=1) for rows in (k, v))
-        exact = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.config.score_scale
+        exact = softmax_attention(
+            q, k, v, scale=self.config.score_scale, cap=self.config.score_cap, causal=True
         )
         gate = self.gate.repeat_interleave(self.repeats)[:, None, None].to(near.dtype)
         return torch.lerp(near, exact, gate)

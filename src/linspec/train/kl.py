@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from linspec.errors import TrainingError
+from linspec.mixers.ops.exact import capped
+from linspec.models.head import cap_of
 
 _PIECE = 4096
 
@@ -25,6 +27,7 @@ class _Kl(torch.autograd.Function):
         wanted: torch.Tensor,
         head: torch.Tensor,
         teacher_head: torch.Tensor,
+        caps: tuple[float, float],
     ) -> torch.Tensor:
         wide = torch.promote_types(given.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=given.device)
@@ -34,18 +37,23 @@ class _Kl(torch.autograd.Function):
         with torch.autocast(given.device.type, enabled=False):
             for start in range(0, len(given), _PIECE):
                 part = slice(start, start + _PIECE)
-                log_p = (wanted[part].to(wide) @ teacher_head.T).log_softmax(-1)
-                log_q = (given[part].to(wide) @ head.T).log_softmax(-1)
+                log_p = capped(wanted[part].to(wide) @ teacher_head.T, caps[1]).log_softmax(-1)
+                log_q = capped(given[part].to(wide) @ head.T, caps[0]).log_softmax(-1)
                 p = log_p.exp()
                 total += (p * log_p.sub_(log_q)).sum()
-                slope[part] = ((log_q.exp_() - p) @ head).to(slope.dtype)
+                change = log_q.exp_() - p
+                if caps[0]:
+                    # what the cap makes of a small change; logits again, for they take much room
+                    logits = given[part].to(wide) @ head.T
+                    change = change * (1 - torch.tanh(logits / caps[0]).square())
+                slope[part] = (change @ head).to(slope.dtype)
         ctx.save_for_backward(slope / len(given))
         return total / len(given)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return slope * grad, None, None, None
+        return slope * grad, None, None, None, None
 
 
 def kl_of_hidden(
@@ -60,5 +68,6 @@ def kl_of_hidden(
         raise TrainingError(
             "a KL loss in pieces needs a frozen output layer; freeze the embeddings"
         )
-    found: torch.Tensor = _Kl.apply(given, wanted, *weights)  # type: ignore[no-untyped-call]  # torch's
+    caps = cap_of(head), cap_of(teacher_head)
+    found: torch.Tensor = _Kl.apply(given, wanted, *weights, caps)  # type: ignore[no-untyped-call]  # torch's
     return found

@@ -124,25 +124,25 @@ def _loss_of(teacher: Predictor, batch: torch.Tensor) -> Callable[[int], float]:
     """The loss when one layer is changed; of a decoder, the layers before it are computed once."""
     if not isinstance(teacher, Decoder):
         return lambda layer: float(finetune_loss(teacher, batch))
-    entering, rope = _states(teacher, batch[:, :-1])
-    return lambda layer: _loss_from(teacher, layer, entering[layer], rope, batch[:, 1:])
+    entering, ropes = _states(teacher, batch[:, :-1])
+    return lambda layer: _loss_from(teacher, layer, entering[layer], ropes, batch[:, 1:])
 
 
-def _states(teacher: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], Rope]:
-    """What enters every layer, [B, T, D] each, and the rotation of the positions."""
-    x, rope = teacher.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+def _states(teacher: Decoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[Rope]]:
+    """What enters every layer, [B, T, D] each, and the rotation of the positions there."""
+    x, ropes = teacher.enter(ids, torch.arange(ids.shape[1], device=ids.device))
     entering = []
-    for block in teacher.layers:
+    for block, rope in zip(teacher.layers, ropes, strict=True):
         entering.append(x)
         x = block(x, rope)
-    return entering, rope
+    return entering, ropes
 
 
 def _loss_from(
-    teacher: Decoder, layer: int, x: torch.Tensor, rope: Rope, labels: torch.Tensor
+    teacher: Decoder, layer: int, x: torch.Tensor, ropes: list[Rope], labels: torch.Tensor
 ) -> float:
     """Mean nats of labels [B, T] from what enters `layer`; what is before it does not change."""
-    for block in teacher.layers[layer:]:
+    for block, rope in zip(teacher.layers[layer:], ropes[layer:], strict=True):
         x = block(x, rope)
     logits = teacher.head(teacher.leave(x))
     return float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))

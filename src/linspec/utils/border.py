@@ -18,6 +18,9 @@ from linspec.utils.messages import because, shown
 
 T = TypeVar("T")
 
+# what `parse` lets a JSON object of a class with this setting hold: nothing that the class does not know
+STRICT = {"extra": "forbid"}
+
 # settings are a few kilobytes; a tokenizer of the largest kind has 40 MB
 LARGEST_BYTES = 256 * 2**20
 

@@ -6,7 +6,13 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from linspec.checkpoints.families.base import Family, Rule, activation_here, activation_there
+from linspec.checkpoints.families.base import (
+    Family,
+    Rule,
+    activation_here,
+    activation_there,
+    register,
+)
 from linspec.errors import UnsupportedModel
 from linspec.models.config import EncoderConfig
 
@@ -97,42 +103,44 @@ def _adapt(config: EncoderConfig, names: Collection[str]) -> EncoderConfig:
 
 
 _LAYER = "bert.encoder.layer.{}."
-BERT = Family(
-    name="bert",
-    architecture="BertModel",
-    prefix="bert.",
-    rules=(
-        Rule("bert.embeddings.word_embeddings", ("encoder.embed",)),
-        Rule("bert.embeddings.position_embeddings", ("encoder.embed_positions",)),
-        Rule("bert.embeddings.token_type_embeddings", ("encoder.embed_types",)),
-        Rule("bert.embeddings.LayerNorm", ("encoder.norm",)),
-        Rule(_LAYER + "attention.self.query", ("encoder.blocks.{}.mixer.q",)),
-        Rule(_LAYER + "attention.self.key", ("encoder.blocks.{}.mixer.k",)),
-        Rule(_LAYER + "attention.self.value", ("encoder.blocks.{}.mixer.v",)),
-        Rule(_LAYER + "attention.output.dense", ("encoder.blocks.{}.mixer.o",)),
-        Rule(_LAYER + "attention.output.LayerNorm", ("encoder.blocks.{}.mixer_norm",)),
-        Rule(_LAYER + "intermediate.dense", ("encoder.blocks.{}.mlp.up",)),
-        Rule(_LAYER + "output.dense", ("encoder.blocks.{}.mlp.down",)),
-        Rule(_LAYER + "output.LayerNorm", ("encoder.blocks.{}.mlp_norm",)),
-        Rule("bert.pooler.dense", ("pooler",)),
-        Rule("classifier", ("classifier",)),
-        Rule("cls.predictions.transform.dense", ("masked_lm.dense",)),
-        Rule("cls.predictions.transform.LayerNorm", ("masked_lm.norm",)),
-        Rule("cls.predictions", ("masked_lm.out",)),
-    ),
-    read=_read,
-    write=_write,
-    # constants, copies of what is tied, and parts that the checkpoint's own task leaves unused
-    ignored=(
-        "embeddings.position_ids",
-        "cls.predictions.decoder.weight",
-        "cls.predictions.decoder.bias",
-        "cls.seq_relationship.weight",
-        "cls.seq_relationship.bias",
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-    ),
-    renamed=((".gamma", ".weight"), (".beta", ".bias")),
-    bare=lambda config: config.head in ("none", "pooler"),
-    adapt=_adapt,
+BERT = register(
+    Family(
+        name="bert",
+        architecture="BertModel",
+        prefix="bert.",
+        rules=(
+            Rule("bert.embeddings.word_embeddings", ("encoder.embed",)),
+            Rule("bert.embeddings.position_embeddings", ("encoder.embed_positions",)),
+            Rule("bert.embeddings.token_type_embeddings", ("encoder.embed_types",)),
+            Rule("bert.embeddings.LayerNorm", ("encoder.norm",)),
+            Rule(_LAYER + "attention.self.query", ("encoder.blocks.{}.mixer.q",)),
+            Rule(_LAYER + "attention.self.key", ("encoder.blocks.{}.mixer.k",)),
+            Rule(_LAYER + "attention.self.value", ("encoder.blocks.{}.mixer.v",)),
+            Rule(_LAYER + "attention.output.dense", ("encoder.blocks.{}.mixer.o",)),
+            Rule(_LAYER + "attention.output.LayerNorm", ("encoder.blocks.{}.mixer_norm",)),
+            Rule(_LAYER + "intermediate.dense", ("encoder.blocks.{}.mlp.up",)),
+            Rule(_LAYER + "output.dense", ("encoder.blocks.{}.mlp.down",)),
+            Rule(_LAYER + "output.LayerNorm", ("encoder.blocks.{}.mlp_norm",)),
+            Rule("bert.pooler.dense", ("pooler",)),
+            Rule("classifier", ("classifier",)),
+            Rule("cls.predictions.transform.dense", ("masked_lm.dense",)),
+            Rule("cls.predictions.transform.LayerNorm", ("masked_lm.norm",)),
+            Rule("cls.predictions", ("masked_lm.out",)),
+        ),
+        read=_read,
+        write=_write,
+        # constants, copies of what is tied, and parts that the checkpoint's own task leaves unused
+        ignored=(
+            "embeddings.position_ids",
+            "cls.predictions.decoder.weight",
+            "cls.predictions.decoder.bias",
+            "cls.seq_relationship.weight",
+            "cls.seq_relationship.bias",
+            "pooler.dense.weight",
+            "pooler.dense.bias",
+        ),
+        renamed=((".gamma", ".weight"), (".beta", ".bias")),
+        bare=lambda config: config.head in ("none", "pooler"),
+        adapt=_adapt,
+    )
 )

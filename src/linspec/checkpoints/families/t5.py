@@ -12,6 +12,7 @@ from linspec.checkpoints.families.base import (
     activation_here,
     activation_there,
     read_ids,
+    register,
 )
 from linspec.errors import UnsupportedModel
 from linspec.mixers.config import RelativeConfig
@@ -127,28 +128,30 @@ def _side(side: str) -> tuple[Rule, ...]:
     )
 
 
-T5 = Family(
-    name="t5",
-    architecture=ARCHITECTURE,
-    prefix="",
-    rules=(
-        Rule("shared", ("encoder.embed",)),
-        *_side("encoder"),
-        Rule("encoder.block.{}.layer.1.layer_norm", ("encoder.blocks.{}.mlp_norm",)),
-        *_side("decoder"),
-        *_attention("decoder.block.{}.layer.1.EncDecAttention", "decoder.blocks.{}.cross"),
-        Rule("decoder.block.{}.layer.1.layer_norm", ("decoder.blocks.{}.cross_norm",)),
-        Rule("decoder.block.{}.layer.2.layer_norm", ("decoder.blocks.{}.mlp_norm",)),
-        Rule("lm_head", ("decoder.head",)),
-    ),
-    read=_read,
-    write=_write,
-    more=_feeds,
-    # copies of the shared embedding, and a table that old checkpoints have and no model reads
-    ignored=(
-        "coder.embed_tokens.weight",
-        "EncDecAttention.relative_attention_bias.weight",
-        "lm_head.weight",
-    ),
-    adapt=_adapt,
+T5 = register(
+    Family(
+        name="t5",
+        architecture=ARCHITECTURE,
+        prefix="",
+        rules=(
+            Rule("shared", ("encoder.embed",)),
+            *_side("encoder"),
+            Rule("encoder.block.{}.layer.1.layer_norm", ("encoder.blocks.{}.mlp_norm",)),
+            *_side("decoder"),
+            *_attention("decoder.block.{}.layer.1.EncDecAttention", "decoder.blocks.{}.cross"),
+            Rule("decoder.block.{}.layer.1.layer_norm", ("decoder.blocks.{}.cross_norm",)),
+            Rule("decoder.block.{}.layer.2.layer_norm", ("decoder.blocks.{}.mlp_norm",)),
+            Rule("lm_head", ("decoder.head",)),
+        ),
+        read=_read,
+        write=_write,
+        more=_feeds,
+        # copies of the shared embedding, and a table that old checkpoints have and no model reads
+        ignored=(
+            "coder.embed_tokens.weight",
+            "EncDecAttention.relative_attention_bias.weight",
+            "lm_head.weight",
+        ),
+        adapt=_adapt,
+    )
 )

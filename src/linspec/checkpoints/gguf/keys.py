@@ -57,6 +57,13 @@ class Keys:
             self._wrong(key, found, "a finite number")
         return float(str(np.float32(found)))
 
+    def above_zero(self, key: str) -> float:
+        """A finite number above 0."""
+        found = self.real(key)
+        if found <= 0:
+            self._wrong(key, found, "above 0")
+        return found
+
     def flag(self, key: str, default: Any = REQUIRED) -> bool:
         """True or False."""
         found = self._get(key, default)

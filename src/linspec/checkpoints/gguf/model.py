@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from linspec.checkpoints.families import known as families
-from linspec.checkpoints.families.base import Family, Rule
-from linspec.checkpoints.gguf.config import HEAD, ROPE_FACTORS, read_config, tied
+from linspec.checkpoints.families.base import FAMILIES
+from linspec.checkpoints.gguf.architectures import Architecture, architecture_of
+from linspec.checkpoints.gguf.config import HEAD, read_config, tied
+from linspec.checkpoints.gguf.keys import Keys
 from linspec.checkpoints.gguf.reader import GgufFile, read_gguf
+from linspec.checkpoints.gguf.ropes import ROPE_TENSORS
 from linspec.checkpoints.gguf.types import FLOATS
 from linspec.checkpoints.matching import fill, own_tensors
 from linspec.checkpoints.origin import Origin, set_origin
@@ -29,35 +31,6 @@ from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 
 _log = logging.getLogger("linspec")
-
-COMMON = (
-    Rule("token_embd", ("embed",)),
-    Rule("blk.{}.attn_norm", ("blocks.{}.mixer_norm",)),
-    Rule("blk.{}.attn_output", ("blocks.{}.mixer.o",)),
-    Rule("blk.{}.ffn_norm", ("blocks.{}.mlp_norm",)),
-    Rule("blk.{}.ffn_up", ("blocks.{}.mlp.up",)),
-    Rule("blk.{}.ffn_down", ("blocks.{}.mlp.down",)),
-    Rule("output_norm", ("norm",)),
-    Rule("output", ("head",)),
-)
-GATED = (
-    *COMMON,
-    Rule("blk.{}.attn_q", ("blocks.{}.mixer.q",)),
-    Rule("blk.{}.attn_k", ("blocks.{}.mixer.k",)),
-    Rule("blk.{}.attn_v", ("blocks.{}.mixer.v",)),
-    Rule("blk.{}.attn_q_norm", ("blocks.{}.mixer.q_norm",)),
-    Rule("blk.{}.attn_k_norm", ("blocks.{}.mixer.k_norm",)),
-    Rule("blk.{}.ffn_gate", ("blocks.{}.mlp.gate",)),
-)
-GPT2 = (
-    *COMMON,
-    Rule("position_embd", ("embed_positions",)),
-    Rule(
-        "blk.{}.attn_qkv",
-        ("blocks.{}.mixer.q", "blocks.{}.mixer.k", "blocks.{}.mixer.v"),
-    ),
-)
-PERMUTED = ("llama", "mistral")
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
@@ -72,22 +45,17 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
             model = Decoder(config)
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {path}: {error}") from error
-    family = names_of(config)
+    architecture = architecture_of(Keys(file))
+    family = replace(FAMILIES[config.family], prefix="", rules=architecture.rules)
     expected = family.to_theirs(own_tensors(model), config)
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     check_memory(sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize, path)
-    found = {name: _weight(file, name, config, dtype) for name in expected}
+    found = {name: _weight(file, name, config, architecture, dtype) for name in expected}
     fill(model, family.to_ours(found, config))
     set_origin(model, Origin(stored_dtype(file), dtype))
     _tell(file)
     model.eval()
     return model
-
-
-def names_of(config: DecoderConfig) -> Family:
-    """The model's Hugging Face family under the names that GGUF files give its tensors."""
-    rules = GPT2 if config.family == "gpt2" else GATED
-    return replace(families.FAMILIES[config.family], prefix="", rules=rules)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:
@@ -110,7 +78,7 @@ def _tell(file: GgufFile) -> None:
 
 def _check(file: GgufFile, expected: dict[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError unless each tensor of the model is in the file, and no other."""
-    extra = {ROPE_FACTORS, HEAD} if tied(file) else {ROPE_FACTORS}
+    extra = ROPE_TENSORS | ({HEAD} if tied(file) else set())
     missing, strange = expected.keys() - file.tensors, file.tensors.keys() - expected - extra
     for names, what in ((missing, "lacks"), (strange, "has what no such model has:")):
         if names:
@@ -127,10 +95,20 @@ def _check(file: GgufFile, expected: dict[str, tuple[int, ...]]) -> None:
             )
 
 
-def _weight(file: GgufFile, name: str, config: DecoderConfig, dtype: torch.dtype) -> torch.Tensor:
-    found = cast(file.read(name), dtype)
+def _weight(
+    file: GgufFile,
+    name: str,
+    config: DecoderConfig,
+    architecture: Architecture,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    found = file.read(name)
     part = name.split(".")[-2]
-    if config.family in PERMUTED and part in ("attn_q", "attn_k"):
+    if config.norm_offset and part.endswith("_norm"):
+        # files have what is multiplied by, not what is added to 1
+        found = found.float() - 1
+    found = cast(found, dtype)
+    if architecture.pairs and part in ("attn_q", "attn_k"):
         found = in_halves(found, config.heads if part == "attn_q" else config.kv_heads)
     return found
 

@@ -39,6 +39,7 @@ from linspec.mixers.base import Rope
 from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder, Through
+from linspec.models.head import with_cap
 from linspec.models.padding import from_left, to_left
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.places import Place
@@ -54,7 +55,7 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     decoder: Decoder
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("Block", "ArrangedBlock")
     supports_gradient_checkpointing = True
     gradient_checkpointing = False
 
@@ -117,8 +118,8 @@ class LinspecForCausalLM(PreTrainedModel, GenerationMixin):
         return self.head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replace the head."""
-        self.head = value
+        """Replace the head; its logits are capped if they were."""
+        self.head = with_cap(value, self.shape.logit_cap) if type(value) is nn.Linear else value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As in transformers; the decoder's configuration follows."""

@@ -60,6 +60,8 @@ def why_not(plan: StepPlan) -> str | None:
         return "only gated SiLU is in the one-call step"
     if plan.head_width > MAX_HEAD_WIDTH or plan.head_width % 2:
         return f"heads of {plan.head_width} features are not in the one-call step"
+    if plan.frequencies is None or 2 * len(plan.frequencies) != plan.head_width:
+        return "heads of which only a part turns are not in the one-call step"
     if plan.score_scale != plan.head_width**-0.5 or plan.logit_scale != 1.0:
         return "scores and logits of another scale are not in the one-call step"
     if None in (plan.head, *(linear for layer in plan.layers for linear in layer.linears)):
@@ -153,7 +155,7 @@ class CpuStep:
             assert self.plan.frequencies is not None
             # never less than twice as many: a growing text must not recompute it often
             positions = torch.arange(max(count, 2 * have, 256))
-            self._factors = rotary_factors(self.plan.frequencies, positions)
+            self._factors = rotary_factors(self.plan.frequencies, positions, self.plan.rotary_scale)
         return self._factors
 
 

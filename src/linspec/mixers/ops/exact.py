@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.mixers.ops.blocks import causal_window, windows
@@ -24,16 +25,50 @@ def masked_softmax(scores: torch.Tensor, seen: torch.Tensor | None) -> torch.Ten
     return wide.softmax(-1).to(scores.dtype)
 
 
+def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap·tanh(x / cap), which leaves small numbers nearly as they are (Gemma 2); x where cap is 0."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
 def softmax_weights(
     products: torch.Tensor,
     seen: torch.Tensor | None,
     bias: torch.Tensor | None = None,
     *,
     scale: float,
+    cap: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax of scaled products; the bias joins the scores."""
-    scores = products * scale
+    """Softmax of scaled and capped products; the bias joins the scores."""
+    scores = capped(products * scale, cap)
     return masked_softmax(scores if bias is None else scores + bias, seen)
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Softmax attention of q [B, H, N, K] over k [B, Hkv, T, K] and v [B, Hkv, T, V]: [B, H, N, V].
+
+    mask: as in torch, true where a key is seen, or a bias on the scores. causal: N = T and there is none.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    if not cap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=repeats > 1
+        )
+    k, v = (rows.repeat_interleave(repeats, dim=1) for rows in (k, v))
+    bias = None
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    elif mask is not None and mask.is_floating_point():
+        mask, bias = None, mask
+    return softmax_weights(q @ k.mT, mask, bias, scale=scale, cap=cap) @ v
 
 
 def plain_weights(
