@@ -239,12 +239,15 @@ def test_bad_words_are_those_of_transformers() -> None:
     words = [[3], [1, 2], [1, 1, 4], [2, 0, 2]]
     theirs = NoBadWordsLogitsProcessor(words)
     for seed in range(40):
-        history = [token % 5 for token in random_tokens(1 + seed % 6, seed)]
+        # of fewer tokens than a word some versions of theirs compare nothing
+        history = [token % 5 for token in random_tokens(3 + seed % 6, seed)]
         cut = seed % len(history)
         sampler = Sampler(SamplingParams(bad_words=words), history[:cut], 5)
         sampler.observe(history[cut:-1])
         expected = theirs(torch.tensor([history]), torch.zeros(1, 5))[0]
         assert torch.equal(sampler.scores(torch.zeros(5), history[-1:]), expected)
+    short = Sampler(SamplingParams(bad_words=words), [1], 5)
+    assert short.scores(torch.zeros(5), [1]).isinf().tolist() == [False, False, True, True, True]
 
 
 def test_min_tokens_ban_what_ends_an_output_until_then() -> None:

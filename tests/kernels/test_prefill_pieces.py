@@ -52,7 +52,7 @@ def test_pieces_of_a_prompt_begin_at_multiples_of_64_beside_other_prompts(budget
 
     for place, length in enumerate(lengths):
         sampler = Sampler(SamplingParams(), [1], 10)
-        scheduler.submit(RunningSequence(place, sampler, [1] * length, length))
+        scheduler.submit([RunningSequence(place, sampler, [1] * length, length)])
     scheduler.admit()
     begins = []
     while any(row.prefilling for row in scheduler.running):

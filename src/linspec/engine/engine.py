@@ -133,20 +133,29 @@ class Engine:
         interrupt drops every request: it may have stopped the step anywhere.
         """
         self.check_process()
-        with self._lock:
-            if self._inside is not None:
-                raise StateError(
-                    "a step was asked for inside a step of the same engine, such as by a logits processor; "
-                    "use another LLM there: LLM(llm.model, tokenizer=llm.tokenizer)"
-                )
-            try:
-                self._driver = self._inside = (os.getpid(), threading.get_ident())
-                return self._step()
-            except BaseException:
+        owed = False
+        try:
+            with self._lock:
+                if self._inside is not None:
+                    raise StateError(
+                        "a step was asked for inside a step of the same engine, such as by a logits "
+                        "processor; use another LLM there: LLM(llm.model, tokenizer=llm.tokenizer)"
+                    )
+                owed = True
+                try:
+                    self._driver = self._inside = (os.getpid(), threading.get_ident())
+                    return self._step()
+                except BaseException:
+                    self.cancel()
+                    owed = False
+                    raise
+                finally:
+                    self._inside = None
+        except BaseException:
+            # an interrupt may also come while the lock is given back: what was found is lost then
+            if owed:
                 self.cancel()
-                raise
-            finally:
-                self._inside = None
+            raise
 
     def _step(self) -> list[Outcome]:
         outcomes = self._admit()
