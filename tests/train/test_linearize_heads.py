@@ -64,6 +64,12 @@ def test_what_cannot_stay_exact_is_named(text: str) -> None:
         read_exact(text, tiny_config(MixerConfig(), MixerConfig()))
 
 
+@pytest.mark.parametrize("window", [0, -64, 63, 100])
+def test_a_window_that_is_no_number_of_groups_is_named(window: int) -> None:
+    with pytest.raises(ConfigError, match=f"multiple of the 64 tokens of a group, got {window}"):
+        HeadsConfig(window=window)
+
+
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="no layer 2: layers are 0..1"):
         read_exact("layers:0,2", tiny_config(MixerConfig(), MixerConfig()))
@@ -101,10 +107,12 @@ def test_a_package_becomes_a_delta(
     out = tmp_path / "out"
     arguments = ["linearize", "smollm2", "--exact-heads", "layers:1", "--data", str(corpus)]
     arguments += ["--tokens", "600", "--context", "60", "--batch-tokens", "120", "--out", str(out)]
+    arguments += ["--window", "192"]
     result = CliRunner().invoke(app, [*arguments, "--recall-share", "0"])
     assert result.exit_code == 0, result.output
     model = load_model(out)
     assert [mixer.name for mixer in model.config.mixers] == ["streaming", "softmax", "streaming"]
+    assert [mixer.span * mixer.group for mixer in model.config.mixers[::2]] == [192, 192]
     ids = torch.arange(50)[None]
     with torch.no_grad():
         untouched = load_model("smollm2")(ids)

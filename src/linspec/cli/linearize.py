@@ -37,7 +37,12 @@ Taps = Annotated[
     ),
 ]
 Window = Annotated[
-    int | None, typer.Option(callback=whole(), help="Tokens of mixer 'window'.", show_default="64")
+    int | None,
+    typer.Option(
+        callback=whole(),
+        help="Tokens that mixer 'window' sees, or with --exact-heads the other heads.",
+        show_default="64, or 256 with --exact-heads",
+    ),
 ]
 Span = Annotated[
     str,
@@ -164,7 +169,11 @@ def linearize(
     place_on("cpu", run.threads)
     if exact_heads is not None:
         _check_unasked(mixing, transfer_share, kl_weight, lora_rank)
-        sizes = {"gate_steps": gate_steps, "recall_share": recall_share}
+        sizes = {
+            "gate_steps": gate_steps,
+            "recall_share": recall_share,
+            "window": mixing.window,
+        }
         _by_head(source, out, exact_heads, texts, {**training.given(), **given(sizes)}, run)
         report_written(out, as_json)
         return
@@ -191,10 +200,11 @@ def linearize(
 
 def _check_unasked(mixing: Mixing, *shares: float | None) -> None:
     """Raise ConfigError for options that exact heads leave unasked."""
-    if mixing != Mixing() or any(share is not None for share in shares):
+    if mixing != Mixing(window=mixing.window) or any(share is not None for share in shares):
         raise ConfigError(
-            "--exact-heads says which mixers all layers get and how they are trained; leave out the options "
-            "of mixers, --transfer-share, --kl-weight and --lora-rank, or leave out --exact-heads"
+            "--exact-heads says which mixers all layers get and how they are trained; of the options "
+            "of mixers only --window goes with it. Leave out the others, --transfer-share, --kl-weight and "
+            "--lora-rank, or leave out --exact-heads"
         )
 
 

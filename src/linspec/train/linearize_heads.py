@@ -22,6 +22,7 @@ from linspec.checkpoints.delta import write_delta
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, save_model
 from linspec.checkpoints.packages import PACKAGES
 from linspec.errors import ConfigError, TrainingError
+from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.compiled import check_choice, check_precision
@@ -39,6 +40,7 @@ from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
 from linspec.train.low_rank import factors, merge_low_rank
 from linspec.train.run import make_accelerator, training_run
+from linspec.train.student import DEFAULT_GROUP, make_mixer
 from linspec.utils.border import read_json
 from linspec.utils.files import replace_text
 from linspec.utils.messages import shown
@@ -52,11 +54,13 @@ _GATES = "gates.json"
 class HeadsConfig:
     """How long and how to train.
 
-    gate_steps: to find the heads, at most; 0 tokens leave the student untrained. context: tokens of a
-    window; batch_tokens: of a step. recall_share: of the windows, how many are chats that ask for what
-    stood far above.
+    window: tokens that heads which are not exact see at most, their own group of 64 included, beside the
+    first four of the text. gate_steps: to find the heads, at most; 0 tokens leave the student untrained.
+    context: tokens of a training window; batch_tokens: of a step. recall_share: of the windows, how many
+    are chats that ask for what stood far above.
     """
 
+    window: int = 256
     gate_steps: int = 400
     tokens: int = 2_200_000
     context: int = 2048
@@ -72,10 +76,20 @@ class HeadsConfig:
         check_choice(self.compile)
         check_precision(self.precision)
         check_positive("save_every", self.save_every, zero=True)
+        if self.window < DEFAULT_GROUP or self.window % DEFAULT_GROUP:
+            raise ConfigError(
+                f"window must be a multiple of the {DEFAULT_GROUP} tokens of a group, got "
+                f"{shown(repr(self.window))}"
+            )
         check_sizes(self, "gate_steps context batch_tokens")
         check_sizes(self, "tokens seed", least=0)
         check_positive("lr", self.lr)
         check_share("recall_share", self.recall_share)
+
+    @property
+    def streaming(self) -> MixerConfig:
+        """The mixer of heads that are not exact."""
+        return make_mixer("streaming", span=self.window // DEFAULT_GROUP)
 
     @property
     def rows(self) -> int:
@@ -189,7 +203,7 @@ class _Task:
     def run(self, wanted: int | Heads, stream: np.ndarray, *, resume: bool) -> None:
         """Find the heads where only their number is known, then train."""
         heads = self._found(wanted, stream) if isinstance(wanted, int) else wanted
-        self.student = exact_student(self.teacher, heads)
+        self.student = exact_student(self.teacher, heads, self.config.streaming)
         self.heads, self.log = heads, []
         train = self.config.train
         if train is None:
@@ -220,6 +234,7 @@ class _Task:
                 GateConfig(counts=(count,), steps=self.config.gate_steps),
                 lengths=lengths,
                 batch_tokens=self.config.batch_tokens,
+                streaming=self.config.streaming,
                 seed=self.config.seed,
             )[count]
             replace_text(path, json.dumps(asdict(gates)) + "\n")
