@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,9 +61,12 @@ GPT2 = (
 PERMUTED = ("llama", "mistral")
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
+def load_gguf(
+    path: Path, dtype: torch.dtype, watch: Callable[[int], None] = lambda done: None
+) -> Decoder:
     """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
 
+    `watch` hears how many tensors are read so far.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
     file = read_gguf(path)
@@ -76,7 +80,10 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
     expected = family.to_theirs(own_tensors(model), config)
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     check_memory(sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize, path)
-    found = {name: _weight(file, name, config, dtype) for name in expected}
+    found: dict[str, torch.Tensor] = {}
+    for name in expected:
+        found[name] = _weight(file, name, config, dtype)
+        watch(len(found))
     fill(model, family.to_ours(found, config))
     set_origin(model, Origin(stored_dtype(file), dtype))
     _tell(file)
