@@ -9,6 +9,7 @@ more: the reader is held against transformers, not against itself.
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -135,6 +136,28 @@ def byte_words() -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.add_bos_token": False,
     }
+
+
+def sentence_words(**changes: Any) -> dict[str, Any]:
+    """SentencePiece's kind: bytes, letters, and two hundred longer pieces by score."""
+    rng = random.Random(3)
+    letters = "▁abcdeghinorst.,é日"
+    longer: dict[str, None] = {}
+    while len(longer) < 200:
+        pair = [rng.choice([*letters, *longer]) for _ in range(2)]
+        if len(piece := "".join(pair)) < 9 and not piece.endswith("▁"):
+            longer[piece] = None
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(letters) + len(longer))
+    scores = [0.0] * 259 + [-float(rank) for rank in range(len(letters) + len(longer))]
+    # pieces that are made last have the lowest scores, letters are given
+    found = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*tokens, *longer, *letters],
+        "tokenizer.ggml.scores": np.array(scores, np.float32),
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+    }
+    return found | changes
 
 
 # settings of a family that its files tell, and that differ from what is usual

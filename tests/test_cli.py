@@ -34,6 +34,7 @@ VERBS = (
     "generate",
     "chat",
     "quantize",
+    "convert",
     "eval perplexity",
     "eval recall",
     "eval repeats",

@@ -205,6 +205,15 @@ def test_a_module_that_became_a_verb_answers_with_it(module: str, verb: str) -> 
     assert done.stderr == f"error: this command is now: {verb} 'model dir' --field x\n"
 
 
+def test_convert_there_and_back(tmp_path: Path) -> None:
+    there = run_json("convert", "embedded-softmax", tmp_path / "m.gguf", "--type", "f32")
+    back = run_json("convert", tmp_path / "m.gguf", tmp_path / "again")
+    assert (there["format"], back["format"]) == ("gguf", "huggingface")
+    args = ("--prompt", "class Stack:", "--max-tokens", 8)
+    texts = {run("generate", m, *args).stdout for m in ("embedded-softmax", back["out"])}
+    assert len(texts) == 1 and texts != {""}
+
+
 # ---- numbers from the environment
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gguf_files import byte_words, tiny, write
+from gguf_files import byte_words, sentence_words, tiny, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
@@ -209,28 +208,6 @@ def test_qwen_composes_characters_first(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(saved(tmp_path, byte_words() | {"tokenizer.ggml.pre": name}))
         ids = [tokenizer(text)["input_ids"] for text in ("e\u0301", "\u00e9")]
         assert (ids[0] == ids[1]) == equal
-
-
-def sentence_words(**changes: Any) -> dict[str, Any]:
-    """SentencePiece's kind: bytes, letters, and two hundred longer pieces by score."""
-    rng = random.Random(3)
-    letters = "▁abcdeghinorst.,é日"
-    longer: dict[str, None] = {}
-    while len(longer) < 200:
-        pair = [rng.choice([*letters, *longer]) for _ in range(2)]
-        if len(piece := "".join(pair)) < 9 and not piece.endswith("▁"):
-            longer[piece] = None
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(letters) + len(longer))
-    scores = [0.0] * 259 + [-float(rank) for rank in range(len(letters) + len(longer))]
-    # pieces that are made last have the lowest scores, letters are given
-    found = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*tokens, *longer, *letters],
-        "tokenizer.ggml.scores": np.array(scores, np.float32),
-        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
-    }
-    return found | changes
 
 
 def slow_ids(text: str, keys: dict[str, Any], *, prefix: bool = True) -> list[int]:

@@ -27,9 +27,9 @@ def info(
 
         facts = library()
     else:
-        from linspec.checkpoints.description import describe
+        from linspec.bench.model import info as of_model
 
-        facts = describe(model)
+        facts = of_model(model)
     print_json(facts) if as_json else print_facts(facts)
 
 

@@ -171,6 +171,8 @@ def print_facts(facts: Mapping[str, object]) -> None:
     for name, value in facts.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
         print(f"{name:<{width}}  {_cell(value)}")
 
 

@@ -17,11 +17,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from linspec.errors import CheckpointError, ConfigError, WrongType
 from linspec.utils.files import (
@@ -30,6 +30,7 @@ from linspec.utils.files import (
     exclusive,
     is_leftover,
     replace_dir,
+    replace_file,
     replace_text,
     tidy,
 )
@@ -242,6 +243,51 @@ def check_workspace(
         )
 
 
+@dataclass(frozen=True)
+class FilePlace:
+    """A file that one command writes as a whole.
+
+    ours: whether the same command wrote the file that is there. The rest is as in `Place`.
+    """
+
+    path: Path
+    kind: str
+    ours: Callable[[Path], bool]
+    inputs: Sequence[str | Path] = ()
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raise ConfigError if the file may not be written; touches nothing."""
+        path = self.path
+        if path.is_symlink() or path.is_dir():
+            raise ConfigError(f"{path} is {_what(path)}; name a file that is new")
+        _check_parents(path)
+        Place(path, self.kind, inputs=self.inputs)._check_inputs()
+        if not path.exists():
+            return
+        if not self.ours(path):
+            raise ConfigError(
+                f"{path} was not written by {_by(self.kind)}; move it or name another file"
+            )
+        if not self.overwrite:
+            raise ConfigError(
+                f"{path} was written by {_by(self.kind)} before; give --overwrite (overwrite=True in "
+                "Python) to replace it, or name another file"
+            )
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[IO[bytes]]:
+        """Yield an open file that becomes the place when the block succeeds; on any error nothing changes."""
+        self.check()
+        if self.path.exists():
+            told = f"overwriting {self.path}, which {_by(self.kind)} wrote"
+            print(told, file=sys.stderr, flush=True)
+        with replace_file(self.path) as file:
+            yield file
+            # another process may have written there meanwhile
+            self.check()
+
+
 def check_text(path: Path, signs: Sequence[str]) -> None:
     """Raise ConfigError unless a text can be written to `path`: a new file or one of linspec's own.
 
@@ -261,6 +307,11 @@ def _check_kind(path: Path) -> None:
     """Raise ConfigError for a path that exists and is no directory, or is a link."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ConfigError(f"{path} is {_what(path)}, not a directory; {_OTHER}")
+    _check_parents(path)
+
+
+def _check_parents(path: Path) -> None:
+    """Raise ConfigError for a path that cannot be made because a file is in the way."""
     parent = next((each for each in path.absolute().parents if each.exists()), None)
     if parent is not None and not parent.is_dir():
         raise ConfigError(f"{parent} is {_what(parent)}, so {path} cannot be made; {_OTHER}")

@@ -86,7 +86,7 @@ def _ids(keys: Keys) -> dict[str, Any]:
     prefix = "tokenizer.ggml."
     ends = [
         keys.whole(prefix + name)
-        for name in ("eos_token_id", "eot_token_id")
+        for name in ("eos_token_id", "eot_token_id", "eom_token_id")
         if keys.has(prefix + name)
     ]
     template = keys.text("tokenizer.chat_template", "")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from linspec.checkpoints.families.base import FAMILIES
+from linspec.checkpoints.families.base import FAMILIES, Family
 from linspec.checkpoints.gguf.architectures import Architecture, architecture_of
 from linspec.checkpoints.gguf.config import HEAD, read_config, tied
 from linspec.checkpoints.gguf.keys import Keys
@@ -33,9 +34,12 @@ from linspec.models.skeleton import without_memory
 _log = logging.getLogger("linspec")
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
+def load_gguf(
+    path: Path, dtype: torch.dtype, watch: Callable[[int], None] = lambda done: None
+) -> Decoder:
     """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
 
+    `watch` hears how many tensors are read so far.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
     file = read_gguf(path)
@@ -46,16 +50,24 @@ def load_gguf(path: Path, dtype: torch.dtype) -> Decoder:
     except ConfigError as error:
         raise CheckpointError(f"cannot build the model of {path}: {error}") from error
     architecture = architecture_of(Keys(file))
-    family = replace(FAMILIES[config.family], prefix="", rules=architecture.rules)
+    family = names_of(config, architecture)
     expected = family.to_theirs(own_tensors(model), config)
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     check_memory(sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize, path)
-    found = {name: _weight(file, name, config, architecture, dtype) for name in expected}
+    found: dict[str, torch.Tensor] = {}
+    for name in expected:
+        found[name] = _weight(file, name, config, architecture, dtype)
+        watch(len(found))
     fill(model, family.to_ours(found, config))
     set_origin(model, Origin(stored_dtype(file), dtype))
     _tell(file)
     model.eval()
     return model
+
+
+def names_of(config: DecoderConfig, architecture: Architecture) -> Family:
+    """The model's Hugging Face family under the names that GGUF files give its tensors."""
+    return replace(FAMILIES[config.family], prefix="", rules=architecture.rules)
 
 
 def stored_dtype(file: GgufFile) -> torch.dtype:

@@ -1,0 +1,102 @@
+"""What a model is and what linspec can do with it: `linspec info MODEL`. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from linspec.checkpoints.config_file import read_config_file
+from linspec.checkpoints.description import describe
+from linspec.checkpoints.gguf.reader import is_gguf
+from linspec.checkpoints.hub import resolve
+from linspec.checkpoints.weights import weight_files
+from linspec.drafters.saved import CONFIG_FILE
+from linspec.errors import CheckpointError, ConfigError
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.skeleton import without_memory
+from linspec.models.step_plan import why_not
+from linspec.utils.border import read_json
+from linspec.utils.files import is_leftover
+
+# tokens of one sequence at which the memory of its state is told
+LENGTHS = {"1k": 1024, "8k": 8192, "32k": 32_768}
+# widths that decide nothing about the step, made small
+_SMALL = 64
+
+
+def info(source: str | Path) -> dict[str, Any]:
+    """What `linspec info MODEL` prints: what `describe` reads, memory in 10⁶ bytes, the step, drafters."""
+    facts, folder = describe(source), resolve(source)
+    read = read_config_file(folder)
+    facts["weights_mb"] = {"on_disk": _disk(folder)}
+    if read.kind.loop is None:
+        return facts
+    config = read.config
+    if isinstance(config, DecoderConfig):
+        facts |= _memory(config, integers=read.quantization is not None, on_disk=_disk(folder))
+        reason = _why_not(config)
+        facts["step"] = "one call into C" if reason is None else f"layer by layer: {reason}"
+    return facts | {"drafters": drafters_at_hand(folder)}
+
+
+def drafters_at_hand(folder: Path) -> list[str]:
+    """Drafters that need nothing more: look-up, and the trained heads in a model directory."""
+    files = [] if is_gguf(folder) else sorted(folder.glob(f"*/{CONFIG_FILE}"))
+    found = ["prompt-lookup"]
+    for path in files:
+        if is_leftover(path.parent.name):
+            continue
+        kind = read_json(path).get("kind", "medusa")
+        name = path.parent.name
+        found.append(str(kind) if name == kind else f"{kind}:{path.parent}")
+    return found
+
+
+def _memory(config: DecoderConfig, *, integers: bool, on_disk: float) -> dict[str, Any]:
+    """Megabytes of the weights and of one sequence's state, with caches in floats and in int8."""
+    with without_memory():
+        model = Decoder(config)
+    parameters = sum(each.numel() for each in model.parameters())
+    # integers lie in memory as on disk
+    loaded = {} if integers else {"float32": round(parameters * 4 / 1e6, 3)}
+    found: dict[str, Any] = {
+        "parameters": parameters,
+        "weights_mb": {"on_disk": on_disk, **loaded},
+    }
+    for name, kv in (("state_mb", "float"), ("state_mb_int8", "int8")):
+        try:
+            state = model.new_state(kv=kv)
+        # no layer has such a cache
+        except ConfigError:
+            continue
+        sizes = {label: state.bytes_at(length) / 1e6 for label, length in LENGTHS.items()}
+        found[name] = {label: round(size, 3) for label, size in sizes.items()}
+    return found
+
+
+def _why_not(config: DecoderConfig) -> str | None:
+    """Why a step is no single call, asked of a small model with the same kinds of layers."""
+    mixers = tuple(dict.fromkeys(config.mixers))
+    small = replace(
+        config,
+        layers=len(mixers),
+        mixers=mixers,
+        width=min(config.width, _SMALL),
+        mlp_width=min(config.mlp_width, _SMALL),
+        vocab_size=min(config.vocab_size, _SMALL),
+        max_positions=min(config.max_positions, _SMALL),
+        eos_ids=(),
+        bos_id=None,
+        pad_id=None,
+    )
+    return why_not(Decoder(small).float().to_inference())
+
+
+def _disk(folder: Path) -> float:
+    try:
+        files = [folder] if is_gguf(folder) else weight_files(folder)
+    except CheckpointError:
+        files = sorted(folder.glob("*.safetensors"))
+    return round(sum(each.stat().st_size for each in files) / 1e6, 3)
