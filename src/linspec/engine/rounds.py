@@ -17,6 +17,7 @@ from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
 from linspec.utils.messages import shown
 
+_LISTS = (list, tuple)
 _ENDS = (None, "stop", "length", FAILED)
 _WAY_OUT = "mend the loop, or use another one of `linspec list`"
 
@@ -26,7 +27,9 @@ class Rounds:
 
     def __init__(self, loop: GenerationLoop, vocab_size: int) -> None:
         self.loop, self.vocab_size = loop, vocab_size
+        # rounds in a row that handed out nothing, and how far every sequence was in the last of them
         self._idle = 0
+        self._reached: list[tuple[int, int, int]] = []
 
     def next(self, batch: Batch) -> list[Outcome]:
         """What a round brought; a sequence for which the loop broke a rule has failed.
@@ -34,10 +37,9 @@ class Rounds:
         What says nothing about whose fault it was ends every sequence of the batch.
         """
         taking = [*batch.decoding, *(sequence for sequence, _ in batch.prefilling)]
-        before = _reached(taking)
         try:
             outcomes = self._listed(self.loop.round(batch), taking)
-            self._check_progress(outcomes, _reached(taking) != before)
+            self._check_progress(outcomes, taking)
         except Exception as error:
             self._idle = 0
             return [Outcome.failure(sequence, error) for sequence in taking]
@@ -45,13 +47,12 @@ class Rounds:
 
     def _listed(self, given: object, taking: Sequence[RunningSequence]) -> list[Outcome]:
         """An answer as it is, if it is outcomes of sequences that take part, one for each at most."""
-        if not isinstance(given, list | tuple) or not all(isinstance(o, Outcome) for o in given):
-            raise self._broken(
-                f"answered {shown(repr(given))}; a round answers with a list of Outcome, empty where nothing "
-                "is new"
-            )
+        if not isinstance(given, _LISTS):
+            raise self._no_list(given)
         left = list(taking)
         for outcome in given:
+            if not isinstance(outcome, Outcome):
+                raise self._no_list(given)
             # two sequences are never equal
             if outcome.sequence not in left:
                 raise self._broken(
@@ -61,12 +62,18 @@ class Rounds:
             left.remove(outcome.sequence)
         return list(given)
 
-    def _check_progress(self, outcomes: Sequence[Outcome], moved: bool) -> None:
+    def _check_progress(
+        self, outcomes: Sequence[Outcome], taking: Sequence[RunningSequence]
+    ) -> None:
         """Raise ConfigError for the last of too many rounds in a row that brought nobody any further."""
-        if moved or any(outcome.tokens or outcome.finished for outcome in outcomes):
-            self._idle = 0
-            return
-        self._idle += 1
+        for outcome in outcomes:
+            if outcome.tokens or outcome.finished:
+                self._idle = 0
+                return
+        # a prompt may be read in silence
+        reached = [(each.number, each.prefilled, len(each.tokens)) for each in taking]
+        self._idle = self._idle + 1 if reached == self._reached else 0
+        self._reached = reached
         if self._idle > self.loop.patience:
             raise self._broken(
                 f"brought no sequence any further in {self._idle} rounds; its `patience` is "
@@ -79,23 +86,24 @@ class Rounds:
             return Outcome.failure(outcome.sequence, self._broken(f"handed out {fault}"))
         return outcome
 
+    def _no_list(self, given: object) -> ConfigError:
+        return self._broken(
+            f"answered {shown(repr(given))}; a round answers with a list of Outcome, empty where nothing "
+            "is new"
+        )
+
     def _broken(self, what: str) -> ConfigError:
         return ConfigError(f"generation loop {self.loop.name!r} {what}; {_WAY_OUT}")
-
-
-def _reached(sequences: Sequence[RunningSequence]) -> list[tuple[int, int]]:
-    return [(sequence.prefilled, len(sequence.tokens)) for sequence in sequences]
 
 
 def _fault(outcome: Any, vocab_size: int) -> str | None:
     """What is wrong with an outcome: the value and the rule."""
     tokens, sequence = outcome.tokens, outcome.sequence
-    if not isinstance(tokens, tuple) or not all(type(token) is int for token in tokens):
-        return f"tokens {shown(repr(tokens))}; tokens are a tuple of whole numbers"
-    if tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-        return (
-            f"tokens {shown(repr(tokens))}; token ids of this model go from 0 to {vocab_size - 1}"
-        )
+    for token in tokens if isinstance(tokens, tuple) else (None,):
+        if type(token) is not int:
+            return f"tokens {shown(repr(tokens))}; tokens are a tuple of whole numbers"
+        if not 0 <= token < vocab_size:
+            return f"tokens {shown(repr(tokens))}; token ids of this model go from 0 to {vocab_size - 1}"
     if tokens and tuple(sequence.tokens[-len(tokens) :]) != tokens:
         return f"tokens {shown(repr(tokens))} that it did not append to sequence.tokens"
     if sequence.remaining < 0:
@@ -110,6 +118,6 @@ def _fault(outcome: Any, vocab_size: int) -> str | None:
             f"finished={outcome.finished!r} with error={shown(repr(outcome.error))}; 'error' comes with an "
             "exception, and nothing else does"
         )
-    if not isinstance(outcome.accepted, Accepted | None):
+    if outcome.accepted is not None and not isinstance(outcome.accepted, Accepted):
         return f"accepted={shown(repr(outcome.accepted))}; it is an Accepted or None"
     return None

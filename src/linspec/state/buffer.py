@@ -182,7 +182,8 @@ class BufferState(SlotStates):
         if slot in self.long:
             self._commit_aside(slot, len(path))
         else:
-            if any(node != i for i, node in enumerate(path)):
+            # a list is compared at once, a generator runs for each node
+            if list(path) != list(range(len(path))):
                 self._gather(slot, path)
             self.lengths[slot] += len(path)
             self._settle(slot)

@@ -51,7 +51,7 @@ class SequenceStates:
 
     def length(self, slot: int) -> int:
         """Committed tokens of `slot`, in the layers that have seen most."""
-        return max(part.lengths[slot] for part in self._counted)
+        return max([part.lengths[slot] for part in self._counted])
 
     def staged(self, slot: int) -> Shape:
         """The shape of the staged nodes of `slot`."""
