@@ -257,3 +257,11 @@ def test_the_version_is_printed_without_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     name, version = done.stdout.split()
     assert name == "linspec" and version[0].isdigit()
+
+
+def test_tasks_without_lm_eval_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "linspec.integrations.lm_eval", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    found = run("eval", "task", model_dir("aug"), "arc_easy")
+    assert found.exit_code == 1 and found.stdout == ""
+    assert "lm_eval is not installed: pip install 'linspec[eval]'" in found.stderr

@@ -52,6 +52,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (evaluate.positions, "eval positions", "embedded-aug --length 8192"),
     (evaluate.continuations, "eval continuations", "path/to/t5 --data texts/"),
     (evaluate.embeddings, "eval embeddings", "path/to/bert student --data texts/"),
+    (evaluate.task, "eval task", "smollm2 arc_easy --limit 100"),
     (verify.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.speed, "bench speed", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
     (bench.drafters, "bench drafters", "embedded-aug --nodes 8"),

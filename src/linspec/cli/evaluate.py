@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ from linspec.cli.console import (
     quiet_stdout,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Computing, Json, Loading, Model, Texts, Threads
+from linspec.cli.options import Computing, DrafterName, Json, Loading, Model, Texts, Threads
+from linspec.errors import ConfigError
 
 LimitBytes = Annotated[
     int | None, typer.Option(callback=whole(), help="Stop after this much text.")
@@ -210,6 +212,61 @@ def embeddings(
         context=context,
         quantize=quantize,
     )
+
+
+@grouped
+@guarded()
+def task(
+    model: Model,
+    tasks: Annotated[
+        list[str], typer.Argument(help="Names that lm-eval knows, or tasks of --include.")
+    ],
+    *,
+    limit: Annotated[
+        int | None, typer.Option(callback=whole(), help="Most questions of a task.")
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(0), help="Worked examples before each.", show_default="the task's"
+        ),
+    ] = None,
+    include: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask by the chat template of the model.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(callback=whole(), help="Answers that are written at a time.")
+    ] = 8,
+    drafter: DrafterName = "none",
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Tasks of lm-eval (pip install 'linspec[eval]'), which downloads their questions."""
+    options = loading.to_library()
+    try:
+        from linspec.integrations.lm_eval import evaluate_tasks
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tasks need lm-eval, and {error.name} is not installed: pip install 'linspec[eval]'"
+        ) from error
+    with quiet_stdout():
+        found = evaluate_tasks(
+            model,
+            tasks,
+            limit=limit,
+            fewshot=fewshot,
+            include=include,
+            chat=chat,
+            batch_size=batch_size,
+            drafter=drafter,
+            quantize=options["quantize"],
+            kv_cache_dtype=options["kv"],
+            device=options["device"],
+        )
+    print_json(found) if as_json else print_measured(found, "tasks")
 
 
 def _show(measure: Callable[..., Any], as_json: bool, rows: str = "", **options: Any) -> None:
