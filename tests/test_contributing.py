@@ -56,7 +56,9 @@ def test_worked_drafter_is_lossless_and_remembers(drafter: str) -> None:
 
 @pytest.mark.parametrize("setting", ["length=0", "length=-1", "memory=-1"])
 def test_worked_drafter_refuses_what_it_cannot_use(drafter: str, setting: str) -> None:
-    with pytest.raises(ConfigError, match=f"drafter '{drafter}': length must be 1 or more"):
+    with pytest.raises(
+        ConfigError, match=f"drafter '{drafter}:{setting}': length must be 1 or more"
+    ):
         DRAFTERS.read(f"{drafter}:{setting}")
 
 

@@ -53,6 +53,7 @@ class Registry(Generic[T]):
         group: of the entry points that bring further plug-ins; None for no such group.
         beside: names that users write for no plug-in, such as 'none'.
         options: the options class of plug-ins that are registered without one.
+        base: the class that plug-ins derive from; None for no such class.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Registry(Generic[T]):
         *,
         beside: Sequence[str] = (),
         options: type[Any] | None = None,
+        base: type[Any] | None = None,
     ) -> None:
         self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
+        self.base = base
         self._entries: dict[str, Entry[T]] = {}
         self._broken: dict[str, str] = {}
         # entry points that were loaded, or tried
@@ -112,12 +115,36 @@ class Registry(Generic[T]):
         has options, with these.
 
         Raises:
-            ConfigError: the name or a setting is unknown, or a value breaks a rule.
+            ConfigError: the name or a setting is unknown, a value breaks a rule, or the class is none of this
+                axis.
         """
         entry, options = self.read(spec)
+        self._check_class(entry)
         make: Any = getattr(entry.value, "build", entry.value)
         made: T = make(*context) if entry.options is None else make(*context, options)
+        self._check_made(entry, made)
         return made
+
+    def _check_class(self, entry: Entry[T]) -> None:
+        """Raise ConfigError for a class that lacks methods, which Python would refuse without its name."""
+        lacking = ", ".join(sorted(getattr(entry.value, "__abstractmethods__", ())))
+        if lacking:
+            raise ConfigError(
+                f"{self.axis} {entry.name!r} lacks {lacking}; write them in its class "
+                f"{entry.value.__name__}, or use another one of `linspec list`"
+            )
+
+    def _check_made(self, entry: Entry[T], made: object) -> None:
+        """Raise ConfigError for a plug-in that does not derive from the class of its axis."""
+        if self.base is None or isinstance(made, self.base):
+            return
+        methods = (name for name in dir(self.base) if not name.startswith("_"))
+        lacking = ", ".join(name for name in methods if not hasattr(made, name))
+        base = self.base.__name__
+        raise ConfigError(
+            f"{self.axis} {entry.name!r} is a {type(made).__name__}, which is no {base}"
+            f"{f' and lacks {lacking}' if lacking else ''}; derive its class from {base}"
+        )
 
     def read(self, spec: str) -> tuple[Entry[T], Any]:
         """The entry that a spec names, and its options; raises ConfigError as `build` does."""
@@ -149,8 +176,13 @@ class Registry(Generic[T]):
         if isinstance(name, str) and name in self._broken:
             return ConfigError(self._broken[name])
         names = (*self.beside, *sorted({*self._entries, *(p.name for p in self._points())}))
+        foreign = (
+            ""
+            if self.group is None
+            else "; a plug-in may be missing: import or install its package"
+        )
         return ConfigError(
-            f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}"
+            f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}{foreign}"
             f"{did_you_mean(name, names)}"
         )
 
