@@ -26,6 +26,7 @@ from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.head import make_head
+from linspec.models.native_linear import NativeLinear
 from linspec.models.step_plan import TOLD, why_not
 from linspec.train.kl import kl_of_hidden
 
@@ -119,6 +120,8 @@ def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Pat
     if load().library is not None and (settings := unusual(model.config) - TOLD):
         assert model.native is None
         assert all(setting in str(why_not(model)) for setting in settings)
+        kinds = {type(each) for each in model.modules() if "Linear" in type(each).__name__}
+        assert kinds == {NativeLinear}
         said = info(tmp_path)
         assert all(setting in said["step"] for setting in settings) and "steps" not in said
 
