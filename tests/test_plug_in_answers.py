@@ -19,6 +19,7 @@ from linspec.engine.engine import Engine
 from linspec.engine.loops import GenerationLoop
 from linspec.errors import ConfigError, DrafterError, InputError, StateError, WrongType
 from linspec.mixers import MIXERS
+from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.policies.fixed import Fixed
 from linspec.utils.registry import Registry
@@ -146,6 +147,15 @@ WRONG: list[tuple[Registry[Any], type[Any], str]] = [
         "generation loop 'wrong' lacks round, started; write them in its class Unst",
     ),
 ]
+
+
+def test_a_mixer_of_another_kind_failed_without_its_name() -> None:
+    MIXERS.register("wrong", summary="-", paper="-")(type("Plain", (Plain,), {}))
+    try:
+        with pytest.raises(ConfigError, match="mixer 'wrong' is a Plain, which .* lacks attend, "):
+            tiny_model(MixerConfig(name="wrong"))
+    finally:
+        MIXERS.forget("wrong")
 
 
 @pytest.fixture

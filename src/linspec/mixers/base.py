@@ -123,7 +123,7 @@ class Mixer(HeadProjections, MixerContract):
         return mixed.flatten(1)
 
 
-MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions)
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions, base=Mixer)
 """The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""
 
 

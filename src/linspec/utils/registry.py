@@ -122,11 +122,13 @@ class Registry(Generic[T]):
         self._check_class(entry)
         make: Any = getattr(entry.value, "build", entry.value)
         made: T = make(*context) if entry.options is None else make(*context, options)
-        self._check_made(entry, made)
+        self._check_kind(entry, type(made))
         return made
 
     def _check_class(self, entry: Entry[T]) -> None:
-        """Raise ConfigError for a class that lacks methods, which Python would refuse without its name."""
+        """Raise ConfigError for a class of another kind, or one that lacks methods."""
+        if isinstance(entry.value, type) and not hasattr(entry.value, "build"):
+            self._check_kind(entry, entry.value)
         lacking = ", ".join(sorted(getattr(entry.value, "__abstractmethods__", ())))
         if lacking:
             raise ConfigError(
@@ -134,15 +136,17 @@ class Registry(Generic[T]):
                 f"{entry.value.__name__}, or use another one of `linspec list`"
             )
 
-    def _check_made(self, entry: Entry[T], made: object) -> None:
-        """Raise ConfigError for a plug-in that does not derive from the class of its axis."""
-        if self.base is None or isinstance(made, self.base):
+    def _check_kind(self, entry: Entry[T], made: type[Any]) -> None:
+        """Raise ConfigError for a class that does not derive from that of the axis."""
+        if self.base is None or issubclass(made, self.base):
             return
-        methods = (name for name in dir(self.base) if not name.startswith("_"))
-        lacking = ", ".join(name for name in methods if not hasattr(made, name))
+        # those of its own classes, not of what they derive from in other libraries
+        own = [vars(kind) for kind in self.base.__mro__ if kind.__module__.startswith("linspec.")]
+        names = sorted({name for each in own for name in each if not name.startswith("_")})
+        lacking = shown(", ".join(name for name in names if not hasattr(made, name)))
         base = self.base.__name__
         raise ConfigError(
-            f"{self.axis} {entry.name!r} is a {type(made).__name__}, which is no {base}"
+            f"{self.axis} {entry.name!r} is a {made.__name__}, which is no {base}"
             f"{f' and lacks {lacking}' if lacking else ''}; derive its class from {base}"
         )
 
@@ -164,7 +168,9 @@ class Registry(Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
-        return self.entry(name).value
+        entry = self.entry(name)
+        self._check_class(entry)
+        return entry.value
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of `name`; raises ConfigError with the known names if there is none."""
