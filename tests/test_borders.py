@@ -230,7 +230,7 @@ def own(change: dict[str, Any]) -> dict[str, Any]:
         ({"layers": 10_000_000}, "layers must be at most"),
         ({"heads": 0}, "heads must be 1 or more, got 0"),
         ({"norm_eps": -1}, "norm_eps must be finite and 0 or more, got -1.0"),
-        ({"width": "16"}, "decoder.*width should be a valid integer, got 16"),
+        ({"width": "16"}, "decoder.*width should be a valid integer, got '16'"),
         ({"width": 16.5}, "width should be a valid integer, got 16.5"),
         ({"vocab_size": True}, "vocab_size should be a valid integer, got True"),
         ({"mixers": [{"name": "aug", "group": 16.5}] * 2}, r"mixers.0.group should be a valid"),

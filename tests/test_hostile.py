@@ -355,7 +355,7 @@ def test_too_few_answers_of_a_plug_in_are_named(what: str, models: dict[str, Dec
     engine.add(Request(tuple(PROMPTS[1]), SamplingParams(max_tokens=9)))
     engine.step()
     (end,) = engine.step()
-    assert f"the {what} answered 0 times for 1 requests" in str(end.error)
+    assert f"{what} '{part.name}' answered 0 times for 1 requests" in str(end.error)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,13 @@ ARGUMENTS = [
     ((*LINEARIZE, "--span", 2, "--rows", 128), "leave out one of the two"),
     ((*LINEARIZE, "--mixer", "aug:span=2", "--exact-tokens", 128), "and the mixer gives them"),
     ((*LINEARIZE, "--exact-heads", 1, "--span", 2), "or leave out --exact-heads"),
+    # naming a default looked like not naming it
+    ((*LINEARIZE, "--exact-heads", 1, "--mixer", "aug"), "or leave out --exact-heads"),
+    ((*LINEARIZE, "--exact-heads", 1, "--softmax-layers", 0), "or leave out --exact-heads"),
+    ((*LINEARIZE, "--exact-heads", 1, "--mixer-seed", 0), "or leave out --exact-heads"),
+    ((*LINEARIZE, "--exact-heads", 1, "--keep-softmax", ""), "or leave out --exact-heads"),
+    ((*GENERATE, "--logprobs", 3), "--logprobs are printed with --json only"),
+    ((*GENERATE, "--drafter", "medusa"), "train-drafter MODEL --out DIR` and name their directory"),
     ((*LINEARIZE, "--exact-heads", 1, "--lora-rank", 2), "or leave out --exact-heads"),
     ((*LINEARIZE, "--gate-steps", 2), "--gate-steps finds the heads of --exact-heads"),
     ((*LINEARIZE, "--resume", "--overwrite"), "give one of the two"),
@@ -291,3 +300,21 @@ def test_an_option_without_its_value_is_one_line(
     assert end.value.code == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ") and "\n" not in said
+
+
+def test_the_help_was_called_otherwise_by_the_module() -> None:
+    command = [sys.executable, "-m", "linspec", "generate"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "see linspec generate --help" in done.stderr
+
+
+def test_the_help_names_the_defaults_of_the_library_and_every_package() -> None:
+    from linspec.checkpoints.packages import PACKAGES
+    from linspec.cli.train import HeadsTraining
+    from linspec.train.drafter import DrafterConfig
+
+    usual = DrafterConfig()
+    assert HeadsTraining.usual == {name: str(getattr(usual, name)) for name in HeadsTraining.usual}
+    help = " ".join(CliRunner().invoke(app, ["train-drafter", "--help"]).stdout.split())
+    assert all(f"[default: ({text})]" in help for text in HeadsTraining.usual.values())
+    assert all(name in help for name in PACKAGES) and f"[default: ({usual.heads})]" in help

@@ -79,7 +79,7 @@ def test_a_spec_sets_fields_by_their_types(settings: str | None, changes: dict[s
         ("coutn=4", "has no option 'coutn'; known: path, .*did you mean 'count'"),
         ("run=3/x", "has no option 'run'"),
         ("count=4,count=5", "count is given twice"),
-        ("count=-1", "thing 'x': count must be 0 or more, got -1"),
+        ("count=-1", "thing 'x:count=-1': count must be 0 or more, got -1"),
         ("count=4.0", "count must be a whole number of at most 18 digits, got '4.0'"),
         ("count=٣", "must be a whole number"),
         ("count=" + "9" * 5000, r"count must be .*\(5002 characters\)"),
@@ -178,7 +178,11 @@ def test_drafters_policies_verifiers_and_mixers_share_one_syntax() -> None:
         (DRAFTERS, "prompt-lookup:tokens=64", "tokens must be in 1..63"),
         (POLICIES, "auto:x=1", "policy 'auto' has no option 'x'; it takes none"),
         (POLICIES, "aut", "a number of draft nodes, .*did you mean 'auto'"),
-        (VERIFIERS, "typical:epsilon=2", "verifier 'typical': epsilon must be between 0 and 1"),
+        (
+            VERIFIERS,
+            "typical:epsilon=2",
+            "verifier 'typical:epsilon=2': epsilon must be between 0 and 1",
+        ),
         (MIXERS, "aug:tap=3", "mixer 'aug' has no option 'tap'.*did you mean 'taps'"),
     ],
 )

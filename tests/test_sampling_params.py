@@ -604,3 +604,19 @@ def test_logits_that_are_damaged_are_still_named() -> None:
     sampler = Sampler(SamplingParams(presence_penalty=1.0), [0], 3)
     with pytest.raises(NotFinite):
         GreedyVerifier().accept(from_paths(0, []), torch.full((1, 3), math.nan), sampler)
+
+
+def test_more_logprobs_than_there_are_tokens_are_those_of_all() -> None:
+    params = SamplingParams(max_tokens=2, logprobs=10**6, prompt_logprobs=10**6)
+    llm = LLM(model_dir("aug"))
+    (found,) = llm.generate([[5, 6, 7]], params)
+    assert found.logprobs is not None and found.prompt_logprobs is not None
+    entries = [*found.logprobs, *found.prompt_logprobs[1:]]
+    assert {len(each.top) for each in entries if each} == {llm.model.config.vocab_size}
+
+
+@pytest.mark.parametrize("setting", ["max_tokens", "min_tokens", "n", "top_k", "logprobs", "seed"])
+def test_a_text_was_shown_like_the_number_that_it_is_not(setting: str) -> None:
+    wrong: Any = {setting: "5"}
+    with pytest.raises(ConfigError, match=f"{setting} must be .* got '5'"):
+        SamplingParams(**wrong)

@@ -42,7 +42,9 @@ def test_the_command_line_takes_a_guest_with_its_options() -> None:
     assert json.loads(done.stdout)["token_ids"] == plain["token_ids"]
     refused = CliRunner().invoke(app, [*command, "--drafter", "guest-suffix:memory=0"])
     assert refused.exit_code == 1
-    assert "drafter 'guest-suffix': max_length and memory must be 1 or more" in refused.stderr
+    assert (
+        "drafter 'guest-suffix:memory=0': max_length and memory must be 1 or more" in refused.stderr
+    )
 
 
 def test_a_guest_forgets_what_it_may_not_keep() -> None:

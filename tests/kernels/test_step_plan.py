@@ -106,6 +106,14 @@ def test_scaled_positions_are_computed_in_one_call(library: ctypes.CDLL, rope: R
     assert (made()(torch.tensor([ids]))[0] - expected).abs().max() > 1e-3
 
 
+def test_only_the_first_of_several_reasons_was_named(library: ctypes.CDLL) -> None:
+    changes = UNTOLD["residual"] | {"norm": "layer", "gated_mlp": False, "norm_eps": 1e-5}
+    model = made(**changes, rope=RopeConfig(partial_rotary_factor=0.5))
+    reasons = ("residual", "only RMS norms", "only gated SiLU", "only a part turns")
+    assert all(reason in str(why_not(model)) for reason in reasons)
+    assert "not packed" not in str(why_not(model))
+
+
 def test_a_plain_model_has_no_reason(library: ctypes.CDLL) -> None:
     model = made()
     assert why_not(model) is None and model.native is not None

@@ -14,7 +14,7 @@ from helpers import feed, full_logits, random_tokens, random_tree, randomise, tr
 from hf_models import MODELS, VOCAB, assert_close, make, save, tokens
 from transformers import AutoModelForCausalLM
 
-from linspec.checkpoints.description import describe
+from linspec.bench.model import info
 from linspec.checkpoints.hub import load_config, load_model, save_model
 from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.quantized import save_quantized
@@ -26,6 +26,7 @@ from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.head import make_head
+from linspec.models.native_linear import NativeLinear
 from linspec.models.step_plan import TOLD, why_not
 from linspec.train.kl import kl_of_hidden
 
@@ -119,7 +120,10 @@ def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Pat
     if load().library is not None and (settings := unusual(model.config) - TOLD):
         assert model.native is None
         assert all(setting in str(why_not(model)) for setting in settings)
-        assert all(setting in describe(tmp_path)["steps"] for setting in settings)
+        kinds = {type(each) for each in model.modules() if "Linear" in type(each).__name__}
+        assert kinds == {NativeLinear}
+        said = info(tmp_path)
+        assert all(setting in said["step"] for setting in settings) and "steps" not in said
 
 
 def unusual(config: DecoderConfig) -> set[str]:

@@ -27,6 +27,7 @@ from linspec.train import loop
 from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.linearize_config import LinearizeConfig
+from linspec.train.linearize_heads import linearize_heads
 from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
 from linspec.utils.files import exclusive
@@ -222,6 +223,23 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         run(teacher_dir, tmp_path / "s", corpus, **options)
+
+
+def test_a_source_without_softmax_lost_what_was_searched(
+    teacher_dir: Path, tmp_path: Path, corpus: Path
+) -> None:
+    student = run(teacher_dir, tmp_path / "s", corpus)
+    with pytest.raises(
+        ConfigError, match="no layer of this source has softmax .* mixers are aug; "
+    ):
+        run(student, tmp_path / "again", corpus, mixer="relu")
+    with pytest.raises(ConfigError, match="linearize the model that it was made from"):
+        linearize_heads(student, tmp_path / "heads", exact="1", data=[corpus])
+    # some layer is softmax, or nothing changes
+    mixed = run(teacher_dir, tmp_path / "mixed", corpus, keep_softmax=(0,))
+    for source, kept in ((mixed, (0,)), (student, (0, 1))):
+        out = tmp_path / f"{source.name}-again"
+        assert run(source, out, corpus, mixer="relu", keep_softmax=kept) == out
 
 
 def test_source_is_never_overwritten(teacher_dir: Path, corpus: Path) -> None:

@@ -56,8 +56,6 @@ def test_sizes_of_the_command_are_those_of_the_recipe() -> None:
         "keep_softmax": (1,),
         "features": 3,
         "mixer": "rfa",
-        "mixer_seed": 0,
-        "softmax_layers": 0,
     }
     assert LinearizeRecipe(**given).span == (2, 4)
     assert LinearizeRecipe(**Mixing(span="2").given()).span == 2

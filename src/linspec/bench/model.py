@@ -77,12 +77,14 @@ def _memory(config: DecoderConfig, *, integers: bool, on_disk: float) -> dict[st
 
 
 def _why_not(config: DecoderConfig) -> str | None:
-    """Why a step is no single call, asked of a small model with the same kinds of layers."""
-    mixers = tuple(dict.fromkeys(config.mixers))
+    """Every reason why a step is no single call, asked of a small model with the same kinds of layers."""
+    ropes = config.layer_ropes or ("",) * config.layers
+    mixers, ropes = zip(*dict.fromkeys(zip(config.mixers, ropes, strict=True)), strict=True)
     small = replace(
         config,
         layers=len(mixers),
         mixers=mixers,
+        layer_ropes=ropes if config.layer_ropes else (),
         width=min(config.width, _SMALL),
         mlp_width=min(config.mlp_width, _SMALL),
         vocab_size=min(config.vocab_size, _SMALL),

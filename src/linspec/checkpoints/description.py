@@ -16,7 +16,6 @@ from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.weights import read_dtype, weight_files
 from linspec.errors import CheckpointError
 from linspec.models.config import DecoderConfig
-from linspec.models.step_plan import untold
 from linspec.utils.border import read_json
 
 # the first lines of a model card, between two lines of dashes
@@ -36,8 +35,6 @@ def describe(source: str | Path) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
     }
     facts |= config.facts()
-    if type(config) is DecoderConfig and (names := untold(config)):
-        facts["steps"] = f"layer by layer: the one-call step has no {', '.join(names)}"
     if is_gguf(path):
         facts |= _of_gguf(path)
     else:

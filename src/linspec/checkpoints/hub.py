@@ -12,6 +12,7 @@ checkpoint is run.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,8 @@ from linspec.utils.places import Place, as_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger("linspec")
 
 
 def load_config(source: str | Path) -> DecoderConfig:
@@ -150,6 +153,8 @@ def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.d
     else:
         found = _load_plain(read, dtype).to(device)
     assert isinstance(found, wanted)
+    if isinstance(found.config, DecoderConfig) and (note := found.config.rope.note):
+        _log.warning("%s: %s", read.folder, note)
     return found
 
 

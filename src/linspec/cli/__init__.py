@@ -84,4 +84,5 @@ def main() -> None:
     if sys.stdout is None:
         # what is printed would be lost without a word
         sys.exit("error: standard output is closed; send it to a file or to /dev/null")
-    app()
+    # `python -m linspec` is the same command
+    app(prog_name="linspec")

@@ -12,6 +12,7 @@ from linspec.cli.checks import whole
 from linspec.cli.console import guarded, importing, print_json, quiet_stdout, read_prompt, say
 from linspec.cli.groups import grouped
 from linspec.cli.options import Decoding, Json, MaxTokens, MinTokens, Model, Sampling, given
+from linspec.errors import ConfigError
 
 
 @grouped
@@ -43,6 +44,8 @@ def generate(
         from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
 
+    if logprobs is not None and not as_json:
+        raise ConfigError("--logprobs are printed with --json only; give that too, or leave it out")
     text = read_prompt(prompt, prompt_file)
     params = SamplingParams(
         max_tokens=max_tokens,

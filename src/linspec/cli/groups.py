@@ -2,6 +2,8 @@
 
 @grouped
 def chat(model: Model, sampling: Sampling, decoding: Decoding) -> None: ...
+
+A group may tell in `usual` what stands in the help as the default of an option that is None.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 
 def grouped(verb: Callable[..., None]) -> Callable[..., None]:
@@ -39,11 +42,21 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
 
 def _options(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
+    for name, text in getattr(group, "usual", {}).items():
+        hints[name] = _told(hints[name], text)
     empty = inspect.Parameter.empty
     return [
         _keyword(f.name, empty if f.default is MISSING else f.default, hints[f.name])
         for f in fields(group)
     ]
+
+
+def _told(hint: Any, default: str) -> Any:
+    """The type of an option whose help names the default, which the library has."""
+    kind, option = get_args(hint)
+    option = copy(option)
+    option.show_default = default
+    return Annotated[kind, option]
 
 
 def _keyword(name: str, default: Any, hint: Any) -> inspect.Parameter:

@@ -22,7 +22,10 @@ from linspec.cli.options import Json, Model, Out, RecallShare, Run, Texts, Train
 from linspec.errors import ConfigError
 
 MixerName = Annotated[
-    str, typer.Option(help="A mixer that linspec list shows; NAME:key=value,… sets sizes.")
+    str | None,
+    typer.Option(
+        help="A mixer that linspec list shows; NAME:key=value,… sets sizes.", show_default="aug"
+    ),
 ]
 Group = Annotated[
     int | None,
@@ -45,7 +48,7 @@ Window = Annotated[
     ),
 ]
 Span = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Groups seen exactly, the open one included: 2, or one for each layer.",
         show_default="by --exact-tokens with kernel softmax",
@@ -81,15 +84,22 @@ Keep = Annotated[
     ),
 ]
 MixerSeed = Annotated[
-    int, typer.Option(callback=whole(0), help="Of what performer and rfa draw at random.")
+    int | None,
+    typer.Option(
+        callback=whole(0), help="Of what performer and rfa draw at random.", show_default="0"
+    ),
 ]
 KeepSoftmax = Annotated[
-    str,
+    str | None,
     typer.Option(help="Layers that stay as they are, like 0,5; T5 counts its encoder's first."),
 ]
 SoftmaxLayers = Annotated[
-    int,
-    typer.Option(callback=whole(0), help="How many more stay: those that need to see far most."),
+    int | None,
+    typer.Option(
+        callback=whole(0),
+        help="How many more stay: those that need to see far most.",
+        show_default="0",
+    ),
 ]
 ExactHeads = Annotated[
     str | None,
@@ -118,27 +128,27 @@ LoraRank = Annotated[int | None, typer.Option(callback=whole(0), help="0 trains 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Which mixer every layer gets."""
+    """Which mixer every layer gets; what is left out (None) keeps the default of the library."""
 
-    mixer: MixerName = "aug"
+    mixer: MixerName = None
     group: Group = None
     taps: Taps = None
     window: Window = None
-    span: Span = ""
+    span: Span = None
     exact_tokens: ExactTokens = None
     kernel: Kernel = None
     features: Features = None
     keep: Keep = None
-    mixer_seed: MixerSeed = 0
-    keep_softmax: KeepSoftmax = ""
-    softmax_layers: SoftmaxLayers = 0
+    mixer_seed: MixerSeed = None
+    keep_softmax: KeepSoftmax = None
+    softmax_layers: SoftmaxLayers = None
 
     def given(self) -> dict[str, Any]:
         """As LinearizeRecipe takes them, without those that were left out."""
-        spans = numbers(self.span, "--span")
+        spans = numbers(self.span or "", "--span")
         lists = {
             "span": spans[0] if len(spans) == 1 else tuple(spans) or None,
-            "keep_softmax": tuple(numbers(self.keep_softmax, "--keep-softmax")),
+            "keep_softmax": tuple(numbers(self.keep_softmax or "", "--keep-softmax")),
         }
         return given(asdict(self) | lists)
 

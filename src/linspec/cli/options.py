@@ -16,7 +16,8 @@ from linspec.errors import ConfigError
 Model = Annotated[
     str,
     typer.Argument(
-        help="A directory, a GGUF file, embedded-softmax, embedded-aug, smollm2 or smollm2-aug."
+        help="A directory, a GGUF file, embedded-softmax, embedded-aug, smollm2, smollm2-aug or "
+        "smollm2-aug-22."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -77,7 +78,7 @@ Seed = Annotated[
         callback=whole(0, 2**64 - 1), help="Equal seeds, equal text.", show_default="random"
     ),
 ]
-PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens.")]
+PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens, 0..63.")]
 VerifierName = Annotated[str, typer.Option(help="lossless, greedy or typical (lossy).")]
 Data = Annotated[
     list[str] | None,

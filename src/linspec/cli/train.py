@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -12,6 +13,20 @@ from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written
 from linspec.cli.groups import grouped
 from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training, given
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsTraining(Training):
+    """How long and how to train heads."""
+
+    # those of DrafterConfig, whose import takes seconds
+    usual: ClassVar = {
+        "tokens": "3000000",
+        "context": "512",
+        "batch_tokens": "4096",
+        "lr": "0.005",
+        "seed": "0",
+    }
 
 
 @grouped
@@ -59,14 +74,16 @@ def pretrain(
 def train_drafter(
     model: Model,
     texts: Texts,
-    training: Training,
+    training: HeadsTraining,
     run: Run,
     kind: Annotated[str, typer.Option(help="Kind of drafter.")] = "medusa",
     out: Annotated[
         Path | None,
         typer.Option(callback=named, help="Where it goes.", show_default="MODEL/medusa"),
     ] = None,
-    heads: Annotated[int | None, typer.Option(callback=whole(), help="Medusa heads.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(callback=whole(), help="Medusa heads.", show_default="3")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train and calibrate heads that draft for a model; its own weights stay as they are.

@@ -28,5 +28,7 @@ def make_drafter(drafter: str | Drafter, context: DrafterContext) -> Drafter | N
     if isinstance(drafter, Drafter):
         return drafter
     if not isinstance(drafter, str):
-        raise WrongType(f"a drafter is a name or a Drafter, got {shown(repr(drafter))}")
+        raise WrongType(
+            f"a drafter is a name or a Drafter, got {shown(repr(drafter))}; use 'none' for plain decoding"
+        )
     return None if drafter == "none" else DRAFTERS.build(drafter, context)

@@ -12,7 +12,7 @@ from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.tree import Budget, TokenTree, chain
-from linspec.errors import DrafterError
+from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.utils.messages import shown
 from linspec.utils.registry import Registry
@@ -118,9 +118,39 @@ class Drafter(ABC):
         """
 
 
-def check_needs(drafter: Drafter, layers: int) -> None:
+def name_of(plug_in: object) -> str:
+    """What messages call a plug-in: its registered name, or that of its class."""
+    return str(getattr(plug_in, "name", type(plug_in).__name__))
+
+
+def check_answers(kind: str, plug_in: object, given: object, count: int, rule: str) -> None:
+    """Raise DrafterError unless a plug-in answered with a list of `count` entries."""
+    if isinstance(given, list | tuple) and len(given) == count:
+        return
+    who = f"{kind} {name_of(plug_in)!r}"
+    if not isinstance(given, list | tuple):
+        raise DrafterError(
+            f"{who} answered {shown(repr(given))}; the answer is a list with {rule} for each request"
+        )
+    raise DrafterError(
+        f"{who} answered {len(given)} times for {count} requests; the answer is a list with {rule} for each"
+    )
+
+
+def check_drafter(drafter: Drafter, layers: int) -> None:
+    """Raise ConfigError for a drafter without `draft`, DrafterError for what a target of `layers` has not."""
+    own = [getattr(getattr(drafter, name, None), "__func__", None) for name in ("propose", "draft")]
+    if own == [ChainDrafter.propose, ChainDrafter.draft]:
+        raise ConfigError(
+            f"drafter {name_of(drafter)!r} lacks draft; write it in its class {type(drafter).__name__}, or "
+            "propose instead"
+        )
+    _check_needs(drafter, layers)
+
+
+def _check_needs(drafter: Drafter, layers: int) -> None:
     """Raise DrafterError if a drafter reads hidden states that a target of `layers` layers has not."""
-    name, needs = getattr(drafter, "name", type(drafter).__name__), drafter.needs
+    name, needs = name_of(drafter), drafter.needs
     if not isinstance(needs, Want) or not isinstance(needs.layers, tuple):
         raise DrafterError(
             f"drafter {name!r}: needs must be a Want such as Want(layers=(0,)), got {shown(repr(needs))}"
@@ -146,10 +176,21 @@ class ChainDrafter(Drafter):
     ) -> list[TokenTree]:
         """A chain for each sequence, from `draft`."""
         drafts = self.draft(sequences, [budget.chain for budget in budgets])
+        check_answers("drafter", self, drafts, len(sequences), "a list of token ids")
+        for draft in drafts:
+            self._check_draft(draft)
         return [
             chain((sequence.root, *draft))
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
+
+    def _check_draft(self, draft: object) -> None:
+        """Raise DrafterError for what is no list; what it lists is checked where trees are."""
+        if isinstance(draft, str | bytes) or not isinstance(draft, Sequence):
+            raise DrafterError(
+                f"drafter {name_of(self)!r} drafted {shown(repr(draft))}; a draft is a list of token ids, "
+                "empty for none"
+            )
 
     def draft(
         self, sequences: Sequence[RunningSequence], lengths: Sequence[int]
@@ -178,5 +219,7 @@ class ChainDrafter(Drafter):
             self._hits[depth] = _FORGET * self._hits[depth] + (depth < accepted)
 
 
-DRAFTERS: Registry[Drafter] = Registry("drafter", "linspec.drafters", beside=("none",))
+DRAFTERS: Registry[Drafter] = Registry(
+    "drafter", "linspec.drafters", beside=("none",), base=Drafter
+)
 """The registry of drafters. Packages add to it by entry points of the group `linspec.drafters`."""

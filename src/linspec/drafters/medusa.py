@@ -72,8 +72,8 @@ class Medusa(Drafter):
         folder = options.path or beside
         if folder is None or not folder.exists():
             raise DrafterError(
-                f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL`, or name "
-                "their directory: medusa:DIR"
+                f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL --out DIR` "
+                "and name their directory: medusa:DIR"
             )
         return cls(ready_heads(folder, target))
 

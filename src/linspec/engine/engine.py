@@ -25,14 +25,15 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
-from linspec.drafters.base import Drafter, check_needs
+from linspec.drafters.base import Drafter, check_drafter
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
 from linspec.engine.rounds import Rounds
 from linspec.engine.scheduler import Scheduler
-from linspec.errors import StateError
+from linspec.errors import StateError, WrongType
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.policies.base import Policy
+from linspec.utils.messages import shown
 from linspec.verifiers.base import Verifier
 
 _log = logging.getLogger("linspec")
@@ -64,12 +65,14 @@ class Engine:
         self.scheduler = Scheduler(slots, prefill_tokens)
         self.state = model.new_state(slots, kv_cache_dtype)
         if drafter is not None:
-            check_needs(drafter, len(self.state.layers))
+            check_drafter(drafter, len(self.state.layers))
         self.limits = Limits(model, self.state, max_model_len)
         target = Target(model, self.state)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
         self.rounds = Rounds(self.loop, model.config.vocab_size)
         self._requests = self._sequences = 0
+        # handles that no request has yet
+        self._reserved: set[int] = set()
         # the thread that stepped last, and the one that is inside a step
         self._process = os.getpid()
         self._driver = (self._process, threading.get_ident())
@@ -80,13 +83,15 @@ class Engine:
         """A handle for a request that `add` gets next: who has it can drop the request at any moment."""
         with self._lock:
             self._requests += 1
+            self._reserved.add(self._requests)
             return self._requests
 
     def add(self, request: Request, handle: int | None = None) -> int:
         """Queue a request; returns its handle, the number that its sequences carry as `request`.
 
-        handle: from `reserve`; None takes a new one. Raises what `Limits.fitted` raises, and InputError for
-        foreign token ids. If this is interrupted, nothing is queued.
+        handle: from `reserve`, once; None takes a new one. Raises what `Limits.fitted` raises, InputError for
+        foreign token ids, and StateError for a handle that was not reserved or has its request. If this is
+        interrupted, nothing is queued.
         """
         request = self.limits.fitted(request)
         config = self.model.config
@@ -96,7 +101,7 @@ class Engine:
             for params in request.params.sequences()
         ]
         self.check_process()
-        handle = self.reserve() if handle is None else handle
+        handle = self._claimed(self.reserve() if handle is None else handle)
         try:
             with self._lock:
                 self.scheduler.submit(
@@ -106,6 +111,28 @@ class Engine:
         except BaseException:
             self.abort(handle)
             raise
+
+    def _claimed(self, handle: int) -> int:
+        """A reserved handle, which is nobody else's from now on."""
+        self._check_handle(handle)
+        with self._lock:
+            if handle not in self._reserved:
+                raise StateError(
+                    f"handle {handle} has had its request; reserve() gives another one"
+                )
+            self._reserved.remove(handle)
+        return handle
+
+    def _check_handle(self, handle: object) -> None:
+        """Raise WrongType or StateError for what is no handle of this engine."""
+        if type(handle) is not int:
+            raise WrongType(
+                f"a handle is a number from add() or reserve(), got {shown(repr(handle))}"
+            )
+        if not 1 <= handle <= self._requests:
+            raise StateError(
+                f"this engine gave out no handle {shown(handle)}; handles come from add() and reserve()"
+            )
 
     def _sequence(
         self, request: Request, handle: int, index: int, sampler: Sampler
@@ -168,8 +195,13 @@ class Engine:
         return outcomes
 
     def abort(self, handle: int) -> None:
-        """Drop what waits and runs of the request of `handle`; one that has ended is dropped already."""
+        """Drop what waits and runs of the request of `handle`; one that has ended is dropped already.
+
+        Raises WrongType or StateError for what `add` and `reserve` never gave out.
+        """
+        self._check_handle(handle)
         with self._lock:
+            self._reserved.discard(handle)
             self._drop(lambda sequence: sequence.request == handle)
 
     def cancel(self) -> None:

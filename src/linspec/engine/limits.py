@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -12,7 +14,7 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.messages import shown
-from linspec.utils.sizes import check_size
+from linspec.utils.sizes import check_instance, check_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,12 @@ class Limits:
     def fitted(self, request: Request, name: str = "the prompt") -> Request:
         """`request` with no more new tokens than there is room for.
 
-        Raises InputError for an empty prompt or embeddings that do not fit it, ContextOverflow for one that
-        leaves no room for a new token, StateError for one whose keys and values do not fit into memory.
+        Raises WrongType for what is no request of token ids, InputError for an empty prompt or embeddings
+        that do not fit it, ContextOverflow for one that leaves no room for a new token, StateError for one
+        whose keys and values do not fit into memory.
         """
+        check_instance("a request", request, Request)
+        _check_prompt(request.prompt, name)
         if not isinstance(request.params, SamplingParams):
             raise WrongType(
                 f"params of a Request are SamplingParams, got {shown(repr(request.params))}"
@@ -93,3 +98,17 @@ class Limits:
                 f"max_model_len is {self.longest}: shorten the prompt or raise max_model_len"
             )
         return replace(params, max_tokens=min(params.max_tokens, room))
+
+
+def _check_prompt(prompt: object, name: str) -> None:
+    """Raise WrongType unless a prompt is a list of whole numbers."""
+    if isinstance(prompt, str | bytes) or not isinstance(prompt, Sequence):
+        raise WrongType(
+            f"{name} of a Request is a tuple of token ids, got {shown(repr(prompt))}; LLM.encode makes "
+            "them of a text"
+        )
+    for token in prompt if {*map(type, prompt)} != {int} else ():
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise WrongType(
+                f"{name} of a Request holds token ids, whole numbers from 0 on, got {shown(repr(token))}"
+            )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from linspec.decoding.protocols import CausalModelConfig
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, root_only
-from linspec.drafters.base import Drafter
+from linspec.drafters.base import Drafter, check_answers, name_of
 from linspec.errors import DrafterError
 from linspec.policies.base import Policy
 from linspec.utils.isolation import isolated
@@ -37,22 +37,23 @@ class Proposals:
                 trees[i] = budget
             elif budget.nodes:
                 asked.append((i, budget))
+        ends = [tokens_end(sequences[i]) for i, _ in asked]
         proposed = isolated([(sequences[i], budget) for i, budget in asked], self._drafted)
-        for (i, _), tree in zip(asked, proposed, strict=True):
-            trees[i] = tree
+        for (i, _), end, tree in zip(asked, ends, proposed, strict=True):
+            trees[i] = tree if tokens_end(sequences[i]) == end else changed_tokens(self.drafter)
         return trees
 
     def _planned(self, sequences: Sequence[RunningSequence]) -> list[Budget]:
         budgets = self.policy.plan(sequences, self.drafter)
-        _check_count("policy", budgets, sequences)
+        check_answers("policy", self.policy, budgets, len(sequences), "a Budget")
         return [self._within_room(*each) for each in zip(sequences, budgets, strict=True)]
 
     def _within_room(self, sequence: RunningSequence, budget: Budget) -> Budget:
         """As wide as planned, and no deeper than the request and the model have room."""
         if not isinstance(budget, Budget):
             raise DrafterError(
-                f"the policy planned {shown(repr(budget))}; a plan is a Budget for each request, such as "
-                "Budget.of(4)"
+                f"policy {name_of(self.policy)!r} planned {shown(repr(budget))}; a plan is a Budget for "
+                "each request, such as Budget.of(4)"
             )
         # where nothing is drafted, nobody asks how much could be
         if budget.nodes <= 0:
@@ -66,7 +67,7 @@ class Proposals:
         trees = self.drafter.propose(
             [sequence for sequence, _ in asked], [budget for _, budget in asked]
         )
-        _check_count("drafter", trees, asked)
+        check_answers("drafter", self.drafter, trees, len(asked), "a TokenTree")
         for (sequence, budget), tree in zip(asked, trees, strict=True):
             self._check(sequence, budget, tree)
         return [
@@ -75,18 +76,27 @@ class Proposals:
 
     def _check(self, sequence: RunningSequence, budget: Budget, tree: TokenTree) -> None:
         """Raise DrafterError for a tree that would harm the step that it shares with others."""
+        if not isinstance(tree, TokenTree):
+            raise self._foul(f"{shown(repr(tree))}; a proposal is a TokenTree")
+        if {*map(type, tree.tokens)} != {int}:
+            raise self._foul(
+                f"tokens {shown(repr(tree.tokens))}; token ids are whole numbers (int)"
+            )
         if tree.tokens[0] != sequence.root or not budget.allows(tree):
-            raise DrafterError(
-                f"the drafter proposed {len(tree) - 1} draft tokens behind token {tree.tokens[0]}, "
+            raise self._foul(
+                f"{len(tree) - 1} draft tokens behind token {tree.tokens[0]}, "
                 f"{tree.shape.deepest} deep; asked were at most {budget.nodes} behind token {sequence.root}, "
                 f"{budget.depth} deep"
             )
         vocabulary = self.config.vocab_size
         if min(tree.tokens) < 0 or max(tree.tokens) >= vocabulary:
-            raise DrafterError(
-                f"the drafter proposed tokens {min(tree.tokens)} to {max(tree.tokens)}, but the model has "
+            raise self._foul(
+                f"tokens {min(tree.tokens)} to {max(tree.tokens)}, but the model has "
                 f"{vocabulary} tokens: ids go from 0 to {vocabulary - 1}"
             )
+
+    def _foul(self, what: str) -> DrafterError:
+        return DrafterError(f"drafter {name_of(self.drafter)!r} proposed {what}")
 
     def _kept(self, sequence: RunningSequence, tree: TokenTree) -> TokenTree:
         """The part of a proposed tree that is verified, where the verifier's rule allows a part."""
@@ -96,6 +106,14 @@ class Proposals:
         return tree if kept >= len(tree) else tree.first(kept)
 
 
-def _check_count(what: str, given: Sequence[object], asked: Sequence[object]) -> None:
-    if len(given) != len(asked):
-        raise DrafterError(f"the {what} answered {len(given)} times for {len(asked)} requests")
+def tokens_end(sequence: RunningSequence) -> tuple[int, list[int]]:
+    """What a drafter that writes to `sequence.tokens` changes: how many there are, and the newest."""
+    return len(sequence.tokens), sequence.tokens[-1:]
+
+
+def changed_tokens(drafter: Drafter) -> DrafterError:
+    """The error of a sequence whose tokens a drafter has changed."""
+    return DrafterError(
+        f"drafter {name_of(drafter)!r} changed sequence.tokens, which are the output; copy them first: "
+        "list(sequence.tokens)"
+    )

@@ -72,11 +72,6 @@ class LayerPlan:
     gate_up: LinearPlan | None
     down: LinearPlan | None
 
-    @property
-    def linears(self) -> tuple[LinearPlan | None, ...]:
-        """The linear layers in the order in which a step needs them."""
-        return self.qkv, self.out, self.gate_up, self.down
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:

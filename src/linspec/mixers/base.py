@@ -25,7 +25,7 @@ from linspec.mixers.projections import HeadProjections
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.state.contract import EntryState
-from linspec.utils.messages import shown
+from linspec.utils.messages import quoted
 from linspec.utils.registry import Registry
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Mixer(HeadProjections, MixerContract):
         return mixed.flatten(1)
 
 
-MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions)
+MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions, base=Mixer)
 """The registry of mixers. Packages add to it by entry points of the group `linspec.mixers`."""
 
 
@@ -134,7 +134,7 @@ def check_settings(mixer: MixerConfig) -> None:
     for name, value in {**given, **mixer.options}.items():
         if (value or name in mixer.options) and name not in takes:
             raise ConfigError(
-                f"mixer {mixer.name!r} has no {name!r} to set, got {shown(value)}; leave it out"
+                f"mixer {mixer.name!r} has no {name!r} to set, got {quoted(value)}; leave it out"
             )
 
 

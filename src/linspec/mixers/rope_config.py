@@ -52,10 +52,10 @@ class RopeConfig:
         for name in numbers.split():
             check_positive(f"rope {name}", getattr(self, name))
         check_sizes(self, "original_max_positions")
-        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             raise ConfigError(
-                f"rope low_freq_factor and high_freq_factor are both {self.low_freq_factor}; "
-                "llama3 scaling needs two different ones, such as 1 and 4"
+                f"rope low_freq_factor is {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor}; the high one is above the low one, such as 1 and 4"
             )
         if self.kind == "yarn" and self.theta == 1.0:
             raise ConfigError(
@@ -69,6 +69,17 @@ class RopeConfig:
         for name in ("short_factors", "long_factors"):
             for number in getattr(self, name):
                 check_positive(f"rope {name}", number)
+
+    @property
+    def note(self) -> str | None:
+        """Where the logits are not those of transformers, in a sentence; None where they are."""
+        if not self.long or self.short_factors == self.long_factors:
+            return None
+        return (
+            "LongRoPE turns all texts by long_factor; the logits of texts of up to "
+            f"{self.original_max_positions} tokens differ from those of transformers, which takes "
+            "short_factor there; docs/families.md says how to get these"
+        )
 
     def turned(self, head_width: int) -> int:
         """Features of a head that turn."""

@@ -109,7 +109,9 @@ class DecoderConfig(StackConfig):
         """What `linspec info MODEL` says of the shape."""
         named = ("width", "heads", "kv_heads", "head_width", "mlp_width", "max_positions")
         mixers = ", ".join(dict.fromkeys(mixer.name for mixer in self.mixers))
-        return {**{name: getattr(self, name) for name in named}, "mixers": mixers}
+        note = self.rope.note if self.positions == "rope" else None
+        said = {"mixers": mixers} | ({"positions": note} if note else {})
+        return {**{name: getattr(self, name) for name in named}, **said}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,26 +69,19 @@ TOLD = frozenset(
 
 def one_call(model: Decoder) -> OneCall | None:
     """The one-call form of a model in its inference form; None if `why_not` has a reason."""
-    if _untold(model):
-        return None
-    plan = step_plan(model)
-    return None if why_not_on_cpu(plan) else OneCall(CpuStep(plan))
+    return None if why_not(model) else OneCall(CpuStep(step_plan(model)))
 
 
 def why_not(model: Decoder) -> str | None:
-    """Why a model in its inference form has to run layer by layer; None if one call can do it."""
-    return _untold(model) or why_not_on_cpu(step_plan(model))
-
-
-def _untold(model: Decoder) -> str | None:
-    """What of a model no plan tells, if anything."""
+    """Every reason why a model in its inference form runs layer by layer; None if one call can do it."""
     kinds = sorted({type(block) for block in model.layers} - {Block, ArrangedBlock}, key=repr)
     if kinds:
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"{names} has no plan for a step in one call"
-    if names := ", ".join(untold(model.config)):
-        return f"no plan for a step in one call has this model's {names}"
-    return None
+    names = ", ".join(untold(model.config))
+    settings = f"no plan for a step in one call has this model's {names}" if names else None
+    reasons = (settings, why_not_on_cpu(step_plan(model)))
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def step_plan(model: Decoder) -> StepPlan:
@@ -149,6 +142,9 @@ def _linear(layer: nn.Module | None) -> LinearPlan | None:
 
 
 def _weight(norm: nn.Module) -> torch.Tensor:
+    # of blocks whose norms stand elsewhere, which no kernel computes
+    if isinstance(norm, nn.Identity):
+        return torch.empty(0)
     return cast(torch.Tensor, norm.weight)
 
 

@@ -82,6 +82,6 @@ class Policy(ABC):
 
 
 POLICIES: Registry[Policy] = Registry(
-    "policy", "linspec.policies", beside=("a number of draft nodes",)
+    "policy", "linspec.policies", beside=("a number of draft nodes",), base=Policy
 )
 """The registry of policies. Packages add to it by entry points of the group `linspec.policies`."""

@@ -40,7 +40,7 @@ from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
 from linspec.train.low_rank import factors, merge_low_rank
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.student import DEFAULT_GROUP, make_mixer
+from linspec.train.student import DEFAULT_GROUP, check_softmax, make_mixer
 from linspec.utils.border import read_json
 from linspec.utils.files import replace_text
 from linspec.utils.messages import shown
@@ -138,6 +138,7 @@ def linearize_heads(
     place.check(resume=resume)
     teacher, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
+    check_softmax(teacher.config)
     wanted = read_exact(exact, teacher.config)
     if config.context > teacher.config.max_positions:
         raise ConfigError(

@@ -24,6 +24,8 @@ DEFAULT_EXACT_TOKENS = 384
 DEFAULT_TAPS = 32
 DEFAULT_WINDOW = 64
 DEFAULT_SINKS = 4
+# attention that a pretrained model comes with
+FULL_SOFTMAX = ("softmax", "window")
 # mixers that by default keep the teacher's softmax weights of exact positions ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
@@ -98,7 +100,21 @@ def student_mixers(
     # `softmax` has no group: its size must not make two equal mixers differ
     if wanted.name == "softmax" and not wanted.taps:
         wanted = MixerConfig()
-    return tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
+    mixers = tuple(mixer if layer in keep else wanted for layer, mixer in enumerate(config.mixers))
+    if mixers != config.mixers:
+        check_softmax(config)
+    return mixers
+
+
+def check_softmax(config: StackConfig | Seq2SeqConfig) -> None:
+    """Raise ConfigError for a source whose attention has been replaced: what was searched would be lost."""
+    names = dict.fromkeys(mixer.name for mixer in config.mixers)
+    if not names.keys() & set(FULL_SOFTMAX):
+        raise ConfigError(
+            f"no layer of this source has softmax attention, its mixers are {', '.join(names)}; linearize "
+            "the model that it was made from (its linearize.json names it), or keep all its layers with "
+            "keep_softmax to train it on"
+        )
 
 
 def check_mixers(teacher: Predictor, mixers: tuple[MixerConfig, ...]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from linspec.errors import CheckpointError, ConfigError, LinspecError
-from linspec.utils.messages import because, shown
+from linspec.utils.messages import because, quoted, shown
 
 T = TypeVar("T")
 
@@ -85,4 +85,4 @@ def _sentence(error: Any) -> str:
     if error["type"] == "unexpected_keyword_argument":
         return f"{place} is not an entry that this linspec knows"
     message = error["msg"].replace("Input should", f"{place or 'it'} should")
-    return f"{message}, got {shown(error['input'])}"
+    return f"{message}, got {quoted(error['input'])}"

@@ -70,6 +70,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 
 
+def quoted(value: object) -> str:
+    """As `shown`, with a text in quotes: '"5"' is no number, which '5' would not say."""
+    return shown(repr(value) if isinstance(value, str) else value)
+
+
 def _text(value: object) -> str:
     try:
         return repr(value)

@@ -118,7 +118,8 @@ def parse_options(options: type[Any], settings: str | None, axis: str, name: str
     try:
         return options(**given)
     except ValueError as error:
-        raise ConfigError(f"{who}: {error}") from error
+        spec = name if settings is None else f"{name}:{settings}"
+        raise ConfigError(f"{axis} {shown(repr(spec))}: {error}") from error
 
 
 def _given(options: type[Any], settings: str | None, who: str) -> Iterator[tuple[str, Any]]:

@@ -53,6 +53,7 @@ class Registry(Generic[T]):
         group: of the entry points that bring further plug-ins; None for no such group.
         beside: names that users write for no plug-in, such as 'none'.
         options: the options class of plug-ins that are registered without one.
+        base: the class that plug-ins derive from; None for no such class.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Registry(Generic[T]):
         *,
         beside: Sequence[str] = (),
         options: type[Any] | None = None,
+        base: type[Any] | None = None,
     ) -> None:
         self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
+        self.base = base
         self._entries: dict[str, Entry[T]] = {}
         self._broken: dict[str, str] = {}
         # entry points that were loaded, or tried
@@ -112,12 +115,40 @@ class Registry(Generic[T]):
         has options, with these.
 
         Raises:
-            ConfigError: the name or a setting is unknown, or a value breaks a rule.
+            ConfigError: the name or a setting is unknown, a value breaks a rule, or the class is none of this
+                axis.
         """
         entry, options = self.read(spec)
+        self._check_class(entry)
         make: Any = getattr(entry.value, "build", entry.value)
         made: T = make(*context) if entry.options is None else make(*context, options)
+        self._check_kind(entry, type(made))
         return made
+
+    def _check_class(self, entry: Entry[T]) -> None:
+        """Raise ConfigError for a class of another kind, or one that lacks methods."""
+        if isinstance(entry.value, type) and not hasattr(entry.value, "build"):
+            self._check_kind(entry, entry.value)
+        lacking = ", ".join(sorted(getattr(entry.value, "__abstractmethods__", ())))
+        if lacking:
+            raise ConfigError(
+                f"{self.axis} {entry.name!r} lacks {lacking}; write them in its class "
+                f"{entry.value.__name__}, or use another one of `linspec list`"
+            )
+
+    def _check_kind(self, entry: Entry[T], made: type[Any]) -> None:
+        """Raise ConfigError for a class that does not derive from that of the axis."""
+        if self.base is None or issubclass(made, self.base):
+            return
+        # those of its own classes, not of what they derive from in other libraries
+        own = [vars(kind) for kind in self.base.__mro__ if kind.__module__.startswith("linspec.")]
+        names = sorted({name for each in own for name in each if not name.startswith("_")})
+        lacking = shown(", ".join(name for name in names if not hasattr(made, name)))
+        base = self.base.__name__
+        raise ConfigError(
+            f"{self.axis} {entry.name!r} is a {made.__name__}, which is no {base}"
+            f"{f' and lacks {lacking}' if lacking else ''}; derive its class from {base}"
+        )
 
     def read(self, spec: str) -> tuple[Entry[T], Any]:
         """The entry that a spec names, and its options; raises ConfigError as `build` does."""
@@ -137,7 +168,9 @@ class Registry(Generic[T]):
         del self._entries[name]
 
     def __getitem__(self, name: str) -> type[T]:
-        return self.entry(name).value
+        entry = self.entry(name)
+        self._check_class(entry)
+        return entry.value
 
     def entry(self, name: str) -> Entry[T]:
         """The entry of `name`; raises ConfigError with the known names if there is none."""
@@ -149,8 +182,13 @@ class Registry(Generic[T]):
         if isinstance(name, str) and name in self._broken:
             return ConfigError(self._broken[name])
         names = (*self.beside, *sorted({*self._entries, *(p.name for p in self._points())}))
+        foreign = (
+            ""
+            if self.group is None
+            else "; a plug-in may be missing: import or install its package"
+        )
         return ConfigError(
-            f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}"
+            f"unknown {self.axis} {shown(repr(name))}; known: {', '.join(names)}{foreign}"
             f"{did_you_mean(name, names)}"
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from linspec.errors import ConfigError, WrongType
-from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.messages import did_you_mean, quoted, shown
 
 # the largest accepted value of each size: far beyond every known model, far below what makes
 # a shape hang or a product of sizes leave 64 bits
@@ -41,11 +41,11 @@ def check_size(name: str, value: object, *, least: int = 1) -> None:
     """Raise ConfigError unless `value` is a whole number from `least` to the largest accepted one."""
     most = LARGEST.get(name, MOST)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a whole number, got {shown(value)}")
+        raise ConfigError(f"{name} must be a whole number, got {quoted(value)}")
     if value < least:
-        raise ConfigError(f"{name} must be {least} or more, got {shown(value)}")
+        raise ConfigError(f"{name} must be {least} or more, got {quoted(value)}")
     if value > most:
-        raise ConfigError(f"{name} must be at most {most}, got {shown(value)}")
+        raise ConfigError(f"{name} must be at most {most}, got {quoted(value)}")
 
 
 def check_positive(name: str, value: object, *, zero: bool = False) -> None:
@@ -53,7 +53,7 @@ def check_positive(name: str, value: object, *, zero: bool = False) -> None:
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1
     if not 0 < number < math.inf and not (zero and number == 0):
         rule = "0 or more" if zero else "above 0"
-        raise ConfigError(f"{name} must be finite and {rule}, got {shown(value)}")
+        raise ConfigError(f"{name} must be finite and {rule}, got {quoted(value)}")
 
 
 def check_lengths(name: str, sizes: object, *, least: int = 1, empty: bool = False) -> None:
@@ -69,7 +69,7 @@ def check_lengths(name: str, sizes: object, *, least: int = 1, empty: bool = Fal
 def check_share(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a number from 0 to 1."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be in 0..1, got {shown(value)}")
+        raise ConfigError(f"{name} must be in 0..1, got {quoted(value)}")
 
 
 def check_instance(name: str, value: object, *kinds: type[Any], none: bool = False) -> None:

@@ -25,8 +25,9 @@ __all__ = [
 
 def make_verifier(verifier: str | Verifier) -> Verifier:
     """The verifier that NAME or NAME:key=value,… stands for; raises ConfigError for unknown ones."""
-    if isinstance(verifier, str):
-        return VERIFIERS.build(verifier)
-    if not callable(getattr(verifier, "accept", None)):
-        raise WrongType(f"a verifier is a name or a Verifier, got {shown(repr(verifier))}")
-    return verifier
+    made = VERIFIERS.build(verifier) if isinstance(verifier, str) else verifier
+    if not callable(getattr(made, "accept", None)):
+        raise WrongType(
+            f"a verifier is a name or a Verifier, which has the method accept, got {shown(repr(verifier))}"
+        )
+    return made

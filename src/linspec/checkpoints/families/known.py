@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -22,9 +23,13 @@ from linspec.checkpoints.families import (  # noqa: F401
     t5,
 )
 from linspec.checkpoints.families.base import FAMILIES, Family, Tensors
+from linspec.checkpoints.families.given import check_given
 from linspec.errors import CheckpointError, UnsupportedModel
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import ModelConfig
+
+# how transformers says that a whole number stands where it takes only floats
+_WHOLE = re.compile(r"Field '(\w+)' expected float, got int \(value: (-?\d+)\)")
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
@@ -45,6 +50,7 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
     # a copy: transformers completes nested settings in place
     fields = {key: deepcopy(data[key]) for key in data if key not in ("model_type", "auto_map")}
     try:
+        check_given(data)
         hf = AutoConfig.for_model(family.name, **fields)
         # it belongs to the file, not to the model, so transformers keeps it out of the settings
         hf.architectures = data.get("architectures")
@@ -54,8 +60,20 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
     # the file is checked by transformers' own classes, which raise whatever a wrong type leads to
     except Exception as error:
         raise CheckpointError(
-            f"config.json is not a sound {family.name} config: {error}"
+            f"config.json is not a sound {family.name} config: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What transformers or we have against a file, on one line."""
+    # Python puts the text of a KeyError in quotes
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, KeyError) and " " not in text:
+        return f"{text} is missing"
+    found = _WHOLE.search(text)
+    if found is None:
+        return " ".join(text.split())
+    return f"{found[1]} must be a number with a point, such as {found[2]}.0, got {found[2]}"
 
 
 def family_named(name: object) -> Family:

@@ -44,6 +44,11 @@ ROPE_FIELDS: dict[str, dict[str, str]] = {
 _OPTIONAL = ("beta_fast", "beta_slow", "truncate", "attention_factor", "factor")
 
 
+def may_lack(kind: str, key: str) -> bool:
+    """Whether a number of this kind may be left out, because it follows from others."""
+    return kind in ("yarn", "longrope") and key in _OPTIONAL
+
+
 def read_rope(
     hf: PreTrainedConfig, *, partial: bool = False, data: Mapping[str, Any] | None = None
 ) -> RopeConfig:
@@ -62,6 +67,7 @@ def read_rope(
         raise UnsupportedModel(
             f"partial_rotary_factor {share} is not supported; models of this family turn whole heads (1.0)"
         )
+    check_positive("rope_theta", data["rope_theta"])
     return RopeConfig(
         theta=float(data["rope_theta"]),
         kind=kind,
@@ -75,9 +81,7 @@ def _numbers(kind: str, data: Mapping[str, Any], longest: int) -> dict[str, Any]
     found = {
         ours: data[theirs]
         for theirs, ours in ROPE_FIELDS[kind].items()
-        if kind not in ("yarn", "longrope")
-        or theirs not in _OPTIONAL
-        or data.get(theirs) is not None
+        if not may_lack(kind, theirs) or data.get(theirs) is not None
     }
     if kind in ("yarn", "longrope"):
         original = found["original_max_positions"]

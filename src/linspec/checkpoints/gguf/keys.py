@@ -8,7 +8,7 @@ import numpy as np
 
 from linspec.checkpoints.gguf.reader import AGAIN, GgufFile
 from linspec.errors import CheckpointError, UnsupportedModel
-from linspec.utils.messages import shown
+from linspec.utils.messages import quoted, shown
 
 REQUIRED: Any = object()
 
@@ -116,5 +116,5 @@ class Keys:
 
     def _wrong(self, key: str, found: object, rule: str) -> None:
         raise CheckpointError(
-            f"{self.file.path}: {shown(self.name(key))} must be {rule}, got {shown(found)}; {AGAIN}"
+            f"{self.file.path}: {shown(self.name(key))} must be {rule}, got {quoted(found)}; {AGAIN}"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from linspec.errors import ConfigError
-from linspec.utils.messages import shown
+from linspec.utils.messages import quoted, shown
 from linspec.utils.sizes import check_size
 
 # below this, scores divided by the temperature leave float32
@@ -150,7 +150,7 @@ class SamplingParams:
                 check_size(name, getattr(self, name), least=0)
         if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**64):
             raise ConfigError(
-                f"seed must be a whole number from 0 to 2**64 - 1, got {shown(self.seed)}; use None for "
+                f"seed must be a whole number from 0 to 2**64 - 1, got {quoted(self.seed)}; use None for "
                 "fresh entropy"
             )
         for name in _SWITCHES:

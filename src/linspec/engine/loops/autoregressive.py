@@ -19,7 +19,7 @@ from linspec.decoding.target import NodeOutput
 from linspec.decoding.tree import TokenTree, root_only
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.prompt_logprobs import refuse_source, score_prompt
-from linspec.engine.proposals import Proposals
+from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
 from linspec.policies.acceptance import expected_of
 from linspec.policies.base import RoundTimes
@@ -62,7 +62,9 @@ class Autoregressive(GenerationLoop):
             sequence.sampler = sequence.sampler.restarted(fed)
             refuse_source(sequence)
         if self.drafter is not None:
+            end = tokens_end(sequence)
             self.drafter.started(sequence)
+            self._check_tokens(sequence, end)
 
     def round(self, batch: Batch) -> list[Outcome]:
         began = self.clock()
@@ -119,11 +121,18 @@ class Autoregressive(GenerationLoop):
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
             expected = expected_of(tree, self.drafter)
             self.policy.observe(sequence, len(tree) - 1, len(path) - 1, expected)
+            end = tokens_end(sequence)
             self.drafter.observe(sequence, tree, path)
+            self._check_tokens(sequence, end)
         # nearly always the first nodes, of which a view is enough
         kept = slice(len(path)) if path[-1] == len(path) - 1 else list(path)
         sequence.hidden = {n: output.hidden[n][kept] for n in self.kept}
         return self._extended(sequence, tree, accepted)
+
+    def _check_tokens(self, sequence: RunningSequence, end: tuple[int, list[int]]) -> None:
+        """Raise DrafterError if the drafter wrote to the tokens that ended so before."""
+        if self.drafter is not None and tokens_end(sequence) != end:
+            raise changed_tokens(self.drafter)
 
     def _read(self, sequence: RunningSequence, count: int, output: NodeOutput) -> list[Outcome]:
         """A piece of `count` prompt tokens is committed; the last piece emits the first token."""

@@ -72,4 +72,4 @@ class GenerationLoop(ABC):
         """A sequence has ended; forget what was kept of it."""
 
 
-LOOPS: Registry[GenerationLoop] = Registry("generation loop", "linspec.loops")
+LOOPS: Registry[GenerationLoop] = Registry("generation loop", "linspec.loops", base=GenerationLoop)

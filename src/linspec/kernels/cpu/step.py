@@ -50,26 +50,38 @@ _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
 
 
 def why_not(plan: StepPlan) -> str | None:
-    """Why this kernel cannot compute the steps of a decoder; None if it can."""
+    """Why this kernel cannot compute the steps of a decoder, every reason; None if it can."""
     found = load()
     if found.library is None:
         return found.reason
-    if plan.positions != "rope" or plan.norm != "rms":
-        return "only RMS norms and rotary positions are in the one-call step"
-    if not plan.gated_mlp or plan.activation != "silu":
-        return "only gated SiLU is in the one-call step"
-    if plan.head_width > MAX_HEAD_WIDTH or plan.head_width % 2:
-        return f"heads of {plan.head_width} features are not in the one-call step"
-    if plan.frequencies is None or 2 * len(plan.frequencies) != plan.head_width:
-        return "heads of which only a part turns are not in the one-call step"
-    if plan.score_scale != plan.head_width**-0.5 or plan.logit_scale != 1.0:
-        return "scores and logits of another scale are not in the one-call step"
-    if None in (plan.head, *(linear for layer in plan.layers for linear in layer.linears)):
-        return "the weights are not packed for linspec's kernels"
-    if plan.embedding.dtype not in _EMBEDDINGS:
-        return f"embeddings of {plan.embedding.dtype} are not in the one-call step"
     others = {layer.mixer for layer in plan.layers if layer.attention is None}
-    return f"mixers {', '.join(sorted(others))} are not in the one-call step" if others else None
+    turned = plan.head_width if plan.frequencies is None else 2 * len(plan.frequencies)
+    reasons = {
+        "only RMS norms and rotary positions are in the one-call step": (
+            plan.positions != "rope" or plan.norm != "rms"
+        ),
+        "only gated SiLU is in the one-call step": not plan.gated_mlp or plan.activation != "silu",
+        f"heads of {plan.head_width} features are not in the one-call step": (
+            plan.head_width > MAX_HEAD_WIDTH or plan.head_width % 2 != 0
+        ),
+        "heads of which only a part turns are not in the one-call step": turned != plan.head_width,
+        "scores and logits of another scale are not in the one-call step": (
+            plan.score_scale != plan.head_width**-0.5 or plan.logit_scale != 1.0
+        ),
+        "the weights are not packed for linspec's kernels": not _packed(plan),
+        f"embeddings of {plan.embedding.dtype} are not in the one-call step": (
+            plan.embedding.dtype not in _EMBEDDINGS
+        ),
+        f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def _packed(plan: StepPlan) -> bool:
+    """Whether all its linear layers are packed; a plain MLP has no product for gate and up."""
+    needed = ("qkv", "out", *(("gate_up",) if plan.gated_mlp else ()), "down")
+    linears = (getattr(layer, name) for layer in plan.layers for name in needed)
+    return None not in (plan.head, *linears)
 
 
 class CpuStep:
