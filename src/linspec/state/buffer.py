@@ -176,9 +176,9 @@ class BufferState(SlotStates):
 
     # ---- committing
 
-    @torch.inference_mode()
     def commit(self, slot: int, path: Sequence[int]) -> None:
         """Keep the staged nodes of `path`, in order, and drop the others."""
+        # most commits move a border and touch no tensor: only what does pays for the inference mode
         if slot in self.long:
             self._commit_aside(slot, len(path))
         else:
@@ -194,6 +194,7 @@ class BufferState(SlotStates):
         super().drop(slot)
         self.long.pop(slot, None)
 
+    @torch.inference_mode()
     def _gather(self, slot: int, path: Sequence[int]) -> None:
         first = self.held(slot)
         index = torch.tensor(path, device=self.keys.device)
@@ -203,9 +204,12 @@ class BufferState(SlotStates):
     def _settle(self, slot: int) -> None:
         """Let go of what leaves, and move the rest to the front."""
         held = self.held(slot)
-        gone = self._leaving(held, aside=False)
-        if not gone:
-            return
+        if gone := self._leaving(held, aside=False):
+            self._move_up(slot, held, gone)
+
+    @torch.inference_mode()
+    def _move_up(self, slot: int, held: int, gone: int) -> None:
+        """Fold the first `gone` of `held` entries, and move the rest to their place."""
         history = self.spec.conv_history
         keys, values = self.keys[:, slot], self.values[:, slot]
         for layer in range(self.layers):
@@ -216,6 +220,7 @@ class BufferState(SlotStates):
         values[:, :, : history + held - gone] = values[:, :, gone : history + held].clone()
         self.base_positions[slot] += gone
 
+    @torch.inference_mode()
     def _commit_aside(self, slot: int, count: int) -> None:
         """As `commit` for entries that were staged aside."""
         held = self.held(slot) + count
