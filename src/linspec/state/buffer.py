@@ -196,10 +196,12 @@ class BufferState(SlotStates):
 
     @torch.inference_mode()
     def _gather(self, slot: int, path: Sequence[int]) -> None:
+        # ascending, so a node that is copied from was never copied to; most of a short path is in place
         first = self.held(slot)
-        index = torch.tensor(path, device=self.keys.device)
         for entries, at in ((self.keys, first), (self.values, self.spec.conv_history + first)):
-            entries[:, slot, :, at : at + len(path)] = entries[:, slot].index_select(2, index + at)
+            for place, node in enumerate(path):
+                if place != node:
+                    entries[:, slot, :, at + place] = entries[:, slot, :, at + node]
 
     def _settle(self, slot: int) -> None:
         """Let go of what leaves, and move the rest to the front."""
