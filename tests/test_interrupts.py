@@ -61,7 +61,11 @@ def interrupted(at: int, run: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "step", [pytest.param(1, marks=pytest.mark.slow, id="every-line"), pytest.param(53, id="some")]
+    "step",
+    [
+        pytest.param(1, marks=(pytest.mark.slow, pytest.mark.timeout(1800)), id="every-line"),
+        pytest.param(53, id="some"),
+    ],
 )
 def test_an_interrupt_anywhere_leaves_no_sequence_and_no_slot_behind(step: int) -> None:
     llm = LLM(model_dir("aug"), max_batch=2)
