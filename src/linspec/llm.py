@@ -123,10 +123,7 @@ class LLM:
         elif isinstance(model, nn.Module) and hasattr(model, "new_state"):
             self.model = model
         else:
-            raise WrongType(
-                f"a model is a name, a path or a loaded model of linspec's, got {shown(repr(model))}; "
-                "see linspec.load"
-            )
+            raise _no_model(model)
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)
@@ -309,6 +306,13 @@ class LLM:
             Collector((index, i), self.tokenizer, request, each, continues=continues)
             for i, each in enumerate(request.params.sequences())
         ]
+
+
+def _no_model(given: object) -> WrongType:
+    return WrongType(
+        f"a model is a name, a path or a loaded model of linspec's, got {shown(repr(given))}; see "
+        "linspec.load"
+    )
 
 
 def _loop(loop: object, model: CausalModel) -> str:

@@ -111,18 +111,24 @@ def quantize(
         size = sum(tensor.nbytes for tensor in model.parameters())
         quantize_model(model, bits, _calibration(model, tokenizer, texts, calibration_bytes))
         after = score(label="quality after").bits_per_byte
-        facts = {
-            "bits_per_byte_before": before,
-            "bits_per_byte_after": after,
-            "increase": after / before - 1,
-            "megabytes_before": size / 1e6,
-            "megabytes_after": sum(t.nbytes for t in model.state_dict().values()) / 1e6,
-        }
+        now = sum(tensor.nbytes for tensor in model.state_dict().values())
+        facts = _facts(before, after, size, now)
         with save_quantized(model, tokenizer, place, bits, facts) as aside:
             for companion in companions:
                 save_companion(companion, model, aside, bits, stream)
     drafters = {companion.folder.name: companion.to_json() for companion in companions}
     return Quantized(bits=bits, **facts, drafters=drafters)
+
+
+def _facts(before: float, after: float, bytes_before: int, bytes_after: int) -> dict[str, float]:
+    """Bits per byte of text and sizes of the weights, as `Quantized` has them."""
+    return {
+        "bits_per_byte_before": before,
+        "bits_per_byte_after": after,
+        "increase": after / before - 1,
+        "megabytes_before": bytes_before / 1e6,
+        "megabytes_after": bytes_after / 1e6,
+    }
 
 
 def _calibration(
