@@ -89,17 +89,17 @@ def test_eval_repeats(data: Path) -> None:
 
 def test_bench_drafters(data: Path) -> None:
     itself = f"draft-model:{model_dir('aug')}"
-    args = ("--tokens", 8, "--repeats", 1, "--data", data, "--context", 16, "--nodes", 3)
-    verb = ("bench", "drafters", model_dir("aug"), *args, "--prompts", 2, "--policy", 3)
-    found = run_json(*verb, "--drafter", itself)
-    plain, drafted = found["rows"]
-    assert (plain["drafter"], plain["times_plain"], plain["acceptance"]) == ("plain", 1.0, [])
+    verb = ("bench", "drafters", model_dir("aug"), "--tokens", 8, "--data", data, "--per-family", 2)
+    found = run_json(*verb, "--policy", 3, "--drafter", itself)
+    plain, drafted, again = found["rows"]
+    assert [row["drafter"] for row in found["rows"]] == ["plain", itself, "plain again"]
     # the model drafts for itself: everything is accepted
-    assert (drafted["drafter"], drafted["tokens_per_round"]) == (itself, 4.0)
-    assert drafted["acceptance"] == [1.0, 1.0, 1.0]
-    speeds = drafted["tokens_per_s"] / plain["tokens_per_s"]
-    assert drafted["times_plain"] == pytest.approx(speeds, abs=1e-3)
-    assert found["settings"]["nodes"] == 3 and found["skipped"] == []
+    assert drafted["tokens_per_round"] > 3 and set(drafted["acceptance"]) == {1.0}
+    assert plain["tokens"] == drafted["tokens"] == again["tokens"] and plain["prompts"] == 2
+    assert drafted["low"] <= drafted["times_plain"] <= drafted["high"]
+    shares = [drafted[name] for name in ("drafting", "verifying", "rest")]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-3) and min(shares) > 0
+    assert found["settings"]["policy"] == "3" and found["skipped"] == []
     # without names: every registered one that can be made
     everyone = run_json(*verb)
     names = [row["drafter"] for row in everyone["rows"]]
@@ -109,6 +109,41 @@ def test_bench_drafters(data: Path) -> None:
     assert "train-drafter" in left_out["medusa"]
     people = run(*verb)
     assert "prompt-lookup" in people.stdout and "left out medusa: " in people.stderr
+
+
+def test_bench_drafters_by_family(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"category": "code", "prompt": "def area("},
+        {"category": "code", "prompt": "class Stack:"},
+        {"category": "code", "prompt": "left out: two prompts of a family are asked for"},
+        {"category": "prose", "prompt": "The old"},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    verb = ("bench", "drafters", model_dir("aug"), "--drafter", "prompt-lookup", "--prompts", file)
+    found = run_json(*verb, "--tokens", 8, "--per-family", 2, "--batch", 2)
+    counts = {(row["drafter"], row["family"]): row["prompts"] for row in found["rows"]}
+    assert [counts["plain", family] for family in ("all", "code", "prose")] == [3, 2, 1]
+    assert "prose" in run(*verb, "--tokens", 8).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no prompt"),
+        ("[1]\n", "line 1 is no JSON object"),
+        ('{"prompt": "a"}\n{"turns"\n', "line 2 is not JSON"),
+        ('{"turns": [7]}\n', "line 1 has neither 'turns', a list of texts, nor 'prompt'"),
+        ('{"category": 3, "prompt": "a"}\n', "'category' is a text"),
+        ('{"turns": ["a question"]}\n', "no chat template"),
+    ],
+)
+def test_a_file_of_prompts_that_holds_none_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text, encoding="utf-8")
+    drafter = ("--drafter", "prompt-lookup")
+    refused = run("bench", "drafters", model_dir("aug"), *drafter, "--prompts", file)
+    assert refused.exit_code and " ".join(refused.stderr.split()).count(said) == 1, refused.stderr
 
 
 def test_bench_kernels() -> None:

@@ -1,11 +1,11 @@
-"""Every drafter on one model, in one run: how fast, and how often its drafts are accepted.
+"""Every drafter on one model and the same prompts, in one process: what it brings, and what it costs.
 
-    report = bench_drafters("embedded-aug")
+    report = bench_drafters("smollm2", ["medusa", "prompt-lookup"], prompts="spec_bench.jsonl")
     for row in report.rows:
-        print(row.drafter, row.times_plain, row.acceptance)
+        print(row.family, row.drafter, row.times_plain, row.tokens_per_round)
 
-Speed is measured as `bench` does, with the policy asked for, which may draft nothing where drafts do not
-pay. Acceptance is measured apart, untimed, with the same number of draft nodes in every round.
+Modes take turns on each group of prompts, plain decoding first and last; every second group goes through them
+backwards. A drafter whose greedy output is not that of plain decoding gets no row.
 """
 
 from __future__ import annotations
@@ -15,39 +15,54 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from linspec.bench.speed import PLAIN, Speed, bench
+from linspec.bench.machine import machine
+from linspec.bench.prompts import BenchPrompt, held_out_prompts, read_prompts
+from linspec.bench.runs import Measured, Mode, Run, Watched, run_of, speed_up
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DRAFTERS, Drafter, DrafterContext
 from linspec.errors import ConfigError, LinspecError
-from linspec.evaluate.lossless import sample_prompts
-from linspec.evaluate.perplexity import held_out_documents
+from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
+from linspec.policies import make_policy
 from linspec.train.data import Sources, check_sources
+from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_size
+
+PLAIN, PLAIN_AGAIN, ALL = "plain", "plain again", "all"
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterRow:
-    """One drafter, or plain decoding.
+    """One drafter on the prompts of one family, or of all.
 
-    tokens_per_s, tokens_per_round, spread: of the timed run (see `SpeedRow`); times_plain: its speed
-    over that of plain decoding. fixed_tokens_per_round and acceptance: with a fixed number of draft
-    nodes; `acceptance[d]` of the drafts at depth d + 1 whose parent was accepted were accepted too.
+    tokens_per_s: of decoding, prompts not counted. times_plain: seconds per token of plain decoding (the mean
+    of its two runs) over those of the drafter; low and high: its 95% interval, by resampling prompts.
+    whole_times_plain: the same with reading the prompts. tokens_per_round: accepted drafts plus the bonus
+    token. acceptance[d]: share of the drafts at depth d + 1, behind an accepted parent, that were accepted
+    too. drafting, verifying, rest: shares of the rounds' time.
     """
 
     drafter: str
+    family: str
+    prompts: int
+    tokens: int
     tokens_per_s: float
     times_plain: float
+    low: float
+    high: float
+    whole_times_plain: float
     tokens_per_round: float
-    spread: float
-    fixed_tokens_per_round: float
     acceptance: tuple[float, ...]
+    drafting: float
+    verifying: float
+    rest: float
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterSpeeds:
-    """A whole run: where, how, a row for each drafter, and those that were left out with the reason."""
+    """A whole run: where, how, a row for each drafter and family, and those left out with the reason."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
@@ -63,57 +78,69 @@ def bench_drafters(
     model: str | Path,
     drafters: Sequence[str] = (),
     *,
-    context: int = 128,
+    prompts: str | Path | None = None,
+    per_family: int = 5,
     tokens: int = 64,
-    repeats: int = 5,
+    temperature: float = 0.0,
+    batch: int = 1,
     policy: str | int = "auto",
-    nodes: int = 12,
-    prompts: int = 8,
     data: Sources = ("stdlib",),
     quantize: int | None = None,
     kv: str = "float",
     device: str = "cpu",
+    seed: int = 0,
 ) -> DrafterSpeeds:
-    """Compare drafters after `context` tokens of held-out text.
+    """Answer prompts with each drafter and without.
 
-    drafters: specs; where none are given, every registered drafter that can be made for this model
-    without being told more. nodes: of every tree where acceptance is measured, on `prompts` pieces of
-    held-out text. Raises ConfigError when nothing can draft, and what `bench` raises.
+    Args:
+        model: a model's name, directory or GGUF file.
+        drafters: specs; where none are given, every registered drafter that can be made for this model
+            without being told more.
+        prompts: a file of prompts, see `bench/prompts.py`; None takes pieces of held-out text of `data`.
+        per_family: prompts of each family.
+        tokens: most tokens of an answer, which also ends where the model ends it.
+        temperature: 0 takes the likeliest token.
+        batch: prompts that are answered at once.
+        policy: 'auto', or a number of draft tokens for every round.
+
+    Raises:
+        ConfigError: a size is out of its range, or nothing can draft.
+        InputError: the prompts cannot be read.
+        LinspecError: a drafter does not decode what plain decoding does.
     """
-    if nodes < 1 or prompts < 1:
-        raise ConfigError(f"nodes and prompts must be 1 or more, got {nodes} and {prompts}")
+    for name, size in (("per_family", per_family), ("tokens", tokens), ("batch", batch)):
+        check_size(name, size)
     data = check_sources(data)
     source, tokenizer = resolve(model), load_tokenizer(model)
     loaded = load_for(model, quantize, device=device)
-    found = DrafterContext(loaded, tokenizer, source)
-    made, skipped = _make(drafters, found)
-    measured = bench(
-        loaded,
-        [context],
-        made,
-        tokenizer=tokenizer,
-        tokens=tokens,
-        repeats=repeats,
-        policy=policy,
-        data=data,
-        kv=kv,
+    made, skipped = _make(drafters, DrafterContext(loaded, tokenizer, source, batch))
+    common = {"tokenizer": tokenizer, "max_batch": batch, "kv": kv}
+    plain = LLM(loaded, **common)
+    modes = [Mode(PLAIN, plain)]
+    for name, drafter in made.items():
+        watch = Watched(make_policy(policy, loaded))
+        modes.append(Mode(name, LLM(loaded, drafter=drafter, policy=watch, **common), watch))
+    texts = (
+        held_out_prompts(plain, data, per_family, tokens)
+        if prompts is None
+        else read_prompts(prompts, plain.encoder, per_family)
     )
-    if measured.skipped:
-        raise ConfigError(measured.skipped[0]["reason"])
-    common = {"tokenizer": tokenizer, "policy": nodes, "max_batch": 1, "kv": kv}
-    texts = sample_prompts(LLM(loaded, **common), held_out_documents(data), prompts, tokens, 0)
-    accepted = {
-        name: _accepted(LLM(loaded, drafter=drafter, **common), texts, tokens)
-        for name, drafter in made.items()
-    }
+    params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed)
+    measured = _measure([*modes, Mode(PLAIN_AGAIN, plain)], texts, params, batch)
     settings = {
         "model": str(model),
-        **measured.settings,
-        "context": context,
-        "nodes": nodes,
-        "prompts": prompts,
+        "prompts": "held-out text" if prompts is None else str(prompts),
+        "per_family": per_family,
+        "tokens": tokens,
+        "temperature": temperature,
+        "batch": batch,
+        "policy": policy,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantize": quantize,
+        "kv_cache_dtype": kv,
+        "device": device,
     }
-    return DrafterSpeeds(measured.machine, settings, _rows(measured, accepted), tuple(skipped))
+    return DrafterSpeeds(machine(), settings, tuple(_rows(measured)), tuple(skipped))
 
 
 def _make(
@@ -134,38 +161,85 @@ def _make(
     return made, skipped
 
 
-def _accepted(
-    llm: LLM, prompts: Sequence[list[int]], tokens: int
-) -> tuple[float, tuple[float, ...]]:
-    """Tokens per round over all prompts, and the share of accepted drafts by depth."""
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    stats = [result.stats for result in llm.generate(list(prompts), params)]
-    rounds, hits = sum(s.rounds for s in stats), sum(s.accepted for s in stats)
-    depths = range(max((len(s.tried) for s in stats), default=0))
-    shares = [
-        sum(s.hits[d] for s in stats if d < len(s.hits))
-        / sum(s.tried[d] for s in stats if d < len(s.tried))
-        for d in depths
-    ]
-    return 1 + hits / max(1, rounds), tuple(round(share, 4) for share in shares)
+def _measure(
+    modes: Sequence[Mode], texts: Sequence[BenchPrompt], params: SamplingParams, batch: int
+) -> list[Measured]:
+    """Every mode on every group of prompts of one family, in turns."""
+    families = list(dict.fromkeys(text.family for text in texts))
+    groups = []
+    for family in families:
+        mine = [text for text in texts if text.family == family]
+        groups += [mine[i : i + batch] for i in range(0, len(mine), batch)]
+    found = []
+    with Progress("bench drafters", len(groups)) as progress:
+        for mode in modes:
+            run_of(mode, groups[0], params)
+        for done, group in enumerate(groups):
+            order = modes if done % 2 == 0 else modes[::-1]
+            runs = {mode.name: run_of(mode, group, params) for mode in order}
+            if params.temperature == 0.0:
+                _check_outputs(modes[0].llm, group, runs)
+            found.append(Measured(group[0].family, runs))
+            progress.update(done + 1, group[0].family)
+    return found
 
 
-def _rows(
-    measured: Speed, accepted: Mapping[str, tuple[float, tuple[float, ...]]]
-) -> tuple[DrafterRow, ...]:
-    plain = next(row for row in measured.rows if row.mode == PLAIN)
-    rows = []
-    for row in measured.rows:
-        per_round, acceptance = accepted.get(row.mode, (1.0, ()))
-        rows.append(
-            DrafterRow(
-                drafter=row.mode,
-                tokens_per_s=row.tokens_per_s,
-                times_plain=round(row.tokens_per_s / plain.tokens_per_s, 3),
-                tokens_per_round=row.tokens_per_round,
-                spread=row.spread,
-                fixed_tokens_per_round=round(per_round, 3),
-                acceptance=acceptance,
-            )
-        )
-    return tuple(rows)
+def _check_outputs(llm: LLM, group: Sequence[BenchPrompt], runs: Mapping[str, Run]) -> None:
+    """Refuse to time something that decodes something else."""
+    for name, run in runs.items():
+        for text, expected, got in zip(group, runs[PLAIN].outputs, run.outputs, strict=True):
+            found = None if got == expected else divergence(llm.model, 0, text.ids, expected, got)
+            if found is not None and not found.near_tie:
+                raise LinspecError(
+                    f"{name} does not decode what plain decoding does: new token {found.position} is "
+                    f"{found.got} instead of {found.expected}, {found.logit_gap:.4f} below in logits. "
+                    "Its speed means nothing; run linspec verify"
+                )
+
+
+def _rows(measured: Sequence[Measured]) -> list[DrafterRow]:
+    """All prompts first, then family by family."""
+    families = dict.fromkeys(each.family for each in measured)
+    names = list(measured[0].runs)
+    parts = {ALL: list(measured)} | {
+        family: [each for each in measured if each.family == family] for family in families
+    }
+    if len(families) == 1:
+        del parts[ALL]
+    return [_row(name, family, part) for family, part in parts.items() for name in names]
+
+
+def _row(name: str, family: str, part: Sequence[Measured]) -> DrafterRow:
+    runs = [each.runs[name] for each in part]
+    plain = [(each.runs[PLAIN], each.runs[PLAIN_AGAIN]) for each in part]
+    times, low, high = speed_up(runs, plain)
+    whole, _, _ = speed_up(runs, plain, whole=True)
+    tokens, seconds = sum(run.tokens for run in runs), sum(run.seconds for run in runs)
+    shares = [sum(run.parts[i] for run in runs) for i in range(3)]
+    drafting, verifying, rest = (round(share / (sum(shares) or 1.0), 4) for share in shares)
+    rounds = sum(run.rounds for run in runs)
+    return DrafterRow(
+        drafter=name,
+        family=family,
+        prompts=sum(len(run.outputs) for run in runs),
+        tokens=tokens,
+        tokens_per_s=round(tokens / seconds, 2),
+        times_plain=round(times, 3),
+        low=round(low, 3),
+        high=round(high, 3),
+        whole_times_plain=round(whole, 3),
+        tokens_per_round=round(1 + sum(run.accepted for run in runs) / max(1, rounds), 3),
+        acceptance=_acceptance(runs),
+        drafting=drafting,
+        verifying=verifying,
+        rest=rest,
+    )
+
+
+def _acceptance(runs: Sequence[Run]) -> tuple[float, ...]:
+    depths = range(max((len(run.tried) for run in runs), default=0))
+    hits, tried = (
+        [sum(each[d] for each in counts if d < len(each)) for d in depths]
+        for counts in ([run.hits for run in runs], [run.tried for run in runs])
+    )
+    return tuple(round(hit / of, 4) for hit, of in zip(hits, tried, strict=True))

@@ -55,7 +55,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (evaluate.task, "eval task", "smollm2 arc_easy --limit 100"),
     (verify.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.speed, "bench speed", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
-    (bench.drafters, "bench drafters", "embedded-aug --nodes 8"),
+    (bench.drafters, "bench drafters", "embedded-aug --per-family 8"),
     (bench.kernels, "bench kernels", "embedded-aug --formats int8"),
     (bench.load, "bench load", "small"),
     (get.get, "get", "smollm2"),

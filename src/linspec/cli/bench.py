@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from linspec.cli.checks import whole
+from linspec.cli.checks import named, whole
 from linspec.cli.console import (
     guarded,
     numbers,
@@ -22,10 +23,11 @@ from linspec.cli.console import (
     words,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Data, Json, Loading, Model, PolicyName, Threads
+from linspec.cli.options import Data, Json, Loading, Model, PolicyName, Temperature, Threads
 
-# for people: tokens per round, as the policy chose and with a fixed number of draft nodes
-_COLUMNS = ("drafter", "tokens/s", "× plain", "per round", "fixed", "accepted by depth")
+# for people
+_COLUMNS = ("drafter", "tokens/s", "× plain (95%)", "per round", "by depth", "draft, verify, rest")
+_DEPTHS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,19 +84,32 @@ def drafters(
         list[str] | None,
         typer.Option(help="Only this one; repeatable.", show_default="all that fit the model"),
     ] = None,
-    context: Annotated[int, typer.Option(callback=whole(), help="Tokens before decoding.")] = 128,
-    timing: Timing,
-    nodes: Annotated[
-        int, typer.Option(callback=whole(), help="Draft tokens where acceptance is measured.")
-    ] = 12,
     prompts: Annotated[
-        int, typer.Option(callback=whole(), help="Texts on which acceptance is measured.")
-    ] = 8,
+        Path | None,
+        typer.Option(
+            callback=named,
+            help="JSON lines with turns or prompt, and category; Spec-Bench's file is one.",
+            show_default="pieces of held-out text",
+        ),
+    ] = None,
+    per_family: Annotated[
+        int, typer.Option(callback=whole(), help="Prompts of each category.")
+    ] = 5,
+    tokens: Annotated[int, typer.Option(callback=whole(), help="Most tokens of an answer.")] = 64,
+    temperature: Temperature = 0.0,
+    batch: Annotated[
+        int, typer.Option(callback=whole(), help="Prompts that are answered at once.")
+    ] = 1,
+    policy: PolicyName = "auto",
     data: Data = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Compare every drafter on a model: speed beside plain decoding, acceptance by depth."""
+    """Compare every drafter on a model and the same prompts: speed beside plain decoding, acceptance.
+
+    Modes take turns prompt by prompt; plain decoding runs first and last. A drafter that changes the greedy
+    output is an error.
+    """
     from linspec.bench.drafters import bench_drafters
 
     options = loading.to_library()
@@ -102,10 +117,12 @@ def drafters(
         found = bench_drafters(
             model,
             drafter or (),
-            context=context,
-            **asdict(timing),
-            nodes=nodes,
             prompts=prompts,
+            per_family=per_family,
+            tokens=tokens,
+            temperature=temperature,
+            batch=batch,
+            policy=policy,
             data=data or ["stdlib"],
             **options,
         ).to_json()
@@ -113,7 +130,11 @@ def drafters(
         print_json(found)
         return
     print_facts({**found["machine"], **found["settings"]})
-    print_table("drafters", _COLUMNS, [_drafter_line(row) for row in found["rows"]])
+    families = list(dict.fromkeys(row["family"] for row in found["rows"]))
+    whole = [row for row in found["rows"] if row["family"] == families[0]]
+    print_table(f"prompts: {families[0]}", _COLUMNS, [_drafter_line(row) for row in whole])
+    if len(families) > 1:
+        print_table("× plain, by family", *_by_family(found["rows"], families[1:]))
     for each in found["skipped"]:
         say(f"left out {each['drafter']}: {each['reason']}")
 
@@ -165,9 +186,24 @@ def load(
 
 
 def _drafter_line(row: dict[str, Any]) -> list[object]:
-    shares = " ".join(f"{share:.2f}" for share in row["acceptance"])
-    numbers = ("tokens_per_s", "times_plain", "tokens_per_round", "fixed_tokens_per_round")
-    return [row["drafter"], *(row[name] for name in numbers), shares]
+    parts = " ".join(f"{100 * row[name]:.0f}%" for name in ("drafting", "verifying", "rest"))
+    return [
+        row["drafter"],
+        f"{row['tokens_per_s']:.1f}",
+        f"{row['times_plain']:.2f} ({row['low']:.2f}…{row['high']:.2f})",
+        f"{row['tokens_per_round']:.2f}",
+        " ".join(f"{share:.2f}" for share in row["acceptance"][:_DEPTHS]),
+        parts if row["verifying"] else "",
+    ]
+
+
+def _by_family(
+    rows: list[dict[str, Any]], families: list[str]
+) -> tuple[tuple[str, ...], list[list[object]]]:
+    """Columns and lines of a table of speed-ups."""
+    names = dict.fromkeys(row["drafter"] for row in rows)
+    times = {(row["drafter"], row["family"]): row["times_plain"] for row in rows}
+    return ("drafter", *families), [[name, *(times[name, f] for f in families)] for name in names]
 
 
 def _in_microseconds(row: dict[str, Any]) -> dict[str, Any]:

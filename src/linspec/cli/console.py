@@ -152,8 +152,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column)
+    for at, column in enumerate(columns):
+        # what a line is about is never cut off; numbers may wrap on a narrow screen
+        table.add_column(column, no_wrap=at == 0, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(each) for each in row))
     Console().print(table)
