@@ -68,7 +68,7 @@ def workshop(kind: str) -> Path:
         # as it comes back: what the ordinary format cannot say is gone, and a drafter would notice
         model = load_model(save_model(model, tiny_tokenizer(), folder))
     config = HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size, heads=2)
-    heads = MedusaHeads(config, model.head, [[0.5, 0.2], [0.3, 0.1]])
+    heads = MedusaHeads(config, model, [[0.5, 0.2], [0.3, 0.1]])
     heads.initialize(torch.Generator().manual_seed(0))
     if kind == "aug":
         save_model(model, tiny_tokenizer(), folder)
@@ -77,7 +77,7 @@ def workshop(kind: str) -> Path:
         return folder
     bits = int(kind[-1])
     quantize_model(model, bits, {})
-    heads.bind(model.head)
+    heads.bind(model)
     with save_quantized(model, tiny_tokenizer(), folder, bits, {}) as aside:
         packed = PackedHeads.of(heads, Quantizer(bits, {}))
         save_packed(packed, model, aside / "medusa", bits, {})

@@ -59,7 +59,7 @@ class RandomTrees(Drafter):
 def random_heads(model: Decoder) -> Medusa:
     config = HeadsConfig(width=model.config.width, vocab_size=VOCAB, heads=3)
     accuracies = [[0.5, 0.3], [0.4, 0.2], [0.3]]
-    heads = MedusaHeads(config, model.head, accuracies)
+    heads = MedusaHeads(config, model, accuracies)
     return Medusa(randomise(heads, 5).to(model.embed.weight.dtype))
 
 

@@ -102,7 +102,7 @@ def old_model(folder: Path) -> Decoder:
 def _old_heads(folder: Path, model: Decoder) -> None:
     folder.mkdir()
     width, size = model.config.width, model.config.vocab_size
-    heads = MedusaHeads(HeadsConfig(width=width, vocab_size=size, heads=2, hidden=8), model.head)
+    heads = MedusaHeads(HeadsConfig(width=width, vocab_size=size, heads=2, hidden=8), model)
     heads.initialize(torch.Generator().manual_seed(0))
     facts = {
         "kind": "medusa",
@@ -216,7 +216,7 @@ def test_everything_that_linspec_writes_carries_the_version(tmp_path: Path) -> N
     save_model(model, tiny_tokenizer(), tmp_path / "m")
     assert json.loads((tmp_path / "m" / "config.json").read_text())["format_version"] == CURRENT
     heads = MedusaHeads(
-        HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size), model.head
+        HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size), model
     )
     save_heads(heads, model, tmp_path / "h")
     assert json.loads((tmp_path / "h" / "drafter.json").read_text())["format_version"] == CURRENT

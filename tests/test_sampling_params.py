@@ -103,7 +103,7 @@ def other() -> Decoder:
 
 def heads() -> Medusa:
     config = HeadsConfig(width=model().config.width, vocab_size=VOCAB, heads=3)
-    made = MedusaHeads(config, unprepared().head, [[0.5, 0.3, 0.2], [0.4, 0.2], [0.3]])
+    made = MedusaHeads(config, unprepared(), [[0.5, 0.3, 0.2], [0.4, 0.2], [0.3]])
     return Medusa(randomise(made, 5))
 
 

@@ -52,7 +52,7 @@ def test_untrained_heads_repeat_the_model_and_can_learn(
     model: Decoder, shared_head: bool, blocks: int, hidden: int
 ) -> None:
     shape = replace(SHAPE, blocks=blocks, hidden=hidden, shared_head=shared_head)
-    heads = MedusaHeads(shape, model.head)
+    heads = MedusaHeads(shape, model)
     heads.initialize(torch.Generator().manual_seed(0))
     h = torch.randn(2, 5, 16)
     torch.testing.assert_close(heads(h), model.head(h)[:, :, None].expand(-1, -1, 3, -1))
@@ -62,8 +62,36 @@ def test_untrained_heads_repeat_the_model_and_can_learn(
     assert moving.grad is not None and moving.grad.abs().sum() > 0
 
 
+def test_rooted_heads_read_the_embedding_of_the_root(model: Decoder) -> None:
+    heads = shaken(MedusaHeads(replace(SHAPE, rooted=True, hidden=24), model))
+    h, roots, block = torch.randn(4, 16), torch.tensor([3, 39, 0, 3]), heads.blocks[0]
+    embedding = model.embed.weight[roots]
+    unit = embedding / (embedding.square().mean(-1, keepdim=True) + 1.2e-7).sqrt()
+    for k in range(3):
+        inner = nn.functional.silu(torch.cat((h, unit), -1) @ block.weight[k] + block.bias[k])
+        expected = model.head(h + inner @ block.out[k])
+        torch.testing.assert_close(heads(heads.seen(h, roots))[:, k], expected)
+
+
+@pytest.mark.parametrize("shared_head", [True, False])
+def test_heads_of_few_tokens_choose_among_these(model: Decoder, shared_head: bool) -> None:
+    drafted = torch.tensor([2, 3, 11, 30], dtype=torch.int32)
+    heads = MedusaHeads(replace(SHAPE, vocabulary=4, shared_head=shared_head), model, (), drafted)
+    heads.initialize(torch.Generator().manual_seed(0))
+    h = torch.randn(5, 16)
+    expected = model.head(h)[:, drafted.long()]
+    torch.testing.assert_close(heads(h), expected[:, None].expand(-1, 3, -1))
+    best = drafted[expected.topk(2).indices].tolist()
+    assert heads.guess(list(h), [0] * 5, 3, 2) == [row * 3 for row in best]
+
+
+def test_heads_cannot_draft_more_tokens_than_there_are() -> None:
+    with pytest.raises(ConfigError, match="cannot draft 41 tokens of the 40"):
+        replace(SHAPE, vocabulary=41)
+
+
 def test_one_block_is_the_papers_formula(model: Decoder) -> None:
-    heads = shaken(MedusaHeads(replace(SHAPE, shared_head=False), model.head))
+    heads = shaken(MedusaHeads(replace(SHAPE, shared_head=False), model))
     h, block = torch.randn(4, 16), heads.blocks[0]
     for k in range(3):
         inner = nn.functional.silu(h @ block.weight[k] + block.bias[k])
@@ -73,25 +101,30 @@ def test_one_block_is_the_papers_formula(model: Decoder) -> None:
 
 
 def test_stacked_blocks_do_not_share_weights(model: Decoder) -> None:
-    heads = MedusaHeads(replace(SHAPE, blocks=3), model.head)
+    heads = MedusaHeads(replace(SHAPE, blocks=3), model)
     assert len({id(p) for p in heads.parameters()}) == 6
 
 
 def test_shared_heads_leave_the_target_out_of_their_weights(model: Decoder) -> None:
-    names = MedusaHeads(SHAPE, model.head).state_dict()
+    names = MedusaHeads(SHAPE, model).state_dict()
     assert set(names) == {"blocks.0.weight", "blocks.0.bias"}
 
 
 @pytest.mark.parametrize("shared_head", [True, False])
 @pytest.mark.parametrize("hidden", [0, 24])
+@pytest.mark.parametrize(("rooted", "vocabulary"), [(False, 0), (True, 7)])
 def test_saved_heads_load_exactly(
-    tmp_path: Path, model: Decoder, shared_head: bool, hidden: int
+    tmp_path: Path, model: Decoder, shared_head: bool, hidden: int, rooted: bool, vocabulary: int
 ) -> None:
     shape = replace(SHAPE, shared_head=shared_head, hidden=hidden)
-    heads = shaken(MedusaHeads(shape, model.head, [[0.5, 0.2], [0.4, 0.1]]))
+    shape = replace(shape, rooted=rooted, vocabulary=vocabulary)
+    drafted = torch.arange(5, 5 + vocabulary, dtype=torch.int32)
+    heads = shaken(MedusaHeads(shape, model, [[0.5, 0.2], [0.4, 0.1]], drafted))
     out = save_heads(heads, model, tmp_path / "d", dtype=None, facts={"loss": 1.0})
-    loaded, h = load_heads(out, model), torch.randn(4, 16)
+    loaded = load_heads(out, model)
+    h = heads.seen(torch.randn(4, 16), torch.arange(4))
     assert torch.equal(loaded(h), heads(h))
+    assert heads.drafted is None or torch.equal(loaded.drafted, heads.drafted)
     assert loaded.accuracies == [[0.5, 0.2], [0.4, 0.1]] and loaded.config == shape
     assert json.loads((out / "drafter.json").read_text())["loss"] == 1.0
 
@@ -107,7 +140,7 @@ def test_fingerprint_ignores_dtype_and_knows_weights_and_mixers(model: Decoder) 
 
 @pytest.fixture
 def saved(tmp_path: Path, model: Decoder) -> Path:
-    return save_heads(MedusaHeads(SHAPE, model.head), model, tmp_path / "d")
+    return save_heads(MedusaHeads(SHAPE, model), model, tmp_path / "d")
 
 
 def test_heads_of_another_shape_name_both_sides(saved: Path) -> None:

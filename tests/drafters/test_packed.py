@@ -45,6 +45,13 @@ SHAPES = [
     for blocks, hidden in ((1, 0), (2, 0), (1, 33), (2, 40))
     for shared in (True, False)
 ]
+SHAPES += [
+    pytest.param(replace(SHAPE, rooted=True), id="rooted"),
+    pytest.param(replace(SHAPE, rooted=True, blocks=2, hidden=33), id="rooted-2-33"),
+    pytest.param(replace(SHAPE, vocabulary=21), id="few-tokens"),
+    pytest.param(replace(SHAPE, vocabulary=21, rooted=True, shared_head=False), id="few-own"),
+]
+ROOTS = [5, 0, 69, 12, 33, 5, 6, 7, 8]
 RATES = [[0.5, 0.2, 0.1], [0.4, 0.1], [0.3]]
 
 native = pytest.mark.skipif(load().library is None, reason=load().reason)
@@ -60,11 +67,12 @@ def make_model() -> Decoder:
 
 def trained(shape: HeadsConfig, model: Decoder) -> MedusaHeads:
     """Heads that compute something, for a target that is prepared here."""
-    heads = MedusaHeads(shape, model.head, RATES)
     generator = torch.Generator().manual_seed(1)
+    drafted = torch.randperm(VOCAB, generator=generator)[: shape.vocabulary].sort().values.int()
+    heads = MedusaHeads(shape, model, RATES, drafted)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
-    heads.bind(model.to_inference().head)
+    heads.bind(model.to_inference())
     return heads.requires_grad_(False)
 
 
@@ -80,7 +88,8 @@ def hidden(rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_packed_heads_compute_what_trained_heads_do(shape: HeadsConfig, bits: int | None) -> None:
-    heads, h = trained(shape, make_model()), hidden(5)
+    heads = trained(shape, make_model())
+    h = heads.seen(hidden(5), torch.tensor(ROOTS[:5]))
     made = PackedHeads.of(heads, Quantizer(bits, {}) if bits else fused_linear)
     # up to five layers round weights and inputs: to 8 bits each by less than a hundredth, to 4 by a tenth
     near = {None: 1e-5, 8: 0.03, 4: 0.3}[bits]
@@ -96,11 +105,17 @@ def test_one_call_guesses_what_the_layers_say(shape: HeadsConfig, bits: int | No
     made = PackedHeads.of(
         trained(shape, make_model()), Quantizer(bits, {}) if bits else fused_linear
     )
-    h = hidden(4)
-    found = torch.tensor(made.guess(list(h), 3, 6)).view(4, 3, 6)
-    logits = made(h)
+    h, roots = hidden(4), ROOTS[:4]
+    found = torch.tensor(made.guess(list(h), roots, 3, 6)).view(4, 3, 6)
+    logits = made(made.seen(h, torch.tensor(roots)))
+    if made.drafted is not None:
+        # of tokens that are not drafted there is no logit
+        ids = made.drafted.long()
+        logits = torch.full((4, 3, VOCAB), -9e9).index_copy(2, ids, logits)
     # another silu may move an 8-bit code by one
-    near = (1e-4 if bits is None and not shape.shared_head else 0.02) * float(logits.std())
+    near = (1e-4 if bits is None and not shape.shared_head else 0.02) * float(
+        logits[logits > -9e8].std()
+    )
     torch.testing.assert_close(
         logits.gather(-1, found), logits.topk(6).values, rtol=0, atol=max(near, 1e-5)
     )
@@ -111,11 +126,11 @@ def test_one_call_guesses_what_the_layers_say(shape: HeadsConfig, bits: int | No
 def test_rows_heads_and_ranks_are_guessed_alike_alone_and_together() -> None:
     made = PackedHeads.of(trained(SHAPE, make_model()), Quantizer(8, {}))
     rows = list(hidden(9))
-    together = torch.tensor(made.guess(rows, 3, 5)).view(9, 3, 5)
-    for row, whole in zip(rows, together, strict=True):
-        assert made.guess([row], 2, 3) == [whole[:2, :3].flatten().tolist()]
+    together = torch.tensor(made.guess(rows, ROOTS, 3, 5)).view(9, 3, 5)
+    for row, root, whole in zip(rows, ROOTS, together, strict=True):
+        assert made.guess([row], [root], 2, 3) == [whole[:2, :3].flatten().tolist()]
     with torch_on_one_thread():
-        assert made.guess(rows, 3, 5) == together.flatten(1).tolist()
+        assert made.guess(rows, ROOTS, 3, 5) == together.flatten(1).tolist()
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -125,22 +140,22 @@ def test_without_the_library_torch_guesses(
     shape = replace(SHAPE, shared_head=False, hidden=40)
     made = PackedHeads.of(trained(shape, make_model()), Quantizer(bits or 8, {}))
     rows = list(hidden(3))
-    expected = made.guess(rows, 3, 1)
+    expected = made.guess(rows, ROOTS[:3], 3, 1)
     for module in (packed, native_linear):
         monkeypatch.setattr(module, "load", lambda: Found(None, "torch", "a test"))
     monkeypatch.setattr(packed, "HeadsCall", None)
-    assert made.guess(rows, 3, 1) == expected
+    assert made.guess(rows, ROOTS[:3], 3, 1) == expected
 
 
 def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
     class Counted(MedusaHeads):
         asked: list[tuple[int, int]]
 
-        def guess(self, hidden, heads, top):  # type: ignore[no-untyped-def]
+        def guess(self, hidden, roots, heads, top):  # type: ignore[no-untyped-def]
             self.asked.append((heads, top))
-            return super().guess(hidden, heads, top)
+            return super().guess(hidden, roots, heads, top)
 
-    heads = Counted(SHAPE, make_model().head, RATES)
+    heads = Counted(SHAPE, make_model(), RATES)
     heads.asked = []
     drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7)
     trees = [drafter.propose([row], [Budget.of(n)])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
@@ -157,7 +172,7 @@ def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
 
 def test_heads_that_were_never_calibrated_are_refused() -> None:
     with pytest.raises(DrafterError, match="never calibrated"):
-        Medusa(MedusaHeads(SHAPE, make_model().head))
+        Medusa(MedusaHeads(SHAPE, make_model()))
 
 
 # ---- on disk
@@ -166,7 +181,7 @@ def test_heads_that_were_never_calibrated_are_refused() -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model()
-    heads = MedusaHeads(replace(SHAPE, shared_head=False, hidden=33), model.head, RATES)
+    heads = MedusaHeads(replace(SHAPE, shared_head=False, hidden=33), model, RATES)
     generator = torch.Generator().manual_seed(1)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
@@ -177,7 +192,7 @@ def quantized(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
     model = make_model()
     heads = load_heads(plain, model)
     assert isinstance(heads, MedusaHeads)
-    heads.bind(model.to_inference().head)
+    heads.bind(model.to_inference())
     made = PackedHeads.of(heads, Quantizer(bits, {}))
     return made, save_packed(made, model, out / "packed", bits, {"loss": 1.0})
 
@@ -275,7 +290,7 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
     shared: bool, tmp_path: Path
 ) -> None:
     model = make_model()
-    heads = MedusaHeads(replace(SHAPE, shared_head=shared), model.head, RATES)
+    heads = MedusaHeads(replace(SHAPE, shared_head=shared), model, RATES)
     generator = torch.Generator().manual_seed(1)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
@@ -287,7 +302,9 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
     assert isinstance(first, Medusa) and isinstance(second, Medusa)
     rows = list(hidden(3))
     assert type(first.heads) is type(second.heads)
-    assert first.heads.guess(rows, 3, 4) == second.heads.guess(rows, 3, 4)
+    assert first.heads.guess(rows, ROOTS[: len(rows)], 3, 4) == second.heads.guess(
+        rows, ROOTS[: len(rows)], 3, 4
+    )
 
 
 def test_without_the_library_a_second_drafter_was_once_refused(
@@ -302,7 +319,7 @@ def test_without_the_library_a_second_drafter_was_once_refused(
     for _ in range(2):
         drafter = make_drafter(f"medusa:{plain}", DrafterContext(model))
         assert isinstance(drafter, Medusa) and isinstance(drafter.heads, MedusaHeads)
-        assert len(drafter.heads.guess(list(hidden(2)), 3, 2)) == 2
+        assert len(drafter.heads.guess(list(hidden(2)), ROOTS[:2], 3, 2)) == 2
 
 
 def test_shared_heads_copied_for_drafts_are_not_saved(tmp_path: Path) -> None:

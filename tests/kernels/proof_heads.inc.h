@@ -25,7 +25,7 @@ static void take_top(float *x, int count, int top, int32_t *to) {
 }
 
 static void guess_of(const ls_heads *h, int head, const float *hidden, int top, int32_t *to) {
-    float *x = copy(hidden, (size_t)h->width), *ones = need(sizeof *ones * (size_t)h->inner);
+    float *x = copy(hidden, (size_t)h->seen), *ones = need(sizeof *ones * (size_t)h->inner);
     float *inner = need(sizeof *inner * (size_t)h->inner), *y = need(sizeof *y * (size_t)h->width);
     float *logits = need(sizeof *logits * (size_t)h->vocabulary);
     for (int k = 0; k < h->inner; k++) ones[k] = 1;
@@ -45,7 +45,7 @@ static void guesses(const ls_heads *h, int rows, int heads, int top) {
     int32_t *tokens = need(sizeof *tokens * count), *expected = need(sizeof *expected * count);
     float **hidden = need(sizeof *hidden * (size_t)rows);
     for (int r = 0; r < rows; r++) {
-        hidden[r] = floats((size_t)h->width);
+        hidden[r] = floats((size_t)h->seen);
         for (int k = 0; k < heads; k++)
             guess_of(h, k, hidden[r], top, expected + (r * heads + k) * top);
     }
@@ -60,18 +60,18 @@ static void guesses(const ls_heads *h, int rows, int heads, int top) {
     free(hidden), free(tokens), free(expected), free(space);
 }
 
-static void medusa(int kind, int width, int inner, int vocabulary, int shared) {
+static void medusa(int kind, int width, int seen, int inner, int vocabulary, int shared) {
     ls_linear layers[2 * MOST_LAYERS + HEADS];
     const ls_linear *at[2 * MOST_LAYERS + HEADS];
     int own = inner ? inner : width, outputs = shared ? 1 : HEADS;
     for (int i = 0; i < 2 * MOST_LAYERS + HEADS; i++) at[i] = layers + i;
     for (int i = 0; i < MOST_LAYERS; i++) {
-        layers[i] = some_layer(kind, own, width);
+        layers[i] = some_layer(kind, own, i < HEADS ? seen : width);
         layers[MOST_LAYERS + i] = some_layer(kind, width, own);
     }
     for (int i = 0; i < HEADS; i++)
         layers[2 * MOST_LAYERS + i] = some_layer(kind, vocabulary, width);
-    ls_heads h = {HEADS, BLOCKS, width, own, vocabulary, outputs == 1, at,
+    ls_heads h = {HEADS, BLOCKS, width, own, vocabulary, seen, outputs == 1, at,
                   inner ? at + MOST_LAYERS : NULL, at + 2 * MOST_LAYERS};
     guesses(&h, 1, HEADS, 5);
     guesses(&h, 9, HEADS, 1);
@@ -82,7 +82,8 @@ static void medusa(int kind, int width, int inner, int vocabulary, int shared) {
 static void all_heads(void) {
     for (int kind = LS_F32; kind <= LS_INT4; kind++)
         for (int shared = 0; shared < 2; shared++) {
-            medusa(kind, 33, 0, 45, shared);
-            medusa(kind, 32, 70, 31, shared);
+            medusa(kind, 33, 33, 0, 45, shared);
+            medusa(kind, 32, 64, 70, 31, shared);
+            medusa(kind, 33, 50, 0, 31, shared);
         }
 }

@@ -34,7 +34,7 @@ TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
 def quantized_heads(model: Decoder, bits: int) -> Medusa:
     """The student's heads on its teacher, whose hidden states are much the same."""
     shape = HeadsConfig(width=256, vocab_size=4096, heads=3, hidden=512)
-    heads = MedusaHeads(shape, model.head, [[0.3, 0.1, 0.1], [0.2, 0.1], [0.2]])
+    heads = MedusaHeads(shape, model, [[0.3, 0.1, 0.1], [0.2, 0.1], [0.2]])
     heads.load_state_dict(load_file(resolve("embedded-aug") / "medusa" / "drafter.safetensors"))
     return Medusa(PackedHeads.of(heads, Quantizer(bits, {})))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from linspec.checkpoints.hub import load_model, save_model
@@ -20,7 +21,13 @@ from linspec.drafters.saved import load_heads
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
 from linspec.models.decoder import Decoder
 from linspec.train import drafter as module
-from linspec.train.drafter import DrafterConfig, calibrate, heads_loss, train_drafter
+from linspec.train.drafter import (
+    DrafterConfig,
+    calibrate,
+    commonest,
+    heads_loss,
+    train_drafter,
+)
 from linspec.train.loop import Trainer
 from linspec.utils.files import exclusive
 
@@ -42,7 +49,7 @@ def run(model: Path, out: Path, corpus: Path, **options: Any) -> Path:
 
 def random_heads(model: Decoder, count: int = 3) -> MedusaHeads:
     shape = HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size, heads=count)
-    heads = MedusaHeads(shape, model.head)
+    heads = MedusaHeads(shape, model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in heads.parameters():
@@ -111,6 +118,36 @@ def test_loss_is_the_papers_weighted_sum(tiny_teacher: Callable[..., Decoder]) -
             wanted = torch.tensor([int(chosen[b, t + k]) for b, t in pairs])
             expected += 0.8**k * F.cross_entropy(given, wanted)
         torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
+
+
+def test_rooted_heads_of_few_tokens_learn_what_they_will_be_asked(
+    tiny_teacher: Callable[..., Decoder],
+) -> None:
+    model = tiny_teacher()
+    size = {"width": model.config.width, "vocab_size": model.config.vocab_size}
+    shape = HeadsConfig(**size, heads=2, rooted=True, vocabulary=40)
+    drafted = commonest(np.random.default_rng(0).integers(0, 290, 400), shape)
+    heads, batch = MedusaHeads(shape, model, (), drafted), torch.randint(0, 290, (2, 20))
+    nn.init.normal_(heads.blocks[0].weight)
+    with torch.no_grad():
+        hidden = model.hidden(batch[:, :-1])
+        chosen, expected = model.head(hidden).argmax(-1), torch.zeros(())
+        places = {int(token): place for place, token in enumerate(drafted)}
+        for k in (1, 2):
+            losses = []
+            for b, t in ((b, t) for b in range(2) for t in range(19 - k)):
+                # when this is drafted, token t + 1 is the root
+                logits = heads(heads.seen(hidden[b, t], batch[b, t + 1]))[k - 1]
+                place = places.get(int(chosen[b, t + k]))
+                losses += [] if place is None else [-logits.log_softmax(-1)[place]]
+            expected += 0.8**k * (torch.stack(losses).mean() if losses else 0.0)
+        torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
+
+
+def test_the_commonest_tokens_are_drafted_and_ties_go_by_id() -> None:
+    shape = HeadsConfig(width=8, vocab_size=9, vocabulary=3)
+    assert commonest(np.array([7, 7, 2, 5, 5, 5, 4]), shape).tolist() == [2, 5, 7]
+    assert commonest(np.array([1]), HeadsConfig(width=8, vocab_size=9)) is None
 
 
 def test_calibration_equals_a_brute_force_count(tiny_teacher: Callable[..., Decoder]) -> None:

@@ -21,13 +21,15 @@ _PROBE_STEPS = 4
 class Budget:
     """Seconds of every part, and the sizes that fit into them on two slow cores.
 
-    total: of everything; `other` is what loading, tokenizing and drawing take of it. The token
-    counts of training follow from the speed of the first steps, within `least` and `most`.
+    total: of everything behind act one, which takes `real`; `other` is what loading, tokenizing and
+    drawing take of it. The token counts of training follow from the speed of the first steps, within
+    `least` and `most`.
     eval_piece: characters of one file that are evaluated. eval_bytes, prompts, new_tokens and
     contexts are upper bounds: a slow machine does fewer.
     """
 
     total: float
+    real: float
     linearize: float
     heads: float
     evaluate: float
@@ -50,13 +52,25 @@ class Budget:
     shown_nodes: int = 12
     shown_rounds: int = 4
     contexts: tuple[int, ...] = (256, 960, 4096, 8192)
+    answer_tokens: int = 96
+    real_contexts: tuple[int, ...] = (128, 1024, 4096)
     speed_tokens: int = 48
     speed_repeats: int = 3
 
 
-FULL = Budget(total=320, linearize=120, heads=55, evaluate=25, generate=45, speed=40, other=35)
+FULL = Budget(
+    total=275,
+    real=70,
+    linearize=115,
+    heads=45,
+    evaluate=20,
+    generate=35,
+    speed=30,
+    other=30,
+)
 QUICK = Budget(
     total=80,
+    real=25,
     linearize=26,
     heads=13,
     evaluate=7,
@@ -71,6 +85,8 @@ QUICK = Budget(
     new_tokens=64,
     shown_tokens=96,
     shown_rounds=3,
+    answer_tokens=48,
+    real_contexts=(128, 1024),
     contexts=(256, 960, 4096),
     speed_tokens=24,
     speed_repeats=1,

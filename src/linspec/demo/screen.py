@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from linspec.report.data import Table
+from linspec.report.data import Span, Table
 
 Echo = Callable[[str], object]
 
@@ -25,6 +27,33 @@ class _Lines(io.TextIOBase):
         for line in lines:
             self._echo(line)
         return len(text)
+
+
+class Columns:
+    """Answers to one question beside each other, each with its speed."""
+
+    def __init__(self, question: str, names: Sequence[str]) -> None:
+        self.question, self.names = question, names
+        self._texts = [Text() for _ in names]
+        self._titles = list(names)
+        self.show: Callable[[], object] = lambda: None
+
+    def add(self, column: int, spans: Sequence[Span], seconds: float) -> None:
+        """All that a column holds by now; seconds: since its first token."""
+        parts = [(span.text, "green" if span.drafted else "default") for span in spans]
+        self._texts[column] = Text.assemble(*parts)
+        if seconds:
+            speed = (len(spans) - 1) / seconds
+            self._titles[column] = f"{self.names[column]}, {speed:,.0f} tokens/s"
+        self.show()
+
+    def drawn(self) -> RichTable:
+        """As a table of one line."""
+        table = RichTable(title=self.question, title_justify="left", expand=True, show_lines=False)
+        for title in self._titles:
+            table.add_column(title, ratio=1, vertical="top")
+        table.add_row(*self._texts)
+        return table
 
 
 class Screen:
@@ -64,6 +93,18 @@ class Screen:
     def drafted(self, text: str, *, accepted: bool) -> None:
         """A token of the stream."""
         self.token(text, "green" if accepted else "bold blue")
+
+    @contextmanager
+    def side_by_side(self, question: str, *names: str) -> Iterator[Columns]:
+        """Columns that grow at once on a terminal; elsewhere they are written when all are full."""
+        columns = Columns(question, names)
+        if not self.console.is_terminal:
+            yield columns
+            self.console.print(columns.drawn())
+            return
+        with Live(columns.drawn(), console=self.console, refresh_per_second=12) as live:
+            columns.show = lambda: live.update(columns.drawn())
+            yield columns
 
     def end(self) -> None:
         """End a stream."""

@@ -116,7 +116,7 @@ def _heads_speed(student: Path, budget: Budget) -> float:
         hidden=defaults.hidden,
         shared_head=defaults.shared_head,
     )
-    heads = MedusaHeads(shape, target.head)
+    heads = MedusaHeads(shape, target)
     heads.initialize(torch.Generator().manual_seed(0))
     loss = partial(heads_loss, target, heads, decay=defaults.decay)
     rows = max(1, budget.heads_batch_tokens // budget.heads_context)

@@ -19,6 +19,7 @@ from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads
+from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
@@ -32,7 +33,7 @@ class MedusaOptions:
     """Where the heads are."""
 
     path: Path | None = option(
-        "directory of the heads; none is 'medusa' in the model's directory",
+        "directory of the heads; none is 'medusa' in the model's directory, else what linspec has for it",
         default=None,
         short=True,
     )
@@ -69,11 +70,14 @@ class Medusa(Drafter):
         """With heads from disk."""
         target = context.decoder(cls.name)
         beside = context.source / "medusa" if context.source else None
-        folder = options.path or beside
-        if folder is None or not folder.exists():
+        found = options.path or beside
+        folder = found if found is not None and found.exists() else None
+        if folder is None and options.path is None:
+            folder = shipped_heads(target)
+        if folder is None:
             raise DrafterError(
-                f"no Medusa heads in {folder}; train them with `linspec train-drafter MODEL --out DIR` "
-                "and name their directory: medusa:DIR"
+                f"no Medusa heads in {found}, and none come with linspec for this model; train them with "
+                "`linspec train-drafter MODEL --out DIR` and name their directory: medusa:DIR"
             )
         return cls(ready_heads(folder, target))
 
@@ -87,11 +91,13 @@ class Medusa(Drafter):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        hidden = [each.hidden[FINAL][-1] for each in sequences if each.hidden]
+        known = [each for each in sequences if each.hidden]
+        hidden = [each.hidden[FINAL][-1] for each in known]
         shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
         heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
         top = max(ranked.top(nodes) for ranked, nodes in shapes)
-        guesses = iter(self.heads.guess(hidden, heads, top) if hidden else ())
+        roots = [each.root for each in known]
+        guesses = iter(self.heads.guess(hidden, roots, heads, top) if known else ())
         trees = []
         for sequence, (ranked, nodes) in zip(sequences, shapes, strict=True):
             if not sequence.hidden:
@@ -155,7 +161,6 @@ def ready_heads(folder: Path, target: Decoder) -> Heads:
     heads = load_heads(folder, target)
     if isinstance(heads, MedusaHeads) and _runs_natively(target.head):
         heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
-    heads.follow(target)
     return heads
 
 

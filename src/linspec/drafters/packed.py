@@ -5,7 +5,7 @@ therefore draft from 8-bit weights (4, where the target has 4), also for a float
 spends much of its time reading weights, and this is a quarter of them.
 
     heads = PackedHeads.of(medusa_heads, Quantizer(8, {}))
-    heads.guess([row.hidden], heads=3, top=10)
+    heads.guess([row.hidden], [row.root], heads=3, top=10)
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class PackedBlock(nn.Module):
         self.first, self.back = nn.ModuleList(first), nn.ModuleList(back)
 
     def forward(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What each head has [..., D], a block further."""
+        """What each head has [..., D], a block further; it may read more than the D that it adds to."""
         inner = [F.silu(layer(x)) for layer, x in zip(self.first, rows, strict=True)]
         if len(self.back):
             inner = [layer(x) for layer, x in zip(self.back, inner, strict=True)]
-        return [x + more for x, more in zip(rows, inner, strict=True)]
+        return [x[..., : more.shape[-1]] + more for x, more in zip(rows, inner, strict=True)]
 
 
 class PackedHeads(Heads):
@@ -48,16 +48,19 @@ class PackedHeads(Heads):
     def __init__(
         self,
         config: HeadsConfig,
-        head: nn.Module,
+        target: HasHead,
         accuracies: Sequence[Sequence[float]],
         blocks: Sequence[PackedBlock],
         outputs: Sequence[nn.Module],
+        drafted: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(config, head, accuracies)
+        super().__init__(config, target, accuracies, drafted)
         self.blocks, self.outputs = nn.ModuleList(blocks), nn.ModuleList(outputs)
-        # in a tuple, so that a copy for drafts is not registered as this module's
+        # what is used now and what it was made of; in tuples, as neither is a part of this module
         self._used: tuple[NativeLinear, ...] = ()
+        self._made_of: tuple[nn.Module, ...] = ()
         self._call: HeadsCall | None = None
+        self._ids: list[int] | None = None
 
     @classmethod
     def of(cls, heads: MedusaHeads, linear_factory: LinearFactory) -> PackedHeads:
@@ -65,18 +68,11 @@ class PackedHeads(Heads):
         blocks = [_packed_block(cast(HeadBlock, block), linear_factory) for block in heads.blocks]
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
         outputs = [linear_factory(_linear(weight)) for weight in own]
-        return cls(heads.config, heads.target_head, heads.accuracies, blocks, outputs)
+        target = heads._target[0]
+        return cls(heads.config, target, heads.accuracies, blocks, outputs, heads.drafted)
 
-    def bind(self, head: nn.Module) -> None:
-        super().bind(head)
-        self._used, self._call = (), None
-
-    def follow(self, model: HasHead) -> None:
-        super().follow(model)
-        self._used, self._call = (), None
-
-    def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [hidden] * self.config.heads
+    def features(self, seen: torch.Tensor) -> torch.Tensor:
+        rows = [seen] * self.config.heads
         for block in self._blocks:
             rows = block(rows)
         return torch.stack(rows, -2)
@@ -86,22 +82,34 @@ class PackedHeads(Heads):
 
     @property
     def _outputs(self) -> tuple[NativeLinear, ...]:
-        """Output layers: of each head, or the target's for all."""
-        if not self._used:
-            self._used = tuple(_native(self.outputs)) or (draft_head(self.target_head),)
+        """Output layers: of each head, or the target's for all, which may have been prepared since."""
+        if len(self.outputs):
+            return tuple(_native(self.outputs))
+        head = self.target_head
+        if not self._made_of or self._made_of[0] is not head:
+            self._made_of, self._call = (head,), None
+            self._used = (draft_head(head, self.drafted),)
         return self._used
 
     @property
     def _blocks(self) -> list[PackedBlock]:
         return cast("list[PackedBlock]", list(self.blocks))
 
-    def guess(self, hidden: Sequence[torch.Tensor], heads: int, top: int) -> list[list[int]]:
+    def guess(
+        self, hidden: Sequence[torch.Tensor], roots: Sequence[int], heads: int, top: int
+    ) -> list[list[int]]:
         if load().library is None:
-            return super().guess(hidden, heads, top)
+            return super().guess(hidden, roots, heads, top)
+        outputs = self._outputs
         if self._call is None:
             blocks = [(_plans(block.first), _plans(block.back)) for block in self._blocks]
-            self._call = HeadsCall(blocks, _plans(self._outputs))
-        return self._call.guess(hidden, heads, top)
+            self._call = HeadsCall(blocks, _plans(outputs), self.config.width)
+            self._ids = None if self.drafted is None else self.drafted.tolist()
+        if self.config.rooted:
+            hidden = list(self.seen(torch.stack(list(hidden)), torch.tensor(roots)))
+        found = self._call.guess(hidden, heads, top)
+        ids = self._ids
+        return found if ids is None else [[ids[at] for at in row] for row in found]
 
 
 def _native(layers: nn.ModuleList) -> list[NativeLinear]:
@@ -112,11 +120,16 @@ def _plans(layers: Iterable[nn.Module]) -> list[LinearPlan]:
     return [cast(NativeLinear, layer).plan() for layer in layers]
 
 
-def draft_head(head: nn.Module) -> NativeLinear:
-    """The target's output layer for drafts: itself if it has integer weights, else a copy in 8 bits."""
-    if integer_bits(head):
+def draft_head(head: nn.Module, drafted: torch.Tensor | None = None) -> NativeLinear:
+    """The target's output layer for drafts: itself if it has integer weights, else a copy in 8 bits.
+
+    drafted: the tokens to draft, whose rows are always copied; None is all.
+    """
+    if drafted is None and integer_bits(head):
         return cast(NativeLinear, head)
-    return cast(NativeLinear, Quantizer(8, {})(_linear(cast(torch.Tensor, head.weight))))
+    weight = cast(torch.Tensor, head.weight).detach()
+    rows = weight if drafted is None else weight[drafted.long()]
+    return cast(NativeLinear, Quantizer(8, {})(_linear(rows)))
 
 
 def _packed_block(block: HeadBlock, linear_factory: LinearFactory) -> PackedBlock:

@@ -106,7 +106,7 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
     accuracies = _accuracies(data.get("accuracies", []), config, folder)
     _check_weights(folder)
     with without_memory():
-        plain = MedusaHeads(config, model.head, accuracies)
+        plain = MedusaHeads(config, model, accuracies)
     if ENTRY in data:
         return _load_packed(plain, data[ENTRY], model, folder)
     with _named(folder):

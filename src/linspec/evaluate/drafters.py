@@ -68,7 +68,7 @@ def save_companion(
     companion: Companion, model: Decoder, out: Path, bits: int, stream: np.ndarray
 ) -> None:
     """Quantize the heads of a model that now is quantized, measure them, and write them into `out`."""
-    companion.heads.bind(model.head)
+    companion.heads.bind(model)
     packed = PackedHeads.of(companion.heads, Quantizer(bits, {}))
     companion.after = _first_guesses(model, packed, stream)
     save_packed(packed, model, out / companion.folder.name, bits, companion.facts)

@@ -124,12 +124,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A part of a page with a heading of its own, ahead of the rest."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    plots: tuple[Chart | Bars, ...] = ()
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """A whole page. facts: (name, value) pairs about the machine; command: what made the page."""
 
     title: str
     headline: str
     tiles: tuple[Tile, ...] = ()
+    sections: tuple[Section, ...] = ()
     table: Table | None = None
     plots: tuple[Chart | Bars, ...] = ()
     rounds: tuple[Round, ...] = ()

@@ -9,7 +9,17 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from linspec.report.data import Bars, Chart, Report, Round, Sample, Span, Table, Tile
+from linspec.report.data import (
+    Bars,
+    Chart,
+    Report,
+    Round,
+    Sample,
+    Section,
+    Span,
+    Table,
+    Tile,
+)
 from linspec.report.plots import render
 from linspec.report.style import STYLE
 from linspec.report.tree import render_round
@@ -31,6 +41,7 @@ def render_html(report: Report) -> str:
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="headline">{escape(report.headline)}</p>',
         _tiles(report.tiles),
+        *map(_section, report.sections),
         _table(report.table) if report.table else "",
         _plots(report.plots),
         _rounds(report.rounds),
@@ -52,6 +63,20 @@ def _join(parts: Iterable[str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _section(section: Section) -> str:
+    parts = [
+        f"<section><h2>{escape(section.title)}</h2><p>{escape(section.text)}</p></section>",
+        _table(section.table, "") if section.table else "",
+        *(_sample(sample, sample.caption) for sample in section.samples),
+        _plots(section.plots, ""),
+    ]
+    return _join(parts)
+
+
+def _heading(title: str) -> str:
+    return f"<h2>{escape(title)}</h2>" if title else ""
+
+
 def _tiles(tiles: tuple[Tile, ...]) -> str:
     if not tiles:
         return ""
@@ -63,7 +88,7 @@ def _tiles(tiles: tuple[Tile, ...]) -> str:
     return f'<section class="tiles">{_join(cells)}</section>'
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, title: str = "Measured") -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
     rows = (
         f'<tr><th scope="row">{escape(row[0])}</th>'
@@ -72,12 +97,12 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return (
-        '<section><h2>Measured</h2><div class="scroll"><table>'
+        f'<section>{_heading(title)}<div class="scroll"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{_join(rows)}</tbody></table></div></section>"
     )
 
 
-def _plots(plots: tuple[Chart | Bars, ...]) -> str:
+def _plots(plots: tuple[Chart | Bars, ...], title: str = "Plots") -> str:
     if not plots:
         return ""
     figures = (
@@ -85,7 +110,7 @@ def _plots(plots: tuple[Chart | Bars, ...]) -> str:
         f"<figcaption>{escape(plot.note)}</figcaption></figure>"
         for plot in plots
     )
-    return f'<section><h2>Plots</h2><div class="plots">{_join(figures)}</div></section>'
+    return f'<section>{_heading(title)}<div class="plots">{_join(figures)}</div></section>'
 
 
 def _rounds(rounds: tuple[Round, ...]) -> str:
@@ -113,15 +138,21 @@ def _rounds(rounds: tuple[Round, ...]) -> str:
     )
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample, title: str = "") -> str:
+    """A text in colours, under a heading, or under the usual one with its caption."""
     spans = "".join(_span(span) for span in sample.spans)
+    shown = (
+        f"<h3>{escape(title)}</h3>"
+        if title
+        else f"<h2>What it wrote</h2><p>{escape(sample.caption)}</p>"
+    )
     legend = (
         '<p class="legend"><span class="key prompt">prompt</span> '
         '<span class="key accepted">accepted draft</span> '
         '<span class="key bonus">bonus token</span></p>'
     )
     return (
-        f"<section><h2>What it wrote</h2><p>{escape(sample.caption)}</p>{legend}"
+        f"<section>{shown}{legend}"
         f'<pre class="sample"><span class="prompt">{escape(sample.prompt)}</span>{spans}</pre>'
         "</section>"
     )

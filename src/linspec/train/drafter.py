@@ -42,14 +42,16 @@ from linspec.utils.sizes import check_instance, check_positive, check_sizes
 KINDS = ("medusa",)
 # Ranks whose accuracy is measured for each head: no published tree uses more.
 RANKS = 10
+# no place of a token: what a cross-entropy leaves out
+_NONE = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterConfig:
     """How to train Medusa heads.
 
-    heads, blocks, hidden, shared_head: see HeadsConfig. tokens: of text to train on; context:
-    tokens of a window; batch_tokens: tokens of a step. decay: weight of head k's loss is decay^k
+    heads, blocks, hidden, shared_head, rooted, vocabulary: see HeadsConfig. tokens: of text to train
+    on; context: tokens of a window; batch_tokens: tokens of a step. decay: weight of head k's loss is decay^k
     (the paper's 0.8). calibration_tokens: held-out tokens on which accuracies are measured.
     """
 
@@ -57,6 +59,8 @@ class DrafterConfig:
     blocks: int = 1
     hidden: int = 512
     shared_head: bool = True
+    rooted: bool = True
+    vocabulary: int = 0
     tokens: int = 3_000_000
     context: int = 512
     batch_tokens: int = 4096
@@ -73,7 +77,7 @@ class DrafterConfig:
         check_precision(self.precision)
         check_positive("save_every", self.save_every, zero=True)
         check_sizes(self, "heads blocks tokens context batch_tokens calibration_tokens")
-        check_sizes(self, "hidden seed", least=0)
+        check_sizes(self, "hidden vocabulary seed", least=0)
         check_positive("lr", self.lr)
         check_positive("decay", self.decay)
         if self.context <= self.heads:
@@ -210,8 +214,10 @@ def _train(
         blocks=config.blocks,
         hidden=config.hidden,
         shared_head=config.shared_head,
+        rooted=config.rooted,
+        vocabulary=min(config.vocabulary, target.config.vocab_size),
     )
-    heads = MedusaHeads(shape, target.head)
+    heads = MedusaHeads(shape, target, drafted=commonest(stream, shape))
     heads.initialize(torch.Generator().manual_seed(config.seed))
     heads.to(accelerator.device)
     windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
@@ -228,6 +234,15 @@ def _train(
     return heads, trainer.run(resume=resume and trainer.has_state)
 
 
+def commonest(stream: np.ndarray, shape: HeadsConfig) -> torch.Tensor | None:
+    """The ids of the tokens that heads of this shape draft, ascending: those that come up most often."""
+    if not shape.vocabulary:
+        return None
+    counts = np.bincount(stream, minlength=shape.vocab_size)
+    ids = np.sort(np.argsort(-counts, kind="stable")[: shape.vocabulary])
+    return torch.from_numpy(ids.astype(np.int32))
+
+
 def _check_length(context: int, heads: int) -> None:
     if context <= heads:
         raise InputError(f"{context} tokens of data are too few for {heads} heads; give more text")
@@ -239,18 +254,31 @@ def heads_loss(
     """Σ_k decay^k · CE of head k on the target's own choice k + 1 places on; batch [B, T + 1].
 
     The target's choice (its argmax after the text so far) is what a draft is verified against; the
-    text's own token is often one that no drafter could guess.
+    text's own token is often one that no drafter could guess. Choices that are not among the drafted tokens
+    teach nothing.
     """
     with torch.no_grad():
         hidden = target.hidden(batch[:, :-1])
-        chosen = target.head(hidden).argmax(-1)
-    features = heads.features(hidden)
+        chosen = _places(heads, target.head(hidden).argmax(-1))
+    features = heads.features(heads.seen(hidden, batch[:, 1:]))
     loss = hidden.new_zeros((), dtype=torch.float32)
     for k in range(1, heads.config.heads + 1):
         logits = heads.logits(features[:, :-k, k - 1], k - 1)
         labels = chosen[:, k:]
-        loss = loss + decay**k * F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        each = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_NONE, reduction="sum"
+        )
+        loss = loss + decay**k * each / (labels != _NONE).sum().clamp(min=1)
     return loss
+
+
+def _places(heads: MedusaHeads, ids: torch.Tensor) -> torch.Tensor:
+    """Where token ids stand among those that are drafted, _NONE for the others."""
+    if heads.drafted is None:
+        return ids
+    places = torch.full((heads.config.vocab_size,), _NONE, device=ids.device)
+    places[heads.drafted.long()] = torch.arange(len(heads.drafted), device=ids.device)
+    return places[ids]
 
 
 @torch.inference_mode()
@@ -265,7 +293,7 @@ def calibrate(
     length = min(len(stream), max(tokens, context))
     context = min(context, length)
     _check_length(context - 1, heads.config.heads)
-    ranks = min(RANKS, heads.config.vocab_size)
+    ranks = min(RANKS, heads.config.vocabulary or heads.config.vocab_size)
     device = target.embed.weight.device
     hits = torch.zeros(heads.config.heads, ranks, dtype=torch.long)
     seen = torch.zeros(heads.config.heads, 1, dtype=torch.long)
@@ -275,10 +303,11 @@ def calibrate(
             ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
             hidden = target.hidden(ids[None].to(device))
             chosen = target.head(hidden).argmax(-1)
-            features = heads.features(hidden)
+            # behind the last token nothing is known, and no head is asked there
+            features = heads.features(heads.seen(hidden, ids[None].roll(-1, 1)))
             for k in range(1, heads.config.heads + 1):
                 guesses = heads.logits(features[:, :-k, k - 1], k - 1).topk(ranks).indices
-                right = guesses == chosen[:, k:, None]
+                right = heads.tokens(guesses) == chosen[:, k:, None]
                 hits[k - 1] += right.sum((0, 1)).cpu()
                 seen[k - 1] += right.shape[1]
             progress.update(done)

@@ -27,10 +27,11 @@ Blocks = Sequence[tuple[Sequence[LinearPlan], Sequence[LinearPlan]]]
 class HeadsCall:
     """Heads as the table that the C side reads.
 
-    outputs: the output layer of each head, or one that all share. Needs the compiled library.
+    outputs: the output layer of each head, or one that all share. width: of the features; the first block may
+    read more than these. Needs the compiled library.
     """
 
-    def __init__(self, blocks: Blocks, outputs: Sequence[LinearPlan]) -> None:
+    def __init__(self, blocks: Blocks, outputs: Sequence[LinearPlan], width: int) -> None:
         library = load().library
         assert library is not None
         self._call, self._workspace = _functions(library)
@@ -41,7 +42,8 @@ class HeadsCall:
         self._heads = HeadsStruct(
             heads=len(first) // len(blocks),
             blocks=len(blocks),
-            width=first[0].inputs,
+            width=width,
+            seen=first[0].inputs,
             inner=first[0].outputs,
             vocabulary=outputs[0].outputs,
             shared=len(outputs) == 1,
@@ -54,7 +56,7 @@ class HeadsCall:
     def guess(self, hidden: Sequence[torch.Tensor], heads: int, top: int) -> list[list[int]]:
         """The `top` likeliest tokens of the first `heads` heads, side by side, for each row.
 
-        hidden: float32 [D] of each row.
+        hidden: float32 [.] of each row, what the first block reads.
         """
         rows, count = len(hidden), heads * top
         lines = [line.contiguous() for line in hidden]

@@ -187,6 +187,7 @@ class BatchStruct(Struct):
 @declared(
     "ls_heads",
     Field("int32_t", "heads blocks width inner vocabulary"),
+    Field("int32_t", "seen", "floats that the first blocks read; the first `width` are added to"),
     Field("int32_t", "shared", "all heads have the first output layer"),
     Field("const ls_linear *const *", "first", "[blocks][heads]: width -> inner"),
     Field("const ls_linear *const *", "back", "[blocks][heads]: inner -> width"),
@@ -201,7 +202,7 @@ class HeadsStruct(Struct):
 @declared(
     "ls_guess",
     Field("int32_t", "rows heads top", "the `top` likeliest tokens of the first `heads` heads"),
-    Field("const float *const *", "hidden", "[rows]: where each hidden state [width] is"),
+    Field("const float *const *", "hidden", "[rows]: where what is seen [seen] lies"),
     Field("int32_t *", "tokens", "[rows][heads][top], likeliest first"),
 )
 class GuessStruct(Struct):

@@ -1,4 +1,4 @@
-/* What all Medusa heads guess, in one call: the last hidden states of some sequences, through the
+/* What all Medusa heads guess, in one call: what they see of some sequences, through the
  * blocks of every head and the output layer, to the likeliest tokens.
  *
  * Features lie head by head, [heads][rows][width]: the rows of a head's layers are then side by
@@ -10,7 +10,7 @@
 typedef struct {
     const ls_heads *h;
     const ls_guess *g;
-    float *x, *projected, *ones; /* features; what the blocks' first layers give; 1.0 */
+    float *seen, *x, *projected, *ones; /* what first blocks read; features; what first layers give; 1.0 */
     float *logits;
     char *packed;
 } guess;
@@ -32,8 +32,8 @@ static size_t packed_bytes(const ls_heads *h, const ls_guess *g) {
 /* Bytes of workspace that `ls_heads_guess` needs. */
 LS_API int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g) {
     size_t rows = (size_t)all_rows(g);
-    size_t floats = ls_up64(rows * h->width) + ls_up64(rows * h->inner) + ls_up64(h->inner) +
-                    ls_up64(rows * h->vocabulary);
+    size_t floats = ls_up64(rows * h->seen) + ls_up64(rows * h->width) + ls_up64(rows * h->inner) +
+                    ls_up64(h->inner) + ls_up64(rows * h->vocabulary);
     return (int64_t)(floats * sizeof(float) + packed_bytes(h, g));
 }
 
@@ -65,7 +65,8 @@ static void multiply(const guess *s, const ls_linear *const *layers, int groups,
 static void block(const guess *s, int number, int thread, int threads) {
     const ls_heads *h = s->h;
     size_t at = (size_t)number * h->heads, inner = (size_t)h->inner;
-    multiply(s, h->first + at, s->g->heads, s->g->rows, s->x, s->projected, 0, thread, threads);
+    const float *from = number ? s->x : s->seen;
+    multiply(s, h->first + at, s->g->heads, s->g->rows, from, s->projected, 0, thread, threads);
     int all = all_rows(s->g), last = ls_share(all, thread + 1, threads);
     for (int i = ls_share(all, thread, threads); i < last; i++) {
         float *line = s->projected + (size_t)i * inner, *x = s->x + (size_t)i * inner;
@@ -93,8 +94,11 @@ static void guess_body(void *context, int thread, int threads) {
     const ls_guess *g = s->g;
     int all = all_rows(g), first = ls_share(all, thread, threads);
     int last = ls_share(all, thread + 1, threads);
-    for (int i = first; i < last; i++)
-        memcpy(s->x + (size_t)i * h->width, g->hidden[i % g->rows], (size_t)h->width * sizeof(float));
+    for (int i = first; i < last; i++) {
+        const float *line = g->hidden[i % g->rows];
+        memcpy(s->seen + (size_t)i * h->seen, line, (size_t)h->seen * sizeof *line);
+        memcpy(s->x + (size_t)i * h->width, line, (size_t)h->width * sizeof *line);
+    }
     for (int k = 0; thread == 0 && k < h->inner; k++) s->ones[k] = 1.0f;
     for (int i = 0; i < h->blocks; i++) block(s, i, thread, threads);
     multiply(s, h->out, outputs(h, g), all / outputs(h, g), s->x, s->logits, 0, thread, threads);
@@ -108,7 +112,8 @@ static void guess_body(void *context, int thread, int threads) {
 /* workspace has `ls_heads_workspace` bytes and is 64-byte aligned. */
 LS_API void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads) {
     size_t rows = (size_t)all_rows(g);
-    guess s = {.h = h, .g = g, .x = workspace};
+    guess s = {.h = h, .g = g, .seen = workspace};
+    s.x = s.seen + ls_up64(rows * h->seen);
     s.projected = s.x + ls_up64(rows * h->width);
     s.ones = s.projected + ls_up64(rows * h->inner);
     s.logits = s.ones + ls_up64(h->inner);

@@ -77,6 +77,7 @@ typedef struct {
  * alike. */
 typedef struct {
     int32_t heads, blocks, width, inner, vocabulary;
+    int32_t seen;                            /* floats that the first blocks read; the first `width` are added to */
     int32_t shared;                          /* all heads have the first output layer */
     const ls_linear *const *first;           /* [blocks][heads]: width -> inner */
     const ls_linear *const *back;            /* [blocks][heads]: inner -> width */
@@ -86,13 +87,13 @@ typedef struct {
 /* What Medusa heads are asked. */
 typedef struct {
     int32_t rows, heads, top;                /* the `top` likeliest tokens of the first `heads` heads */
-    const float *const *hidden;              /* [rows]: where each hidden state [width] is */
+    const float *const *hidden;              /* [rows]: where what is seen [seen] lies */
     int32_t *tokens;                         /* [rows][heads][top], likeliest first */
 } ls_guess;
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    15032669, \
+    1001753313, \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
@@ -124,8 +125,8 @@ typedef struct {
         offsetof(ls_batch, hidden), offsetof(ls_batch, logits), \
     sizeof(ls_heads), offsetof(ls_heads, heads), offsetof(ls_heads, blocks), \
         offsetof(ls_heads, width), offsetof(ls_heads, inner), offsetof(ls_heads, vocabulary), \
-        offsetof(ls_heads, shared), offsetof(ls_heads, first), offsetof(ls_heads, back), \
-        offsetof(ls_heads, out), \
+        offsetof(ls_heads, seen), offsetof(ls_heads, shared), offsetof(ls_heads, first), \
+        offsetof(ls_heads, back), offsetof(ls_heads, out), \
     sizeof(ls_guess), offsetof(ls_guess, rows), offsetof(ls_guess, heads), \
         offsetof(ls_guess, top), offsetof(ls_guess, hidden), offsetof(ls_guess, tokens)
 
