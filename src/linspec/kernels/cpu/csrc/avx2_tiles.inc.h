@@ -4,7 +4,7 @@
  * first cache while every part of the rows and of the channels takes its turn.
  *
  * The including file defines, for the codes of an octet:
- * int8_codes   what is made of them once for all rows, by INT8_CODES(bytes)
+ * INT8_CODES   what is made of its bytes once for all rows
  * INT8_START   the sum to begin with, from what unsigned codes add too much, negated
  * INT8_DOT     sum + four products of each channel
  * INT4_ADD     sum of pairs or fours + products of codes 0..15; up to eight of them
@@ -45,7 +45,7 @@ INLINE void int8_part(const uint8_t *w, const int8_t *x, int quads, int stride, 
         _mm_prefetch((const char *)ahead, _MM_HINT_T0);
         if (step > 64) _mm_prefetch((const char *)ahead + 64, _MM_HINT_T0);
         EACH_OF(octets, o) {
-            int8_codes codes = INT8_CODES(load32(w + 32 * o));
+            __m256i codes = INT8_CODES(load32(w + 32 * o));
             EACH_OF(rows, r) s[r][o] = INT8_DOT(s[r][o], codes, broadcast4(x + 4 * r));
         }
     }

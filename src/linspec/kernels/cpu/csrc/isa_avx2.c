@@ -10,21 +10,15 @@
 #include "row_ops.inc.h"
 #include "mixer.inc.h"
 
-/* |w| times x with w's sign: unsigned codes would overflow the sum of a pair, |codes| <= 128 times
- * |x| <= 127 cannot */
-typedef struct {
-    __m256i signs, sizes;
-} int8_codes;
-INLINE int8_codes signed_codes(__m256i bytes) {
-    __m256i w = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
-    return (int8_codes){w, _mm256_abs_epi8(w)};
-}
-INLINE __m256i int8_dot(__m256i sum, int8_codes w, __m256i x) {
-    __m256i pairs = _mm256_maddubs_epi16(w.sizes, _mm256_sign_epi8(x, w.signs));
+/* Signed codes: |w| times x with w's sign. Unsigned ones would overflow the sum of a pair,
+ * 128 times 127 cannot. The sum is in assembly, or GCC 12 copies and spills sums. */
+INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
     pairs = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(pairs));
     return sum;
 }
+#define DOT dot
 INLINE __m256i int4_add(__m256i sum, __m256i codes, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(codes, x);
     __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
@@ -34,9 +28,9 @@ INLINE __m256i int4_total(__m256i pairs, int32_t offset) {
     __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     return _mm256_add_epi32(sum, _mm256_set1_epi32(offset));
 }
-#define INT8_CODES signed_codes
+#define INT8_CODES(bytes) _mm256_xor_si256(bytes, _mm256_set1_epi8(-128))
 #define INT8_START(offset) ((void)(offset), 0)
-#define INT8_DOT int8_dot
+#define INT8_DOT dot
 #define INT4_START(offset) _mm256_setzero_si256()
 #define INT4_ADD int4_add
 #define INT4_TOTAL int4_total

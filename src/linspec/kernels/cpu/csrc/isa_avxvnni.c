@@ -11,17 +11,17 @@
 #include "row_ops.inc.h"
 #include "mixer.inc.h"
 
-/* the instruction wants unsigned times signed, which is how codes lie */
-INLINE __m256i dot(__m256i sum, __m256i codes, __m256i x) {
+/* The instruction wants unsigned times signed, which is how codes lie. In assembly, or GCC 12 copies
+ * and spills sums. */
+INLINE __m256i unsigned_dot(__m256i sum, __m256i codes, __m256i x) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
     return sum;
 }
-typedef __m256i int8_codes;
 #define INT8_CODES(bytes) (bytes)
 #define INT8_START(offset) (offset)
-#define INT8_DOT dot
+#define INT8_DOT unsigned_dot
 #define INT4_START _mm256_set1_epi32
-#define INT4_ADD dot
+#define INT4_ADD unsigned_dot
 #define INT4_TOTAL(sum, offset) (sum)
 #include "avx2_tiles.inc.h"
 
