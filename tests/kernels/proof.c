@@ -324,10 +324,12 @@ static void mixers(void) {
 }
 
 #include "proof_heads.inc.h"
+#include "proof_pool.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
     plain = ls_current();
+    pieces();
     for (int set = 0; ls_isa_at(set); set++) {
         if (!ls_use_isa(ls_isa_at(set))) return 1;
         seed = 1;

@@ -71,6 +71,17 @@ def test_all_sets_stay_within_their_memory(tmp_path: Path) -> None:
     assert sets_that_agree(build("cc", tmp_path, *SANITIZERS))[-1] == "portable"
 
 
+def test_threads_agree_on_what_they_share(tmp_path: Path) -> None:
+    """Under the thread sanitizer, and with all threads even where other processes crowd them out."""
+    need("cc")
+    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+    flags = ("-O1", "-g", "-fsanitize=thread", "-Wno-maybe-uninitialized", "-DLS_HELD_UP=INT64_MAX")
+    probe = ["cc", *flags, str(tmp_path / "empty.c"), "-o", str(tmp_path / "empty")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("cc has no thread sanitizer")
+    assert sets_that_agree(build("cc", tmp_path, *flags))[-1] == "portable"
+
+
 @pytest.mark.parametrize(
     ("processor", "sets"),
     [("neoverse-n1", ["neon-dotprod", "portable"]), ("cortex-a53", ["portable"])],
