@@ -18,7 +18,9 @@ void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride,
 int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g);
 void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads);
 
-enum { RANDOM, LOWEST, HIGHEST, STYLES };
+/* Codes of integer weights. Those of rows are then the largest there are, with the sign of the row: sums of products
+ * are as large as they can become. MIXED: the signs of both change from one input to the next, together. */
+enum { RANDOM, LOWEST, HIGHEST, MIXED, STYLES };
 #define MOST_ROWS 17
 
 static uint32_t seed;
@@ -75,6 +77,16 @@ static size_t weight_bytes(int kind, int tiles, int inputs, int padded) {
     }
 }
 
+/* byte i of weights: of an integer kind, where four inputs of a channel are neighbours */
+static uint8_t some_code(int style, size_t i) {
+    switch (style) {
+        case RANDOM: return (uint8_t)next();
+        case LOWEST: return 0;
+        case HIGHEST: return 255;
+        default: return i % 2 ? 255 : 0;
+    }
+}
+
 static void *some_weights(int kind, int tiles, int inputs, int padded, int style) {
     size_t bytes = weight_bytes(kind, tiles, inputs, padded), count = bytes / (kind == LS_F32 ? 4 : 2);
     if (kind == LS_F32) return floats(count);
@@ -82,8 +94,7 @@ static void *some_weights(int kind, int tiles, int inputs, int padded, int style
     float *f = floats(count);
     if (kind == LS_BF16)
         for (size_t i = 0; i < count; i++) ((uint16_t *)w)[i] = to_bf16(f[i]);
-    for (size_t i = 0; kind >= LS_INT8 && i < bytes; i++)
-        w[i] = style == RANDOM ? (uint8_t)next() : style == LOWEST ? 0 : 255;
+    for (size_t i = 0; kind >= LS_INT8 && i < bytes; i++) w[i] = some_code(style, i);
     for (size_t i = 0; kind == LS_INT4 && i < bytes; i += LS_INT4_BYTES)
         for (int c = 0; c < LS_TILE; c++) ((uint16_t *)(w + i))[c] = to_bf16(f[i / 32 + c]);
     free(f);
@@ -161,7 +172,8 @@ static void linear(int kind, int outputs, int inputs, int style) {
     void *weights = some_weights(kind, tiles, inputs, padded, style);
     float *scales = floats((size_t)tiles * LS_TILE), *bias = floats((size_t)outputs);
     float *x = floats((size_t)MOST_ROWS * inputs);
-    for (int i = 0; style != RANDOM && i < MOST_ROWS * inputs; i++) x[i] = i / inputs % 2 ? 1 : -1;
+    for (int i = 0; style != RANDOM && i < MOST_ROWS * inputs; i++)
+        x[i] = (i / inputs + (style == MIXED) * (i % inputs)) % 2 ? 1 : -1;
     float *expected = need(sizeof(float) * MOST_ROWS * (size_t)outputs);
     ls_linear l = {kind, inputs, outputs, padded, weights, kind == LS_INT8 ? scales : NULL, bias};
     for (int row = 0; row < MOST_ROWS; row++)
@@ -179,7 +191,7 @@ static void linear(int kind, int outputs, int inputs, int style) {
 }
 
 static void linears(void) {
-    const int shapes[][2] = {{1, 1}, {31, 33}, {32, 32}, {45, 70}, {64, 96}, {65, 257}};
+    const int shapes[][2] = {{1, 1}, {31, 33}, {32, 32}, {45, 70}, {64, 96}, {65, 257}, {33, 611}};
     for (int kind = LS_F32; kind <= LS_INT4; kind++)
         for (int style = RANDOM; style < (kind >= LS_INT8 ? STYLES : LOWEST); style++)
             for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
@@ -324,10 +336,12 @@ static void mixers(void) {
 }
 
 #include "proof_heads.inc.h"
+#include "proof_pool.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
     plain = ls_current();
+    pieces();
     for (int set = 0; ls_isa_at(set); set++) {
         if (!ls_use_isa(ls_isa_at(set))) return 1;
         seed = 1;

@@ -37,12 +37,12 @@ def need(*tools: str) -> None:
             pytest.skip(f"{tool} is not installed")
 
 
-def build(compiler: str, folder: Path, *flags: str) -> str:
+def build(compiler: str, folder: Path, *flags: str, sources: Path = SOURCES) -> str:
     program = folder / "proof"
-    sources = [str(Path(__file__).parent / "proof.c"), *map(str, sorted(SOURCES.glob("*.c")))]
-    given = [*FLAGS, *WARNINGS, *flags, f"-I{SOURCES}"]
+    files = [str(Path(__file__).parent / "proof.c"), *map(str, sorted(sources.glob("*.c")))]
+    given = [*FLAGS, *WARNINGS, *flags, f"-I{sources}"]
     done = subprocess.run(
-        [compiler, *given, *sources, "-o", str(program), "-lm"], capture_output=True, text=True
+        [compiler, *given, *files, "-o", str(program), "-lm"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return str(program)
@@ -69,6 +69,41 @@ def test_all_sets_stay_within_their_memory(tmp_path: Path) -> None:
     if subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("cc has no address and undefined-behaviour sanitizers")
     assert sets_that_agree(build("cc", tmp_path, *SANITIZERS))[-1] == "portable"
+
+
+def test_a_ninth_product_in_sixteen_bits_is_seen(tmp_path: Path) -> None:
+    """Eight pairs of products of 4-bit codes fit. One more changes nothing but what overflows."""
+    need("cc")
+    native = library.load().library
+    if native is None or "avx2" not in library.instruction_sets(native):
+        pytest.skip("this processor has no AVX2")
+    changed = tmp_path / "csrc"
+    shutil.copytree(SOURCES, changed)
+    text = (changed / "isa_avx2.c").read_text()
+    more = "_mm256_add_epi16(pairs, _mm256_set1_epi16(2 * 15 * 127))"
+    for old, new in (
+        ("sum = _mm256_madd_epi16(pairs,", f"sum = _mm256_madd_epi16({more},"),
+        ("_mm256_set1_epi32(offset)", "_mm256_set1_epi32(offset - 2 * 2 * 15 * 127)"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (changed / "isa_avx2.c").write_text(text)
+    done = subprocess.run(build("cc", tmp_path, sources=changed), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert {line.split(":")[0] for line in done.stdout.splitlines() if "differs" in line} == {
+        "avx2"
+    }
+
+
+def test_threads_agree_on_what_they_share(tmp_path: Path) -> None:
+    """Under the thread sanitizer, and with all threads even where other processes crowd them out."""
+    need("cc")
+    (tmp_path / "empty.c").write_text("int main(void) { return 0; }\n")
+    flags = ("-O1", "-g", "-fsanitize=thread", "-Wno-maybe-uninitialized", "-DLS_HELD_UP=INT64_MAX")
+    probe = ["cc", *flags, str(tmp_path / "empty.c"), "-o", str(tmp_path / "empty")]
+    if subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("cc has no thread sanitizer")
+    assert sets_that_agree(build("cc", tmp_path, *flags))[-1] == "portable"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
+from linspec.kernels.cpu.threads import limit_to_quota
 from linspec.kernels.selector import pick_kernel
+from linspec.utils.cores import cpu_quota, usable_cores
 from linspec.utils.messages import shown
 
 _BANDWIDTH_BYTES = 2**28
@@ -60,6 +62,7 @@ def info() -> dict[str, Any]:
         "transformers": package_version("transformers"),
         "cpu": cpu_name(),
         "cores": usable_cores(),
+        "cpu_quota": cpu_quota(),
     }
 
 
@@ -72,8 +75,9 @@ def package_version(name: str) -> str:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use this many threads; None leaves its choice. Raises ConfigError
-    below 1 and far above the cores."""
+    """Let torch use this many threads; None leaves its choice, within the quota of this process.
+    Raises ConfigError below 1 and far above the cores."""
+    limit_to_quota()
     if threads is None:
         return
     most = MOST_THREADS_A_CORE * usable_cores()
@@ -94,13 +98,6 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _ram_bytes() -> int:

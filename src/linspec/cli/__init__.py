@@ -56,7 +56,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (verify.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.speed, "bench speed", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
     (bench.drafters, "bench drafters", "embedded-aug --per-family 8"),
-    (bench.kernels, "bench kernels", "embedded-aug --formats int8"),
+    (bench.kernels, "bench kernels", "--formats int8,int4"),
     (bench.load, "bench load", "small"),
     (get.get, "get", "smollm2"),
     (about.info, "info", "--json"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linspec.cli.checks import named, whole
+from linspec.cli.checks import named, real, whole
 from linspec.cli.console import (
     guarded,
     numbers,
@@ -24,6 +24,7 @@ from linspec.cli.console import (
 )
 from linspec.cli.groups import grouped
 from linspec.cli.options import Data, Json, Loading, Model, PolicyName, Temperature, Threads
+from linspec.errors import ConfigError
 
 # for people
 _COLUMNS = ("drafter", "tokens/s", "× plain (95%)", "per round", "by depth", "draft, verify, rest")
@@ -141,20 +142,49 @@ def drafters(
 
 @guarded()
 def kernels(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model, to time its own layers and steps.", show_default=False),
+    ] = None,
     formats: Annotated[
-        str, typer.Option(help="Of the weights, by commas.", show_default="float32,int8,int4")
+        str,
+        typer.Option(
+            help="Of the weights, by commas: float32, bfloat16 (without MODEL), int8, int4.",
+            show_default="all",
+        ),
     ] = "",
     repeats: Annotated[
         int, typer.Option(callback=whole(), help="Passes after a warm-up; the quickest counts.")
     ] = 20,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Rows of a product, by commas; without MODEL.", show_default="1,2,4,8,16"
+        ),
+    ] = "",
+    ghz: Annotated[
+        float | None,
+        typer.Option(
+            callback=real(above=0, most=100),
+            help="The clock that cycles are counted by; without MODEL.",
+            show_default="measured",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(callback=whole(0, 2**63 - 1), help="Of the weights; without MODEL.")
+    ] = 0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Time linear layers and steps for each format of weights, beside the speed of the memory."""
+    """Time products of weights and rows on one core, or the layers and steps of MODEL on all, by format."""
+    place_on("cpu", threads)
+    if model is None:
+        _products(words(formats), numbers(rows, "--rows"), repeats, ghz, seed, as_json)
+        return
+    if rows or ghz:
+        raise ConfigError("--rows and --ghz are for products without MODEL; leave one of them out")
     from linspec.bench.kernels import bench_kernels
 
-    place_on("cpu", threads)
     with quiet_stdout():
         found = bench_kernels(model, words(formats), repeats=repeats).to_json()
     if as_json:
@@ -163,6 +193,20 @@ def kernels(
     print_facts({**found["machine"], **found["settings"], **found["kernels"]})
     print_rows("linear layers", map(_in_microseconds, found["linears"]))
     print_rows("steps", map(_in_microseconds, found["steps"]))
+
+
+def _products(
+    formats: list[str], rows: list[int], repeats: int, ghz: float | None, seed: int, as_json: bool
+) -> None:
+    from linspec.bench.products import ROWS, bench_products
+
+    found = bench_products(formats, rows or ROWS, repeats=repeats, ghz=ghz, seed=seed).to_json()
+    if as_json:
+        print_json(found)
+        return
+    facts = {"kernels": found["kernels"], "clock": found["clock"]}
+    print_facts({**found["machine"], **found["settings"], **facts})
+    print_rows("products; cycles are for 32 weights and a row", found["products"])
 
 
 @guarded()

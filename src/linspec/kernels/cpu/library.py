@@ -38,6 +38,10 @@ class Found:
 @functools.cache
 def load() -> Found:
     """The kernels for this process; raises ConfigError when LINSPEC_CPU_KERNELS asks for the impossible."""
+    # here, as whoever only asks for the version of linspec need not wait for torch
+    from linspec.kernels.cpu.threads import limit_to_quota
+
+    limit_to_quota()
     wanted = os.environ.get(SWITCH, "")
     if wanted == "off":
         return Found(None, "torch", f"{SWITCH}=off")

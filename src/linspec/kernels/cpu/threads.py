@@ -11,6 +11,7 @@ and native calls on as many as in the parent.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from linspec.errors import ConfigError
+from linspec.utils.cores import usable_threads
 
 
 @dataclass(slots=True)
@@ -43,6 +45,18 @@ def native_threads() -> int:
     """Threads of a native call: as many as torch was told to use, in this process or before a fork."""
     native = _shared.native
     return torch.get_num_threads() if native is None else native
+
+
+@functools.cache
+def limit_to_quota() -> None:
+    """Let torch, and so native calls, use no more threads than the quota of this process lets run; once.
+
+    Threads above the quota are stopped all together, in the middle of what the others wait for. What is
+    set afterwards counts, and so does OMP_NUM_THREADS.
+    """
+    most = usable_threads()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > most:
+        torch.set_num_threads(most)
 
 
 @contextmanager

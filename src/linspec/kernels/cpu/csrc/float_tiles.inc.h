@@ -1,4 +1,5 @@
-/* Tiles of float32 and bfloat16 weights; arithmetic is float32. Part of every isa_*.c.
+/* Tiles of float32 and bfloat16 weights; arithmetic is float32. Part of the isa_*.c files but those of AVX2,
+ * which have avx2_floats.inc.h.
  *
  * LS_FLOAT_ROWS is how many rows the registers of an instruction set can hold at once. The order of
  * additions of a row is the same for any number of rows. */

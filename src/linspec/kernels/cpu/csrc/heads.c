@@ -50,14 +50,15 @@ static void multiply(const guess *s, const ls_linear *const *layers, int groups,
         ls_pack_rows(one, &to, row, row + 1, x + (size_t)group * rows * one->inputs, one->inputs);
     }
     ls_barrier(threads);
-    int last = ls_share(groups * tiles, thread + 1, threads), next;
-    for (int at = ls_share(groups * tiles, thread, threads); at < last; at = next) {
-        int group = at / tiles, begin = group * tiles;
-        next = last < begin + tiles ? last : begin + tiles;
-        ls_packed_rows from = ls_packed_at(one, rows, s->packed + (size_t)group * bytes);
-        ls_multiply_tiles(layers[group], &from, at - begin, next - begin,
-                 y + (size_t)group * rows * one->outputs, one->outputs, add);
-    }
+    ls_pieces p = ls_pieces_of(groups * tiles, ls_piece_tiles(one, rows), thread, threads);
+    while (ls_take(&p))
+        for (int at = p.first, next; at < p.last; at = next) {
+            int group = at / tiles, begin = group * tiles;
+            next = p.last < begin + tiles ? p.last : begin + tiles;
+            ls_packed_rows from = ls_packed_at(one, rows, s->packed + (size_t)group * bytes);
+            ls_multiply_tiles(layers[group], &from, at - begin, next - begin,
+                              y + (size_t)group * rows * one->outputs, one->outputs, add);
+        }
     ls_barrier(threads);
 }
 

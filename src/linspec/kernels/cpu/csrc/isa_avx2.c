@@ -6,18 +6,34 @@
 #pragma GCC target("avx2,fma")
 #endif
 #include "fma256.h"
-#define LS_FLOAT_ROWS 2
 #include "vector.h"
 #include "row_ops.inc.h"
-#include "float_tiles.inc.h"
 #include "mixer.inc.h"
 
-/* |w| times x with w's sign: pairs of products stay below 2^15 as all codes are within -127..127 */
+/* Signed codes: |w| times x with w's sign. Unsigned ones would overflow the sum of a pair,
+ * 128 times 127 cannot. The sum is in assembly, or GCC 12 copies and spills sums. */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    pairs = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(pairs));
+    return sum;
 }
 #define DOT dot
+INLINE __m256i int4_add(__m256i sum, __m256i codes, __m256i x) {
+    __m256i pairs = _mm256_maddubs_epi16(codes, x);
+    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
+    return sum;
+}
+INLINE __m256i int4_total(__m256i pairs, int32_t offset) {
+    __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return _mm256_add_epi32(sum, _mm256_set1_epi32(offset));
+}
+#define INT8_CODES(bytes) _mm256_xor_si256(bytes, _mm256_set1_epi8(-128))
+#define INT8_START(offset) ((void)(offset), 0)
+#define INT8_DOT dot
+#define INT4_START(offset) _mm256_setzero_si256()
+#define INT4_ADD int4_add
+#define INT4_TOTAL int4_total
 #include "avx2_tiles.inc.h"
 
 const ls_ops ls_ops_avx2 = LS_OPS("avx2");

@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #define LS_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define LS_NARROW(v) ((vb)_mm512_cvtepi32_epi8((__m512i)(v)))
 #define LS_WIDEN(v) ((vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)(v))))
 #define LS_MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define LS_MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))

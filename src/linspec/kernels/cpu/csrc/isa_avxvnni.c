@@ -7,17 +7,22 @@
 #pragma GCC target("avx2,fma,avxvnni")
 #endif
 #include "fma256.h"
-#define LS_FLOAT_ROWS 2
 #include "vector.h"
 #include "row_ops.inc.h"
-#include "float_tiles.inc.h"
 #include "mixer.inc.h"
 
-/* the instruction wants unsigned times signed */
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
-    return _mm256_dpbusd_avx_epi32(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+/* The instruction wants unsigned times signed, which is how codes lie. In assembly, or GCC 12 copies
+ * and spills sums. */
+INLINE __m256i unsigned_dot(__m256i sum, __m256i codes, __m256i x) {
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
+    return sum;
 }
-#define DOT dot
+#define INT8_CODES(bytes) (bytes)
+#define INT8_START(offset) (offset)
+#define INT8_DOT unsigned_dot
+#define INT4_START _mm256_set1_epi32
+#define INT4_ADD unsigned_dot
+#define INT4_TOTAL(sum, offset) (sum)
 #include "avx2_tiles.inc.h"
 
 const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");

@@ -131,6 +131,18 @@ const ls_ops *ls_current(void);
 typedef void (*ls_body)(void *context, int thread, int threads);
 void ls_parallel(ls_body body, void *context, int threads, int spin_ns);
 void ls_barrier(int threads); /* inside a body only */
+/* The items 0 .. count - 1 in pieces of `most` at most, each for whichever thread takes it first; which one does
+ * changes no result. Between two barriers, on all threads, one set of pieces:
+ *     for (ls_pieces p = ls_pieces_of(count, most, thread, threads); ls_take(&p);) p.first .. p.last - 1
+ * A thread takes its own share in order, then what is left of others'. */
+typedef struct {
+    int count, most, thread, threads;
+    int others, first, last; /* whose share is taken now, counted from the thread's own; the piece */
+} ls_pieces;
+static inline ls_pieces ls_pieces_of(int count, int most, int thread, int threads) {
+    return (ls_pieces){count, most, thread, threads, 0, 0, 0};
+}
+int ls_take(ls_pieces *p);
 void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid until its next call */
 
 /* bytes or floats, rounded up to what the parts of a workspace begin at */
@@ -143,6 +155,10 @@ void ls_pack_rows(const ls_linear *layer, const ls_packed_rows *to, int first, i
                   int64_t stride);
 void ls_multiply_tiles(const ls_linear *layer, const ls_packed_rows *x, int first, int last, float *y,
               int64_t stride, int add);
+/* all tiles, shared out among the threads; between two barriers */
+void ls_multiply_shared(const ls_linear *layer, const ls_packed_rows *x, float *y, int64_t stride, int add,
+                        int thread, int threads);
+int ls_piece_tiles(const ls_linear *layer, int rows); /* tiles of a piece */
 static inline int ls_tile_count(const ls_linear *layer) {
     return (layer->outputs + LS_TILE - 1) / LS_TILE;
 }

@@ -1,6 +1,7 @@
 /* Linear layers: rows are packed once, then every thread multiplies its share of the tiles. */
 #include "kernels.h"
 
+#define PIECE_BYTES (48 * 1024) /* of weights that a thread takes at once */
 #define CHUNK_BYTES (256 * 1024) /* of packed rows that one pass over the weights serves */
 
 static int is_integer(const ls_linear *layer) { return layer->kind >= LS_INT8; }
@@ -109,6 +110,24 @@ void ls_multiply_tiles(const ls_linear *layer, const ls_packed_rows *x, int firs
     }
 }
 
+static size_t tile_bytes(const ls_linear *layer) {
+    if (layer->kind == LS_INT4) return (size_t)layer->padded / LS_GROUP * LS_INT4_BYTES;
+    size_t size = layer->kind == LS_F32 ? 4 : layer->kind == LS_BF16 ? 2 : 1;
+    return size * LS_TILE * (size_t)(is_integer(layer) ? layer->padded : layer->inputs);
+}
+
+/* Many rows take long for a tile, and want several while they are in the cache. */
+int ls_piece_tiles(const ls_linear *layer, int rows) {
+    return 1 + (int)(PIECE_BYTES * (1 + (size_t)rows / 64) / tile_bytes(layer));
+}
+
+void ls_multiply_shared(const ls_linear *layer, const ls_packed_rows *x, float *y, int64_t stride, int add,
+                        int thread, int threads) {
+    int most = ls_piece_tiles(layer, x->rows);
+    for (ls_pieces p = ls_pieces_of(ls_tile_count(layer), most, thread, threads); ls_take(&p);)
+        ls_multiply_tiles(layer, x, p.first, p.last, y, stride, add);
+}
+
 /* ---- one layer alone */
 
 typedef struct {
@@ -125,9 +144,7 @@ static void linear_body(void *context, int thread, int threads) {
     ls_pack_rows(c->layer, &c->rows, ls_share(rows, thread, threads),
                  ls_share(rows, thread + 1, threads), c->x, c->x_stride);
     ls_barrier(threads);
-    int tiles = ls_tile_count(c->layer);
-    ls_multiply_tiles(c->layer, &c->rows, ls_share(tiles, thread, threads),
-             ls_share(tiles, thread + 1, threads), c->y, c->y_stride, 0);
+    ls_multiply_shared(c->layer, &c->rows, c->y, c->y_stride, 0, thread, threads);
 }
 
 /* Bytes of workspace that `ls_linear_forward` needs for this many rows. */

@@ -1,21 +1,28 @@
-/* The pool: threads that wait for the next call, first spinning, then asleep.
+/* The pool: threads that wait for the next call, first awake, then asleep.
  *
- * A decode step has a hundred short phases, so threads wait at a spinning barrier and no thread is
- * created or woken between them. Between calls a thread spins for as long as the call says: waking it
- * takes as long as half a step of a small model, but torch has threads of its own that want the same cores
- * between the layers of a prompt.
- */
+ * A decode step has a hundred short phases, so no thread is created or woken between them as long as all get a
+ * core. Between calls a thread stays awake for as long as the call says: waking it takes as long as half a step of a
+ * small model, but torch has threads of its own that want the same cores between the layers of a prompt.
+ *
+ * Other processes want cores too. A thread that waits for one without a core soon sleeps, which gives its own
+ * core away. A call in which a thread lost its core makes the next ones use fewer threads for a while: phases
+ * end with the last thread, so two that take turns on a core are slower than one. */
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <time.h>
 
 #include "kernels.h"
 
 #define MOST_THREADS 256
-#define BARRIER_SPINS 4000 /* then let others run: the thread waited for may need this core */
+#define SPIN_BARRIER 50000   /* ns; phases end within a few microseconds of each other */
+#ifndef LS_HELD_UP
+#define LS_HELD_UP 200000    /* ns that nobody waits for a thread that has a core */
+#endif
+#define LEAST_PAUSE 5000000  /* ns with fewer threads, doubled up to */
+#define MOST_PAUSE 320000000 /* as long as that happens again */
 
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;  /* guards sleeping and waking */
@@ -24,17 +31,28 @@ static pthread_cond_t wake_signal = PTHREAD_COND_INITIALIZER;
 static struct {
     ls_body body;
     void *context;
-    int threads, spin_ns;
+    int spin_ns;
 } job;
 
 /* each on its own cache line: they are polled by all threads */
-static _Alignas(64) atomic_uint round_number;
-static _Alignas(64) atomic_int working;
-static _Alignas(64) atomic_int sleeping;
-static _Alignas(64) atomic_int arrived;
+static _Alignas(64) atomic_uint round_word; /* changes with every call; the low bits say how many threads it has */
+static _Alignas(64) atomic_uint finished;   /* calls */
 static _Alignas(64) atomic_uint phase;
+static _Alignas(64) atomic_int working;
+static _Alignas(64) atomic_int arrived;
+static _Alignas(64) atomic_int held_up, preempted; /* in this call: somebody waited for long; lost its core */
+static atomic_int asleep[MOST_THREADS];
+static struct {
+    _Alignas(64) atomic_int items;
+} taken[MOST_THREADS]; /* of each thread's share, since the last barrier */
+
 static int started = 1; /* threads of the pool, the caller included */
 static unsigned joined_at[MOST_THREADS]; /* round before the first one of a thread */
+static _Thread_local int me;
+static struct {
+    int left_out; /* threads, until then */
+    int64_t until, pause;
+} crowd = {1, 0, LEAST_PAUSE};
 
 static inline void cpu_pause(void) {
 #if defined(__x86_64__)
@@ -50,37 +68,125 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static void sleep_until_round(unsigned seen) {
+/* ---- waiting */
+
+static void sleep_until_change(atomic_uint *word, unsigned seen) {
     pthread_mutex_lock(&sleep_lock);
-    atomic_fetch_add(&sleeping, 1);
-    while (atomic_load(&round_number) == seen) pthread_cond_wait(&wake_signal, &sleep_lock);
-    atomic_fetch_sub(&sleeping, 1);
+    atomic_store(&asleep[me], 1);
+    while (atomic_load(word) == seen) pthread_cond_wait(&wake_signal, &sleep_lock);
+    atomic_store(&asleep[me], 0);
     pthread_mutex_unlock(&sleep_lock);
 }
 
-static void wait_for_round(unsigned seen, int spin_ns) {
-    int64_t until = now_ns() + spin_ns;
-    for (;;) {
-        for (int i = 0; i < 64; i++) {
-            if (atomic_load_explicit(&round_number, memory_order_acquire) != seen) return;
-            cpu_pause();
-        }
-        if (now_ns() > until) {
-            sleep_until_round(seen);
+/* Whether the word changes within a microsecond or so. */
+static int changes_soon(atomic_uint *word, unsigned seen) {
+    for (int i = 0; i < 64; i++) {
+        if (atomic_load_explicit(word, memory_order_acquire) != seen) return 1;
+        cpu_pause();
+    }
+    return 0;
+}
+
+/* Returns how long it took, 0 if it did not have to sleep. */
+static int64_t wait_for_change(atomic_uint *word, unsigned seen, int spin_ns) {
+    if (changes_soon(word, seen)) return 0;
+    int64_t began = now_ns();
+    while (now_ns() - began < spin_ns)
+        if (changes_soon(word, seen)) return 0;
+    sleep_until_change(word, seen);
+    return now_ns() - began;
+}
+
+static void change(atomic_uint *word, unsigned to, int threads) {
+    atomic_store(word, to);
+    for (int t = 0; t < threads; t++)
+        if (atomic_load(&asleep[t])) {
+            pthread_mutex_lock(&sleep_lock);
+            pthread_cond_broadcast(&wake_signal);
+            pthread_mutex_unlock(&sleep_lock);
             return;
         }
+}
+
+/* ---- phases of a call */
+
+void ls_barrier(int threads) {
+    if (threads <= 1) return;
+    unsigned before = atomic_load(&phase);
+    if (atomic_fetch_add(&arrived, 1) == threads - 1) {
+        atomic_store(&arrived, 0);
+        for (int t = 0; t < threads; t++)
+            atomic_store_explicit(&taken[t].items, 0, memory_order_relaxed);
+        change(&phase, before + 1, threads);
+        return;
     }
+    if (wait_for_change(&phase, before, SPIN_BARRIER) > LS_HELD_UP) atomic_store(&held_up, 1);
+}
+
+/* Take from the share of `owner`: pieces of p->most items, smaller ones at its end. */
+static int take_from(ls_pieces *p, int owner) {
+    int begin = ls_share(p->count, owner, p->threads);
+    int end = ls_share(p->count, owner + 1, p->threads);
+    int at = atomic_load_explicit(&taken[owner].items, memory_order_relaxed), n;
+    do {
+        int left = end - begin - at;
+        if (left <= 0) return 0;
+        n = left / 2 < p->most ? (left + 1) / 2 : p->most;
+    } while (!atomic_compare_exchange_weak_explicit(&taken[owner].items, &at, at + n, memory_order_relaxed,
+                                                    memory_order_relaxed));
+    p->first = begin + at;
+    p->last = p->first + n;
+    return 1;
+}
+
+int ls_take(ls_pieces *p) {
+    if (p->threads <= 1) {
+        p->first = p->last;
+        p->last = p->count;
+        return p->first < p->last;
+    }
+    for (; p->others < p->threads; p->others++)
+        if (take_from(p, (p->thread + p->others) % p->threads)) return 1;
+    return 0;
+}
+
+/* ---- threads and calls */
+
+/* Whether this thread was made to give its core away since it was last asked. */
+static int lost_core(void) {
+#ifdef RUSAGE_THREAD
+    static _Thread_local long before;
+    struct rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) != 0) return 1;
+    int more = usage.ru_nivcsw != before;
+    before = usage.ru_nivcsw;
+    return more;
+#else
+    return 1;
+#endif
+}
+
+static void take_part(int thread, int threads) {
+    job.body(job.context, thread, threads);
+    if (lost_core()) atomic_store(&preempted, 1);
 }
 
 static void *work(void *argument) {
-    int thread = (int)(intptr_t)argument, spin_ns = LS_SPIN_LAYER;
-    unsigned seen = joined_at[thread];
+    me = (int)(intptr_t)argument;
+    int spin_ns = LS_SPIN_LAYER;
+    unsigned seen = joined_at[me];
     for (;;) {
-        wait_for_round(seen, spin_ns);
-        seen = atomic_load(&round_number);
-        if (thread < job.threads) job.body(job.context, thread, job.threads);
+        wait_for_change(&round_word, seen, spin_ns);
+        seen = atomic_load(&round_word);
+        int threads = (int)(seen % (2 * MOST_THREADS));
+        if (me >= threads) {
+            /* nothing else of the call may be read, which does not wait for this thread */
+            spin_ns = 0;
+            continue;
+        }
+        take_part(me, threads);
         spin_ns = job.spin_ns;
-        atomic_fetch_sub(&working, 1);
+        if (atomic_fetch_sub(&working, 1) == 1) change(&finished, atomic_load(&finished) + 1, 1);
     }
     return NULL;
 }
@@ -90,9 +196,8 @@ static void reset_after_fork(void) {
     pthread_mutex_init(&in_use, NULL);
     pthread_mutex_init(&sleep_lock, NULL);
     pthread_cond_init(&wake_signal, NULL);
-    atomic_store(&working, 0);
-    atomic_store(&sleeping, 0);
     atomic_store(&arrived, 0);
+    for (int t = 0; t < MOST_THREADS; t++) atomic_store(&asleep[t], 0);
     started = 1;
 }
 
@@ -102,7 +207,7 @@ static int start(int threads) {
     if (!watched) watched = pthread_atfork(NULL, NULL, reset_after_fork) == 0;
     while (started < threads) {
         pthread_t id;
-        joined_at[started] = atomic_load(&round_number);
+        joined_at[started] = atomic_load(&round_word);
         if (pthread_create(&id, NULL, work, (void *)(intptr_t)started) != 0) return 0;
         pthread_detach(id);
         started++;
@@ -110,25 +215,34 @@ static int start(int threads) {
     return 1;
 }
 
-static void wait_for_workers(void) {
-    for (int spins = 0; atomic_load_explicit(&working, memory_order_acquire) > 0; spins++)
-        spins < BARRIER_SPINS ? cpu_pause() : (void)sched_yield();
-}
-
 static void run_round(ls_body body, void *context, int threads, int spin_ns) {
     job.body = body;
     job.context = context;
-    job.threads = threads;
     job.spin_ns = spin_ns;
-    atomic_store(&working, started - 1);
-    atomic_fetch_add(&round_number, 1);
-    if (atomic_load(&sleeping) > 0) {
-        pthread_mutex_lock(&sleep_lock);
-        pthread_cond_broadcast(&wake_signal);
-        pthread_mutex_unlock(&sleep_lock);
-    }
-    body(context, 0, threads);
-    wait_for_workers();
+    atomic_store(&working, threads - 1);
+    for (int t = 0; t < threads; t++) atomic_store_explicit(&taken[t].items, 0, memory_order_relaxed);
+    unsigned before = atomic_load(&finished);
+    unsigned next = (atomic_load(&round_word) / (2 * MOST_THREADS) + 1) * 2 * MOST_THREADS;
+    change(&round_word, next + (unsigned)threads, threads);
+    take_part(0, threads);
+    if (wait_for_change(&finished, before, SPIN_BARRIER) > LS_HELD_UP) atomic_store(&held_up, 1);
+}
+
+/* How many of `threads` the next call uses. */
+static int uncrowded(int threads) {
+    if (now_ns() > crowd.until) return threads;
+    return threads > crowd.left_out ? threads - crowd.left_out : 1;
+}
+
+/* What a call with `used` of `threads` has shown. */
+static void learn(int threads, int used) {
+    int lost = atomic_exchange(&preempted, 0);
+    if (!atomic_exchange(&held_up, 0) || !lost) return;
+    int64_t now = now_ns();
+    int again = now - crowd.until < 2 * crowd.pause;
+    if (used < threads || !again) crowd.left_out = threads - used + 1;
+    crowd.pause = !again ? LEAST_PAUSE : crowd.pause < MOST_PAUSE ? 2 * crowd.pause : MOST_PAUSE;
+    crowd.until = now + crowd.pause;
 }
 
 void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
@@ -138,23 +252,14 @@ void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
         body(context, 0, 1);
         return;
     }
-    if (start(threads))
-        run_round(body, context, threads, spin_ns);
-    else
+    int used = uncrowded(threads);
+    if (used > 1 && start(threads)) {
+        run_round(body, context, used, spin_ns);
+        learn(threads, used);
+    } else {
         body(context, 0, 1);
-    pthread_mutex_unlock(&in_use);
-}
-
-void ls_barrier(int threads) {
-    if (threads <= 1) return;
-    unsigned before = atomic_load(&phase);
-    if (atomic_fetch_add(&arrived, 1) == threads - 1) {
-        atomic_store(&arrived, 0);
-        atomic_fetch_add(&phase, 1);
-        return;
     }
-    for (int spins = 0; atomic_load_explicit(&phase, memory_order_acquire) == before; spins++)
-        spins < BARRIER_SPINS ? cpu_pause() : (void)sched_yield();
+    pthread_mutex_unlock(&in_use);
 }
 
 void *ls_scratch(size_t bytes) {

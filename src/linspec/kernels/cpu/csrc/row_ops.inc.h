@@ -1,25 +1,44 @@
-/* Work on single rows: quantization, norm, gated activation. Part of every isa_*.c. */
+/* Work on single rows: quantization, norm, gated activation. Part of every isa_*.c.
+ *
+ * Where lanes do not matter these are plain loops, in which a compiler finds its vectors, whatever their size. */
 
-/* Symmetric codes -127..127 of one row, padded with zeros; returns the scale.
- * A row that holds a NaN or an infinity gets the scale NaN, so that it cannot pass unnoticed. */
-static float quantization_scale(const float *x, int width, vf *inverse) {
-    vf top = vf_set1(0.0f), not_finite = top;
-    int whole = width & ~15;
-    for (int i = 0; i < whole; i += 16) {
-        vf v = vf_abs(vf_load(x + i));
-        top = vf_max(top, v);
-        not_finite += v * vf_set1(0.0f);
+/* The largest |x|. As integers the bits of positive floats are in the order of the floats; an infinity comes behind
+ * all of them, and then what is not a number. */
+INLINE float largest_size(const float *x, int width) {
+    int32_t most = 0;
+    for (int i = 0; i < width; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
     }
-    if (whole < width) {
-        vf v = vf_abs(vf_load_part(x + whole, width - whole));
-        top = vf_max(top, v);
-        not_finite += v * vf_set1(0.0f);
+    float size;
+    memcpy(&size, &most, sizeof size);
+    return size;
+}
+
+/* Codes of a group, fours `stride` fours apart; returns their sum. The nearest integers, ties to even: adding
+ * 1.5 * 2^23 leaves no room for a fraction. */
+INLINE int32_t quantize_group(const float *x, float inverse, int stride, int8_t *codes) {
+    const int32_t magic = 0x4b400000; /* the bits of that number */
+    int32_t sum = 0;
+    int8_t line[LS_GROUP];
+    for (int i = 0; i < LS_GROUP; i++) {
+        float shifted = x[i] * inverse + 12582912.0f;
+        int32_t bits;
+        memcpy(&bits, &shifted, sizeof bits);
+        sum += bits - magic;
+        line[i] = (int8_t)(bits - magic);
     }
-    float most = vf_largest(top);
-    /* rows below 4e-37 have no inverse: they are zeros */
-    float factor = most > 0.0f ? 127.0f / most : 0.0f;
-    *inverse = vf_set1(__builtin_isfinite(factor) ? factor : 0.0f);
-    return most / 127.0f + vf_sum(not_finite);
+    for (int q = 0; q < LS_GROUP / 4; q++) memcpy(codes + (size_t)q * stride * 4, line + 4 * q, 4);
+    return sum;
+}
+
+/* the same for a group of which only `width` inputs are there */
+static int32_t quantize_part(const float *x, int width, float inverse, int stride, int8_t *codes) {
+    float part[LS_GROUP] = {0};
+    memcpy(part, x, (size_t)width * sizeof *x);
+    return quantize_group(part, inverse, stride, codes);
 }
 
 /* The codes of a row whose scale is NaN: any other would overflow when they are added up. */
@@ -30,26 +49,21 @@ static float zero_row(int padded, int rows, int per_group, int8_t *codes, int32_
     return scale;
 }
 
+/* Symmetric codes -127..127 of one row, padded with zeros; returns the scale.
+ * A row that holds a NaN or an infinity gets the scale NaN, so that it cannot pass unnoticed. */
 static float quantize_row(const float *x, int width, int padded, int rows, int per_group,
                           int8_t *codes, int32_t *offsets) {
-    vf inverse;
-    float scale = quantization_scale(x, width, &inverse);
-    if (!__builtin_isfinite(scale)) return zero_row(padded, rows, per_group, codes, offsets, scale);
+    float most = largest_size(x, width), scale = most / 127.0f;
+    if (!__builtin_isfinite(most))
+        return zero_row(padded, rows, per_group, codes, offsets, __builtin_nanf(""));
+    /* rows below 4e-37 have no inverse: they are zeros */
+    float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    if (!__builtin_isfinite(inverse)) inverse = 0.0f;
     int32_t total = 0;
     for (int i = 0; i < padded; i += LS_GROUP) {
-        int32_t four[8], sum;
-        vi both = {0};
-        for (int half = 0; half < 2; half++) {
-            int at = i + 16 * half;
-            int n = width - at < 16 ? (width > at ? width - at : 0) : 16;
-            vi whole = vf_round((n == 16 ? vf_load(x + at) : vf_load_part(x + at, n)) * inverse);
-            vb bytes = LS_NARROW(whole);
-            memcpy(four + 4 * half, &bytes, sizeof bytes);
-            both += whole;
-        }
-        for (int q = 0; q < 8; q++)
-            memcpy(codes + ((size_t)(i / 4 + q) * rows) * 4, four + q, 4);
-        sum = vi_sum(both);
+        int8_t *to = codes + (size_t)i * rows;
+        int32_t sum = i + LS_GROUP <= width ? quantize_group(x + i, inverse, rows, to)
+                                            : quantize_part(x + i, width - i, inverse, rows, to);
         if (per_group) offsets[(size_t)(i / LS_GROUP) * rows] = -8 * sum;
         total += sum;
     }
@@ -65,25 +79,30 @@ static void copy_row(const float *x, int width, int rows, float *to) {
     for (int k = 0; k < width; k++) to[(size_t)k * rows] = x[k];
 }
 
-static void epilogue(const ls_epilogue *to, int rows, const float *sums, float *y) {
-    for (int half = 0; half < LS_TILE; half += 16) {
-        int width = to->width - half < 16 ? to->width - half : 16;
-        if (width <= 0) return;
-        vf scale = to->channel_scales ? vf_load(to->channel_scales + half) : vf_set1(1.0f);
-        vf bias = vf_set1(0.0f);
-        if (to->bias) bias = width == 16 ? vf_load(to->bias + half) : vf_load_part(to->bias + half, width);
-        for (int r = 0; r < rows; r++) {
-            float *at = y + r * to->stride + half;
-            vf v = vf_load(sums + r * LS_TILE + half);
-            if (to->row_scales) v = v * vf_set1(to->row_scales[r]) * scale;
-            if (to->bias) v += bias;
-            if (width == 16) {
-                vf_store(at, to->add ? v + vf_load(at) : v);
-            } else {
-                vf_store_part(at, to->add ? v + vf_load_part(at, width) : v, width);
-            }
-        }
+INLINE void epilogue_rows(const ls_epilogue *to, int rows, int width, const float *restrict scales,
+                          const float *restrict bias, const float *restrict sums, float *restrict y) {
+    int64_t stride = to->stride;
+    int add = to->add;
+    for (int r = 0; r < rows; r++, sums += LS_TILE, y += stride) {
+        float row_scale = to->row_scales ? to->row_scales[r] : 1.0f;
+        if (add)
+            for (int c = 0; c < width; c++) y[c] = sums[c] * row_scale * scales[c] + bias[c] + y[c];
+        else
+            for (int c = 0; c < width; c++) y[c] = sums[c] * row_scale * scales[c] + bias[c];
     }
+}
+
+static void epilogue(const ls_epilogue *to, int rows, const float *sums, float *y) {
+    float ones[LS_TILE], bias[LS_TILE];
+    const float *scales = to->channel_scales ? to->channel_scales : ones;
+    int width = to->width;
+    /* minus zero changes no sum, not even minus zero */
+    for (int c = 0; c < LS_TILE; c++) ones[c] = 1.0f, bias[c] = -0.0f;
+    if (to->bias) memcpy(bias, to->bias, (size_t)width * sizeof *bias);
+    if (width == LS_TILE)
+        epilogue_rows(to, rows, LS_TILE, scales, bias, sums, y);
+    else
+        epilogue_rows(to, rows, width, scales, bias, sums, y);
 }
 
 static void rms_norm(const float *x, const float *weight, float eps, int width, float *y) {

@@ -171,9 +171,8 @@ static int chunks_of(const ls_run *s, const ls_layer *l, int input) {
     return ls_chunk_count(&m);
 }
 
-/* The chunks of all inputs and heads, shared out evenly: how long a cache is does not matter. */
-static void attend_chunks(const ls_run *s, const ls_layer *l, int items, int thread, int threads) {
-    int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
+/* The chunks first .. last - 1 of those of all inputs and heads. */
+static void attend_chunks(const ls_run *s, const ls_layer *l, int first, int last) {
     for (int input = 0, begin = 0; input < s->b->inputs; input++) {
         int chunks = chunks_of(s, l, input), end = begin + chunks * s->d->kv_heads;
         for (int i = first > begin ? first : begin; i < last && i < end; i++)
@@ -193,7 +192,9 @@ static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threa
     }
     if (pieces > items) {
         ls_barrier(threads);
-        attend_chunks(s, l, pieces, thread, threads);
+        /* in small pieces: how long a cache is does not matter */
+        for (ls_pieces p = ls_pieces_of(pieces, 1, thread, threads); ls_take(&p);)
+            attend_chunks(s, l, p.first, p.last);
         ls_barrier(threads);
     }
     for (int i = first; i < last; i++) combine(s, l, i / heads, i % heads);
@@ -229,13 +230,11 @@ static ls_packed_rows pack_gated(const ls_run *s, const ls_linear *down, int thr
     return to;
 }
 
-/* Once all rows are packed: this thread's tiles. Ends with a barrier. */
+/* Once all rows are packed: the tiles that this thread takes. Ends with a barrier. */
 static void multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int add, int thread,
                      int threads) {
     ls_barrier(threads);
-    int tiles = ls_tile_count(layer);
-    ls_multiply_tiles(layer, x, ls_share(tiles, thread, threads),
-                      ls_share(tiles, thread + 1, threads), y, layer->outputs, add);
+    ls_multiply_shared(layer, x, y, layer->outputs, add, thread, threads);
     ls_barrier(threads);
 }
 

@@ -95,19 +95,11 @@ INLINE float vf_sum(vf v) {
     return v[0];
 }
 
-INLINE int32_t vi_sum(vi v) {
-    REDUCE(v, PLUS);
-    return v[0];
-}
-
 INLINE float vf_largest(vf v) {
     REDUCE(v, vf_max);
     return v[0];
 }
 
-#ifndef LS_NARROW
-#define LS_NARROW(v) __builtin_convertvector(v, vb)
-#endif
 /* codes to floats; compilers do badly what they are not told to do */
 #ifndef LS_WIDEN
 INLINE vf ls_widen(vb codes) {
