@@ -254,7 +254,7 @@ static void mixer(int width, int squared_relu, int group, int window, int quanti
     float *q = floats(outputs), *out[2];
     ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
                   .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
-                  .taps = TAPS, .alpha = 0.5f, .conv_weights = conv_weights, .quantized = quantized,
+                  .taps = TAPS, .alpha = 0.5f, .conv_weights = conv_weights, .row_kind = quantized ? LS_INT8 : LS_F32,
                   .row_bytes = row_bytes, .key_stride = rows * row_bytes,
                   .value_stride = (conv_history + rows) * row_bytes, .keys = keys,
                   .values = values + conv_history * row_bytes, .sums = group ? sums : NULL,

@@ -14,7 +14,6 @@ class BFloat16Entries:
 
     name = "bfloat16"
     in_kernels = False
-    quantized = False
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.bfloat16

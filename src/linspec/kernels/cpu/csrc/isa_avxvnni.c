@@ -2,16 +2,15 @@
 #include "kernels.h"
 #ifdef LS_HAVE_AVXVNNI
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
 #include "fma256.h"
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
 #include "row_ops.inc.h"
 #include "float_tiles.inc.h"
-#include "mixer.inc.h"
 
 /* the instruction wants unsigned times signed */
 INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
@@ -19,6 +18,7 @@ INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
 }
 #define DOT dot
 #include "avx2_tiles.inc.h"
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");
 #if defined(__clang__)
