@@ -34,14 +34,12 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
         const float *row = s->rows + (s->indices ? s->indices[i] : i) * s->stride + column;
         if (s->ahead)
             for (int c = 0; c < parts * LS_LANES; c += 16) __builtin_prefetch(row + s->ahead + c);
-        vl values[8];
+        vl weights[MAX_ACCUMULATORS];
+        UNROLL(count, t) weights[t] = vl_set1(to[t].weights[i]);
         UNROLL(parts, c) {
             const float *at = row + LS_LANES * c;
-            values[c] = n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
-        }
-        UNROLL(count, t) {
-            vl weight = vl_set1(to[t].weights[i]);
-            UNROLL(parts, c) sums[t][c] = LS_LANES_FMA(weight, values[c], sums[t][c]);
+            vl value = n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
+            UNROLL(count, t) sums[t][c] = LS_LANES_FMA(weights[t], value, sums[t][c]);
         }
     }
     UNROLL(count, t)

@@ -93,6 +93,8 @@ typedef struct {
     float (*quantize_row)(const float *x, int width, int padded, int rows, int per_group,
                           int8_t *codes, int32_t *offsets);
     void (*copy_row)(const float *x, int width, int rows, float *to);
+    /* x as 16-bit floats, LS_BF16 or LS_F16 */
+    void (*narrow_row)(const float *x, int width, int kind, uint16_t *to);
     /* see ls_epilogue */
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */

@@ -106,8 +106,12 @@ static void feature(const ls_run *s, const ls_layer *l, int row, const float *no
 
 /* a row of keys or values as the state keeps it */
 static void store_row(const ls_mixer *m, const float *x, char *to) {
-    if (m->row_kind != LS_INT8) {
+    if (m->row_kind == LS_F32) {
         memcpy(to, x, (size_t)m->row_bytes);
+        return;
+    }
+    if (m->row_kind != LS_INT8) {
+        ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
         return;
     }
     int8_t codes[LS_MAX_HEAD_WIDTH];

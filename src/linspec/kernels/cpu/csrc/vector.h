@@ -123,8 +123,8 @@ INLINE vf vf_exp(vf x) {
 #define LS_OPS(set)                                                                       \
     {.name = set,         .int8 = int8_tile,             .int4 = int4_tile,               \
      .f32 = f32_tile,     .bf16 = bf16_tile,             .quantize_row = quantize_row,    \
-     .copy_row = copy_row, .epilogue = epilogue,         .rms_norm = rms_norm,            \
-     .silu_mul = silu_mul, .normalize = normalize,       .attend_chunk = attend_chunk,    \
-     .combine = combine_chunks, .fold = fold_rows}
+     .copy_row = copy_row, .narrow_row = narrow_row,     .epilogue = epilogue,            \
+     .rms_norm = rms_norm, .silu_mul = silu_mul,         .normalize = normalize,          \
+     .attend_chunk = attend_chunk, .combine = combine_chunks, .fold = fold_rows}
 
 #endif
