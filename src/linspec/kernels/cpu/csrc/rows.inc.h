@@ -20,18 +20,22 @@ INLINE float row_scale(const char *row, const ls_mixer *m) {
     return scale;
 }
 
-INLINE vl widen_bfloat16(const char *at) {
-    vlh half;
-    memcpy(&half, at, sizeof half);
-    return vl_bits(__builtin_convertvector(half, vli) << 16);
+#ifndef LS_LANES_WORDS
+INLINE vli load_words(const char *at) {
+    vlh words;
+    memcpy(&words, at, sizeof words);
+    return __builtin_convertvector(words, vli);
 }
+#else
+INLINE vli load_words(const char *at) { return LS_LANES_WORDS(at); }
+#endif
+
+INLINE vl widen_bfloat16(const char *at) { return vl_bits(load_words(at) << 16); }
 
 /* Halves are floats with a smaller exponent; what lies beyond it are infinities and NaN. */
 #ifndef LS_LANES_HALF
 INLINE vl widen_float16(const char *at) {
-    vlh half;
-    memcpy(&half, at, sizeof half);
-    vli bits = __builtin_convertvector(half, vli), low = bits & 0x7fff;
+    vli bits = load_words(at), low = bits & 0x7fff;
     vl finite = vl_bits(low << 13) * vl_set1(0x1p112f);
     vl beyond = vl_bits((low << 13) | 0x7f800000);
     vl size = vl_select(low >= 0x7c00, beyond, finite);
@@ -65,9 +69,11 @@ INLINE void widen_parts(const char *at, int kind, int parts, float *to) {
 
 INLINE int feature_bytes(int kind) { return kind == LS_INT8 ? 1 : kind == LS_F32 ? 4 : 2; }
 
-/* of the block behind this one: several queries take so long over a block that processors stop looking ahead */
+/* The cache lines that begin in a row: of the block behind the present one, as several queries take so long over a
+ * block that processors stop looking ahead. */
 INLINE void prefetch_row(const ls_mixer *m, const char *row) {
-    for (int c = 0; c < m->row_bytes; c += 64) __builtin_prefetch(row + c);
+    uintptr_t line = ((uintptr_t)row + 63) & ~(uintptr_t)63, end = (uintptr_t)row + (uintptr_t)m->row_bytes;
+    for (; line < end; line += 64) __builtin_prefetch((const void *)line);
 }
 
 /* `count` rows as floats, zeros behind each up to whole sixteens */
