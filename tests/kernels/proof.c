@@ -252,44 +252,6 @@ static void rows_of_width(int width) {
     free(x), free(weight);
 }
 
-/* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more */
-static void mixer(int width, int squared_relu, int group, int window, int quantized) {
-    enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3 };
-    const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
-    int64_t rows = BASE + NODES, conv_history = TAPS - 1;
-    int row_bytes = quantized ? (width + 3) / 4 * 4 + 4 : 4 * width;
-    size_t outputs = (size_t)(NODES * HEADS * width);
-    /* any bytes are codes and finite scales */
-    char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
-    char *values = (char *)floats((size_t)(KV * (conv_history + rows) * row_bytes / 4));
-    float *sums = floats((size_t)(KV * width * width)), *conv_weights = floats(HEADS * TAPS);
-    float *q = floats(outputs), *out[2];
-    ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
-                  .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
-                  .taps = TAPS, .alpha = 0.5f, .conv_weights = conv_weights, .quantized = quantized,
-                  .row_bytes = row_bytes, .key_stride = rows * row_bytes,
-                  .value_stride = (conv_history + rows) * row_bytes, .keys = keys,
-                  .values = values + conv_history * row_bytes, .sums = group ? sums : NULL,
-                  .ancestors = ancestors};
-    int chunks = ls_chunk_count(&m);
-    size_t part = ls_partial_floats(&m);
-    for (int i = 0; i < 2; i++) {
-        const ls_ops *ops = i ? ls_current() : plain;
-        float *partials = need((size_t)chunks * part * sizeof(float));
-        void *scratch = need(ls_attend_scratch_bytes(&m));
-        out[i] = need(outputs * sizeof(float));
-        for (int head = 0; head < KV; head++) {
-            for (int c = 0; c < chunks; c++)
-                ops->attend_chunk(&m, head, c, q, HEADS * width, partials + (size_t)c * part, scratch);
-            ops->combine(&m, head, chunks, q, HEADS * width, partials, out[i], HEADS * width, scratch);
-        }
-        free(partials), free(scratch);
-    }
-    expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, quantized ? "coded mixer" : "mixer",
-           width, squared_relu, group, window);
-    free(keys), free(values), free(sums), free(conv_weights), free(q), free(out[0]), free(out[1]);
-}
-
 /* sums after rows have closed: as plain C has them, and near those in double */
 static void fold(int width, int squared_relu) {
     enum { ROWS = 150, FIRST = 3, LAST = 141, HEAD = 1, KV = 2 };
@@ -320,21 +282,7 @@ static void fold(int width, int squared_relu) {
     free(keys), free(values), free(start), free(sums[0]), free(sums[1]), free(exact);
 }
 
-static void mixers(void) {
-    const int widths[] = {2, 24, 64, 80, 112};
-    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
-        for (int squared_relu = 0; squared_relu < 2; squared_relu++) {
-            fold(widths[i], squared_relu);
-            mixer(widths[i], squared_relu, 16, 0, 0);
-            mixer(widths[i], squared_relu, 0, 9, 0);
-            mixer(widths[i], squared_relu, 0, 0, 0);
-        }
-        mixer(widths[i] - 1, 0, 0, 0, 1);
-        mixer(widths[i], 0, 0, 0, 1);
-        mixer(widths[i], 0, 0, 9, 1);
-    }
-}
-
+#include "proof_attention.inc.h"
 #include "proof_heads.inc.h"
 #include "proof_pool.inc.h"
 

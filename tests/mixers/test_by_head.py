@@ -68,8 +68,8 @@ def test_the_inference_form_is_the_same_function() -> None:
 def test_only_exact_heads_are_kept_as_codes() -> None:
     model = model_of(layer(1), layer(0, 3), dtype=torch.float32)
     parts = model.new_state(kv="int8").parts
-    kept = {(part.spec.kv_heads, part.entries.quantized) for part in parts}
-    assert kept == {(1, True), (3, False), (2, True), (2, False)}
+    kept = {(part.spec.kv_heads, part.entries.name) for part in parts}
+    assert kept == {(1, "int8"), (3, "float"), (2, "int8"), (2, "float")}
     found, full = nodes_and_full(model, kv="int8")
     assert 0 < float((found - full).abs().max()) < 0.1
 

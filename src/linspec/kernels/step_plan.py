@@ -17,6 +17,8 @@ from linspec.decoding.tree import Shape
 
 # kinds of weights
 F32, BF16, INT8, INT4 = range(4)
+# kinds of rows: F32, BF16, INT8, and this one
+F16 = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,8 +111,8 @@ class LayerBuffers:
     """Where the state of a layer is.
 
     kind: layers of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
-    Hkv, conv_history + C, .]: committed rows, then staged rows; sums [slots, Hkv, K, V] or None.
-    quantized: rows are int8 codes and a scale.
+    Hkv, conv_history + C, .]: committed rows, then staged rows, floats or (int8) codes and a scale; sums
+    [slots, Hkv, K, V] or None.
     """
 
     kind: int
@@ -118,7 +120,6 @@ class LayerBuffers:
     values: torch.Tensor
     sums: torch.Tensor | None
     conv_history: int
-    quantized: bool
 
 
 @dataclass(slots=True)

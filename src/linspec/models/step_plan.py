@@ -221,7 +221,6 @@ def _buffers(state: SequenceStates) -> list[LayerBuffers]:
             values=part.values[index],
             sums=part.sums[index] if part.sums.numel() else None,
             conv_history=part.spec.conv_history,
-            quantized=part.entries.quantized,
         )
         for part, index in state.layers
     ]
@@ -241,7 +240,6 @@ def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[LayerBuff
                 values=values[None],
                 sums=part.sums[index, slot] if part.sums.numel() else None,
                 conv_history=part.spec.conv_history,
-                quantized=part.entries.quantized,
             )
         )
     return buffers

@@ -28,12 +28,11 @@ class EntrySpec:
 class EntryFormat(Protocol):
     """How entries lie in memory; one more is one file, such as `int8.py`.
 
-    in_kernels, quantized: whether compiled kernels read it, and as 8-bit codes.
+    in_kernels: whether compiled kernels read it.
     """
 
     name: str
     in_kernels: bool
-    quantized: bool
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the buffers of a model that computes in `dtype`."""
@@ -61,7 +60,6 @@ class FloatEntries:
 
     name = "float"
     in_kernels = True
-    quantized = False
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype

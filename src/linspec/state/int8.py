@@ -15,7 +15,6 @@ class Int8Entries:
 
     name = "int8"
     in_kernels = True
-    quantized = True
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.int8

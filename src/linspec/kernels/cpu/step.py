@@ -37,7 +37,9 @@ from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
 from linspec.kernels.step_plan import (
     BF16,
+    F16,
     F32,
+    INT8,
     LayerBuffers,
     LayerPlan,
     LinearPlan,
@@ -47,6 +49,7 @@ from linspec.kernels.step_plan import (
 from linspec.utils.messages import shown
 
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
+_ROWS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int8: INT8}
 
 
 def why_not(plan: StepPlan) -> str | None:
@@ -221,7 +224,7 @@ def _place(entry: LayerStruct, layer: LayerBuffers) -> None:
     entry.state, entry.conv_history = layer.kind, layer.conv_history
     # in bytes: rows are floats or codes
     size = keys.element_size()
-    entry.quantized, entry.row_bytes = layer.quantized, keys.stride(2) * size
+    entry.row_kind, entry.row_bytes = _ROWS[keys.dtype], keys.stride(2) * size
     entry.keys, entry.key_stride = keys.data_ptr(), keys.stride(1) * size
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
     entry.sums = None if layer.sums is None else layer.sums.data_ptr()

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
-from linspec.kernels.step_plan import BF16, F32, INT4, INT8
+from linspec.kernels.step_plan import BF16, F16, F32, INT4, INT8
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 6
+ABI = 7
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -30,10 +30,11 @@ CONSTANTS = (
     ("LS_ABI", ABI, "of this table and the functions"),
     ("LS_TILE", TILE, "output channels of a tile"),
     ("LS_GROUP", GROUP, "inputs that share a scale in int4 weights"),
-    ("LS_F32", F32, "kinds of weights"),
+    ("LS_F32", F32, "kinds of weights and of rows"),
     ("LS_BF16", BF16, ""),
     ("LS_INT8", INT8, ""),
     ("LS_INT4", INT4, ""),
+    ("LS_F16", F16, "of rows of a state only"),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
 )
@@ -139,7 +140,7 @@ class LinearStruct(Struct):
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
     Field("const float *", "sums", "[slots][kv_heads][head_width][head_width], null without"),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
-    Field("int32_t", "quantized row_bytes", "rows are int8 codes and a scale; bytes of a row"),
+    Field("int32_t", "row_kind row_bytes", "LS_INT8: codes and a scale; bytes of a row"),
 )
 class LayerStruct(Struct):
     """A block: what its mixer does, its weights, and where its state is."""

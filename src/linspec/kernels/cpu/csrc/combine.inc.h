@@ -15,6 +15,16 @@ static void merge_chunk(const ls_mixer *m, float *out, softmax_state *state, con
     for (int i = 0; i < m->width; i++) out[i] = out[i] * keep + more[i] * scale;
 }
 
+INLINE vf dot_lanes(const float *a, const float *b, int width) {
+    vf sum = vf_set1(0.0f);
+    int whole = width & ~15;
+    for (int i = 0; i < whole; i += 16) sum = LS_FMA(vf_load(a + i), vf_load(b + i), sum);
+    if (whole < width)
+        sum = LS_FMA(vf_load_part(a + whole, width - whole), vf_load_part(b + whole, width - whole),
+                     sum);
+    return sum;
+}
+
 /* rows of groups that close on the path to this node */
 static void add_closing_rows(const ls_mixer *m, const float *keys, const float *values,
                              const visible_rows *v, const float *features, float *out) {
@@ -38,8 +48,7 @@ static void fold_rows(const ls_mixer *m, int head, int first, int last, float *s
         float scales[BLOCK], columns[MAX_ACCUMULATORS][BLOCK];
         for (int i = 0; i < count; i++)
             scales[i] = m->squared_relu ? 1.0f : inverse_length(key + i * m->width, m->width);
-        const char *value = (const char *)(values + row * m->width);
-        source rows = {value, NULL, m->row_bytes, count, m->width, 0, 0};
+        source rows = {values + row * m->width, NULL, m->width, count, m->width, 0};
         for (int line = 0, lines; line < m->width; line += lines) {
             accumulator to[MAX_ACCUMULATORS] = {{0}};
             lines = m->width - line < MAX_ACCUMULATORS ? m->width - line : MAX_ACCUMULATORS;
@@ -66,28 +75,28 @@ static void add_closed_sums(const ls_mixer *m, int head, const visible_rows *con
         for (int i = 0; i < m->width; i++) features[t][i] *= m->alpha;
         to[t] = (accumulator){out[t], features[t], 1.0f};
     }
-    int64_t bytes = (int64_t)m->width * (int64_t)sizeof(float);
-    const char *rows = (const char *)m->sums + head * m->width * bytes;
-    source sums = {rows, NULL, bytes, m->width, m->width, 0, 0};
+    source sums = {m->sums + (int64_t)head * m->width * m->width, NULL, m->width, m->width, m->width, 0};
     accumulate(&sums, to, count);
     for (int t = 0; t < count; t++)
         add_closing_rows(m, keys, values, visible[t], features[t], out[t]);
 }
 
-/* causal convolution over the values of a node and its nearest ancestors, for its heads */
-static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, float *out) {
-    int repeats = m->heads / m->kv_heads;
+/* causal convolution over the values of a node and its nearest ancestors, for its heads; space: a block of rows */
+static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, float *out, float *space) {
+    int repeats = m->heads / m->kv_heads, padded = ls_up16(m->width);
     const char *values = m->values + head * m->value_stride;
     for (int first = 0; first < m->taps; first += BLOCK) {
-        int32_t indices[BLOCK];
-        float weights[BLOCK];
+        float scales[BLOCK], weights[BLOCK];
         int count = m->taps - first < BLOCK ? m->taps - first : BLOCK;
-        for (int i = 0; i < count; i++) indices[i] = row_at(m, v, v->count - 1 - first - i);
-        source rows = {values, indices, m->row_bytes, count, m->width, m->quantized, 0};
+        for (int i = 0; i < count; i++) {
+            const char *row = values + (int64_t)row_at(m, v, v->count - 1 - first - i) * m->row_bytes;
+            widen_rows(m, row, 1, space + i * padded);
+            scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m) : 1.0f;
+        }
+        source rows = {space, NULL, padded, count, m->width, 0};
         for (int r = 0; r < repeats; r++) {
             const float *taps = m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first;
-            for (int i = 0; i < count; i++)
-                weights[i] = taps[i] * (m->quantized ? row_scale(values, indices[i], m) : 1.0f);
+            for (int i = 0; i < count; i++) weights[i] = taps[i] * scales[i];
             accumulator one = {out + r * m->width, weights, 1.0f};
             accumulate(&rows, &one, 1);
         }
@@ -97,9 +106,9 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
 /* One query: its output from its partial sums. */
 static void merge_chunks(const ls_mixer *m, int index, int count, int chunks, float *partials,
                          float *out) {
-    size_t size = (size_t)count * (size_t)(m->width + 2);
-    float *sum = partials + (size_t)index * m->width;
-    softmax_state *state = (softmax_state *)(partials + (size_t)count * m->width) + index;
+    size_t size = ls_partial_floats(m), width = (size_t)ls_up16(m->width);
+    float *sum = partials + (size_t)index * width;
+    softmax_state *state = (softmax_state *)(partials + (size_t)count * width) + index;
     for (int c = 1; c < chunks; c++)
         merge_chunk(m, sum, state, sum + c * size, (softmax_state *)((float *)state + c * size));
     float scale = m->squared_relu ? 1.0f : 1.0f / state->sum;
@@ -110,7 +119,8 @@ static void merge_chunks(const ls_mixer *m, int index, int count, int chunks, fl
 static void combine_chunks(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
                            float *partials, float *out, int64_t out_stride, void *scratch) {
     int repeats = m->heads / m->kv_heads, queries = m->nodes * repeats, pending = 0;
-    visible_rows *visible = scratch;
+    float *space = scratch;
+    visible_rows *visible = (visible_rows *)(space + ls_block_floats(m));
     const visible_rows *seen[MAX_ACCUMULATORS];
     const float *q_at[MAX_ACCUMULATORS];
     float *out_at[MAX_ACCUMULATORS];
@@ -129,5 +139,6 @@ static void combine_chunks(const ls_mixer *m, int head, int chunks, const float 
         }
     }
     for (int n = 0; m->taps && n < m->nodes; n++)
-        add_convolution(m, head, visible + n, out + n * out_stride + head * repeats * m->width);
+        add_convolution(m, head, visible + n, out + n * out_stride + head * repeats * m->width,
+                        space);
 }

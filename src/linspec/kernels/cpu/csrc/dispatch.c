@@ -12,8 +12,15 @@
 #endif
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+/* conversions of halves came before AVX2, but not every compiler knows the name of the feature */
+static int runs_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 static int runs_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && runs_f16c();
 }
 
 static int runs_avx512(void) {
@@ -23,7 +30,6 @@ static int runs_avx512(void) {
 }
 
 #ifdef LS_HAVE_AVXVNNI
-#include <cpuid.h>
 /* compilers know the name of this feature only since recently */
 static int runs_avxvnni(void) {
     unsigned a, b, c, d;

@@ -1,14 +1,13 @@
 /* AVX2 without dot product instructions. */
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 #include "fma256.h"
 #include "vector.h"
 #include "row_ops.inc.h"
-#include "mixer.inc.h"
 
 /* Signed codes: |w| times x with w's sign. Unsigned ones would overflow the sum of a pair,
  * 128 times 127 cannot. The sum is in assembly, or GCC 12 copies and spills sums. */
@@ -35,6 +34,7 @@ INLINE __m256i int4_total(__m256i pairs, int32_t offset) {
 #define INT4_ADD int4_add
 #define INT4_TOTAL int4_total
 #include "avx2_tiles.inc.h"
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_avx2 = LS_OPS("avx2");
 #if defined(__clang__)

@@ -10,16 +10,21 @@
 #include <immintrin.h>
 
 #define LS_FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define LS_WIDEN(v) ((vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)(v))))
 #define LS_MAX(a, b) ((vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define LS_MIN(a, b) ((vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define LS_FLOAT_ROWS 8
-#define LS_KEYS 4
-#define LS_WIDE_SHUFFLES /* of sixteen lanes cost one instruction */
+#define LS_LANES 16
+#define LS_QUERIES 4
+#define LS_LANES_FMA(a, b, c) LS_FMA(a, b, c)
+#define LS_LANES_MAX(a, b) ((vl)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define LS_LANES_MIN(a, b) ((vl)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define LS_LANES_WORDS(p) ((vli)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
+#define LS_LANES_CODES(p) \
+    ((vl)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
+#define LS_LANES_HALF(p) ((vl)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #include "vector.h"
 #include "row_ops.inc.h"
 #include "float_tiles.inc.h"
-#include "mixer.inc.h"
 
 /* Unrolled before registers are given out, or the sums would live in memory. */
 #define EACH_OF(n) _Pragma("GCC unroll 8") for (int r = 0; r < (n); r++)
@@ -135,6 +140,11 @@ static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
                       int rows, float *out) {
     BY_ROWS(int4_rows, w, x, offsets, groups)
 }
+
+/* codes of keys are unsigned */
+#define LS_DOT_FLIP 0x80808080
+#define LS_DOT(sum, keys, q) ((vli)dot((__m512i)(sum), (__m512i)(keys), (__m512i)(q)))
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_avx512 = LS_OPS("avx512-vnni");
 #if defined(__clang__)

@@ -2,14 +2,14 @@
 #include "kernels.h"
 #ifdef LS_HAVE_AVXVNNI
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
+#define LS_DOT_FLIP 0x80808080
 #include "fma256.h"
 #include "vector.h"
 #include "row_ops.inc.h"
-#include "mixer.inc.h"
 
 /* The instruction wants unsigned times signed, which is how codes lie. In assembly, or GCC 12 copies
  * and spills sums. */
@@ -17,6 +17,7 @@ INLINE __m256i unsigned_dot(__m256i sum, __m256i codes, __m256i x) {
     __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(codes), "x"(x));
     return sum;
 }
+#define DOT unsigned_dot
 #define INT8_CODES(bytes) (bytes)
 #define INT8_START(offset) (offset)
 #define INT8_DOT unsigned_dot
@@ -24,6 +25,7 @@ INLINE __m256i unsigned_dot(__m256i sum, __m256i codes, __m256i x) {
 #define INT4_ADD unsigned_dot
 #define INT4_TOTAL(sum, offset) (sum)
 #include "avx2_tiles.inc.h"
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");
 #if defined(__clang__)

@@ -22,10 +22,12 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
     return c;
 }
 #define LS_FLOAT_ROWS 2
+#define LS_LANES 4
+#define LS_LANES_FMA(a, b, c) ((vl)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define LS_LANES_HALF(p) ((vl)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
 #include "vector.h"
 #include "row_ops.inc.h"
 #include "float_tiles.inc.h"
-#include "mixer.inc.h"
 
 INLINE int8x16_t broadcast4(const int8_t *four) {
     int32_t bits;
@@ -90,6 +92,10 @@ static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
             vst1q_f32(out + r * LS_TILE + 4 * i, sum);
         }
 }
+
+#define LS_DOT_FLIP 0
+#define LS_DOT(sum, keys, q) ((vli)dot((int32x4_t)(sum), (int8x16_t)(keys), (int8x16_t)(q)))
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_neon = LS_OPS("neon-dotprod");
 #if defined(__clang__)

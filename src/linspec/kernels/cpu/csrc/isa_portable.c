@@ -33,7 +33,6 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #include "vector.h"
 #include "row_ops.inc.h"
 #include "float_tiles.inc.h"
-#include "mixer.inc.h"
 
 static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int quads,
                       int rows, float *out) {
@@ -80,5 +79,14 @@ static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
             out[r * LS_TILE + c] = sum;
         }
 }
+
+/* sum + four products of signed codes in each lane */
+INLINE vli lanes_dot(vli sum, vli keys, vli q) {
+    for (int shift = 24; shift >= 0; shift -= 8) sum += (keys << shift >> 24) * (q << shift >> 24);
+    return sum;
+}
+#define LS_DOT_FLIP 0
+#define LS_DOT(sum, keys, q) lanes_dot(sum, keys, q)
+#include "mixer.inc.h"
 
 const ls_ops ls_ops_portable = LS_OPS("portable");

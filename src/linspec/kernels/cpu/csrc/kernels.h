@@ -13,7 +13,8 @@
 #define LS_API __attribute__((visibility("default")))
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
-#define LS_QUERY_FLOATS 32 /* of scratch for a query, see ls_attend_scratch_bytes */
+#define LS_BLOCK 64 /* rows whose sums are made together */
+#define LS_QUERY_FLOATS 34 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
 #define LS_CHUNK 1024 /* exact rows whose sums are made apart: threads share out long caches so */
 
 /* Input rows in the order in which tiles read them. codes: for each block [padded / 4][rows of block][4] (int8) or
@@ -37,7 +38,7 @@ typedef struct {
     int32_t taps;                     /* the values of the rows before the first lie before `values` */
     float alpha;
     const float *conv_weights;        /* [heads][taps] */
-    int32_t quantized, row_bytes;     /* of a row */
+    int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16 or LS_INT8; of a row */
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
     const float *sums;                /* [kv_heads][width][width], null without */
@@ -47,12 +48,18 @@ typedef struct {
 static inline size_t ls_query_count(const ls_mixer *m) {
     return (size_t)m->nodes * (size_t)(m->heads / m->kv_heads);
 }
+/* features, rounded up to whole vectors of sixteen */
+static inline int ls_up16(int n) { return (n + 15) & ~15; }
+/* floats of the keys and values of a block of rows */
+static inline size_t ls_block_floats(const ls_mixer *m) { return (size_t)(2 * LS_BLOCK * ls_up16(m->width)); }
+/* two blocks of rows, then for each query its features and itself */
 static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
-    return ls_query_count(m) * (LS_QUERY_FLOATS * sizeof(float) + (size_t)((m->width + 31) & ~31));
+    size_t query = (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
+    return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
 /* floats of the partial sums of one kv head and chunk */
 static inline size_t ls_partial_floats(const ls_mixer *m) {
-    return ls_query_count(m) * (size_t)(m->width + 2);
+    return ls_query_count(m) * (size_t)(ls_up16(m->width) + 2);
 }
 /* chunks that the exact rows of a node may fill */
 static inline int ls_chunk_count(const ls_mixer *m) {
@@ -86,6 +93,8 @@ typedef struct {
     float (*quantize_row)(const float *x, int width, int padded, int rows, int per_group,
                           int8_t *codes, int32_t *offsets);
     void (*copy_row)(const float *x, int width, int rows, float *to);
+    /* x as 16-bit floats, LS_BF16 or LS_F16 */
+    void (*narrow_row)(const float *x, int width, int kind, uint16_t *to);
     /* see ls_epilogue */
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */
@@ -95,7 +104,7 @@ typedef struct {
     /* x / |x| in place */
     void (*normalize)(float *x, int width);
     /* The queries of kv head `head` over the rows of a chunk; q [nodes][stride], heads side by side.
-     * partial: a sum [width] for every node and query head of the kv head, then for each of these the
+     * partial: a sum [width, rounded up to 16] for every node and query head of the kv head, then for each of these the
      * state of its softmax, two floats. scratch: ls_attend_scratch_bytes(m). */
     void (*attend_chunk)(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
                          float *partial, void *scratch);

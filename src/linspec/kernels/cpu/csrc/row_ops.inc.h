@@ -71,6 +71,34 @@ static float quantize_row(const float *x, int width, int padded, int rows, int p
     return scale;
 }
 
+/* to the nearest bfloat16, ties to even; one NaN stands for all */
+INLINE vli narrow_bfloat16(vl x) {
+    vli bits = vli_bits(x);
+    vli even = (bits >> 16) & 1;
+    return vli_bits(vl_select((vli)(x == x), vl_bits((bits + 0x7fff + even) >> 16), vl_bits((vli){0} + 0x7fc0)));
+}
+
+/* The same for float16. Below its smallest normal number, adding 0.5 leaves room for just its fraction. */
+INLINE vli narrow_float16(vl x) {
+    vli bits = vli_bits(x), size = bits & 0x7fffffff, even = (size >> 13) & 1;
+    vli normal = (size - (112 << 23) + 0xfff + even) >> 13;
+    vli small = vli_bits(vl_bits(size) + vl_set1(0.5f)) - vli_bits(vl_set1(0.5f));
+    vli is_small = size < 0x38800000, is_large = size >= 0x47800000, is_nan = size > 0x7f800000;
+    vli kept = (is_small & small) | (~is_small & normal);
+    kept = (is_large & 0x7c00) | (~is_large & kept) | (is_nan & 0x7e00);
+    return kept | ((bits >> 16) & 0x8000);
+}
+
+/* x as 16-bit floats: `kind` is LS_BF16 or LS_F16 */
+static void narrow_row(const float *x, int width, int kind, uint16_t *to) {
+    for (int i = 0; i < width; i += LS_LANES) {
+        int n = width - i < LS_LANES ? width - i : LS_LANES;
+        vl v = n < LS_LANES ? vl_load_part(x + i, n) : vl_load(x + i);
+        vlh half = __builtin_convertvector(kind == LS_F16 ? narrow_float16(v) : narrow_bfloat16(v), vlh);
+        memcpy(to + i, &half, (size_t)n * sizeof *to);
+    }
+}
+
 static void copy_row(const float *x, int width, int rows, float *to) {
     if (rows == 1) {
         memcpy(to, x, (size_t)width * sizeof *x);

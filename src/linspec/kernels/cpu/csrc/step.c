@@ -33,7 +33,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .committed = in->committed[l->state], .staged = in->staged, .nodes = in->nodes,
         .window = l->window, .group = l->group, .span = l->span, .squared_relu = l->squared_relu,
         .taps = l->taps, .alpha = l->alpha, .conv_weights = l->conv_weights,
-        .quantized = l->quantized, .row_bytes = l->row_bytes,
+        .row_kind = l->row_kind, .row_bytes = l->row_bytes,
         .key_stride = l->key_stride, .value_stride = l->value_stride,
         .keys = l->keys + slot * l->key_stride,
         .values = l->values + slot * l->value_stride + (int64_t)l->conv_history * l->row_bytes,
@@ -106,8 +106,12 @@ static void feature(const ls_run *s, const ls_layer *l, int row, const float *no
 
 /* a row of keys or values as the state keeps it */
 static void store_row(const ls_mixer *m, const float *x, char *to) {
-    if (!m->quantized) {
+    if (m->row_kind == LS_F32) {
         memcpy(to, x, (size_t)m->row_bytes);
+        return;
+    }
+    if (m->row_kind != LS_INT8) {
+        ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
         return;
     }
     int8_t codes[LS_MAX_HEAD_WIDTH];

@@ -5,13 +5,14 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 6                             /* of this table and the functions */
+#define LS_ABI 7                             /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
-#define LS_F32 0                             /* kinds of weights */
+#define LS_F32 0                             /* kinds of weights and of rows */
 #define LS_BF16 1
 #define LS_INT8 2
 #define LS_INT4 3
+#define LS_F16 4                             /* of rows of a state only */
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 
@@ -39,7 +40,7 @@ typedef struct {
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
     const float *sums;                       /* [slots][kv_heads][head_width][head_width], null without */
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
-    int32_t quantized, row_bytes;            /* rows are int8 codes and a scale; bytes of a row */
+    int32_t row_kind, row_bytes;             /* LS_INT8: codes and a scale; bytes of a row */
 } ls_layer;
 
 /* A whole decoder. */
@@ -93,7 +94,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1001753313, \
+    1525169733, \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
@@ -106,7 +107,7 @@ typedef struct {
         offsetof(ls_layer, qkv), offsetof(ls_layer, out), offsetof(ls_layer, gate_up), \
         offsetof(ls_layer, down), offsetof(ls_layer, keys), offsetof(ls_layer, values), \
         offsetof(ls_layer, sums), offsetof(ls_layer, key_stride), \
-        offsetof(ls_layer, value_stride), offsetof(ls_layer, quantized), \
+        offsetof(ls_layer, value_stride), offsetof(ls_layer, row_kind), \
         offsetof(ls_layer, row_bytes), \
     sizeof(ls_decoder), offsetof(ls_decoder, layers), offsetof(ls_decoder, width), \
         offsetof(ls_decoder, heads), offsetof(ls_decoder, kv_heads), \

@@ -10,12 +10,8 @@
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
-/* keys that are multiplied by queries at once: as many as the registers can hold */
-#ifndef LS_KEYS
-#define LS_KEYS 1
-#endif
-#define INLINE static inline __attribute__((always_inline))
+
+#include "lanes.h"
 
 INLINE vf vf_load(const float *p) {
     vf v;
@@ -100,47 +96,26 @@ INLINE float vf_largest(vf v) {
     return v[0];
 }
 
-/* codes to floats; compilers do badly what they are not told to do */
-#ifndef LS_WIDEN
-INLINE vf ls_widen(vb codes) {
-    vf v;
-    for (int i = 0; i < 16; i++) v[i] = (float)codes[i];
-    return v;
-}
-#define LS_WIDEN(codes) ls_widen(codes)
-#endif
-
 /* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction. */
 INLINE vi vf_round(vf x) {
     const vf magic = vf_set1(12582912.0f);
     return vi_bits(x + magic) - vi_bits(magic);
 }
 
-/* e^x with a relative error below 3e-7; 0 below -87, the largest finite power above 88. */
 INLINE vf vf_exp(vf x) {
-    vf in = vf_min(vf_max(x, vf_set1(-87.0f)), vf_set1(88.0f));
-    vi n = vf_round(in * vf_set1(1.44269504f));
-    vf whole = __builtin_convertvector(n, vf);
-    vf r = LS_FMA(whole, vf_set1(-0.693145752f), in);
-    r = LS_FMA(whole, vf_set1(-1.42860677e-6f), r);
-    vf p = vf_set1(1.98756915e-4f);
-    p = LS_FMA(p, r, vf_set1(1.39819995e-3f));
-    p = LS_FMA(p, r, vf_set1(8.33345191e-3f));
-    p = LS_FMA(p, r, vf_set1(4.16657962e-2f));
-    p = LS_FMA(p, r, vf_set1(1.66666655e-1f));
-    p = LS_FMA(p, r, vf_set1(5.00000012e-1f));
-    p = LS_FMA(p, r * r, r) + vf_set1(1.0f);
-    vf y = p * vf_bits((n + 127) << 23);
-    y = vf_select((vi)(x < vf_set1(-87.0f)), vf_set1(0.0f), y);
-    return vf_select((vi)(x == x), y, x);
+    vl parts[LS_PARTS];
+    memcpy(parts, &x, sizeof x);
+    UNROLL(LS_PARTS, i) parts[i] = vl_exp(parts[i]);
+    memcpy(&x, parts, sizeof x);
+    return x;
 }
 
 /* The table of an instruction set, from the functions of one isa_*.c file. */
 #define LS_OPS(set)                                                                       \
     {.name = set,         .int8 = int8_tile,             .int4 = int4_tile,               \
      .f32 = f32_tile,     .bf16 = bf16_tile,             .quantize_row = quantize_row,    \
-     .copy_row = copy_row, .epilogue = epilogue,         .rms_norm = rms_norm,            \
-     .silu_mul = silu_mul, .normalize = normalize,       .attend_chunk = attend_chunk,    \
-     .combine = combine_chunks, .fold = fold_rows}
+     .copy_row = copy_row, .narrow_row = narrow_row,     .epilogue = epilogue,            \
+     .rms_norm = rms_norm, .silu_mul = silu_mul,         .normalize = normalize,          \
+     .attend_chunk = attend_chunk, .combine = combine_chunks, .fold = fold_rows}
 
 #endif

@@ -1,0 +1,201 @@
+/* Rows of a cache as the loops over them want them: floats, keys and values alike, and the keys of int8 rows as a
+ * tile of codes. What has to be made is made once for all queries. Part of every isa_*.c. */
+
+#define BLOCK LS_BLOCK
+
+/* rows of one kv head, `count` of them. keys and values: floats, with zeros up to whole sixteens; strides in floats.
+ * codes [quads][BLOCK][4] and key_scales: in place of `keys` for int8 rows, whose values have scales as well. */
+typedef struct {
+    int count, fresh; /* fresh: nobody has read them yet, so who does prefetches the block behind them */
+    const float *keys, *values;
+    int64_t key_stride, value_stride;
+    uint8_t *codes;
+    float key_scales[BLOCK], value_scales[BLOCK];
+} row_block;
+
+/* the scale at the end of an int8 row */
+INLINE float row_scale(const char *row, const ls_mixer *m) {
+    float scale;
+    memcpy(&scale, row + m->row_bytes - 4, sizeof scale);
+    return scale;
+}
+
+#ifndef LS_LANES_WORDS
+INLINE vli load_words(const char *at) {
+    vlh words;
+    memcpy(&words, at, sizeof words);
+    return __builtin_convertvector(words, vli);
+}
+#else
+INLINE vli load_words(const char *at) { return LS_LANES_WORDS(at); }
+#endif
+
+INLINE vl widen_bfloat16(const char *at) { return vl_bits(load_words(at) << 16); }
+
+/* Halves are floats with a smaller exponent; what lies beyond it are infinities and NaN. */
+#ifndef LS_LANES_HALF
+INLINE vl widen_float16(const char *at) {
+    vli bits = load_words(at), low = bits & 0x7fff;
+    vl finite = vl_bits(low << 13) * vl_set1(0x1p112f);
+    vl beyond = vl_bits((low << 13) | 0x7f800000);
+    vl size = vl_select(low >= 0x7c00, beyond, finite);
+    return vl_bits(vli_bits(size) | (bits & 0x8000) << 16);
+}
+#else
+INLINE vl widen_float16(const char *at) { return LS_LANES_HALF(at); }
+#endif
+
+#ifndef LS_LANES_CODES
+INLINE vl widen_codes(const char *at) {
+    vl v;
+    for (int i = 0; i < LS_LANES; i++) v[i] = (float)(signed char)at[i];
+    return v;
+}
+#else
+INLINE vl widen_codes(const char *at) { return LS_LANES_CODES(at); }
+#endif
+
+/* `parts` vectors of features of a row */
+INLINE void widen_parts(const char *at, int kind, int parts, float *to) {
+    UNROLL(parts, i) {
+        int c = LS_LANES * i;
+        vl v = kind == LS_F32    ? vl_load((const float *)at + c)
+               : kind == LS_BF16 ? widen_bfloat16(at + 2 * c)
+               : kind == LS_F16  ? widen_float16(at + 2 * c)
+                                 : widen_codes(at + c);
+        vl_store(to + c, v);
+    }
+}
+
+INLINE int feature_bytes(int kind) { return kind == LS_INT8 ? 1 : kind == LS_F32 ? 4 : 2; }
+
+/* The cache lines that begin in a row: of the block behind the present one, as several queries take so long over a
+ * block that processors stop looking ahead. */
+INLINE void prefetch_row(const ls_mixer *m, const char *row) {
+    uintptr_t line = ((uintptr_t)row + 63) & ~(uintptr_t)63, end = (uintptr_t)row + (uintptr_t)m->row_bytes;
+    for (; line < end; line += 64) __builtin_prefetch((const void *)line);
+}
+
+/* `count` rows as floats, zeros behind each up to whole sixteens */
+INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, float *to) {
+    int size = feature_bytes(kind), whole = m->width & ~15, padded = ls_up16(m->width);
+    for (int i = 0; i < count; i++, rows += m->row_bytes, to += padded) {
+        int c = 0;
+        prefetch_row(m, rows + BLOCK * m->row_bytes);
+        for (; c + 64 <= m->width; c += 64) widen_parts(rows + c * size, kind, 4 * LS_PARTS, to + c);
+        for (; c < whole; c += 16) widen_parts(rows + c * size, kind, LS_PARTS, to + c);
+        if (whole == m->width) continue;
+        char part[64] = {0};
+        memcpy(part, rows + whole * size, (size_t)((m->width - whole) * size));
+        widen_parts(part, kind, LS_PARTS, to + whole);
+    }
+}
+
+static void widen_rows(const ls_mixer *m, const char *rows, int count, float *to) {
+    switch (m->row_kind) {
+        case LS_F32: widen_kind(m, rows, count, LS_F32, to); break;
+        case LS_BF16: widen_kind(m, rows, count, LS_BF16, to); break;
+        case LS_F16: widen_kind(m, rows, count, LS_F16, to); break;
+        default: widen_kind(m, rows, count, LS_INT8, to);
+    }
+}
+
+/* Rows as floats: where they are, or else in `space`. */
+INLINE const float *as_floats(const ls_mixer *m, const char *rows, int count, float *space, int64_t *stride) {
+    *stride = ls_up16(m->width);
+    if (m->row_kind == LS_F32 && m->width % 16 == 0) return (const float *)rows;
+    widen_rows(m, rows, count, space);
+    return space;
+}
+
+/* to[i] lane j = from[j] lane i, for as many vectors as a vector has lanes */
+#if LS_LANES == 16
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+/* four times, halves are shuffled like a pack of cards */
+INLINE void transpose(vli *v) {
+    vli w[16];
+    for (int round = 0; round < 2; round++) {
+        UNROLL(8, i) {
+            w[2 * i] = LANE_SHUFFLE(v[i], v[i + 8], LOWER);
+            w[2 * i + 1] = LANE_SHUFFLE(v[i], v[i + 8], UPPER);
+        }
+        UNROLL(8, i) {
+            v[2 * i] = LANE_SHUFFLE(w[i], w[i + 8], LOWER);
+            v[2 * i + 1] = LANE_SHUFFLE(w[i], w[i + 8], UPPER);
+        }
+    }
+}
+#elif LS_LANES == 8
+/* within neighbouring fours first, as 256-bit registers shuffle those at once */
+INLINE void transpose(vli *v) {
+    vli w[8];
+    UNROLL(4, i) {
+        w[2 * i] = LANE_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        w[2 * i + 1] = LANE_SHUFFLE(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    vli x[8];
+    UNROLL(2, i) {
+        UNROLL(2, k) {
+            x[4 * i + 2 * k] = LANE_SHUFFLE(w[4 * i + k], w[4 * i + 2 + k], 0, 1, 8, 9, 4, 5, 12, 13);
+            x[4 * i + 2 * k + 1] = LANE_SHUFFLE(w[4 * i + k], w[4 * i + 2 + k], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    UNROLL(4, i) {
+        v[i] = LANE_SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[i + 4] = LANE_SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+#endif
+
+/* as many rows as a vector has lanes, and as many fours of codes of each */
+#if LS_LANES >= 8
+INLINE void tile_square(const char *rows, int64_t stride, uint8_t *tile) {
+    vli v[LS_LANES];
+    for (int i = 0; i < LS_LANES; i++) v[i] = vli_load(rows + i * stride);
+    transpose(v);
+    for (int i = 0; i < LS_LANES; i++) {
+        vli fours = v[i] ^ (int32_t)LS_DOT_FLIP;
+        memcpy(tile + (size_t)i * BLOCK * 4, &fours, sizeof fours);
+    }
+}
+#endif
+
+/* The codes of `count` rows as [quads][BLOCK][4], as LS_DOT wants them. */
+static void tile_rows(const char *rows, int64_t stride, int count, int quads, uint8_t *tile) {
+    int row = 0, quad = 0;
+#if LS_LANES >= 8
+    for (; row + LS_LANES <= count; row += LS_LANES)
+        for (quad = 0; quad + LS_LANES <= quads; quad += LS_LANES)
+            tile_square(rows + row * stride + 4 * quad, stride, tile + (quad * BLOCK + row) * 4);
+#endif
+    for (int i = 0; i < count; i++)
+        for (int q = i < row ? quad : 0; q < quads; q++) {
+            uint32_t four;
+            memcpy(&four, rows + i * stride + 4 * q, sizeof four);
+            four ^= (uint32_t)LS_DOT_FLIP;
+            memcpy(tile + (size_t)(q * BLOCK + i) * 4, &four, sizeof four);
+        }
+}
+
+/* Make `count` rows from `first` on ready for queries; space: ls_block_floats. */
+static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, float *space,
+                      row_block *to) {
+    keys += (int64_t)first * m->row_bytes;
+    values += (int64_t)first * m->row_bytes;
+    to->count = count;
+    to->fresh = 1;
+    to->values = as_floats(m, values, count, space + BLOCK * ls_up16(m->width), &to->value_stride);
+    if (m->row_kind != LS_INT8) {
+        to->keys = as_floats(m, keys, count, space, &to->key_stride);
+        return;
+    }
+    to->codes = (uint8_t *)space;
+    tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, to->codes);
+    for (int i = 0; i < count; i++) {
+        prefetch_row(m, keys + (BLOCK + i) * m->row_bytes);
+        to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);
+        to->value_scales[i] = row_scale(values + i * m->row_bytes, m);
+    }
+    for (int i = count; i < BLOCK; i++) to->key_scales[i] = to->value_scales[i] = 0.0f;
+}

@@ -1,0 +1,23 @@
+/* Which rows a node sees. Part of every isa_*.c. */
+
+/* the rows that a node sees: how many, the first of them, which staged rows are its ancestors */
+typedef struct {
+    int32_t count, first;
+    uint8_t ancestors[LS_MAX_NODES];
+} visible_rows;
+
+static void find_visible(const ls_mixer *m, int node, visible_rows *v) {
+    uint64_t seen = m->ancestors[m->staged - m->nodes + node];
+    v->count = m->committed;
+    for (; seen; seen &= seen - 1)
+        v->ancestors[v->count++ - m->committed] = (uint8_t)__builtin_ctzll(seen);
+    int64_t first = 0;
+    if (m->window) first = v->count - m->window;
+    if (m->group) first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
+    v->first = first > 0 ? (int32_t)first : 0;
+}
+
+/* index in the buffer of the row at `position`, which may be negative for values */
+INLINE int row_at(const ls_mixer *m, const visible_rows *v, int position) {
+    return position < m->committed ? position : m->committed + v->ancestors[position - m->committed];
+}

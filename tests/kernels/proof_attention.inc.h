@@ -1,0 +1,281 @@
+/* Mixers over a cache: every kind of row, trees, windows and groups. Part of proof.c. */
+
+enum { NODES = 5, BASE = LS_CHUNK + 46, QUERY_HEADS = 6, KV = 2, TAPS = 3, HISTORY = TAPS - 1 };
+static const uint64_t tree[NODES] = {1, 3, 5, 11, 21};
+static const int row_kinds[] = {LS_F32, LS_BF16, LS_F16, LS_INT8};
+
+static int row_bytes(int kind, int width) {
+    return kind == LS_INT8 ? (width + 3) / 4 * 4 + 4 : kind == LS_F32 ? 4 * width : 2 * width;
+}
+
+/* `count` rows in memory that ends where they end */
+static char *some_rows(int kind, int width, size_t count, int style) {
+    size_t bytes = (size_t)row_bytes(kind, width);
+    char *rows = need(count * bytes);
+    float *x = floats((size_t)width);
+    for (size_t i = 0; i < count; i++) {
+        for (int c = 0; c < width; c++)
+            x[c] = style == RANDOM ? ((float)next() / (1 << 23) - 1) * (next() % 5 ? 1.0f : 1e-3f)
+                                   : (style == LOWEST ? -1.0f : 1.0f) * (i % 3 ? 1.0f : -1.0f);
+        if (kind == LS_F32) memcpy(rows + i * bytes, x, bytes);
+        if (kind == LS_BF16 || kind == LS_F16) {
+            uint16_t *half = need(bytes);
+            plain->narrow_row(x, width, kind, half);
+            memcpy(rows + i * bytes, half, bytes);
+            free(half);
+        }
+        if (kind != LS_INT8) continue;
+        float scale = 0.01f + (float)(next() % 100) / 1000;
+        memset(rows + i * bytes, 0, bytes);
+        for (int c = 0; c < width; c++) rows[i * bytes + (size_t)c] = (char)(int)(x[c] * 127);
+        memcpy(rows + (i + 1) * bytes - sizeof scale, &scale, sizeof scale);
+    }
+    free(x);
+    return rows;
+}
+
+/* a mixer over rows that are its own, and the queries of its nodes */
+typedef struct {
+    ls_mixer m;
+    char *keys, *values;
+    float *sums, *conv_weights, *q;
+} case_of;
+
+static case_of make_case(int kind, int width, int squared_relu, int group, int window, int taps, int style) {
+    int64_t rows = BASE + NODES;
+    int bytes = row_bytes(kind, width);
+    case_of c = {.keys = some_rows(kind, width, (size_t)(KV * rows), style),
+                 .values = some_rows(kind, width, (size_t)(KV * (HISTORY + rows)), style),
+                 .sums = floats((size_t)(KV * width * width)), .conv_weights = floats(QUERY_HEADS * TAPS),
+                 .q = floats((size_t)(NODES * QUERY_HEADS * width))};
+    c.m = (ls_mixer){.heads = QUERY_HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
+                     .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
+                     .taps = taps, .alpha = 0.5f, .conv_weights = c.conv_weights, .row_kind = kind,
+                     .row_bytes = bytes, .key_stride = rows * bytes, .value_stride = (HISTORY + rows) * bytes,
+                     .keys = c.keys, .values = c.values + HISTORY * bytes, .sums = group ? c.sums : NULL,
+                     .ancestors = tree};
+    return c;
+}
+
+static void free_case(case_of *c) {
+    free(c->keys), free(c->values), free(c->sums), free(c->conv_weights), free(c->q);
+}
+
+/* the outputs of all nodes: [nodes][QUERY_HEADS][width] */
+static float *attended(const ls_ops *ops, const ls_mixer *m, const float *q) {
+    int chunks = ls_chunk_count(m), stride = QUERY_HEADS * m->width;
+    size_t part = ls_partial_floats(m);
+    float *partials = need((size_t)chunks * part * sizeof(float));
+    float *out = need((size_t)(m->nodes * stride) * sizeof(float));
+    void *scratch = need(ls_attend_scratch_bytes(m));
+    for (int head = 0; head < KV; head++) {
+        for (int c = 0; c < chunks; c++)
+            ops->attend_chunk(m, head, c, q, stride, partials + (size_t)c * part, scratch);
+        ops->combine(m, head, chunks, q, stride, partials, out, stride, scratch);
+    }
+    free(partials), free(scratch);
+    return out;
+}
+
+/* what a mixer reads, over a chunk of its rows and a little more */
+static void mixer(int kind, int width, int squared_relu, int group, int window, int style) {
+    case_of c = make_case(kind, width, squared_relu, group, window, TAPS, style);
+    float *out[2] = {attended(plain, &c.m, c.q), attended(ls_current(), &c.m, c.q)};
+    size_t bytes = sizeof(float) * (size_t)(NODES * QUERY_HEADS * width);
+    expect(memcmp(out[0], out[1], bytes) == 0, "mixer", kind, width, squared_relu, group ? group : window);
+    free(out[0]), free(out[1]);
+    free_case(&c);
+}
+
+static double feature_of(const ls_mixer *m, const char *row, int c) {
+    float f, scale;
+    uint16_t half;
+    switch (m->row_kind) {
+        case LS_F32: memcpy(&f, row + 4 * c, sizeof f); return (double)f;
+        case LS_BF16: return (double)from_bf16(row + 2 * c);
+        case LS_INT8:
+            memcpy(&scale, row + m->row_bytes - 4, sizeof scale);
+            return (double)(signed char)row[c] * (double)scale;
+    }
+    memcpy(&half, row + 2 * c, sizeof half);
+    int exponent = half >> 10 & 31, fraction = half & 1023;
+    double size = exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    return half & 0x8000 ? -size : size;
+}
+
+/* the same in double, for one node and head: weights of the rows that it sees, then their values */
+static void exact_attention(const ls_mixer *m, const double *q, int node, int head, double *out) {
+    double weights[BASE + NODES], most = -INFINITY, total = 0;
+    int rows[BASE + NODES], count = 0, kv = head / (QUERY_HEADS / KV);
+    for (int i = 0; i < m->committed; i++) rows[count++] = i;
+    for (int i = 0; i < NODES; i++)
+        if (m->ancestors[node] >> i & 1) rows[count++] = m->committed + i;
+    int first = m->window && count > m->window ? count - (int)m->window : 0;
+    for (int i = first; i < count; i++) {
+        const char *key = m->keys + kv * m->key_stride + (int64_t)rows[i] * m->row_bytes;
+        weights[i] = 0;
+        for (int c = 0; c < m->width; c++) weights[i] += q[c] * feature_of(m, key, c);
+        if (!m->squared_relu) weights[i] /= sqrt(m->width);
+        most = fmax(most, weights[i]);
+    }
+    for (int i = first; i < count; i++) {
+        double positive = fmax(weights[i], 0);
+        weights[i] = m->squared_relu ? positive * positive : exp(weights[i] - most);
+        total += weights[i];
+    }
+    for (int c = 0; c < m->width; c++) out[c] = 0;
+    for (int i = first; i < count; i++) {
+        const char *value = m->values + kv * m->value_stride + (int64_t)rows[i] * m->row_bytes;
+        for (int c = 0; c < m->width; c++)
+            out[c] += weights[i] / (m->squared_relu ? 1 : total) * feature_of(m, value, c);
+    }
+}
+
+/* a query as it meets keys */
+static void meets(const ls_mixer *m, const float *q, double *to) {
+    int padded = (m->width + 31) / 32 * 32;
+    int8_t *codes = need((size_t)padded);
+    int32_t offset;
+    float scale = plain->quantize_row(q, m->width, padded, 1, 0, codes, &offset);
+    for (int c = 0; c < m->width; c++)
+        to[c] = m->row_kind == LS_INT8 ? (double)codes[c] * (double)scale : (double)q[c];
+    free(codes);
+}
+
+static void near_double(int kind, int width, int squared_relu, int window, int style) {
+    case_of c = make_case(kind, width, squared_relu, 0, window, 0, style);
+    float *out = attended(ls_current(), &c.m, c.q);
+    double *q = need(sizeof *q * (size_t)width), *exact = need(sizeof *exact * (size_t)width);
+    int far = 0;
+    for (int i = 0; i < NODES * QUERY_HEADS; i++) {
+        meets(&c.m, c.q + i * width, q);
+        exact_attention(&c.m, q, i / QUERY_HEADS, i % QUERY_HEADS, exact);
+        for (int f = 0; f < width; f++) {
+            double limit = 2e-5 * (1 + fabs(exact[f])) * (squared_relu ? 100 : 1);
+            far += !(fabs(exact[f] - (double)out[i * width + f]) < limit);
+        }
+    }
+    expect(far == 0, "attention in double", kind, width, squared_relu, window);
+    free(out), free(q), free(exact);
+    free_case(&c);
+}
+
+/* A node gets the same bits alone, and after its root has been committed. */
+static void nodes_apart(int kind, int width, int window) {
+    case_of c = make_case(kind, width, 0, 0, window, TAPS, RANDOM);
+    size_t each = (size_t)(QUERY_HEADS * width);
+    float *together = attended(ls_current(), &c.m, c.q);
+    for (int node = 0; node < NODES; node++) {
+        ls_mixer alone = c.m;
+        alone.nodes = 1;
+        alone.staged = node + 1;
+        float *out = attended(ls_current(), &alone, c.q + node * each);
+        expect(!memcmp(out, together + node * each, each * sizeof *out), "a node alone", kind, width, window, node);
+        free(out);
+    }
+    uint64_t shifted[NODES - 1];
+    for (int i = 1; i < NODES; i++) shifted[i - 1] = tree[i] >> 1;
+    ls_mixer later = c.m;
+    later.committed++, later.staged--, later.nodes--;
+    later.ancestors = shifted;
+    float *out = attended(ls_current(), &later, c.q + each);
+    expect(!memcmp(out, together + each, (NODES - 1) * each * sizeof *out), "committed root", kind, width, window, 0);
+    free(out), free(together);
+    free_case(&c);
+}
+
+/* A NaN in a row or in a query reaches those that see it, and nobody else. */
+static void nan_stays(int kind, int width) {
+    case_of c = make_case(kind, width, 0, 0, 0, 0, RANDOM);
+    size_t each = (size_t)(QUERY_HEADS * width);
+    float *before = attended(ls_current(), &c.m, c.q);
+    enum { ROW = 2, QUERY = 1 };
+    float nan = NAN;
+    uint16_t half = 0x7fff;
+    for (int head = 0; head < KV; head++) {
+        char *value = c.values + head * c.m.value_stride + (HISTORY + BASE + ROW) * (int64_t)c.m.row_bytes;
+        memcpy(kind == LS_INT8 ? value + c.m.row_bytes - 4 : value, &nan, kind == LS_INT8 || kind == LS_F32 ? 4 : 0);
+        memcpy(value, &half, kind == LS_BF16 || kind == LS_F16 ? 2 : 0);
+    }
+    c.q[QUERY * each] = NAN;
+    float *after = attended(ls_current(), &c.m, c.q);
+    for (int node = 0; node < NODES; node++) {
+        int hit = (tree[node] >> ROW & 1) || node == QUERY;
+        int same = !memcmp(before + node * each, after + node * each, each * sizeof *after);
+        expect(hit ? isnan(after[node * each]) : same, "a NaN", kind, width, node, 0);
+    }
+    free(before), free(after);
+    free_case(&c);
+}
+
+static void kinds_of_rows(int width) {
+    for (size_t i = 0; i < sizeof row_kinds / sizeof *row_kinds; i++) {
+        int kind = row_kinds[i];
+        for (int style = RANDOM; style < STYLES; style++) {
+            mixer(kind, width, 0, 0, 0, style);
+            mixer(kind, width, 0, 0, 9, style);
+            near_double(kind, width, 0, 0, style);
+        }
+        near_double(kind, width, 0, 9, RANDOM);
+        nodes_apart(kind, width, 0);
+        nodes_apart(kind, width, 70);
+        nan_stays(kind, width);
+    }
+    near_double(LS_F32, width, 1, 0, RANDOM);
+}
+
+/* 16-bit floats: the nearest there is, for floats of every size and for those half-way between two */
+static void narrow(void) {
+    uint32_t bits[96];
+    float x[96], back;
+    uint16_t found[2][96];
+    for (int round = 0; round < 1000; round++) {
+        for (int i = 0; i < 96; i++) {
+            bits[i] = next() << 8 ^ next();
+            if (i % 3 == 1) bits[i] = (bits[i] & 0xffffe000u) | 0x1000u;
+            if (i % 3 == 2) bits[i] = (bits[i] & 0x807fffffu) | (100 + next() % 44) << 23;
+            memcpy(x + i, bits + i, 4);
+        }
+        for (int kind = LS_BF16; kind <= LS_F16; kind += LS_F16 - LS_BF16) {
+            plain->narrow_row(x, 95, kind, found[0]);
+            ls_current()->narrow_row(x, 95, kind, found[1]);
+            expect(!memcmp(found[0], found[1], 95 * 2), "16-bit floats", kind, round, 0, 0);
+        }
+        ls_mixer half = {.row_kind = LS_F16};
+        for (int i = 0; i < 95; i++) {
+            double exact = (double)x[i], unit = ldexp(1, isnormal(x[i]) ? ilogb(exact) - 10 : -24);
+            double nearest = unit < ldexp(1, -24) ? rint(ldexp(exact, 24)) / ldexp(1, 24) : rint(exact / unit) * unit;
+            int beyond = fabs(nearest) > 65504, sign = (bits[i] >> 31) << 15;
+            int same = isnan(x[i]) ? (found[1][i] & 0x7fff) > 0x7c00
+                       : beyond    ? found[1][i] == (0x7c00 | sign)
+                                   : feature_of(&half, (const char *)(found[1] + i), 0) == nearest;
+            expect(same, "float16", (int)bits[i], found[1][i], i, 0);
+        }
+        plain->narrow_row(x, 95, LS_BF16, found[0]);
+        for (int i = 0; i < 95; i++) {
+            back = from_bf16(found[0] + i);
+            uint32_t up, down = bits[i] & 0xffff0000u;
+            float below, above;
+            up = down + 0x10000u;
+            memcpy(&below, &down, 4), memcpy(&above, &up, 4);
+            double rest = fabs((double)x[i] - (double)below), other = fabs((double)above - (double)x[i]);
+            int wants_up = rest > other || (rest == other && (down >> 16 & 1));
+            int same = isnan(x[i]) ? isnan(back) : !isfinite(above) || back == (wants_up ? above : below);
+            expect(same, "bfloat16", (int)bits[i], found[0][i], i, 0);
+        }
+    }
+}
+
+static void mixers(void) {
+    const int widths[] = {2, 24, 63, 64, 80, 112, 128};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
+        kinds_of_rows(widths[i]);
+        for (int squared_relu = 0; squared_relu < 2; squared_relu++) {
+            fold(widths[i], squared_relu);
+            mixer(LS_F32, widths[i], squared_relu, 16, 0, RANDOM);
+            mixer(LS_F32, widths[i], squared_relu, 0, 9, RANDOM);
+            mixer(LS_F32, widths[i], squared_relu, 0, 0, RANDOM);
+        }
+    }
+    narrow();
+}
