@@ -20,7 +20,7 @@ from torch import nn
 from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.step_plan import BLOCKS, LinearPlan
 from linspec.mixers.projections import LinearFactory
 from linspec.models.linear import Quantizer, integer_bits
 from linspec.models.native_linear import NativeLinear
@@ -113,8 +113,8 @@ def _plans(layers: Iterable[nn.Module]) -> list[LinearPlan]:
 
 
 def draft_head(head: nn.Module) -> NativeLinear:
-    """The target's output layer for drafts: itself if it has integer weights, else a copy in 8 bits."""
-    if integer_bits(head):
+    """The target's output layer for drafts: itself if it has integer codes, else a copy in 8 bits."""
+    if integer_bits(head) or (isinstance(head, NativeLinear) and head.kind == BLOCKS):
         return cast(NativeLinear, head)
     return cast(NativeLinear, Quantizer(8, {})(_linear(cast(torch.Tensor, head.weight))))
 

@@ -1,7 +1,8 @@
 """The weights of a GGUF file in a `Decoder`.
 
 Tensors have llama.cpp's names. Llama's q and k rows lie in the order of interleaved rotary pairs and are
-put back in halves; GPT-2's matrices are stored [out, in] already. Quantized tensors are dequantized.
+put back in halves; GPT-2's matrices are stored [out, in] already. Quantized tensors are dequantized, or stay
+in their blocks (see blocks.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,13 @@ import torch
 
 from linspec.checkpoints.families.base import FAMILIES, Family
 from linspec.checkpoints.gguf.architectures import Architecture, architecture_of
+from linspec.checkpoints.gguf.blocks import (
+    EMBEDDING,
+    KeptBlocks,
+    StoredRows,
+    keepable,
+    stored_rows,
+)
 from linspec.checkpoints.gguf.config import HEAD, read_config, tied
 from linspec.checkpoints.gguf.keys import Keys
 from linspec.checkpoints.gguf.reader import GgufFile, read_gguf
@@ -30,16 +38,22 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
+from linspec.quantization.blocks import BLOCK_FORMATS
 
 _log = logging.getLogger("linspec")
 
 
 def load_gguf(
-    path: Path, dtype: torch.dtype, watch: Callable[[int], None] = lambda done: None
+    path: Path,
+    dtype: torch.dtype,
+    watch: Callable[[int], None] = lambda done: None,
+    *,
+    keep_blocks: bool = False,
 ) -> Decoder:
     """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
 
-    `watch` hears how many tensors are read so far.
+    `watch` hears how many tensors are read so far. keep_blocks: matrices whose blocks the kernels can
+    multiply stay as they are in the file; a model that has some is in its inference form.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
     file = read_gguf(path)
@@ -53,16 +67,55 @@ def load_gguf(
     family = names_of(config, architecture)
     expected = family.to_theirs(own_tensors(model), config)
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
-    check_memory(sum(tensor.numel() for tensor in expected.values()) * dtype.itemsize, path)
+    kept: dict[str, StoredRows] = {}
+    if keep_blocks and dtype == torch.float32:
+        kept = stored_rows(file, model, family, _orders(file, expected, config, architecture))
+    blocks = {each.tensor for each in kept.values()}
+    check_memory(needed_bytes(file, expected, blocks, dtype), path)
     found: dict[str, torch.Tensor] = {}
-    for name in expected:
+    for name in (name for name in expected if name not in blocks):
         found[name] = _weight(file, name, config, architecture, dtype)
         watch(len(found))
-    fill(model, family.to_ours(found, config))
+    fill(model, family.to_ours(found, config), later=kept)
     set_origin(model, Origin(stored_dtype(file), dtype))
-    _tell(file)
+    _tell(file, blocks)
     model.eval()
+    if kept:
+        _keep(file, model, kept)
     return model
+
+
+def needed_bytes(
+    file: GgufFile, names: Iterable[str], blocks: Collection[str], dtype: torch.dtype
+) -> int:
+    """Bytes of memory of the tensors `names`, of which `blocks` stay as they are."""
+    total = 0
+    for name in names:
+        info = file.tensors[name]
+        if name in blocks:
+            total += BLOCK_FORMATS[info.kind.name].bytes_of(*info.shape)
+        else:
+            total += info.values * dtype.itemsize
+    return total
+
+
+def _orders(
+    file: GgufFile, names: Iterable[str], config: DecoderConfig, architecture: Architecture
+) -> dict[str, torch.Tensor]:
+    """The rows of tensors of blocks in the order of ours."""
+    return {
+        name: _own_order(torch.arange(file.tensors[name].shape[0]), name, config, architecture)
+        for name in keepable(file).intersection(names)
+    }
+
+
+def _keep(file: GgufFile, model: Decoder, kept: Mapping[str, StoredRows]) -> None:
+    """The inference form of a model whose `kept` weights are still to come."""
+    factory = KeptBlocks.of(file, model, kept)
+    model.to_inference(factory)
+    if EMBEDDING in kept:
+        model.add_module("embed", factory.embedding(model))
+        model.finalize_weights()
 
 
 def names_of(config: DecoderConfig, architecture: Architecture) -> Family:
@@ -82,9 +135,14 @@ def quantized(file: GgufFile) -> dict[str, int]:
     return {name: count for name, count in counts.most_common() if name not in FLOATS}
 
 
-def _tell(file: GgufFile) -> None:
-    if formats := quantized(file):
-        said = ", ".join(f"{count} {name}" for name, count in formats.items())
+def _tell(file: GgufFile, blocks: Collection[str]) -> None:
+    formats = Counter(
+        info.kind.name
+        for name, info in file.tensors.items()
+        if name not in blocks and info.kind.name not in FLOATS
+    )
+    if formats:
+        said = ", ".join(f"{count} {name}" for name, count in formats.most_common())
         _log.info("%s: quantized tensors (%s) are computed with as floats", file.path, said)
 
 
@@ -119,10 +177,17 @@ def _weight(
     if config.norm_offset and part.endswith("_norm"):
         # files have what is multiplied by, not what is added to 1
         found = found.float() - 1
-    found = cast(found, dtype)
+    return _own_order(cast(found, dtype), name, config, architecture)
+
+
+def _own_order(
+    rows: torch.Tensor, name: str, config: DecoderConfig, architecture: Architecture
+) -> torch.Tensor:
+    """The rows of a tensor as ours are ordered."""
+    part = name.split(".")[-2]
     if architecture.pairs and part in ("attn_q", "attn_k"):
-        found = in_halves(found, config.heads if part == "attn_q" else config.kv_heads)
-    return found
+        return in_halves(rows, config.heads if part == "attn_q" else config.kv_heads)
+    return rows
 
 
 def in_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -12,8 +12,12 @@
 #endif
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+/* 16-bit floats are asked for by hand, as some compilers lack the name */
 static int runs_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    unsigned a, b, c, d;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
 }
 
 static int runs_avx512(void) {
@@ -23,7 +27,6 @@ static int runs_avx512(void) {
 }
 
 #ifdef LS_HAVE_AVXVNNI
-#include <cpuid.h>
 /* compilers know the name of this feature only since recently */
 static int runs_avxvnni(void) {
     unsigned a, b, c, d;

@@ -2,14 +2,16 @@
 #include "kernels.h"
 #ifdef LS_HAVE_AVXVNNI
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avxvnni")
+#pragma GCC target("avx2,fma,f16c,avxvnni")
 #endif
 #include "fma256.h"
 #define LS_FLOAT_ROWS 2
+#define LS_REGISTER 32
 #include "vector.h"
 #include "row_ops.inc.h"
+#include "block_row_ops.inc.h"
 #include "float_tiles.inc.h"
 #include "mixer.inc.h"
 
@@ -19,6 +21,17 @@ INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
 }
 #define DOT dot
 #include "avx2_tiles.inc.h"
+
+#define LS_SIGNED(format) 0
+INLINE bf block_dot(int format, const bb *w, int quads, const int8_t *x, int stride,
+                    int32_t start) {
+    (void)format;
+    __m256i sum = _mm256_set1_epi32(start);
+    for (int q = 0; q < quads; q++)
+        sum = _mm256_dpbusd_avx_epi32(sum, (__m256i)w[q], broadcast4(x + q * stride * 4));
+    return (bf)_mm256_cvtepi32_ps(sum);
+}
+#include "avx2_blocks.inc.h"
 
 const ls_ops ls_ops_avxvnni = LS_OPS("avx2-vnni");
 #if defined(__clang__)
