@@ -1,7 +1,7 @@
 """Weights of a GGUF file that stay in their blocks: which ones, and the layers that they become.
 
-    places = places_of(file, family, model)      # matrices of the model in rows of the file's tensors
-    model.to_inference(KeptBlocks(file, model, places))
+    kept = stored_rows(file, model, family, orders)     # names of ours: rows of the file's tensors
+    model.to_inference(KeptBlocks.of(file, model, kept))
 
 A matrix of ours is rows of one tensor of the file: all of them, some of a fused one, or in another
 order, as llama's q and k are. Rows are whole blocks, so no value is touched.
@@ -9,7 +9,7 @@ order, as llama's q and k are. Rows are whole blocks, so no value is touched.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,11 @@ class StoredRows:
     order: torch.Tensor
     inputs: int
 
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory."""
+        return self.kind.bytes_of(len(self.order), self.inputs)
+
 
 def keepable(file: GgufFile) -> set[str]:
     """Tensors whose blocks the kernels multiply; none where these are missing."""
@@ -56,12 +61,10 @@ def stored_rows(
     model: Decoder,
     family: Family,
     orders: Mapping[str, torch.Tensor],
-    leave: Collection[str] = (),
 ) -> dict[str, StoredRows]:
     """The linear layers and embeddings of `model` that stay in blocks, by the names of their weights.
 
-    orders: for each tensor of blocks, its rows in the order of ours. leave: names of ours that are to
-    become floats.
+    orders: for each tensor of blocks, its rows in the order of ours.
     """
     names = sorted(orders)
     marked = {
@@ -71,7 +74,7 @@ def stored_rows(
     linear = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     found: dict[str, StoredRows] = {}
     for ours, rows in family.to_ours(marked, model.config).items():
-        if ours not in linear | {EMBEDDING} or ours in leave:
+        if ours not in linear | {EMBEDDING}:
             continue
         tensor = names[int(rows[0, 0])]
         assert bool((rows[:, 0] == rows[0, 0]).all()), "rows of one matrix are of one tensor"
@@ -112,7 +115,7 @@ class KeptBlocks:
 
     def packed(self, parts: list[StoredRows], bias: torch.Tensor | None = None) -> NativeLinear:
         """One layer of matrices that have the same inputs, one below the other."""
-        sizes = [part.kind.bytes_of(len(part.order), part.inputs) for part in parts]
+        sizes = [part.bytes for part in parts]
         whole, formats = torch.empty(sum(sizes), dtype=torch.uint8), list[tuple[int, int]]()
         for part, tiles in zip(parts, whole.split(sizes), strict=True):
             self._write(part, tiles)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,6 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
-from linspec.quantization.blocks import BLOCK_FORMATS
 
 _log = logging.getLogger("linspec")
 
@@ -56,6 +55,53 @@ def load_gguf(
     multiply stay as they are in the file; a model that has some is in its inference form.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
+    plan = plan_gguf(path, keep_blocks=keep_blocks and dtype == torch.float32)
+    file, model = plan.file, plan.model
+    check_memory(plan.bytes(dtype), path)
+    found: dict[str, torch.Tensor] = {}
+    for name in plan.as_floats:
+        found[name] = _weight(file, name, model.config, plan.architecture, dtype)
+        watch(len(found))
+    fill(model, plan.family.to_ours(found, model.config), later=plan.kept)
+    set_origin(model, Origin(stored_dtype(file), dtype))
+    _tell(plan)
+    model.eval()
+    if plan.kept:
+        _keep(plan)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """What becomes of a file: the model, still without memory, and the matrices that stay in blocks."""
+
+    file: GgufFile
+    model: Decoder
+    architecture: Architecture
+    family: Family
+    names: tuple[str, ...]
+    kept: Mapping[str, StoredRows]
+
+    @property
+    def in_blocks(self) -> set[str]:
+        """Tensors of the file that stay as they are."""
+        return {each.tensor for each in self.kept.values()}
+
+    @property
+    def as_floats(self) -> list[str]:
+        """The other tensors of the model."""
+        blocks = self.in_blocks
+        return [name for name in self.names if name not in blocks]
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """What the weights take in memory, floats of `dtype` among them."""
+        infos = self.file.tensors
+        floats = sum(infos[name].values for name in self.as_floats) * dtype.itemsize
+        return floats + sum(each.bytes for each in self.kept.values())
+
+
+def plan_gguf(path: Path, *, keep_blocks: bool) -> GgufPlan:
+    """Read what a file says of its model, and no weight; raises CheckpointError if it is damaged."""
     file = read_gguf(path)
     config = read_config(file)
     try:
@@ -68,35 +114,9 @@ def load_gguf(
     expected = family.to_theirs(own_tensors(model), config)
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     kept: dict[str, StoredRows] = {}
-    if keep_blocks and dtype == torch.float32:
+    if keep_blocks:
         kept = stored_rows(file, model, family, _orders(file, expected, config, architecture))
-    blocks = {each.tensor for each in kept.values()}
-    check_memory(needed_bytes(file, expected, blocks, dtype), path)
-    found: dict[str, torch.Tensor] = {}
-    for name in (name for name in expected if name not in blocks):
-        found[name] = _weight(file, name, config, architecture, dtype)
-        watch(len(found))
-    fill(model, family.to_ours(found, config), later=kept)
-    set_origin(model, Origin(stored_dtype(file), dtype))
-    _tell(file, blocks)
-    model.eval()
-    if kept:
-        _keep(file, model, kept)
-    return model
-
-
-def needed_bytes(
-    file: GgufFile, names: Iterable[str], blocks: Collection[str], dtype: torch.dtype
-) -> int:
-    """Bytes of memory of the tensors `names`, of which `blocks` stay as they are."""
-    total = 0
-    for name in names:
-        info = file.tensors[name]
-        if name in blocks:
-            total += BLOCK_FORMATS[info.kind.name].bytes_of(*info.shape)
-        else:
-            total += info.values * dtype.itemsize
-    return total
+    return GgufPlan(file, model, architecture, family, tuple(expected), kept)
 
 
 def _orders(
@@ -109,13 +129,13 @@ def _orders(
     }
 
 
-def _keep(file: GgufFile, model: Decoder, kept: Mapping[str, StoredRows]) -> None:
-    """The inference form of a model whose `kept` weights are still to come."""
-    factory = KeptBlocks.of(file, model, kept)
-    model.to_inference(factory)
-    if EMBEDDING in kept:
-        model.add_module("embed", factory.embedding(model))
-        model.finalize_weights()
+def _keep(plan: GgufPlan) -> None:
+    """The inference form of a model whose kept weights are still to come."""
+    factory = KeptBlocks.of(plan.file, plan.model, plan.kept)
+    plan.model.to_inference(factory)
+    if EMBEDDING in plan.kept:
+        plan.model.add_module("embed", factory.embedding(plan.model))
+        plan.model.finalize_weights()
 
 
 def names_of(config: DecoderConfig, architecture: Architecture) -> Family:
@@ -129,21 +149,17 @@ def stored_dtype(file: GgufFile) -> torch.dtype:
     return functools.reduce(torch.promote_types, kinds)
 
 
-def quantized(file: GgufFile) -> dict[str, int]:
-    """Formats of blocks in the file, and how many tensors have each."""
-    counts = Counter(info.kind.name for info in file.tensors.values())
+def quantized(file: GgufFile, names: Iterable[str] | None = None) -> dict[str, int]:
+    """Formats of blocks among tensors of the file, and how many have each."""
+    chosen = file.tensors.keys() if names is None else names
+    counts = Counter(file.tensors[name].kind.name for name in chosen)
     return {name: count for name, count in counts.most_common() if name not in FLOATS}
 
 
-def _tell(file: GgufFile, blocks: Collection[str]) -> None:
-    formats = Counter(
-        info.kind.name
-        for name, info in file.tensors.items()
-        if name not in blocks and info.kind.name not in FLOATS
-    )
-    if formats:
-        said = ", ".join(f"{count} {name}" for name, count in formats.most_common())
-        _log.info("%s: quantized tensors (%s) are computed with as floats", file.path, said)
+def _tell(plan: GgufPlan) -> None:
+    if formats := quantized(plan.file, plan.as_floats):
+        said = ", ".join(f"{count} {name}" for name, count in formats.items())
+        _log.info("%s: quantized tensors (%s) are computed with as floats", plan.file.path, said)
 
 
 def _check(file: GgufFile, expected: dict[str, tuple[int, ...]]) -> None:
