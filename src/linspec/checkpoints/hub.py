@@ -159,13 +159,15 @@ def _load(
         device = pick_device(device)
     if not issubclass(read.kind.model, wanted):
         raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
+    kept = keep_blocks and torch.device(device).type == "cpu"
     if read.delta is not None and isinstance(read.config, DecoderConfig):
         delta = parse_delta(read.delta, read.folder / "config.json")
-        found: Model = load_delta(read.folder, read.config, delta, dtype).to(device)
+        found: Model = load_delta(read.folder, read.config, delta, dtype, keep_blocks=kept).to(
+            device
+        )
     elif read.quantization is not None and isinstance(read.config, DecoderConfig):
         found = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
-        kept = keep_blocks and torch.device(device).type == "cpu"
         found = load_gguf(read.folder, dtype, keep_blocks=kept).to(device)
     else:
         found = _load_plain(read, dtype).to(device)

@@ -83,7 +83,10 @@ def fill(model: Model, tensors: Tensors, later: Collection[str] = ()) -> None:
     """Give the skeleton its tensors; afterwards nothing in it is without memory, but what comes `later`."""
     aliases = {alias: first for alias, first in _aliases(model).items() if first not in later}
     shared = {alias: tensors[first] for alias, first in aliases.items()}
-    model.load_state_dict(tensors | shared, assign=True, strict=not later)
+    missing = model.load_state_dict(tensors | shared, assign=True, strict=not later).missing_keys
+    left = set(missing) - set(later) - set(_aliases(model))
+    if left:
+        raise CheckpointError(f"nothing was read for {_some(sorted(left))}, which the model has")
     model.tie()
     bare = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not bare, f"buffers must be persistent to be loaded: {bare}"

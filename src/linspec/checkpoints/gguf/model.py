@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from linspec.checkpoints.matching import fill, own_tensors
 from linspec.checkpoints.origin import Origin, set_origin
 from linspec.checkpoints.weights import cast
 from linspec.errors import CheckpointError, ConfigError
+from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
@@ -48,14 +49,16 @@ def load_gguf(
     watch: Callable[[int], None] = lambda done: None,
     *,
     keep_blocks: bool = False,
+    change: Change | None = None,
 ) -> Decoder:
     """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
 
     `watch` hears how many tensors are read so far. keep_blocks: matrices whose blocks the kernels can
-    multiply stay as they are in the file; a model that has some is in its inference form.
+    multiply stay as they are in the file; a model that has some is in its inference form. change: what
+    becomes another model than that of the file.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
-    plan = plan_gguf(path, keep_blocks=keep_blocks and dtype == torch.float32)
+    plan = plan_gguf(path, keep_blocks=keep_blocks and dtype == torch.float32, change=change)
     file, model = plan.file, plan.model
     check_memory(plan.bytes(dtype), path)
     found: dict[str, torch.Tensor] = {}
@@ -66,9 +69,20 @@ def load_gguf(
     set_origin(model, Origin(stored_dtype(file), dtype))
     _tell(plan)
     model.eval()
+    if change is not None:
+        change.apply(model)
     if plan.kept:
         _keep(plan)
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is done to the model of a file: other mixers, and `apply`, which changes the layers `names`."""
+
+    mixers: tuple[MixerConfig, ...]
+    names: Collection[str]
+    apply: Callable[[Decoder], Decoder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +114,12 @@ class GgufPlan:
         return floats + sum(each.bytes for each in self.kept.values())
 
 
-def plan_gguf(path: Path, *, keep_blocks: bool) -> GgufPlan:
+def plan_gguf(path: Path, *, keep_blocks: bool, change: Change | None = None) -> GgufPlan:
     """Read what a file says of its model, and no weight; raises CheckpointError if it is damaged."""
     file = read_gguf(path)
     config = read_config(file)
+    if change is not None:
+        config = config.with_mixers(change.mixers)
     try:
         with without_memory():
             model = Decoder(config)
@@ -116,6 +132,8 @@ def plan_gguf(path: Path, *, keep_blocks: bool) -> GgufPlan:
     kept: dict[str, StoredRows] = {}
     if keep_blocks:
         kept = stored_rows(file, model, family, _orders(file, expected, config, architecture))
+    for name in () if change is None else change.names:
+        kept.pop(f"{name}.weight", None)
     return GgufPlan(file, model, architecture, family, tuple(expected), kept)
 
 
