@@ -501,7 +501,7 @@ SMOLLM2 = PACKAGES["smollm2"].path
 @pytest.mark.skipif(not SMOLLM2.is_file(), reason="no SmolLM2 here; run `linspec get smollm2`")
 def test_smollm2_as_a_directory_answers_as_the_file_does(tmp_path: Path) -> None:
     convert(SMOLLM2, tmp_path / "smollm2")
-    there, back = LLM(SMOLLM2), LLM(tmp_path / "smollm2")
+    there, back = (LLM(each, dtype="float32") for each in (SMOLLM2, tmp_path / "smollm2"))
     params = SamplingParams(max_tokens=32)
     for prompt in ("The capital of France is", "def add(a, b):\n", "Once upon a time, in 1789,"):
         expected, found = (llm.generate(prompt, params)[0].token_ids for llm in (there, back))
