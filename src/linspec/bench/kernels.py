@@ -148,8 +148,9 @@ def _loaded(model: str | Path, name: str, bits: int | None) -> Decoder:
 def _by_size(model: Decoder) -> dict[tuple[int, int], list[nn.Module]]:
     """The linear layers of a prepared model, by outputs and inputs."""
     found: dict[tuple[int, int], list[nn.Module]] = {}
-    for layer in model.modules():
-        if isinstance(layer, NativeLinear | PackedLinear | nn.Linear):
+    for name, layer in model.named_modules(remove_duplicate=False):
+        # a table of tokens may be a matrix too, but is not multiplied
+        if isinstance(layer, NativeLinear | PackedLinear | nn.Linear) and name != "embed.layer":
             found.setdefault((layer.out_features, layer.in_features), []).append(layer)
     return found
 
