@@ -67,7 +67,8 @@ class LLM:
         prefill_tokens: most prompt tokens of one step.
         device: 'cpu', 'cuda' or 'auto'.
         dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
-            'auto', which is float32 on a CPU and the dtype of the weights on a GPU.
+            'auto', which is float32 on a CPU and the dtype of the weights on a GPU. None is float32.
+            None and 'auto' leave weights that a GGUF file has in blocks in these, on a CPU.
         quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
         kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
             of the memory.
@@ -95,7 +96,7 @@ class LLM:
         max_batch: int = 8,
         prefill_tokens: int = 512,
         device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         quantize: int | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
@@ -111,11 +112,11 @@ class LLM:
         check_size("prefill_tokens", prefill_tokens)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
-        computed = pick_dtype(dtype, source, place)
+        computed = pick_dtype("float32" if dtype is None else dtype, source, place)
         if isinstance(model, str | Path):
             options: dict[str, Any] = {"dtype": computed, "device": place}
             self.model: CausalModel = (
-                load_causal_model(model, **options)
+                load_causal_model(model, keep_blocks=dtype in (None, "auto"), **options)
                 if quantize is None
                 else load_for(model, quantize, **options)
             )

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import model_dir
+from gguf_files import tiny
 
 from linspec.bench.kernels import FORMATS, NODES, KernelSpeeds, bench_kernels
 from linspec.checkpoints.hub import load_model
 from linspec.errors import ConfigError
 from linspec.evaluate.quantize import quantize
+from linspec.kernels.cpu.library import load
 
 
 def measured(model: Path, *formats: str) -> KernelSpeeds:
@@ -53,6 +55,15 @@ def test_every_format_has_its_rows(tmp_path: Path) -> None:
     assert {row.format for row in measured(tmp_path / "q").steps} == {"int8"}
     with pytest.raises(ConfigError, match="quantized to int8 and has no other format"):
         measured(tmp_path / "q", "int4")
+
+
+@pytest.mark.skipif(load().library is None, reason=load().reason)
+def test_a_file_has_its_own_blocks_too(tmp_path: Path) -> None:
+    _, path = tiny("llama", tmp_path / "m.gguf", "Q4_0")
+    found = measured(path, "blocks", "float32")
+    assert "Q4_0" in found.kernels["blocks"] and "Q4_0" not in found.kernels["float32"]
+    speeds = [row.gb_per_s for row in found.steps if row.nodes == 1]
+    assert speeds[1] / speeds[0] == pytest.approx(32 / 4.5, rel=0.01)
 
 
 def test_what_cannot_be_measured_is_named() -> None:

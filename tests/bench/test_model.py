@@ -16,6 +16,8 @@ from linspec import LLM
 from linspec.bench.model import LENGTHS, info
 from linspec.checkpoints.hub import load_model
 from linspec.cli import app
+from linspec.kernels.cpu.library import load as load_kernels
+from linspec.quantization.blocks import BLOCK_FORMATS
 
 # what 0.2 printed before
 OLD = "model path family layers vocab_size width heads kv_heads head_width mlp_width max_positions mixers"
@@ -29,6 +31,18 @@ def test_memory_is_that_of_the_loaded_model(name: str) -> None:
     assert found["state_mb"] == pytest.approx(sizes, abs=1e-3)
     assert ("state_mb_int8" in found) == (name in ("softmax", "window"))
     assert found["weights_mb"]["float32"] == pytest.approx(found["parameters"] * 4e-6, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_1", "Q2_K", "F16"])
+def test_memory_of_a_file_is_that_of_its_blocks(family: str, kind: str, tmp_path: Path) -> None:
+    _, path = tiny(family, tmp_path / "m.gguf", kind)
+    found, model = info(path), load_model(path, keep_blocks=True)
+    tensors = {each.data_ptr(): each.nbytes for each in model.state_dict().values()}
+    # floats of 32 outputs are no more than those that there are; buffers of positions do not count
+    assert found["weights_mb"]["in_memory"] == pytest.approx(sum(tensors.values()) / 1e6, rel=0.01)
+    kept = load_kernels().library is not None and kind in BLOCK_FORMATS
+    assert ("kept in their blocks" in found.get("note", "")) is kept
 
 
 @pytest.mark.parametrize("name", ["softmax", "aug", "window", "gla", "hedgehog"])

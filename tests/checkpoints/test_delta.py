@@ -24,6 +24,7 @@ from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.errors import CheckpointError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.native_linear import NativeLinear
 from linspec.train.exact_heads import exact_student
 from linspec.train.low_rank import add_low_rank, factors
 
@@ -90,6 +91,20 @@ def test_a_delta_generates(base: Path, tmp_path: Path) -> None:
     model = load_model(out)
     with torch.no_grad():
         assert answers[0][0] == int(model(ids()[:, :90])[0, -1].argmax())
+
+
+def test_what_a_delta_leaves_alone_stays_in_blocks(base: Path, tmp_path: Path) -> None:
+    out = saved(trained({"o": 2, "down": 3}), tmp_path / "out")
+    model, plain = load_model(out, keep_blocks=True), load_model(out).to_inference()
+    assert model.config == plain.config
+    expected = dict(plain.named_modules())
+    for name, layer in model.named_modules():
+        if isinstance(layer, NativeLinear) and name in expected:
+            kept = name.rpartition(".")[2] in ("qkv", "gate_up", "head")
+            assert bool(layer.formats) is kept, name
+            assert torch.equal(layer.weight, expected[name].weight), name
+    logits, exact = model(ids()), plain(ids())
+    assert float((logits - exact).norm()) < 0.05 * float(exact.norm())
 
 
 def test_heads_without_low_rank_weights_are_a_delta_too(base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from linspec.checkpoints.gguf import kept_tokenizer
 from linspec.checkpoints.gguf.pre_tokenizers import ALIKE, NAMES, PATTERNS, pre_tokenizer
 from linspec.checkpoints.gguf.reader import read_gguf
 from linspec.checkpoints.gguf.tokenizer import load_gguf_tokenizer, read_tokenizer
@@ -280,3 +281,32 @@ def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
     text = llm.tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
     assert text == "ab<|im_end|>"
     assert llm.encode(text)[-1] == len(tokens) - 1
+
+
+# ---- kept
+
+
+def test_a_tokenizer_that_takes_long_is_kept_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_tokenizer, "FEW", 10)
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path / "cache"))
+    file = read_gguf(saved(tmp_path, sentence_words()))
+    built = read_tokenizer(file).to_str()
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    assert kept.read_text("utf-8") == built == read_tokenizer(file).to_str()
+    kept.write_text("{")
+    assert read_tokenizer(file).to_str() == built == kept.read_text("utf-8")
+    kept.write_text(built.replace('"unk_token":"<unk>"', '"unk_token":"</s>"'))
+    assert read_tokenizer(file).to_str() != built
+    monkeypatch.setenv(kept_tokenizer.SWITCH, "1")
+    assert read_tokenizer(file).to_str() == built
+
+
+def test_a_tokenizer_is_built_where_nothing_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_tokenizer, "FEW", 10)
+    (tmp_path / "cache").write_text("no directory")
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path / "cache"))
+    assert read_tokenizer(read_gguf(saved(tmp_path, sentence_words()))).encode("a b").ids

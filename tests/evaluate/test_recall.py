@@ -23,7 +23,7 @@ class Echo(torch.nn.Module):
 
     def __init__(self, model: Decoder, distance: int) -> None:
         super().__init__()
-        self.config, self.embed, self.distance = model.config, model.embed, distance
+        self.config, self.device, self.distance = model.config, model.device, distance
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         # position t predicts t + 1, which is what stands at t + 1 - distance

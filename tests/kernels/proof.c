@@ -175,7 +175,8 @@ static void linear(int kind, int outputs, int inputs, int style) {
     for (int i = 0; style != RANDOM && i < MOST_ROWS * inputs; i++)
         x[i] = (i / inputs + (style == MIXED) * (i % inputs)) % 2 ? 1 : -1;
     float *expected = need(sizeof(float) * MOST_ROWS * (size_t)outputs);
-    ls_linear l = {kind, inputs, outputs, padded, weights, kind == LS_INT8 ? scales : NULL, bias};
+    ls_linear l = {.kind = kind, .inputs = inputs, .outputs = outputs, .padded = padded,
+                   .weights = weights, .scales = kind == LS_INT8 ? scales : NULL, .bias = bias};
     for (int row = 0; row < MOST_ROWS; row++)
         reference(&l, x + (size_t)row * inputs, expected + (size_t)row * outputs);
     for (int rows = 1; rows <= MOST_ROWS; rows++) {
@@ -283,6 +284,7 @@ static void fold(int width, int squared_relu) {
 }
 
 #include "proof_attention.inc.h"
+#include "proof_blocks.inc.h"
 #include "proof_heads.inc.h"
 #include "proof_pool.inc.h"
 
@@ -296,6 +298,7 @@ int main(void) {
         linears();
         for (int width = 1; width <= 70; width++) rows_of_width(width);
         mixers();
+        blocks();
         all_heads();
         if (!failures) printf("%s\n", ls_current()->name);
     }

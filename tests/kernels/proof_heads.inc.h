@@ -5,9 +5,10 @@ enum { HEADS = 3, BLOCKS = 2, MOST_LAYERS = HEADS * BLOCKS };
 static ls_linear some_layer(int kind, int outputs, int inputs) {
     int tiles = (outputs + LS_TILE - 1) / LS_TILE;
     int padded = (inputs + LS_GROUP - 1) / LS_GROUP * LS_GROUP;
-    return (ls_linear){kind, inputs, outputs, padded, some_weights(kind, tiles, inputs, padded, RANDOM),
-                       kind == LS_INT8 ? floats((size_t)tiles * LS_TILE) : NULL,
-                       floats((size_t)outputs)};
+    return (ls_linear){.kind = kind, .inputs = inputs, .outputs = outputs, .padded = padded,
+                       .weights = some_weights(kind, tiles, inputs, padded, RANDOM),
+                       .scales = kind == LS_INT8 ? floats((size_t)tiles * LS_TILE) : NULL,
+                       .bias = floats((size_t)outputs)};
 }
 
 static void free_layer(const ls_linear *l) {

@@ -153,7 +153,7 @@ def test_the_curve_is_measured_by_the_clock_that_was_given() -> None:
 
     class Fake:
         config = SimpleNamespace(position_limit=40)
-        embed = SimpleNamespace(weight=SimpleNamespace(is_cuda=False))
+        device = SimpleNamespace(type="cpu")
 
         def new_state(self) -> Any:
             nothing: Callable[..., None] = lambda *_: None  # noqa: E731

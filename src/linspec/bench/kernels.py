@@ -22,7 +22,8 @@ from torch import nn
 
 from linspec.bench.machine import machine, read_bandwidth
 from linspec.checkpoints.config_file import read_config_file
-from linspec.checkpoints.hub import resolve
+from linspec.checkpoints.gguf.reader import is_gguf
+from linspec.checkpoints.hub import load_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.quantized import check_entry
 from linspec.errors import ConfigError
@@ -34,6 +35,8 @@ from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.progress import Progress
 
 FORMATS: dict[str, int | None] = {"float32": None, "int8": 8, "int4": 4}
+# what a GGUF file has, where its weights stay in their blocks
+OWN_BLOCKS = "blocks"
 # of the inputs of a linear layer: plain decoding, and a tree that is verified
 NODES = (1, 8)
 
@@ -92,7 +95,8 @@ def bench_kernels(
 ) -> KernelSpeeds:
     """Time the linear layers and the steps of a decoder on the CPU.
 
-    formats: of the weights, all of FORMATS if empty; a quantized directory has its own only. roof:
+    formats: of the weights, all of FORMATS if empty; a quantized directory has its own only, a GGUF file
+    'blocks' too. roof:
     gives the GB/s at which memory is read. Raises ConfigError for unknown formats.
     """
     if repeats < 1:
@@ -103,7 +107,7 @@ def bench_kernels(
     kernels, linears, steps = dict[str, str](), list[LinearRow](), list[StepRow]()
     with Progress("bench kernels", len(chosen)) as progress:
         for done, (name, bits) in enumerate(chosen.items(), 1):
-            loaded = load_for(model, bits).to_inference()
+            loaded = _loaded(model, name, bits)
             kernels[name] = loaded.kernels
             by_size = _by_size(loaded)
             linears += _linears(name, by_size, repeats, bandwidth, clock)
@@ -116,26 +120,37 @@ def bench_kernels(
 
 def _formats(model: str | Path, names: Sequence[str]) -> dict[str, int | None]:
     """The bits to load with, by format."""
+    known = FORMATS
+    if is_gguf(resolve(model)):
+        known = {OWN_BLOCKS: None, **FORMATS}
     for name in names:
-        if name not in FORMATS:
+        if name not in known:
             raise ConfigError(
-                f"unknown format {shown(repr(name))}; known: {', '.join(FORMATS)}"
-                f"{did_you_mean(name, FORMATS)}"
+                f"unknown format {shown(repr(name))}; known: {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
             )
     read = read_config_file(resolve(model))
     if read.quantization is None:
-        return {name: FORMATS[name] for name in names or FORMATS}
+        return {name: known[name] for name in names or known}
     own = f"int{check_entry(read.quantization, read.folder)}"
     if any(name != own for name in names):
         raise ConfigError(f"{model} is quantized to {own} and has no other format; leave them out")
     return {own: None}
 
 
+def _loaded(model: str | Path, name: str, bits: int | None) -> Decoder:
+    """A model in its inference form, with weights of one format."""
+    if name == "float32":
+        return load_model(model).to_inference()
+    return load_for(model, bits).to_inference()
+
+
 def _by_size(model: Decoder) -> dict[tuple[int, int], list[nn.Module]]:
     """The linear layers of a prepared model, by outputs and inputs."""
     found: dict[tuple[int, int], list[nn.Module]] = {}
-    for layer in model.modules():
-        if isinstance(layer, NativeLinear | PackedLinear | nn.Linear):
+    for name, layer in model.named_modules(remove_duplicate=False):
+        # a table of tokens may be a matrix too, but is not multiplied
+        if isinstance(layer, NativeLinear | PackedLinear | nn.Linear) and name != "embed.layer":
             found.setdefault((layer.out_features, layer.in_features), []).append(layer)
     return found
 

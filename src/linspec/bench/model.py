@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from linspec.checkpoints.config_file import read_config_file
 from linspec.checkpoints.description import describe
+from linspec.checkpoints.gguf.model import plan_gguf
 from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.hub import resolve
 from linspec.checkpoints.weights import weight_files
@@ -36,6 +39,9 @@ def info(source: str | Path) -> dict[str, Any]:
     config = read.config
     if isinstance(config, DecoderConfig):
         facts |= _memory(config, integers=read.quantization is not None, on_disk=_disk(folder))
+        if is_gguf(folder):
+            kept = plan_gguf(folder, keep_blocks=True).bytes(torch.float32)
+            facts["weights_mb"]["in_memory"] = round(kept / 1e6, 3)
         reason = _why_not(config)
         facts["step"] = "one call into C" if reason is None else f"layer by layer: {reason}"
     return facts | {"drafters": drafters_at_hand(folder)}

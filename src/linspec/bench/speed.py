@@ -259,7 +259,7 @@ def _decode(
 
 
 def _wait(llm: LLM) -> None:
-    if llm.model.embed.weight.is_cuda:
+    if llm.model.device.type == "cuda":
         torch.cuda.synchronize()
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from linspec.checkpoints.config_file import DELTA, config_file
-from linspec.checkpoints.gguf.model import load_gguf
+from linspec.checkpoints.gguf.model import Change, load_gguf
 from linspec.checkpoints.origin import origin_of, set_origin
 from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.weights import read_shapes, read_tensors
@@ -73,16 +73,23 @@ def parse_delta(data: Any, path: Path) -> Delta:
 
 
 def load_delta(
-    folder: Path, config: DecoderConfig, delta: Delta, dtype: torch.dtype = torch.float32
+    folder: Path,
+    config: DecoderConfig,
+    delta: Delta,
+    dtype: torch.dtype = torch.float32,
+    *,
+    keep_blocks: bool = False,
 ) -> Decoder:
-    """The decoder that a delta makes of its base, in evaluation mode."""
+    """The decoder that a delta makes of its base, in evaluation mode.
+
+    keep_blocks: as in `load_gguf`, for the matrices that the delta leaves alone.
+    """
     path = base_of(delta, folder)
+    if keep_blocks and dtype == torch.float32:
+        return _load_kept(folder, path, config, delta)
     # whatever is computed with, the sum is one of float32 weights
     base = load_gguf(path, torch.float32)
-    if base.config.with_mixers(config.mixers) != config:
-        raise CheckpointError(
-            f"{folder}: the configuration is not that of {delta.base} with other mixers; make the delta again"
-        )
+    _check_config(base.config, config, delta, folder)
     with without_memory():
         model = Decoder(config)
     try:
@@ -94,6 +101,21 @@ def load_delta(
     model.tie()
     set_origin(model, replace(origin_of(base), loaded=dtype))
     return apply_delta(model, folder).to(dtype).eval()
+
+
+def _load_kept(folder: Path, path: Path, config: DecoderConfig, delta: Delta) -> Decoder:
+    names = {name.rpartition(".")[0] for name in read_shapes([_weights(folder)])}
+    change = Change(config.mixers, names, lambda model: apply_delta(model, folder))
+    model = load_gguf(path, torch.float32, keep_blocks=True, change=change)
+    _check_config(model.config, config, delta, folder)
+    return model
+
+
+def _check_config(base: DecoderConfig, config: DecoderConfig, delta: Delta, folder: Path) -> None:
+    if base.with_mixers(config.mixers) != config:
+        raise CheckpointError(
+            f"{folder}: the configuration is not that of {delta.base} with other mixers; make the delta again"
+        )
 
 
 def base_of(delta: Delta, folder: Path) -> Path:
@@ -122,9 +144,7 @@ def _sha256(path: Path, changed: int) -> str:
 
 def apply_delta(model: Decoder, folder: Path) -> Decoder:
     """Add the low-rank weights in `folder` to `model`, in place."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the delta is not whole; copy it again")
+    path = _weights(folder)
     shapes = read_shapes([path])
     layers = dict(model.named_modules())
     names = sorted({name.rpartition(".")[0] for name in shapes})
@@ -146,6 +166,13 @@ def apply_delta(model: Decoder, folder: Path) -> Decoder:
             change = tensors[f"{name}.up"] @ tensors[f"{name}.down"]
             weight.copy_(weight.double() + change.to(weight.device))
     return model
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the delta is not whole; copy it again")
+    return path
 
 
 def save_delta(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.delta import Delta, exact_heads, read_delta
-from linspec.checkpoints.gguf.model import quantized
+from linspec.checkpoints.gguf.model import plan_gguf, quantized
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import load_any_config, resolve
 from linspec.checkpoints.load_tokenizer import tokenizer_place
@@ -97,7 +98,8 @@ def _of_gguf(path: Path) -> dict[str, Any]:
     named = ("general.name", "general.license", "tokenizer.ggml.model", "tokenizer.ggml.pre")
     said = {name.rpartition(".")[2]: file.keys[name] for name in named if name in file.keys}
     formats = quantized(file)
-    how = "quantized tensors are dequantized as they are loaded and computed with as floats"
+    plan = plan_gguf(path, keep_blocks=True)
+    kept, others = quantized(file, plan.in_blocks), quantized(file, plan.as_floats)
     return {
         "format": "GGUF",
         **({"license": said["license"]} if "license" in said else {}),
@@ -106,5 +108,19 @@ def _of_gguf(path: Path) -> dict[str, Any]:
         "chat_template": "tokenizer.chat_template" in file.keys,
         "dtype": ", ".join(dict.fromkeys(info.kind.name for info in file.tensors.values())),
         # scripts read this key, whatever prose spells now
-        **({"quantised": formats, "note": how} if formats else {}),
+        **({"quantised": formats, "note": _how(kept, others)} if formats else {}),
     }
+
+
+def _how(kept: Mapping[str, int], others: Mapping[str, int]) -> str:
+    """What is computed with: blocks as they are in the file, or floats."""
+    said = []
+    if kept:
+        said.append(f"kept in their blocks for generation: {_counts(kept)}")
+    if others:
+        said.append(f"dequantized as they are loaded, computed with as floats: {_counts(others)}")
+    return "; ".join(said)
+
+
+def _counts(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in formats.items())

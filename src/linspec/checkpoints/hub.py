@@ -75,7 +75,11 @@ def load_any_config(source: str | Path) -> ModelConfig:
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    keep_blocks: bool = False,
 ) -> Decoder:
     """The decoder in `source`, in evaluation mode.
 
@@ -83,12 +87,14 @@ def load_model(
         source: a model directory, a GGUF file, or the name of an embedded or fetched model.
         dtype: of the weights in memory.
         device: where the weights go.
+        keep_blocks: weights that a GGUF file has in blocks stay in them where linspec's own kernels run,
+            in float32 on the CPU. Such a model is in its inference form.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others.
         UnsupportedModel: the checkpoint is sound, but its kind or family does not fit.
     """
-    return _load(read_config_file(resolve(source)), Decoder, dtype, device)
+    return _load(read_config_file(resolve(source)), Decoder, dtype, device, keep_blocks)
 
 
 def load_encoder(
@@ -106,7 +112,11 @@ def load_seq2seq(
 
 
 def load_causal_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    keep_blocks: bool = False,
 ) -> Decoder | T5:
     """Whatever in `source` generates text, in evaluation mode; raises like `load_model`."""
     read = read_config_file(resolve(source))
@@ -116,7 +126,7 @@ def load_causal_model(
         )
     if read.kind.model is T5:
         return _load(read, T5, dtype, device)
-    return _load(read, Decoder, dtype, device)
+    return _load(read, Decoder, dtype, device, keep_blocks)
 
 
 def load(
@@ -137,19 +147,28 @@ def load_any(source: str | Path) -> Model:
     return _load(read, model, torch.float32, "cpu")
 
 
-def _load(read: ConfigFile, wanted: type[M], dtype: torch.dtype, device: torch.device | str) -> M:
+def _load(
+    read: ConfigFile,
+    wanted: type[M],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    keep_blocks: bool = False,
+) -> M:
     """The model that was described, if it is one of those that are wanted."""
     if not isinstance(device, torch.device):
         device = pick_device(device)
     if not issubclass(read.kind.model, wanted):
         raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
+    kept = keep_blocks and torch.device(device).type == "cpu"
     if read.delta is not None and isinstance(read.config, DecoderConfig):
         delta = parse_delta(read.delta, read.folder / "config.json")
-        found: Model = load_delta(read.folder, read.config, delta, dtype).to(device)
+        found: Model = load_delta(read.folder, read.config, delta, dtype, keep_blocks=kept).to(
+            device
+        )
     elif read.quantization is not None and isinstance(read.config, DecoderConfig):
         found = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
-        found = load_gguf(read.folder, dtype).to(device)
+        found = load_gguf(read.folder, dtype, keep_blocks=kept).to(device)
     else:
         found = _load_plain(read, dtype).to(device)
     assert isinstance(found, wanted)

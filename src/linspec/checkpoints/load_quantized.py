@@ -32,12 +32,12 @@ def load_plain(source: str | Path) -> Decoder:
 
 
 def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
-    """The model in `source`, with weights of `bits` bits unless that is None.
+    """The model in `source`, with weights of `bits` bits; None leaves them as they are stored.
 
     No text is looked at: `quantize` makes better 4-bit weights. Raises what `quantize` raises.
     """
     if bits is None:
-        return load_model(source, **options)
+        return load_model(source, keep_blocks=True, **options)
     check_bits(bits)
     if torch.device(options.get("device", "cpu")).type != "cpu":
         raise ConfigError("quantized weights are for the CPU; leave out --device or --quantize")

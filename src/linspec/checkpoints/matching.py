@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from linspec.checkpoints.families.base import Family, Tensors
@@ -79,10 +79,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def fill(model: Model, tensors: Tensors) -> None:
-    """Give the skeleton its tensors; afterwards nothing in it is without memory."""
-    shared = {alias: tensors[first] for alias, first in _aliases(model).items()}
-    model.load_state_dict(tensors | shared, assign=True)
+def fill(model: Model, tensors: Tensors, later: Collection[str] = ()) -> None:
+    """Give the skeleton its tensors; afterwards nothing in it is without memory, but what comes `later`."""
+    aliases = {alias: first for alias, first in _aliases(model).items() if first not in later}
+    shared = {alias: tensors[first] for alias, first in aliases.items()}
+    missing = model.load_state_dict(tensors | shared, assign=True, strict=not later).missing_keys
+    left = set(missing) - set(later) - set(_aliases(model))
+    if left:
+        raise CheckpointError(f"nothing was read for {_some(sorted(left))}, which the model has")
     model.tie()
     bare = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not bare, f"buffers must be persistent to be loaded: {bare}"

@@ -49,7 +49,12 @@ class CausalModel(Protocol):
 
     @property
     def embed(self) -> torch.nn.Embedding:
-        """The token embedding; its weights tell dtype and device."""
+        """The token embedding."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
         ...
 
     @property

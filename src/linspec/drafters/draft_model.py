@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -219,8 +219,9 @@ class Student(DraftModel):
 
 def _ready_model(folder: str, target: Decoder) -> Decoder:
     """The model in `folder` in its inference form, on the target's device and in its dtype."""
-    small = load_model(folder, dtype=target.dtype, device=str(target.embed.weight.device))
     bits = integer_bits(target.head)
+    options: Any = {"dtype": target.dtype, "device": str(target.device)}
+    small = load_model(folder, keep_blocks=bits is None, **options)
     if bits and not small.is_inference:
         # a target that was quantized at load wants a draft model that was
         quantize_model(small, bits, {})

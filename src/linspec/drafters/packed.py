@@ -20,7 +20,7 @@ from torch import nn
 from linspec.drafters.heads import HasHead, HeadBlock, Heads, HeadsConfig, MedusaHeads
 from linspec.kernels.cpu.heads import HeadsCall
 from linspec.kernels.cpu.library import load
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.step_plan import BLOCKS, LinearPlan
 from linspec.mixers.projections import LinearFactory
 from linspec.models.linear import Quantizer, integer_bits
 from linspec.models.native_linear import NativeLinear
@@ -125,11 +125,16 @@ def draft_head(head: nn.Module, drafted: torch.Tensor | None = None) -> NativeLi
 
     drafted: the tokens to draft, whose rows are always copied; None is all.
     """
-    if drafted is None and integer_bits(head):
+    if drafted is None and (integer_bits(head) or _of_blocks(head)):
         return cast(NativeLinear, head)
     weight = cast(torch.Tensor, head.weight).detach()
     rows = weight if drafted is None else weight[drafted.long()]
     return cast(NativeLinear, Quantizer(8, {})(_linear(rows)))
+
+
+def _of_blocks(head: nn.Module) -> bool:
+    """Whether its weights are blocks of a file, with integer codes."""
+    return isinstance(head, NativeLinear) and head.kind == BLOCKS
 
 
 def _packed_block(block: HeadBlock, linear_factory: LinearFactory) -> PackedBlock:

@@ -116,12 +116,12 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
         tensors, plain.state_dict(), folder / WEIGHTS_FILE, exact=False, error=DrafterError
     )
     plain.load_state_dict(tensors, assign=True)
-    return plain.to(model.embed.weight.device, model.dtype).eval()
+    return plain.to(model.device, model.dtype).eval()
 
 
 def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -> PackedHeads:
     """Packed heads of the shape of `plain`, mapped."""
-    if model.embed.weight.device.type != "cpu":
+    if model.device.type != "cpu":
         raise DrafterError(
             f"the drafter in {folder} is quantized, which is for the CPU; use the one it was made from"
         )

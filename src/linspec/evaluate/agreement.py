@@ -36,7 +36,7 @@ def score(
 ) -> Agreement:
     """Means over all tokens of `windows` [N, T + 1], `rows` of them at a time."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch in windows.to(model.embed.weight.device).split(rows):
+    for batch in windows.to(model.device).split(rows):
         hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
         wanted = None if teacher is None else teacher.hidden(batch[:, :-1]).flatten(0, 1)
         sums += _sums(model, hidden, teacher, wanted, batch[:, 1:].flatten())
@@ -68,7 +68,7 @@ def _sums(
 def greedy(model: Decoder, prompts: Sequence[Sequence[int]], new: int) -> torch.Tensor:
     """The `new` likeliest tokens behind each prompt, [B, new]: by the full form, for many short prompts."""
     ids, ends = _padded(prompts, new)
-    ids, ends = (x.to(model.embed.weight.device) for x in (ids, ends))
+    ids, ends = (x.to(model.device) for x in (ids, ends))
     rows = torch.arange(len(ids), device=ids.device)
     for step in range(new):
         at = ends + step
@@ -87,7 +87,7 @@ def equal_prefixes(
     ids, ends = _padded(prompts, new)
     for row, (end, answer) in enumerate(zip(ends.tolist(), answers.cpu(), strict=True)):
         ids[row, end : end + new] = answer
-    ids, ends = (x.to(model.embed.weight.device) for x in (ids, ends))
+    ids, ends = (x.to(model.device) for x in (ids, ends))
     at = ends[:, None] + torch.arange(new, device=ids.device)
     hidden = model.hidden(ids)
     before = hidden.gather(1, (at - 1)[..., None].expand(-1, -1, hidden.shape[2]))

@@ -117,7 +117,7 @@ def _windows(tokenizer: Any, text: str, context: int) -> Iterator[_Window]:
 
 def _nats(model: T5, batch: list[_Window]) -> float:
     """Negative log-likelihood of the targets."""
-    device = model.embed.weight.device
+    device = model.device
     source = torch.tensor([window.source for window in batch], device=device)
     target = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(window.target) for window in batch], batch_first=True, padding_value=-1

@@ -69,7 +69,7 @@ def questions(
 @torch.no_grad()
 def recalled(model: Decoder, needles: Needles, batch_tokens: int = _BATCH_TOKENS) -> torch.Tensor:
     """Which texts' answers are right in every digit: [B] on the CPU."""
-    device, length = model.embed.weight.device, needles.tokens.shape[1]
+    device, length = model.device, needles.tokens.shape[1]
     rows = max(1, batch_tokens // length)
     found = []
     for tokens, places in zip(needles.tokens.split(rows), needles.places.split(rows), strict=True):

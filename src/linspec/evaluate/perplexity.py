@@ -206,7 +206,7 @@ def _nats(
 ) -> float:
     """Negative log-likelihood of all scored tokens."""
     total, done, tokens = 0.0, 0, sum(window.scored for window in windows)
-    device = model.embed.weight.device
+    device = model.device
     with Progress(label, tokens) as progress:
         for begin in range(0, len(windows), rows):
             batch = windows[begin : begin + rows]

@@ -96,7 +96,7 @@ def by_position(
     long, fresh = torch.zeros(usable), torch.zeros(usable)
     with Progress("positions", count) as progress:
         for i in range(count):
-            ids = stream[i * usable : (i + 1) * usable + 1].to(model.embed.weight.device)
+            ids = stream[i * usable : (i + 1) * usable + 1].to(model.device)
             long += _losses(model, ids).cpu() / count
             fresh += _fresh_losses(model, ids, context).cpu() / count
             progress.update(i + 1)

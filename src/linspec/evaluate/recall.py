@@ -253,7 +253,7 @@ def _answers(
     model: Decoder, texts: Sequence[Question]
 ) -> dict[int, list[tuple[bool, float, float]]]:
     """By distance: whether all of an answer is right, the share of it, its mean log-probability."""
-    device = model.embed.weight.device
+    device = model.device
     rows = max(1, _BATCH_TOKENS // len(texts[0].ids))
     found: dict[int, list[tuple[bool, float, float]]] = {}
     for first in range(0, len(texts), rows):

@@ -123,7 +123,7 @@ def _text(stream: Sequence[int], length: int, passage: int, rng: random.Random) 
 @torch.inference_mode()
 def _nats(model: Decoder, texts: Sequence[list[int]], passage: int) -> tuple[float, float]:
     """Mean nats of the tokens of the passage behind its opening, the first time and again."""
-    device, totals = model.embed.weight.device, [0.0, 0.0]
+    device, totals = model.device, [0.0, 0.0]
     for text in texts:
         ids = torch.tensor(text, device=device)
         states = model.hidden(ids[None, :-1])[0]

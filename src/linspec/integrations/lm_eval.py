@@ -164,7 +164,7 @@ class LinspecLM(TemplateLM):
         longest = max(map(len, texts)) - 1
         # causal: what stands behind a text cannot change its logits
         ids = torch.tensor([[*text[:-1], *[0] * (longest + 1 - len(text))] for text in texts])
-        hidden = self.decoder.hidden(ids.to(self.decoder.embed.weight.device))
+        hidden = self.decoder.hidden(ids.to(self.decoder.device))
         for row, (text, (_, _, scored)) in enumerate(zip(texts, batch, strict=True)):
             count = min(len(scored), len(text) - 1)
             states = hidden[row, len(text) - 1 - count : len(text) - 1]

@@ -16,9 +16,9 @@ import torch
 from linspec.decoding.tree import Shape
 
 # kinds of weights
-F32, BF16, INT8, INT4 = range(4)
+F32, BF16, INT8, INT4, BLOCKS = range(5)
 # kinds of rows: F32, BF16, INT8, and this one
-F16 = 4
+F16 = 5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +26,8 @@ class LinearPlan:
     """x Wᵀ + b with packed weights.
 
     kind: of the weights. weights and scales: as `kernels/cpu/pack.py` makes them. bias [outputs].
+    parts: of BLOCKS, the number of the format and the outputs of each matrix, one behind the other in
+    `weights`.
     """
 
     kind: int
@@ -34,6 +36,7 @@ class LinearPlan:
     weights: torch.Tensor
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,8 @@ class LayerPlan:
 class StepPlan:
     """A whole decoder.
 
-    norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width];
+    norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width], or a
+    matrix of BLOCKS whose outputs are the tokens;
     final_norm [width]. frequencies [R / 2]: of the rotary positions, which turn R features of a head, None
     without; rotary_scale: factor on their cosines and sines. score_scale: factor on q·k ahead of a softmax;
     logit_scale: on the final hidden states.
@@ -97,7 +101,7 @@ class StepPlan:
     positions: str
     activation: str
     gated_mlp: bool
-    embedding: torch.Tensor
+    embedding: torch.Tensor | LinearPlan
     final_norm: torch.Tensor
     frequencies: torch.Tensor | None
     rotary_scale: float

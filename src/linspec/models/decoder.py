@@ -137,7 +137,7 @@ class Decoder(nn.Module):
     def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits [B, vocab] behind `prompt` and each of B equally long outputs, by the full form."""
         ids = torch.tensor([[*prompt, *output] for output in outputs])
-        return self.head(self.hidden(ids.to(self.embed.weight.device))[:, -1])
+        return self.head(self.hidden(ids.to(self.device))[:, -1])
 
     def to_inference(self, linear_factory: LinearFactory = fused_linear) -> Decoder:
         """Turn this decoder into its inference form, in place; returns it.
@@ -153,7 +153,8 @@ class Decoder(nn.Module):
             block.to_inference(linear_factory)
         self.add_module("head", inference_head(self.head, linear_factory))
         self.is_inference = True
-        if not self.embed.weight.is_meta:
+        # else weights are loaded later
+        if not any(weight.is_meta for weight in self.embed.parameters()):
             self.finalize_weights()
         return self
 
@@ -170,9 +171,16 @@ class Decoder(nn.Module):
         return self.norm.get_parameter("weight").dtype
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.get_parameter("weight").device
+
+    @property
     def kernels(self) -> str:
         """What computes a step: the kernels in use, the form of the layers, and whether in one call."""
-        layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')}"
+        kinds = (getattr(each, "formats", "") for each in self.modules())
+        formats = " ".join(sorted({kind for kind in kinds if kind}))
+        layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')} {formats}".rstrip()
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
 
     def new_state(
@@ -188,7 +196,7 @@ class Decoder(nn.Module):
             block.state_makers() if layers is None or i in layers else ()
             for i, block in enumerate(self.layers)
         ]
-        return new_states(makers, slots, kv, self.dtype, self.embed.weight.device)
+        return new_states(makers, slots, kv, self.dtype, self.device)
 
     def open(
         self, prompt: Sequence[int], slot: int, state: SequenceStates
@@ -260,7 +268,7 @@ class Decoder(nn.Module):
         self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, list[Rope]]:
         """`enter` for the packed nodes [M] of a step."""
-        device = self.embed.weight.device
+        device = self.device
         ids = torch.tensor([t for step_input in inputs for t in step_input.tokens], device=device)
         packed = torch.tensor([at for each in positions for at in each], device=device)
         return self.enter(ids, packed, given_embeddings(inputs))

@@ -16,13 +16,14 @@ from linspec.kernels.cpu.linear import (
 from linspec.kernels.cpu.structs import LinearStruct
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.step_plan import LinearPlan
+from linspec.quantization.blocks import BY_NUMBER
 
 
 class NativeLinear(nn.Module):
     """x Wᵀ + b with packed weights; inference only.
 
-    `packed` and `scales` are as `pack` makes them for `kind`. Without the compiled library the product
-    is computed by torch from the unpacked weights.
+    `packed` and `scales` are as `pack` makes them for `kind`; `parts` are those of a `LinearPlan`. Without
+    the compiled library the product is computed by torch from the unpacked weights.
     """
 
     packed: torch.Tensor
@@ -37,13 +38,16 @@ class NativeLinear(nn.Module):
         packed: torch.Tensor,
         scales: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
+        parts: tuple[tuple[int, int], ...] = (),
     ) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = kind, outputs, inputs
+        self.parts = parts
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self._struct: LinearStruct | None = None
+        self._at = 0
         self._plain: torch.Tensor | None = None
 
     @classmethod
@@ -54,20 +58,24 @@ class NativeLinear(nn.Module):
 
     def plan(self) -> LinearPlan:
         """This layer as kernels see it."""
-        return LinearPlan(
-            self.kind, self.out_features, self.in_features, self.packed, self.scales, self.bias
-        )
+        sizes = self.kind, self.out_features, self.in_features
+        return LinearPlan(*sizes, self.packed, self.scales, self.bias, self.parts)
 
     @property
     def weight(self) -> torch.Tensor:
         """The float32 weights [outputs, inputs] that the packed ones stand for; a new tensor."""
         return plain_weight(self.plan())
 
+    @property
+    def formats(self) -> str:
+        """The formats of the file's blocks, where these are kept."""
+        return "+".join(BY_NUMBER[number].name for number, _ in self.parts)
+
     def struct(self) -> LinearStruct:
         """What the C side needs to know; valid as long as this layer's tensors stay."""
         # weights that are loaded later replace the first ones
-        if self._struct is None or self._struct.weights != self.packed.data_ptr():
-            self._struct = linear_struct(self.plan())
+        if self._struct is None or self._at != self.packed.data_ptr():
+            self._struct, self._at = linear_struct(self.plan()), self.packed.data_ptr()
         return self._struct
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNo
 from linspec.mixers.rope import inverse_frequencies
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
+from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
 from linspec.state.sequence_states import SequenceStates
@@ -101,7 +102,7 @@ def step_plan(model: Decoder) -> StepPlan:
         positions=config.positions,
         activation=config.activation,
         gated_mlp=config.gated_mlp,
-        embedding=model.embed.weight,
+        embedding=_embedding(model.embed),
         final_norm=_weight(model.norm),
         frequencies=inverse_frequencies(config.rope, config.head_width) if turned else None,
         rotary_scale=config.rope.attention_factor,
@@ -139,6 +140,10 @@ def _layer(block: Block) -> LayerPlan:
 
 def _linear(layer: nn.Module | None) -> LinearPlan | None:
     return layer.plan() if isinstance(layer, NativeLinear) else None
+
+
+def _embedding(table: nn.Module) -> torch.Tensor | LinearPlan:
+    return table.plan() if isinstance(table, BlockEmbedding) else cast(torch.Tensor, table.weight)
 
 
 def _weight(norm: nn.Module) -> torch.Tensor:

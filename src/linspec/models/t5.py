@@ -52,6 +52,11 @@ class T5(nn.Module):
         """The embedding that both sides share."""
         return self.encoder.embed
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
     def encode(
         self, ids: torch.Tensor, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -84,7 +89,7 @@ class T5(nn.Module):
 
     def full_logits(self, prompt: Sequence[int], outputs: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits [B, vocab] behind each of B equally long outputs for the source `prompt`."""
-        device = self.embed.weight.device
+        device = self.device
         source = torch.tensor([list(prompt)], device=device).expand(len(outputs), -1)
         target = torch.tensor([[self.config.start_id, *output] for output in outputs])
         return self(source, target.to(device))[:, -1]
@@ -130,9 +135,7 @@ class T5(nn.Module):
         lengths = [len(source) for source in sources]
         if not all(lengths):
             raise InputError("a source has no tokens; give at least one")
-        ids = torch.zeros(
-            len(sources), max(lengths), dtype=torch.long, device=self.embed.weight.device
-        )
+        ids = torch.zeros(len(sources), max(lengths), dtype=torch.long, device=self.device)
         for row, source in enumerate(sources):
             ids[row, : len(source)] = torch.tensor(source)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

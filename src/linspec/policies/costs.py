@@ -78,7 +78,7 @@ def _quickest_step(
     while len(times) < _LEAST_REPEATS or (len(times) < _REPEATS and sum(times) < _SECONDS):
         began = clock()
         model.step([StepInput(0, [0] * nodes)], state)
-        if model.embed.weight.is_cuda:
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(clock() - began)
         state.drop(0)
@@ -112,11 +112,10 @@ def _stored(path: Path) -> CostCurve | None:
 
 
 def _cache_path(model: CausalModel) -> Path:
-    weight = model.embed.weight
     facts = (
         json.dumps(model.config.to_dict(), sort_keys=True),
-        str(weight.dtype),
-        str(weight.device),
+        str(model.dtype),
+        str(model.device),
         platform.processor() or platform.machine(),
         torch.__version__,
         str(torch.get_num_threads()),

@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from linspec.checkpoints.gguf.config import EMBEDDING
+from linspec.checkpoints.gguf.kept_tokenizer import kept
 from linspec.checkpoints.gguf.keys import Keys
 from linspec.checkpoints.gguf.pre_tokenizers import (
     BEGIN_WITH_BOS,
@@ -91,12 +92,9 @@ def read_tokenizer(file: GgufFile) -> Tokenizer:
             f"{', '.join(BUILDERS)}"
         )
     try:
-        backend = BUILDERS[kind](keys, words)
-        backend.add_special_tokens(_added(words, {UNKNOWN, CONTROL}, special=True))
-        backend.add_tokens(_added(words, {USER_DEFINED}, special=False))
-        _put_around(backend, keys, words, starts=_starts_with_bos(keys, kind))
-        # settings that do not fit each other show when they are first used
-        backend.decode(backend.encode("a b").ids)
+        # pairs of bytes come with their merges and are built at once
+        pieces = len(words.pieces) if kind == "llama" else 0
+        return kept(file, pieces, lambda: _built(keys, words, kind))
     except CheckpointError:
         raise
     # the library raises bare Exception for merges and tokens that contradict each other
@@ -104,6 +102,15 @@ def read_tokenizer(file: GgufFile) -> Tokenizer:
         raise CheckpointError(
             f"{file.path} describes no sound tokenizer: {error}; {AGAIN}"
         ) from error
+
+
+def _built(keys: Keys, words: Vocabulary, kind: str) -> Tokenizer:
+    backend = BUILDERS[kind](keys, words)
+    backend.add_special_tokens(_added(words, {UNKNOWN, CONTROL}, special=True))
+    backend.add_tokens(_added(words, {USER_DEFINED}, special=False))
+    _put_around(backend, keys, words, starts=_starts_with_bos(keys, kind))
+    # settings that do not fit each other show when they are first used
+    backend.decode(backend.encode("a b").ids)
     return backend
 
 

@@ -1,7 +1,7 @@
 """The number formats of GGUF tensors: how many bytes they take, and their values as floats.
 
-linspec computes on floats until its own kernels read these blocks, so a quantized tensor is dequantized
-when it is loaded: the values are exactly those of the file, the memory is that of floats.
+The values are exactly those of the file. `quantization/blocks.py` has the formats that need not become
+floats, as the kernels multiply them.
 """
 
 from __future__ import annotations

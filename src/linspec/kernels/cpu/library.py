@@ -20,7 +20,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from linspec.errors import ConfigError
-from linspec.kernels.cpu.structs import ABI, LinearStruct, layout
+from linspec.kernels.cpu.structs import ABI, LinearStruct, PartStruct, layout
 from linspec.utils.messages import did_you_mean, shown
 
 SWITCH = "LINSPEC_CPU_KERNELS"
@@ -93,6 +93,16 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         POINTER(LinearStruct),
         *(c_void_p, c_int64, c_int32),
         *(c_void_p, c_int64),
+        *(c_void_p, c_int32),
+    ]
+    library.ls_pack_blocks.restype = c_int32
+    library.ls_pack_blocks.argtypes = [
+        *(c_int32, c_void_p, c_void_p, c_int32, c_int32),
+        *(c_void_p, c_int32),
+    ]
+    library.ls_block_rows_at.restype = None
+    library.ls_block_rows_at.argtypes = [
+        *(POINTER(PartStruct), c_int32, c_void_p, c_int32),
         *(c_void_p, c_int32),
     ]
     return library

@@ -15,11 +15,19 @@ import torch.nn.functional as F
 
 from linspec.errors import StateError
 from linspec.kernels.cpu import pack
+from linspec.kernels.cpu.blocks import block_rows, bytes_of_parts, part_structs
+from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.structs import LinearStruct
-from linspec.kernels.step_plan import BF16, F32, INT4, INT8, LinearPlan
+from linspec.kernels.step_plan import BF16, BLOCKS, F32, INT4, INT8, LinearPlan
 from linspec.quantization.codes import GROUP
 
-_DTYPES = {F32: torch.float32, BF16: torch.bfloat16, INT8: torch.uint8, INT4: torch.uint8}
+_DTYPES = {
+    F32: torch.float32,
+    BF16: torch.bfloat16,
+    INT8: torch.uint8,
+    INT4: torch.uint8,
+    BLOCKS: torch.uint8,
+}
 
 
 def without_weights(kind: int, outputs: int, inputs: int, bias: bool) -> LinearPlan:
@@ -39,19 +47,24 @@ def linear_struct(plan: LinearPlan) -> LinearStruct:
     """What the C side is told; the tensors must outlive it. Raises StateError if they are not as it
     takes them for."""
     _check(plan)
+    parts = part_structs(plan)
     return LinearStruct(
         kind=plan.kind,
         inputs=plan.inputs,
         outputs=plan.outputs,
         padded=pack.up(plan.inputs, GROUP),
-        weights=plan.weights.data_ptr(),
+        weights=None if plan.parts else plan.weights.data_ptr(),
         scales=None if plan.scales is None else plan.scales.data_ptr(),
         bias=None if plan.bias is None else plan.bias.data_ptr(),
+        parts=len(parts),
+        part=parts,
     )
 
 
 def _check(plan: LinearPlan) -> None:
     shape, scales = pack.packed_shapes(plan.kind, plan.outputs, plan.inputs)
+    if plan.kind == BLOCKS:
+        shape = (bytes_of_parts(plan),)
     wanted = (
         ("weights", plan.weights, shape, _DTYPES[plan.kind]),
         ("scales", plan.scales, scales, torch.float32),
@@ -95,6 +108,10 @@ def plain_weight(plan: LinearPlan) -> torch.Tensor:
         return pack.unpack_int8(plan.weights, plan.scales, plan.outputs, plan.inputs)
     if plan.kind == INT4:
         return pack.unpack_int4(plan.weights, plan.outputs, plan.inputs)
+    if plan.kind == BLOCKS:
+        library = load().library
+        assert library is not None, "blocks are kept only where the library is"
+        return block_rows(library, plan, torch.arange(plan.outputs))
     return pack.unpack_floats(plan.weights, plan.outputs).float()
 
 

@@ -22,6 +22,7 @@ import torch
 
 from linspec.decoding.tree import chain_shape
 from linspec.errors import InputError, StateError
+from linspec.kernels.cpu.blocks import part_structs
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import linear_struct
 from linspec.kernels.cpu.space import Space
@@ -37,6 +38,7 @@ from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
 from linspec.kernels.step_plan import (
     BF16,
+    BLOCKS,
     F16,
     F32,
     INT8,
@@ -72,12 +74,17 @@ def why_not(plan: StepPlan) -> str | None:
             plan.score_scale != plan.head_width**-0.5 or plan.logit_scale != 1.0
         ),
         "the weights are not packed for linspec's kernels": not _packed(plan),
-        f"embeddings of {plan.embedding.dtype} are not in the one-call step": (
-            plan.embedding.dtype not in _EMBEDDINGS
+        f"embeddings of {_dtype(plan)} are not in the one-call step": (
+            _dtype(plan) not in _EMBEDDINGS
         ),
         f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def _dtype(plan: StepPlan) -> torch.dtype:
+    """Of the embeddings; blocks are read as float32."""
+    return torch.float32 if isinstance(plan.embedding, LinearPlan) else plan.embedding.dtype
 
 
 def _packed(plan: StepPlan) -> bool:
@@ -99,7 +106,8 @@ class CpuStep:
         self._layers = (LayerStruct * len(plan.layers))()
         for layer, entry in zip(plan.layers, self._layers, strict=True):
             _describe(layer, entry)
-        self._decoder = _decoder(plan, self._layers)
+        self._tokens = _embedding(plan)
+        self._decoder = _decoder(plan, self._tokens, self._layers)
         self._space = Space()
         self._factors = (torch.empty(0), torch.empty(0))
 
@@ -182,7 +190,15 @@ def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     return library.ls_step, library.ls_step_workspace
 
 
-def _decoder(plan: StepPlan, layers: ctypes.Array[LayerStruct]) -> DecoderStruct:
+def _embedding(plan: StepPlan) -> Any:
+    """What the C side finds where the embedding is: its numbers, or a part in blocks."""
+    if isinstance(plan.embedding, LinearPlan):
+        return part_structs(plan.embedding)
+    return ctypes.c_char.from_address(plan.embedding.data_ptr())
+
+
+def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> DecoderStruct:
+    kind = BLOCKS if isinstance(plan.embedding, LinearPlan) else _EMBEDDINGS[plan.embedding.dtype]
     return DecoderStruct(
         layers=len(plan.layers),
         width=plan.width,
@@ -191,9 +207,9 @@ def _decoder(plan: StepPlan, layers: ctypes.Array[LayerStruct]) -> DecoderStruct
         head_width=plan.head_width,
         mlp_width=plan.mlp_width,
         vocabulary=plan.vocabulary,
-        embedding_kind=_EMBEDDINGS[plan.embedding.dtype],
+        embedding_kind=kind,
         eps=plan.norm_eps,
-        embedding=plan.embedding.data_ptr(),
+        embedding=ctypes.addressof(table),
         final_norm=plan.final_norm.data_ptr(),
         head=_linear(plan.head),
         layer=layers,

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
-from linspec.kernels.step_plan import BF16, F16, F32, INT4, INT8
+from linspec.kernels.step_plan import BF16, BLOCKS, F16, F32, INT4, INT8
+from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
@@ -35,6 +36,12 @@ CONSTANTS = (
     ("LS_INT8", INT8, ""),
     ("LS_INT4", INT4, ""),
     ("LS_F16", F16, "of rows of a state only"),
+    (
+        "LS_BLOCKS",
+        BLOCKS,
+        "those of a GGUF file, in formats that go by the numbers they have there",
+    ),
+    *((f"LS_{each.name}", each.number, "") for each in BLOCK_FORMATS.values()),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
 )
@@ -112,12 +119,23 @@ def declared(name: str, *fields: Field) -> Callable[[S], S]:
 
 
 @declared(
+    "ls_part",
+    Field("int32_t", "format outputs"),
+    Field("const void *", "weights", "in tiles, see blocks.h"),
+)
+class PartStruct(Struct):
+    """Rows of a weight matrix whose blocks have one format."""
+
+
+@declared(
     "ls_linear",
     Field("int32_t", "kind inputs outputs padded", "padded: inputs rounded up to whole groups"),
     Field("const void *", "weights"),
     Field(
         "const float *", "scales bias", "scales [tiles * 32] are for int8 only; bias may be null"
     ),
+    Field("int32_t", "parts", "of a layer of blocks, whose `weights` is null"),
+    Field("const ls_part *", "part", "one below the other"),
 )
 class LinearStruct(Struct):
     """One linear layer. Weights by kind, for every tile in turn:
@@ -149,9 +167,9 @@ class LayerStruct(Struct):
 @declared(
     "ls_decoder",
     Field("int32_t", "layers width heads kv_heads head_width mlp_width vocabulary"),
-    Field("int32_t", "embedding_kind", "LS_F32 or LS_BF16"),
+    Field("int32_t", "embedding_kind", "LS_F32, LS_BF16 or LS_BLOCKS"),
     Field("float", "eps", "of the norms"),
-    Field("const void *", "embedding", "[vocabulary][width]"),
+    Field("const void *", "embedding", "[vocabulary][width]; of blocks an ls_part"),
     Field("const float *", "final_norm"),
     Field("const ls_linear *", "head"),
     Field("const ls_layer *", "layer"),

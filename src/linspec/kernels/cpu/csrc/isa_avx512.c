@@ -22,8 +22,10 @@
 #define LS_LANES_CODES(p) \
     ((vl)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #define LS_LANES_HALF(p) ((vl)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define LS_REGISTER 64
 #include "vector.h"
 #include "row_ops.inc.h"
+#include "block_row_ops.inc.h"
 #include "float_tiles.inc.h"
 
 /* Unrolled before registers are given out, or the sums would live in memory. */
@@ -145,6 +147,36 @@ static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
 #define LS_DOT_FLIP 0x80808080
 #define LS_DOT(sum, keys, q) ((vli)dot((__m512i)(sum), (__m512i)(keys), (__m512i)(q)))
 #include "mixer.inc.h"
+
+#define LS_SLICES 2 /* every input that was spread serves all channels */
+#define LS_BLOCKS_AHEAD AHEAD
+#define LS_SIGNED(format) 0
+
+INLINE bf block_dot(int format, const bb *w, int quads, const int8_t *x, int stride,
+                    int32_t start) {
+    (void)format;
+    __m512i sum = _mm512_set1_epi32(start);
+    for (int q = 0; q < quads; q++) sum = dot(sum, (__m512i)w[q], broadcast4(x + q * stride * 4));
+    return (bf)_mm512_cvtepi32_ps(sum);
+}
+
+INLINE bb block_lookup(const uint8_t *levels, bb codes) {
+    __m128i table = _mm_loadu_si128((const __m128i *)levels);
+    return (bb)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)codes);
+}
+
+INLINE bf block_halves(const uint8_t *p) {
+    return (bf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+INLINE bf block_bytes(const uint8_t *p) {
+    return (bf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+INLINE bf block_fma(bf a, bf b, bf c) {
+    return (bf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#include "block_tiles.inc.h"
 
 const ls_ops ls_ops_avx512 = LS_OPS("avx512-vnni");
 #if defined(__clang__)

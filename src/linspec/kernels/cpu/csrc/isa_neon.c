@@ -25,8 +25,10 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #define LS_LANES 4
 #define LS_LANES_FMA(a, b, c) ((vl)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define LS_LANES_HALF(p) ((vl)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p)))))
+#define LS_REGISTER 16
 #include "vector.h"
 #include "row_ops.inc.h"
+#include "block_row_ops.inc.h"
 #include "float_tiles.inc.h"
 
 INLINE int8x16_t broadcast4(const int8_t *four) {
@@ -96,6 +98,40 @@ static void int4_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets,
 #define LS_DOT_FLIP 0
 #define LS_DOT(sum, keys, q) ((vli)dot((int32x4_t)(sum), (int8x16_t)(keys), (int8x16_t)(q)))
 #include "mixer.inc.h"
+
+#define LS_SLICES 1
+#define LS_BLOCKS_AHEAD 1024
+#define LS_SIGNED(format) 1
+
+INLINE bf block_dot(int format, const bb *w, int quads, const int8_t *x, int stride,
+                    int32_t start) {
+    (void)format;
+    int32x4_t sum = vdupq_n_s32(start);
+    for (int q = 0; q < quads; q++)
+        sum = dot(sum, (int8x16_t)w[q], broadcast4(x + q * stride * 4));
+    return (bf)vcvtq_f32_s32(sum);
+}
+
+INLINE bb block_lookup(const uint8_t *levels, bb codes) {
+    return (bb)vqtbl1q_u8(vld1q_u8(levels), (uint8x16_t)codes);
+}
+
+INLINE bf block_halves(const uint8_t *p) {
+    uint16x4_t halves;
+    memcpy(&halves, p, sizeof halves);
+    return (bf)vcvt_f32_f16(vreinterpret_f16_u16(halves));
+}
+
+INLINE bf block_bytes(const uint8_t *p) {
+    int8_t bytes[8] = {0};
+    memcpy(bytes, p, 4);
+    return (bf)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+}
+
+INLINE bf block_fma(bf a, bf b, bf c) {
+    return (bf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#include "block_tiles.inc.h"
 
 const ls_ops ls_ops_neon = LS_OPS("neon-dotprod");
 #if defined(__clang__)

@@ -32,6 +32,7 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma(ls_v16 a, ls_v16 b, l
 #define LS_FLOAT_ROWS 2
 #include "vector.h"
 #include "row_ops.inc.h"
+#include "block_row_ops.inc.h"
 #include "float_tiles.inc.h"
 
 static void int8_tile(const uint8_t *w, const int8_t *x, const int32_t *offsets, int quads,
@@ -88,5 +89,36 @@ INLINE vli lanes_dot(vli sum, vli keys, vli q) {
 #define LS_DOT_FLIP 0
 #define LS_DOT(sum, keys, q) lanes_dot(sum, keys, q)
 #include "mixer.inc.h"
+
+/* what inputs first .. last - 1 of a group give, all products and their sum being exact */
+static float block_dot(int format, const uint8_t *codes, const int8_t *x, int rows, int c, int first,
+                       int last) {
+    int32_t sum = 0;
+    for (int k = first; k < last; k++)
+        sum += (ls_block_code(format, codes, c, k) - ls_block_offset(format)) *
+               x[k / 4 * rows * 4 + k % 4];
+    return (float)sum;
+}
+
+static void block_tile(int format, const uint8_t *w, const ls_block_rows *x, int groups, int rows,
+                       float *out) {
+    int parts = format == LS_Q6_K ? 2 : 1, inputs = LS_GROUP / parts;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < LS_TILE; c++) {
+            float sum = 0.0f;
+            for (int g = 0; g < groups; g++) {
+                const uint8_t *header, *group = ls_block_at(format, w, g, &header);
+                const uint8_t *codes = group + (ls_block_is_k(format) ? 2 * LS_TILE : 0);
+                const float *scales = x->scales + (size_t)g * LS_BLOCK_SCALES * rows + r;
+                const int8_t *from = x->codes + ((size_t)g * 8 * rows + r) * 4;
+                for (int k = 0; k < LS_GROUP; k += inputs)
+                    sum = fmaf(block_dot(format, codes, from, rows, c, k, k + inputs),
+                               ls_block_scale(format, header, group, c, k) * scales[0], sum);
+                if (ls_block_has_minima(format))
+                    sum = fmaf(ls_block_minimum(format, header, group, c), scales[rows], sum);
+            }
+            out[r * LS_TILE + c] = sum;
+        }
+}
 
 const ls_ops ls_ops_portable = LS_OPS("portable");

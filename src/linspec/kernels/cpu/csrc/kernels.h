@@ -8,7 +8,7 @@
 #ifndef LINSPEC_KERNELS_H
 #define LINSPEC_KERNELS_H
 
-#include "structs.h"
+#include "blocks.h"
 
 #define LS_API __attribute__((visibility("default")))
 #define LS_ROWS 8    /* most rows of a block */
@@ -19,13 +19,22 @@
 
 /* Input rows in the order in which tiles read them. codes: for each block [padded / 4][rows of block][4] (int8) or
  * [inputs][rows of block] floats. offsets: what the unsigned weights add too much, negated; for each
- * block [rows] (int8) or [padded / 32][rows] (int4). scales [rows]. */
+ * block [rows] (int8) or [padded / 32][rows] (int4). scales [rows]. For weights in blocks offsets and scales
+ * are the sums and scales of ls_block_rows. */
 typedef struct {
     int32_t rows;
     void *codes;
     int32_t *offsets;
     float *scales;
 } ls_packed_rows;
+
+/* A block of rows for weights in blocks; codes as above. sums [groups][LS_BLOCK_SUMS][rows] and scales
+ * [groups][LS_BLOCK_SCALES][rows] are what blocks.h says. */
+typedef struct {
+    const int8_t *codes;
+    const int32_t *sums;
+    const float *scales;
+} ls_block_rows;
 
 /* One mixer over the rows of one slot; see attention.inc.h. The rest is as in ls_layer. */
 typedef struct {
@@ -87,11 +96,16 @@ typedef struct {
                  float *out);
     void (*f32)(const float *w, const float *x, int inputs, int rows, float *out);
     void (*bf16)(const uint16_t *w, const float *x, int inputs, int rows, float *out);
+    void (*blocks)(int format, const uint8_t *w, const ls_block_rows *x, int groups, int rows,
+                   float *out);
     /* pack row x into a block of `rows` rows: every `rows`-th four codes (or float) from `codes` on;
      * returns its scale. offsets: what unsigned weights add too much, negated, for every group or
      * (per_group = 0) for the row */
     float (*quantize_row)(const float *x, int width, int padded, int rows, int per_group,
                           int8_t *codes, int32_t *offsets);
+    /* the same for weights in blocks: codes, sums and scales of whole groups, see ls_block_rows */
+    void (*quantize_blocks)(const float *x, int groups, int rows, int8_t *codes, int32_t *sums,
+                            float *scales);
     void (*copy_row)(const float *x, int width, int rows, float *to);
     /* x as 16-bit floats, LS_BF16 or LS_F16 */
     void (*narrow_row)(const float *x, int width, int kind, uint16_t *to);
@@ -157,6 +171,9 @@ void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid u
 /* bytes or floats, rounded up to what the parts of a workspace begin at */
 static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
 
+/* blocks.c: the weights of one channel as floats */
+void ls_block_row(const ls_part *part, int inputs, int channel, float *to);
+
 /* linear.c */
 size_t ls_packed_bytes(const ls_linear *layer, int rows);
 ls_packed_rows ls_packed_at(const ls_linear *layer, int rows, void *memory);
@@ -169,7 +186,10 @@ void ls_multiply_shared(const ls_linear *layer, const ls_packed_rows *x, float *
                         int thread, int threads);
 int ls_piece_tiles(const ls_linear *layer, int rows); /* tiles of a piece */
 static inline int ls_tile_count(const ls_linear *layer) {
-    return (layer->outputs + LS_TILE - 1) / LS_TILE;
+    int tiles = 0;
+    if (layer->kind != LS_BLOCKS) return (layer->outputs + LS_TILE - 1) / LS_TILE;
+    for (int i = 0; i < layer->parts; i++) tiles += (layer->part[i].outputs + LS_TILE - 1) / LS_TILE;
+    return tiles;
 }
 /* the share of `count` that belongs to `thread` */
 static inline int ls_share(int count, int thread, int threads) {

@@ -10,14 +10,19 @@ static size_t row_bytes(const ls_linear *layer) {
     return is_integer(layer) ? (size_t)layer->padded : (size_t)layer->inputs * sizeof(float);
 }
 
+static size_t row_scales(const ls_linear *layer) {
+    return layer->kind == LS_BLOCKS ? (size_t)layer->padded / LS_GROUP * LS_BLOCK_SCALES : 1;
+}
+
 static size_t row_offsets(const ls_linear *layer) {
+    if (layer->kind == LS_BLOCKS) return (size_t)layer->padded / LS_GROUP * LS_BLOCK_SUMS;
     return layer->kind == LS_INT4 ? (size_t)layer->padded / LS_GROUP : 1;
 }
 
 /* Memory that `rows` packed rows need. */
 size_t ls_packed_bytes(const ls_linear *layer, int rows) {
     return ls_up64(rows * row_bytes(layer)) + ls_up64(rows * row_offsets(layer) * sizeof(int32_t)) +
-           ls_up64(rows * sizeof(float));
+           ls_up64(rows * row_scales(layer) * sizeof(float));
 }
 
 /* `memory` cut into the parts of packed rows. */
@@ -50,10 +55,36 @@ void ls_pack_rows(const ls_linear *layer, const ls_packed_rows *to, int first, i
             continue;
         }
         int8_t *codes = (int8_t *)to->codes + (size_t)begin * layer->padded + 4 * index;
+        if (layer->kind == LS_BLOCKS) {
+            ops->quantize_blocks(from, groups, size, codes, to->offsets + begin * row_offsets(layer) + index,
+                                 to->scales + begin * row_scales(layer) + index);
+            continue;
+        }
         int32_t *offsets = to->offsets + (per_group ? (size_t)begin * groups : (size_t)begin) + index;
         to->scales[row] =
             ops->quantize_row(from, layer->inputs, layer->padded, size, per_group, codes, offsets);
     }
+}
+
+/* The part that a tile of a layer of blocks belongs to, and its first channel; the tile becomes one of
+ * the part's. */
+static const ls_part *part_of(const ls_linear *layer, int *tile, int *channel) {
+    const ls_part *part = layer->part;
+    for (*channel = 0;; *channel += part++->outputs) {
+        int tiles = (part->outputs + LS_TILE - 1) / LS_TILE;
+        if (*tile < tiles) return part;
+        *tile -= tiles;
+    }
+}
+
+static void sum_blocks(const ls_linear *layer, const ls_part *part, const ls_packed_rows *x, int tile,
+                       int first, int rows, float *sums) {
+    ls_block_rows from = {(const int8_t *)x->codes + (size_t)first * layer->padded,
+                          x->offsets + first * row_offsets(layer),
+                          x->scales + first * row_scales(layer)};
+    size_t at = (size_t)tile * ls_block_tile_bytes(part->format, layer->padded);
+    ls_current()->blocks(part->format, (const uint8_t *)part->weights + at, &from,
+                         layer->padded / LS_GROUP, rows, sums);
 }
 
 /* Sums of one tile over a block of rows: [rows][32]. */
@@ -82,10 +113,18 @@ static void sum_tile(const ls_linear *layer, const ls_packed_rows *x, int tile, 
 static void one_tile(const ls_linear *layer, const ls_packed_rows *x, int tile, int first, int rows,
                      float *y, int64_t stride, int add) {
     float sums[LS_ROWS * LS_TILE];
-    sum_tile(layer, x, tile, first, rows, sums);
-    int channel = tile * LS_TILE, width = layer->outputs - channel;
+    int channel = 0, outputs = layer->outputs, blocks = layer->kind == LS_BLOCKS;
+    if (blocks) {
+        const ls_part *part = part_of(layer, &tile, &channel);
+        sum_blocks(layer, part, x, tile, first, rows, sums);
+        outputs = part->outputs;
+    } else {
+        sum_tile(layer, x, tile, first, rows, sums);
+    }
+    int width = outputs - tile * LS_TILE;
+    channel += tile * LS_TILE;
     ls_epilogue to = {
-        .row_scales = is_integer(layer) ? x->scales + first : NULL,
+        .row_scales = is_integer(layer) && !blocks ? x->scales + first : NULL,
         .channel_scales = layer->scales ? layer->scales + channel : NULL,
         .bias = layer->bias ? layer->bias + channel : NULL,
         .stride = stride,

@@ -17,21 +17,33 @@ INLINE float largest_size(const float *x, int width) {
     return size;
 }
 
-/* Codes of a group, fours `stride` fours apart; returns their sum. The nearest integers, ties to even: adding
+/* Codes of sixteen inputs, fours `stride` fours apart; returns their sum. The nearest integers, ties to even: adding
  * 1.5 * 2^23 leaves no room for a fraction. */
-INLINE int32_t quantize_group(const float *x, float inverse, int stride, int8_t *codes) {
+INLINE int32_t quantize_half(const float *x, float inverse, int stride, int8_t *codes) {
     const int32_t magic = 0x4b400000; /* the bits of that number */
     int32_t sum = 0;
-    int8_t line[LS_GROUP];
-    for (int i = 0; i < LS_GROUP; i++) {
+    int8_t line[LS_GROUP / 2];
+    for (int i = 0; i < LS_GROUP / 2; i++) {
         float shifted = x[i] * inverse + 12582912.0f;
         int32_t bits;
         memcpy(&bits, &shifted, sizeof bits);
         sum += bits - magic;
         line[i] = (int8_t)(bits - magic);
     }
-    for (int q = 0; q < LS_GROUP / 4; q++) memcpy(codes + (size_t)q * stride * 4, line + 4 * q, 4);
+    for (int q = 0; q < LS_GROUP / 8; q++) memcpy(codes + (size_t)q * stride * 4, line + 4 * q, 4);
     return sum;
+}
+
+/* the same for a whole group */
+INLINE int32_t quantize_group(const float *x, float inverse, int stride, int8_t *codes) {
+    int32_t sum = quantize_half(x, inverse, stride, codes);
+    return sum + quantize_half(x + LS_GROUP / 2, inverse, stride, codes + (size_t)stride * LS_GROUP / 2);
+}
+
+/* What turns inputs of this size into codes. Below 4e-37 there is no inverse: such rows are zeros. */
+INLINE float inverse_scale(float most) {
+    float inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    return __builtin_isfinite(inverse) ? inverse : 0.0f;
 }
 
 /* the same for a group of which only `width` inputs are there */
@@ -56,9 +68,7 @@ static float quantize_row(const float *x, int width, int padded, int rows, int p
     float most = largest_size(x, width), scale = most / 127.0f;
     if (!__builtin_isfinite(most))
         return zero_row(padded, rows, per_group, codes, offsets, __builtin_nanf(""));
-    /* rows below 4e-37 have no inverse: they are zeros */
-    float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-    if (!__builtin_isfinite(inverse)) inverse = 0.0f;
+    float inverse = inverse_scale(most);
     int32_t total = 0;
     for (int i = 0; i < padded; i += LS_GROUP) {
         int8_t *to = codes + (size_t)i * rows;

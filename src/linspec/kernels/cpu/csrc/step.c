@@ -73,6 +73,10 @@ static void embed(const ls_run *s, int first, int last) {
     for (int row = first; row < last; row++) {
         size_t at = (size_t)s->b->tokens[row] * d->width;
         float *x = s->x + (size_t)row * d->width;
+        if (d->embedding_kind == LS_BLOCKS) {
+            ls_block_row(d->embedding, d->width, s->b->tokens[row], x);
+            continue;
+        }
         if (d->embedding_kind == LS_F32) {
             memcpy(x, (const float *)d->embedding + at, (size_t)d->width * sizeof *x);
             continue;

@@ -12,9 +12,25 @@
 #define LS_BF16 1
 #define LS_INT8 2
 #define LS_INT4 3
-#define LS_F16 4                             /* of rows of a state only */
+#define LS_F16 5                             /* of rows of a state only */
+#define LS_BLOCKS 4                          /* those of a GGUF file, in formats that go by the numbers they have there */
+#define LS_Q4_0 2
+#define LS_Q4_1 3
+#define LS_Q5_0 6
+#define LS_Q5_1 7
+#define LS_Q8_0 8
+#define LS_Q4_K 12
+#define LS_Q5_K 13
+#define LS_Q6_K 14
+#define LS_IQ4_NL 20
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
+
+/* Rows of a weight matrix whose blocks have one format. */
+typedef struct {
+    int32_t format, outputs;
+    const void *weights;                     /* in tiles, see blocks.h */
+} ls_part;
 
 /* One linear layer. Weights by kind, for every tile in turn:
  * f32, bf16  [inputs][32]
@@ -25,6 +41,8 @@ typedef struct {
     int32_t kind, inputs, outputs, padded;   /* padded: inputs rounded up to whole groups */
     const void *weights;
     const float *scales, *bias;              /* scales [tiles * 32] are for int8 only; bias may be null */
+    int32_t parts;                           /* of a layer of blocks, whose `weights` is null */
+    const ls_part *part;                     /* one below the other */
 } ls_linear;
 
 /* A block: what its mixer does, its weights, and where its state is. */
@@ -46,9 +64,9 @@ typedef struct {
 /* A whole decoder. */
 typedef struct {
     int32_t layers, width, heads, kv_heads, head_width, mlp_width, vocabulary;
-    int32_t embedding_kind;                  /* LS_F32 or LS_BF16 */
+    int32_t embedding_kind;                  /* LS_F32, LS_BF16 or LS_BLOCKS */
     float eps;                               /* of the norms */
-    const void *embedding;                   /* [vocabulary][width] */
+    const void *embedding;                   /* [vocabulary][width]; of blocks an ls_part */
     const float *final_norm;
     const ls_linear *head;
     const ls_layer *layer;
@@ -94,10 +112,13 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1525169733, \
+    424379742, \
+    sizeof(ls_part), offsetof(ls_part, format), offsetof(ls_part, outputs), \
+        offsetof(ls_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
+        offsetof(ls_linear, parts), offsetof(ls_linear, part), \
     sizeof(ls_layer), offsetof(ls_layer, window), offsetof(ls_layer, group), \
         offsetof(ls_layer, span), offsetof(ls_layer, state), \
         offsetof(ls_layer, squared_relu), offsetof(ls_layer, taps), \

@@ -10,8 +10,13 @@
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
-
 #include "lanes.h"
+/* one register of codes, and of floats: for tiles of blocks */
+#ifdef LS_REGISTER
+typedef uint8_t bb __attribute__((vector_size(LS_REGISTER)));
+typedef uint16_t bh __attribute__((vector_size(LS_REGISTER)));
+typedef float bf __attribute__((vector_size(LS_REGISTER)));
+#endif
 
 INLINE vf vf_load(const float *p) {
     vf v;
@@ -116,6 +121,7 @@ INLINE vf vf_exp(vf x) {
      .f32 = f32_tile,     .bf16 = bf16_tile,             .quantize_row = quantize_row,    \
      .copy_row = copy_row, .narrow_row = narrow_row,     .epilogue = epilogue,            \
      .rms_norm = rms_norm, .silu_mul = silu_mul,         .normalize = normalize,          \
-     .attend_chunk = attend_chunk, .combine = combine_chunks, .fold = fold_rows}
+     .attend_chunk = attend_chunk, .combine = combine_chunks, .fold = fold_rows,    \
+     .blocks = block_tile, .quantize_blocks = quantize_blocks}
 
 #endif
