@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.load_quantized import load_for, quantize_model
 from linspec.decoding.step import FINAL
 from linspec.decoding.tree import Budget
-from linspec.drafters import DrafterContext, make_drafter, packed
+from linspec.drafters import DrafterContext, make_drafter, packed, shipped
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import load_heads, save_heads, save_packed
+from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels import selector
 from linspec.kernels.cpu import step
@@ -206,6 +208,50 @@ def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits:
     weights = [tensor for tensor in loaded.state_dict().values() if tensor.dtype == torch.uint8]
     assert len({tensor.untyped_storage().data_ptr() for tensor in weights}) == 1
     assert json.loads((folder / "drafter.json").read_text())["loss"] == 1.0
+
+
+def test_ids_of_drafted_tokens_survive_every_form(tmp_path: Path) -> None:
+    model, ids = make_model(), torch.arange(3, 24, dtype=torch.int32) * 3
+    shape = replace(SHAPE, vocabulary=21, rooted=True)
+    heads = MedusaHeads(shape, model, RATES, ids)
+    plain = save_heads(heads, model, tmp_path / "plain")
+    assert torch.equal(load_heads(plain, model).drafted, ids)
+    made = PackedHeads.of(heads, Quantizer(8, {}))
+    packed = save_packed(made, model, tmp_path / "packed", 8, {})
+    assert torch.equal(load_heads(packed, make_model()).drafted, ids)
+
+
+def test_drafted_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    ids = torch.tensor([1, VOCAB], dtype=torch.int32)
+    heads = MedusaHeads(replace(SHAPE, vocabulary=2), model, RATES, ids)
+    folder = save_heads(heads, model, tmp_path / "plain")
+    with pytest.raises(DrafterError, match=r"not all in 0\.\.69; copy"):
+        load_heads(folder, model)
+
+
+def test_heads_can_be_of_several_targets(plain: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "several"
+    shutil.copytree(plain, folder)
+    data = json.loads((folder / "drafter.json").read_text())
+    data["target"] = ["0123", data["target"]]
+    (folder / "drafter.json").write_text(json.dumps(data))
+    assert load_heads(folder, make_model()).accuracies == RATES
+    data["target"] = ["0123", 7]
+    (folder / "drafter.json").write_text(json.dumps(data))
+    with pytest.raises(DrafterError, match="another model"):
+        load_heads(folder, make_model())
+
+
+def test_heads_that_come_with_linspec_are_found_by_their_target(
+    monkeypatch: pytest.MonkeyPatch, plain: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(plain, tmp_path / "embedded" / "medusa" / "some")
+    assert shipped_heads(make_model()) is None
+    monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
+    assert shipped_heads(make_model()) == tmp_path / "embedded" / "medusa" / "some"
+    made = make_drafter("medusa", DrafterContext(make_model()))
+    assert isinstance(made, Medusa)
 
 
 def test_heads_keep_the_bits_they_were_saved_with(plain: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ _ALIGNMENT = 64
 # as safetensors itself limits it
 _LONGEST_HEADER = 100_000_000
 _UNSOUND = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error)
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8, "I32": torch.int32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 

@@ -59,7 +59,7 @@ def save_heads(
         with place.held():
             return save_heads(heads, model, place, dtype=dtype, facts=facts)
     tensors = {
-        name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+        name: tensor.detach().cpu().to(_kept(tensor, dtype)).contiguous()
         for name, tensor in heads.state_dict().items()
     }
     with out.replaced() as aside:
@@ -67,6 +67,11 @@ def save_heads(
         write_checksums(aside)
         _write_config(aside, heads, model, facts or {})
     return out.path
+
+
+def _kept(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a tensor is written as: token ids stay whole numbers."""
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
 
 
 def save_packed(
@@ -116,6 +121,7 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
         tensors, plain.state_dict(), folder / WEIGHTS_FILE, exact=False, error=DrafterError
     )
     plain.load_state_dict(tensors, assign=True)
+    _check_drafted(plain, folder)
     return plain.to(model.device, model.dtype).eval()
 
 
@@ -135,7 +141,18 @@ def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -
         tensors = map_tensors(folder / WEIGHTS_FILE)
     check_tensors(tensors, heads.state_dict(), folder / WEIGHTS_FILE, error=DrafterError)
     heads.load_state_dict(tensors, assign=True)
+    _check_drafted(heads, folder)
     return heads.requires_grad_(False).eval()
+
+
+def _check_drafted(heads: Heads, folder: Path) -> None:
+    """Raise DrafterError where what is drafted are no tokens of the target."""
+    ids, size = heads.drafted, heads.config.vocab_size
+    if ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise DrafterError(
+            f"{folder / WEIGHTS_FILE}: the drafted tokens are not all in 0..{size - 1}; copy the drafter "
+            "again"
+        )
 
 
 @contextlib.contextmanager
@@ -222,8 +239,14 @@ def _check_target(
             f"vocabulary {made[1]}, this model has width {given[0]} and vocabulary {given[1]}"
         )
     ours = fingerprint(model)
-    if data.get("target") != ours:
+    if ours not in targets_of(data):
         raise DrafterError(
             f"the drafter in {folder} was trained for another model: fingerprint "
             f"{shown(data.get('target'))}, this model has {ours}; train its own: linspec train-drafter"
         )
+
+
+def targets_of(data: Mapping[str, Any]) -> list[Any]:
+    """The fingerprints of the models that drafter.json says it drafts for: one, or a list."""
+    target = data.get("target")
+    return target if isinstance(target, list) else [target]

@@ -9,6 +9,7 @@ import importlib.resources
 from pathlib import Path
 
 from linspec.checkpoints.fingerprint import fingerprint
+from linspec.drafters.saved import read_drafter, targets_of
 from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
 
@@ -19,5 +20,8 @@ def shipped_heads(target: Decoder) -> Path | None:
         known = fingerprint(target)
     except ConfigError:
         return None
-    folder = Path(str(importlib.resources.files("linspec") / "embedded" / "medusa" / known))
-    return folder if folder.is_dir() else None
+    place = Path(str(importlib.resources.files("linspec") / "embedded" / "medusa"))
+    for folder in sorted(place.glob("*")):
+        if known in targets_of(read_drafter(folder)):
+            return folder
+    return None
