@@ -1,6 +1,9 @@
 /* Tiles of float32 and bfloat16 weights on 256-bit registers; part of avx2_tiles.inc.h. The compiler keeps
  * vectors of sixteen floats (float_tiles.inc.h) in memory here. */
 
+/* two panels: eight rows take long for one, and its lines come late if they are asked for during the one before */
+#define FLOATS_AHEAD (2 * PANEL_BYTES)
+
 INLINE __m256 eight_floats(const void *w, int at, int bf16) {
     if (!bf16) return _mm256_loadu_ps((const float *)w + at);
     __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)w + at));
@@ -33,7 +36,7 @@ INLINE void float_rows(const char *w, const float *x, int inputs, int stride, in
     const int octets = rows < 4 ? 4 : 2, size = bf16 ? 2 : 4, step = LS_TILE * size / parts;
     for (int o = 0; o < 4; o += octets, part++)
         float_part(w + 8 * o * size, x, inputs, stride, rows, octets, bf16,
-                   w + PANEL_BYTES + (size_t)part * inputs * step, step, sums + 8 * o);
+                   w + FLOATS_AHEAD + (size_t)part * inputs * step, step, sums + 8 * o);
 }
 
 /* a block of `rows` rows, six and more as two halves */

@@ -42,13 +42,15 @@ static _Alignas(64) atomic_int working;
 static _Alignas(64) atomic_int arrived;
 static _Alignas(64) atomic_int held_up, preempted; /* in this call: somebody waited for long; lost its core */
 static atomic_int asleep[MOST_THREADS];
+/* Of each thread's share, since the last barrier: one number for phases with an even number and one for the others, so
+ * that each thread can set its own back while nobody looks. */
 static struct {
-    _Alignas(64) atomic_int items;
-} taken[MOST_THREADS]; /* of each thread's share, since the last barrier */
+    _Alignas(64) atomic_int items[2];
+} taken[MOST_THREADS];
 
 static int started = 1; /* threads of the pool, the caller included */
 static unsigned joined_at[MOST_THREADS]; /* round before the first one of a thread */
-static _Thread_local int me;
+static _Thread_local int me, parity; /* the thread; whether the number of its phase is odd */
 static struct {
     int left_out; /* threads, until then */
     int64_t until, pause;
@@ -110,29 +112,34 @@ static void change(atomic_uint *word, unsigned to, int threads) {
 
 /* ---- phases of a call */
 
+static void begin_phase(unsigned number) {
+    parity = (int)(number & 1);
+    atomic_store_explicit(&taken[me].items[!parity], 0, memory_order_relaxed);
+}
+
 void ls_barrier(int threads) {
     if (threads <= 1) return;
     unsigned before = atomic_load(&phase);
     if (atomic_fetch_add(&arrived, 1) == threads - 1) {
-        atomic_store(&arrived, 0);
-        for (int t = 0; t < threads; t++)
-            atomic_store_explicit(&taken[t].items, 0, memory_order_relaxed);
+        atomic_store_explicit(&arrived, 0, memory_order_relaxed);
         change(&phase, before + 1, threads);
-        return;
+    } else if (wait_for_change(&phase, before, SPIN_BARRIER) > LS_HELD_UP) {
+        atomic_store(&held_up, 1);
     }
-    if (wait_for_change(&phase, before, SPIN_BARRIER) > LS_HELD_UP) atomic_store(&held_up, 1);
+    begin_phase(before + 1);
 }
 
-/* Take from the share of `owner`: pieces of p->most items, smaller ones at its end. */
+/* Take from the share of `owner`: p->most items, or what is left of it. */
 static int take_from(ls_pieces *p, int owner) {
     int begin = ls_share(p->count, owner, p->threads);
     int end = ls_share(p->count, owner + 1, p->threads);
-    int at = atomic_load_explicit(&taken[owner].items, memory_order_relaxed), n;
+    atomic_int *items = &taken[owner].items[parity];
+    int at = atomic_load_explicit(items, memory_order_relaxed), n;
     do {
         int left = end - begin - at;
         if (left <= 0) return 0;
-        n = left / 2 < p->most ? (left + 1) / 2 : p->most;
-    } while (!atomic_compare_exchange_weak_explicit(&taken[owner].items, &at, at + n, memory_order_relaxed,
+        n = left < p->most ? left : p->most;
+    } while (!atomic_compare_exchange_weak_explicit(items, &at, at + n, memory_order_relaxed,
                                                     memory_order_relaxed));
     p->first = begin + at;
     p->last = p->first + n;
@@ -167,6 +174,7 @@ static int lost_core(void) {
 }
 
 static void take_part(int thread, int threads) {
+    begin_phase(atomic_load(&phase));
     job.body(job.context, thread, threads);
     if (lost_core()) atomic_store(&preempted, 1);
 }
@@ -220,7 +228,9 @@ static void run_round(ls_body body, void *context, int threads, int spin_ns) {
     job.context = context;
     job.spin_ns = spin_ns;
     atomic_store(&working, threads - 1);
-    for (int t = 0; t < threads; t++) atomic_store_explicit(&taken[t].items, 0, memory_order_relaxed);
+    int odd = (int)(atomic_load(&phase) & 1);
+    for (int t = 0; t < threads; t++)
+        atomic_store_explicit(&taken[t].items[odd], 0, memory_order_relaxed);
     unsigned before = atomic_load(&finished);
     unsigned next = (atomic_load(&round_word) / (2 * MOST_THREADS) + 1) * 2 * MOST_THREADS;
     change(&round_word, next + (unsigned)threads, threads);
