@@ -10,7 +10,9 @@ from gguf_files import IDS, tiny
 from test_gguf_model import FAMILIES, IDS_OF_A_TEXT
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.gguf.model import load_gguf
+from linspec.checkpoints.gguf.blocks import StoredRows, kept_whole
+from linspec.checkpoints.gguf.model import load_gguf, plan_gguf
+from linspec.checkpoints.gguf.reader import read_gguf
 from linspec.checkpoints.hub import load_model
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError
@@ -20,6 +22,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.native_linear import NativeLinear
 from linspec.quantization.blocks import BLOCK_FORMATS
 
+Q8_0 = BLOCK_FORMATS["Q8_0"]
 pytestmark = pytest.mark.skipif(load().library is None, reason=load().reason)
 
 
@@ -89,6 +92,22 @@ def test_what_has_no_such_blocks_becomes_floats(kind: str, tmp_path: Path) -> No
     model = kept(tiny("llama", tmp_path / "m.gguf", kind)[1])
     assert not model.is_inference
     assert model.embed.weight.dtype == torch.float32
+
+
+def test_what_is_multiplied_as_one_matrix_is_all_blocks_or_all_floats(tmp_path: Path) -> None:
+    path = tiny("llama", tmp_path / "m.gguf", "Q8_0")[1]
+    names = ("q", "k", "v", "o")
+    rows = {f"mixer.{name}.weight": StoredRows(name, Q8_0, torch.arange(1), 32) for name in names}
+    assert kept_whole(rows, rows, ()) == rows
+    assert kept_whole(rows, rows, ["mixer.v.weight"]).keys() == {"mixer.o.weight"}
+    assert kept_whole(rows, {*rows, "mlp.up.weight"}, ["mlp.up.weight"]) == rows
+    # a tensor of the file that two of ours are rows of
+    fused = rows | {"mlp.down.weight": StoredRows("q", Q8_0, torch.arange(1), 32)}
+    assert kept_whole(fused, fused, ["mlp.down.weight"]).keys() == {"mixer.o.weight"}
+    part = {name: each for name, each in rows.items() if name != "mixer.k.weight"}
+    assert kept_whole(part, rows, ()).keys() == {"mixer.o.weight"}
+    floats = {name for name in read_gguf(path).tensors if "norm" in name}
+    assert set(plan_gguf(path, keep_blocks=True).as_floats) == floats
 
 
 def test_blocks_are_for_float32(tmp_path: Path) -> None:

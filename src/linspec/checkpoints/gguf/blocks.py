@@ -9,7 +9,7 @@ order, as llama's q and k are. Rows are whole blocks, so no value is touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ from linspec.models.native_linear import NativeLinear
 from linspec.quantization.blocks import BLOCK_FORMATS, TILE, BlockFormat
 
 EMBEDDING = "embed.weight"
+# layers that become one in the inference form
+FUSED = (("q", "k", "v"), ("gate", "up"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,38 @@ def stored_rows(
     return found
 
 
+def kept_whole(
+    rows: Mapping[str, StoredRows], names: Collection[str], changed: Collection[str]
+) -> dict[str, StoredRows]:
+    """Those of `rows` that can stay in blocks if the weights `changed` become floats.
+
+    names: all weights of the model. A tensor of the file stays whole or not at all, and so does what is
+    multiplied as one matrix.
+    """
+    left = set(changed).intersection(rows)
+    while True:
+        tensors = {rows[name].tensor for name in left}
+        more = {
+            name
+            for name in rows.keys() - left
+            if rows[name].tensor in tensors
+            or any(mate not in rows or mate in left for mate in _mates(name, names))
+        }
+        if not more:
+            return {name: each for name, each in rows.items() if name not in left}
+        left |= more
+
+
+def _mates(name: str, names: Collection[str]) -> list[str]:
+    """The weights that are multiplied together with `name`."""
+    stem, _, part = name.removesuffix(".weight").rpartition(".")
+    for group in FUSED:
+        if part in group:
+            mates = (f"{stem}.{each}.weight" for each in group)
+            return [mate for mate in mates if mate in names]
+    return []
+
+
 @dataclass(frozen=True, slots=True)
 class KeptBlocks:
     """A `LinearFactory` that makes layers of the blocks of a file, and of floats what has none."""
@@ -106,11 +140,7 @@ class KeptBlocks:
         parts = [self.stored[each] for each in linears if each in self.stored]
         if len(parts) == len(linears):
             return self.packed(parts, _joined_bias(linears))
-        # what is multiplied as one matrix is all floats where a part of it is
-        for layer in linears:
-            if layer in self.stored:
-                weight = self.values(self.stored[layer])
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+        assert not parts, "what is multiplied as one matrix is all blocks or all floats"
         return fused_linear(*linears)
 
     def packed(self, parts: list[StoredRows], bias: torch.Tensor | None = None) -> NativeLinear:
@@ -128,10 +158,6 @@ class KeptBlocks:
         return NativeLinear(
             BLOCKS, outputs, parts[0].inputs, whole, None, bias, parts=tuple(formats)
         )
-
-    def values(self, rows: StoredRows) -> torch.Tensor:
-        """The floats that rows stand for."""
-        return self.file.read(rows.tensor)[rows.order]
 
     def embedding(self, model: Decoder) -> BlockEmbedding:
         """The table of tokens, which is the output layer where both are one."""

@@ -23,6 +23,7 @@ from linspec.checkpoints.gguf.blocks import (
     KeptBlocks,
     StoredRows,
     keepable,
+    kept_whole,
     stored_rows,
 )
 from linspec.checkpoints.gguf.config import HEAD, read_config, tied
@@ -131,9 +132,9 @@ def plan_gguf(path: Path, *, keep_blocks: bool, change: Change | None = None) ->
     _check(file, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     kept: dict[str, StoredRows] = {}
     if keep_blocks:
-        kept = stored_rows(file, model, family, _orders(file, expected, config, architecture))
-    for name in () if change is None else change.names:
-        kept.pop(f"{name}.weight", None)
+        rows = stored_rows(file, model, family, _orders(file, expected, config, architecture))
+        changed = () if change is None else [f"{name}.weight" for name in change.names]
+        kept = kept_whole(rows, own_tensors(model), changed)
     return GgufPlan(file, model, architecture, family, tuple(expected), kept)
 
 
