@@ -240,9 +240,10 @@ static void rows_of_width(int width) {
     free(x), free(weight);
 }
 
-/* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more */
-static void mixer(int width, int squared_relu, int group, int window, int quantized) {
-    enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3 };
+/* what a mixer with a cache of floats or of codes reads, over a chunk of its rows and a little more; sinks: 1 as
+ * its first rows, 2 beside them */
+static void mixer(int width, int squared_relu, int group, int window, int quantized, int sinks) {
+    enum { NODES = 5, BASE = LS_CHUNK + 46, HEADS = 6, KV = 2, TAPS = 3, SINKS = 3 };
     const uint64_t ancestors[NODES] = {1, 3, 5, 11, 21};
     int64_t rows = BASE + NODES, conv_history = TAPS - 1;
     int row_bytes = quantized ? (width + 3) / 4 * 4 + 4 : 4 * width;
@@ -251,13 +252,14 @@ static void mixer(int width, int squared_relu, int group, int window, int quanti
     char *keys = (char *)floats((size_t)(KV * rows * row_bytes / 4));
     char *values = (char *)floats((size_t)(KV * (conv_history + rows) * row_bytes / 4));
     float *sums = floats((size_t)(KV * width * width)), *conv_weights = floats(HEADS * TAPS);
-    float *q = floats(outputs), *out[2];
+    float *q = floats(outputs), *out[2], *sink_rows = floats((size_t)(SINKS * (2 * width + 1)));
     ls_mixer m = {.heads = HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
                   .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
                   .taps = TAPS, .alpha = 0.5f, .conv_weights = conv_weights, .quantized = quantized,
                   .row_bytes = row_bytes, .key_stride = rows * row_bytes,
                   .value_stride = (conv_history + rows) * row_bytes, .keys = keys,
-                  .values = values + conv_history * row_bytes, .sums = group ? sums : NULL,
+                  .values = values + conv_history * row_bytes, .sums = group && !sinks ? sums : NULL,
+                  .sinks = sinks ? SINKS : 0, .sink_rows = sinks == 2 ? sink_rows : NULL,
                   .ancestors = ancestors};
     int chunks = ls_chunk_count(&m);
     size_t part = ls_partial_floats(&m);
@@ -276,6 +278,7 @@ static void mixer(int width, int squared_relu, int group, int window, int quanti
     expect(memcmp(out[0], out[1], outputs * sizeof(float)) == 0, quantized ? "coded mixer" : "mixer",
            width, squared_relu, group, window);
     free(keys), free(values), free(sums), free(conv_weights), free(q), free(out[0]), free(out[1]);
+    free(sink_rows);
 }
 
 /* sums after rows have closed: as plain C has them, and near those in double */
@@ -313,13 +316,14 @@ static void mixers(void) {
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
         for (int squared_relu = 0; squared_relu < 2; squared_relu++) {
             fold(widths[i], squared_relu);
-            mixer(widths[i], squared_relu, 16, 0, 0);
-            mixer(widths[i], squared_relu, 0, 9, 0);
-            mixer(widths[i], squared_relu, 0, 0, 0);
+            mixer(widths[i], squared_relu, 16, 0, 0, 0);
+            mixer(widths[i], squared_relu, 0, 9, 0, 0);
+            mixer(widths[i], squared_relu, 0, 0, 0, 0);
         }
-        mixer(widths[i] - 1, 0, 0, 0, 1);
-        mixer(widths[i], 0, 0, 0, 1);
-        mixer(widths[i], 0, 0, 9, 1);
+        mixer(widths[i] - 1, 0, 0, 0, 1, 0);
+        mixer(widths[i], 0, 0, 0, 1, 0);
+        mixer(widths[i], 0, 0, 9, 1, 0);
+        for (int sinks = 1; sinks < 3; sinks++) mixer(widths[i], 0, 16, 0, 0, sinks);
     }
 }
 

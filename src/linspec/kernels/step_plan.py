@@ -40,7 +40,8 @@ class AttentionPlan:
 
     window: nearest rows that it sees; 0 is all. group, span: rows of a group, and how many groups it
     sees exactly, its own included; group 0 is one group of all rows. squared_relu: weights relu(q·k)²
-    of unit features instead of a softmax. alpha: factor on what the sums of older groups give.
+    of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
+    first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
     """
 
     window: int = 0
@@ -48,20 +49,33 @@ class AttentionPlan:
     span: int = 1
     squared_relu: bool = False
     alpha: float = 0.0
+    sinks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """KV heads of a layer that read alike, from a state of their own.
+
+    heads: which of the layer's, in the order of that state. attention: None for a mixer that is not an
+    `AttentionPlan`.
+    """
+
+    heads: tuple[int, ...]
+    attention: AttentionPlan | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPlan:
     """A block: mixer and MLP, each behind its norm.
 
-    mixer: its name; attention: None for a mixer that is not an `AttentionPlan`. Linear layers are None
+    mixer: its name. parts: what its KV heads read; each head is in one of them. Linear layers are None
     where the weights are not packed; gate_up has the outputs of both, the gate first. conv_weights:
     [heads, taps] of the convolution over values, None without. q_norm and k_norm [head_width]: None
     without.
     """
 
     mixer: str
-    attention: AttentionPlan | None
+    parts: tuple[PartPlan, ...]
     mixer_norm: torch.Tensor
     mlp_norm: torch.Tensor
     q_norm: torch.Tensor | None
@@ -105,11 +119,12 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerBuffers:
-    """Where the state of a layer is.
+class PartBuffers:
+    """Where the state of a part of a layer is.
 
-    kind: layers of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
-    Hkv, conv_history + C, .]: committed rows, then staged rows; sums [slots, Hkv, K, V] or None.
+    kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
+    Hkv, conv_history + C, .]: committed rows, then staged rows; sums [slots, Hkv, K, V] or None, with
+    sinks [slots, Hkv, sinks, 2 K + 1]: key, value and a 1 of each row that has left.
     quantized: rows are int8 codes and a scale.
     """
 

@@ -18,13 +18,13 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.cpu.step import CpuStep
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
-from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
+from linspec.kernels.step_plan import LayerPlan, LinearPlan, NewNodes, PartBuffers, StepPlan
 from linspec.mixers.rope import inverse_frequencies
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
-from linspec.state.sequence_states import SequenceStates
+from linspec.state.sequence_states import SequenceStates, places_of
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
@@ -124,7 +124,7 @@ def _layer(block: Block) -> LayerPlan:
     mixer, mlp = block.mixer, block.mlp
     return LayerPlan(
         mixer=mixer.mixer.name,
-        attention=mixer.attention_plan(),
+        parts=mixer.part_plans(),
         mixer_norm=_weight(block.mixer_norm),
         mlp_norm=_weight(block.mlp_norm),
         q_norm=mixer.q_norm.weight if mixer.config.qk_norm else None,
@@ -212,36 +212,40 @@ def _committed(state: SequenceStates, slot: int) -> list[int]:
     return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
 
 
-def _buffers(state: SequenceStates) -> list[LayerBuffers]:
-    """Where every layer finds its rows."""
-    return [
-        LayerBuffers(
-            kind=state.parts.index(part),
-            keys=part.keys[index],
-            values=part.values[index],
-            sums=part.sums[index] if part.sums.numel() else None,
-            conv_history=part.spec.conv_history,
-            quantized=part.entries.quantized,
-        )
-        for part, index in state.layers
-    ]
+def _buffers(state: SequenceStates) -> list[list[PartBuffers]]:
+    """Where every part of every layer finds its rows."""
+
+    def of(part: Any, index: int) -> PartBuffers:
+        sums = part.sums[index] if part.sums.numel() else None
+        return _part_buffers(state, part, part.keys[index], part.values[index], sums)
+
+    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
 
-def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[LayerBuffers]:
-    """Where every layer finds the rows of one slot, with room for a chain of `new` nodes."""
-    rooms = [iter(part.room_aside(slot, new)) for part in state.parts]
-    buffers = []
-    for part, index in state.layers:
-        kind = state.parts.index(part)
-        keys, values = next(rooms[kind])
-        buffers.append(
-            LayerBuffers(
-                kind=kind,
-                keys=keys[None],
-                values=values[None],
-                sums=part.sums[index, slot] if part.sums.numel() else None,
-                conv_history=part.spec.conv_history,
-                quantized=part.entries.quantized,
-            )
-        )
-    return buffers
+def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[list[PartBuffers]]:
+    """As `_buffers` for the rows of one slot, with room for a chain of `new` nodes."""
+    rooms = {id(part): part.room_aside(slot, new) for part in state.parts}
+
+    def of(part: Any, index: int) -> PartBuffers:
+        keys, values = rooms[id(part)][index]
+        sums = part.sums[index, slot] if part.sums.numel() else None
+        return _part_buffers(state, part, keys[None], values[None], sums)
+
+    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
+
+
+def _part_buffers(
+    state: SequenceStates,
+    part: Any,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sums: torch.Tensor | None,
+) -> PartBuffers:
+    return PartBuffers(
+        kind=state.parts.index(part),
+        keys=keys,
+        values=values,
+        sums=sums,
+        conv_history=part.spec.conv_history,
+        quantized=part.entries.quantized,
+    )

@@ -16,6 +16,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p, pointer
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -32,16 +33,17 @@ from linspec.kernels.cpu.structs import (
     DecoderStruct,
     InputStruct,
     LayerStruct,
+    PartStruct,
 )
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
 from linspec.kernels.step_plan import (
     BF16,
     F32,
-    LayerBuffers,
     LayerPlan,
     LinearPlan,
     NewNodes,
+    PartBuffers,
     StepPlan,
 )
 from linspec.utils.messages import shown
@@ -54,7 +56,9 @@ def why_not(plan: StepPlan) -> str | None:
     found = load()
     if found.library is None:
         return found.reason
-    others = {layer.mixer for layer in plan.layers if layer.attention is None}
+    others = {
+        layer.mixer for layer in plan.layers for part in layer.parts if part.attention is None
+    }
     turned = plan.head_width if plan.frequencies is None else 2 * len(plan.frequencies)
     reasons = {
         "only RMS norms and rotary positions are in the one-call step": (
@@ -94,16 +98,19 @@ class CpuStep:
         # the table has addresses only: the plan keeps the tensors
         self.plan = plan
         self._layers = (LayerStruct * len(plan.layers))()
-        for layer, entry in zip(plan.layers, self._layers, strict=True):
-            _describe(layer, entry)
+        # the parts of each layer, whose buffers move
+        self._parts = [_parts(layer) for layer in plan.layers]
+        for layer, entry, parts in zip(plan.layers, self._layers, self._parts, strict=True):
+            _describe(layer, entry, parts)
         self._decoder = _decoder(plan, self._layers)
         self._space = Space()
         self._factors = (torch.empty(0), torch.empty(0))
 
-    def place(self, buffers: Sequence[LayerBuffers]) -> None:
-        """Tell the C side where the state of each layer is, which moves as caches grow."""
-        for entry, layer in zip(self._layers, buffers, strict=True):
-            _place(entry, layer)
+    def place(self, buffers: Sequence[Sequence[PartBuffers]]) -> None:
+        """Tell the C side where the state of each part of each layer is, which moves as caches grow."""
+        for parts, layer in zip(self._parts, buffers, strict=True):
+            for entry, part in zip(parts, layer, strict=True):
+                _place(entry, part)
 
     def run(
         self, nodes: Sequence[NewNodes], outputs: Sequence[int]
@@ -197,18 +204,32 @@ def _decoder(plan: StepPlan, layers: ctypes.Array[LayerStruct]) -> DecoderStruct
     )
 
 
-def _describe(layer: LayerPlan, entry: LayerStruct) -> None:
+def _describe(layer: LayerPlan, entry: LayerStruct, parts: ctypes.Array[PartStruct]) -> None:
     """What of a block stays the same for all states."""
-    attention = layer.attention
-    assert attention is not None
     for name in ("qkv", "out", "gate_up", "down"):
         setattr(entry, name, _linear(getattr(layer, name)))
     for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm", "conv_weights"):
         tensor = getattr(layer, name)
         setattr(entry, name, None if tensor is None else tensor.data_ptr())
-    for name in ("window", "group", "span", "squared_relu", "alpha"):
-        setattr(entry, name, getattr(attention, name))
     entry.taps = 0 if layer.conv_weights is None else layer.conv_weights.shape[1]
+    entry.part = parts
+    at = {
+        head: (number, place)
+        for number, part in enumerate(layer.parts)
+        for place, head in enumerate(part.heads)
+    }
+    entry.part_of = _ints([at[head][0] for head in range(len(at))])
+    entry.place = _ints([at[head][1] for head in range(len(at))])
+
+
+def _parts(layer: LayerPlan) -> ctypes.Array[PartStruct]:
+    table = (PartStruct * len(layer.parts))()
+    for entry, part in zip(table, layer.parts, strict=True):
+        assert part.attention is not None, "why_not has a reason"
+        entry.kv_heads = len(part.heads)
+        for field in fields(part.attention):
+            setattr(entry, field.name, getattr(part.attention, field.name))
+    return table
 
 
 def _linear(plan: LinearPlan | None) -> Any:
@@ -216,15 +237,16 @@ def _linear(plan: LinearPlan | None) -> Any:
     return pointer(linear_struct(plan))
 
 
-def _place(entry: LayerStruct, layer: LayerBuffers) -> None:
-    keys, values = layer.keys, layer.values
-    entry.state, entry.conv_history = layer.kind, layer.conv_history
+def _place(entry: PartStruct, part: PartBuffers) -> None:
+    keys, values, sums = part.keys, part.values, part.sums
+    entry.state, entry.conv_history = part.kind, part.conv_history
     # in bytes: rows are floats or codes
     size = keys.element_size()
-    entry.quantized, entry.row_bytes = layer.quantized, keys.stride(2) * size
+    entry.quantized, entry.row_bytes = part.quantized, keys.stride(2) * size
     entry.keys, entry.key_stride = keys.data_ptr(), keys.stride(1) * size
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
-    entry.sums = None if layer.sums is None else layer.sums.data_ptr()
+    entry.sums = None if sums is None else sums.data_ptr()
+    entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
 
 
 def _pieces(new: NewNodes) -> ctypes.Array[InputStruct]:

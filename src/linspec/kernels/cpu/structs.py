@@ -21,7 +21,7 @@ from linspec.kernels.step_plan import BF16, F32, INT4, INT8
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 6
+ABI = 7
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -127,22 +127,35 @@ class LinearStruct(Struct):
 
 
 @declared(
-    "ls_layer",
+    "ls_part",
     Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
+    Field("int32_t", "sinks", "first rows of the text, seen from everywhere"),
     Field("int32_t", "state", "kind of state, an index into `committed` of an input"),
     Field("int32_t", "squared_relu", "weights relu(q.k)^2 of unit features instead of a softmax"),
-    Field("int32_t", "taps conv_history", "of the convolution; value rows before the first row"),
+    Field("int32_t", "kv_heads", "of this part"),
+    Field("int32_t", "conv_history", "value rows before the first row"),
     Field("float", "alpha", "factor on the sums"),
-    Field("const float *", "conv_weights", "[heads][taps]"),
-    Field("const float *", "mixer_norm mlp_norm q_norm k_norm", "the last two may be null"),
-    Field("const ls_linear *", "qkv out gate_up down"),
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
-    Field("const float *", "sums", "[slots][kv_heads][head_width][head_width], null without"),
+    Field("const float *", "sums", "[slots][kv_heads][sum_floats], null without"),
+    Field("int64_t", "sum_floats", "head_width^2, or with sinks [sinks][2 * head_width + 1]"),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
     Field("int32_t", "quantized row_bytes", "rows are int8 codes and a scale; bytes of a row"),
 )
+class PartStruct(Struct):
+    """KV heads of a layer that read alike, and where their state is."""
+
+
+@declared(
+    "ls_layer",
+    Field("const ls_part *", "part"),
+    Field("const int32_t *", "part_of place", "[kv_heads]: its part, and its number there"),
+    Field("int32_t", "taps", "of the convolution"),
+    Field("const float *", "conv_weights", "[heads][taps]"),
+    Field("const float *", "mixer_norm mlp_norm q_norm k_norm", "the last two may be null"),
+    Field("const ls_linear *", "qkv out gate_up down"),
+)
 class LayerStruct(Struct):
-    """A block: what its mixer does, its weights, and where its state is."""
+    """A block: what the parts of its mixer do, and its weights."""
 
 
 @declared(

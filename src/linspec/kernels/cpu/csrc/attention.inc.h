@@ -251,6 +251,8 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
     }
 }
 
+static void attend_sinks(const ls_mixer *m, block b, query *queries, void *scratch);
+
 /* the queries of a kv head, laid out in `scratch` */
 static query *prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride,
                               float *partial, void *scratch) {
@@ -284,6 +286,7 @@ static void attend_chunk(const ls_mixer *m, int head, int chunk, const float *q,
         const visible_rows *v = queries[n * repeats].visible;
         if (v->count - v->first > most) most = v->count - v->first;
     }
+    if (m->sinks && chunk == 0) attend_sinks(m, b, queries, scratch);
     int begin = chunk * LS_CHUNK, end = most < begin + LS_CHUNK ? most : begin + LS_CHUNK;
     for (; begin < end; begin += BLOCK)
         for (int n = 0, last; n < m->nodes; n = last) {

@@ -41,6 +41,8 @@ typedef struct {
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
     const float *sums;                /* [kv_heads][width][width], null without */
+    int32_t sinks;                    /* first rows of the text, which every node sees */
+    const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
 } ls_mixer;
 
@@ -48,18 +50,24 @@ static inline size_t ls_query_count(const ls_mixer *m) {
     return (size_t)m->nodes * (size_t)(m->heads / m->kv_heads);
 }
 static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
-    return ls_query_count(m) * (LS_QUERY_FLOATS * sizeof(float) + (size_t)((m->width + 31) & ~31));
+    size_t query = LS_QUERY_FLOATS * sizeof(float) + (size_t)((m->width + 31) & ~31);
+    size_t sinks = m->sink_rows ? (size_t)m->sinks * 2 * (size_t)m->width : 0;
+    return ls_query_count(m) * query + sinks * sizeof(float);
 }
 /* floats of the partial sums of one kv head and chunk */
 static inline size_t ls_partial_floats(const ls_mixer *m) {
     return ls_query_count(m) * (size_t)(m->width + 2);
 }
-/* chunks that the exact rows of a node may fill */
-static inline int ls_chunk_count(const ls_mixer *m) {
+/* most rows that a node sees exactly, but for sinks */
+static inline int64_t ls_row_count(const ls_mixer *m) {
     int64_t most = (int64_t)m->committed + m->staged;
     if (m->window && m->window < most) most = m->window;
     if (m->group && m->group * m->span < most) most = m->group * m->span;
-    return (int)((most + LS_CHUNK - 1) / LS_CHUNK);
+    return most;
+}
+/* chunks that they may fill */
+static inline int ls_chunk_count(const ls_mixer *m) {
+    return (int)((ls_row_count(m) + LS_CHUNK - 1) / LS_CHUNK);
 }
 
 /* The end of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,

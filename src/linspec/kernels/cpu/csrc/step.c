@@ -26,39 +26,51 @@ static size_t row_floats(const ls_decoder *d) {
     return ls_up64(d->width) + ls_up64(projected_width(d)) + ls_up64((size_t)d->heads * d->head_width);
 }
 
-ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in) {
-    int64_t slot = (int64_t)in->slot * d->kv_heads, width = d->head_width;
+ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head) {
+    const ls_part *p = l->part + l->part_of[head];
+    int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
+    int repeats = d->heads / d->kv_heads;
+    const float *sums = p->sums ? p->sums + at * p->sum_floats : NULL;
+    /* the 1 behind the first sink says that they have left the rows */
+    int sinks_left = p->sinks && sums[2 * d->head_width] > 0.0f;
     return (ls_mixer){
-        .heads = d->heads, .kv_heads = d->kv_heads, .width = d->head_width,
-        .committed = in->committed[l->state], .staged = in->staged, .nodes = in->nodes,
-        .window = l->window, .group = l->group, .span = l->span, .squared_relu = l->squared_relu,
-        .taps = l->taps, .alpha = l->alpha, .conv_weights = l->conv_weights,
-        .quantized = l->quantized, .row_bytes = l->row_bytes,
-        .key_stride = l->key_stride, .value_stride = l->value_stride,
-        .keys = l->keys + slot * l->key_stride,
-        .values = l->values + slot * l->value_stride + (int64_t)l->conv_history * l->row_bytes,
-        .sums = l->sums ? l->sums + slot * width * width : NULL,
+        .heads = repeats, .kv_heads = 1, .width = d->head_width,
+        .committed = in->committed[p->state], .staged = in->staged, .nodes = in->nodes,
+        .window = p->window, .group = p->group, .span = p->span, .squared_relu = p->squared_relu,
+        .taps = l->taps, .alpha = p->alpha,
+        .conv_weights = l->taps ? l->conv_weights + (int64_t)head * repeats * l->taps : NULL,
+        .quantized = p->quantized, .row_bytes = p->row_bytes,
+        .keys = p->keys + at * p->key_stride,
+        .values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->row_bytes,
+        .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? sums : NULL,
         .ancestors = in->ancestors,
     };
 }
 
-/* floats of partial sums of the inputs before `input` */
-static size_t partials_before(const ls_decoder *d, const ls_layer *l, const ls_batch *b, int input) {
-    size_t floats = 0;
-    for (int i = 0; i < input; i++) {
-        ls_mixer m = ls_mixer_of(d, l, b->input + i);
-        floats += (size_t)m.kv_heads * (size_t)ls_chunk_count(&m) * ls_partial_floats(&m);
-    }
-    return floats;
+/* the mixer of one kv head of one input, counted through all inputs */
+static ls_mixer item_of(const ls_run *s, const ls_layer *l, int item) {
+    int heads = s->d->kv_heads;
+    return ls_mixer_of(s->d, l, s->b->input + item / heads, item % heads);
+}
+
+/* floats of the partial sums of one kv head */
+static size_t item_floats(const ls_mixer *m) {
+    return (size_t)ls_chunk_count(m) * ls_partial_floats(m);
 }
 
 /* floats of partial sums of the layer that has most */
 static size_t partial_floats(const ls_decoder *d, const ls_batch *b) {
-    size_t floats = 0;
+    size_t most = 0;
     if (b->chained) return ls_up64(ls_prompt_floats(d, b));
-    for (int i = 0; i < d->layers; i++)
-        floats = larger(floats, partials_before(d, d->layer + i, b, b->inputs));
-    return ls_up64(floats);
+    for (int i = 0; i < d->layers; i++) {
+        size_t floats = 0;
+        for (int k = 0; k < b->inputs * d->kv_heads; k++) {
+            ls_mixer m = ls_mixer_of(d, d->layer + i, b->input + k / d->kv_heads, k % d->kv_heads);
+            floats += item_floats(&m);
+        }
+        most = larger(most, floats);
+    }
+    return ls_up64(most);
 }
 
 /* Bytes of workspace that a step needs. */
@@ -95,13 +107,13 @@ static void rotate(float *x, const float *cosines, const float *sines, int width
 }
 
 /* q or k of one node and head, from projection to feature */
-static void feature(const ls_run *s, const ls_layer *l, int row, const float *norm, float *x) {
+static void feature(const ls_run *s, const ls_part *p, int row, const float *norm, float *x) {
     const ls_decoder *d = s->d;
     const ls_ops *ops = ls_current();
     size_t at = (size_t)s->b->positions[row] * d->head_width;
     if (norm) ops->rms_norm(x, norm, d->eps, d->head_width, x);
     rotate(x, s->b->cosines + at, s->b->sines + at, d->head_width);
-    if (l->squared_relu) ops->normalize(x, d->head_width);
+    if (p->squared_relu) ops->normalize(x, d->head_width);
 }
 
 /* a row of keys or values as the state keeps it */
@@ -121,82 +133,84 @@ static void store_row(const ls_mixer *m, const float *x, char *to) {
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     const ls_decoder *d = s->d;
     const ls_step_input *in = s->b->input + input;
-    ls_mixer m = ls_mixer_of(d, l, in);
+    const ls_part *p = l->part + l->part_of[head];
+    ls_mixer m = ls_mixer_of(d, l, in, head);
     int width = d->head_width, repeats = d->heads / d->kv_heads;
-    size_t stride = (size_t)(d->heads + 2 * d->kv_heads) * width;
-    int64_t at = (int64_t)in->slot * d->kv_heads + head;
-    int64_t row = (int64_t)(m.committed + in->staged - in->nodes) * l->row_bytes;
-    char *keys = l->keys + at * l->key_stride + row;
-    char *values = l->values + at * l->value_stride + (int64_t)l->conv_history * l->row_bytes + row;
+    int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
+    int64_t row = (int64_t)(m.committed + in->staged - in->nodes) * p->row_bytes;
+    char *keys = p->keys + at * p->key_stride + row;
+    char *values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->row_bytes + row;
     for (int n = 0; n < in->nodes; n++) {
-        float *line = s->projected + (size_t)(in->first + n) * stride;
+        float *line = s->projected + (in->first + n) * ls_projected_stride(d);
         float *k = line + (size_t)(d->heads + head) * width;
         for (int r = 0; r < repeats; r++)
-            feature(s, l, in->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
-        feature(s, l, in->first + n, l->k_norm, k);
-        store_row(&m, k, keys + (int64_t)n * l->row_bytes);
-        store_row(&m, k + (size_t)d->kv_heads * width, values + (int64_t)n * l->row_bytes);
+            feature(s, p, in->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
+        feature(s, p, in->first + n, l->k_norm, k);
+        store_row(&m, k, keys + (int64_t)n * p->row_bytes);
+        store_row(&m, k + (size_t)d->kv_heads * width, values + (int64_t)n * p->row_bytes);
     }
 }
 
-/* One chunk of one kv head of one input. */
-static void attend_one_chunk(const ls_run *s, const ls_layer *l, int input, int head, int chunk) {
+/* One chunk of one kv head of one input, whose partial sums begin at `partials`. */
+static void attend_one_chunk(const ls_run *s, const ls_mixer *m, int item, int chunk, float *partials) {
     const ls_decoder *d = s->d;
-    const ls_step_input *in = s->b->input + input;
-    ls_mixer m = ls_mixer_of(d, l, in);
-    int64_t stride = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
-    size_t at = ((size_t)head * (size_t)ls_chunk_count(&m) + (size_t)chunk) * ls_partial_floats(&m);
-    ls_current()->attend_chunk(&m, head, chunk, s->projected + in->first * stride, stride,
-                               s->partials + partials_before(d, l, s->b, input) + at,
-                               ls_scratch(ls_attend_scratch_bytes(&m)));
+    int64_t stride = ls_projected_stride(d), first = s->b->input[item / d->kv_heads].first;
+    const float *q = s->projected + first * stride + ls_query_column(d, item % d->kv_heads);
+    ls_current()->attend_chunk(m, 0, chunk, q, stride, partials + (size_t)chunk * ls_partial_floats(m),
+                               ls_scratch(ls_attend_scratch_bytes(m)));
 }
 
 /* All of one kv head of one input, once its chunks are done. */
-static void combine(const ls_run *s, const ls_layer *l, int input, int head) {
+static void combine(const ls_run *s, const ls_mixer *m, int item, float *partials) {
     const ls_decoder *d = s->d;
-    const ls_step_input *in = s->b->input + input;
-    ls_mixer m = ls_mixer_of(d, l, in);
-    int64_t q_stride = (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
-    int64_t out_stride = (int64_t)d->heads * d->head_width;
-    int chunks = ls_chunk_count(&m);
-    size_t at = (size_t)head * (size_t)chunks * ls_partial_floats(&m);
-    ls_current()->combine(&m, head, chunks, s->projected + in->first * q_stride, q_stride,
-                          s->partials + partials_before(d, l, s->b, input) + at,
-                          s->attended + in->first * out_stride, out_stride,
-                          ls_scratch(ls_attend_scratch_bytes(&m)));
+    int64_t q_stride = ls_projected_stride(d), out_stride = (int64_t)d->heads * d->head_width;
+    int64_t first = s->b->input[item / d->kv_heads].first;
+    int64_t column = ls_query_column(d, item % d->kv_heads);
+    ls_current()->combine(m, 0, ls_chunk_count(m), s->projected + first * q_stride + column, q_stride,
+                          partials, s->attended + first * out_stride + column, out_stride,
+                          ls_scratch(ls_attend_scratch_bytes(m)));
 }
 
-static int chunks_of(const ls_run *s, const ls_layer *l, int input) {
-    ls_mixer m = ls_mixer_of(s->d, l, s->b->input + input);
-    return ls_chunk_count(&m);
-}
-
-/* The chunks of all inputs and heads, shared out evenly: how long a cache is does not matter. */
-static void attend_chunks(const ls_run *s, const ls_layer *l, int items, int thread, int threads) {
-    int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
-    for (int input = 0, begin = 0; input < s->b->inputs; input++) {
-        int chunks = chunks_of(s, l, input), end = begin + chunks * s->d->kv_heads;
-        for (int i = first > begin ? first : begin; i < last && i < end; i++)
-            attend_one_chunk(s, l, input, (i - begin) / chunks, (i - begin) % chunks);
-        begin = end;
+/* The chunks of all inputs and heads, shared out by their rows: how long a cache is does not matter. */
+static void attend_chunks(const ls_run *s, const ls_layer *l, int rows, int thread, int threads) {
+    int first = ls_share(rows, thread, threads), last = ls_share(rows, thread + 1, threads);
+    int64_t begin = 0;
+    float *partials = s->partials;
+    for (int i = 0; i < s->b->inputs * s->d->kv_heads; i++) {
+        ls_mixer m = item_of(s, l, i);
+        int64_t end = begin + ls_row_count(&m);
+        for (int c = 0; begin < end; c++) {
+            /* a chunk belongs to whom its middle belongs to */
+            int64_t next = end - begin < LS_CHUNK ? end : begin + LS_CHUNK, middle = (begin + next) / 2;
+            if (middle >= first && middle < last) attend_one_chunk(s, &m, i, c, partials);
+            begin = next;
+        }
+        partials += item_floats(&m);
     }
 }
 
 /* Every mixer of a layer; ends without a barrier. */
 static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {
-    int heads = s->d->kv_heads, items = s->b->inputs * heads, pieces = 0;
+    int heads = s->d->kv_heads, items = s->b->inputs * heads, chunks = 0, rows = 0;
     int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
-    for (int input = 0; input < s->b->inputs; input++) pieces += heads * chunks_of(s, l, input);
-    for (int i = first; i < last; i++) {
-        ls_stage(s, l, i / heads, i % heads);
-        if (pieces == items) attend_one_chunk(s, l, i / heads, i % heads, 0);
+    for (int i = first; i < last; i++) ls_stage(s, l, i / heads, i % heads);
+    for (int i = 0; i < items; i++) {
+        ls_mixer m = item_of(s, l, i);
+        chunks += ls_chunk_count(&m);
+        rows += (int)ls_row_count(&m);
     }
-    if (pieces > items) {
+    if (chunks > items) {
         ls_barrier(threads);
-        attend_chunks(s, l, pieces, thread, threads);
+        attend_chunks(s, l, rows, thread, threads);
         ls_barrier(threads);
     }
-    for (int i = first; i < last; i++) combine(s, l, i / heads, i % heads);
+    float *partials = s->partials;
+    for (int i = 0; i < last; i++) {
+        ls_mixer m = item_of(s, l, i);
+        if (i >= first && chunks == items) attend_one_chunk(s, &m, i, 0, partials);
+        if (i >= first) combine(s, &m, i, partials);
+        partials += item_floats(&m);
+    }
 }
 
 /* Norm (null: none) and pack the rows of this thread for `layer`; returns the packed rows. */

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 6                             /* of this table and the functions */
+#define LS_ABI 7                             /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights */
@@ -26,20 +26,30 @@ typedef struct {
     const float *scales, *bias;              /* scales [tiles * 32] are for int8 only; bias may be null */
 } ls_linear;
 
-/* A block: what its mixer does, its weights, and where its state is. */
+/* KV heads of a layer that read alike, and where their state is. */
 typedef struct {
     int64_t window, group, span;             /* nearest rows, rows of a group, exact groups; 0: all */
+    int32_t sinks;                           /* first rows of the text, seen from everywhere */
     int32_t state;                           /* kind of state, an index into `committed` of an input */
     int32_t squared_relu;                    /* weights relu(q.k)^2 of unit features instead of a softmax */
-    int32_t taps, conv_history;              /* of the convolution; value rows before the first row */
+    int32_t kv_heads;                        /* of this part */
+    int32_t conv_history;                    /* value rows before the first row */
     float alpha;                             /* factor on the sums */
+    char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
+    const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
+    int64_t sum_floats;                      /* head_width^2, or with sinks [sinks][2 * head_width + 1] */
+    int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
+    int32_t quantized, row_bytes;            /* rows are int8 codes and a scale; bytes of a row */
+} ls_part;
+
+/* A block: what the parts of its mixer do, and its weights. */
+typedef struct {
+    const ls_part *part;
+    const int32_t *part_of, *place;          /* [kv_heads]: its part, and its number there */
+    int32_t taps;                            /* of the convolution */
     const float *conv_weights;               /* [heads][taps] */
     const float *mixer_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be null */
     const ls_linear *qkv, *out, *gate_up, *down;
-    char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
-    const float *sums;                       /* [slots][kv_heads][head_width][head_width], null without */
-    int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
-    int32_t quantized, row_bytes;            /* rows are int8 codes and a scale; bytes of a row */
 } ls_layer;
 
 /* A whole decoder. */
@@ -92,21 +102,23 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    15032669, \
+    340804392, \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
-    sizeof(ls_layer), offsetof(ls_layer, window), offsetof(ls_layer, group), \
-        offsetof(ls_layer, span), offsetof(ls_layer, state), \
-        offsetof(ls_layer, squared_relu), offsetof(ls_layer, taps), \
-        offsetof(ls_layer, conv_history), offsetof(ls_layer, alpha), \
+    sizeof(ls_part), offsetof(ls_part, window), offsetof(ls_part, group), \
+        offsetof(ls_part, span), offsetof(ls_part, sinks), offsetof(ls_part, state), \
+        offsetof(ls_part, squared_relu), offsetof(ls_part, kv_heads), \
+        offsetof(ls_part, conv_history), offsetof(ls_part, alpha), offsetof(ls_part, keys), \
+        offsetof(ls_part, values), offsetof(ls_part, sums), offsetof(ls_part, sum_floats), \
+        offsetof(ls_part, key_stride), offsetof(ls_part, value_stride), \
+        offsetof(ls_part, quantized), offsetof(ls_part, row_bytes), \
+    sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
+        offsetof(ls_layer, place), offsetof(ls_layer, taps), \
         offsetof(ls_layer, conv_weights), offsetof(ls_layer, mixer_norm), \
         offsetof(ls_layer, mlp_norm), offsetof(ls_layer, q_norm), offsetof(ls_layer, k_norm), \
         offsetof(ls_layer, qkv), offsetof(ls_layer, out), offsetof(ls_layer, gate_up), \
-        offsetof(ls_layer, down), offsetof(ls_layer, keys), offsetof(ls_layer, values), \
-        offsetof(ls_layer, sums), offsetof(ls_layer, key_stride), \
-        offsetof(ls_layer, value_stride), offsetof(ls_layer, quantized), \
-        offsetof(ls_layer, row_bytes), \
+        offsetof(ls_layer, down), \
     sizeof(ls_decoder), offsetof(ls_decoder, layers), offsetof(ls_decoder, width), \
         offsetof(ls_decoder, heads), offsetof(ls_decoder, kv_heads), \
         offsetof(ls_decoder, head_width), offsetof(ls_decoder, mlp_width), \
