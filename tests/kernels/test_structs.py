@@ -11,7 +11,7 @@ import pytest
 from linspec.errors import StateError
 from linspec.kernels.cpu import library as kernels
 from linspec.kernels.cpu import structs
-from linspec.kernels.cpu.structs import PartStruct, LinearStruct
+from linspec.kernels.cpu.structs import LinearStruct, PartStruct
 
 HEADER = Path(structs.__file__).parent / "csrc" / "structs.h"
 

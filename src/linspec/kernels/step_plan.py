@@ -17,6 +17,8 @@ from linspec.decoding.tree import Shape
 
 # kinds of weights
 F32, BF16, INT8, INT4 = range(4)
+# of MLPs: names that a plan has
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +34,15 @@ class LinearPlan:
     weights: torch.Tensor
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormPlan:
+    """x · weight / sqrt(mean(x²) + ε) + bias. centred: of x less its mean, as a LayerNorm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    centred: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,35 +77,52 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPlan:
-    """A block: mixer and MLP, each behind its norm.
+    """A block: mixer and MLP with their norms, each of which may be None.
 
-    mixer: its name. parts: what its KV heads read; each head is in one of them. Linear layers are None
-    where the weights are not packed; gate_up has the outputs of both, the gate first. conv_weights:
-    [heads, taps] of the convolution over values, None without. q_norm and k_norm [head_width]: None
-    without.
+    mixer: its name. parts: what its KV heads read; each head is in one of them. mixer_norm and mlp_norm: of
+    what goes in; mixer_out_norm and mlp_out_norm: of what comes out, ahead of the sum. q_norm and k_norm:
+    weights [head_width] for all heads alike, [heads, head_width] for each, or [heads · head_width] for one
+    norm over all of them. rotary: which of the plan's frequencies turn queries and keys, None for none.
+    parallel: the MLP reads what enters the block, as the mixer does, and not the sum behind the mixer.
+    conv_weights: [heads, taps] of the convolution over values, None without. Linear layers are None where
+    the weights are not packed; up: with a gate it has the outputs of both, the gate first.
     """
 
     mixer: str
     parts: tuple[PartPlan, ...]
-    mixer_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    mixer_norm: NormPlan | None
+    mlp_norm: NormPlan | None
+    mixer_out_norm: NormPlan | None
+    mlp_out_norm: NormPlan | None
+    q_norm: NormPlan | None
+    k_norm: NormPlan | None
+    rotary: int | None
+    parallel: bool
     conv_weights: torch.Tensor | None
     qkv: LinearPlan | None
     out: LinearPlan | None
-    gate_up: LinearPlan | None
+    up: LinearPlan | None
     down: LinearPlan | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RotaryPlan:
+    """Rotary positions. frequencies [R / 2]: they turn the first R features of a head. scale: factor on
+    cosines and sines."""
+
+    frequencies: torch.Tensor
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """A whole decoder.
 
-    norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width];
-    final_norm [width]. frequencies [R / 2]: of the rotary positions, which turn R features of a head, None
-    without; rotary_scale: factor on their cosines and sines. score_scale: factor on q·k ahead of a softmax;
-    logit_scale: on the final hidden states.
+    embedding [vocabulary, width]; embedding_scale: on its rows. position_rows [positions, width]: added to
+    them, None without. relative: whether scores have a bias by distance. rotaries: see `LayerPlan`.
+    activation, gated_mlp: as in its configuration. residual_scale: on what mixers and MLPs add. score_scale:
+    on q·k ahead of a softmax; score_cap: scores s become cap·tanh(s / cap), 0 for none. logit_scale: on the
+    final hidden states; logit_cap: as that of scores.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -104,17 +132,20 @@ class StepPlan:
     head_width: int
     mlp_width: int
     vocabulary: int
-    norm: str
     norm_eps: float
-    positions: str
     activation: str
     gated_mlp: bool
     embedding: torch.Tensor
-    final_norm: torch.Tensor
-    frequencies: torch.Tensor | None
-    rotary_scale: float
+    embedding_scale: float
+    position_rows: torch.Tensor | None
+    relative: bool
+    rotaries: tuple[RotaryPlan, ...]
+    residual_scale: float
     score_scale: float
+    score_cap: float
+    final_norm: NormPlan
     logit_scale: float
+    logit_cap: float
     head: LinearPlan | None
 
 

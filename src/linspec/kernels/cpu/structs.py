@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
-from linspec.kernels.step_plan import BF16, F32, INT4, INT8
+from linspec.kernels.step_plan import ACTIVATIONS, BF16, F32, INT4, INT8
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 7
+ABI = 8
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -34,6 +34,7 @@ CONSTANTS = (
     ("LS_BF16", BF16, ""),
     ("LS_INT8", INT8, ""),
     ("LS_INT4", INT4, ""),
+    *((f"LS_{name.upper()}", number, "") for number, name in enumerate(ACTIVATIONS)),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
 )
@@ -146,13 +147,28 @@ class PartStruct(Struct):
 
 
 @declared(
+    "ls_norm",
+    Field("const float *", "weight bias", "bias may be null"),
+    Field("int32_t", "centred", "the mean is taken off first, as a LayerNorm does"),
+)
+class NormStruct(Struct):
+    """x * weight / sqrt(mean(x^2) + eps) + bias."""
+
+
+@declared(
     "ls_layer",
     Field("const ls_part *", "part"),
     Field("const int32_t *", "part_of place", "[kv_heads]: its part, and its number there"),
     Field("int32_t", "taps", "of the convolution"),
     Field("const float *", "conv_weights", "[heads][taps]"),
-    Field("const float *", "mixer_norm mlp_norm q_norm k_norm", "the last two may be null"),
-    Field("const ls_linear *", "qkv out gate_up down"),
+    Field("const ls_norm *", "mixer_norm mlp_norm", "of what goes in; null: none"),
+    Field("const ls_norm *", "mixer_out_norm mlp_out_norm", "of what comes out; null: none"),
+    Field("const ls_norm *", "q_norm k_norm", "null: none"),
+    Field("int32_t", "whole_norms", "those of q and k are over the projections of all heads"),
+    Field("int32_t", "norm_stride", "floats from a head's weights to the next; 0: all have one"),
+    Field("int32_t", "rotary", "table of its positions, -1: none"),
+    Field("int32_t", "parallel", "the MLP reads what enters the block, as the mixer does"),
+    Field("const ls_linear *", "qkv out up down", "up: with a gate, of both, the gate first"),
 )
 class LayerStruct(Struct):
     """A block: what the parts of its mixer do, and its weights."""
@@ -162,9 +178,14 @@ class LayerStruct(Struct):
     "ls_decoder",
     Field("int32_t", "layers width heads kv_heads head_width mlp_width vocabulary"),
     Field("int32_t", "embedding_kind", "LS_F32 or LS_BF16"),
+    Field("int32_t", "activation gated", "LS_SILU, ..; whether it gates other outputs"),
     Field("float", "eps", "of the norms"),
+    Field("float", "score_scale score_cap", "on q.k ahead of a softmax; a cap of 0 is none"),
+    Field("float", "embedding_scale residual_scale logit_scale logit_cap"),
     Field("const void *", "embedding", "[vocabulary][width]"),
-    Field("const float *", "final_norm"),
+    Field("const float *", "position_rows", "[positions][width], added to it; null without"),
+    Field("const int32_t *", "turned", "features of a head that each rotary table turns"),
+    Field("const ls_norm *", "final_norm"),
     Field("const ls_linear *", "head"),
     Field("const ls_layer *", "layer"),
 )
@@ -187,9 +208,10 @@ class InputStruct(Struct):
     "ls_batch",
     Field("int32_t", "rows inputs outputs", "new nodes, slots that they are of, logits asked for"),
     Field("int32_t", "chained", "inputs are pieces of one prompt, each behind the one before"),
-    Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the rotary table"),
+    Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the tables"),
     Field("const int32_t *", "output_rows", "[outputs]"),
-    Field("const float *", "cosines sines", "[positions][head_width]"),
+    Field("const float *const *", "cosines", "of each rotary table: [positions][turned]"),
+    Field("const float *const *", "sines", "alike"),
     Field("const ls_step_input *", "input"),
     Field("float *", "hidden logits", "[outputs][width], [outputs][vocabulary]"),
 )

@@ -153,10 +153,12 @@ INLINE void score_float(const block *b, const query *queries, int count, float s
 }
 
 /* scores to softmax weights, in place; returns the factor on what was accumulated before */
-INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
+INLINE float softmax_update(float *scores, float scale, float cap, softmax_state *state) {
     vf s[BLOCK / 16], total = vf_set1(0.0f), most = vf_set1(-__builtin_inff());
     for (int i = 0; i < BLOCK / 16; i++) {
         s[i] = vf_load(scores + 16 * i) * vf_set1(scale);
+        if (cap > 0.0f)
+            s[i] = vf_select((vi)(s[i] > vf_set1(-__builtin_inff())), vf_capped(s[i], cap), s[i]);
         most = vf_max(s[i], most);
     }
     float max = vf_largest(most);
@@ -190,8 +192,7 @@ INLINE void apply_weights(const block *b, const query *queries, int count, float
         if (m->squared_relu)
             square(weights[j]);
         else
-            keep = softmax_update(weights[j], scale / __builtin_sqrtf((float)m->width),
-                                  queries[j].state);
+            keep = softmax_update(weights[j], scale * m->score_scale, m->score_cap, queries[j].state);
         for (int i = 0; scales && i < BLOCK; i += 16)
             vf_store(weights[j] + i, vf_load(weights[j] + i) * vf_load(scales + i));
         accumulators[j] = (accumulator){queries[j].out, weights[j], keep};

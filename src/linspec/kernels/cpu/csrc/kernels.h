@@ -34,6 +34,7 @@ typedef struct {
     int32_t summed;                   /* first rows that the sums hold already */
     int64_t window, group, span;
     int32_t squared_relu;
+    float score_scale, score_cap;     /* on q.k ahead of a softmax; a cap of 0 is none */
     int32_t taps;                     /* the values of the rows before the first lie before `values` */
     float alpha;
     const float *conv_weights;        /* [heads][taps] */
@@ -98,8 +99,13 @@ typedef struct {
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, float *y);
-    /* y = silu(gate) * up */
-    void (*silu_mul)(const float *gate, const float *up, int width, float *y);
+    /* y = (x - mean(x)) * weight / sqrt(variance(x) + eps) + bias, which may be null */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int width,
+                       float *y);
+    /* y = f(gate) * up, or f(gate) where up is null; f is LS_SILU, .. */
+    void (*activate)(int f, const float *gate, const float *up, int width, float *y);
+    /* x = cap tanh(x / cap) in place */
+    void (*cap)(float *x, float cap, int width);
     /* x / |x| in place */
     void (*normalize)(float *x, int width);
     /* The queries of kv head `head` over the rows of a chunk; q [nodes][stride], heads side by side.

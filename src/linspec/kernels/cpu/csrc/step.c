@@ -12,18 +12,24 @@ static size_t packed_bytes(const ls_decoder *d, int rows) {
     size_t n = ls_packed_bytes(d->head, rows);
     for (int i = 0; i < d->layers; i++) {
         const ls_layer *l = d->layer + i;
-        const ls_linear *all[] = {l->qkv, l->out, l->gate_up, l->down};
+        const ls_linear *all[] = {l->qkv, l->out, l->up, l->down};
         for (int k = 0; k < 4; k++) n = larger(n, ls_packed_bytes(all[k], rows));
     }
     return ls_up64(n);
 }
 
 static size_t projected_width(const ls_decoder *d) {
-    return larger((size_t)(d->heads + 2 * d->kv_heads) * d->head_width, (size_t)2 * d->mlp_width);
+    size_t mlp = (size_t)(d->gated ? 2 : 1) * (size_t)d->mlp_width;
+    return larger((size_t)(d->heads + 2 * d->kv_heads) * d->head_width, mlp);
+}
+
+/* outputs of mixers, and of layers that do not end in the residual */
+static size_t attended_width(const ls_decoder *d) {
+    return larger((size_t)d->heads * d->head_width, (size_t)d->width);
 }
 
 static size_t row_floats(const ls_decoder *d) {
-    return ls_up64(d->width) + ls_up64(projected_width(d)) + ls_up64((size_t)d->heads * d->head_width);
+    return ls_up64(d->width) + ls_up64(projected_width(d)) + ls_up64(attended_width(d));
 }
 
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head) {
@@ -37,7 +43,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .heads = repeats, .kv_heads = 1, .width = d->head_width,
         .committed = in->committed[p->state], .staged = in->staged, .nodes = in->nodes,
         .window = p->window, .group = p->group, .span = p->span, .squared_relu = p->squared_relu,
-        .taps = l->taps, .alpha = p->alpha,
+        .score_scale = d->score_scale, .score_cap = d->score_cap, .taps = l->taps, .alpha = p->alpha,
         .conv_weights = l->taps ? l->conv_weights + (int64_t)head * repeats * l->taps : NULL,
         .quantized = p->quantized, .row_bytes = p->row_bytes,
         .keys = p->keys + at * p->key_stride,
@@ -80,20 +86,38 @@ LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b) {
     return (int64_t)(floats * sizeof(float) + packed_bytes(d, rows));
 }
 
+/* the embedding of one token */
+static void embed_row(const ls_decoder *d, int32_t token, float *x) {
+    size_t at = (size_t)token * d->width;
+    if (d->embedding_kind == LS_F32) {
+        memcpy(x, (const float *)d->embedding + at, (size_t)d->width * sizeof *x);
+        return;
+    }
+    for (int i = 0; i < d->width; i++) {
+        uint32_t bits = (uint32_t)((const uint16_t *)d->embedding)[at + i] << 16;
+        memcpy(x + i, &bits, sizeof bits);
+    }
+}
+
 static void embed(const ls_run *s, int first, int last) {
     const ls_decoder *d = s->d;
     for (int row = first; row < last; row++) {
-        size_t at = (size_t)s->b->tokens[row] * d->width;
         float *x = s->x + (size_t)row * d->width;
-        if (d->embedding_kind == LS_F32) {
-            memcpy(x, (const float *)d->embedding + at, (size_t)d->width * sizeof *x);
-            continue;
-        }
-        for (int i = 0; i < d->width; i++) {
-            uint32_t bits = (uint32_t)((const uint16_t *)d->embedding)[at + i] << 16;
-            memcpy(x + i, &bits, sizeof bits);
-        }
+        embed_row(d, s->b->tokens[row], x);
+        for (int i = 0; d->embedding_scale != 1.0f && i < d->width; i++) x[i] *= d->embedding_scale;
+        if (!d->position_rows) continue;
+        const float *place = d->position_rows + (size_t)s->b->positions[row] * d->width;
+        for (int i = 0; i < d->width; i++) x[i] += place[i];
     }
+}
+
+/* norm of x, whose weights begin `at` floats behind those of n */
+static void apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y) {
+    const ls_ops *ops = ls_current();
+    if (n->centred)
+        ops->layer_norm(x, n->weight + at, n->bias ? n->bias + at : NULL, eps, width, y);
+    else
+        ops->rms_norm(x, n->weight + at, eps, width, y);
 }
 
 /* halves are paired as in Llama checkpoints; the sign of the halves is part of `sines` */
@@ -106,14 +130,18 @@ static void rotate(float *x, const float *cosines, const float *sines, int width
     }
 }
 
-/* q or k of one node and head, from projection to feature */
-static void feature(const ls_run *s, const ls_part *p, int row, const float *norm, float *x) {
+/* q or k of one node, from projection to feature; head: among those of q, or of k */
+static void feature(const ls_run *s, const ls_layer *l, const ls_part *p, int row, int head,
+                    const ls_norm *norm, float *x) {
     const ls_decoder *d = s->d;
-    const ls_ops *ops = ls_current();
-    size_t at = (size_t)s->b->positions[row] * d->head_width;
-    if (norm) ops->rms_norm(x, norm, d->eps, d->head_width, x);
-    rotate(x, s->b->cosines + at, s->b->sines + at, d->head_width);
-    if (p->squared_relu) ops->normalize(x, d->head_width);
+    if (norm && !l->whole_norms)
+        apply_norm(norm, (int64_t)head * l->norm_stride, x, d->eps, d->head_width, x);
+    if (l->rotary >= 0) {
+        int turned = d->turned[l->rotary];
+        size_t at = (size_t)s->b->positions[row] * turned;
+        rotate(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
+    }
+    if (p->squared_relu) ls_current()->normalize(x, d->head_width);
 }
 
 /* a row of keys or values as the state keeps it */
@@ -143,9 +171,9 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     for (int n = 0; n < in->nodes; n++) {
         float *line = s->projected + (in->first + n) * ls_projected_stride(d);
         float *k = line + (size_t)(d->heads + head) * width;
-        for (int r = 0; r < repeats; r++)
-            feature(s, p, in->first + n, l->q_norm, line + (size_t)(head * repeats + r) * width);
-        feature(s, p, in->first + n, l->k_norm, k);
+        for (int r = head * repeats; r < (head + 1) * repeats; r++)
+            feature(s, l, p, in->first + n, r, l->q_norm, line + (size_t)r * width);
+        feature(s, l, p, in->first + n, head, l->k_norm, k);
         store_row(&m, k, keys + (int64_t)n * p->row_bytes);
         store_row(&m, k + (size_t)d->kv_heads * width, values + (int64_t)n * p->row_bytes);
     }
@@ -214,7 +242,7 @@ static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threa
 }
 
 /* Norm (null: none) and pack the rows of this thread for `layer`; returns the packed rows. */
-static ls_packed_rows pack_inputs(const ls_run *s, const ls_linear *layer, const float *norm,
+static ls_packed_rows pack_inputs(const ls_run *s, const ls_linear *layer, const ls_norm *norm,
                                   const float *x, int rows, int thread, int threads) {
     ls_packed_rows to = ls_packed_at(layer, rows, s->packed);
     int first = ls_share(rows, thread, threads), last = ls_share(rows, thread + 1, threads);
@@ -224,20 +252,21 @@ static ls_packed_rows pack_inputs(const ls_run *s, const ls_linear *layer, const
     }
     float *line = ls_scratch((size_t)layer->inputs * sizeof(float));
     for (int row = first; row < last; row++) {
-        ls_current()->rms_norm(x + (size_t)row * layer->inputs, norm, s->d->eps, layer->inputs, line);
+        apply_norm(norm, 0, x + (size_t)row * layer->inputs, s->d->eps, layer->inputs, line);
         ls_pack_rows(layer, &to, row, row + 1, line, 0);
     }
     return to;
 }
 
-static ls_packed_rows pack_gated(const ls_run *s, const ls_linear *down, int thread, int threads) {
-    int width = s->d->mlp_width, rows = s->b->rows;
+static ls_packed_rows pack_activated(const ls_run *s, const ls_linear *down, int thread,
+                                     int threads) {
+    int width = s->d->mlp_width, rows = s->b->rows, gated = s->d->gated;
     ls_packed_rows to = ls_packed_at(down, rows, s->packed);
     float *line = ls_scratch((size_t)width * sizeof(float));
     for (int row = ls_share(rows, thread, threads); row < ls_share(rows, thread + 1, threads);
          row++) {
-        const float *gate = s->projected + (size_t)row * 2 * width;
-        ls_current()->silu_mul(gate, gate + width, width, line);
+        const float *gate = s->projected + (size_t)row * (gated ? 2 : 1) * width;
+        ls_current()->activate(s->d->activation, gate, gated ? gate + width : NULL, width, line);
         ls_pack_rows(down, &to, row, row + 1, line, 0);
     }
     return to;
@@ -253,32 +282,81 @@ static void multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, 
     ls_barrier(threads);
 }
 
+/* norms of q and k over all heads together */
+static void norm_whole(const ls_run *s, const ls_layer *l, int thread, int threads) {
+    const ls_decoder *d = s->d;
+    int first = ls_share(s->b->rows, thread, threads), last = ls_share(s->b->rows, thread + 1, threads);
+    int q_width = d->heads * d->head_width, k_width = d->kv_heads * d->head_width;
+    for (int row = first; row < last; row++) {
+        float *q = s->projected + row * ls_projected_stride(d), *k = q + q_width;
+        apply_norm(l->q_norm, 0, q, d->eps, q_width, q);
+        apply_norm(l->k_norm, 0, k, d->eps, k_width, k);
+    }
+    ls_barrier(threads);
+}
+
+/* Add what `add_to_residual` has set aside to the rows of this thread. */
+static void add_aside(const ls_run *s, const ls_norm *norm, int thread, int threads) {
+    const ls_decoder *d = s->d;
+    int first = ls_share(s->b->rows, thread, threads), last = ls_share(s->b->rows, thread + 1, threads);
+    for (int row = first; row < last; row++) {
+        float *x = s->x + (size_t)row * d->width, *more = s->attended + (size_t)row * d->width;
+        if (norm) apply_norm(norm, 0, more, d->eps, d->width, more);
+        for (int i = 0; i < d->width; i++) x[i] += more[i] * d->residual_scale;
+    }
+}
+
+/* The end of a mixer or an MLP: its last layer, which adds to the residual. What has a norm or a factor
+ * first, or has to wait, is set aside where mixers have had their outputs; returns whether it was. */
+static int add_to_residual(const ls_run *s, const ls_linear *layer, const ls_packed_rows *x,
+                           const ls_norm *norm, int wait, int thread, int threads) {
+    int aside = norm || wait || s->d->residual_scale != 1.0f;
+    multiply(layer, x, aside ? s->attended : s->x, !aside, thread, threads);
+    return aside;
+}
+
 static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
     ls_packed_rows x = pack_inputs(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
     multiply(l->qkv, &x, s->projected, 0, thread, threads);
+    if (l->whole_norms) norm_whole(s, l, thread, threads);
     b->chained ? ls_mix_prompt(s, l, thread, threads) : mix_inputs(s, l, thread, threads);
     ls_barrier(threads);
     x = pack_inputs(s, l->out, NULL, s->attended, b->rows, thread, threads);
-    multiply(l->out, &x, s->x, 1, thread, threads);
-    x = pack_inputs(s, l->gate_up, l->mlp_norm, s->x, b->rows, thread, threads);
-    multiply(l->gate_up, &x, s->projected, 0, thread, threads);
-    x = pack_gated(s, l->down, thread, threads);
-    multiply(l->down, &x, s->x, 1, thread, threads);
+    int aside = add_to_residual(s, l->out, &x, l->mixer_out_norm, l->parallel, thread, threads);
+    if (aside && !l->parallel) add_aside(s, l->mixer_out_norm, thread, threads);
+    x = pack_inputs(s, l->up, l->mlp_norm, s->x, b->rows, thread, threads);
+    if (l->parallel) add_aside(s, l->mixer_out_norm, thread, threads);
+    multiply(l->up, &x, s->projected, 0, thread, threads);
+    x = pack_activated(s, l->down, thread, threads);
+    if (!add_to_residual(s, l->down, &x, l->mlp_out_norm, 0, thread, threads)) return;
+    add_aside(s, l->mlp_out_norm, thread, threads);
+    ls_barrier(threads);
+}
+
+/* The hidden states that are asked for, and their logits. */
+static void leave(const ls_run *s, int thread, int threads) {
+    const ls_decoder *d = s->d;
+    const ls_batch *b = s->b;
+    int last = ls_share(b->outputs, thread + 1, threads);
+    for (int i = ls_share(b->outputs, thread, threads); i < last; i++) {
+        float *to = b->hidden + (size_t)i * d->width;
+        const float *x = s->x + (size_t)b->output_rows[i] * d->width;
+        apply_norm(d->final_norm, 0, x, d->eps, d->width, to);
+        for (int k = 0; d->logit_scale != 1.0f && k < d->width; k++) to[k] *= d->logit_scale;
+    }
+    ls_packed_rows x = pack_inputs(s, d->head, NULL, b->hidden, b->outputs, thread, threads);
+    multiply(d->head, &x, b->logits, 0, thread, threads);
+    int from = ls_share(d->vocabulary, thread, threads), to = ls_share(d->vocabulary, thread + 1, threads);
+    for (int i = 0; d->logit_cap > 0.0f && i < b->outputs; i++)
+        ls_current()->cap(b->logits + (size_t)i * d->vocabulary + from, d->logit_cap, to - from);
 }
 
 static void step_body(void *context, int thread, int threads) {
     const ls_run *s = context;
-    const ls_decoder *d = s->d;
-    const ls_batch *b = s->b;
-    embed(s, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
-    for (int i = 0; i < d->layers; i++) block(s, d->layer + i, thread, threads);
-    int last = ls_share(b->outputs, thread + 1, threads);
-    for (int i = ls_share(b->outputs, thread, threads); i < last; i++)
-        ls_current()->rms_norm(s->x + (size_t)b->output_rows[i] * d->width, d->final_norm, d->eps,
-                               d->width, b->hidden + (size_t)i * d->width);
-    ls_packed_rows x = pack_inputs(s, d->head, NULL, b->hidden, b->outputs, thread, threads);
-    multiply(d->head, &x, b->logits, 0, thread, threads);
+    embed(s, ls_share(s->b->rows, thread, threads), ls_share(s->b->rows, thread + 1, threads));
+    for (int i = 0; i < s->d->layers; i++) block(s, s->d->layer + i, thread, threads);
+    leave(s, thread, threads);
 }
 
 /* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
@@ -286,7 +364,7 @@ LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int
     ls_run s = {.d = d, .b = b, .x = workspace};
     s.projected = s.x + ls_up64(d->width) * (size_t)b->rows;
     s.attended = s.projected + ls_up64(projected_width(d)) * (size_t)b->rows;
-    s.partials = s.attended + ls_up64((size_t)d->heads * d->head_width) * (size_t)b->rows;
+    s.partials = s.attended + ls_up64(attended_width(d)) * (size_t)b->rows;
     s.packed = s.partials + partial_floats(d, b);
     ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
 }

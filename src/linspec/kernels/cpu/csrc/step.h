@@ -7,7 +7,7 @@
 typedef struct {
     const ls_decoder *d;
     const ls_batch *b;
-    float *x, *projected, *attended; /* residual; outputs of qkv or gate_up; mixer outputs */
+    float *x, *projected, *attended; /* residual; outputs of qkv or up; mixer outputs */
     float *partials;                 /* of the mixers, see ls_ops; of a prompt, see prompt.c */
     void *packed;
 } ls_run;

@@ -5,13 +5,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 7                             /* of this table and the functions */
+#define LS_ABI 8                             /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights */
 #define LS_BF16 1
 #define LS_INT8 2
 #define LS_INT4 3
+#define LS_SILU 0
+#define LS_GELU 1
+#define LS_GELU_TANH 2
+#define LS_RELU 3
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 
@@ -42,23 +46,40 @@ typedef struct {
     int32_t quantized, row_bytes;            /* rows are int8 codes and a scale; bytes of a row */
 } ls_part;
 
+/* x * weight / sqrt(mean(x^2) + eps) + bias. */
+typedef struct {
+    const float *weight, *bias;              /* bias may be null */
+    int32_t centred;                         /* the mean is taken off first, as a LayerNorm does */
+} ls_norm;
+
 /* A block: what the parts of its mixer do, and its weights. */
 typedef struct {
     const ls_part *part;
     const int32_t *part_of, *place;          /* [kv_heads]: its part, and its number there */
     int32_t taps;                            /* of the convolution */
     const float *conv_weights;               /* [heads][taps] */
-    const float *mixer_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be null */
-    const ls_linear *qkv, *out, *gate_up, *down;
+    const ls_norm *mixer_norm, *mlp_norm;    /* of what goes in; null: none */
+    const ls_norm *mixer_out_norm, *mlp_out_norm; /* of what comes out; null: none */
+    const ls_norm *q_norm, *k_norm;          /* null: none */
+    int32_t whole_norms;                     /* those of q and k are over the projections of all heads */
+    int32_t norm_stride;                     /* floats from a head's weights to the next; 0: all have one */
+    int32_t rotary;                          /* table of its positions, -1: none */
+    int32_t parallel;                        /* the MLP reads what enters the block, as the mixer does */
+    const ls_linear *qkv, *out, *up, *down;  /* up: with a gate, of both, the gate first */
 } ls_layer;
 
 /* A whole decoder. */
 typedef struct {
     int32_t layers, width, heads, kv_heads, head_width, mlp_width, vocabulary;
     int32_t embedding_kind;                  /* LS_F32 or LS_BF16 */
+    int32_t activation, gated;               /* LS_SILU, ..; whether it gates other outputs */
     float eps;                               /* of the norms */
+    float score_scale, score_cap;            /* on q.k ahead of a softmax; a cap of 0 is none */
+    float embedding_scale, residual_scale, logit_scale, logit_cap;
     const void *embedding;                   /* [vocabulary][width] */
-    const float *final_norm;
+    const float *position_rows;              /* [positions][width], added to it; null without */
+    const int32_t *turned;                   /* features of a head that each rotary table turns */
+    const ls_norm *final_norm;
     const ls_linear *head;
     const ls_layer *layer;
 } ls_decoder;
@@ -75,9 +96,10 @@ typedef struct {
 typedef struct {
     int32_t rows, inputs, outputs;           /* new nodes, slots that they are of, logits asked for */
     int32_t chained;                         /* inputs are pieces of one prompt, each behind the one before */
-    const int32_t *tokens, *positions;       /* [rows]; positions are rows of the rotary table */
+    const int32_t *tokens, *positions;       /* [rows]; positions are rows of the tables */
     const int32_t *output_rows;              /* [outputs] */
-    const float *cosines, *sines;            /* [positions][head_width] */
+    const float *const *cosines;             /* of each rotary table: [positions][turned] */
+    const float *const *sines;               /* alike */
     const ls_step_input *input;
     float *hidden, *logits;                  /* [outputs][width], [outputs][vocabulary] */
 } ls_batch;
@@ -102,7 +124,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    340804392, \
+    265714340, \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
@@ -113,17 +135,27 @@ typedef struct {
         offsetof(ls_part, values), offsetof(ls_part, sums), offsetof(ls_part, sum_floats), \
         offsetof(ls_part, key_stride), offsetof(ls_part, value_stride), \
         offsetof(ls_part, quantized), offsetof(ls_part, row_bytes), \
+    sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
+        offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
         offsetof(ls_layer, place), offsetof(ls_layer, taps), \
         offsetof(ls_layer, conv_weights), offsetof(ls_layer, mixer_norm), \
-        offsetof(ls_layer, mlp_norm), offsetof(ls_layer, q_norm), offsetof(ls_layer, k_norm), \
-        offsetof(ls_layer, qkv), offsetof(ls_layer, out), offsetof(ls_layer, gate_up), \
-        offsetof(ls_layer, down), \
+        offsetof(ls_layer, mlp_norm), offsetof(ls_layer, mixer_out_norm), \
+        offsetof(ls_layer, mlp_out_norm), offsetof(ls_layer, q_norm), \
+        offsetof(ls_layer, k_norm), offsetof(ls_layer, whole_norms), \
+        offsetof(ls_layer, norm_stride), offsetof(ls_layer, rotary), \
+        offsetof(ls_layer, parallel), offsetof(ls_layer, qkv), offsetof(ls_layer, out), \
+        offsetof(ls_layer, up), offsetof(ls_layer, down), \
     sizeof(ls_decoder), offsetof(ls_decoder, layers), offsetof(ls_decoder, width), \
         offsetof(ls_decoder, heads), offsetof(ls_decoder, kv_heads), \
         offsetof(ls_decoder, head_width), offsetof(ls_decoder, mlp_width), \
         offsetof(ls_decoder, vocabulary), offsetof(ls_decoder, embedding_kind), \
-        offsetof(ls_decoder, eps), offsetof(ls_decoder, embedding), \
+        offsetof(ls_decoder, activation), offsetof(ls_decoder, gated), \
+        offsetof(ls_decoder, eps), offsetof(ls_decoder, score_scale), \
+        offsetof(ls_decoder, score_cap), offsetof(ls_decoder, embedding_scale), \
+        offsetof(ls_decoder, residual_scale), offsetof(ls_decoder, logit_scale), \
+        offsetof(ls_decoder, logit_cap), offsetof(ls_decoder, embedding), \
+        offsetof(ls_decoder, position_rows), offsetof(ls_decoder, turned), \
         offsetof(ls_decoder, final_norm), offsetof(ls_decoder, head), \
         offsetof(ls_decoder, layer), \
     sizeof(ls_step_input), offsetof(ls_step_input, slot), offsetof(ls_step_input, first), \
