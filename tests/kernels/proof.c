@@ -386,6 +386,7 @@ static void mixers(void) {
 }
 
 #include "proof_heads.inc.h"
+#include "proof_summed.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
@@ -397,6 +398,7 @@ int main(void) {
         for (int width = 1; width <= 70; width++) rows_of_width(width);
         mixers();
         all_heads();
+        all_summed();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;

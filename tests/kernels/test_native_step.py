@@ -28,6 +28,21 @@ MIXERS = {
     "streaming-taps": MixerConfig(name="streaming", group=4, sinks=4, taps=5),
     "by-head": MixerConfig(name="by-head", group=8, span=2, sinks=3, taps=5, exact_heads=(1,)),
 }
+SUMMED = {
+    "relu": MixerConfig(name="relu", group=8),
+    "relu-softmax": MixerConfig(name="relu", group=8, span=2, kernel="softmax", taps=3),
+    "hedgehog": MixerConfig(name="hedgehog", group=8, span=2),
+    "transnormer": MixerConfig(name="transnormer", group=8, taps=5),
+    "transnormer-relu2": MixerConfig(name="transnormer", group=8, kernel="relu2"),
+    "global": MixerConfig(name="global", group=8, taps=3),
+    "performer": MixerConfig(name="performer", group=8, features=37),
+    "rfa": MixerConfig(name="rfa", group=8, features=37),
+    "gla": MixerConfig(name="gla", group=8, taps=3),
+    "gla-softmax": MixerConfig(name="gla", group=8, span=2, kernel="softmax"),
+    "gdn-relu2": MixerConfig(name="gdn", group=8, kernel="relu2"),
+    "gdn": MixerConfig(name="gdn", group=8, span=2),
+}
+MIXERS |= SUMMED
 # whose nodes get the same bits however they come; linear mixers but where a group closes
 EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
@@ -42,7 +57,7 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     torch.manual_seed(0)
     made = Decoder(config)
     for name, parameter in made.named_parameters():
-        if name.endswith(("alpha", "taps")):
+        if name.endswith(("alpha", "taps", "gain", "gamma", "gate_map", "gate_bias", "gate_scale")):
             torch.nn.init.normal_(parameter, 0.3, 0.2)
     return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
@@ -125,6 +140,26 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
             logits = made.step([StepInput(0, [tokens[node]])], chain).logits
             chain.commit(0, [0])
             assert torch.equal(logits[0], together[node])
+
+
+@pytest.mark.parametrize("mixer", SUMMED)
+def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
+    isa: str, mixer: str
+) -> None:
+    """However they come: in a prompt, in a tree, staged in two steps, alone."""
+    layer = replace(SUMMED[mixer], group=256)
+    made = model("softmax", 8, mixers=(layer, MixerConfig(), layer))
+    ids = [index * 31 % 97 for index in range(80)]
+    whole, apart = made.new_state(), made.new_state()
+    logits = [*made.step([StepInput(0, ids)], whole).logits]
+    whole.commit(0, range(len(ids)))
+    first = made.step([StepInput(0, [0, 1, 2], [-1, 0, 0])], whole).logits
+    later = made.step([StepInput(0, [3, 4, 5], [2, 3, 1])], whole).logits
+    logits += [first[0], first[2], later[0], later[1]]
+    for token, expected in zip([*ids, 0, 2, 3, 4], logits, strict=True):
+        alone = made.step([StepInput(0, [token])], apart).logits
+        apart.commit(0, [0])
+        assert torch.equal(alone[0], expected)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

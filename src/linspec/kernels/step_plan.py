@@ -20,6 +20,11 @@ F32, BF16, INT8, INT4 = range(4)
 # of MLPs: names that a plan has
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
+# feature maps of queries and keys, weights of single rows, and last touches of `SummedPlan`
+MAPS = ("same", "unit", "relu", "elu_plus_1", "softmax", "two_sided", "positive", "phases")
+WEIGHTS = ("none", "products", "softmax", "relu2", "exponentials")
+ENDS = ("plain", "quotient", "bounded", "rms")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearPlan:
@@ -63,16 +68,55 @@ class AttentionPlan:
     sinks: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SummedPlan:
+    """What a node reads from sums of features φ(k) v, and from rows that are not among them yet.
+
+    group, span: as in `AttentionPlan`. map: φ, one of MAPS, of `features` features; mapped: rows keep φ(k)
+    and not k. query_map and key_map [H, M, K], [Hkv, M, K]: what 'two_sided', 'positive' and 'phases' take
+    the products with; [1, M, K] where all heads share it. query_factors [H]: on φ(q). exact: how the rows
+    within the span weigh, one of WEIGHTS; those before it weigh φ(q)·φ(k). alpha: factor on what these and
+    the sums give. together: exact and summed have one end, else the summed part alone has it. end: one of
+    ENDS, 'quotient' by the last value column plus `floor`, 'bounded' by that column or `floor` if it is
+    less, 'rms' a norm with weights `gain` [V]. ones: values have a column of ones behind them.
+
+    fades: the sums fade by a factor per channel of a key or per head, whose logarithm lies behind the key;
+    with exact 'none' every row is read through them. gate_map [Hkv, K, E] or gate_scale [Hkv, K], and
+    gate_bias [Hkv, E]: from a key ahead of its rotation to what the factors are made of. delta: a row writes
+    what the sums do not return for its key, at the rate of the second gate.
+    """
+
+    group: int
+    span: int
+    features: int
+    map: str
+    mapped: bool = False
+    query_map: torch.Tensor | None = None
+    key_map: torch.Tensor | None = None
+    query_factors: torch.Tensor | None = None
+    exact: str = "none"
+    alpha: float = 1.0
+    together: bool = True
+    end: str = "plain"
+    floor: float = 0.0
+    gain: torch.Tensor | None = None
+    ones: bool = False
+    fades: bool = False
+    gate_map: torch.Tensor | None = None
+    gate_scale: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    delta: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class PartPlan:
     """KV heads of a layer that read alike, from a state of their own.
 
-    heads: which of the layer's, in the order of that state. attention: None for a mixer that is not an
-    `AttentionPlan`.
+    heads: which of the layer's, in the order of that state. attention: None for a mixer that has no plan.
     """
 
     heads: tuple[int, ...]
-    attention: AttentionPlan | None
+    attention: AttentionPlan | SummedPlan | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

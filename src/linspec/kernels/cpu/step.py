@@ -35,19 +35,24 @@ from linspec.kernels.cpu.structs import (
     LayerStruct,
     NormStruct,
     PartStruct,
+    SummedStruct,
 )
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
 from linspec.kernels.step_plan import (
     ACTIVATIONS,
     BF16,
+    ENDS,
     F32,
+    MAPS,
+    WEIGHTS,
     LayerPlan,
     LinearPlan,
     NewNodes,
     NormPlan,
     PartBuffers,
     StepPlan,
+    SummedPlan,
 )
 from linspec.utils.messages import shown
 
@@ -235,11 +240,34 @@ def _describe(
 def _parts(layer: LayerPlan) -> ctypes.Array[PartStruct]:
     table = (PartStruct * len(layer.parts))()
     for entry, part in zip(table, layer.parts, strict=True):
-        assert part.attention is not None, "why_not has a reason"
+        plan = part.attention
+        assert plan is not None, "why_not has a reason"
         entry.kv_heads = len(part.heads)
-        for field in fields(part.attention):
-            setattr(entry, field.name, getattr(part.attention, field.name))
+        if isinstance(plan, SummedPlan):
+            entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
+            entry.summed = pointer(_summed(plan))
+            continue
+        for field in fields(plan):
+            setattr(entry, field.name, getattr(plan, field.name))
     return table
+
+
+def _summed(plan: SummedPlan) -> SummedStruct:
+    maps, bias = plan.key_map, plan.gate_bias
+    tensors = "query_map key_map query_factors gain gate_map gate_scale gate_bias"
+    return SummedStruct(
+        map=MAPS.index(plan.map),
+        exact=WEIGHTS.index(plan.exact),
+        end=ENDS.index(plan.end),
+        gates=0 if bias is None else bias.shape[-1],
+        map_rows=0 if maps is None else maps.shape[-2],
+        map_shared=maps is not None and len(maps) == 1,
+        **{name: _address(getattr(plan, name)) for name in tensors.split()},
+        **{
+            name: getattr(plan, name)
+            for name in ("features", "mapped", "together", "ones", "fades", "delta", "floor")
+        },
+    )
 
 
 def _linear(plan: LinearPlan | None) -> Any:
@@ -270,6 +298,7 @@ def _place(entry: PartStruct, part: PartBuffers) -> None:
     size = keys.element_size()
     entry.quantized, entry.row_bytes = part.quantized, keys.stride(2) * size
     entry.keys, entry.key_stride = keys.data_ptr(), keys.stride(1) * size
+    entry.value_bytes = values.stride(2) * size
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
-from linspec.kernels.step_plan import ACTIVATIONS, BF16, F32, INT4, INT8
+from linspec.kernels.step_plan import ACTIVATIONS, BF16, ENDS, F32, INT4, INT8, MAPS, WEIGHTS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 8
+ABI = 9
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -35,6 +35,9 @@ CONSTANTS = (
     ("LS_INT8", INT8, ""),
     ("LS_INT4", INT4, ""),
     *((f"LS_{name.upper()}", number, "") for number, name in enumerate(ACTIVATIONS)),
+    *((f"LS_MAP_{name.upper()}", number, "") for number, name in enumerate(MAPS)),
+    *((f"LS_WEIGHT_{name.upper()}", number, "") for number, name in enumerate(WEIGHTS)),
+    *((f"LS_END_{name.upper()}", number, "") for number, name in enumerate(ENDS)),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
 )
@@ -128,7 +131,29 @@ class LinearStruct(Struct):
 
 
 @declared(
+    "ls_summed",
+    Field("int32_t", "map features mapped", "LS_MAP_..; rows keep features"),
+    Field("int32_t", "exact end together", "LS_WEIGHT_.., LS_END_..; one end for both parts"),
+    Field("int32_t", "ones fades delta", "flags"),
+    Field("int32_t", "gates", "columns of a key row behind the key: logarithms, then a rate"),
+    Field("float", "floor", "of the end"),
+    Field("const float *", "query_map key_map", "[..][map_rows][head_width]"),
+    Field("int32_t", "map_rows map_shared", "shared: all heads have one"),
+    Field("const float *", "query_factors gain", "[heads], [head_width]; null without"),
+    Field(
+        "const float *",
+        "gate_map gate_scale",
+        "[kv_heads][head_width][gates], or [kv_heads][head_width]",
+    ),
+    Field("const float *", "gate_bias", "[kv_heads][gates]"),
+)
+class SummedStruct(Struct):
+    """Sums of features, see summed.inc.h and the plan of this name."""
+
+
+@declared(
     "ls_part",
+    Field("const ls_summed *", "summed", "null: attention"),
     Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
     Field("int32_t", "sinks", "first rows of the text, seen from everywhere"),
     Field("int32_t", "state", "kind of state, an index into `committed` of an input"),
@@ -138,9 +163,12 @@ class LinearStruct(Struct):
     Field("float", "alpha", "factor on the sums"),
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
     Field("const float *", "sums", "[slots][kv_heads][sum_floats], null without"),
-    Field("int64_t", "sum_floats", "head_width^2, or with sinks [sinks][2 * head_width + 1]"),
+    Field(
+        "int64_t", "sum_floats", "features x value columns; with sinks [sinks][2 * head_width + 1]"
+    ),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
-    Field("int32_t", "quantized row_bytes", "rows are int8 codes and a scale; bytes of a row"),
+    Field("int32_t", "quantized", "rows are int8 codes and a scale"),
+    Field("int32_t", "row_bytes value_bytes", "of a row of keys and of values, alike but for sums"),
 )
 class PartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

@@ -42,6 +42,9 @@ typedef struct {
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
     const float *sums;                /* [kv_heads][width][width], null without */
+    const ls_summed *form;            /* null: attention. The rest is then null, or of its kv head: */
+    const float *query_map, *key_map, *query_factors, *gate_map, *gate_scale, *gate_bias;
+    int32_t value_bytes;              /* of a row of values */
     int32_t sinks;                    /* first rows of the text, which every node sees */
     const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
@@ -54,6 +57,13 @@ static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
     size_t query = LS_QUERY_FLOATS * sizeof(float) + (size_t)((m->width + 31) & ~31);
     size_t sinks = m->sink_rows ? (size_t)m->sinks * 2 * (size_t)m->width : 0;
     return ls_query_count(m) * query + sinks * sizeof(float);
+}
+static inline size_t ls_summed_scratch_bytes(const ls_mixer *m) {
+    size_t rows = (size_t)(m->committed + m->staged - m->summed), width = (size_t)m->width;
+    size_t features = (size_t)m->form->features;
+    size_t floats = rows * features + features + 2 * (width + 1) + 2 * rows;
+    if (m->form->fades) floats += (size_t)(m->staged + 1) * width * width;
+    return floats * sizeof(float);
 }
 /* floats of the partial sums of one kv head and chunk */
 static inline size_t ls_partial_floats(const ls_mixer *m) {
@@ -116,6 +126,15 @@ typedef struct {
     /* the partial sums of all chunks put together, plus sums and convolution: out as q */
     void (*combine)(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
                     float *partials, float *out, int64_t out_stride, void *scratch);
+    /* x becomes its features in place: LS_MAP_.., of those that need no more than the row */
+    void (*map)(int map, float *x, int width);
+    /* what stands behind a key, from the key ahead of its rotation */
+    void (*gates)(const ls_mixer *m, const float *k, float *gates);
+    /* all that the nodes of one kv head read where `form` is given; m->kv_heads is 1 */
+    void (*read_summed)(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride,
+                        void *scratch);
+    /* sums after the rows first .. last - 1 have closed; scratch: their features, one row */
+    void (*fold_summed)(const ls_mixer *m, int first, int last, float *sums, void *scratch);
     /* sums [width][width] += keys^T values of the rows first .. last - 1 of a kv head, which close */
     void (*fold)(const ls_mixer *m, int head, int first, int last, float *sums);
 } ls_ops;

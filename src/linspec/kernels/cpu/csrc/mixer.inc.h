@@ -4,3 +4,5 @@
 #include "sinks.inc.h"
 #include "quantized.inc.h"
 #include "combine.inc.h"
+#include "summed.inc.h"
+#include "fading.inc.h"

@@ -8,23 +8,25 @@
 
 #include "step.h"
 
+/* floats of the sums of a kv head in the layer that has most; 0 without any */
 static size_t sum_floats(const ls_decoder *d) {
-    return (size_t)d->kv_heads * (size_t)d->head_width * (size_t)d->head_width;
+    size_t most = 0;
+    for (int i = 0; i < d->layers; i++)
+        for (int head = 0; head < d->kv_heads; head++) {
+            const ls_part *p = d->layer[i].part + d->layer[i].part_of[head];
+            if (p->sums && !p->sinks && (size_t)p->sum_floats > most) most = (size_t)p->sum_floats;
+        }
+    return most;
 }
 
 /* A piece has LS_MAX_NODES nodes at most, whose partial sums are each thread's own. */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b) {
-    for (int i = 0; i < d->layers; i++)
-        for (int head = 0; head < d->kv_heads; head++)
-            if (ls_mixer_of(d, d->layer + i, b->input, head).sums)
-                return (size_t)(b->inputs - 1) * sum_floats(d);
-    return 0;
+    return (size_t)(b->inputs - 1) * (size_t)d->kv_heads * sum_floats(d);
 }
 
 /* where the sums of a kv head are kept as they are when the first node of a later piece comes */
 static float *sums_before(const ls_run *s, int piece, int head) {
-    size_t size = (size_t)s->d->head_width * (size_t)s->d->head_width;
-    return s->partials + (size_t)(piece - 1) * sum_floats(s->d) + (size_t)head * size;
+    return s->partials + ((size_t)(piece - 1) * (size_t)s->d->kv_heads + (size_t)head) * sum_floats(s->d);
 }
 
 /* the mixer of a kv head for a piece */
@@ -39,13 +41,17 @@ static ls_mixer piece_of(const ls_run *s, const ls_layer *l, int piece, int head
 
 /* The sums of one kv head, piece by piece. */
 static void close_groups(const ls_run *s, const ls_layer *l, int head) {
-    size_t size = (size_t)s->d->head_width * (size_t)s->d->head_width;
+    size_t size = (size_t)l->part[l->part_of[head]].sum_floats;
     for (int piece = 1; piece < s->b->inputs; piece++) {
         ls_mixer before = piece_of(s, l, piece - 1, head), m = piece_of(s, l, piece, head);
         if (!m.sums) return;
         float *sums = sums_before(s, piece, head);
         memcpy(sums, before.sums, size * sizeof *sums);
-        ls_current()->fold(&m, 0, before.summed, m.summed, sums);
+        if (m.form)
+            ls_current()->fold_summed(&m, before.summed, m.summed, sums,
+                                      ls_scratch((size_t)m.form->features * sizeof *sums));
+        else
+            ls_current()->fold(&m, 0, before.summed, m.summed, sums);
     }
 }
 
@@ -53,16 +59,20 @@ static void close_groups(const ls_run *s, const ls_layer *l, int head) {
 static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head) {
     const ls_ops *ops = ls_current();
     ls_mixer m = piece_of(s, l, piece, head);
-    int chunks = ls_chunk_count(&m);
     int64_t q_stride = ls_projected_stride(s->d), column = ls_query_column(s->d, head);
     int64_t out_stride = (int64_t)s->d->heads * s->d->head_width, first = s->b->input[piece].first;
+    const float *q = s->projected + first * q_stride + column;
+    float *out = s->attended + first * out_stride + column;
+    if (m.form) {
+        ops->read_summed(&m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(&m)));
+        return;
+    }
+    int chunks = ls_chunk_count(&m);
     size_t part = ls_partial_floats(&m), floats = ls_up64(part * (size_t)chunks);
     float *partials = ls_scratch(floats * sizeof *partials + ls_attend_scratch_bytes(&m));
-    const float *q = s->projected + first * q_stride + column;
     for (int c = 0; c < chunks; c++)
         ops->attend_chunk(&m, 0, c, q, q_stride, partials + c * part, partials + floats);
-    ops->combine(&m, 0, chunks, q, q_stride, partials, s->attended + first * out_stride + column,
-                 out_stride, partials + floats);
+    ops->combine(&m, 0, chunks, q, q_stride, partials, out, out_stride, partials + floats);
 }
 
 /* in turns: later pieces have more to read, and so have some heads */

@@ -32,11 +32,17 @@ static size_t row_floats(const ls_decoder *d) {
     return ls_up64(d->width) + ls_up64(projected_width(d)) + ls_up64(attended_width(d));
 }
 
+static const float *rows_of(const float *table, int64_t place, int64_t size) {
+    return table ? table + place * size : NULL;
+}
+
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head) {
     const ls_part *p = l->part + l->part_of[head];
     int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
     int repeats = d->heads / d->kv_heads;
     const float *sums = p->sums ? p->sums + at * p->sum_floats : NULL;
+    const ls_summed *f = p->summed;
+    int64_t place = l->place[head], matrix = f && !f->map_shared ? (int64_t)f->map_rows * d->head_width : 0;
     /* the 1 behind the first sink says that they have left the rows */
     int sinks_left = p->sinks && sums[2 * d->head_width] > 0.0f;
     return (ls_mixer){
@@ -47,7 +53,14 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .conv_weights = l->taps ? l->conv_weights + (int64_t)head * repeats * l->taps : NULL,
         .quantized = p->quantized, .row_bytes = p->row_bytes,
         .keys = p->keys + at * p->key_stride,
-        .values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->row_bytes,
+        .values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->value_bytes,
+        .value_bytes = p->value_bytes, .form = f,
+        .query_map = f ? rows_of(f->query_map, place * repeats, matrix) : NULL,
+        .key_map = f ? rows_of(f->key_map, place, matrix) : NULL,
+        .query_factors = f ? rows_of(f->query_factors, place * repeats, 1) : NULL,
+        .gate_map = f ? rows_of(f->gate_map, place, (int64_t)d->head_width * f->gates) : NULL,
+        .gate_scale = f ? rows_of(f->gate_scale, place, d->head_width) : NULL,
+        .gate_bias = f ? rows_of(f->gate_bias, place, f->gates) : NULL,
         .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? sums : NULL,
         .ancestors = in->ancestors,
     };
@@ -61,7 +74,7 @@ static ls_mixer item_of(const ls_run *s, const ls_layer *l, int item) {
 
 /* floats of the partial sums of one kv head */
 static size_t item_floats(const ls_mixer *m) {
-    return (size_t)ls_chunk_count(m) * ls_partial_floats(m);
+    return m->form ? 0 : (size_t)ls_chunk_count(m) * ls_partial_floats(m);
 }
 
 /* floats of partial sums of the layer that has most */
@@ -130,18 +143,22 @@ static void rotate(float *x, const float *cosines, const float *sines, int width
     }
 }
 
-/* q or k of one node, from projection to feature; head: among those of q, or of k */
-static void feature(const ls_run *s, const ls_layer *l, const ls_part *p, int row, int head,
-                    const ls_norm *norm, float *x) {
-    const ls_decoder *d = s->d;
+/* norm of q or k of one node; head: among those of q, or of k */
+static void norm_head(const ls_run *s, const ls_layer *l, int head, const ls_norm *norm, float *x) {
     if (norm && !l->whole_norms)
-        apply_norm(norm, (int64_t)head * l->norm_stride, x, d->eps, d->head_width, x);
+        apply_norm(norm, (int64_t)head * l->norm_stride, x, s->d->eps, s->d->head_width, x);
+}
+
+/* q or k of one node, from its norm to its feature */
+static void feature(const ls_run *s, const ls_layer *l, const ls_part *p, int row, float *x) {
+    const ls_decoder *d = s->d;
     if (l->rotary >= 0) {
         int turned = d->turned[l->rotary];
         size_t at = (size_t)s->b->positions[row] * turned;
         rotate(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
     }
     if (p->squared_relu) ls_current()->normalize(x, d->head_width);
+    if (p->summed && p->summed->mapped) ls_current()->map(p->summed->map, x, d->head_width);
 }
 
 /* a row of keys or values as the state keeps it */
@@ -158,6 +175,17 @@ static void store_row(const ls_mixer *m, const float *x, char *to) {
     memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
 }
 
+/* rows of the state that sums are made of: a key with its gates, a value with its one */
+static void store_summed(const ls_mixer *m, const float *k, const float *gates, const float *v, char *key,
+                         char *value) {
+    size_t bytes = (size_t)m->width * sizeof *k;
+    float one = 1.0f;
+    memcpy(key, k, bytes);
+    memcpy(key + bytes, gates, (size_t)m->form->gates * sizeof *gates);
+    memcpy(value, v, bytes);
+    if (m->form->ones) memcpy(value + bytes, &one, sizeof one);
+}
+
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     const ls_decoder *d = s->d;
     const ls_step_input *in = s->b->input + input;
@@ -165,23 +193,32 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     ls_mixer m = ls_mixer_of(d, l, in, head);
     int width = d->head_width, repeats = d->heads / d->kv_heads;
     int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
-    int64_t row = (int64_t)(m.committed + in->staged - in->nodes) * p->row_bytes;
-    char *keys = p->keys + at * p->key_stride + row;
-    char *values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->row_bytes + row;
-    for (int n = 0; n < in->nodes; n++) {
-        float *line = s->projected + (in->first + n) * ls_projected_stride(d);
-        float *k = line + (size_t)(d->heads + head) * width;
-        for (int r = head * repeats; r < (head + 1) * repeats; r++)
-            feature(s, l, p, in->first + n, r, l->q_norm, line + (size_t)r * width);
-        feature(s, l, p, in->first + n, head, l->k_norm, k);
-        store_row(&m, k, keys + (int64_t)n * p->row_bytes);
-        store_row(&m, k + (size_t)d->kv_heads * width, values + (int64_t)n * p->row_bytes);
+    int64_t row = m.committed + in->staged - in->nodes;
+    char *keys = p->keys + at * p->key_stride + row * p->row_bytes;
+    char *values = p->values + at * p->value_stride + (p->conv_history + row) * p->value_bytes;
+    for (int n = 0; n < in->nodes; n++, keys += p->row_bytes, values += p->value_bytes) {
+        float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
+        float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;
+        for (int r = head * repeats; r < (head + 1) * repeats; r++) {
+            norm_head(s, l, r, l->q_norm, line + (size_t)r * width);
+            feature(s, l, p, in->first + n, line + (size_t)r * width);
+        }
+        norm_head(s, l, head, l->k_norm, k);
+        if (m.form && m.form->gates) ls_current()->gates(&m, k, gates);
+        feature(s, l, p, in->first + n, k);
+        if (m.form) {
+            store_summed(&m, k, gates, v, keys, values);
+        } else {
+            store_row(&m, k, keys);
+            store_row(&m, v, values);
+        }
     }
 }
 
 /* One chunk of one kv head of one input, whose partial sums begin at `partials`. */
 static void attend_one_chunk(const ls_run *s, const ls_mixer *m, int item, int chunk, float *partials) {
     const ls_decoder *d = s->d;
+    if (m->form) return;
     int64_t stride = ls_projected_stride(d), first = s->b->input[item / d->kv_heads].first;
     const float *q = s->projected + first * stride + ls_query_column(d, item % d->kv_heads);
     ls_current()->attend_chunk(m, 0, chunk, q, stride, partials + (size_t)chunk * ls_partial_floats(m),
@@ -194,9 +231,13 @@ static void combine(const ls_run *s, const ls_mixer *m, int item, float *partial
     int64_t q_stride = ls_projected_stride(d), out_stride = (int64_t)d->heads * d->head_width;
     int64_t first = s->b->input[item / d->kv_heads].first;
     int64_t column = ls_query_column(d, item % d->kv_heads);
-    ls_current()->combine(m, 0, ls_chunk_count(m), s->projected + first * q_stride + column, q_stride,
-                          partials, s->attended + first * out_stride + column, out_stride,
-                          ls_scratch(ls_attend_scratch_bytes(m)));
+    const float *q = s->projected + first * q_stride + column;
+    float *out = s->attended + first * out_stride + column;
+    if (m->form)
+        ls_current()->read_summed(m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(m)));
+    else
+        ls_current()->combine(m, 0, ls_chunk_count(m), q, q_stride, partials, out, out_stride,
+                              ls_scratch(ls_attend_scratch_bytes(m)));
 }
 
 /* The chunks of all inputs and heads, shared out by their rows: how long a cache is does not matter. */
@@ -224,7 +265,7 @@ static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threa
     for (int i = first; i < last; i++) ls_stage(s, l, i / heads, i % heads);
     for (int i = 0; i < items; i++) {
         ls_mixer m = item_of(s, l, i);
-        chunks += ls_chunk_count(&m);
+        chunks += m.form ? 1 : ls_chunk_count(&m);
         rows += (int)ls_row_count(&m);
     }
     if (chunks > items) {

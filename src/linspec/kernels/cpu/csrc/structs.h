@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 8                             /* of this table and the functions */
+#define LS_ABI 9                             /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights */
@@ -16,6 +16,23 @@
 #define LS_GELU 1
 #define LS_GELU_TANH 2
 #define LS_RELU 3
+#define LS_MAP_SAME 0
+#define LS_MAP_UNIT 1
+#define LS_MAP_RELU 2
+#define LS_MAP_ELU_PLUS_1 3
+#define LS_MAP_SOFTMAX 4
+#define LS_MAP_TWO_SIDED 5
+#define LS_MAP_POSITIVE 6
+#define LS_MAP_PHASES 7
+#define LS_WEIGHT_NONE 0
+#define LS_WEIGHT_PRODUCTS 1
+#define LS_WEIGHT_SOFTMAX 2
+#define LS_WEIGHT_RELU2 3
+#define LS_WEIGHT_EXPONENTIALS 4
+#define LS_END_PLAIN 0
+#define LS_END_QUOTIENT 1
+#define LS_END_BOUNDED 2
+#define LS_END_RMS 3
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 
@@ -30,8 +47,23 @@ typedef struct {
     const float *scales, *bias;              /* scales [tiles * 32] are for int8 only; bias may be null */
 } ls_linear;
 
+/* Sums of features, see summed.inc.h and the plan of this name. */
+typedef struct {
+    int32_t map, features, mapped;           /* LS_MAP_..; rows keep features */
+    int32_t exact, end, together;            /* LS_WEIGHT_.., LS_END_..; one end for both parts */
+    int32_t ones, fades, delta;              /* flags */
+    int32_t gates;                           /* columns of a key row behind the key: logarithms, then a rate */
+    float floor;                             /* of the end */
+    const float *query_map, *key_map;        /* [..][map_rows][head_width] */
+    int32_t map_rows, map_shared;            /* shared: all heads have one */
+    const float *query_factors, *gain;       /* [heads], [head_width]; null without */
+    const float *gate_map, *gate_scale;      /* [kv_heads][head_width][gates], or [kv_heads][head_width] */
+    const float *gate_bias;                  /* [kv_heads][gates] */
+} ls_summed;
+
 /* KV heads of a layer that read alike, and where their state is. */
 typedef struct {
+    const ls_summed *summed;                 /* null: attention */
     int64_t window, group, span;             /* nearest rows, rows of a group, exact groups; 0: all */
     int32_t sinks;                           /* first rows of the text, seen from everywhere */
     int32_t state;                           /* kind of state, an index into `committed` of an input */
@@ -41,9 +73,10 @@ typedef struct {
     float alpha;                             /* factor on the sums */
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
     const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
-    int64_t sum_floats;                      /* head_width^2, or with sinks [sinks][2 * head_width + 1] */
+    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1] */
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
-    int32_t quantized, row_bytes;            /* rows are int8 codes and a scale; bytes of a row */
+    int32_t quantized;                       /* rows are int8 codes and a scale */
+    int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums */
 } ls_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -124,17 +157,28 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    265714340, \
+    493310306, \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
-    sizeof(ls_part), offsetof(ls_part, window), offsetof(ls_part, group), \
-        offsetof(ls_part, span), offsetof(ls_part, sinks), offsetof(ls_part, state), \
-        offsetof(ls_part, squared_relu), offsetof(ls_part, kv_heads), \
-        offsetof(ls_part, conv_history), offsetof(ls_part, alpha), offsetof(ls_part, keys), \
-        offsetof(ls_part, values), offsetof(ls_part, sums), offsetof(ls_part, sum_floats), \
+    sizeof(ls_summed), offsetof(ls_summed, map), offsetof(ls_summed, features), \
+        offsetof(ls_summed, mapped), offsetof(ls_summed, exact), offsetof(ls_summed, end), \
+        offsetof(ls_summed, together), offsetof(ls_summed, ones), offsetof(ls_summed, fades), \
+        offsetof(ls_summed, delta), offsetof(ls_summed, gates), offsetof(ls_summed, floor), \
+        offsetof(ls_summed, query_map), offsetof(ls_summed, key_map), \
+        offsetof(ls_summed, map_rows), offsetof(ls_summed, map_shared), \
+        offsetof(ls_summed, query_factors), offsetof(ls_summed, gain), \
+        offsetof(ls_summed, gate_map), offsetof(ls_summed, gate_scale), \
+        offsetof(ls_summed, gate_bias), \
+    sizeof(ls_part), offsetof(ls_part, summed), offsetof(ls_part, window), \
+        offsetof(ls_part, group), offsetof(ls_part, span), offsetof(ls_part, sinks), \
+        offsetof(ls_part, state), offsetof(ls_part, squared_relu), \
+        offsetof(ls_part, kv_heads), offsetof(ls_part, conv_history), \
+        offsetof(ls_part, alpha), offsetof(ls_part, keys), offsetof(ls_part, values), \
+        offsetof(ls_part, sums), offsetof(ls_part, sum_floats), \
         offsetof(ls_part, key_stride), offsetof(ls_part, value_stride), \
         offsetof(ls_part, quantized), offsetof(ls_part, row_bytes), \
+        offsetof(ls_part, value_bytes), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \

@@ -191,6 +191,7 @@ INLINE vf vf_capped(vf x, float cap) { return vf_set1(cap) * vf_tanh(x / vf_set1
      .copy_row = copy_row, .epilogue = epilogue,         .rms_norm = rms_norm,            \
      .layer_norm = layer_norm, .activate = activate,     .cap = cap_row,                  \
      .normalize = normalize,   .attend_chunk = attend_chunk,                              \
-     .combine = combine_chunks, .fold = fold_rows}
+     .combine = combine_chunks, .fold = fold_rows,            .map = map_row,              \
+     .gates = gates_of,        .read_summed = read_summed, .fold_summed = fold_summed}
 
 #endif
