@@ -235,22 +235,80 @@ static void norm_and_codes(const float *x, const float *weight, int width) {
     }
 }
 
+/* f(x) of an activation, in double */
+static double activation(int f, double x) {
+    switch (f) {
+        case LS_SILU: return x / (1 + exp(-x));
+        case LS_GELU: return x * 0.5 * (1 + erf(x * sqrt(0.5)));
+        case LS_GELU_TANH: return x * 0.5 * (1 + tanh(sqrt(2 / acos(-1)) * (x + 0.044715 * x * x * x)));
+        default: return x > 0 ? x : 0;
+    }
+}
+
+/* activations, gated and not, of numbers of all sizes; caps */
+static void activations(int width) {
+    size_t n = (size_t)width;
+    float *x = floats(n), *up = floats(n), *y[2], *capped[2];
+    for (int i = 0; i < width; i++) x[i] *= (float)(1 << i % 8) / 8;
+    for (int f = LS_SILU; f <= LS_RELU; f++)
+        for (int gated = 0; gated < 2; gated++) {
+            int far = 0;
+            for (int i = 0; i < 2; i++) {
+                y[i] = need(n * sizeof(float));
+                (i ? ls_current() : plain)->activate(f, x, gated ? up : NULL, width, y[i]);
+            }
+            for (int i = 0; i < width; i++) {
+                double exact = activation(f, (double)x[i]) * (gated ? (double)up[i] : 1.0);
+                far += fabs(exact - (double)y[1][i]) > 1e-6 * (1 + fabs((double)x[i]));
+            }
+            expect(!memcmp(y[0], y[1], n * sizeof(float)), "activation", width, f, gated, 0);
+            expect(!far, "activation in double", width, f, gated, far);
+            free(y[0]), free(y[1]);
+        }
+    for (int i = 0; i < 2; i++) {
+        capped[i] = copy(x, n);
+        (i ? ls_current() : plain)->cap(capped[i], 3.0f, width);
+    }
+    for (int i = 0; i < width; i++)
+        expect(fabs(3 * tanh((double)x[i] / 3) - (double)capped[1][i]) < 1e-6, "cap in double", width, i, 0, 0);
+    expect(!memcmp(capped[0], capped[1], n * sizeof(float)), "cap", width, 0, 0, 0);
+    free(x), free(up), free(capped[0]), free(capped[1]);
+}
+
+static void layer_norms(const float *x, const float *weight, int width) {
+    size_t n = (size_t)width;
+    float *bias = floats(n), *y[2];
+    double mean = 0, squares = 0;
+    for (int i = 0; i < width; i++) mean += (double)x[i] / width;
+    for (int i = 0; i < width; i++) squares += ((double)x[i] - mean) * ((double)x[i] - mean) / width;
+    for (int biased = 0; biased < 2; biased++) {
+        for (int i = 0; i < 2; i++) {
+            y[i] = need(n * sizeof(float));
+            (i ? ls_current() : plain)->layer_norm(x, weight, biased ? bias : NULL, 0.01f, width, y[i]);
+        }
+        int far = 0;
+        for (int i = 0; i < width; i++) {
+            double exact = ((double)x[i] - mean) / sqrt(squares + 0.01) * (double)weight[i];
+            far += fabs(exact + (biased ? (double)bias[i] : 0) - (double)y[1][i]) > 1e-5;
+        }
+        expect(!memcmp(y[0], y[1], n * sizeof(float)) && !far, "layer norm", width, biased, far, 0);
+        free(y[0]), free(y[1]);
+    }
+    free(bias);
+}
+
 static void rows_of_width(int width) {
     size_t bytes = sizeof(float) * (size_t)width;
-    float *x = floats((size_t)width), *weight = floats((size_t)width);
+    float *x = floats((size_t)width), *weight = floats((size_t)width), *normalize[2];
     norm_and_codes(x, weight, width);
-    float *gated[2], *normalize[2];
+    layer_norms(x, weight, width);
+    activations(width);
     for (int i = 0; i < 2; i++) {
-        const ls_ops *ops = i ? ls_current() : plain;
-        gated[i] = need(bytes);
-        ops->silu_mul(x, weight, width, gated[i]);
         normalize[i] = copy(x, (size_t)width);
-        ops->normalize(normalize[i], width);
+        (i ? ls_current() : plain)->normalize(normalize[i], width);
     }
-    expect(memcmp(gated[0], gated[1], bytes) == 0, "gated activation", width, 0, 0, 0);
     expect(memcmp(normalize[0], normalize[1], bytes) == 0, "unit feature", width, 0, 0, 0);
-    for (int i = 0; i < 2; i++) free(gated[i]), free(normalize[i]);
-    free(x), free(weight);
+    free(normalize[0]), free(normalize[1]), free(x), free(weight);
 }
 
 /* sums after rows have closed: as plain C has them, and near those in double */
@@ -287,6 +345,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_blocks.inc.h"
 #include "proof_heads.inc.h"
 #include "proof_pool.inc.h"
+#include "proof_summed.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
@@ -300,6 +359,7 @@ int main(void) {
         mixers();
         blocks();
         all_heads();
+        all_summed();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;
