@@ -131,101 +131,6 @@ static void embed(const ls_run *s, int first, int last) {
     }
 }
 
-/* norm of x, whose weights begin `at` floats behind those of n */
-static void apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y) {
-    const ls_ops *ops = ls_current();
-    if (n->centred)
-        ops->layer_norm(x, n->weight + at, n->bias ? n->bias + at : NULL, eps, width, y);
-    else
-        ops->rms_norm(x, n->weight + at, eps, width, y);
-}
-
-/* halves are paired as in Llama checkpoints; the sign of the halves is part of `sines` */
-static void rotate(float *x, const float *cosines, const float *sines, int width) {
-    int half = width / 2;
-    for (int i = 0; i < half; i++) {
-        float low = x[i], high = x[i + half];
-        x[i] = low * cosines[i] + high * sines[i];
-        x[i + half] = high * cosines[i + half] + low * sines[i + half];
-    }
-}
-
-/* norm of q or k of one node; head: among those of q, or of k */
-static void norm_head(const ls_run *s, const ls_layer *l, int head, const ls_norm *norm, float *x) {
-    if (norm && !l->whole_norms)
-        apply_norm(norm, (int64_t)head * l->norm_stride, x, s->d->eps, s->d->head_width, x);
-}
-
-/* q or k of one node, from its norm to its feature */
-static void feature(const ls_run *s, const ls_layer *l, const ls_mixer_part *p, int row, float *x) {
-    const ls_decoder *d = s->d;
-    if (l->rotary >= 0) {
-        int turned = d->turned[l->rotary];
-        size_t at = (size_t)s->b->positions[row] * turned;
-        rotate(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
-    }
-    if (p->squared_relu) ls_current()->normalize(x, d->head_width);
-    if (p->summed && p->summed->mapped) ls_current()->map(p->summed->map, x, d->head_width);
-}
-
-/* a row of keys or values as the state keeps it */
-static void store_row(const ls_mixer *m, const float *x, char *to) {
-    if (m->row_kind == LS_F32) {
-        memcpy(to, x, (size_t)m->row_bytes);
-        return;
-    }
-    if (m->row_kind != LS_INT8) {
-        ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
-        return;
-    }
-    int8_t codes[LS_MAX_HEAD_WIDTH];
-    int32_t offset;
-    int padded = (m->width + 31) & ~31;
-    float scale = ls_current()->quantize_row(x, m->width, padded, 1, 0, codes, &offset);
-    memcpy(to, codes, (size_t)m->row_bytes - sizeof scale);
-    memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
-}
-
-/* rows of the state that sums are made of: a key with its gates, a value with its one */
-static void store_summed(const ls_mixer *m, const float *k, const float *gates, const float *v, char *key,
-                         char *value) {
-    size_t bytes = (size_t)m->width * sizeof *k;
-    float one = 1.0f;
-    memcpy(key, k, bytes);
-    memcpy(key + bytes, gates, (size_t)m->form->gates * sizeof *gates);
-    memcpy(value, v, bytes);
-    if (m->form->ones) memcpy(value + bytes, &one, sizeof one);
-}
-
-void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
-    const ls_decoder *d = s->d;
-    const ls_step_input *in = s->b->input + input;
-    const ls_mixer_part *p = l->part + l->part_of[head];
-    ls_mixer m = ls_mixer_of(d, l, in, head);
-    int width = d->head_width, repeats = d->heads / d->kv_heads;
-    int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
-    int64_t row = m.committed + in->staged - in->nodes;
-    char *keys = p->keys + at * p->key_stride + row * p->row_bytes;
-    char *values = p->values + at * p->value_stride + (p->conv_history + row) * p->value_bytes;
-    for (int n = 0; n < in->nodes; n++, keys += p->row_bytes, values += p->value_bytes) {
-        float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
-        float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;
-        for (int r = head * repeats; r < (head + 1) * repeats; r++) {
-            norm_head(s, l, r, l->q_norm, line + (size_t)r * width);
-            feature(s, l, p, in->first + n, line + (size_t)r * width);
-        }
-        norm_head(s, l, head, l->k_norm, k);
-        if (m.form && m.form->gates) ls_current()->gates(&m, k, gates);
-        feature(s, l, p, in->first + n, k);
-        if (m.form) {
-            store_summed(&m, k, gates, v, keys, values);
-        } else {
-            store_row(&m, k, keys);
-            store_row(&m, v, values);
-        }
-    }
-}
-
 /* where the queries of the first node of an item lie, or its outputs; stride: from a node to the next */
 static float *item_rows(const ls_run *s, int item, float *rows, int64_t stride) {
     int heads = s->d->kv_heads;
@@ -303,7 +208,7 @@ static ls_packed_rows pack_inputs(const ls_run *s, const ls_linear *layer, const
     }
     float *line = ls_scratch((size_t)layer->inputs * sizeof(float));
     for (int row = first; row < last; row++) {
-        apply_norm(norm, 0, x + (size_t)row * layer->inputs, s->d->eps, layer->inputs, line);
+        ls_apply_norm(norm, 0, x + (size_t)row * layer->inputs, s->d->eps, layer->inputs, line);
         ls_pack_rows(layer, &to, row, row + 1, line, 0);
     }
     return to;
@@ -338,8 +243,8 @@ static void norm_whole(const ls_run *s, const ls_layer *l, int thread, int threa
     int q_width = d->heads * d->head_width, k_width = d->kv_heads * d->head_width;
     for (int row = first; row < last; row++) {
         float *q = s->projected + row * ls_projected_stride(d), *k = q + q_width;
-        apply_norm(l->q_norm, 0, q, d->eps, q_width, q);
-        apply_norm(l->k_norm, 0, k, d->eps, k_width, k);
+        ls_apply_norm(l->q_norm, 0, q, d->eps, q_width, q);
+        ls_apply_norm(l->k_norm, 0, k, d->eps, k_width, k);
     }
     ls_barrier(threads);
 }
@@ -350,7 +255,7 @@ static void add_aside(const ls_run *s, const ls_norm *norm, int thread, int thre
     int first = ls_share(s->b->rows, thread, threads), last = ls_share(s->b->rows, thread + 1, threads);
     for (int row = first; row < last; row++) {
         float *x = s->x + (size_t)row * d->width, *more = s->attended + (size_t)row * d->width;
-        if (norm) apply_norm(norm, 0, more, d->eps, d->width, more);
+        if (norm) ls_apply_norm(norm, 0, more, d->eps, d->width, more);
         for (int i = 0; i < d->width; i++) x[i] += more[i] * d->residual_scale;
     }
 }
@@ -391,7 +296,7 @@ static void leave(const ls_run *s, int thread, int threads) {
     for (int i = ls_share(b->outputs, thread, threads); i < last; i++) {
         float *to = b->hidden + (size_t)i * d->width;
         const float *x = s->x + (size_t)b->output_rows[i] * d->width;
-        apply_norm(d->final_norm, 0, x, d->eps, d->width, to);
+        ls_apply_norm(d->final_norm, 0, x, d->eps, d->width, to);
         for (int k = 0; d->logit_scale != 1.0f && k < d->width; k++) to[k] *= d->logit_scale;
     }
     ls_packed_rows x = pack_inputs(s, d->head, NULL, b->hidden, b->outputs, thread, threads);

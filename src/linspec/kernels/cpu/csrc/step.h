@@ -14,6 +14,8 @@ typedef struct {
 
 /* The mixer of one kv head of a layer over the rows of one input, as if there were no other heads. */
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head);
+/* stage.c: norm of x, whose weights begin `at` floats behind those of n */
+void ls_apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y);
 /* Stage the keys and values of one input in one kv head, and turn its queries into features. */
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head);
 
