@@ -42,7 +42,7 @@ from linspec.evaluate.perplexity import evaluate_source
 from linspec.evaluate.quantize import quantize
 from linspec.kernels.cpu.step import CpuStep
 from linspec.kernels.cpu.structs import LinearStruct
-from linspec.kernels.step_plan import INT8, AttentionPlan
+from linspec.kernels.step_plan import INT8, AttentionPlan, PartPlan
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.linear import Quantizer
@@ -394,7 +394,8 @@ def test_a_group_and_span_whose_product_needs_64_bits_decode_as_a_cache_does() -
         if model.native is not None and mixer.group == 2**16:
             # more than a configuration allows
             plan = step_plan(model)
-            wide = replace(plan.layers[0], attention=AttentionPlan(group=2**16, span=2**16))
+            far = PartPlan((0,), AttentionPlan(group=2**16, span=2**16))
+            wide = replace(plan.layers[0], parts=(far,))
             model.native = OneCall(CpuStep(replace(plan, layers=(wide,))))
         model.step([StepInput(0, [1, 2, 3])], state)
         state.commit(0, range(3))

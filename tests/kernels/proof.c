@@ -213,45 +213,7 @@ static float *normed(const ls_ops *ops, const float *x, const float *weight, int
     return y;
 }
 
-/* norm, then the codes of the row: what comes before an integer layer */
-static void norm_and_codes(const float *x, const float *weight, int width) {
-    int padded = (width + LS_GROUP - 1) / LS_GROUP * LS_GROUP, groups = padded / LS_GROUP;
-    for (int each = 0; each < 2; each++) {
-        float *rows[2], scales[2];
-        int8_t *codes[2];
-        int32_t *offsets[2];
-        for (int i = 0; i < 2; i++) {
-            const ls_ops *ops = i ? ls_current() : plain;
-            rows[i] = normed(ops, x, weight, width);
-            codes[i] = need((size_t)padded);
-            offsets[i] = need(sizeof **offsets * (size_t)(each ? groups : 1));
-            scales[i] = ops->quantize_row(rows[i], width, padded, 1, each, codes[i], offsets[i]);
-        }
-        int same = !memcmp(rows[0], rows[1], sizeof **rows * (size_t)width) &&
-                   !memcmp(codes[0], codes[1], (size_t)padded) && scales[0] == scales[1] &&
-                   !memcmp(offsets[0], offsets[1], sizeof **offsets * (size_t)(each ? groups : 1));
-        expect(same, "norm and quantization", width, each, 0, 0);
-        for (int i = 0; i < 2; i++) free(rows[i]), free(codes[i]), free(offsets[i]);
-    }
-}
-
-static void rows_of_width(int width) {
-    size_t bytes = sizeof(float) * (size_t)width;
-    float *x = floats((size_t)width), *weight = floats((size_t)width);
-    norm_and_codes(x, weight, width);
-    float *gated[2], *normalize[2];
-    for (int i = 0; i < 2; i++) {
-        const ls_ops *ops = i ? ls_current() : plain;
-        gated[i] = need(bytes);
-        ops->silu_mul(x, weight, width, gated[i]);
-        normalize[i] = copy(x, (size_t)width);
-        ops->normalize(normalize[i], width);
-    }
-    expect(memcmp(gated[0], gated[1], bytes) == 0, "gated activation", width, 0, 0, 0);
-    expect(memcmp(normalize[0], normalize[1], bytes) == 0, "unit feature", width, 0, 0, 0);
-    for (int i = 0; i < 2; i++) free(gated[i]), free(normalize[i]);
-    free(x), free(weight);
-}
+#include "proof_rows.inc.h"
 
 /* sums after rows have closed: as plain C has them, and near those in double */
 static void fold(int width, int squared_relu) {
@@ -287,6 +249,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_blocks.inc.h"
 #include "proof_heads.inc.h"
 #include "proof_pool.inc.h"
+#include "proof_summed.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
@@ -300,6 +263,7 @@ int main(void) {
         mixers();
         blocks();
         all_heads();
+        all_summed();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;

@@ -50,7 +50,7 @@ static case_of make_case(int kind, int width, int squared_relu, int group, int w
                  .q = floats((size_t)(NODES * QUERY_HEADS * width))};
     c.m = (ls_mixer){.heads = QUERY_HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
                      .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
-                     .taps = taps, .alpha = 0.5f, .conv_weights = c.conv_weights, .row_kind = kind,
+                     .score_scale = 1 / sqrtf((float)width), .taps = taps, .alpha = 0.5f, .conv_weights = c.conv_weights, .row_kind = kind,
                      .row_bytes = bytes, .key_stride = rows * bytes, .value_stride = (HISTORY + rows) * bytes,
                      .keys = c.keys, .values = c.values + HISTORY * bytes, .sums = group ? c.sums : NULL,
                      .ancestors = tree};
@@ -87,6 +87,45 @@ static void mixer(int kind, int width, int squared_relu, int group, int window, 
     free_case(&c);
 }
 
+/* sinks as the first rows (0) or beside them (1), of a whole block and more too; and a cap on the scores */
+static void sinks_and_cap(int kind, int width, int apart, int sinks) {
+    case_of c = make_case(kind, width, 0, 16, 0, TAPS, RANDOM);
+    float *rows = floats((size_t)(sinks * (2 * width + 1)));
+    c.m.sums = NULL;
+    c.m.sinks = sinks;
+    c.m.sink_rows = apart ? rows : NULL;
+    c.m.score_cap = 1.5f;
+    float *out[2] = {attended(plain, &c.m, c.q), attended(ls_current(), &c.m, c.q)};
+    size_t bytes = sizeof(float) * (size_t)(NODES * QUERY_HEADS * width);
+    expect(memcmp(out[0], out[1], bytes) == 0, "mixer with sinks", kind, width, apart, sinks);
+    free(out[0]), free(out[1]), free(rows);
+    free_case(&c);
+}
+
+/* Sinks weigh the same, to the bit, once their rows have left with the first groups. */
+static void sinks_that_leave(int width, int sinks) {
+    enum { LEFT = 64 };
+    case_of c = make_case(LS_F32, width, 0, 16, 0, TAPS, RANDOM);
+    size_t row = (size_t)width, each = (size_t)(QUERY_HEADS * width), head = each / KV * sizeof(float);
+    float *rows = need((size_t)sinks * (2 * row + 1) * sizeof(float));
+    for (int i = 0; i < sinks; i++) {
+        memcpy(rows + (size_t)i * (2 * row + 1), c.m.keys + (size_t)i * 4 * row, 4 * row);
+        memcpy(rows + (size_t)i * (2 * row + 1) + row, c.m.values + (size_t)i * 4 * row, 4 * row);
+    }
+    c.m.sums = NULL;
+    c.m.sinks = sinks;
+    float *before = attended(ls_current(), &c.m, c.q);
+    c.m.committed -= LEFT;
+    c.m.keys += LEFT * 4 * row;
+    c.m.values += LEFT * 4 * row;
+    c.m.sink_rows = rows;
+    float *after = attended(ls_current(), &c.m, c.q);
+    for (int node = 0; node < NODES; node++)
+        expect(!memcmp(before + node * each, after + node * each, head), "sinks that left", width, sinks, node, 0);
+    free(before), free(after), free(rows);
+    free_case(&c);
+}
+
 static double feature_of(const ls_mixer *m, const char *row, int c) {
     float f, scale;
     uint16_t half;
@@ -115,7 +154,9 @@ static void exact_attention(const ls_mixer *m, const double *q, int node, int he
         const char *key = m->keys + kv * m->key_stride + (int64_t)rows[i] * m->row_bytes;
         weights[i] = 0;
         for (int c = 0; c < m->width; c++) weights[i] += q[c] * feature_of(m, key, c);
-        if (!m->squared_relu) weights[i] /= sqrt(m->width);
+        if (!m->squared_relu) weights[i] *= (double)m->score_scale;
+        if (m->score_cap > 0 && !m->squared_relu)
+            weights[i] = (double)m->score_cap * tanh(weights[i] / (double)m->score_cap);
         most = fmax(most, weights[i]);
     }
     for (int i = first; i < count; i++) {
@@ -142,8 +183,9 @@ static void meets(const ls_mixer *m, const float *q, double *to) {
     free(codes);
 }
 
-static void near_double(int kind, int width, int squared_relu, int window, int style) {
+static void near_double(int kind, int width, int squared_relu, int window, float cap, int style) {
     case_of c = make_case(kind, width, squared_relu, 0, window, 0, style);
+    c.m.score_cap = cap;
     float *out = attended(ls_current(), &c.m, c.q);
     double *q = need(sizeof *q * (size_t)width), *exact = need(sizeof *exact * (size_t)width);
     int far = 0;
@@ -214,14 +256,19 @@ static void kinds_of_rows(int width) {
         for (int style = RANDOM; style < STYLES; style++) {
             mixer(kind, width, 0, 0, 0, style);
             mixer(kind, width, 0, 0, 9, style);
-            near_double(kind, width, 0, 0, style);
+            near_double(kind, width, 0, 0, 0, style);
         }
-        near_double(kind, width, 0, 9, RANDOM);
+        near_double(kind, width, 0, 9, 0, RANDOM);
+        near_double(kind, width, 0, 9, 0.5f, RANDOM);
+        for (int sinks = 3; kind != LS_INT8 && sinks < 200; sinks += 130)
+            for (int apart = 0; apart < 2; apart++) sinks_and_cap(kind, width, apart, sinks);
         nodes_apart(kind, width, 0);
         nodes_apart(kind, width, 70);
         nan_stays(kind, width);
     }
-    near_double(LS_F32, width, 1, 0, RANDOM);
+    near_double(LS_F32, width, 1, 0, 0, RANDOM);
+    near_double(LS_F32, width, 1, 0, 0.5f, RANDOM);
+    sinks_that_leave(width, 3);
 }
 
 /* 16-bit floats: the nearest there is, for floats of every size and for those half-way between two */

@@ -3,7 +3,7 @@
 
 int32_t ls_pack_blocks(int32_t format, const uint8_t *raw, const int64_t *order, int32_t outputs,
                        int32_t inputs, uint8_t *to, int32_t threads);
-void ls_block_rows_at(const ls_part *part, int32_t inputs, const int64_t *channels, int32_t count,
+void ls_block_rows_at(const ls_linear_part *part, int32_t inputs, const int64_t *channels, int32_t count,
                       float *to, int32_t threads);
 
 typedef struct {
@@ -104,7 +104,7 @@ static float block_sum(const file_format *f, const uint8_t *raw, const float *x,
     return sum;
 }
 
-static void same_weights(const file_format *f, const uint8_t *raw, const ls_part *part, int inputs,
+static void same_weights(const file_format *f, const uint8_t *raw, const ls_linear_part *part, int inputs,
                          const int64_t *channels) {
     float *found = need(sizeof *found * (size_t)(part->outputs * inputs));
     ls_block_rows_at(part, inputs, channels, part->outputs, found, 2);
@@ -129,7 +129,7 @@ static void block_layer(const file_format *f, int outputs, int inputs, int style
     for (int n = 0; n < outputs; n++) order[n] = n;
     int sound = ls_pack_blocks(f->format, raw, order, outputs, inputs, packed, 2);
     expect(sound, "finite scale", f->format, outputs, inputs, style);
-    ls_part part = {f->format, outputs, packed};
+    ls_linear_part part = {f->format, outputs, packed};
     ls_linear l = {LS_BLOCKS, inputs, outputs, inputs, NULL, NULL, NULL, 1, &part};
     same_weights(f, raw, &part, inputs, order);
     float *x = floats((size_t)MOST_ROWS * inputs);

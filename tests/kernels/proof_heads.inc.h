@@ -26,19 +26,18 @@ static void take_top(float *x, int count, int top, int32_t *to) {
 }
 
 static void guess_of(const ls_heads *h, int head, const float *hidden, int top, int32_t *to) {
-    float *x = copy(hidden, (size_t)h->seen), *ones = need(sizeof *ones * (size_t)h->inner);
+    float *x = copy(hidden, (size_t)h->seen);
     float *inner = need(sizeof *inner * (size_t)h->inner), *y = need(sizeof *y * (size_t)h->width);
     float *logits = need(sizeof *logits * (size_t)h->vocabulary);
-    for (int k = 0; k < h->inner; k++) ones[k] = 1;
     for (int b = 0; b < h->blocks; b++) {
         forward(h->first[b * h->heads + head], x, 1, inner, 1);
-        ls_current()->silu_mul(inner, ones, h->inner, inner);
+        ls_current()->activate(LS_SILU, inner, NULL, h->inner, inner);
         if (h->back) forward(h->back[b * h->heads + head], inner, 1, y, 1);
         for (int k = 0; k < h->width; k++) x[k] = h->back ? y[k] + x[k] : x[k] + inner[k];
     }
     forward(h->out[h->shared ? 0 : head], x, 1, logits, 1);
     take_top(logits, h->vocabulary, top, to);
-    free(x), free(ones), free(inner), free(y), free(logits);
+    free(x), free(inner), free(y), free(logits);
 }
 
 static void guesses(const ls_heads *h, int rows, int heads, int top) {

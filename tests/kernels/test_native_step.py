@@ -24,7 +24,27 @@ MIXERS = {
     "grouped": MixerConfig(name="grouped", group=8),
     "aug": MixerConfig(name="aug", group=8, taps=5),
     "aug-softmax": MixerConfig(name="aug", group=8, taps=5, span=3, kernel="softmax"),
+    "streaming": MixerConfig(name="streaming", group=8, span=2, sinks=3),
+    "streaming-taps": MixerConfig(name="streaming", group=4, sinks=4, taps=5),
+    "by-head": MixerConfig(name="by-head", group=8, span=2, sinks=3, taps=5, exact_heads=(1,)),
 }
+SUMMED = {
+    "relu": MixerConfig(name="relu", group=8),
+    "relu-softmax": MixerConfig(name="relu", group=8, span=2, kernel="softmax", taps=3),
+    "hedgehog": MixerConfig(name="hedgehog", group=8, span=2),
+    "transnormer": MixerConfig(name="transnormer", group=8, taps=5),
+    "transnormer-relu2": MixerConfig(name="transnormer", group=8, kernel="relu2"),
+    "global": MixerConfig(name="global", group=8, taps=3),
+    "performer": MixerConfig(name="performer", group=8, features=37),
+    "rfa": MixerConfig(name="rfa", group=8, features=37),
+    "gla": MixerConfig(name="gla", group=8, taps=3),
+    "gla-softmax": MixerConfig(name="gla", group=8, span=2, kernel="softmax"),
+    "gdn-relu2": MixerConfig(name="gdn", group=8, kernel="relu2"),
+    "gdn": MixerConfig(name="gdn", group=8, span=2),
+}
+MIXERS |= SUMMED
+# whose nodes get the same bits however they come; linear mixers but where a group closes
+EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
 
 
@@ -32,11 +52,12 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     config = DecoderConfig(
         vocab_size=97, width=64, layers=3, heads=4, kv_heads=2, head_width=24, mlp_width=88
     )
-    config = replace(config, mixers=(MIXERS[mixer], MixerConfig(), MIXERS[mixer]), **changes)
+    changes = {"mixers": (MIXERS[mixer], MixerConfig(), MIXERS[mixer])} | changes
+    config = replace(config, **changes)
     torch.manual_seed(0)
     made = Decoder(config)
     for name, parameter in made.named_parameters():
-        if name.endswith(("alpha", "taps")):
+        if name.endswith(("alpha", "taps", "gain", "gamma", "gate_map", "gate_bias", "gate_scale")):
             torch.nn.init.normal_(parameter, 0.3, 0.2)
     return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
@@ -73,8 +94,35 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("exact", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_heads_of_one_layer_that_read_in_different_ways(
+    isa: str, exact: tuple[int, ...], kv: str
+) -> None:
+    """A prompt, a tree behind its snapshot in another slot, and a batch: in one call and by layers."""
+    mixed = replace(MIXERS["by-head"], exact_heads=exact)
+    made = model("by-head", heads=8, kv_heads=4, mixers=(mixed, MIXERS["by-head"], mixed))
+    assert made.native is not None
+    native, results = made.native, []
+    for form in (native, None):
+        made.native = form
+        state = made.new_state(3, kv)
+        prompt = [index * 31 % 97 for index in range(150)]
+        outputs = [made.step([StepInput(1, prompt)], state).logits]
+        state.commit(1, range(len(prompt)))
+        state.restore(2, state.snapshot(1))
+        new = [StepInput(0, prompt[:20]), *(StepInput(at, list(range(10)), TREE) for at in (1, 2))]
+        outputs.append(made.step(new, state).logits)
+        results.append(outputs)
+    assert torch.equal(results[0][1][20:30], results[0][1][30:])
+    # of codes: a score may round the other way
+    close = {"rtol": 1e-4, "atol": 1e-4} if kv == "float" else {"rtol": 0.0, "atol": 2e-2}
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **close)
+
+
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("mixer", ["softmax", "window"])
+@pytest.mark.parametrize("mixer", EXACT)
 def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) -> None:
     """Speculation is lossless to the bit: a path of a tree scores as the same tokens one by one."""
     made = model(mixer, bits)
@@ -92,6 +140,26 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
             logits = made.step([StepInput(0, [tokens[node]])], chain).logits
             chain.commit(0, [0])
             assert torch.equal(logits[0], together[node])
+
+
+@pytest.mark.parametrize("mixer", SUMMED)
+def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
+    isa: str, mixer: str
+) -> None:
+    """However they come: in a prompt, in a tree, staged in two steps, alone."""
+    layer = replace(SUMMED[mixer], group=256)
+    made = model("softmax", 8, mixers=(layer, MixerConfig(), layer))
+    ids = [index * 31 % 97 for index in range(80)]
+    whole, apart = made.new_state(), made.new_state()
+    logits = [*made.step([StepInput(0, ids)], whole).logits]
+    whole.commit(0, range(len(ids)))
+    first = made.step([StepInput(0, [0, 1, 2], [-1, 0, 0])], whole).logits
+    later = made.step([StepInput(0, [3, 4, 5], [2, 3, 1])], whole).logits
+    logits += [first[0], first[2], later[0], later[1]]
+    for token, expected in zip([*ids, 0, 2, 3, 4], logits, strict=True):
+        alone = made.step([StepInput(0, [token])], apart).logits
+        apart.commit(0, [0])
+        assert torch.equal(alone[0], expected)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -144,7 +212,7 @@ def test_a_prompt_in_one_call_is_the_prompt_by_layers(
 
 @pytest.mark.parametrize("kv", ["float", "int8"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
-@pytest.mark.parametrize("mixer", ["softmax", "window"])
+@pytest.mark.parametrize("mixer", EXACT)
 def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
     isa: str, mixer: str, bits: int | None, kv: str
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from linspec.errors import StateError
 from linspec.kernels.cpu import library as kernels
 from linspec.kernels.cpu import structs
-from linspec.kernels.cpu.structs import LayerStruct, LinearStruct
+from linspec.kernels.cpu.structs import LinearStruct, MixerPartStruct
 
 HEADER = Path(structs.__file__).parent / "csrc" / "structs.h"
 
@@ -44,6 +44,6 @@ def test_numbers_of_structures_are_checked() -> None:
     with pytest.raises(StateError, match="outputs is -2147483649"):
         LinearStruct(outputs=-(2**31) - 1)
     with pytest.raises(StateError, match="group is 9223372036854775808"):
-        LayerStruct().group = 2**63
-    layer = LayerStruct(group=2**63 - 1, alpha=0.5)
+        MixerPartStruct().group = 2**63
+    layer = MixerPartStruct(group=2**63 - 1, alpha=0.5)
     assert (layer.group, layer.alpha) == (2**63 - 1, 0.5)

@@ -26,7 +26,6 @@ from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.head import make_head
-from linspec.models.native_linear import NativeLinear
 from linspec.models.step_plan import TOLD, why_not
 from linspec.train.kl import kl_of_hidden
 
@@ -114,16 +113,23 @@ def test_integer_weights_are_saved_and_loaded(name: str, tmp_path: Path) -> None
 
 
 @every_model
-def test_only_what_a_plan_tells_is_computed_in_one_call(name: str, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_every_family_is_computed_in_one_call(name: str, tmp_path: Path) -> None:
+    """A prompt, and a tree behind it; layer by layer the same."""
     save(name, tmp_path)
-    model = load_model(tmp_path).to_inference()
-    if load().library is not None and (settings := unusual(model.config) - TOLD):
-        assert model.native is None
-        assert all(setting in str(why_not(model)) for setting in settings)
-        kinds = {type(each) for each in model.modules() if "Linear" in type(each).__name__}
-        assert kinds == {NativeLinear}
-        said = info(tmp_path)
-        assert all(setting in said["step"] for setting in settings) and "steps" not in said
+    model, prompt = load_model(tmp_path).to_inference(), random_tokens(LONG)
+    if load().library is None:
+        pytest.skip("there are no kernels")
+    assert model.native is not None and why_not(model) is None
+    assert unusual(model.config) <= TOLD and info(tmp_path)["step"] == "one call into C"
+    tree, results = random_tree(random.Random(3), 9), []
+    for form in (model.native, None):
+        model.native = form
+        state = model.new_state()
+        prefilled = feed(model, state, prompt)
+        results.append((prefilled, model.step([StepInput.tree(0, tree)], state).logits))
+    for one, other in zip(*results, strict=True):
+        same(one, other, atol=1e-4)
 
 
 def unusual(config: DecoderConfig) -> set[str]:

@@ -19,6 +19,13 @@ from linspec.decoding.tree import Shape
 F32, BF16, INT8, INT4, BLOCKS = range(5)
 # kinds of rows: F32, BF16, INT8, and this one
 F16 = 5
+# of MLPs: names that a plan has
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+# feature maps of queries and keys, weights of single rows, and last touches of `SummedPlan`
+MAPS = ("same", "unit", "relu", "elu_plus_1", "softmax", "two_sided", "positive", "phases")
+WEIGHTS = ("none", "products", "softmax", "relu2", "exponentials")
+ENDS = ("plain", "quotient", "bounded", "rms")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,13 +46,23 @@ class LinearPlan:
     parts: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NormPlan:
+    """x · weight / sqrt(mean(x²) + ε) + bias. centred: of x less its mean, as a LayerNorm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    centred: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What a node reads from the rows of its slot.
 
     window: nearest rows that it sees; 0 is all. group, span: rows of a group, and how many groups it
     sees exactly, its own included; group 0 is one group of all rows. squared_relu: weights relu(q·k)²
-    of unit features instead of a softmax. alpha: factor on what the sums of older groups give.
+    of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
+    first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
     """
 
     window: int = 0
@@ -53,40 +70,109 @@ class AttentionPlan:
     span: int = 1
     squared_relu: bool = False
     alpha: float = 0.0
+    sinks: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SummedPlan:
+    """What a node reads from sums of features φ(k) v, and from rows that are not among them yet.
+
+    group, span: as in `AttentionPlan`. map: φ, one of MAPS, of `features` features; mapped: rows keep φ(k)
+    and not k. query_map and key_map [H, M, K], [Hkv, M, K]: what 'two_sided', 'positive' and 'phases' take
+    the products with; [1, M, K] where all heads share it. query_factors [H]: on φ(q). exact: how the rows
+    within the span weigh, one of WEIGHTS; those before it weigh φ(q)·φ(k). alpha: factor on what these and
+    the sums give. together: exact and summed have one end, else the summed part alone has it. end: one of
+    ENDS, 'quotient' by the last value column plus `floor`, 'bounded' by that column or `floor` if it is
+    less, 'rms' a norm with weights `gain` [V]. ones: values have a column of ones behind them.
+
+    fades: the sums fade by a factor per channel of a key or per head, whose logarithm lies behind the key;
+    with exact 'none' every row is read through them. gate_map [Hkv, K, E] or gate_scale [Hkv, K], and
+    gate_bias [Hkv, E]: from a key ahead of its rotation to what the factors are made of. delta: a row writes
+    what the sums do not return for its key, at the rate of the second gate.
+    """
+
+    group: int
+    span: int
+    features: int
+    map: str
+    mapped: bool = False
+    query_map: torch.Tensor | None = None
+    key_map: torch.Tensor | None = None
+    query_factors: torch.Tensor | None = None
+    exact: str = "none"
+    alpha: float = 1.0
+    together: bool = True
+    end: str = "plain"
+    floor: float = 0.0
+    gain: torch.Tensor | None = None
+    ones: bool = False
+    fades: bool = False
+    gate_map: torch.Tensor | None = None
+    gate_scale: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    delta: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """KV heads of a layer that read alike, from a state of their own.
+
+    heads: which of the layer's, in the order of that state. attention: None for a mixer that has no plan.
+    """
+
+    heads: tuple[int, ...]
+    attention: AttentionPlan | SummedPlan | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerPlan:
-    """A block: mixer and MLP, each behind its norm.
+    """A block: mixer and MLP with their norms, each of which may be None.
 
-    mixer: its name; attention: None for a mixer that is not an `AttentionPlan`. Linear layers are None
-    where the weights are not packed; gate_up has the outputs of both, the gate first. conv_weights:
-    [heads, taps] of the convolution over values, None without. q_norm and k_norm [head_width]: None
-    without.
+    mixer: its name. parts: what its KV heads read; each head is in one of them. mixer_norm and mlp_norm: of
+    what goes in; mixer_out_norm and mlp_out_norm: of what comes out, ahead of the sum. q_norm and k_norm:
+    weights [head_width] for all heads alike, [heads, head_width] for each, or [heads · head_width] for one
+    norm over all of them. rotary: which of the plan's frequencies turn queries and keys, None for none.
+    parallel: the MLP reads what enters the block, as the mixer does, and not the sum behind the mixer.
+    conv_weights: [heads, taps] of the convolution over values, None without. Linear layers are None where
+    the weights are not packed; up: with a gate it has the outputs of both, the gate first.
     """
 
     mixer: str
-    attention: AttentionPlan | None
-    mixer_norm: torch.Tensor
-    mlp_norm: torch.Tensor
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    parts: tuple[PartPlan, ...]
+    mixer_norm: NormPlan | None
+    mlp_norm: NormPlan | None
+    mixer_out_norm: NormPlan | None
+    mlp_out_norm: NormPlan | None
+    q_norm: NormPlan | None
+    k_norm: NormPlan | None
+    rotary: int | None
+    parallel: bool
     conv_weights: torch.Tensor | None
     qkv: LinearPlan | None
     out: LinearPlan | None
-    gate_up: LinearPlan | None
+    up: LinearPlan | None
     down: LinearPlan | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RotaryPlan:
+    """Rotary positions. frequencies [R / 2]: they turn the first R features of a head. scale: factor on
+    cosines and sines."""
+
+    frequencies: torch.Tensor
+    scale: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepPlan:
     """A whole decoder.
 
-    norm, positions, activation, gated_mlp: as in its configuration. embedding [vocabulary, width], or a
-    matrix of BLOCKS whose outputs are the tokens;
-    final_norm [width]. frequencies [R / 2]: of the rotary positions, which turn R features of a head, None
-    without; rotary_scale: factor on their cosines and sines. score_scale: factor on q·k ahead of a softmax;
-    logit_scale: on the final hidden states.
+    embedding [vocabulary, width], or a matrix of BLOCKS whose outputs are the tokens; embedding_scale: on
+    its rows. position_rows [positions, width]: added to them, None without. relative: whether scores have
+    a bias by distance. rotaries: see `LayerPlan`. activation, gated_mlp: as in its configuration.
+    residual_scale: on what mixers and MLPs add. score_scale: on q·k ahead of a softmax; score_cap: scores
+    s become cap·tanh(s / cap), 0 for none. logit_scale: on the final hidden states; logit_cap: as that of
+    scores.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -96,27 +182,31 @@ class StepPlan:
     head_width: int
     mlp_width: int
     vocabulary: int
-    norm: str
     norm_eps: float
-    positions: str
     activation: str
     gated_mlp: bool
     embedding: torch.Tensor | LinearPlan
-    final_norm: torch.Tensor
-    frequencies: torch.Tensor | None
-    rotary_scale: float
+    embedding_scale: float
+    position_rows: torch.Tensor | None
+    relative: bool
+    rotaries: tuple[RotaryPlan, ...]
+    residual_scale: float
     score_scale: float
+    score_cap: float
+    final_norm: NormPlan
     logit_scale: float
+    logit_cap: float
     head: LinearPlan | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerBuffers:
-    """Where the state of a layer is.
+class PartBuffers:
+    """Where the state of a part of a layer is.
 
-    kind: layers of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
+    kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
     Hkv, conv_history + C, .]: committed rows, then staged rows, floats or (int8) codes and a scale; sums
-    [slots, Hkv, K, V] or None.
+    [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks, 2 K + 1]: key, value and a 1 of each row
+    that has left.
     """
 
     kind: int

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import PartPlan
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.contract import MixerContract
 from linspec.mixers.forms import full, full_both, step_long, step_nodes
@@ -78,6 +79,10 @@ class Mixer(HeadProjections, MixerContract):
         if gates is not None:
             k = torch.cat((k, gates), dim=-1)
         return q, k, self.entry_values(v)
+
+    def part_plans(self) -> tuple[PartPlan, ...]:
+        """What the KV heads read, as kernels know it: one part, but for mixers that divide them."""
+        return (PartPlan(tuple(range(self.kv_heads)), self.attention_plan()),)
 
     def finalize_weights(self) -> None:
         """Compute what depends on the weights, once these are final."""

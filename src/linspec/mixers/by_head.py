@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import PartPlan
 from linspec.mixers.base import MIXERS, Features, Mixer, Rope
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.forms import full
@@ -88,6 +89,9 @@ class ByHead(Mixer):
 
     def state_makers(self) -> Makers:
         return tuple(part.state_makers() for part, _ in self.shares)
+
+    def part_plans(self) -> tuple[PartPlan, ...]:
+        return tuple(PartPlan(heads, part.attention_plan()) for part, heads in self.shares)
 
     # ---- the forms
 

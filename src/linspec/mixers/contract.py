@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.kernels.step_plan import AttentionPlan
+from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.state.contract import LayerState, Makers, StateOptions
 from linspec.state.entries import EntrySpec
 
@@ -122,6 +122,6 @@ class MixerContract:
         """Who makes the state: the mixer, or the parts that its heads are divided among."""
         return self
 
-    def attention_plan(self) -> AttentionPlan | None:
+    def attention_plan(self) -> AttentionPlan | SummedPlan | None:
         """The step form as kernels know it; None when it is another."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.decaying import DecayingMixer, log_decay
@@ -34,6 +35,12 @@ class Gdn(DecayingMixer):
         self.gate_map = nn.Parameter(torch.zeros(self.kv_heads, self.head_width, 2))
         # sigmoid(3)^(1/16): half of a state is left after 230 tokens
         self.gate_bias = nn.Parameter(torch.tensor((3.0, 0.0)).repeat(self.kv_heads, 1))
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Gdn:
+            return None
+        gates = {"gate_map": self.gate_map.detach(), "gate_bias": self.gate_bias.detach()}
+        return self.summed_plan("unit", "none", fades=True, delta=True, **gates)
 
     def entry_gates(self, k: torch.Tensor) -> torch.Tensor | None:
         decay, rate = ((k.unsqueeze(-2) @ self.gate_map).squeeze(-2) + self.gate_bias).unbind(-1)

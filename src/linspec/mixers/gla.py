@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.decaying import DecayingMixer, log_decay
@@ -28,6 +29,12 @@ class Gla(DecayingMixer):
         super().__init__(config, mixer)
         self.gate_scale = nn.Parameter(torch.ones(self.kv_heads, self.head_width))
         self.gate_bias = nn.Parameter(torch.zeros(self.kv_heads, self.head_width))
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Gla:
+            return None
+        gates = {"gate_scale": self.gate_scale.detach(), "gate_bias": self.gate_bias.detach()}
+        return self.summed_plan("softmax", "none", fades=True, **gates)
 
     def gate_widths(self) -> tuple[int, int]:
         return self.head_width, self.head_width

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
@@ -31,6 +32,9 @@ class Global(LinearMixer):
             )
         super().__init__(config, mixer)
         self.alpha = nn.Parameter(torch.ones(()))
+
+    def attention_plan(self) -> SummedPlan | None:
+        return self.summed_plan("unit", "none") if type(self) is Global else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

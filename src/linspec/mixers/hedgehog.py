@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.normalized import Normalized
@@ -37,6 +38,13 @@ class Hedgehog(Normalized):
         self.query_map = nn.Parameter(identity.repeat(self.heads, 1, 1))
         self.key_map = nn.Parameter(identity.repeat(self.kv_heads, 1, 1))
         self.gamma = nn.Parameter(torch.zeros(self.heads))
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Hedgehog:
+            return None
+        maps = {"query_map": self.query_map.detach(), "key_map": self.key_map.detach()}
+        factors = self.gamma.detach().exp()
+        return self.quotient_plan("two_sided", "exponentials", query_factors=factors, **maps)
 
     def sum_width(self) -> int:
         return 2 * self.head_width

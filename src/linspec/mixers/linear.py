@@ -9,12 +9,13 @@ mixer makes of the closed groups alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.arranged import arranged_exact
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
@@ -87,6 +88,23 @@ class LinearMixer(ClosingMixer):
         return o
 
     # ---- what follows from it
+
+    def summed_plan(self, map_: str, exact: str, **given: Any) -> SummedPlan | None:
+        """The step form as kernels know it, from the mixer's own feature map, weights and end."""
+        if self.relative is not None:
+            return None
+        mixer, own = self.mixer, not self.arranged
+        return SummedPlan(
+            group=mixer.group,
+            span=mixer.span,
+            features=self.sum_width(),
+            map=map_,
+            mapped=self.maps_early,
+            exact=exact if own else mixer.kernel,
+            alpha=float(self.sum_scale()),
+            together=own,
+            **given,
+        )
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return self.feature_map(x) if self.maps_early else x

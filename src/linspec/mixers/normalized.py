@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.exact import Exact
 from linspec.mixers.ops.features import same
@@ -27,6 +29,11 @@ class Normalized(LinearMixer):
 
     def entry_values(self, v: torch.Tensor) -> torch.Tensor:
         return F.pad(v, (0, 1), value=1.0)
+
+    def quotient_plan(self, map_: str, exact: str = "products", **given: Any) -> SummedPlan | None:
+        """`summed_plan` with the denominator."""
+        end = {"end": "quotient", "floor": DENOMINATOR_FLOOR, "ones": True}
+        return self.summed_plan(map_, exact, **end, **given)
 
     def own_exact(self) -> Exact | None:
         return weigh_features(self.summed, same)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.options import RandomFeatureOptions
 from linspec.mixers.random_features import RandomFeatures
@@ -26,6 +27,12 @@ class Performer(RandomFeatures):
     A query's largest exponent is subtracted first, which its denominator cancels. A causal sum cannot
     do so for keys, as the largest is not known yet; their exponents are at most ‖w_i‖²/2.
     """
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Performer:
+            return None
+        rows = self.projection[None]
+        return self.quotient_plan("positive", query_map=rows, key_map=rows)
 
     def sum_width(self) -> int:
         return self.count

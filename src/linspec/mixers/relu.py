@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.normalized import Normalized
 
@@ -20,6 +21,9 @@ class Relu(Normalized):
 
     With its own kernel, groups change nothing in the result; they only batch the updates of the sum.
     """
+
+    def attention_plan(self) -> SummedPlan | None:
+        return self.quotient_plan("relu") if type(self) is Relu else None
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
         return x.relu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.ops.features import unit
 from linspec.mixers.options import RandomFeatureOptions
@@ -26,6 +27,12 @@ class Rfa(RandomFeatures):
 
     The denominator is at least 0.1: the true sum never falls below exp(-2), its estimate may.
     """
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Rfa:
+            return None
+        rows, end = self.projection[None], {"end": "bounded", "floor": SMALLEST_TOTAL, "ones": True}
+        return self.summed_plan("phases", "products", query_map=rows, key_map=rows, **end)
 
     def sum_width(self) -> int:
         return 2 * self.count

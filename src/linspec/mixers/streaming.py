@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
@@ -63,6 +64,12 @@ class Streaming(ClosingMixer):
         return torch.where(unpack_rows(sums)[2], sums, first)
 
     # ---- step form
+
+    def attention_plan(self) -> AttentionPlan | None:
+        if type(self) is not Streaming:
+            return None
+        group, span, sinks = self.mixer.group, self.mixer.span, self.mixer.sinks
+        return AttentionPlan(group=group, span=span, sinks=sinks)
 
     def attend(
         self,

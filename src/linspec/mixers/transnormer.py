@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
@@ -29,6 +30,12 @@ class TransNormer(LinearMixer):
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)
         self.gain = nn.Parameter(torch.ones(self.head_width))
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not TransNormer:
+            return None
+        gain = self.gain.detach()
+        return self.summed_plan("elu_plus_1", "products", end="rms", floor=RMS_FLOOR, gain=gain)
 
     def feature_map(self, x: torch.Tensor) -> torch.Tensor:
         return F.elu(x) + 1

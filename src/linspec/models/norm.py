@@ -23,6 +23,7 @@ class InferenceRMSNorm(nn.Module):
         factors = norm.weight.detach()
         if isinstance(norm, OffsetRMSNorm):
             factors = 1 + factors
+        self.factors = factors
         # sqrt(mean(x²) + ε) = hypot(‖x‖, sqrt(ε D)) / sqrt(D)
         self.scaled = factors * width**0.5
         self.floor = norm.weight.new_tensor((norm.eps * width) ** 0.5)

@@ -18,54 +18,39 @@ from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.cpu.step import CpuStep
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
-from linspec.kernels.step_plan import LayerBuffers, LayerPlan, LinearPlan, NewNodes, StepPlan
+from linspec.kernels.step_plan import (
+    LayerPlan,
+    LinearPlan,
+    NewNodes,
+    NormPlan,
+    PartBuffers,
+    RotaryPlan,
+    StepPlan,
+)
+from linspec.mixers.norms import EachHeadNorm, OffsetRMSNorm
 from linspec.mixers.rope import inverse_frequencies
+from linspec.mixers.rope_config import RopeConfig
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
-from linspec.state.sequence_states import SequenceStates
+from linspec.models.norm import InferenceRMSNorm
+from linspec.state.sequence_states import SequenceStates, places_of
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
 
 
 # settings that a plan tells, or that change nothing that is computed in a step
-TOLD = frozenset(
-    {
-        *(
-            "vocab_size",
-            "width",
-            "layers",
-            "heads",
-            "kv_heads",
-            "head_width",
-            "mlp_width",
-            "mixers",
-        ),
-        *(
-            "family",
-            "norm",
-            "norm_eps",
-            "activation",
-            "gated_mlp",
-            "qkv_bias",
-            "out_bias",
-            "mlp_bias",
-        ),
-        *(
-            "qk_norm",
-            "positions",
-            "rope",
-            "relative",
-            "scaled_scores",
-            "score_factor",
-            "logit_scale",
-        ),
-        *("max_positions", "tied_embeddings", "pad_id", "bos_id", "eos_ids"),
-    }
-)
+_TOLD = """
+    vocab_size width layers heads kv_heads head_width mlp_width mixers family
+    norm norm_eps norms norm_offset activation gated_mlp qkv_bias out_bias mlp_bias qk_norm qk_norm_of
+    positions rope relative layer_ropes local_rope scaled_scores score_factor score_cap
+    residual residual_scale embedding_scale logit_scale logit_cap
+    max_positions tied_embeddings pad_id bos_id eos_ids
+    """
+TOLD = frozenset(_TOLD.split())
 
 
 def one_call(model: Decoder) -> OneCall | None:
@@ -88,26 +73,32 @@ def why_not(model: Decoder) -> str | None:
 def step_plan(model: Decoder) -> StepPlan:
     """A model of plain blocks, in its inference form, as kernels see it."""
     config = model.config
-    turned = config.positions == "rope"
+    ropes = (config.rope, config.local_rope) if config.positions == "rope" else ()
+    learned = config.positions == "learned"
+    norm = _norm(model.norm)
+    assert norm is not None, "a decoder has a final norm"
     return StepPlan(
-        layers=tuple(_layer(block) for block in model.layers),
+        layers=tuple(_layer(model, at) for at in range(config.layers)),
         width=config.width,
         heads=config.heads,
         kv_heads=config.kv_heads,
         head_width=config.head_width,
         mlp_width=config.mlp_width,
         vocabulary=config.vocab_size,
-        norm=config.norm,
         norm_eps=config.norm_eps,
-        positions=config.positions,
         activation=config.activation,
         gated_mlp=config.gated_mlp,
         embedding=_embedding(model.embed),
-        final_norm=_weight(model.norm),
-        frequencies=inverse_frequencies(config.rope, config.head_width) if turned else None,
-        rotary_scale=config.rope.attention_factor,
+        embedding_scale=config.embedding_scale,
+        position_rows=model.embed_positions.weight.float() if learned else None,
+        relative=config.positions == "relative",
+        rotaries=tuple(_rotary(rope, config.head_width) for rope in ropes if rope is not None),
+        residual_scale=config.residual_scale,
         score_scale=config.score_scale,
+        score_cap=config.score_cap,
+        final_norm=norm,
         logit_scale=config.logit_scale,
+        logit_cap=config.logit_cap,
         head=_linear(model.head),
     )
 
@@ -121,19 +112,30 @@ def untold(config: DecoderConfig) -> tuple[str, ...]:
     )
 
 
-def _layer(block: Block) -> LayerPlan:
+def _layer(model: Decoder, at: int) -> LayerPlan:
+    block, config = model.layers[at], model.config
     mixer, mlp = block.mixer, block.mlp
+    mixer_norm, mlp_norm = _norm(block.mixer_norm), _norm(block.mlp_norm)
+    arranged = block if isinstance(block, ArrangedBlock) else None
+    if arranged is not None and arranged.shared:
+        mlp_norm = mixer_norm
+    ropes = config.layer_ropes or ("main",) * config.layers
+    table = {"main": 0, "local": 1, "none": None}[ropes[at]]
     return LayerPlan(
         mixer=mixer.mixer.name,
-        attention=mixer.attention_plan(),
-        mixer_norm=_weight(block.mixer_norm),
-        mlp_norm=_weight(block.mlp_norm),
-        q_norm=mixer.q_norm.weight if mixer.config.qk_norm else None,
-        k_norm=mixer.k_norm.weight if mixer.config.qk_norm else None,
+        parts=mixer.part_plans(),
+        mixer_norm=mixer_norm,
+        mlp_norm=mlp_norm,
+        mixer_out_norm=_norm(arranged.mixer_out_norm) if arranged else None,
+        mlp_out_norm=_norm(arranged.mlp_out_norm) if arranged else None,
+        q_norm=_norm(mixer.q_norm) if config.qk_norm else None,
+        k_norm=_norm(mixer.k_norm) if config.qk_norm else None,
+        rotary=table if config.positions == "rope" else None,
+        parallel=arranged is not None and arranged.parallel,
         conv_weights=mixer.taps if mixer.mixer.taps else None,
         qkv=_linear(mixer.qkv),
         out=_linear(mixer.o),
-        gate_up=_linear(mlp.gate_up),
+        up=_linear(mlp.gate_up if mlp.gated else mlp.up),
         down=_linear(mlp.down),
     )
 
@@ -146,11 +148,22 @@ def _embedding(table: nn.Module) -> torch.Tensor | LinearPlan:
     return table.plan() if isinstance(table, BlockEmbedding) else cast(torch.Tensor, table.weight)
 
 
-def _weight(norm: nn.Module) -> torch.Tensor:
-    # of blocks whose norms stand elsewhere, which no kernel computes
+def _rotary(rope: RopeConfig, head_width: int) -> RotaryPlan:
+    return RotaryPlan(inverse_frequencies(rope, head_width), rope.attention_factor)
+
+
+def _norm(norm: nn.Module) -> NormPlan | None:
+    """A norm as kernels see it; None where the block has another one, or none."""
     if isinstance(norm, nn.Identity):
-        return torch.empty(0)
-    return cast(torch.Tensor, norm.weight)
+        return None
+    weight = norm.get_parameter("weight").detach()
+    if isinstance(norm, InferenceRMSNorm):
+        return NormPlan(norm.factors)
+    if isinstance(norm, OffsetRMSNorm):
+        return NormPlan(1 + weight)
+    if isinstance(norm, nn.LayerNorm):
+        return NormPlan(weight, norm.bias.detach(), centred=True)
+    return NormPlan(weight, centred=isinstance(norm, EachHeadNorm))
 
 
 class OneCall:
@@ -217,34 +230,39 @@ def _committed(state: SequenceStates, slot: int) -> list[int]:
     return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
 
 
-def _buffers(state: SequenceStates) -> list[LayerBuffers]:
-    """Where every layer finds its rows."""
-    return [
-        LayerBuffers(
-            kind=state.parts.index(part),
-            keys=part.keys[index],
-            values=part.values[index],
-            sums=part.sums[index] if part.sums.numel() else None,
-            conv_history=part.spec.conv_history,
-        )
-        for part, index in state.layers
-    ]
+def _buffers(state: SequenceStates) -> list[list[PartBuffers]]:
+    """Where every part of every layer finds its rows."""
+
+    def of(part: Any, index: int) -> PartBuffers:
+        sums = part.sums[index] if part.sums.numel() else None
+        return _part_buffers(state, part, part.keys[index], part.values[index], sums)
+
+    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
 
-def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[LayerBuffers]:
-    """Where every layer finds the rows of one slot, with room for a chain of `new` nodes."""
-    rooms = [iter(part.room_aside(slot, new)) for part in state.parts]
-    buffers = []
-    for part, index in state.layers:
-        kind = state.parts.index(part)
-        keys, values = next(rooms[kind])
-        buffers.append(
-            LayerBuffers(
-                kind=kind,
-                keys=keys[None],
-                values=values[None],
-                sums=part.sums[index, slot] if part.sums.numel() else None,
-                conv_history=part.spec.conv_history,
-            )
-        )
-    return buffers
+def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[list[PartBuffers]]:
+    """As `_buffers` for the rows of one slot, with room for a chain of `new` nodes."""
+    rooms = {id(part): part.room_aside(slot, new) for part in state.parts}
+
+    def of(part: Any, index: int) -> PartBuffers:
+        keys, values = rooms[id(part)][index]
+        sums = part.sums[index, slot] if part.sums.numel() else None
+        return _part_buffers(state, part, keys[None], values[None], sums)
+
+    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
+
+
+def _part_buffers(
+    state: SequenceStates,
+    part: Any,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sums: torch.Tensor | None,
+) -> PartBuffers:
+    return PartBuffers(
+        kind=state.parts.index(part),
+        keys=keys,
+        values=values,
+        sums=sums,
+        conv_history=part.spec.conv_history,
+    )

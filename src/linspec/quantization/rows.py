@@ -5,7 +5,7 @@
 
 A row is its K codes, -127..127, rounded up to whole fours with zeros, and then the four bytes of a
 float32: the scale of this row. So a row is still one row, and staging, committing and copying know
-nothing of it. `kernels/cpu/csrc/quantized.inc.h` reads the same bytes.
+nothing of it. `kernels/cpu/csrc/rows.inc.h` reads the same bytes.
 """
 
 from __future__ import annotations

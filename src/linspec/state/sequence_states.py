@@ -118,7 +118,7 @@ class SequenceStates:
 
     def _run_through(self, layers: Collection[int]) -> list[int]:
         """How many layers of each state are among `layers`."""
-        found = [state for layer in layers for state in _states(self.layers[layer])]
+        found = [state for layer in layers for state, _ in places_of(self.layers[layer])]
         return [sum(state is part for state in found) for part in self.parts]
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
@@ -230,12 +230,12 @@ def _layer(place: Any, made: dict[Hashable, Any]) -> tuple[Any, int]:
     return made[spec], index
 
 
-def _states(layer: tuple[Any, int]) -> list[Any]:
-    """All states that a layer writes to."""
+def places_of(layer: tuple[Any, int]) -> list[tuple[Any, int]]:
+    """All states that a layer writes to, with its index in each."""
     state, _ = layer
     if isinstance(state, MixedState):
-        return [found for part in state.parts for found in _states(part)]
-    return [state]
+        return [found for part in state.parts for found in places_of(part)]
+    return [layer]
 
 
 def _chosen(layers: Collection[int] | None) -> frozenset[int] | None:

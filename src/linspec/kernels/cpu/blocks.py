@@ -13,7 +13,7 @@ from ctypes import byref
 
 import torch
 
-from linspec.kernels.cpu.structs import PartStruct
+from linspec.kernels.cpu.structs import LinearPartStruct
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.step_plan import LinearPlan
 from linspec.quantization.blocks import BY_NUMBER, BlockFormat
@@ -44,9 +44,9 @@ def pack_blocks(
     return bool(sound)
 
 
-def part_structs(plan: LinearPlan) -> ctypes.Array[PartStruct]:
+def part_structs(plan: LinearPlan) -> ctypes.Array[LinearPartStruct]:
     """The parts of a layer of blocks as the C side sees them; its tensor must outlive them."""
-    table = (PartStruct * len(plan.parts))()
+    table = (LinearPartStruct * len(plan.parts))()
     at = plan.weights.data_ptr()
     for entry, (number, outputs) in zip(table, plan.parts, strict=True):
         entry.format, entry.outputs, entry.weights = number, outputs, at
@@ -77,7 +77,7 @@ def block_rows(library: ctypes.CDLL, plan: LinearPlan, rows: torch.Tensor) -> to
 
 
 def _rows_of(
-    library: ctypes.CDLL, part: PartStruct, inputs: int, rows: torch.Tensor
+    library: ctypes.CDLL, part: LinearPartStruct, inputs: int, rows: torch.Tensor
 ) -> torch.Tensor:
     rows = rows.to(torch.int64).contiguous()
     to = torch.empty(len(rows), inputs)

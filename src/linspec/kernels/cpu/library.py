@@ -20,7 +20,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from linspec.errors import ConfigError
-from linspec.kernels.cpu.structs import ABI, LinearStruct, PartStruct, layout
+from linspec.kernels.cpu.structs import ABI, LinearPartStruct, LinearStruct, layout
 from linspec.utils.messages import did_you_mean, shown
 
 SWITCH = "LINSPEC_CPU_KERNELS"
@@ -102,7 +102,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     ]
     library.ls_block_rows_at.restype = None
     library.ls_block_rows_at.argtypes = [
-        *(POINTER(PartStruct), c_int32, c_void_p, c_int32),
+        *(POINTER(LinearPartStruct), c_int32, c_void_p, c_int32),
         *(c_void_p, c_int32),
     ]
     return library

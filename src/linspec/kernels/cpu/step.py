@@ -16,6 +16,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p, pointer
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -33,23 +34,34 @@ from linspec.kernels.cpu.structs import (
     DecoderStruct,
     InputStruct,
     LayerStruct,
+    MixerPartStruct,
+    NormStruct,
+    SummedStruct,
 )
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.rotary import rotary_factors
 from linspec.kernels.step_plan import (
+    ACTIVATIONS,
     BF16,
     BLOCKS,
+    ENDS,
     F16,
     F32,
     INT8,
-    LayerBuffers,
+    MAPS,
+    WEIGHTS,
     LayerPlan,
     LinearPlan,
     NewNodes,
+    NormPlan,
+    PartBuffers,
     StepPlan,
+    SummedPlan,
 )
 from linspec.utils.messages import shown
 
+LINEARS = ("qkv", "out", "up", "down")
+NORMS = ("mixer_norm", "mlp_norm", "mixer_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
 _ROWS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int8: INT8}
 
@@ -59,19 +71,16 @@ def why_not(plan: StepPlan) -> str | None:
     found = load()
     if found.library is None:
         return found.reason
-    others = {layer.mixer for layer in plan.layers if layer.attention is None}
-    turned = plan.head_width if plan.frequencies is None else 2 * len(plan.frequencies)
+    others = {
+        layer.mixer for layer in plan.layers for part in layer.parts if part.attention is None
+    }
     reasons = {
-        "only RMS norms and rotary positions are in the one-call step": (
-            plan.positions != "rope" or plan.norm != "rms"
+        "a bias by distance is not in the one-call step": plan.relative,
+        f"activation {plan.activation} is not in the one-call step": (
+            plan.activation not in ACTIVATIONS
         ),
-        "only gated SiLU is in the one-call step": not plan.gated_mlp or plan.activation != "silu",
         f"heads of {plan.head_width} features are not in the one-call step": (
             plan.head_width > MAX_HEAD_WIDTH or plan.head_width % 2 != 0
-        ),
-        "heads of which only a part turns are not in the one-call step": turned != plan.head_width,
-        "scores and logits of another scale are not in the one-call step": (
-            plan.score_scale != plan.head_width**-0.5 or plan.logit_scale != 1.0
         ),
         "the weights are not packed for linspec's kernels": not _packed(plan),
         f"embeddings of {_dtype(plan)} are not in the one-call step": (
@@ -88,9 +97,8 @@ def _dtype(plan: StepPlan) -> torch.dtype:
 
 
 def _packed(plan: StepPlan) -> bool:
-    """Whether all its linear layers are packed; a plain MLP has no product for gate and up."""
-    needed = ("qkv", "out", *(("gate_up",) if plan.gated_mlp else ()), "down")
-    linears = (getattr(layer, name) for layer in plan.layers for name in needed)
+    """Whether all its linear layers are packed."""
+    linears = (getattr(layer, name) for layer in plan.layers for name in LINEARS)
     return None not in (plan.head, *linears)
 
 
@@ -104,17 +112,22 @@ class CpuStep:
         # the table has addresses only: the plan keeps the tensors
         self.plan = plan
         self._layers = (LayerStruct * len(plan.layers))()
-        for layer, entry in zip(plan.layers, self._layers, strict=True):
-            _describe(layer, entry)
+        # the parts of each layer, whose buffers move
+        self._parts = [_parts(layer) for layer in plan.layers]
+        for layer, entry, parts in zip(plan.layers, self._layers, self._parts, strict=True):
+            _describe(layer, plan.head_width, entry, parts)
         self._tokens = _embedding(plan)
         self._decoder = _decoder(plan, self._tokens, self._layers)
         self._space = Space()
-        self._factors = (torch.empty(0), torch.empty(0))
+        # of each rotary table
+        self._cosines = [torch.empty(0) for _ in plan.rotaries]
+        self._sines = list(self._cosines)
 
-    def place(self, buffers: Sequence[LayerBuffers]) -> None:
-        """Tell the C side where the state of each layer is, which moves as caches grow."""
-        for entry, layer in zip(self._layers, buffers, strict=True):
-            _place(entry, layer)
+    def place(self, buffers: Sequence[Sequence[PartBuffers]]) -> None:
+        """Tell the C side where the state of each part of each layer is, which moves as caches grow."""
+        for parts, layer in zip(self._parts, buffers, strict=True):
+            for entry, part in zip(parts, layer, strict=True):
+                _place(entry, part)
 
     def run(
         self, nodes: Sequence[NewNodes], outputs: Sequence[int]
@@ -150,7 +163,7 @@ class CpuStep:
         chained: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = self.plan
-        cosines, sines = self._rotary(max(positions) + 1)
+        self._turn_up_to(max(positions) + 1)
         hidden = torch.empty(len(outputs), plan.width)
         logits = torch.empty(len(outputs), plan.vocabulary)
         batch = BatchStruct(
@@ -161,8 +174,8 @@ class CpuStep:
             tokens=_tokens(tokens, plan.vocabulary),
             positions=_ints(positions),
             output_rows=_ints(outputs),
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
+            cosines=_addresses(self._cosines),
+            sines=_addresses(self._sines),
             input=inputs,
             hidden=hidden.data_ptr(),
             logits=logits.data_ptr(),
@@ -171,15 +184,15 @@ class CpuStep:
         self._call(self._decoder, batch, space, native_threads())
         return hidden, logits
 
-    def _rotary(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary factors of positions 0.. count - 1 and more: [P, K] each."""
-        have = len(self._factors[0])
-        if have < count:
-            assert self.plan.frequencies is not None
-            # never less than twice as many: a growing text must not recompute it often
-            positions = torch.arange(max(count, 2 * have, 256))
-            self._factors = rotary_factors(self.plan.frequencies, positions, self.plan.rotary_scale)
-        return self._factors
+    def _turn_up_to(self, count: int) -> None:
+        """Make the rotary factors of positions 0.. count - 1 and more: [P, R] each."""
+        for at, rotary in enumerate(self.plan.rotaries):
+            have = len(self._cosines[at])
+            if have < count:
+                # never less than twice as many: a growing text must not recompute it often
+                positions = torch.arange(max(count, 2 * have, 256))
+                factors = rotary_factors(rotary.frequencies, positions, rotary.scale)
+                self._cosines[at], self._sines[at] = factors
 
 
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
@@ -199,35 +212,81 @@ def _embedding(plan: StepPlan) -> Any:
 
 def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> DecoderStruct:
     kind = BLOCKS if isinstance(plan.embedding, LinearPlan) else _EMBEDDINGS[plan.embedding.dtype]
+    same = """width heads kv_heads head_width mlp_width vocabulary score_scale score_cap embedding_scale
+        residual_scale logit_scale logit_cap"""
     return DecoderStruct(
         layers=len(plan.layers),
-        width=plan.width,
-        heads=plan.heads,
-        kv_heads=plan.kv_heads,
-        head_width=plan.head_width,
-        mlp_width=plan.mlp_width,
-        vocabulary=plan.vocabulary,
         embedding_kind=kind,
+        activation=ACTIVATIONS.index(plan.activation),
+        gated=plan.gated_mlp,
         eps=plan.norm_eps,
         embedding=ctypes.addressof(table),
-        final_norm=plan.final_norm.data_ptr(),
+        position_rows=_address(plan.position_rows),
+        turned=_ints([2 * len(rotary.frequencies) for rotary in plan.rotaries]),
+        final_norm=_norm(plan.final_norm),
         head=_linear(plan.head),
         layer=layers,
+        **{name: getattr(plan, name) for name in same.split()},
     )
 
 
-def _describe(layer: LayerPlan, entry: LayerStruct) -> None:
+def _describe(
+    layer: LayerPlan, head_width: int, entry: LayerStruct, parts: ctypes.Array[MixerPartStruct]
+) -> None:
     """What of a block stays the same for all states."""
-    attention = layer.attention
-    assert attention is not None
-    for name in ("qkv", "out", "gate_up", "down"):
+    for name in LINEARS:
         setattr(entry, name, _linear(getattr(layer, name)))
-    for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm", "conv_weights"):
-        tensor = getattr(layer, name)
-        setattr(entry, name, None if tensor is None else tensor.data_ptr())
-    for name in ("window", "group", "span", "squared_relu", "alpha"):
-        setattr(entry, name, getattr(attention, name))
+    for name in NORMS:
+        setattr(entry, name, _norm(getattr(layer, name)))
+    if layer.q_norm is not None:
+        shape = layer.q_norm.weight.shape
+        entry.norm_stride = head_width if len(shape) == 2 else 0
+        entry.whole_norms = len(shape) == 1 and shape[0] != head_width
+    entry.rotary = -1 if layer.rotary is None else layer.rotary
+    entry.parallel = layer.parallel
+    entry.conv_weights = _address(layer.conv_weights)
     entry.taps = 0 if layer.conv_weights is None else layer.conv_weights.shape[1]
+    entry.part = parts
+    at = {
+        head: (number, place)
+        for number, part in enumerate(layer.parts)
+        for place, head in enumerate(part.heads)
+    }
+    entry.part_of = _ints([at[head][0] for head in range(len(at))])
+    entry.place = _ints([at[head][1] for head in range(len(at))])
+
+
+def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
+    table = (MixerPartStruct * len(layer.parts))()
+    for entry, part in zip(table, layer.parts, strict=True):
+        plan = part.attention
+        assert plan is not None, "why_not has a reason"
+        entry.kv_heads = len(part.heads)
+        if isinstance(plan, SummedPlan):
+            entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
+            entry.summed = pointer(_summed(plan))
+            continue
+        for field in fields(plan):
+            setattr(entry, field.name, getattr(plan, field.name))
+    return table
+
+
+def _summed(plan: SummedPlan) -> SummedStruct:
+    maps, bias = plan.key_map, plan.gate_bias
+    tensors = "query_map key_map query_factors gain gate_map gate_scale gate_bias"
+    return SummedStruct(
+        map=MAPS.index(plan.map),
+        exact=WEIGHTS.index(plan.exact),
+        end=ENDS.index(plan.end),
+        gates=0 if bias is None else bias.shape[-1],
+        map_rows=0 if maps is None else maps.shape[-2],
+        map_shared=maps is not None and len(maps) == 1,
+        **{name: _address(getattr(plan, name)) for name in tensors.split()},
+        **{
+            name: getattr(plan, name)
+            for name in ("features", "mapped", "together", "ones", "fades", "delta", "floor")
+        },
+    )
 
 
 def _linear(plan: LinearPlan | None) -> Any:
@@ -235,15 +294,33 @@ def _linear(plan: LinearPlan | None) -> Any:
     return pointer(linear_struct(plan))
 
 
-def _place(entry: LayerStruct, layer: LayerBuffers) -> None:
-    keys, values = layer.keys, layer.values
-    entry.state, entry.conv_history = layer.kind, layer.conv_history
+def _norm(plan: NormPlan | None) -> Any:
+    if plan is None:
+        return None
+    return pointer(
+        NormStruct(weight=_address(plan.weight), bias=_address(plan.bias), centred=plan.centred)
+    )
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
+    keys, values, sums = part.keys, part.values, part.sums
+    entry.state, entry.conv_history = part.kind, part.conv_history
     # in bytes: rows are floats or codes
     size = keys.element_size()
     entry.row_kind, entry.row_bytes = _ROWS[keys.dtype], keys.stride(2) * size
     entry.keys, entry.key_stride = keys.data_ptr(), keys.stride(1) * size
+    entry.value_bytes = values.stride(2) * size
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
-    entry.sums = None if layer.sums is None else layer.sums.data_ptr()
+    entry.sums = None if sums is None else sums.data_ptr()
+    entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
 
 
 def _pieces(new: NewNodes) -> ctypes.Array[InputStruct]:

@@ -17,12 +17,23 @@ from typing import Any, NamedTuple, TypeVar
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
-from linspec.kernels.step_plan import BF16, BLOCKS, F16, F32, INT4, INT8
+from linspec.kernels.step_plan import (
+    ACTIVATIONS,
+    BF16,
+    BLOCKS,
+    ENDS,
+    F16,
+    F32,
+    INT4,
+    INT8,
+    MAPS,
+    WEIGHTS,
+)
 from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 7
+ABI = 10
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -42,6 +53,10 @@ CONSTANTS = (
         "those of a GGUF file, in formats that go by the numbers they have there",
     ),
     *((f"LS_{each.name}", each.number, "") for each in BLOCK_FORMATS.values()),
+    *((f"LS_{name.upper()}", number, "") for number, name in enumerate(ACTIVATIONS)),
+    *((f"LS_MAP_{name.upper()}", number, "") for number, name in enumerate(MAPS)),
+    *((f"LS_WEIGHT_{name.upper()}", number, "") for number, name in enumerate(WEIGHTS)),
+    *((f"LS_END_{name.upper()}", number, "") for number, name in enumerate(ENDS)),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
 )
@@ -119,11 +134,11 @@ def declared(name: str, *fields: Field) -> Callable[[S], S]:
 
 
 @declared(
-    "ls_part",
+    "ls_linear_part",
     Field("int32_t", "format outputs"),
     Field("const void *", "weights", "in tiles, see blocks.h"),
 )
-class PartStruct(Struct):
+class LinearPartStruct(Struct):
     """Rows of a weight matrix whose blocks have one format."""
 
 
@@ -135,7 +150,7 @@ class PartStruct(Struct):
         "const float *", "scales bias", "scales [tiles * 32] are for int8 only; bias may be null"
     ),
     Field("int32_t", "parts", "of a layer of blocks, whose `weights` is null"),
-    Field("const ls_part *", "part", "one below the other"),
+    Field("const ls_linear_part *", "part", "one below the other"),
 )
 class LinearStruct(Struct):
     """One linear layer. Weights by kind, for every tile in turn:
@@ -146,31 +161,89 @@ class LinearStruct(Struct):
 
 
 @declared(
-    "ls_layer",
+    "ls_summed",
+    Field("int32_t", "map features mapped", "LS_MAP_..; rows keep features"),
+    Field("int32_t", "exact end together", "LS_WEIGHT_.., LS_END_..; one end for both parts"),
+    Field("int32_t", "ones fades delta", "flags"),
+    Field("int32_t", "gates", "columns of a key row behind the key: logarithms, then a rate"),
+    Field("float", "floor", "of the end"),
+    Field("const float *", "query_map key_map", "[..][map_rows][head_width]"),
+    Field("int32_t", "map_rows map_shared", "shared: all heads have one"),
+    Field("const float *", "query_factors gain", "[heads], [head_width]; null without"),
+    Field(
+        "const float *",
+        "gate_map gate_scale",
+        "[kv_heads][head_width][gates], or [kv_heads][head_width]",
+    ),
+    Field("const float *", "gate_bias", "[kv_heads][gates]"),
+)
+class SummedStruct(Struct):
+    """Sums of features, see summed.inc.h and the plan of this name."""
+
+
+@declared(
+    "ls_mixer_part",
+    Field("const ls_summed *", "summed", "null: attention"),
     Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
+    Field("int32_t", "sinks", "first rows of the text, seen from everywhere"),
     Field("int32_t", "state", "kind of state, an index into `committed` of an input"),
     Field("int32_t", "squared_relu", "weights relu(q.k)^2 of unit features instead of a softmax"),
-    Field("int32_t", "taps conv_history", "of the convolution; value rows before the first row"),
+    Field("int32_t", "kv_heads", "of this part"),
+    Field("int32_t", "conv_history", "value rows before the first row"),
     Field("float", "alpha", "factor on the sums"),
-    Field("const float *", "conv_weights", "[heads][taps]"),
-    Field("const float *", "mixer_norm mlp_norm q_norm k_norm", "the last two may be null"),
-    Field("const ls_linear *", "qkv out gate_up down"),
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
-    Field("const float *", "sums", "[slots][kv_heads][head_width][head_width], null without"),
+    Field("const float *", "sums", "[slots][kv_heads][sum_floats], null without"),
+    Field(
+        "int64_t", "sum_floats", "features x value columns; with sinks [sinks][2 * head_width + 1]"
+    ),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
-    Field("int32_t", "row_kind row_bytes", "LS_INT8: codes and a scale; bytes of a row"),
+    Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, or LS_INT8: codes and a scale"),
+    Field("int32_t", "row_bytes value_bytes", "of a row of keys and of values, alike but for sums"),
+)
+class MixerPartStruct(Struct):
+    """KV heads of a layer that read alike, and where their state is."""
+
+
+@declared(
+    "ls_norm",
+    Field("const float *", "weight bias", "bias may be null"),
+    Field("int32_t", "centred", "the mean is taken off first, as a LayerNorm does"),
+)
+class NormStruct(Struct):
+    """x * weight / sqrt(mean(x^2) + eps) + bias."""
+
+
+@declared(
+    "ls_layer",
+    Field("const ls_mixer_part *", "part"),
+    Field("const int32_t *", "part_of place", "[kv_heads]: its part, and its number there"),
+    Field("int32_t", "taps", "of the convolution"),
+    Field("const float *", "conv_weights", "[heads][taps]"),
+    Field("const ls_norm *", "mixer_norm mlp_norm", "of what goes in; null: none"),
+    Field("const ls_norm *", "mixer_out_norm mlp_out_norm", "of what comes out; null: none"),
+    Field("const ls_norm *", "q_norm k_norm", "null: none"),
+    Field("int32_t", "whole_norms", "those of q and k are over the projections of all heads"),
+    Field("int32_t", "norm_stride", "floats from a head's weights to the next; 0: all have one"),
+    Field("int32_t", "rotary", "table of its positions, -1: none"),
+    Field("int32_t", "parallel", "the MLP reads what enters the block, as the mixer does"),
+    Field("const ls_linear *", "qkv out up down", "up: with a gate, of both, the gate first"),
 )
 class LayerStruct(Struct):
-    """A block: what its mixer does, its weights, and where its state is."""
+    """A block: what the parts of its mixer do, and its weights."""
 
 
 @declared(
     "ls_decoder",
     Field("int32_t", "layers width heads kv_heads head_width mlp_width vocabulary"),
     Field("int32_t", "embedding_kind", "LS_F32, LS_BF16 or LS_BLOCKS"),
+    Field("int32_t", "activation gated", "LS_SILU, ..; whether it gates other outputs"),
     Field("float", "eps", "of the norms"),
-    Field("const void *", "embedding", "[vocabulary][width]; of blocks an ls_part"),
-    Field("const float *", "final_norm"),
+    Field("float", "score_scale score_cap", "on q.k ahead of a softmax; a cap of 0 is none"),
+    Field("float", "embedding_scale residual_scale logit_scale logit_cap"),
+    Field("const void *", "embedding", "[vocabulary][width]; of blocks an ls_linear_part"),
+    Field("const float *", "position_rows", "[positions][width], added to it; null without"),
+    Field("const int32_t *", "turned", "features of a head that each rotary table turns"),
+    Field("const ls_norm *", "final_norm"),
     Field("const ls_linear *", "head"),
     Field("const ls_layer *", "layer"),
 )
@@ -193,9 +266,10 @@ class InputStruct(Struct):
     "ls_batch",
     Field("int32_t", "rows inputs outputs", "new nodes, slots that they are of, logits asked for"),
     Field("int32_t", "chained", "inputs are pieces of one prompt, each behind the one before"),
-    Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the rotary table"),
+    Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the tables"),
     Field("const int32_t *", "output_rows", "[outputs]"),
-    Field("const float *", "cosines sines", "[positions][head_width]"),
+    Field("const float *const *", "cosines", "of each rotary table: [positions][turned]"),
+    Field("const float *const *", "sines", "alike"),
     Field("const ls_step_input *", "input"),
     Field("float *", "hidden logits", "[outputs][width], [outputs][vocabulary]"),
 )

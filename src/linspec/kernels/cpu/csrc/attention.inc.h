@@ -30,9 +30,16 @@ INLINE int own_rows(const block *b, const query *q, int32_t *indices) {
 INLINE float to_weights(const ls_mixer *m, const query *q, int count, float *scores) {
     for (int i = count; i < BLOCK; i++) scores[i] = -__builtin_inff();
     float scale = m->row_kind == LS_INT8 ? q->scale : 1.0f;
-    if (!m->squared_relu) return softmax_update(scores, scale / __builtin_sqrtf((float)m->width), q->state);
-    square(scores);
-    return 1.0f;
+    if (m->squared_relu) {
+        square(scores);
+        return 1.0f;
+    }
+    scale *= m->score_scale;
+    if (m->score_cap > 0.0f) {
+        cap_scores(scores, scale, m->score_cap);
+        scale = 1.0f;
+    }
+    return softmax_update(scores, scale, q->state);
 }
 
 INLINE void add_own_values(const block *b, const query *q, const int32_t *indices, int own, float *weights) {
@@ -107,6 +114,8 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
     }
 }
 
+static void attend_sinks(const ls_mixer *m, block b, query *queries);
+
 /* The queries of a kv head, and behind them what their nodes see; space: what the queries are. */
 static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial,
                               query *queries, float *space) {
@@ -143,6 +152,7 @@ static void attend_chunk(const ls_mixer *m, int head, int chunk, const float *q,
         const visible_rows *v = queries[n * repeats].visible;
         if (v->count - v->first > most) most = v->count - v->first;
     }
+    if (m->sinks && chunk == 0) attend_sinks(m, b, queries);
     int begin = chunk * LS_CHUNK, end = most < begin + LS_CHUNK ? most : begin + LS_CHUNK;
     for (; begin < end; begin += BLOCK)
         for (int n = 0, last; n < m->nodes; n = last) {

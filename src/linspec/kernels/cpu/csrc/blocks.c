@@ -162,7 +162,7 @@ LS_API int32_t ls_pack_blocks(int32_t format, const uint8_t *raw, const int64_t 
 }
 
 /* Rounded as the file format says: the product of scale and code first. */
-void ls_block_row(const ls_part *part, int inputs, int channel, float *to) {
+void ls_block_row(const ls_linear_part *part, int inputs, int channel, float *to) {
     int format = part->format, c = channel % LS_TILE, k_format = ls_block_is_k(format);
     size_t bytes = ls_block_tile_bytes(format, inputs);
     const uint8_t *tile = (const uint8_t *)part->weights + (size_t)(channel / LS_TILE) * bytes;
@@ -179,7 +179,7 @@ void ls_block_row(const ls_part *part, int inputs, int channel, float *to) {
 }
 
 typedef struct {
-    const ls_part *part;
+    const ls_linear_part *part;
     int inputs, count;
     const int64_t *channels;
     float *to;
@@ -193,7 +193,7 @@ static void rows_body(void *context, int thread, int threads) {
 }
 
 /* to [count][inputs]: the weights of some channels. */
-LS_API void ls_block_rows_at(const ls_part *part, int32_t inputs, const int64_t *channels, int32_t count,
+LS_API void ls_block_rows_at(const ls_linear_part *part, int32_t inputs, const int64_t *channels, int32_t count,
                              float *to, int32_t threads) {
     rows_call r = {part, inputs, count, channels, to};
     ls_parallel(rows_body, &r, threads, LS_SPIN_LAYER);

@@ -10,7 +10,7 @@
 typedef struct {
     const ls_heads *h;
     const ls_guess *g;
-    float *seen, *x, *projected, *ones; /* what first blocks read; features; what first layers give; 1.0 */
+    float *seen, *x, *projected; /* what first blocks read; features; what first layers give */
     float *logits;
     char *packed;
 } guess;
@@ -33,7 +33,7 @@ static size_t packed_bytes(const ls_heads *h, const ls_guess *g) {
 LS_API int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g) {
     size_t rows = (size_t)all_rows(g);
     size_t floats = ls_up64(rows * h->seen) + ls_up64(rows * h->width) + ls_up64(rows * h->inner) +
-                    ls_up64(h->inner) + ls_up64(rows * h->vocabulary);
+                    ls_up64(rows * h->vocabulary);
     return (int64_t)(floats * sizeof(float) + packed_bytes(h, g));
 }
 
@@ -71,7 +71,7 @@ static void block(const guess *s, int number, int thread, int threads) {
     int all = all_rows(s->g), last = ls_share(all, thread + 1, threads);
     for (int i = ls_share(all, thread, threads); i < last; i++) {
         float *line = s->projected + (size_t)i * inner, *x = s->x + (size_t)i * inner;
-        ls_current()->silu_mul(line, s->ones, h->inner, line);
+        ls_current()->activate(LS_SILU, line, NULL, h->inner, line);
         for (size_t k = 0; !h->back && k < inner; k++) x[k] += line[k];
     }
     if (h->back)
@@ -100,7 +100,6 @@ static void guess_body(void *context, int thread, int threads) {
         memcpy(s->seen + (size_t)i * h->seen, line, (size_t)h->seen * sizeof *line);
         memcpy(s->x + (size_t)i * h->width, line, (size_t)h->width * sizeof *line);
     }
-    for (int k = 0; thread == 0 && k < h->inner; k++) s->ones[k] = 1.0f;
     for (int i = 0; i < h->blocks; i++) block(s, i, thread, threads);
     multiply(s, h->out, outputs(h, g), all / outputs(h, g), s->x, s->logits, 0, thread, threads);
     for (int i = first; i < last; i++) {
@@ -116,8 +115,7 @@ LS_API void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace
     guess s = {.h = h, .g = g, .seen = workspace};
     s.x = s.seen + ls_up64(rows * h->seen);
     s.projected = s.x + ls_up64(rows * h->width);
-    s.ones = s.projected + ls_up64(rows * h->inner);
-    s.logits = s.ones + ls_up64(h->inner);
+    s.logits = s.projected + ls_up64(rows * h->inner);
     s.packed = (char *)(s.logits + ls_up64(rows * h->vocabulary));
     ls_parallel(guess_body, &s, threads, LS_SPIN_STEP);
 }

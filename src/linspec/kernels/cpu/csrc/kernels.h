@@ -44,6 +44,7 @@ typedef struct {
     int32_t summed;                   /* first rows that the sums hold already */
     int64_t window, group, span;
     int32_t squared_relu;
+    float score_scale, score_cap;     /* on q.k ahead of a softmax; a cap of 0 is none */
     int32_t taps;                     /* the values of the rows before the first lie before `values` */
     float alpha;
     const float *conv_weights;        /* [heads][taps] */
@@ -51,6 +52,11 @@ typedef struct {
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
     const float *sums;                /* [kv_heads][width][width], null without */
+    const ls_summed *form;            /* null: attention. The rest is then null, or of its kv head: */
+    const float *query_map, *key_map, *query_factors, *gate_map, *gate_scale, *gate_bias;
+    int32_t value_bytes;              /* of a row of values */
+    int32_t sinks;                    /* first rows of the text, which every node sees */
+    const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
 } ls_mixer;
 
@@ -66,11 +72,20 @@ static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
     size_t query = (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
     return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
+static inline size_t ls_summed_scratch_bytes(const ls_mixer *m) {
+    size_t rows = (size_t)(m->committed + m->staged - m->summed), width = (size_t)m->width;
+    size_t features = (size_t)m->form->features;
+    size_t floats = rows * features + features + 2 * (width + 1) + 2 * rows;
+    if (m->form->fades) floats += (size_t)(m->staged + 1) * width * width;
+    /* the convolution comes last and takes a block of rows */
+    if (m->taps && floats < ls_block_floats(m)) floats = ls_block_floats(m);
+    return floats * sizeof(float);
+}
 /* floats of the partial sums of one kv head and chunk */
 static inline size_t ls_partial_floats(const ls_mixer *m) {
     return ls_query_count(m) * (size_t)(ls_up16(m->width) + 2);
 }
-/* chunks that the exact rows of a node may fill */
+/* chunks that the exact rows of a node may fill, but for sinks */
 static inline int ls_chunk_count(const ls_mixer *m) {
     int64_t most = (int64_t)m->committed + m->staged;
     if (m->window && m->window < most) most = m->window;
@@ -113,8 +128,13 @@ typedef struct {
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */
     void (*rms_norm)(const float *x, const float *weight, float eps, int width, float *y);
-    /* y = silu(gate) * up */
-    void (*silu_mul)(const float *gate, const float *up, int width, float *y);
+    /* y = (x - mean(x)) * weight / sqrt(variance(x) + eps) + bias, which may be null */
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int width,
+                       float *y);
+    /* y = f(gate) * up, or f(gate) where up is null; f is LS_SILU, .. */
+    void (*activate)(int f, const float *gate, const float *up, int width, float *y);
+    /* x = cap tanh(x / cap) in place */
+    void (*cap)(float *x, float cap, int width);
     /* x / |x| in place */
     void (*normalize)(float *x, int width);
     /* The queries of kv head `head` over the rows of a chunk; q [nodes][stride], heads side by side.
@@ -125,6 +145,15 @@ typedef struct {
     /* the partial sums of all chunks put together, plus sums and convolution: out as q */
     void (*combine)(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
                     float *partials, float *out, int64_t out_stride, void *scratch);
+    /* x becomes its features in place: LS_MAP_.., of those that need no more than the row */
+    void (*map)(int map, float *x, int width);
+    /* what stands behind a key, from the key ahead of its rotation */
+    void (*gates)(const ls_mixer *m, const float *k, float *gates);
+    /* all that the nodes of one kv head read where `form` is given; m->kv_heads is 1 */
+    void (*read_summed)(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride,
+                        void *scratch);
+    /* sums after the rows first .. last - 1 have closed; scratch: their features, one row */
+    void (*fold_summed)(const ls_mixer *m, int first, int last, float *sums, void *scratch);
     /* sums [width][width] += keys^T values of the rows first .. last - 1 of a kv head, which close */
     void (*fold)(const ls_mixer *m, int head, int first, int last, float *sums);
 } ls_ops;
@@ -172,7 +201,7 @@ void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid u
 static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 /* blocks.c: the weights of one channel as floats */
-void ls_block_row(const ls_part *part, int inputs, int channel, float *to);
+void ls_block_row(const ls_linear_part *part, int inputs, int channel, float *to);
 
 /* linear.c */
 size_t ls_packed_bytes(const ls_linear *layer, int rows);

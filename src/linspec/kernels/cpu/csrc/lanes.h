@@ -194,4 +194,20 @@ INLINE vl vl_exp(vl x) {
     return vl_select((vli)(x == x), y, x);
 }
 
+/* tanh with an error below 2e-7, relative where it is small */
+INLINE vl vl_tanh(vl x) {
+    vl square = x * x, p = vl_set1(-6.00180216e-3f);
+    p = LS_LANES_FMA(p, square, vl_set1(2.09314246e-2f));
+    p = LS_LANES_FMA(p, square, vl_set1(-5.38370162e-2f));
+    p = LS_LANES_FMA(p, square, vl_set1(0.133326784f));
+    p = LS_LANES_FMA(p, square, vl_set1(-0.333333284f));
+    vl small = LS_LANES_FMA(p, x * square, x), size = vl_bits(vli_bits(x) & 0x7fffffff);
+    vl large = vl_set1(1.0f) - vl_set1(2.0f) / (vl_exp(size + size) + vl_set1(1.0f));
+    large = vl_select((vli)(x < vl_set1(0.0f)), -large, large);
+    return vl_select((vli)(size < vl_set1(0.64f)), small, large);
+}
+
+/* cap tanh(x / cap) */
+INLINE vl vl_capped(vl x, float cap) { return vl_set1(cap) * vl_tanh(x / vl_set1(cap)); }
+
 #endif

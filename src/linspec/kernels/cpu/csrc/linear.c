@@ -68,8 +68,8 @@ void ls_pack_rows(const ls_linear *layer, const ls_packed_rows *to, int first, i
 
 /* The part that a tile of a layer of blocks belongs to, and its first channel; the tile becomes one of
  * the part's. */
-static const ls_part *part_of(const ls_linear *layer, int *tile, int *channel) {
-    const ls_part *part = layer->part;
+static const ls_linear_part *part_of(const ls_linear *layer, int *tile, int *channel) {
+    const ls_linear_part *part = layer->part;
     for (*channel = 0;; *channel += part++->outputs) {
         int tiles = (part->outputs + LS_TILE - 1) / LS_TILE;
         if (*tile < tiles) return part;
@@ -77,7 +77,7 @@ static const ls_part *part_of(const ls_linear *layer, int *tile, int *channel) {
     }
 }
 
-static void sum_blocks(const ls_linear *layer, const ls_part *part, const ls_packed_rows *x, int tile,
+static void sum_blocks(const ls_linear *layer, const ls_linear_part *part, const ls_packed_rows *x, int tile,
                        int first, int rows, float *sums) {
     ls_block_rows from = {(const int8_t *)x->codes + (size_t)first * layer->padded,
                           x->offsets + first * row_offsets(layer),
@@ -115,7 +115,7 @@ static void one_tile(const ls_linear *layer, const ls_packed_rows *x, int tile, 
     float sums[LS_ROWS * LS_TILE];
     int channel = 0, outputs = layer->outputs, blocks = layer->kind == LS_BLOCKS;
     if (blocks) {
-        const ls_part *part = part_of(layer, &tile, &channel);
+        const ls_linear_part *part = part_of(layer, &tile, &channel);
         sum_blocks(layer, part, x, tile, first, rows, sums);
         outputs = part->outputs;
     } else {

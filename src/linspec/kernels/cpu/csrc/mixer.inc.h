@@ -4,4 +4,7 @@
 #include "rows.inc.h"
 #include "scores.inc.h"
 #include "attention.inc.h"
+#include "sinks.inc.h"
 #include "combine.inc.h"
+#include "summed.inc.h"
+#include "fading.inc.h"

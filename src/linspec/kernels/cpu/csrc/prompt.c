@@ -8,62 +8,87 @@
 
 #include "step.h"
 
+/* floats of the sums of a kv head in the layer that has most; 0 without any */
 static size_t sum_floats(const ls_decoder *d) {
-    return (size_t)d->kv_heads * (size_t)d->head_width * (size_t)d->head_width;
+    size_t most = 0;
+    for (int i = 0; i < d->layers; i++)
+        for (int head = 0; head < d->kv_heads; head++) {
+            const ls_mixer_part *p = d->layer[i].part + d->layer[i].part_of[head];
+            if (p->sums && !p->sinks && (size_t)p->sum_floats > most) most = (size_t)p->sum_floats;
+        }
+    return most;
 }
 
 /* A piece has LS_MAX_NODES nodes at most, whose partial sums are each thread's own. */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b) {
-    for (int i = 0; i < d->layers; i++)
-        if (d->layer[i].sums) return (size_t)(b->inputs - 1) * sum_floats(d);
-    return 0;
+    return (size_t)(b->inputs - 1) * (size_t)d->kv_heads * sum_floats(d);
 }
 
-/* the mixer of a piece, with the sums as they are when its first node comes */
-static ls_mixer piece_of(const ls_run *s, const ls_layer *l, int piece) {
-    ls_mixer m = ls_mixer_of(s->d, l, s->b->input + piece);
+/* where the sums of a kv head are kept as they are when the first node of a later piece comes */
+static float *sums_before(const ls_run *s, int piece, int head) {
+    return s->partials + ((size_t)(piece - 1) * (size_t)s->d->kv_heads + (size_t)head) * sum_floats(s->d);
+}
+
+/* the mixer of a kv head for a piece */
+static ls_mixer piece_of(const ls_run *s, const ls_layer *l, int piece, int head) {
+    ls_mixer m = ls_mixer_of(s->d, l, s->b->input + piece, head);
     if (!m.sums || piece == 0) return m;
     int64_t summed = (m.committed / m.group - (m.span - 1)) * m.group;
     m.summed = summed > 0 ? (int32_t)summed : 0;
-    m.sums = s->partials + (size_t)(piece - 1) * sum_floats(s->d);
+    m.sums = sums_before(s, piece, head);
     return m;
 }
 
 /* The sums of one kv head, piece by piece. */
 static void close_groups(const ls_run *s, const ls_layer *l, int head) {
-    size_t size = (size_t)s->d->head_width * (size_t)s->d->head_width;
+    size_t size = (size_t)l->part[l->part_of[head]].sum_floats;
     for (int piece = 1; piece < s->b->inputs; piece++) {
-        ls_mixer before = piece_of(s, l, piece - 1), m = piece_of(s, l, piece);
-        float *sums = s->partials + (size_t)(piece - 1) * sum_floats(s->d) + head * size;
-        memcpy(sums, before.sums + head * size, size * sizeof *sums);
-        ls_current()->fold(&m, head, before.summed, m.summed, sums);
+        ls_mixer before = piece_of(s, l, piece - 1, head), m = piece_of(s, l, piece, head);
+        if (!m.sums) return;
+        float *sums = sums_before(s, piece, head);
+        memcpy(sums, before.sums, size * sizeof *sums);
+        if (m.form)
+            ls_current()->fold_summed(&m, before.summed, m.summed, sums,
+                                      ls_scratch((size_t)m.form->features * sizeof *sums));
+        else
+            ls_current()->fold(&m, 0, before.summed, m.summed, sums);
     }
 }
 
 /* All that one piece reads in one kv head. */
 static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head) {
     const ls_ops *ops = ls_current();
-    ls_mixer m = piece_of(s, l, piece);
-    int chunks = ls_chunk_count(&m);
-    int64_t q_stride = (int64_t)(s->d->heads + 2 * s->d->kv_heads) * s->d->head_width;
+    ls_mixer m = piece_of(s, l, piece, head);
+    int64_t q_stride = ls_projected_stride(s->d), column = ls_query_column(s->d, head);
     int64_t out_stride = (int64_t)s->d->heads * s->d->head_width, first = s->b->input[piece].first;
+    const float *q = s->projected + first * q_stride + column;
+    float *out = s->attended + first * out_stride + column;
+    if (m.form) {
+        ops->read_summed(&m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(&m)));
+        return;
+    }
+    int chunks = ls_chunk_count(&m);
     size_t part = ls_partial_floats(&m), floats = ls_up64(part * (size_t)chunks);
     float *partials = ls_scratch(floats * sizeof *partials + ls_attend_scratch_bytes(&m));
-    const float *q = s->projected + first * q_stride;
     for (int c = 0; c < chunks; c++)
-        ops->attend_chunk(&m, head, c, q, q_stride, partials + c * part, partials + floats);
-    ops->combine(&m, head, chunks, q, q_stride, partials, s->attended + first * out_stride,
-                 out_stride, partials + floats);
+        ops->attend_chunk(&m, 0, c, q, q_stride, partials + c * part, partials + floats);
+    ops->combine(&m, 0, chunks, q, q_stride, partials, out, out_stride, partials + floats);
+}
+
+/* in turns: later pieces have more to read, and so have some heads */
+static int is_mine(int item, int heads, int thread, int threads) {
+    return (item + item / heads) % threads == thread;
 }
 
 void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads) {
     int heads = s->d->kv_heads, items = s->b->inputs * heads;
-    for (int i = thread; i < items; i += threads) ls_stage(s, l, i / heads, i % heads);
+    for (int i = 0; i < items; i++)
+        if (is_mine(i, heads, thread, threads)) ls_stage(s, l, i / heads, i % heads);
     ls_barrier(threads);
-    if (l->sums) {
+    if (ls_prompt_floats(s->d, s->b)) {
         for (int head = thread; head < heads; head += threads) close_groups(s, l, head);
         ls_barrier(threads);
     }
-    /* in turns: later pieces have more to read */
-    for (int i = thread; i < items; i += threads) attend_piece(s, l, i / heads, i % heads);
+    for (int i = 0; i < items; i++)
+        if (is_mine(i, heads, thread, threads)) attend_piece(s, l, i / heads, i % heads);
 }

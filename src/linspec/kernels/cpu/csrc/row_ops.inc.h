@@ -176,13 +176,58 @@ static void normalize(float *x, int width) {
     for (int i = 0; i < width; i++) x[i] *= scale;
 }
 
-INLINE vf silu(vf x) { return x / (vf_set1(1.0f) + vf_exp(-x)); }
+/* the first `n` of sixteen floats, zeros behind them */
+INLINE vf first_of(const float *x, int n) { return n < 16 ? vf_load_part(x, n) : vf_load(x); }
 
-static void silu_mul(const float *gate, const float *up, int width, float *y) {
-    int whole = width & ~15, rest = width - whole;
-    for (int i = 0; i < whole; i += 16)
-        vf_store(y + i, silu(vf_load(gate + i)) * vf_load(up + i));
-    if (rest)
-        vf_store_part(
-            y + whole, silu(vf_load_part(gate + whole, rest)) * vf_load_part(up + whole, rest), rest);
+INLINE void store_first(float *y, vf v, int n) { n < 16 ? vf_store_part(y, v, n) : vf_store(y, v); }
+
+static void layer_norm(const float *x, const float *weight, const float *bias, float eps, int width,
+                       float *y) {
+    vf sum = vf_set1(0.0f), squares = sum;
+    for (int i = 0; i < width; i += 16) sum += first_of(x + i, width - i);
+    vf mean = vf_set1(vf_sum(sum) / (float)width);
+    for (int i = 0; i < width; i += 16) {
+        vf v = first_of(x + i, width - i) - mean;
+        if (width - i < 16) {
+            float part[16];
+            vf_store(part, v);
+            v = vf_load_part(part, width - i);
+        }
+        squares = LS_FMA(v, v, squares);
+    }
+    vf scale = vf_set1(1.0f / __builtin_sqrtf(vf_sum(squares) / (float)width + eps));
+    for (int i = 0; i < width; i += 16) {
+        vf v = (first_of(x + i, width - i) - mean) * scale * first_of(weight + i, width - i);
+        store_first(y + i, bias ? v + first_of(bias + i, width - i) : v, width - i);
+    }
+}
+
+INLINE vf activated(int f, vf x) {
+    const vf half = vf_set1(0.5f), one = vf_set1(1.0f);
+    if (f == LS_SILU) return x / (one + vf_exp(-x));
+    if (f == LS_RELU) return vf_max(vf_set1(0.0f), x);
+    if (f == LS_GELU) return x * half * (one + vf_erf(x * vf_set1(0.707106781f)));
+    vf cubic = x + vf_set1(0.044715f) * x * x * x;
+    return half * x * (one + vf_tanh(vf_set1(0.797884561f) * cubic));
+}
+
+INLINE void activate_row(int f, const float *gate, const float *up, int width, float *y) {
+    for (int i = 0; i < width; i += 16) {
+        vf v = activated(f, first_of(gate + i, width - i));
+        store_first(y + i, up ? v * first_of(up + i, width - i) : v, width - i);
+    }
+}
+
+/* constants, so that no loop asks which */
+static void activate(int f, const float *gate, const float *up, int width, float *y) {
+    if (f == LS_SILU) activate_row(LS_SILU, gate, up, width, y);
+    if (f == LS_GELU) activate_row(LS_GELU, gate, up, width, y);
+    if (f == LS_GELU_TANH) activate_row(LS_GELU_TANH, gate, up, width, y);
+    if (f == LS_RELU) activate_row(LS_RELU, gate, up, width, y);
+}
+
+static void cap_row(float *x, float cap, int width) {
+    int i = 0;
+    for (; i + LS_LANES <= width; i += LS_LANES) vl_store(x + i, vl_capped(vl_load(x + i), cap));
+    if (i < width) vl_store_part(x + i, vl_capped(vl_load_part(x + i, width - i), cap), width - i);
 }

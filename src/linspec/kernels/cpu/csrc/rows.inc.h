@@ -103,7 +103,7 @@ static void widen_rows(const ls_mixer *m, const char *rows, int count, float *to
 /* Rows as floats: where they are, or else in `space`. */
 INLINE const float *as_floats(const ls_mixer *m, const char *rows, int count, float *space, int64_t *stride) {
     *stride = ls_up16(m->width);
-    if (m->row_kind == LS_F32 && m->width % 16 == 0) return (const float *)rows;
+    if (m->row_kind == LS_F32 && m->width % 16 == 0 && m->row_bytes == 4 * m->width) return (const float *)rows;
     widen_rows(m, rows, count, space);
     return space;
 }

@@ -89,6 +89,14 @@ INLINE void score_rows(const ls_mixer *m, const row_block *rows, const query *qu
         score_floats(rows, queries, count, scores);
 }
 
+/* scores s to cap tanh(s scale / cap), in place; those of rows that are not there stay -inf */
+static void cap_scores(float *scores, float scale, float cap) {
+    for (int i = 0; i < BLOCK; i += LS_LANES) {
+        vl s = vl_load(scores + i) * vl_set1(scale);
+        vl_store(scores + i, vl_select((vli)(s > vl_set1(-__builtin_inff())), vl_capped(s, cap), s));
+    }
+}
+
 /* scores to softmax weights, in place; returns the factor on what was accumulated before */
 INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
     vl most = vl_set1(-__builtin_inff()), total[LS_PARTS];

@@ -7,15 +7,25 @@
 typedef struct {
     const ls_decoder *d;
     const ls_batch *b;
-    float *x, *projected, *attended; /* residual; outputs of qkv or gate_up; mixer outputs */
+    float *x, *projected, *attended; /* residual; outputs of qkv or up; mixer outputs */
     float *partials;                 /* of the mixers, see ls_ops; of a prompt, see prompt.c */
     void *packed;
 } ls_run;
 
-/* The mixer of one layer over the rows of one input. */
-ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in);
+/* The mixer of one kv head of a layer over the rows of one input, as if there were no other heads. */
+ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head);
+/* stage.c: norm of x, whose weights begin `at` floats behind those of n */
+void ls_apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y);
 /* Stage the keys and values of one input in one kv head, and turn its queries into features. */
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head);
+
+/* floats between the projections of one row and the next, and to the first query of a kv head */
+static inline int64_t ls_projected_stride(const ls_decoder *d) {
+    return (int64_t)(d->heads + 2 * d->kv_heads) * d->head_width;
+}
+static inline int64_t ls_query_column(const ls_decoder *d, int head) {
+    return (int64_t)head * (d->heads / d->kv_heads) * d->head_width;
+}
 
 /* prompt.c: floats of workspace, and every mixer of a layer (which ends without a barrier) */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b);

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 7                             /* of this table and the functions */
+#define LS_ABI 10                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -23,6 +23,27 @@
 #define LS_Q5_K 13
 #define LS_Q6_K 14
 #define LS_IQ4_NL 20
+#define LS_SILU 0
+#define LS_GELU 1
+#define LS_GELU_TANH 2
+#define LS_RELU 3
+#define LS_MAP_SAME 0
+#define LS_MAP_UNIT 1
+#define LS_MAP_RELU 2
+#define LS_MAP_ELU_PLUS_1 3
+#define LS_MAP_SOFTMAX 4
+#define LS_MAP_TWO_SIDED 5
+#define LS_MAP_POSITIVE 6
+#define LS_MAP_PHASES 7
+#define LS_WEIGHT_NONE 0
+#define LS_WEIGHT_PRODUCTS 1
+#define LS_WEIGHT_SOFTMAX 2
+#define LS_WEIGHT_RELU2 3
+#define LS_WEIGHT_EXPONENTIALS 4
+#define LS_END_PLAIN 0
+#define LS_END_QUOTIENT 1
+#define LS_END_BOUNDED 2
+#define LS_END_RMS 3
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 
@@ -30,7 +51,7 @@
 typedef struct {
     int32_t format, outputs;
     const void *weights;                     /* in tiles, see blocks.h */
-} ls_part;
+} ls_linear_part;
 
 /* One linear layer. Weights by kind, for every tile in turn:
  * f32, bf16  [inputs][32]
@@ -42,32 +63,75 @@ typedef struct {
     const void *weights;
     const float *scales, *bias;              /* scales [tiles * 32] are for int8 only; bias may be null */
     int32_t parts;                           /* of a layer of blocks, whose `weights` is null */
-    const ls_part *part;                     /* one below the other */
+    const ls_linear_part *part;              /* one below the other */
 } ls_linear;
 
-/* A block: what its mixer does, its weights, and where its state is. */
+/* Sums of features, see summed.inc.h and the plan of this name. */
 typedef struct {
+    int32_t map, features, mapped;           /* LS_MAP_..; rows keep features */
+    int32_t exact, end, together;            /* LS_WEIGHT_.., LS_END_..; one end for both parts */
+    int32_t ones, fades, delta;              /* flags */
+    int32_t gates;                           /* columns of a key row behind the key: logarithms, then a rate */
+    float floor;                             /* of the end */
+    const float *query_map, *key_map;        /* [..][map_rows][head_width] */
+    int32_t map_rows, map_shared;            /* shared: all heads have one */
+    const float *query_factors, *gain;       /* [heads], [head_width]; null without */
+    const float *gate_map, *gate_scale;      /* [kv_heads][head_width][gates], or [kv_heads][head_width] */
+    const float *gate_bias;                  /* [kv_heads][gates] */
+} ls_summed;
+
+/* KV heads of a layer that read alike, and where their state is. */
+typedef struct {
+    const ls_summed *summed;                 /* null: attention */
     int64_t window, group, span;             /* nearest rows, rows of a group, exact groups; 0: all */
+    int32_t sinks;                           /* first rows of the text, seen from everywhere */
     int32_t state;                           /* kind of state, an index into `committed` of an input */
     int32_t squared_relu;                    /* weights relu(q.k)^2 of unit features instead of a softmax */
-    int32_t taps, conv_history;              /* of the convolution; value rows before the first row */
+    int32_t kv_heads;                        /* of this part */
+    int32_t conv_history;                    /* value rows before the first row */
     float alpha;                             /* factor on the sums */
-    const float *conv_weights;               /* [heads][taps] */
-    const float *mixer_norm, *mlp_norm, *q_norm, *k_norm; /* the last two may be null */
-    const ls_linear *qkv, *out, *gate_up, *down;
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
-    const float *sums;                       /* [slots][kv_heads][head_width][head_width], null without */
+    const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
+    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1] */
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
-    int32_t row_kind, row_bytes;             /* LS_INT8: codes and a scale; bytes of a row */
+    int32_t row_kind;                        /* LS_F32, LS_BF16, LS_F16, or LS_INT8: codes and a scale */
+    int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums */
+} ls_mixer_part;
+
+/* x * weight / sqrt(mean(x^2) + eps) + bias. */
+typedef struct {
+    const float *weight, *bias;              /* bias may be null */
+    int32_t centred;                         /* the mean is taken off first, as a LayerNorm does */
+} ls_norm;
+
+/* A block: what the parts of its mixer do, and its weights. */
+typedef struct {
+    const ls_mixer_part *part;
+    const int32_t *part_of, *place;          /* [kv_heads]: its part, and its number there */
+    int32_t taps;                            /* of the convolution */
+    const float *conv_weights;               /* [heads][taps] */
+    const ls_norm *mixer_norm, *mlp_norm;    /* of what goes in; null: none */
+    const ls_norm *mixer_out_norm, *mlp_out_norm; /* of what comes out; null: none */
+    const ls_norm *q_norm, *k_norm;          /* null: none */
+    int32_t whole_norms;                     /* those of q and k are over the projections of all heads */
+    int32_t norm_stride;                     /* floats from a head's weights to the next; 0: all have one */
+    int32_t rotary;                          /* table of its positions, -1: none */
+    int32_t parallel;                        /* the MLP reads what enters the block, as the mixer does */
+    const ls_linear *qkv, *out, *up, *down;  /* up: with a gate, of both, the gate first */
 } ls_layer;
 
 /* A whole decoder. */
 typedef struct {
     int32_t layers, width, heads, kv_heads, head_width, mlp_width, vocabulary;
     int32_t embedding_kind;                  /* LS_F32, LS_BF16 or LS_BLOCKS */
+    int32_t activation, gated;               /* LS_SILU, ..; whether it gates other outputs */
     float eps;                               /* of the norms */
-    const void *embedding;                   /* [vocabulary][width]; of blocks an ls_part */
-    const float *final_norm;
+    float score_scale, score_cap;            /* on q.k ahead of a softmax; a cap of 0 is none */
+    float embedding_scale, residual_scale, logit_scale, logit_cap;
+    const void *embedding;                   /* [vocabulary][width]; of blocks an ls_linear_part */
+    const float *position_rows;              /* [positions][width], added to it; null without */
+    const int32_t *turned;                   /* features of a head that each rotary table turns */
+    const ls_norm *final_norm;
     const ls_linear *head;
     const ls_layer *layer;
 } ls_decoder;
@@ -84,9 +148,10 @@ typedef struct {
 typedef struct {
     int32_t rows, inputs, outputs;           /* new nodes, slots that they are of, logits asked for */
     int32_t chained;                         /* inputs are pieces of one prompt, each behind the one before */
-    const int32_t *tokens, *positions;       /* [rows]; positions are rows of the rotary table */
+    const int32_t *tokens, *positions;       /* [rows]; positions are rows of the tables */
     const int32_t *output_rows;              /* [outputs] */
-    const float *cosines, *sines;            /* [positions][head_width] */
+    const float *const *cosines;             /* of each rotary table: [positions][turned] */
+    const float *const *sines;               /* alike */
     const ls_step_input *input;
     float *hidden, *logits;                  /* [outputs][width], [outputs][vocabulary] */
 } ls_batch;
@@ -112,29 +177,53 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    424379742, \
-    sizeof(ls_part), offsetof(ls_part, format), offsetof(ls_part, outputs), \
-        offsetof(ls_part, weights), \
+    180959233, \
+    sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
+        offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
         offsetof(ls_linear, outputs), offsetof(ls_linear, padded), \
         offsetof(ls_linear, weights), offsetof(ls_linear, scales), offsetof(ls_linear, bias), \
         offsetof(ls_linear, parts), offsetof(ls_linear, part), \
-    sizeof(ls_layer), offsetof(ls_layer, window), offsetof(ls_layer, group), \
-        offsetof(ls_layer, span), offsetof(ls_layer, state), \
-        offsetof(ls_layer, squared_relu), offsetof(ls_layer, taps), \
-        offsetof(ls_layer, conv_history), offsetof(ls_layer, alpha), \
+    sizeof(ls_summed), offsetof(ls_summed, map), offsetof(ls_summed, features), \
+        offsetof(ls_summed, mapped), offsetof(ls_summed, exact), offsetof(ls_summed, end), \
+        offsetof(ls_summed, together), offsetof(ls_summed, ones), offsetof(ls_summed, fades), \
+        offsetof(ls_summed, delta), offsetof(ls_summed, gates), offsetof(ls_summed, floor), \
+        offsetof(ls_summed, query_map), offsetof(ls_summed, key_map), \
+        offsetof(ls_summed, map_rows), offsetof(ls_summed, map_shared), \
+        offsetof(ls_summed, query_factors), offsetof(ls_summed, gain), \
+        offsetof(ls_summed, gate_map), offsetof(ls_summed, gate_scale), \
+        offsetof(ls_summed, gate_bias), \
+    sizeof(ls_mixer_part), offsetof(ls_mixer_part, summed), offsetof(ls_mixer_part, window), \
+        offsetof(ls_mixer_part, group), offsetof(ls_mixer_part, span), \
+        offsetof(ls_mixer_part, sinks), offsetof(ls_mixer_part, state), \
+        offsetof(ls_mixer_part, squared_relu), offsetof(ls_mixer_part, kv_heads), \
+        offsetof(ls_mixer_part, conv_history), offsetof(ls_mixer_part, alpha), \
+        offsetof(ls_mixer_part, keys), offsetof(ls_mixer_part, values), \
+        offsetof(ls_mixer_part, sums), offsetof(ls_mixer_part, sum_floats), \
+        offsetof(ls_mixer_part, key_stride), offsetof(ls_mixer_part, value_stride), \
+        offsetof(ls_mixer_part, row_kind), offsetof(ls_mixer_part, row_bytes), \
+        offsetof(ls_mixer_part, value_bytes), \
+    sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
+        offsetof(ls_norm, centred), \
+    sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
+        offsetof(ls_layer, place), offsetof(ls_layer, taps), \
         offsetof(ls_layer, conv_weights), offsetof(ls_layer, mixer_norm), \
-        offsetof(ls_layer, mlp_norm), offsetof(ls_layer, q_norm), offsetof(ls_layer, k_norm), \
-        offsetof(ls_layer, qkv), offsetof(ls_layer, out), offsetof(ls_layer, gate_up), \
-        offsetof(ls_layer, down), offsetof(ls_layer, keys), offsetof(ls_layer, values), \
-        offsetof(ls_layer, sums), offsetof(ls_layer, key_stride), \
-        offsetof(ls_layer, value_stride), offsetof(ls_layer, row_kind), \
-        offsetof(ls_layer, row_bytes), \
+        offsetof(ls_layer, mlp_norm), offsetof(ls_layer, mixer_out_norm), \
+        offsetof(ls_layer, mlp_out_norm), offsetof(ls_layer, q_norm), \
+        offsetof(ls_layer, k_norm), offsetof(ls_layer, whole_norms), \
+        offsetof(ls_layer, norm_stride), offsetof(ls_layer, rotary), \
+        offsetof(ls_layer, parallel), offsetof(ls_layer, qkv), offsetof(ls_layer, out), \
+        offsetof(ls_layer, up), offsetof(ls_layer, down), \
     sizeof(ls_decoder), offsetof(ls_decoder, layers), offsetof(ls_decoder, width), \
         offsetof(ls_decoder, heads), offsetof(ls_decoder, kv_heads), \
         offsetof(ls_decoder, head_width), offsetof(ls_decoder, mlp_width), \
         offsetof(ls_decoder, vocabulary), offsetof(ls_decoder, embedding_kind), \
-        offsetof(ls_decoder, eps), offsetof(ls_decoder, embedding), \
+        offsetof(ls_decoder, activation), offsetof(ls_decoder, gated), \
+        offsetof(ls_decoder, eps), offsetof(ls_decoder, score_scale), \
+        offsetof(ls_decoder, score_cap), offsetof(ls_decoder, embedding_scale), \
+        offsetof(ls_decoder, residual_scale), offsetof(ls_decoder, logit_scale), \
+        offsetof(ls_decoder, logit_cap), offsetof(ls_decoder, embedding), \
+        offsetof(ls_decoder, position_rows), offsetof(ls_decoder, turned), \
         offsetof(ls_decoder, final_norm), offsetof(ls_decoder, head), \
         offsetof(ls_decoder, layer), \
     sizeof(ls_step_input), offsetof(ls_step_input, slot), offsetof(ls_step_input, first), \

@@ -115,13 +115,48 @@ INLINE vf vf_exp(vf x) {
     return x;
 }
 
+INLINE vf vf_tanh(vf x) {
+    vl parts[LS_PARTS];
+    memcpy(parts, &x, sizeof x);
+    UNROLL(LS_PARTS, i) parts[i] = vl_tanh(parts[i]);
+    memcpy(&x, parts, sizeof x);
+    return x;
+}
+
+/* erf with an error below 2e-7, relative where it is small: a polynomial, and one for log(1 - erf) */
+INLINE vf vf_erf(vf x) {
+    vf square = x * x, p = vf_set1(7.88249745e-5f);
+    p = LS_FMA(p, square, vf_set1(-8.01885501e-4f));
+    p = LS_FMA(p, square, vf_set1(5.18931216e-3f));
+    p = LS_FMA(p, square, vf_set1(-2.68543288e-2f));
+    p = LS_FMA(p, square, vf_set1(0.112835974f));
+    p = LS_FMA(p, square, vf_set1(-0.37612626f));
+    p = LS_FMA(p, square, vf_set1(0.128379166f));
+    vf small = LS_FMA(p, x, x), size = vf_abs(x), far = vf_min(size, vf_set1(4.0f));
+    p = vf_set1(1.61406160e-6f);
+    p = LS_FMA(p, far, vf_set1(-4.55906229e-5f));
+    p = LS_FMA(p, far, vf_set1(5.92769531e-4f));
+    p = LS_FMA(p, far, vf_set1(-4.74022236e-3f));
+    p = LS_FMA(p, far, vf_set1(2.63647176e-2f));
+    p = LS_FMA(p, far, vf_set1(-0.109978244f));
+    p = LS_FMA(p, far, vf_set1(-0.631937087f));
+    p = LS_FMA(p, far, vf_set1(-1.13016665f));
+    p = LS_FMA(p, far, vf_set1(3.03212961e-4f));
+    vf large = vf_set1(1.0f) - vf_exp(p);
+    large = vf_select((vi)(x < vf_set1(0.0f)), -large, large);
+    return vf_select((vi)(size <= vf_set1(4.0f)), vf_select((vi)(size < vf_set1(1.0f)), small, large),
+                     vf_select((vi)(x == x), large, x));
+}
+
 /* The table of an instruction set, from the functions of one isa_*.c file. */
 #define LS_OPS(set)                                                                       \
     {.name = set,         .int8 = int8_tile,             .int4 = int4_tile,               \
      .f32 = f32_tile,     .bf16 = bf16_tile,             .quantize_row = quantize_row,    \
      .copy_row = copy_row, .narrow_row = narrow_row,     .epilogue = epilogue,            \
-     .rms_norm = rms_norm, .silu_mul = silu_mul,         .normalize = normalize,          \
-     .attend_chunk = attend_chunk, .combine = combine_chunks, .fold = fold_rows,    \
+     .rms_norm = rms_norm, .layer_norm = layer_norm,     .normalize = normalize,          \
+     .activate = activate, .cap = cap_row,               .map = map_row,                  \
+     .gates = gates_of,    .attend_chunk = attend_chunk, .combine = combine_chunks,       \
+     .fold = fold_rows,    .read_summed = read_summed,   .fold_summed = fold_summed,      \
      .blocks = block_tile, .quantize_blocks = quantize_blocks}
 
 #endif

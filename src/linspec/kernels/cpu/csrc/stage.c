@@ -1,0 +1,98 @@
+/* From the projections of a node to what the state keeps of it, and to what its queries read with. */
+#include <string.h>
+
+#include "step.h"
+
+void ls_apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y) {
+    const ls_ops *ops = ls_current();
+    if (n->centred)
+        ops->layer_norm(x, n->weight + at, n->bias ? n->bias + at : NULL, eps, width, y);
+    else
+        ops->rms_norm(x, n->weight + at, eps, width, y);
+}
+
+/* halves are paired as in Llama checkpoints; the sign of the halves is part of `sines` */
+static void rotate(float *x, const float *cosines, const float *sines, int width) {
+    int half = width / 2;
+    for (int i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        x[i] = low * cosines[i] + high * sines[i];
+        x[i + half] = high * cosines[i + half] + low * sines[i + half];
+    }
+}
+
+/* norm of q or k of one node; head: among those of q, or of k */
+static void norm_head(const ls_run *s, const ls_layer *l, int head, const ls_norm *norm, float *x) {
+    if (norm && !l->whole_norms)
+        ls_apply_norm(norm, (int64_t)head * l->norm_stride, x, s->d->eps, s->d->head_width, x);
+}
+
+/* q or k of one node, from its norm to its feature */
+static void feature(const ls_run *s, const ls_layer *l, const ls_mixer_part *p, int row, float *x) {
+    const ls_decoder *d = s->d;
+    if (l->rotary >= 0) {
+        int turned = d->turned[l->rotary];
+        size_t at = (size_t)s->b->positions[row] * turned;
+        rotate(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
+    }
+    if (p->squared_relu) ls_current()->normalize(x, d->head_width);
+    if (p->summed && p->summed->mapped) ls_current()->map(p->summed->map, x, d->head_width);
+}
+
+/* a row of keys or values as the state keeps it */
+static void store_row(const ls_mixer *m, const float *x, char *to) {
+    if (m->row_kind == LS_F32) {
+        memcpy(to, x, (size_t)m->row_bytes);
+        return;
+    }
+    if (m->row_kind != LS_INT8) {
+        ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
+        return;
+    }
+    int8_t codes[LS_MAX_HEAD_WIDTH];
+    int32_t offset;
+    int padded = (m->width + 31) & ~31;
+    float scale = ls_current()->quantize_row(x, m->width, padded, 1, 0, codes, &offset);
+    memcpy(to, codes, (size_t)m->row_bytes - sizeof scale);
+    memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
+}
+
+/* rows of the state that sums are made of: a key with its gates, a value with its one */
+static void store_summed(const ls_mixer *m, const float *k, const float *gates, const float *v, char *key,
+                         char *value) {
+    size_t bytes = (size_t)m->width * sizeof *k;
+    float one = 1.0f;
+    memcpy(key, k, bytes);
+    memcpy(key + bytes, gates, (size_t)m->form->gates * sizeof *gates);
+    memcpy(value, v, bytes);
+    if (m->form->ones) memcpy(value + bytes, &one, sizeof one);
+}
+
+void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
+    const ls_decoder *d = s->d;
+    const ls_step_input *in = s->b->input + input;
+    const ls_mixer_part *p = l->part + l->part_of[head];
+    ls_mixer m = ls_mixer_of(d, l, in, head);
+    int width = d->head_width, repeats = d->heads / d->kv_heads;
+    int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
+    int64_t row = m.committed + in->staged - in->nodes;
+    char *keys = p->keys + at * p->key_stride + row * p->row_bytes;
+    char *values = p->values + at * p->value_stride + (p->conv_history + row) * p->value_bytes;
+    for (int n = 0; n < in->nodes; n++, keys += p->row_bytes, values += p->value_bytes) {
+        float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
+        float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;
+        for (int r = head * repeats; r < (head + 1) * repeats; r++) {
+            norm_head(s, l, r, l->q_norm, line + (size_t)r * width);
+            feature(s, l, p, in->first + n, line + (size_t)r * width);
+        }
+        norm_head(s, l, head, l->k_norm, k);
+        if (m.form && m.form->gates) ls_current()->gates(&m, k, gates);
+        feature(s, l, p, in->first + n, k);
+        if (m.form) {
+            store_summed(&m, k, gates, v, keys, values);
+        } else {
+            store_row(&m, k, keys);
+            store_row(&m, v, values);
+        }
+    }
+}

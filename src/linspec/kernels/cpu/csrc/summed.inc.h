@@ -1,0 +1,269 @@
+/* Mixers of sums, see SummedPlan: what a node reads from the sums of features of closed groups, and from the rows that
+ * are not in them. Part of every isa_*.c.
+ *
+ * Rows are taken in the order of their positions, one after the other, wherever they lie: a node of a tree gets the bits
+ * that it would have got after its ancestors had been committed, unless a group closes in between. */
+
+#define FEATURE_FLOOR 1e-4f /* positive random features are never 0 */
+#define LOWEST_SCORE -1e4f  /* that is subtracted from others */
+
+/* y = exp(x - less) */
+static void exp_row(const float *x, float less, int width, float *y) {
+    for (int i = 0; i < width; i += 16)
+        store_first(y + i, vf_exp(first_of(x + i, width - i) - vf_set1(less)), width - i);
+}
+
+static float sum_row(const float *x, int width) {
+    vf sum = vf_set1(0.0f);
+    for (int i = 0; i < width; i += 16) sum += first_of(x + i, width - i);
+    return vf_sum(sum);
+}
+
+static float largest_of(const float *x, int width) {
+    float most = -__builtin_inff();
+    for (int i = 0; i < width; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* y = softmax(x), or of -x; x may be y */
+static void softmax_row(const float *x, float sign, int width, float *y) {
+    for (int i = 0; i < width; i++) y[i] = sign * x[i];
+    exp_row(y, largest_of(y, width), width, y);
+    float scale = 1.0f / sum_row(y, width);
+    for (int i = 0; i < width; i++) y[i] *= scale;
+}
+
+INLINE float dot_row(const float *a, const float *b, int width) { return vf_sum(dot_lanes(a, b, width)); }
+
+static void elu_plus_1(float *x, int width) {
+    for (int i = 0; i < width; i += 16) {
+        vf v = first_of(x + i, width - i);
+        store_first(x + i, vf_select((vi)(v > vf_set1(0.0f)), v + vf_set1(1.0f), vf_exp(v)), width - i);
+    }
+}
+
+/* see ls_ops: maps that need no more than the row */
+static void map_row(int map, float *x, int width) {
+    if (map == LS_MAP_UNIT) normalize(x, width);
+    if (map == LS_MAP_RELU)
+        for (int i = 0; i < width; i++) x[i] = x[i] > 0.0f ? x[i] : 0.0f;
+    if (map == LS_MAP_ELU_PLUS_1) elu_plus_1(x, width);
+    if (map == LS_MAP_SOFTMAX) softmax_row(x, 1.0f, width, x);
+}
+
+/* sin(x), or cos(x), with an error of 3e-7 for |x| < 1000: x is an angle within a right one and n half turns */
+static vf sine(vf x, int cosine) {
+    vf quarter = vf_set1(cosine ? 0.5f : 0.0f);
+    vi n = vf_round(LS_FMA(x, vf_set1(0.318309886f), -quarter));
+    vf turns = __builtin_convertvector(n, vf) + quarter;
+    vf r = LS_FMA(turns, vf_set1(-3.14159274f), x);
+    r = LS_FMA(turns, vf_set1(8.74227766e-8f), r);
+    vf square = r * r, p = vf_set1(1.60590438e-10f);
+    p = LS_FMA(p, square, vf_set1(-2.50521084e-8f));
+    p = LS_FMA(p, square, vf_set1(2.75573192e-6f));
+    p = LS_FMA(p, square, vf_set1(-1.98412698e-4f));
+    p = LS_FMA(p, square, vf_set1(8.33333333e-3f));
+    p = LS_FMA(p, square, vf_set1(-0.166666667f));
+    vf y = LS_FMA(p * square, r, r);
+    return vf_select((vi)(((n + cosine) & 1) == 1), -y, y);
+}
+
+static void phase_features(const float *rows, int count, const float *x, int width, float *y) {
+    float share = 1.0f / __builtin_sqrtf((float)count), scale = inverse_length(x, width);
+    for (int i = 0; i < count; i++) y[i] = dot_row(rows + (size_t)i * width, x, width) * scale;
+    for (int cosine = 1; cosine >= 0; cosine--)
+        for (int i = 0; i < count; i += 16)
+            store_first(y + cosine * count + i, sine(first_of(y + i, count - i), cosine) * vf_set1(share),
+                        count - i);
+}
+
+static void two_sided_features(const float *rows, int count, const float *x, int width, float *y) {
+    for (int i = 0; i < count; i++) y[i] = dot_row(rows + (size_t)i * width, x, width);
+    softmax_row(y, -1.0f, count, y + count);
+    softmax_row(y, 1.0f, count, y);
+}
+
+/* largest: of a query, whose exponents are taken from it */
+static void positive_features(const float *rows, int count, const float *x, int width, int largest, float *y) {
+    float scaled[LS_MAX_HEAD_WIDTH], root = __builtin_sqrtf((float)width);
+    float factor = 1.0f / __builtin_sqrtf(root), share = 1.0f / __builtin_sqrtf((float)count);
+    for (int i = 0; i < width; i++) scaled[i] = x[i] * factor;
+    float half = dot_row(scaled, scaled, width) / 2;
+    for (int i = 0; i < count; i++) y[i] = dot_row(rows + (size_t)i * width, scaled, width) - half;
+    exp_row(y, largest ? largest_of(y, count) : 0.0f, count, y);
+    for (int i = 0; i < count; i++) y[i] = (y[i] + FEATURE_FLOOR) * share;
+}
+
+/* features y of one row x; rows: the matrix of its head, where the map has one */
+static void features_of(const ls_mixer *m, const float *rows, const float *x, int query, float *y) {
+    const ls_summed *f = m->form;
+    if (f->map == LS_MAP_TWO_SIDED) {
+        two_sided_features(rows, f->map_rows, x, m->width, y);
+    } else if (f->map == LS_MAP_PHASES) {
+        phase_features(rows, f->map_rows, x, m->width, y);
+    } else if (f->map == LS_MAP_POSITIVE) {
+        positive_features(rows, f->map_rows, x, m->width, query, y);
+    } else {
+        memcpy(y, x, sizeof *y * (size_t)m->width);
+        if (!f->mapped) map_row(f->map, y, m->width);
+    }
+}
+
+static void query_features(const ls_mixer *m, int r, const float *q, float *y) {
+    const ls_summed *f = m->form;
+    size_t size = f->map_shared ? 0 : (size_t)f->map_rows * (size_t)m->width;
+    features_of(m, f->query_map ? m->query_map + (size_t)r * size : NULL, q, 1, y);
+    for (int i = 0; f->query_factors && i < f->features; i++) y[i] *= m->query_factors[r];
+}
+
+INLINE const float *key_row(const ls_mixer *m, int row) {
+    return (const float *)(m->keys + (int64_t)row * m->row_bytes);
+}
+
+/* columns of a key row that are logarithms of factors */
+INLINE int decay_columns(const ls_summed *f) { return f->gates - f->delta; }
+
+static void write_row(const ls_mixer *m, int row, float *sums);
+
+/* The rows of one node: `count` places in the buffer in the order of positions, of which the first `closed` are of groups
+ * that count as summed. features: of the keys from row m->summed on. */
+typedef struct {
+    const int32_t *indices;
+    int count, closed;
+    const float *features;
+} row_list;
+
+INLINE float feature_product(const ls_mixer *m, const row_list *rows, int i, const float *features) {
+    int row = rows->indices[i];
+    const float *key = m->form->mapped ? key_row(m, row)
+                                       : rows->features + (size_t)(row - m->summed) * m->form->features;
+    return dot_row(features, key, m->form->features);
+}
+
+/* weights of the rows within the span */
+static void weigh_rows(const ls_mixer *m, const row_list *rows, const float *q, const float *features,
+                       float *weights) {
+    int kind = m->form->exact, count = rows->count - rows->closed;
+    float unit[LS_MAX_HEAD_WIDTH], length = 1.0f;
+    memcpy(unit, q, sizeof(float) * (size_t)m->width);
+    if (kind == LS_WEIGHT_RELU2) normalize(unit, m->width);
+    for (int i = 0; i < count; i++) {
+        if (kind == LS_WEIGHT_PRODUCTS) {
+            weights[i] = feature_product(m, rows, rows->closed + i, features);
+            continue;
+        }
+        const float *key = key_row(m, rows->indices[rows->closed + i]);
+        if (kind == LS_WEIGHT_RELU2) length = inverse_length(key, m->width);
+        weights[i] = dot_row(unit, key, m->width) * length;
+        if (kind != LS_WEIGHT_RELU2) weights[i] *= m->score_scale;
+    }
+    if (kind == LS_WEIGHT_PRODUCTS) return;
+    if (kind == LS_WEIGHT_RELU2) {
+        for (int i = 0; i < count; i++) weights[i] = weights[i] > 0.0f ? weights[i] * weights[i] : 0.0f;
+        return;
+    }
+    if (m->score_cap > 0.0f) cap_row(weights, m->score_cap, count);
+    if (kind == LS_WEIGHT_SOFTMAX) {
+        softmax_row(weights, 1.0f, count, weights);
+    } else {
+        float most = largest_of(weights, count);
+        exp_row(weights, most > LOWEST_SCORE ? most : LOWEST_SCORE, count, weights);
+    }
+}
+
+/* the last touch on a sum of values */
+static void end_row(const ls_mixer *m, const float *x, float *y) {
+    const ls_summed *f = m->form;
+    if (f->end == LS_END_RMS) {
+        rms_norm(x, f->gain, f->floor, m->width, y);
+        return;
+    }
+    float divisor = 1.0f;
+    if (f->end == LS_END_QUOTIENT) divisor = x[m->width] + f->floor;
+    if (f->end == LS_END_BOUNDED) divisor = x[m->width] > f->floor ? x[m->width] : f->floor;
+    for (int i = 0; i < m->width; i++) y[i] = x[i] / divisor;
+}
+
+/* One query. line: 2 value rows and as many weights as there are rows. */
+static void read_query(const ls_mixer *m, const row_list *rows, const float *q, const float *features, float *line,
+                       float *out) {
+    const ls_summed *f = m->form;
+    int columns = m->width + f->ones;
+    float *summed = line, *exact = line + columns, *weights = exact + columns;
+    memset(line, 0, sizeof *line * 2 * (size_t)columns);
+    accumulator to = {summed, features, 1.0f};
+    source sums = {m->sums, NULL, columns, f->features, columns, 0};
+    accumulate(&sums, &to, 1);
+    for (int i = 0; i < rows->closed; i++) weights[i] = feature_product(m, rows, i, features);
+    source values = {(const float *)m->values, rows->indices, m->value_bytes / 4, rows->closed, columns, 0};
+    to.weights = weights;
+    accumulate(&values, &to, 1);
+    if (f->exact != LS_WEIGHT_NONE) {
+        weigh_rows(m, rows, q, features, weights);
+        values.indices += rows->closed;
+        values.count = rows->count - rows->closed;
+        to.out = exact;
+        accumulate(&values, &to, 1);
+    }
+    if (f->together) {
+        for (int i = 0; i < columns; i++) exact[i] += m->alpha * summed[i];
+        end_row(m, exact, out);
+        return;
+    }
+    end_row(m, summed, summed);
+    for (int i = 0; i < m->width; i++) out[i] = exact[i] + m->alpha * summed[i];
+}
+
+/* features of the keys from row m->summed on, where they are asked for */
+static void all_features(const ls_mixer *m, const visible_rows *visible, float *to) {
+    int asked = m->form->exact == LS_WEIGHT_PRODUCTS;
+    for (int n = 0; n < m->nodes; n++) asked |= visible[n].first > m->summed && !m->form->fades;
+    for (int row = m->summed; asked && !m->form->mapped && row < m->committed + m->staged; row++)
+        features_of(m, m->key_map, key_row(m, row), 0, to + (size_t)(row - m->summed) * m->form->features);
+}
+
+/* Sums that fade: the closed rows become part of them, in `sums`, and the others fade them by `decays`. */
+static void fade_by_rows(ls_mixer *m, row_list *rows, float *sums, float *decays) {
+    int columns = decay_columns(m->form);
+    if (rows->closed) {
+        memcpy(sums, m->sums, sizeof *sums * (size_t)m->width * (size_t)m->width);
+        for (int i = 0; i < rows->closed; i++) write_row(m, rows->indices[i], sums);
+        m->sums = sums;
+    }
+    rows->indices += rows->closed;
+    rows->count -= rows->closed;
+    rows->closed = 0;
+    memset(decays, 0, sizeof *decays * (size_t)columns);
+    for (int i = 0; i < rows->count; i++)
+        for (int c = 0; c < columns; c++) decays[c] += key_row(m, rows->indices[i])[m->width + c];
+    exp_row(decays, 0.0f, columns, decays);
+    for (int c = columns; c < m->width; c++) decays[c] = decays[0];
+}
+
+/* What one node reads; features: of a query, and behind them what else is computed on the way. */
+static void read_node(ls_mixer m, row_list rows, const float *q, float *features, float *own_sums, float *out) {
+    int repeats = m.heads / m.kv_heads;
+    float decays[LS_MAX_HEAD_WIDTH];
+    if (m.form->fades) fade_by_rows(&m, &rows, own_sums, decays);
+    for (int r = 0; r < repeats; r++) {
+        query_features(&m, r, q + r * m.width, features);
+        for (int i = 0; m.form->fades && i < m.width; i++) features[i] *= decays[i];
+        read_query(&m, &rows, q + r * m.width, features, features + m.form->features, out + r * m.width);
+    }
+}
+
+static void read_listed(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride,
+                        float *scratch) {
+    int most = m->committed + m->staged - m->summed;
+    float *features = scratch + (size_t)most * m->form->features;
+    int32_t *indices = (int32_t *)(features + m->form->features + 2 * (m->width + 1) + most);
+    visible_rows visible[LS_MAX_NODES];
+    for (int n = 0; n < m->nodes; n++) find_visible(m, n, visible + n);
+    all_features(m, visible, scratch);
+    for (int n = 0; n < m->nodes; n++) {
+        const visible_rows *v = visible + n;
+        row_list rows = {indices, v->count - m->summed, v->first > m->summed ? v->first - m->summed : 0, scratch};
+        for (int i = 0; i < rows.count; i++) indices[i] = row_at(m, v, m->summed + i);
+        read_node(*m, rows, q + n * q_stride, features, (float *)(indices + most), out + n * out_stride);
+    }
+}
