@@ -1,13 +1,15 @@
-/* Weighted sums of rows of floats: the end of all that a mixer does. Part of every isa_*.c. */
+/* Weighted sums of rows: the end of all that a mixer does. Part of every isa_*.c. */
 
-/* Row i is at `rows + indices[i] * stride` (in floats), or the i-th without indices. ahead: floats to the row
- * that is prefetched meanwhile, if any. */
+/* Row i is at `rows + indices[i] * stride`, or the i-th without indices; kind: of its features. Rows of other kinds
+ * than LS_F32 have whole sixteens of them, and scales of int8 rows are in the weights. ahead: where the rows of
+ * `ahead_bytes` are that are prefetched meanwhile, if any. */
 typedef struct {
-    const float *rows;
+    const void *rows;
     const int32_t *indices;
     int64_t stride;
-    int count, width;
-    int64_t ahead;
+    int kind, count, width;
+    const char *ahead;
+    int64_t ahead_bytes;
 } source;
 
 /* out = out * keep + sum of weights[i] * row i */
@@ -23,22 +25,23 @@ typedef struct {
 #define COLUMNS(count) ((count) == 1 ? 8 : (count) == 4 && LS_LANES == 8 ? 2 : 4)
 
 /* `parts` vectors from `column` on; the last of them has n floats */
-INLINE void accumulate_columns(const source *s, const accumulator *to, int count, int column, int parts, int n) {
+INLINE void accumulate_columns(const source *s, const accumulator *to, int count, int kind, int column, int parts,
+                               int n) {
     vl sums[MAX_ACCUMULATORS][8];
     UNROLL(count, t)
         UNROLL(parts, c) {
             const float *at = to[t].out + column + LS_LANES * c;
             sums[t][c] = (n < LS_LANES ? vl_load_part(at, n) : vl_load(at)) * vl_set1(to[t].keep);
         }
+    int64_t skipped = s->ahead_bytes * column / s->width, share = s->ahead_bytes * parts * LS_LANES / s->width;
     for (int i = 0; i < s->count; i++) {
-        const float *row = s->rows + (s->indices ? s->indices[i] : i) * s->stride + column;
-        if (s->ahead)
-            for (int c = 0; c < parts * LS_LANES; c += 16) __builtin_prefetch(row + s->ahead + c);
+        const char *row = (const char *)s->rows + (s->indices ? s->indices[i] : i) * s->stride;
+        if (s->ahead) prefetch(s->ahead + i * s->ahead_bytes + skipped, share);
         vl weights[MAX_ACCUMULATORS];
         UNROLL(count, t) weights[t] = vl_set1(to[t].weights[i]);
         UNROLL(parts, c) {
-            const float *at = row + LS_LANES * c;
-            vl value = n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
+            const char *at = row + (column + LS_LANES * c) * feature_bytes(kind);
+            vl value = n < LS_LANES ? vl_load_part((const float *)at, n) : load_features(at, kind);
             UNROLL(count, t) sums[t][c] = LS_LANES_FMA(weights[t], value, sums[t][c]);
         }
     }
@@ -52,12 +55,13 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
         }
 }
 
-INLINE void accumulate_rows(const source *s, const accumulator *to, int count) {
+INLINE void accumulate_some(const source *s, const accumulator *to, int count, int kind) {
     int c = 0, wide = COLUMNS(count) * LS_LANES;
-    for (; c + wide <= s->width; c += wide) accumulate_columns(s, to, count, c, COLUMNS(count), LS_LANES);
-    for (; c + 4 * LS_LANES <= s->width; c += 4 * LS_LANES) accumulate_columns(s, to, count, c, 4, LS_LANES);
-    for (; c + LS_LANES <= s->width; c += LS_LANES) accumulate_columns(s, to, count, c, 1, LS_LANES);
-    if (c < s->width) accumulate_columns(s, to, count, c, 1, s->width - c);
+    for (; c + wide <= s->width; c += wide)
+        accumulate_columns(s, to, count, kind, c, COLUMNS(count), LS_LANES);
+    for (; c + 4 * LS_LANES <= s->width; c += 4 * LS_LANES) accumulate_columns(s, to, count, kind, c, 4, LS_LANES);
+    for (; c + LS_LANES <= s->width; c += LS_LANES) accumulate_columns(s, to, count, kind, c, 1, LS_LANES);
+    if (c < s->width) accumulate_columns(s, to, count, LS_F32, c, 1, s->width - c);
 }
 
 /* how many of `count` come next, so that no one is left over where two could share a load */
@@ -66,17 +70,28 @@ INLINE int next_of(int count) {
     return count == LS_QUERIES + 1 ? (count + 1) / 2 : LS_QUERIES;
 }
 
-/* any number of accumulators over the same rows; constants, so that the sums stay in registers */
+/* up to LS_QUERIES accumulators; constants, so that the sums stay in registers */
+#define ACCUMULATE(form, kind)                                            \
+    static void form(const source *s, const accumulator *to, int count) { \
+        if (count == 1) accumulate_some(s, to, 1, kind);                  \
+        if (count == 2) accumulate_some(s, to, 2, kind);                  \
+        if (count == 3) accumulate_some(s, to, 3, kind);                  \
+        if (LS_QUERIES > 3 && count == 4) accumulate_some(s, to, 4, kind); \
+    }
+ACCUMULATE(accumulate_floats, LS_F32)
+ACCUMULATE(accumulate_bfloat16, LS_BF16)
+ACCUMULATE(accumulate_float16, LS_F16)
+ACCUMULATE(accumulate_codes, LS_INT8)
+
+/* any number of accumulators over the same rows */
 static void accumulate(const source *s, const accumulator *to, int count) {
     for (int n; count > 0; to += n, count -= n) {
         n = next_of(count);
-        switch (n) {
-            case 1: accumulate_rows(s, to, 1); break;
-            case 2: accumulate_rows(s, to, 2); break;
-            case 3: accumulate_rows(s, to, 3); break;
-#if LS_QUERIES > 3
-            case 4: accumulate_rows(s, to, 4); break;
-#endif
+        switch (s->kind) {
+            case LS_F32: accumulate_floats(s, to, n); break;
+            case LS_BF16: accumulate_bfloat16(s, to, n); break;
+            case LS_F16: accumulate_float16(s, to, n); break;
+            default: accumulate_codes(s, to, n);
         }
     }
 }

@@ -45,7 +45,7 @@ INLINE float to_weights(const ls_mixer *m, const query *q, int count, float *sco
 INLINE void add_own_values(const block *b, const query *q, const int32_t *indices, int own, float *weights) {
     const row_block *staged = &b->staged;
     for (int i = 0; b->m->row_kind == LS_INT8 && i < own; i++) weights[i] *= staged->value_scales[indices[i]];
-    source apart = {staged->values, indices, staged->value_stride, own, ls_up16(b->m->width), 0};
+    source apart = {staged->values, indices, staged->value_stride, staged->value_kind, own, ls_up16(b->m->width), NULL, 0};
     accumulator one = {q->out, weights, 1.0f};
     accumulate(&apart, &one, 1);
 }
@@ -67,8 +67,9 @@ INLINE void attend_some(const block *b, const query *queries, int count) {
             vl_store(weights[j] + i, vl_load(scores[j] + i) * vl_load(b->rows.value_scales + i));
         sums[j] = (accumulator){queries[j].out, m->row_kind == LS_INT8 ? weights[j] : scores[j], keep};
     }
-    source together = {b->rows.values, NULL, b->rows.value_stride, b->shared, ls_up16(m->width), b->rows.fresh ? BLOCK * b->rows.value_stride : 0};
-    accumulate_rows(&together, sums, count);
+    source together = {b->rows.values, NULL, b->rows.value_stride, b->rows.value_kind, b->shared, ls_up16(m->width),
+                       b->rows.fresh ? b->rows.ahead : NULL, m->row_bytes};
+    accumulate(&together, sums, count);
     for (int j = 0; j < count; j++)
         if (own[j]) add_own_values(b, queries + j, indices[j], own[j], scores[j] + b->shared);
 }
@@ -84,17 +85,17 @@ static void attend_queries(const block *b, const query *queries, int count) {
     }
 }
 
-/* Make the rows of the block ready that begins at position `from`. */
-static void begin_block(block *b, int from) {
+/* Make the rows of the block ready that begins at position `from`, for `seeing` queries. */
+static void begin_block(block *b, int from, int seeing) {
     const ls_mixer *m = b->m;
     int left = m->committed - from;
     b->from = from;
     b->shared = left < 0 ? 0 : left < BLOCK ? left : BLOCK;
     b->any_own = left < BLOCK;
-    read_rows(m, b->keys, b->values, from, b->shared, b->space, &b->rows);
+    read_rows(m, b->keys, b->values, from, b->shared, seeing <= 3 * LS_QUERIES, b->space, &b->rows);
     /* once for all blocks that have staged rows */
     if (b->any_own && !b->staged.count)
-        read_rows(m, b->keys, b->values, m->committed, m->staged, b->space + ls_block_floats(m), &b->staged);
+        read_rows(m, b->keys, b->values, m->committed, m->staged, 0, b->space + ls_block_floats(m), &b->staged);
 }
 
 /* The block of rows begin.. behind the first one, for queries whose first row is the same. */
@@ -102,7 +103,7 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
     int from = queries->visible->first + begin, seeing = 0;
     for (int j = 0; j < count; j++) seeing += queries[j].visible->count > from;
     if (!seeing) return;
-    begin_block(b, from);
+    begin_block(b, from, seeing);
     query some[LS_QUERIES];
     for (int n = 0; seeing; queries++) {
         if (queries->visible->count > from) some[n++] = *queries;

@@ -48,7 +48,7 @@ static void fold_rows(const ls_mixer *m, int head, int first, int last, float *s
         float scales[BLOCK], columns[MAX_ACCUMULATORS][BLOCK];
         for (int i = 0; i < count; i++)
             scales[i] = m->squared_relu ? 1.0f : inverse_length(key + i * m->width, m->width);
-        source rows = {values + row * m->width, NULL, m->width, count, m->width, 0};
+        source rows = {values + row * m->width, NULL, m->row_bytes, LS_F32, count, m->width, NULL, 0};
         for (int line = 0, lines; line < m->width; line += lines) {
             accumulator to[MAX_ACCUMULATORS] = {{0}};
             lines = m->width - line < MAX_ACCUMULATORS ? m->width - line : MAX_ACCUMULATORS;
@@ -75,7 +75,8 @@ static void add_closed_sums(const ls_mixer *m, int head, const visible_rows *con
         for (int i = 0; i < m->width; i++) features[t][i] *= m->alpha;
         to[t] = (accumulator){out[t], features[t], 1.0f};
     }
-    source sums = {m->sums + (int64_t)head * m->width * m->width, NULL, m->width, m->width, m->width, 0};
+    int64_t bytes = m->width * (int64_t)sizeof(float);
+    source sums = {m->sums + (int64_t)head * m->width * m->width, NULL, bytes, LS_F32, m->width, m->width, NULL, 0};
     accumulate(&sums, to, count);
     for (int t = 0; t < count; t++)
         add_closing_rows(m, keys, values, visible[t], features[t], out[t]);
@@ -90,10 +91,10 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         int count = m->taps - first < BLOCK ? m->taps - first : BLOCK;
         for (int i = 0; i < count; i++) {
             const char *row = values + (int64_t)row_at(m, v, v->count - 1 - first - i) * m->row_bytes;
-            widen_rows(m, row, 1, space + i * padded);
+            widen_rows(m, row, 1, 0, space + i * padded);
             scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m) : 1.0f;
         }
-        source rows = {space, NULL, padded, count, m->width, 0};
+        source rows = {space, NULL, padded * (int64_t)sizeof *space, LS_F32, count, m->width, NULL, 0};
         for (int r = 0; r < repeats; r++) {
             const float *taps = m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first;
             for (int i = 0; i < count; i++) weights[i] = taps[i] * scales[i];

@@ -83,9 +83,9 @@ static float quantize_row(const float *x, int width, int padded, int rows, int p
 
 /* to the nearest bfloat16, ties to even; one NaN stands for all */
 INLINE vli narrow_bfloat16(vl x) {
-    vli bits = vli_bits(x);
-    vli even = (bits >> 16) & 1;
-    return vli_bits(vl_select((vli)(x == x), vl_bits((bits + 0x7fff + even) >> 16), vl_bits((vli){0} + 0x7fc0)));
+    /* not of a NaN, whose bits have no room for an addition */
+    vli number = (vli)(x == x), bits = vli_bits(x) & number, even = (bits >> 16) & 1;
+    return ((bits + 0x7fff + even) >> 16) | (~number & 0x7fc0);
 }
 
 /* The same for float16. Below its smallest normal number, adding 0.5 leaves room for just its fraction. */

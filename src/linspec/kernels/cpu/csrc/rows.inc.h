@@ -3,12 +3,15 @@
 
 #define BLOCK LS_BLOCK
 
-/* rows of one kv head, `count` of them. keys and values: floats, with zeros up to whole sixteens; strides in floats.
- * codes [quads][BLOCK][4] and key_scales: in place of `keys` for int8 rows, whose values have scales as well. */
+/* rows of one kv head, `count` of them. keys and values: of the kinds that are named, whole sixteens of features with
+ * zeros at the end. codes [quads][BLOCK][4] and key_scales: in place of `keys` for int8 rows, whose values have scales
+ * as well. */
 typedef struct {
     int count, fresh; /* fresh: nobody has read them yet, so who does prefetches the block behind them */
-    const float *keys, *values;
+    const char *ahead; /* the values behind them */
+    const char *keys, *values;
     int64_t key_stride, value_stride;
+    int key_kind, value_kind;
     uint8_t *codes;
     float key_scales[BLOCK], value_scales[BLOCK];
 } row_block;
@@ -20,68 +23,19 @@ INLINE float row_scale(const char *row, const ls_mixer *m) {
     return scale;
 }
 
-#ifndef LS_LANES_WORDS
-INLINE vli load_words(const char *at) {
-    vlh words;
-    memcpy(&words, at, sizeof words);
-    return __builtin_convertvector(words, vli);
-}
-#else
-INLINE vli load_words(const char *at) { return LS_LANES_WORDS(at); }
-#endif
-
-INLINE vl widen_bfloat16(const char *at) { return vl_bits(load_words(at) << 16); }
-
-/* Halves are floats with a smaller exponent; what lies beyond it are infinities and NaN. */
-#ifndef LS_LANES_HALF
-INLINE vl widen_float16(const char *at) {
-    vli bits = load_words(at), low = bits & 0x7fff;
-    vl finite = vl_bits(low << 13) * vl_set1(0x1p112f);
-    vl beyond = vl_bits((low << 13) | 0x7f800000);
-    vl size = vl_select(low >= 0x7c00, beyond, finite);
-    return vl_bits(vli_bits(size) | (bits & 0x8000) << 16);
-}
-#else
-INLINE vl widen_float16(const char *at) { return LS_LANES_HALF(at); }
-#endif
-
-#ifndef LS_LANES_CODES
-INLINE vl widen_codes(const char *at) {
-    vl v;
-    for (int i = 0; i < LS_LANES; i++) v[i] = (float)(signed char)at[i];
-    return v;
-}
-#else
-INLINE vl widen_codes(const char *at) { return LS_LANES_CODES(at); }
-#endif
-
 /* `parts` vectors of features of a row */
 INLINE void widen_parts(const char *at, int kind, int parts, float *to) {
-    UNROLL(parts, i) {
-        int c = LS_LANES * i;
-        vl v = kind == LS_F32    ? vl_load((const float *)at + c)
-               : kind == LS_BF16 ? widen_bfloat16(at + 2 * c)
-               : kind == LS_F16  ? widen_float16(at + 2 * c)
-                                 : widen_codes(at + c);
-        vl_store(to + c, v);
-    }
+    UNROLL(parts, i)
+        vl_store(to + LS_LANES * i, load_features(at + LS_LANES * i * feature_bytes(kind), kind));
 }
 
-INLINE int feature_bytes(int kind) { return kind == LS_INT8 ? 1 : kind == LS_F32 ? 4 : 2; }
-
-/* The cache lines that begin in a row: of the block behind the present one, as several queries take so long over a
- * block that processors stop looking ahead. */
-INLINE void prefetch_row(const ls_mixer *m, const char *row) {
-    uintptr_t line = ((uintptr_t)row + 63) & ~(uintptr_t)63, end = (uintptr_t)row + (uintptr_t)m->row_bytes;
-    for (; line < end; line += 64) __builtin_prefetch((const void *)line);
-}
-
-/* `count` rows as floats, zeros behind each up to whole sixteens */
-INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, float *to) {
+/* `count` rows as floats, zeros behind each up to whole sixteens; ahead: prefetch as many rows of the next block */
+INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, int ahead,
+                       float *to) {
     int size = feature_bytes(kind), whole = m->width & ~15, padded = ls_up16(m->width);
     for (int i = 0; i < count; i++, rows += m->row_bytes, to += padded) {
         int c = 0;
-        prefetch_row(m, rows + BLOCK * m->row_bytes);
+        if (ahead) prefetch(rows + BLOCK * m->row_bytes, m->row_bytes);
         for (; c + 64 <= m->width; c += 64) widen_parts(rows + c * size, kind, 4 * LS_PARTS, to + c);
         for (; c < whole; c += 16) widen_parts(rows + c * size, kind, LS_PARTS, to + c);
         if (whole == m->width) continue;
@@ -91,21 +45,26 @@ INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind,
     }
 }
 
-static void widen_rows(const ls_mixer *m, const char *rows, int count, float *to) {
+static void widen_rows(const ls_mixer *m, const char *rows, int count, int ahead, float *to) {
     switch (m->row_kind) {
-        case LS_F32: widen_kind(m, rows, count, LS_F32, to); break;
-        case LS_BF16: widen_kind(m, rows, count, LS_BF16, to); break;
-        case LS_F16: widen_kind(m, rows, count, LS_F16, to); break;
-        default: widen_kind(m, rows, count, LS_INT8, to);
+        case LS_F32: widen_kind(m, rows, count, LS_F32, ahead, to); break;
+        case LS_BF16: widen_kind(m, rows, count, LS_BF16, ahead, to); break;
+        case LS_F16: widen_kind(m, rows, count, LS_F16, ahead, to); break;
+        default: widen_kind(m, rows, count, LS_INT8, ahead, to);
     }
 }
 
-/* Rows as floats: where they are, or else in `space`. */
-INLINE const float *as_floats(const ls_mixer *m, const char *rows, int count, float *space, int64_t *stride) {
-    *stride = ls_up16(m->width);
-    if (m->row_kind == LS_F32 && m->width % 16 == 0 && m->row_bytes == 4 * m->width) return (const float *)rows;
-    widen_rows(m, rows, count, space);
-    return space;
+/* Rows for loops over them: where they are, or else as floats in `space`. A few queries widen as they go; more of
+ * them shall not do so again and again. */
+INLINE const char *ready(const ls_mixer *m, const char *rows, int count, int few, int ahead, float *space, int *kind,
+                         int64_t *stride) {
+    *kind = m->row_kind;
+    *stride = m->row_bytes;
+    if (m->width % 16 == 0 && (few || m->row_kind == LS_F32)) return rows;
+    widen_rows(m, rows, count, ahead, space);
+    *kind = LS_F32;
+    *stride = ls_up16(m->width) * (int64_t)sizeof *space;
+    return (const char *)space;
 }
 
 /* to[i] lane j = from[j] lane i, for as many vectors as a vector has lanes */
@@ -165,9 +124,11 @@ INLINE void tile_square(const char *rows, int64_t stride, uint8_t *tile) {
 static void tile_rows(const char *rows, int64_t stride, int count, int quads, uint8_t *tile) {
     int row = 0, quad = 0;
 #if LS_LANES >= 8
-    for (; row + LS_LANES <= count; row += LS_LANES)
+    for (; row + LS_LANES <= count; row += LS_LANES) {
+        prefetch(rows + (BLOCK + row) * stride, LS_LANES * stride);
         for (quad = 0; quad + LS_LANES <= quads; quad += LS_LANES)
             tile_square(rows + row * stride + 4 * quad, stride, tile + (quad * BLOCK + row) * 4);
+    }
 #endif
     for (int i = 0; i < count; i++)
         for (int q = i < row ? quad : 0; q < quads; q++) {
@@ -178,22 +139,23 @@ static void tile_rows(const char *rows, int64_t stride, int count, int quads, ui
         }
 }
 
-/* Make `count` rows from `first` on ready for queries; space: ls_block_floats. */
-static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, float *space,
-                      row_block *to) {
+/* Make `count` rows from `first` on ready for few queries or for many; space: ls_block_floats. */
+static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int few,
+                      float *space, row_block *to) {
     keys += (int64_t)first * m->row_bytes;
     values += (int64_t)first * m->row_bytes;
     to->count = count;
     to->fresh = 1;
-    to->values = as_floats(m, values, count, space + BLOCK * ls_up16(m->width), &to->value_stride);
+    to->ahead = values + BLOCK * m->row_bytes;
+    to->values = ready(m, values, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
+                       &to->value_stride);
     if (m->row_kind != LS_INT8) {
-        to->keys = as_floats(m, keys, count, space, &to->key_stride);
+        to->keys = ready(m, keys, count, few, 1, space, &to->key_kind, &to->key_stride);
         return;
     }
     to->codes = (uint8_t *)space;
     tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, to->codes);
     for (int i = 0; i < count; i++) {
-        prefetch_row(m, keys + (BLOCK + i) * m->row_bytes);
         to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);
         to->value_scales[i] = row_scale(values + i * m->row_bytes, m);
     }

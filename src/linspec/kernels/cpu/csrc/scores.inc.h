@@ -21,14 +21,14 @@ typedef struct {
 #define KEYS(count) (LS_LANES == 16 ? (count) == 1 ? 8 : 4 : (count) == 1 ? 4 : 2)
 
 /* Dot products of some keys with some queries, sixteen partial sums each; one vector for each key and query. */
-INLINE void dot_parts(const query *queries, int count, const float *const *keys, int rows, int width,
+INLINE void dot_parts(const query *queries, int count, const char *const *keys, int rows, int width, int kind,
                       vl dots[][LS_LANES], int first) {
     vl sums[LS_QUERIES][8][LS_PARTS];
     UNROLL(count, j) UNROLL(rows, k) UNROLL(LS_PARTS, h) sums[j][k][h] = vl_set1(0.0f);
     for (int i = 0; i < width; i += 16)
         UNROLL(LS_PARTS, h) {
             vl key[8];
-            UNROLL(rows, k) key[k] = vl_load(keys[k] + i + h * LS_LANES);
+            UNROLL(rows, k) key[k] = load_features(keys[k] + (i + h * LS_LANES) * feature_bytes(kind), kind);
             UNROLL(count, j) {
                 vl q = vl_load(queries[j].q + i + h * LS_LANES);
                 UNROLL(rows, k) sums[j][k][h] = LS_LANES_FMA(q, key[k], sums[j][k][h]);
@@ -38,19 +38,18 @@ INLINE void dot_parts(const query *queries, int count, const float *const *keys,
 }
 
 /* Scores of floats, a vector of keys at a time; behind the last key they are copies of its own. */
-INLINE void score_floats(const row_block *rows, const query *queries, int count, float scores[][BLOCK]) {
-    int width = (int)rows->key_stride;
+INLINE void score_floats(const row_block *rows, const query *queries, int count, int width, int kind,
+                         float scores[][BLOCK]) {
     for (int first = 0; first < rows->count; first += LS_LANES) {
-        const float *keys[LS_LANES];
+        const char *keys[LS_LANES];
         vl dots[LS_QUERIES][LS_LANES];
         for (int k = 0; k < LS_LANES; k++) {
             int row = first + k < rows->count ? first + k : rows->count - 1;
             keys[k] = rows->keys + row * rows->key_stride;
-            if (rows->fresh)
-                for (int c = 0; c < width; c += 16) __builtin_prefetch(keys[k] + BLOCK * rows->key_stride + c);
+            if (rows->fresh) prefetch(keys[k] + BLOCK * rows->key_stride, rows->key_stride);
         }
         for (int k = 0; k < LS_LANES; k += KEYS(count))
-            dot_parts(queries, count, keys + k, KEYS(count), width, dots, k);
+            dot_parts(queries, count, keys + k, KEYS(count), width, kind, dots, k);
         UNROLL(count, j) vl_store(scores[j] + first, vl_sums(dots[j]));
     }
 }
@@ -83,10 +82,15 @@ INLINE void score_codes(const row_block *rows, const query *queries, int count, 
 /* scores [count][BLOCK] of all rows of a block; what is behind the last row is anything */
 INLINE void score_rows(const ls_mixer *m, const row_block *rows, const query *queries, int count,
                        float scores[][BLOCK]) {
+    int width = ls_up16(m->width);
     if (m->row_kind == LS_INT8)
         score_codes(rows, queries, count, (m->width + 3) / 4, scores);
+    else if (rows->key_kind == LS_F32)
+        score_floats(rows, queries, count, width, LS_F32, scores);
+    else if (rows->key_kind == LS_BF16)
+        score_floats(rows, queries, count, width, LS_BF16, scores);
     else
-        score_floats(rows, queries, count, scores);
+        score_floats(rows, queries, count, width, LS_F16, scores);
 }
 
 /* scores s to cap tanh(s scale / cap), in place; those of rows that are not there stay -inf */

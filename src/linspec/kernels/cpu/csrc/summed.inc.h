@@ -192,10 +192,12 @@ static void read_query(const ls_mixer *m, const row_list *rows, const float *q, 
     float *summed = line, *exact = line + columns, *weights = exact + columns;
     memset(line, 0, sizeof *line * 2 * (size_t)columns);
     accumulator to = {summed, features, 1.0f};
-    source sums = {m->sums, NULL, columns, f->features, columns, 0};
+    source sums = {.rows = m->sums, .stride = (int64_t)sizeof(float) * columns, .kind = LS_F32,
+                   .count = f->features, .width = columns};
     accumulate(&sums, &to, 1);
     for (int i = 0; i < rows->closed; i++) weights[i] = feature_product(m, rows, i, features);
-    source values = {(const float *)m->values, rows->indices, m->value_bytes / 4, rows->closed, columns, 0};
+    source values = {.rows = m->values, .indices = rows->indices, .stride = m->value_bytes, .kind = LS_F32,
+                     .count = rows->closed, .width = columns};
     to.weights = weights;
     accumulate(&values, &to, 1);
     if (f->exact != LS_WEIGHT_NONE) {
