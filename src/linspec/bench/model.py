@@ -15,6 +15,7 @@ from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.hub import resolve
 from linspec.checkpoints.weights import weight_files
 from linspec.drafters.saved import CONFIG_FILE
+from linspec.drafters.shipped import has_shipped_heads
 from linspec.errors import CheckpointError, ConfigError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -48,7 +49,7 @@ def info(source: str | Path) -> dict[str, Any]:
 
 
 def drafters_at_hand(folder: Path) -> list[str]:
-    """Drafters that need nothing more: look-up, and the trained heads in a model directory."""
+    """Drafters that need nothing more: look-up, and trained heads beside the model or shipped for it."""
     files = [] if is_gguf(folder) else sorted(folder.glob(f"*/{CONFIG_FILE}"))
     found = ["prompt-lookup"]
     for path in files:
@@ -57,6 +58,8 @@ def drafters_at_hand(folder: Path) -> list[str]:
         kind = read_json(path).get("kind", "medusa")
         name = path.parent.name
         found.append(str(kind) if name == kind else f"{kind}:{path.parent}")
+    if "medusa" not in found and has_shipped_heads(folder):
+        found.append("medusa")
     return found
 
 

@@ -1,6 +1,6 @@
 """Act one of the demo: a chat model that people know, plain beside speculative, then linearized.
 
-act = show_real_model(RealModel("smollm2", "smollm2-aug", "medusa"), budget, screen)
+act = show_real_model(RealModel("smollm2", "smollm2-aug"), budget, screen)
 """
 
 from __future__ import annotations
@@ -22,30 +22,55 @@ from linspec.llm import LLM, Piece
 from linspec.models.decoder import Decoder
 from linspec.report.data import Span, token_texts
 
+_CODE = """
+def area(width, height):
+    return width * height
+
+def volume(width, height, depth):
+    return area(width, height) * depth
+
+def surface(width, height, depth):
+    return 2 * (area(width, height) + area(width, depth) + area(height, depth))
+
+def density(mass, width, height, depth):
+    return mass / volume(width, height, depth)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked, and the drafter that one would choose for it."""
+
+    text: str
+    drafter: str = "medusa"
+
+
 QUESTIONS = (
-    "Explain in three sentences why the sky is blue.",
-    "Write a Python function that returns the n-th Fibonacci number, and explain each line.",
-    "Correct the spelling and write the text out again: The libary is open from nine untill five on "
-    "weekdays. On saturdays it opens at ten and closes at noon. The reading room on the second flor is "
-    "allways open, and the librarians are happy to help you find the books that you are looking for.",
+    Question("Explain in three sentences why the sky is blue."),
+    Question(
+        "A shop sells pens at 3 dollars each. How much do 4 pens and a book of 7 dollars cost?"
+    ),
+    Question(
+        f"Add a docstring to each function of this code and write it out again:{_CODE}",
+        "prompt-lookup:max_ngram=3",
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class RealModel:
-    """What is shown: the model, its linearized form, what drafts for it, and what it is asked."""
+    """What is shown: the model, its linearized form, and what it is asked."""
 
     model: str = "smollm2"
     linear: str = "smollm2-aug"
-    drafter: str = "medusa"
-    questions: tuple[str, ...] = QUESTIONS
+    questions: tuple[Question, ...] = QUESTIONS
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """One question answered twice. spans: of the speculative answer; speeds in tokens/s."""
 
-    question: str
+    question: Question
     spans: tuple[Span, ...]
     plain: float
     fast: float
@@ -97,15 +122,18 @@ def show_real_model(
     """Answer the questions and measure, within `budget.real` seconds or little more."""
     deadline = clock() + budget.real
     plain = LLM(shown.model, max_batch=1)
-    fast = LLM(plain.model, tokenizer=plain.tokenizer, drafter=shown.drafter, max_batch=1)
+    fast = {
+        drafter: LLM(plain.model, tokenizer=plain.tokenizer, drafter=drafter, max_batch=1)
+        for drafter in dict.fromkeys(question.drafter for question in shown.questions)
+    }
     answers = []
     for question in shown.questions:
-        answers.append(_race(plain, fast, question, budget.answer_tokens, screen))
+        answers.append(_race(plain, fast[question.drafter], question, budget.answer_tokens, screen))
         if clock() > deadline:
             break
     linear = LLM(shown.linear, max_batch=1)
     screen.say(f"{shown.linear}, the same question:")
-    first = _Runner(linear, _prompt(linear, shown.questions[0]), budget.answer_tokens)
+    first = _Runner(linear, _prompt(linear, shown.questions[0].text), budget.answer_tokens)
     while first.advance():
         screen.token(first.fresh, "default")
     screen.end()
@@ -177,12 +205,12 @@ def _prompt(llm: LLM, question: str) -> list[int]:
     return llm.encode(question)
 
 
-def _race(plain: LLM, fast: LLM, question: str, tokens: int, screen: Screen) -> Answer:
+def _race(plain: LLM, fast: LLM, question: Question, tokens: int, screen: Screen) -> Answer:
     """Both answers side by side: whichever clock is behind makes the next step."""
-    prompt = _prompt(plain, question)
+    prompt = _prompt(plain, question.text)
     slow, quick = (_Runner(llm, prompt, tokens) for llm in (plain, fast))
     running = [slow, quick]
-    with screen.side_by_side(question, "plain", "speculative") as columns:
+    with screen.side_by_side(question.text, "plain", question.drafter.partition(":")[0]) as columns:
         while running:
             runner = min(running, key=lambda each: each.seconds)
             if not runner.advance():
