@@ -1,4 +1,4 @@
-"""What the automatic policy decides is what it decided before it was taken apart."""
+"""What the automatic policy decides is what it decided when the record was written."""
 
 from __future__ import annotations
 

@@ -173,3 +173,22 @@ def test_the_curve_is_measured_by_the_clock_that_was_given() -> None:
     assert {n: round(s, 6) for n, s in curve.seconds.items()} == {
         n: round(1.0 + 0.1 * n, 6) for n in curve.seconds
     }
+
+
+def test_a_first_draft_that_makes_its_weights_does_not_switch_drafting_off() -> None:
+    """Heads once packed a quarter of a second long in their first round, and drafted no more."""
+    model = CostModel(CostCurve({1: 1.0, 4: 1.2}))
+    model.observe(RoundTimes(draft=0.0, step=1.0, nodes=1, rest=0.1))
+    model.observe(RoundTimes(draft=80.0, step=5.0, nodes=4, drafts=3, rest=0.1))
+    assert model.drafting(3) == 0.0
+    model.observe(RoundTimes(draft=0.1, step=1.2, nodes=4, drafts=3, rest=0.1))
+    assert model.drafting(3) == pytest.approx(0.1)
+
+
+def test_a_draft_that_something_else_delayed_counts_at_most_twice() -> None:
+    model = CostModel(CostCurve({1: 1.0, 4: 1.2}))
+    model.observe(RoundTimes(draft=0.0, step=1.0, nodes=1, rest=0.0))
+    for _ in range(9):
+        model.observe(RoundTimes(draft=0.1, step=1.2, nodes=4, drafts=3, rest=0.0))
+    model.observe(RoundTimes(draft=30.0, step=1.2, nodes=4, drafts=3, rest=0.0))
+    assert model.drafting(3) < 0.12

@@ -25,6 +25,7 @@ class CostModel:
         # seconds of a plain round beside its step
         self._rest = 0.0
         self._drafting = _DraftCost()
+        self._drafted = False
 
     def round(self, nodes: int) -> float:
         """Seconds of a round over `nodes` nodes, without what drafts add."""
@@ -49,10 +50,14 @@ class CostModel:
             rest = min(times.rest, _SPIKE * self._rest or times.rest)
             self._drift += _PLAIN_RATE * (step / curve - self._drift)
             self._rest += (_PLAIN_RATE if self._rest else 1.0) * (rest - self._rest)
+        elif not self._drafted:
+            # a first draft makes what drafts need, such as packed weights: it says nothing about the next
+            self._drafted = True
         else:
             # drafting also pushes weights out of the caches, and trees take longer to verify and commit
             more = step - self._drift * curve + times.rest - self._rest
-            self._drafting.observe(times.drafts, times.draft + more)
+            draft = min(times.draft, _SPIKE * known) if known > 0 else times.draft
+            self._drafting.observe(times.drafts, draft + more)
 
 
 @dataclass(slots=True)
