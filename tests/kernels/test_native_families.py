@@ -85,8 +85,8 @@ def test_a_setting_in_one_call_is_the_setting_by_layers(
     for one, other in zip(*results, strict=True):
         if bits is None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        # one input of an integer layer that rounds the other way shows in the third digit of its row
-        assert (one - other).abs().mean() < 5e-3
+        # one input of an integer layer that rounds the other way moves all that see its row by a hundredth
+        assert (one - other).abs().mean() < 3e-2 * other.abs().mean()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

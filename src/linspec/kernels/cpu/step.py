@@ -212,7 +212,7 @@ def _embedding(plan: StepPlan) -> Any:
 
 def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> DecoderStruct:
     kind = BLOCKS if isinstance(plan.embedding, LinearPlan) else _EMBEDDINGS[plan.embedding.dtype]
-    same = """width heads kv_heads head_width mlp_width vocabulary score_scale score_cap embedding_scale
+    same = """width heads kv_heads head_width mlp_width vocabulary score_cap embedding_scale
         residual_scale logit_scale logit_cap"""
     return DecoderStruct(
         layers=len(plan.layers),
@@ -220,6 +220,7 @@ def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> D
         activation=ACTIVATIONS.index(plan.activation),
         gated=plan.gated_mlp,
         eps=plan.norm_eps,
+        score_factor=plan.score_scale * plan.head_width**0.5,
         embedding=ctypes.addressof(table),
         position_rows=_address(plan.position_rows),
         turned=_ints([2 * len(rotary.frequencies) for rotary in plan.rotaries]),

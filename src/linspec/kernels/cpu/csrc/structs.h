@@ -126,7 +126,8 @@ typedef struct {
     int32_t embedding_kind;                  /* LS_F32, LS_BF16 or LS_BLOCKS */
     int32_t activation, gated;               /* LS_SILU, ..; whether it gates other outputs */
     float eps;                               /* of the norms */
-    float score_scale, score_cap;            /* on q.k ahead of a softmax; a cap of 0 is none */
+    float score_factor;                      /* on q.k / sqrt(head_width) ahead of a softmax */
+    float score_cap;                         /* on these then; 0 is none */
     float embedding_scale, residual_scale, logit_scale, logit_cap;
     const void *embedding;                   /* [vocabulary][width]; of blocks an ls_linear_part */
     const float *position_rows;              /* [positions][width], added to it; null without */
@@ -177,7 +178,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    180959233, \
+    1189953663, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -219,7 +220,7 @@ typedef struct {
         offsetof(ls_decoder, head_width), offsetof(ls_decoder, mlp_width), \
         offsetof(ls_decoder, vocabulary), offsetof(ls_decoder, embedding_kind), \
         offsetof(ls_decoder, activation), offsetof(ls_decoder, gated), \
-        offsetof(ls_decoder, eps), offsetof(ls_decoder, score_scale), \
+        offsetof(ls_decoder, eps), offsetof(ls_decoder, score_factor), \
         offsetof(ls_decoder, score_cap), offsetof(ls_decoder, embedding_scale), \
         offsetof(ls_decoder, residual_scale), offsetof(ls_decoder, logit_scale), \
         offsetof(ls_decoder, logit_cap), offsetof(ls_decoder, embedding), \
