@@ -124,7 +124,6 @@ def test_caches_go_by_their_new_name_and_the_old_one(name: str) -> None:
         {"kv_cache_dtype": "float32", "dtype": "bfloat16"},
         {"dtype": "float99"},
         {"dtype": torch.int8},
-        {"dtype": None},
         {"max_model_len": 1},
         {"max_model_len": 257},
         {"max_model_len": "9"},

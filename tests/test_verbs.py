@@ -150,12 +150,12 @@ def test_a_file_of_prompts_that_holds_none_is_named(tmp_path: Path, text: str, s
 @pytest.mark.skipif(load().library is None, reason="no compiled kernels")
 def test_bench_kernels_without_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linspec.bench.products.last_cache_bytes", lambda: 2**18)
-    args = ("bench", "kernels", "--repeats", 1, "--formats", "int8", "--rows", "2")
+    args = ("bench", "kernels", "--repeats", 1, "--formats", "int8", "--nodes", "2")
     found = run_json(*args, "--ghz", 3)
     assert {(row["format"], row["rows"]) for row in found["products"]} == {("int8", 1), ("int8", 2)}
     assert found["clock"] == {"ghz": 3.0, "from": "stated"}
     assert "cycles are for 32 weights" in run(*args).stdout
-    assert "without MODEL" in run(*args[:2], model_dir("aug"), "--rows", "2").output
+    assert "without MODEL" in run(*args[:2], model_dir("aug"), "--nodes", "2").output
 
 
 def test_bench_kernels() -> None:

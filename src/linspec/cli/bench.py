@@ -156,7 +156,7 @@ def kernels(
     repeats: Annotated[
         int, typer.Option(callback=whole(), help="Passes after a warm-up; the quickest counts.")
     ] = 20,
-    rows: Annotated[
+    nodes: Annotated[
         str,
         typer.Option(
             help="Rows of a product, by commas; without MODEL.", show_default="1,2,4,8,16"
@@ -179,10 +179,10 @@ def kernels(
     """Time products of weights and rows on one core, or the layers and steps of MODEL on all, by format."""
     place_on("cpu", threads)
     if model is None:
-        _products(words(formats), numbers(rows, "--rows"), repeats, ghz, seed, as_json)
+        _products(words(formats), numbers(nodes, "--nodes"), repeats, ghz, seed, as_json)
         return
-    if rows or ghz:
-        raise ConfigError("--rows and --ghz are for products without MODEL; leave one of them out")
+    if nodes or ghz:
+        raise ConfigError("--nodes and --ghz are for products without MODEL; leave one of them out")
     from linspec.bench.kernels import bench_kernels
 
     with quiet_stdout():

@@ -34,7 +34,7 @@ INLINE float to_weights(const ls_mixer *m, const query *q, int count, float *sco
         square(scores);
         return 1.0f;
     }
-    scale *= m->score_scale;
+    scale = scale * m->score_factor / __builtin_sqrtf((float)m->width);
     if (m->score_cap > 0.0f) {
         cap_scores(scores, scale, m->score_cap);
         scale = 1.0f;

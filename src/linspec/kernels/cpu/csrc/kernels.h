@@ -44,7 +44,8 @@ typedef struct {
     int32_t summed;                   /* first rows that the sums hold already */
     int64_t window, group, span;
     int32_t squared_relu;
-    float score_scale, score_cap;     /* on q.k ahead of a softmax; a cap of 0 is none */
+    float score_factor;               /* on q.k ahead of a softmax, beside 1 / sqrt(width) */
+    float score_scale, score_cap;     /* both together; a cap of 0 is none */
     int32_t taps;                     /* the values of the rows before the first lie before `values` */
     float alpha;
     const float *conv_weights;        /* [heads][taps] */

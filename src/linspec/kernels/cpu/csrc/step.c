@@ -49,6 +49,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .heads = repeats, .kv_heads = 1, .width = d->head_width,
         .committed = in->committed[p->state], .staged = in->staged, .nodes = in->nodes,
         .window = p->window, .group = p->group, .span = p->span, .squared_relu = p->squared_relu,
+        .score_factor = d->score_factor,
         .score_scale = d->score_factor / __builtin_sqrtf((float)d->head_width), .score_cap = d->score_cap,
         .taps = l->taps, .alpha = p->alpha,
         .conv_weights = l->taps ? l->conv_weights + (int64_t)head * repeats * l->taps : NULL,
