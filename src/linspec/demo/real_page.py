@@ -9,16 +9,15 @@ from linspec.report.data import Chart, Sample, Section, Series, Table, Tile
 from linspec.report.plots import format_value
 
 _COLOURS = (1, 3)
-_SHOWN = 40
+_SHOWN = 28
 
 
 def answers_table(act: RealAct) -> Table:
     """A line for each question."""
-    columns = ("question", "drafter", "plain", "tokens/s", "speed-up", "per round", "same text")
+    columns = ("question", "tokens/s", "with drafts", "speed-up", "per round", "same")
     rows = [
         (
             _short(each.question.text),
-            each.question.drafter.partition(":")[0],
             f"{each.plain:,.0f}",
             f"{each.fast:,.0f}",
             f"{each.times:.2f}×",
@@ -73,7 +72,7 @@ def act_section(act: RealAct) -> Section:
         text=(
             "The same weights with and without drafts: what was drafted and accepted is coloured. The two "
             "took turns, each with a clock of its own, and the time of reading the question is not "
-            f"counted. {act.shown.linear} is this model with few exact heads: "
+            f"counted. {act.shown.linear} is this model with few exact heads, in 8 bits: "
             f"it answered the first question at {act.linear_speed:,.0f} tokens/s: {act.linear_text.strip()}"
         ),
         table=answers_table(act),
