@@ -84,6 +84,14 @@ def train_drafter(
     heads: Annotated[
         int | None, typer.Option(callback=whole(), help="Medusa heads.", show_default="3")
     ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(0),
+            help="Draft the commonest tokens only: cheaper where the vocabulary is large.",
+            show_default="all",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train and calibrate heads that draft for a model; its own weights stay as they are.
@@ -94,7 +102,7 @@ def train_drafter(
     from linspec.train.drafter import train_drafter as library
 
     place_on("cpu", run.threads)
-    config = DrafterConfig(**training.given(), **given({"heads": heads}))
+    config = DrafterConfig(**training.given(), **given({"heads": heads, "vocabulary": vocabulary}))
     with quiet_stdout():
         written = library(
             model,

@@ -19,10 +19,12 @@ import torch
 
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.step import StepInput
 from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
+from linspec.models.native_linear import rounds_inputs
 from linspec.policies.base import Policy
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
@@ -235,8 +237,8 @@ def sampling_p_value(llm: LLM, prompts: Sequence[Sequence[int]], draws: int) -> 
     """Chi-square goodness of fit of sampled continuations against their exact distribution.
 
     A continuation is three tokens at temperature 1 among the four likeliest each: 64 outcomes,
-    whose probabilities are computed by the model's full form. The statistics of several prompts add
-    up.
+    whose probabilities are computed by the model's full form, or by its step where weights of integers round
+    their inputs. The statistics of several prompts add up.
     """
     statistic, freedom = 0.0, 0
     chosen = [tuple(p[:_SAMPLED_PROMPT_TOKENS]) for p in prompts[:_SAMPLED_PROMPTS]]
@@ -275,7 +277,7 @@ def _exact_outcomes(model: CausalModel, prompt: Sequence[int]) -> dict[tuple[int
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(_SAMPLED_TOKENS):
         texts = list(found)
-        logits = model.full_logits(prompt, texts)
+        logits = _logits_behind(model, prompt, texts)
         longer: dict[tuple[int, ...], float] = {}
         for text, row in zip(texts, logits, strict=True):
             distribution = sampler.probabilities(row).double()
@@ -283,6 +285,25 @@ def _exact_outcomes(model: CausalModel, prompt: Sequence[int]) -> dict[tuple[int
                 longer[(*text, token)] = found[text] * float(distribution[token])
         found = longer
     return found
+
+
+def _logits_behind(
+    model: CausalModel, prompt: Sequence[int], texts: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Logits [B, vocab] behind `prompt` and each of B texts.
+
+    By the full form, which shares no code with the step. Not where inputs are rounded to integers: a sum in
+    another order flips some of these, layer by layer more, until two correct forms differ by as much as
+    rounding costs.
+    """
+    if not rounds_inputs(model):
+        return model.full_logits(prompt, texts)
+    rows = []
+    for text in texts:
+        state = model.new_state()
+        fed, _ = model.open([*prompt, *text], 0, state)
+        rows.append(model.step([StepInput(0, fed, all_logits=False)], state).logits[-1:])
+    return torch.cat(rows)
 
 
 def chi_square(

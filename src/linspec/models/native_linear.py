@@ -15,7 +15,7 @@ from linspec.kernels.cpu.linear import (
 )
 from linspec.kernels.cpu.structs import LinearStruct
 from linspec.kernels.cpu.threads import native_threads
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.step_plan import BF16, F32, LinearPlan
 from linspec.quantization.blocks import BY_NUMBER
 
 
@@ -91,3 +91,9 @@ class NativeLinear(nn.Module):
             rows = rows.contiguous()
         y = linear(library, self.struct(), rows, native_threads())
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def rounds_inputs(model: object) -> bool:
+    """Whether a model has layers that round their inputs to 8 bits: those of integer weights or blocks."""
+    layers = model.modules() if isinstance(model, nn.Module) else ()
+    return any(isinstance(each, NativeLinear) and each.kind not in (F32, BF16) for each in layers)
