@@ -300,14 +300,19 @@ def test_demo_calls_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         def to_json(self) -> dict[str, Any]:
             return {"lossless": True, "rows": [], "seconds": float("nan")}
 
+    shown: list[bool] = []
+
     def fake(**settings: Any) -> Answer:
         print("noise of a library")
         assert settings["quick"] and settings["out"] == tmp_path
+        shown.append(settings["real"] is not None)
         return Answer()
 
     monkeypatch.setattr("linspec.demo.run_demo", fake)
     found = run_json("demo", "--quick", "--out", tmp_path)
     assert found == {"lossless": True, "rows": [], "seconds": None}
+    run_json("demo", "--quick", "--out", tmp_path, "--no-real-model")
+    assert shown == [True, False]
 
 
 @pytest.mark.parametrize("verb", ["generate", "eval", "verify", "bench", "train-drafter"])

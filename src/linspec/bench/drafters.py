@@ -22,9 +22,11 @@ from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DRAFTERS, Drafter, DrafterContext
+from linspec.engine.encoding import TextEncoder
 from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
+from linspec.models.decoder import Decoder
 from linspec.policies import make_policy
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
@@ -108,32 +110,26 @@ def bench_drafters(
         InputError: the prompts cannot be read.
         LinspecError: a drafter does not decode what plain decoding does.
     """
-    for name, size in (("per_family", per_family), ("tokens", tokens), ("batch", batch)):
+    asked = {"per_family": per_family, "tokens": tokens, "batch": batch}
+    for name, size in asked.items():
         check_size(name, size)
     data = check_sources(data)
     source, tokenizer = resolve(model), load_tokenizer(model)
+    encoder = TextEncoder(tokenizer, len(tokenizer))
+    texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
     loaded = load_for(model, quantize, device=device)
     made, skipped = _make(drafters, DrafterContext(loaded, tokenizer, source, batch))
     common = {"tokenizer": tokenizer, "max_batch": batch, "kv": kv}
-    plain = LLM(loaded, **common)
-    modes = [Mode(PLAIN, plain)]
-    for name, drafter in made.items():
-        watch = Watched(make_policy(policy, loaded))
-        modes.append(Mode(name, LLM(loaded, drafter=drafter, policy=watch, **common), watch))
-    texts = (
-        held_out_prompts(plain, data, per_family, tokens)
-        if prompts is None
-        else read_prompts(prompts, plain.encoder, per_family)
-    )
+    modes = _modes(loaded, made, policy, **common)
+    if texts is None:
+        texts = held_out_prompts(modes[0].llm, data, per_family, tokens)
     params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed)
-    measured = _measure([*modes, Mode(PLAIN_AGAIN, plain)], texts, params, batch)
+    measured = _measure(modes, texts, params, batch)
     settings = {
         "model": str(model),
         "prompts": "held-out text" if prompts is None else str(prompts),
-        "per_family": per_family,
-        "tokens": tokens,
+        **asked,
         "temperature": temperature,
-        "batch": batch,
         "policy": policy,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantize": quantize,
@@ -159,6 +155,18 @@ def _make(
         reasons = "; ".join(f"{each['drafter']}: {each['reason']}" for each in skipped)
         raise ConfigError(f"no drafter can be made for this model: {reasons}")
     return made, skipped
+
+
+def _modes(
+    model: Decoder, drafters: Mapping[str, Drafter], policy: str | int, **common: Any
+) -> list[Mode]:
+    """Every drafter, between plain decoding and plain decoding again; common: for all of them."""
+    plain = LLM(model, **common)
+    modes = [Mode(PLAIN, plain)]
+    for name, drafter in drafters.items():
+        watch = Watched(make_policy(policy, model))
+        modes.append(Mode(name, LLM(model, drafter=drafter, policy=watch, **common), watch))
+    return [*modes, Mode(PLAIN_AGAIN, plain)]
 
 
 def _measure(

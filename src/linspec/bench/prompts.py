@@ -42,7 +42,8 @@ class BenchPrompt:
 def read_prompts(path: str | Path, encoder: TextEncoder, per_family: int) -> list[BenchPrompt]:
     """The first `per_family` prompts of each family of a file, families in turn.
 
-    Raises InputError where the file cannot be read, a line is no prompt, or there is none.
+    Raises InputError where the file cannot be read, a line is no prompt, or there is none; ConfigError where
+    one is a question and the model has no chat template.
     """
     found: dict[str, list[BenchPrompt]] = {}
     for place, record in _records(Path(path)):

@@ -197,7 +197,7 @@ class _Runner:
     @property
     def speed(self) -> float:
         """Tokens per second, the first not counted: it came with the prompt."""
-        return (len(self.new_tokens) - 1) / max(self.seconds, 1e-9)
+        return max(1, len(self.new_tokens) - 1) / max(self.seconds, 1e-9)
 
 
 def _prompt(llm: LLM, question: str) -> list[int]:

@@ -35,29 +35,33 @@ def _short(text: str) -> str:
 
 def act_headline(act: RealAct) -> str:
     """What act one showed, in one sentence with its numbers."""
-    far = max(act.state_bytes[act.shown.model])
-    before, after = (act.state_bytes[name][far] for name in (act.shown.model, act.shown.linear))
+    far, before, after = _kept(act)
     same = "the text is the same" if all(each.same for each in act.answers) else "the text DIFFERS"
     return (
         f"{act.shown.model} answers {act.times:.2f} times as fast with drafts, and {same}. With few exact "
-        f"heads ({act.shown.linear}) it keeps {format_value(after, 'bytes')} of a text of "
-        f"{format_value(far, 'tokens')} tokens instead of {format_value(before, 'bytes')}."
+        f"heads ({act.shown.linear}) it keeps {after} of a text of {far} tokens instead of {before}."
     )
+
+
+def _kept(act: RealAct) -> tuple[str, str, str]:
+    """The longest context, and what the model and its linearized form keep of it."""
+    far = max(act.state_bytes[act.shown.model])
+    before, after = (act.state_bytes[name][far] for name in (act.shown.model, act.shown.linear))
+    return format_value(far, "tokens"), format_value(before, "bytes"), format_value(after, "bytes")
 
 
 def act_tiles(act: RealAct) -> tuple[Tile, ...]:
     """The figures to see first."""
     best = max(act.answers, key=lambda each: each.times)
-    far = max(act.state_bytes[act.shown.model])
-    before, after = (act.state_bytes[name][far] for name in (act.shown.model, act.shown.linear))
+    far, before, after = _kept(act)
     return (
         Tile("speed-up, all questions", f"{act.times:.2f}×", "plain beside speculative"),
         Tile("best question", f"{best.times:.2f}×", f"{best.fast:,.0f} tokens/s"),
         Tile("same text", "yes" if all(a.same for a in act.answers) else "NO", "token for token"),
         Tile(
-            f"cache at {format_value(far, 'tokens')} tokens",
-            format_value(after, "bytes"),
-            f"{act.shown.model}: {format_value(before, 'bytes')}",
+            f"cache at {far} tokens",
+            after,
+            f"{act.shown.model}: {before}",
         ),
     )
 

@@ -124,8 +124,8 @@ class _Demo:
             return None
         began = time.monotonic()
         act = show_real_model(self.real, self.budget, self.screen)
-        self.real_seconds = time.monotonic() - began
-        self.screen.table(answers_table(act), f"{act.shown.model}, {self.real_seconds:.0f} s")
+        took = time.monotonic() - began
+        self.screen.table(answers_table(act), f"{act.shown.model}, {took:.0f} s")
         return act
 
     def _load(self) -> None:

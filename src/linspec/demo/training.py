@@ -13,7 +13,7 @@ import torch
 from linspec.checkpoints.hub import load_config, load_model
 from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
-from linspec.drafters.heads import HeadsConfig, MedusaHeads
+from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.models.decoder import Decoder
 from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
@@ -108,15 +108,7 @@ def make_heads(work: Work, budget: Budget, data: Sequence[str | Path], seed: int
 def _heads_speed(student: Path, budget: Budget) -> float:
     target = load_model(student).requires_grad_(False)
     config, defaults = target.config, DrafterConfig()
-    shape = HeadsConfig(
-        width=config.width,
-        vocab_size=config.vocab_size,
-        heads=defaults.heads,
-        blocks=defaults.blocks,
-        hidden=defaults.hidden,
-        shared_head=defaults.shared_head,
-    )
-    heads = MedusaHeads(shape, target)
+    heads = MedusaHeads(defaults.heads_for(config), target)
     heads.initialize(torch.Generator().manual_seed(0))
     loss = partial(heads_loss, target, heads, decay=defaults.decay)
     rows = max(1, budget.heads_batch_tokens // budget.heads_context)

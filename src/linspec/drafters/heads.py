@@ -138,15 +138,20 @@ class Heads(nn.Module, ABC):
         self._target = (target,)
 
     @property
+    def target(self) -> HasHead:
+        """The model that the heads draft for."""
+        return self._target[0]
+
+    @property
     def target_head(self) -> nn.Module:
         """The target's output layer."""
-        return self._target[0].head
+        return self.target.head
 
     def seen(self, hidden: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
         """What the heads see of hidden states [..., D] and the token ids [...] behind them."""
         if not self.config.rooted:
             return hidden
-        embeddings = self._target[0].embed(roots.to(hidden.device)).to(hidden.dtype)
+        embeddings = self.target.embed(roots.to(hidden.device)).to(hidden.dtype)
         # of whatever scale embeddings are
         return torch.cat((hidden, F.rms_norm(embeddings, embeddings.shape[-1:])), dim=-1)
 

@@ -68,8 +68,7 @@ class PackedHeads(Heads):
         blocks = [_packed_block(cast(HeadBlock, block), linear_factory) for block in heads.blocks]
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
         outputs = [linear_factory(_linear(weight)) for weight in own]
-        target = heads._target[0]
-        return cls(heads.config, target, heads.accuracies, blocks, outputs, heads.drafted)
+        return cls(heads.config, heads.target, heads.accuracies, blocks, outputs, heads.drafted)
 
     def features(self, seen: torch.Tensor) -> torch.Tensor:
         rows = [seen] * self.config.heads

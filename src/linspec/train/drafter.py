@@ -22,6 +22,7 @@ from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE, save_heads
 from linspec.errors import ConfigError, InputError
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.compiled import check_choice, check_precision
 from linspec.train.data import (
@@ -86,6 +87,19 @@ class DrafterConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: what decides the result; a compiled run is the same run."""
         return {name: value for name, value in asdict(self).items() if name != "compile"}
+
+    def heads_for(self, target: DecoderConfig) -> HeadsConfig:
+        """The shape of the heads that are trained for a target."""
+        return HeadsConfig(
+            width=target.width,
+            vocab_size=target.vocab_size,
+            heads=self.heads,
+            blocks=self.blocks,
+            hidden=self.hidden,
+            shared_head=self.shared_head,
+            rooted=self.rooted,
+            vocabulary=min(self.vocabulary, target.vocab_size),
+        )
 
     @property
     def rows(self) -> int:
@@ -207,16 +221,7 @@ def _train(
     accelerator: Accelerator,
     resume: bool,
 ) -> tuple[MedusaHeads, list[dict[str, float]]]:
-    shape = HeadsConfig(
-        width=target.config.width,
-        vocab_size=target.config.vocab_size,
-        heads=config.heads,
-        blocks=config.blocks,
-        hidden=config.hidden,
-        shared_head=config.shared_head,
-        rooted=config.rooted,
-        vocabulary=min(config.vocabulary, target.config.vocab_size),
-    )
+    shape = config.heads_for(target.config)
     heads = MedusaHeads(shape, target, drafted=commonest(stream, shape))
     heads.initialize(torch.Generator().manual_seed(config.seed))
     heads.to(accelerator.device)

@@ -90,14 +90,9 @@ INLINE vf vf_abs(vf a) { return vf_bits(vi_bits(a) & 0x7fffffff); }
     } while (0)
 #define PLUS(a, b) ((a) + (b))
 
-/* Sum and maximum over the lanes, always in this order. */
+/* Sum over the lanes, always in this order. */
 INLINE float vf_sum(vf v) {
     REDUCE(v, PLUS);
-    return v[0];
-}
-
-INLINE float vf_largest(vf v) {
-    REDUCE(v, vf_max);
     return v[0];
 }
 
@@ -107,21 +102,17 @@ INLINE vi vf_round(vf x) {
     return vi_bits(x + magic) - vi_bits(magic);
 }
 
-INLINE vf vf_exp(vf x) {
-    vl parts[LS_PARTS];
-    memcpy(parts, &x, sizeof x);
-    UNROLL(LS_PARTS, i) parts[i] = vl_exp(parts[i]);
-    memcpy(&x, parts, sizeof x);
-    return x;
-}
-
-INLINE vf vf_tanh(vf x) {
-    vl parts[LS_PARTS];
-    memcpy(parts, &x, sizeof x);
-    UNROLL(LS_PARTS, i) parts[i] = vl_tanh(parts[i]);
-    memcpy(&x, parts, sizeof x);
-    return x;
-}
+/* a function of lanes.h, vector by vector */
+#define BY_LANES(name, of)                              \
+    INLINE vf name(vf x) {                              \
+        vl parts[LS_PARTS];                             \
+        memcpy(parts, &x, sizeof x);                    \
+        UNROLL(LS_PARTS, i) parts[i] = of(parts[i]);    \
+        memcpy(&x, parts, sizeof x);                    \
+        return x;                                       \
+    }
+BY_LANES(vf_exp, vl_exp)
+BY_LANES(vf_tanh, vl_tanh)
 
 /* erf with an error below 2e-7, relative where it is small: a polynomial, and one for log(1 - erf) */
 INLINE vf vf_erf(vf x) {
