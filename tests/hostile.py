@@ -27,7 +27,8 @@ from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.quantized import save_quantized
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved import save_heads, save_packed
+from linspec.drafters.saved import save_drafter
+from linspec.drafters.saved_heads import save_packed
 from linspec.models.linear import Quantizer
 
 KINDS = ("llama", "aug", "int8", "int4")
@@ -73,7 +74,7 @@ def workshop(kind: str) -> Path:
     if kind == "aug":
         save_model(model, tiny_tokenizer(), folder)
     if kind in ("llama", "aug"):
-        save_heads(heads, model, folder / "medusa")
+        save_drafter(heads, model, folder / "medusa")
         return folder
     bits = int(kind[-1])
     quantize_model(model, bits, {})

@@ -50,7 +50,7 @@ from linspec.models.native_linear import NativeLinear
 from linspec.models.step_plan import OneCall, step_plan
 from linspec.policies.costs import load_or_measure
 from linspec.quantization.rows import decode, encode
-from linspec.train.drafter import DrafterConfig
+from linspec.train.drafters import DrafterConfig
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.saved_state import read_state

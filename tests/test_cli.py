@@ -22,7 +22,7 @@ from linspec.cli import app
 from linspec.cli.console import importing
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.kernels.selector import pick_kernel
-from linspec.train.drafter import DrafterConfig
+from linspec.train.drafters import DrafterConfig
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.linearize_recipe import LinearizeRecipe
 
@@ -259,7 +259,7 @@ def test_linearize_and_train_a_drafter(tmp_path: Path, data: Path) -> None:
     short = ("--data", data, "--tokens", 64, "--context", 16, "--batch-tokens", 32)
     args = (model_dir("softmax"), "--out", out, "--group", 8, "--taps", 4, *short)
     assert run_json("linearize", *args) == {"out": str(out)}
-    found = run_json("train-drafter", out, "--heads", 2, *short)
+    found = run_json("train-drafter", out, "--kind", "medusa:heads=2", *short)
     assert found == {"out": str(out / "medusa")}
     result = run_json("generate", out, "--prompt", "abcd", "--drafter", "medusa", "--policy", 3)
     assert len(result["token_ids"]) >= 1
@@ -288,10 +288,10 @@ def test_training_options_are_those_of_the_library(monkeypatch: pytest.MonkeyPat
     assert recipe.mixer_config().group == 16
     run_json("linearize", "x", "--out", "y", "--span", "4,2")
     assert seen["recipe"].span == (4, 2)
-    monkeypatch.setattr("linspec.train.drafter.train_drafter", lambda *a, **k: seen.update(k))
+    monkeypatch.setattr("linspec.train.drafters.train_drafter", lambda *a, **k: seen.update(k))
     data = str(Path(__file__).parent)
-    run_json("train-drafter", "x", "--heads", 3, "--data", data, "--data", "stdlib")
-    assert seen["config"] == DrafterConfig(heads=3)
+    run_json("train-drafter", "x", "--kind", "medusa:heads=4", "--data", data, "--data", "stdlib")
+    assert (seen["config"], seen["kind"]) == (DrafterConfig(), "medusa:heads=4")
     assert seen["data"] == [data, "stdlib"]
 
 
@@ -379,7 +379,9 @@ def test_bad_training_requests(tmp_path: Path, data: Path) -> None:
     assert "at most as many rows" in fails(*linformer, "--features", 9)
     assert "unknown recipe" in fails("pretrain", "--out", out, "--recipe", "nonsense")
     assert "--steps" in fails("pretrain", "--out", out, "--steps", 0)
-    assert "cannot train" in fails("train-drafter", model_dir("aug"), "--kind", "nonsense")
+    assert "unknown kind of drafter" in fails(
+        "train-drafter", model_dir("aug"), "--kind", "nonsense"
+    )
     assert not out.exists()
 
 

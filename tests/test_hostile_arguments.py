@@ -91,7 +91,7 @@ ARGUMENTS = [
     ),
     ((*LINEARIZE, "--transfer-share", "nan"), "--transfer-share must be finite"),
     ((*DRAFTER, "--lr", "nan"), "--lr must be finite"),
-    ((*DRAFTER, "--heads", "0"), "--heads must be 1 or more"),
+    ((*DRAFTER, "--kind", "medusa:heads=0"), "heads must be 1 or more"),
     ((*DRAFTER, "--seed", "-1"), "--seed must be 0 or more"),
     (("pretrain", "--out", "out", "--steps", "-1"), "--steps must be 1 or more"),
     ((*GENERATE, "--seed", "-1"), "--seed must be 0 or more, got -1"),
@@ -310,11 +310,13 @@ def test_the_help_was_called_otherwise_by_the_module() -> None:
 
 def test_the_help_names_the_defaults_of_the_library_and_every_package() -> None:
     from linspec.checkpoints.packages import PACKAGES
-    from linspec.cli.train import HeadsTraining
-    from linspec.train.drafter import DrafterConfig
+    from linspec.cli.train import DrafterTraining
+    from linspec.train.drafters import DrafterConfig
 
     usual = DrafterConfig()
-    assert HeadsTraining.usual == {name: str(getattr(usual, name)) for name in HeadsTraining.usual}
+    assert DrafterTraining.usual == {
+        name: str(getattr(usual, name)) for name in DrafterTraining.usual if name != "lr"
+    } | {"lr": "the kind's"}
     help = " ".join(CliRunner().invoke(app, ["train-drafter", "--help"]).stdout.split())
-    assert all(f"[default: ({text})]" in help for text in HeadsTraining.usual.values())
-    assert all(name in help for name in PACKAGES) and f"[default: ({usual.heads})]" in help
+    assert all(f"[default: ({text})]" in help for text in DrafterTraining.usual.values())
+    assert all(name in help for name in PACKAGES)

@@ -19,7 +19,8 @@ from linspec import LLM, SamplingParams
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.hub import load_any_config, load_model, save_model
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.saved import load_heads, save_heads
+from linspec.drafters.saved import save_drafter
+from linspec.drafters.saved_heads import load_heads
 from linspec.errors import CheckpointError, ConfigError, DrafterError, LinspecError, TrainingError
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
@@ -218,7 +219,7 @@ def test_everything_that_linspec_writes_carries_the_version(tmp_path: Path) -> N
     heads = MedusaHeads(
         HeadsConfig(width=model.config.width, vocab_size=model.config.vocab_size), model
     )
-    save_heads(heads, model, tmp_path / "h")
+    save_drafter(heads, model, tmp_path / "h")
     assert json.loads((tmp_path / "h" / "drafter.json").read_text())["format_version"] == CURRENT
     Cells(tmp_path).write("a", {"x": 1})
     assert Cells(tmp_path).read("a") == {"format_version": CURRENT, "x": 1}

@@ -17,10 +17,10 @@ from checkpoints import model_dir
 
 from linspec.checkpoints.hub import load_model, load_tokenizer, save_model
 from linspec.demo import run_demo
-from linspec.drafters.saved import save_heads
+from linspec.drafters.saved import save_drafter
 from linspec.errors import CheckpointError, ConfigError
 from linspec.evaluate.quantize import quantize
-from linspec.train.drafter import train_drafter
+from linspec.train.drafters import train_drafter
 from linspec.train.encoder import linearize_encoder
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.pretrain import pretrain
@@ -37,7 +37,7 @@ def _save(model: Path, out: Path) -> Any:
 
 def _heads(model: Path, out: Path) -> Any:
     # refused before the heads are looked at
-    return save_heads(None, load_model(model), out)  # type: ignore[arg-type]
+    return save_drafter(None, load_model(model), out)  # type: ignore[arg-type]
 
 
 def _study(model: Path, out: Path) -> Any:

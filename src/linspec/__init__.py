@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from linspec.state.entries import EntrySpec
     from linspec.state.registry import STATES
     from linspec.state.slots import SlotStates, StateSnapshot
-    from linspec.train.drafter import train_drafter
+    from linspec.train.drafters import train_drafter
     from linspec.train.linearize import linearize
     from linspec.train.linearize_recipe import LinearizeRecipe
     from linspec.train.pretrain import pretrain
@@ -148,7 +148,7 @@ _HOMES = {
     "pretrain": "linspec.train.pretrain",
     "quantize": "linspec.evaluate.quantize",
     "save_model": "linspec.checkpoints.hub",
-    "train_drafter": "linspec.train.drafter",
+    "train_drafter": "linspec.train.drafters",
 }
 
 

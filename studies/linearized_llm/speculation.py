@@ -22,7 +22,7 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.report.data import Bar, Bars
 from linspec.state.sequence_states import SequenceStates
-from linspec.train.drafter import DrafterConfig, train_drafter
+from linspec.train.drafters import DrafterConfig, train_drafter
 from linspec.train.linearize_record import RECORD
 from linspec.train.run import begun
 from studies.linearized_llm.attentions import AUG, PLAIN, choose, in_one_call

@@ -317,7 +317,7 @@ def test_commands_take_a_gguf_file_for_a_model(tmp_path: Path) -> None:
 
 
 def test_heads_of_a_gguf_model_need_a_place_of_their_own(tmp_path: Path) -> None:
-    from linspec.train.drafter import train_drafter
+    from linspec.train.drafters import train_drafter
 
     _, path = tiny("llama", tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match="give --out"):

@@ -14,7 +14,8 @@ from torch import nn
 
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.saved import load_heads, save_heads
+from linspec.drafters.saved import save_drafter
+from linspec.drafters.saved_heads import load_heads
 from linspec.errors import ConfigError, DrafterError
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
@@ -120,7 +121,7 @@ def test_saved_heads_load_exactly(
     shape = replace(shape, rooted=rooted, vocabulary=vocabulary)
     drafted = torch.arange(5, 5 + vocabulary, dtype=torch.int32)
     heads = shaken(MedusaHeads(shape, model, [[0.5, 0.2], [0.4, 0.1]], drafted))
-    out = save_heads(heads, model, tmp_path / "d", dtype=None, facts={"loss": 1.0})
+    out = save_drafter(heads, model, tmp_path / "d", dtype=None, facts={"loss": 1.0})
     loaded = load_heads(out, model)
     h = heads.seen(torch.randn(4, 16), torch.arange(4))
     assert torch.equal(loaded(h), heads(h))
@@ -140,7 +141,7 @@ def test_fingerprint_ignores_dtype_and_knows_weights_and_mixers(model: Decoder) 
 
 @pytest.fixture
 def saved(tmp_path: Path, model: Decoder) -> Path:
-    return save_heads(MedusaHeads(SHAPE, model), model, tmp_path / "d")
+    return save_drafter(MedusaHeads(SHAPE, model), model, tmp_path / "d")
 
 
 def test_heads_of_another_shape_name_both_sides(saved: Path) -> None:

@@ -22,7 +22,8 @@ from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved import load_heads, save_heads, save_packed
+from linspec.drafters.saved import save_drafter
+from linspec.drafters.saved_heads import load_heads, save_packed
 from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels import selector
@@ -187,7 +188,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(1)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
-    return save_heads(heads, model, tmp_path_factory.mktemp("plain") / "medusa", dtype=None)
+    return save_drafter(heads, model, tmp_path_factory.mktemp("plain") / "medusa", dtype=None)
 
 
 def quantized(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
@@ -214,7 +215,7 @@ def test_ids_of_drafted_tokens_survive_every_form(tmp_path: Path) -> None:
     model, ids = make_model(), torch.arange(3, 24, dtype=torch.int32) * 3
     shape = replace(SHAPE, vocabulary=21, rooted=True)
     heads = MedusaHeads(shape, model, RATES, ids)
-    plain = save_heads(heads, model, tmp_path / "plain")
+    plain = save_drafter(heads, model, tmp_path / "plain")
     assert torch.equal(load_heads(plain, model).drafted, ids)
     made = PackedHeads.of(heads, Quantizer(8, {}))
     packed = save_packed(made, model, tmp_path / "packed", 8, {})
@@ -225,7 +226,7 @@ def test_drafted_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     model = make_model()
     ids = torch.tensor([1, VOCAB], dtype=torch.int32)
     heads = MedusaHeads(replace(SHAPE, vocabulary=2), model, RATES, ids)
-    folder = save_heads(heads, model, tmp_path / "plain")
+    folder = save_drafter(heads, model, tmp_path / "plain")
     with pytest.raises(DrafterError, match=r"not all in 0\.\.69; copy"):
         load_heads(folder, model)
 
@@ -340,7 +341,7 @@ def test_heads_guess_alike_before_and_after_their_target_is_prepared(
     generator = torch.Generator().manual_seed(1)
     for weight in heads.parameters():
         nn.init.normal_(weight, std=0.2, generator=generator)
-    folder = save_heads(heads, model, tmp_path / "medusa", dtype=None)
+    folder = save_drafter(heads, model, tmp_path / "medusa", dtype=None)
     early, late = make_model(), make_model().to_inference()
     first = make_drafter(f"medusa:{folder}", DrafterContext(early))
     early.to_inference()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from linspec.decoding.step import StepInput
-from linspec.errors import StateError
+from linspec.decoding.step import StepInput, Want
+from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
@@ -92,6 +92,36 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         states.append(outputs)
     for one, other in zip(*states, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug", "by-head"])
+def test_states_of_layers_and_given_embeddings_go_through_the_call(isa: str, mixer: str) -> None:
+    """A prompt beside a tree, both with embeddings that stand for no token."""
+    made = model(mixer, embedding_scale=1.5)
+    assert made.native is not None
+    native, found = made.native, []
+    given = torch.randn(70, 64, generator=torch.Generator().manual_seed(0))
+    for form in (native, None):
+        made.native = form
+        state, want = made.new_state(2), Want((2, 0))
+        made.step([StepInput(0, [0] * 70, embeddings=given)], state)
+        state.commit(0, range(70))
+        inputs = [
+            StepInput(0, list(range(10)), TREE, embeddings=given[:10].bfloat16()),
+            StepInput(1, [index * 31 % 97 for index in range(80)], all_logits=False),
+        ]
+        found.append((made.step(inputs, state, want=want), made.step(inputs[:1], state, want=want)))
+    for one, other in zip(*found, strict=True):
+        assert (one.slices, one.nodes) == (other.slices, other.nodes) and one.nodes
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+        for layer in (0, 2):
+            torch.testing.assert_close(one.layers[layer], other.layers[layer], rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_another_width_are_refused_before_they_are_read() -> None:
+    made = model("softmax")
+    with pytest.raises(InputError, match=r"embeddings \[2, 63\] for 2 tokens"):
+        made.step([StepInput(0, [0, 0], embeddings=torch.zeros(2, 63))], made.new_state())
 
 
 @pytest.mark.parametrize("kv", ["float", "int8"])

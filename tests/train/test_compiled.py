@@ -29,7 +29,8 @@ from linspec.train.compiled import (
     float32_gradients,
     gradients,
 )
-from linspec.train.drafter import heads_loss
+from linspec.train.drafters.medusa import heads_loss
+from linspec.train.drafters.states import states_of
 from linspec.train.finetune import finetune_loss
 from studies.linearized_llm.seq2seq import tiny_t5
 from tests.helpers import randomise
@@ -177,7 +178,11 @@ def heads_case(context: int) -> Case:
     )
     heads = MedusaHeads(shape, target)
     heads.initialize(torch.Generator().manual_seed(0))
-    return heads, partial(heads_loss, target, heads, decay=0.8), context
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return heads_loss(heads, states_of(target, batch), decay=0.8)
+
+    return heads, loss, context
 
 
 def batch_of(context: int, seed: int = 0) -> torch.Tensor:

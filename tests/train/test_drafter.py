@@ -17,22 +17,18 @@ from transformers import PreTrainedTokenizerFast
 
 from linspec.checkpoints.hub import load_model, save_model
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.saved import load_heads
+from linspec.drafters.saved_heads import load_heads
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
 from linspec.models.decoder import Decoder
-from linspec.train import drafter as module
-from linspec.train.drafter import (
-    DrafterConfig,
-    calibrate,
-    commonest,
-    heads_loss,
-    train_drafter,
-)
+from linspec.train.drafters import DrafterConfig, train_drafter
+from linspec.train.drafters import run as module
+from linspec.train.drafters import states as states_module
+from linspec.train.drafters.medusa import calibrate, commonest, heads_loss
+from linspec.train.drafters.states import StateCache, states_of
 from linspec.train.loop import Trainer
 from linspec.utils.files import exclusive
 
 SHORT = DrafterConfig(
-    heads=3,
     tokens=16 * 256,
     context=64,
     batch_tokens=256,
@@ -100,7 +96,7 @@ def test_loss_gives_no_gradient_to_the_backbone(tiny_teacher: Callable[..., Deco
     model = tiny_teacher().requires_grad_(False)
     heads = random_heads(model)
     batch = torch.randint(0, 290, (2, 20))
-    heads_loss(model, heads, batch, 0.8).backward()
+    heads_loss(heads, states_of(model, batch), 0.8).backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in heads.parameters())
 
@@ -117,7 +113,7 @@ def test_loss_is_the_papers_weighted_sum(tiny_teacher: Callable[..., Decoder]) -
             given = torch.stack([logits[b, t, k - 1] for b, t in pairs])
             wanted = torch.tensor([int(chosen[b, t + k]) for b, t in pairs])
             expected += 0.8**k * F.cross_entropy(given, wanted)
-        torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
+        torch.testing.assert_close(heads_loss(heads, states_of(model, batch), 0.8), expected)
 
 
 def test_rooted_heads_of_few_tokens_learn_what_they_will_be_asked(
@@ -126,7 +122,7 @@ def test_rooted_heads_of_few_tokens_learn_what_they_will_be_asked(
     model = tiny_teacher()
     size = {"width": model.config.width, "vocab_size": model.config.vocab_size}
     shape = HeadsConfig(**size, heads=2, rooted=True, vocabulary=40)
-    drafted = commonest(np.random.default_rng(0).integers(0, 290, 400), shape)
+    drafted = commonest(np.random.default_rng(0).integers(0, 290, 400), 40, 290)
     heads, batch = MedusaHeads(shape, model, (), drafted), torch.randint(0, 290, (2, 20))
     nn.init.normal_(heads.blocks[0].weight)
     with torch.no_grad():
@@ -141,13 +137,13 @@ def test_rooted_heads_of_few_tokens_learn_what_they_will_be_asked(
                 place = places.get(int(chosen[b, t + k]))
                 losses += [] if place is None else [-logits.log_softmax(-1)[place]]
             expected += 0.8**k * (torch.stack(losses).mean() if losses else 0.0)
-        torch.testing.assert_close(heads_loss(model, heads, batch, 0.8), expected)
+        torch.testing.assert_close(heads_loss(heads, states_of(model, batch), 0.8), expected)
 
 
 def test_the_commonest_tokens_are_drafted_and_ties_go_by_id() -> None:
-    shape = HeadsConfig(width=8, vocab_size=9, vocabulary=3)
-    assert commonest(np.array([7, 7, 2, 5, 5, 5, 4]), shape).tolist() == [2, 5, 7]
-    assert commonest(np.array([1]), HeadsConfig(width=8, vocab_size=9)) is None
+    found = commonest(np.array([7, 7, 2, 5, 5, 5, 4]), 3, 9)
+    assert found is not None and found.tolist() == [2, 5, 7]
+    assert commonest(np.array([1]), 0, 9) is None
 
 
 def test_calibration_equals_a_brute_force_count(tiny_teacher: Callable[..., Decoder]) -> None:
@@ -200,7 +196,7 @@ def test_old_heads_stay_until_the_new_ones_are_whole(
 
     other = replace(SHORT, seed=5)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_heads", full)
+        patch.setattr(module, "save_drafter", full)
         with pytest.raises(CheckpointError, match="No space left"):
             run(teacher_dir, out, corpus, config=other, overwrite=True)
     assert (out / "drafter.safetensors").read_bytes() == before
@@ -231,14 +227,50 @@ def test_heads_refuse_another_model(
 
 
 def test_bad_input_is_refused(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="kind 'eagle'; known: medusa"):
-        run(teacher_dir, tmp_path / "d", corpus, kind="eagle")
+    with pytest.raises(ConfigError, match="drafter 'eagel'; known: .*medusa"):
+        run(teacher_dir, tmp_path / "d", corpus, kind="eagel")
     with pytest.raises(ConfigError, match="give --out"):
         train_drafter("embedded-aug")
     with exclusive(tmp_path / "d"), pytest.raises(CheckpointError, match="in use"):
         run(teacher_dir, tmp_path / "d", corpus)
-    with pytest.raises(ConfigError, match="context must exceed the 3 heads"):
-        DrafterConfig(context=3)
+    with pytest.raises(InputError, match="windows of 3 tokens are too few"):
+        run(teacher_dir, tmp_path / "d", corpus, config=replace(SHORT, context=3))
     (tmp_path / "tiny.txt").write_text("hi")
     with pytest.raises(InputError, match="too few"):
         run(teacher_dir, tmp_path / "d", tmp_path / "tiny.txt")
+
+
+def test_kept_states_are_those_that_are_computed(
+    tiny_teacher: Callable[..., Decoder], tmp_path: Path
+) -> None:
+    model = tiny_teacher().requires_grad_(False)
+    stream = np.random.default_rng(0).integers(0, 290, 200)
+    cache = StateCache(model, stream, 16, (0, 1), tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(states_module, "replace_text", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.fill()
+    again = StateCache(model, stream, 16, (0, 1), tmp_path)
+    again.fill()
+    kept = states_of(model, again.batch(3, 4, seed=0), (0, 1))
+    computed = states_of(model, kept.ids, (0, 1))
+    assert torch.equal(kept.chosen, computed.chosen) and len(kept.layers) == 3
+    for layer, states in computed.layers.items():
+        torch.testing.assert_close(kept.layers[layer], states, rtol=1e-3, atol=1e-3)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_text_that_is_read_twice_goes_through_the_target_once(
+    teacher_dir: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled = []
+    fill = StateCache.fill
+    monkeypatch.setattr(StateCache, "fill", lambda cache: filled.append(fill(cache)))
+    run(teacher_dir, tmp_path / "once", corpus)
+    small = tmp_path / "small.txt"
+    small.write_text(corpus.read_text()[:2000] if corpus.is_file() else "some words again " * 100)
+    out = run(teacher_dir, tmp_path / "twice", small)
+    assert len(filled) == 1 and not (out / "training").exists()

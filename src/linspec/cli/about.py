@@ -35,7 +35,7 @@ def info(
 
 @guarded()
 def list_plugins(as_json: Json = False) -> None:
-    """Every mixer, drafter, verifier, policy, cache and generation loop, with its options and paper."""
+    """Every mixer, drafter, verifier, policy, cache, loop and kind of training: options and papers."""
     from linspec.cli.plugins import catalogue
 
     found = catalogue()

@@ -9,6 +9,7 @@ from linspec.engine.loops import LOOPS
 from linspec.mixers import MIXERS, Mixer
 from linspec.policies import POLICIES
 from linspec.state.registry import STATES
+from linspec.train.drafters import TRAININGS
 from linspec.utils.registry import Entry, Registry
 from linspec.verifiers import VERIFIERS
 
@@ -27,6 +28,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "policies": POLICIES,
         "caches": STATES,
         "loops": LOOPS,
+        "trainings": TRAININGS,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:

@@ -12,19 +12,19 @@ from linspec.cli.checks import named, whole
 from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written
 from linspec.cli.groups import grouped
-from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training, given
+from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsTraining(Training):
-    """How long and how to train heads."""
+class DrafterTraining(Training):
+    """How long and how to train a drafter."""
 
     # those of DrafterConfig, whose import takes seconds
     usual: ClassVar = {
         "tokens": "3000000",
         "context": "512",
         "batch_tokens": "4096",
-        "lr": "0.005",
+        "lr": "the kind's",
         "seed": "0",
     }
 
@@ -74,35 +74,30 @@ def pretrain(
 def train_drafter(
     model: Model,
     texts: Texts,
-    training: HeadsTraining,
+    training: DrafterTraining,
     run: Run,
-    kind: Annotated[str, typer.Option(help="Kind of drafter.")] = "medusa",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Kind of drafter and its shape, such as medusa:heads=4,vocabulary=8192; "
+            "`linspec list` has all."
+        ),
+    ] = "medusa",
     out: Annotated[
         Path | None,
-        typer.Option(callback=named, help="Where it goes.", show_default="MODEL/medusa"),
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(callback=whole(), help="Medusa heads.", show_default="3")
-    ] = None,
-    vocabulary: Annotated[
-        int | None,
-        typer.Option(
-            callback=whole(0),
-            help="Draft the commonest tokens only: cheaper where the vocabulary is large.",
-            show_default="all",
-        ),
+        typer.Option(callback=named, help="Where it goes.", show_default="MODEL/KIND"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train and calibrate heads that draft for a model; its own weights stay as they are.
+    """Train a drafter for a model, whose own weights stay as they are, and measure it on text kept aside.
 
-    The calibration at the end takes seconds and is done again by a run that is resumed.
+    The measurement at the end takes seconds and is done again by a run that is resumed.
     """
-    from linspec.train.drafter import DrafterConfig
-    from linspec.train.drafter import train_drafter as library
+    from linspec.train.drafters import DrafterConfig
+    from linspec.train.drafters import train_drafter as library
 
     place_on("cpu", run.threads)
-    config = DrafterConfig(**training.given(), **given({"heads": heads, "vocabulary": vocabulary}))
+    config = DrafterConfig(**training.given())
     with quiet_stdout():
         written = library(
             model,

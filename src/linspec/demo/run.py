@@ -32,7 +32,7 @@ from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
 from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
 from linspec.demo.work import RECORD, Work
-from linspec.drafters.saved import load_heads
+from linspec.drafters.saved_heads import load_heads
 from linspec.errors import InputError
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder

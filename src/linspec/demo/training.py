@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from linspec.checkpoints.hub import load_config, load_model
 from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
-from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.saved import CONFIG_FILE
 from linspec.models.decoder import Decoder
-from linspec.train.drafter import DrafterConfig, heads_loss, train_drafter
+from linspec.train.drafters import DrafterConfig, train_drafter
+from linspec.train.drafters.medusa import MedusaTraining, MedusaTrainingOptions
+from linspec.train.drafters.states import states_of
 from linspec.train.finetune import finetune_loss
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
@@ -107,12 +109,14 @@ def make_heads(work: Work, budget: Budget, data: Sequence[str | Path], seed: int
 
 def _heads_speed(student: Path, budget: Budget) -> float:
     target = load_model(student).requires_grad_(False)
-    config, defaults = target.config, DrafterConfig()
-    heads = MedusaHeads(defaults.heads_for(config), target)
-    heads.initialize(torch.Generator().manual_seed(0))
-    loss = partial(heads_loss, target, heads, decay=defaults.decay)
+    training, vocabulary = MedusaTraining(MedusaTrainingOptions()), target.config.vocab_size
+    heads = training.make(target, np.empty(0, dtype=np.int64), 0)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return training.loss(heads, states_of(target, batch))
+
     rows = max(1, budget.heads_batch_tokens // budget.heads_context)
-    return training_speed(loss, heads.parameters(), config.vocab_size, rows, budget.heads_context)
+    return training_speed(loss, heads.parameters(), vocabulary, rows, budget.heads_context)
 
 
 def training_log(student: Path) -> list[tuple[float, float]]:

@@ -11,15 +11,18 @@ Hydra does (Ankner et al. 2024, arXiv 2402.05109): it is decided when a draft be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linspec.drafters.trained import TrainedDrafter, check_drafted, read_accuracies, read_shape
 from linspec.errors import ConfigError
+from linspec.models.decoder import Decoder
 from linspec.utils.sizes import check_sizes
 
 # of all heads together: published sets have up to 8
@@ -133,6 +136,14 @@ class Heads(nn.Module, ABC):
         # in a tuple, so that it is not registered as a part
         self._target = (target,)
 
+    def described(self) -> dict[str, Any]:
+        """Shape and accuracies, in plain JSON types."""
+        return {**asdict(self.config), "accuracies": self.accuracies}
+
+    def check_weights(self, path: Path) -> None:
+        """Raise DrafterError where what is drafted are no tokens of the target."""
+        check_drafted(self.drafted, self.config.vocab_size, path)
+
     def bind(self, target: HasHead) -> None:
         """Draft for another form of the target, such as its quantized one."""
         self._target = (target,)
@@ -186,8 +197,17 @@ class Heads(nn.Module, ABC):
         return found
 
 
-class MedusaHeads(Heads):
+class MedusaHeads(Heads, TrainedDrafter):
     """Heads that can be trained; after `initialize` each repeats the target's own next-token guess."""
+
+    kind = "medusa"
+
+    @classmethod
+    def from_description(cls, data: Mapping[str, Any], target: Decoder, path: Path) -> MedusaHeads:
+        config = read_shape(HeadsConfig, data, target, path)
+        given = data.get("accuracies", [])
+        accuracies = read_accuracies(given, config.heads, config.vocab_size, path)
+        return cls(config, target, accuracies)
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved import load_heads
+from linspec.drafters.saved_heads import load_heads
 from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels.selector import pick_kernel

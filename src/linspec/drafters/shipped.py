@@ -22,7 +22,9 @@ def _folders() -> list[Path]:
 
 def has_shipped_heads(folder: Path) -> bool:
     """Whether heads come with linspec for the model that lies here, by the names of such models."""
-    named = (name for heads in _folders() for name in read_drafter(heads).get("models", ()))
+    named = (
+        name for heads in _folders() for name in read_drafter(heads, "medusa").get("models", ())
+    )
     return any(_place_of(name) == folder for name in named)
 
 
@@ -40,6 +42,6 @@ def shipped_heads(target: Decoder) -> Path | None:
     except ConfigError:
         return None
     for folder in _folders():
-        if known in targets_of(read_drafter(folder)):
+        if known in targets_of(read_drafter(folder, "medusa")):
             return folder
     return None

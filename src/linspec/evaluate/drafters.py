@@ -11,11 +11,12 @@ import numpy as np
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved import CONFIG_FILE, load_heads, read_drafter, save_packed
+from linspec.drafters.saved import CONFIG_FILE, read_drafter
+from linspec.drafters.saved_heads import load_heads, save_packed
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
-from linspec.train.drafter import calibrate
+from linspec.train.drafters.medusa import calibrate
 from linspec.utils.files import is_leftover
 
 _CONTEXT = 512
@@ -60,7 +61,7 @@ def find_companions(folder: Path, model: Decoder) -> list[Companion]:
             )
         for name, tensor in heads.state_dict().items():
             check_finite(name, tensor, path.parent, DrafterError)
-        found.append(Companion(path.parent, heads, read_drafter(path.parent)))
+        found.append(Companion(path.parent, heads, read_drafter(path.parent, MedusaHeads.kind)))
     return found
 
 

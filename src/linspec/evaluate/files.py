@@ -25,7 +25,8 @@ from linspec.checkpoints.hub import (
 )
 from linspec.checkpoints.load_tokenizer import TOKENIZER_FILES, tokenizer_place
 from linspec.checkpoints.tensors import check_finite
-from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, load_heads
+from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE
+from linspec.drafters.saved_heads import load_heads
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.structs import TILE
 from linspec.kernels.step_plan import INT4

@@ -221,7 +221,7 @@ class NewNodes:
     """The new nodes of one slot in a step.
 
     shape: of all that the slot has staged then, the new nodes last. committed: its rows in the state
-    of each kind.
+    of each kind. embeddings: float32 [N, D] in place of those of the tokens, None for these.
     """
 
     slot: int
@@ -229,3 +229,4 @@ class NewNodes:
     positions: Sequence[int]
     shape: Shape
     committed: Sequence[int]
+    embeddings: torch.Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -223,16 +224,18 @@ class Decoder(nn.Module):
         layers: those that the nodes go through, None for all; the states of the others stay as they are.
         want: layers whose hidden states are handed out too.
         """
-        path = LayerPath(layers, want.inner)
-        plain = path.plain and all(i.embeddings is None and i.overwrite is None for i in inputs)
-        native = self.native if plain and state.in_kernels else None
+        whole = layers is None and all(each.overwrite is None for each in inputs)
+        native = self.native if whole and state.in_kernels else None
         long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
         if native is None or all(long) or not any(long):
-            return self._step(inputs, state, native, path)
+            return self._step(inputs, state, native, LayerPath(layers, want.inner))
         # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
         # a prompt would be rounded in another way than one that did not
         parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
-        outputs = [self._step([inputs[i] for i in part], state, native, path) for part in parts]
+        outputs = [
+            self._step([inputs[i] for i in part], state, native, LayerPath(layers, want.inner))
+            for part in parts
+        ]
         return _interleaved(parts, outputs)
 
     def _step(
@@ -251,7 +254,9 @@ class Decoder(nn.Module):
                 state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)
         if native is not None:
-            hidden, logits = native.run(inputs, shapes, positions, wanted, state)
+            inner = sorted(path.wanted)
+            hidden, logits, found = native.run(inputs, shapes, positions, wanted, state, inner)
+            path.found.update(zip(inner, found, strict=True))
         else:
             x, ropes = self._enter_nodes(inputs, positions)
             dense_groups = dense_groups_of(inputs, shapes)
@@ -330,14 +335,26 @@ def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:
     """One output of several, with rows in the order of all inputs."""
-    rows: dict[int, slice] = {}
-    first = 0
-    for part, output in zip(parts, outputs, strict=True):
-        for step_input, own in zip(part, output.slices, strict=True):
-            rows[step_input] = slice(first + own.start, first + own.stop)
-        first += len(output.hidden)
+    order = sorted(range(sum(map(len, parts))), key=[i for part in parts for i in part].__getitem__)
+    slices = _shifted([output.slices for output in outputs], [len(o.hidden) for o in outputs])
+    states = {n: torch.cat([o.layers[n] for o in outputs]) for n in outputs[0].layers}
+    nodes = _shifted(
+        [o.nodes for o in outputs], [o.nodes[-1].stop if o.nodes else 0 for o in outputs]
+    )
     return StepOutput(
         torch.cat([output.hidden for output in outputs]),
         torch.cat([output.logits for output in outputs]),
-        [rows[step_input] for step_input in sorted(rows)],
+        [slices[i] for i in order],
+        states,
+        [nodes[i] for i in order] if nodes else [],
     )
+
+
+def _shifted(slices: Sequence[Sequence[slice]], lengths: Sequence[int]) -> list[slice]:
+    """The slices of several outputs in one that holds these behind each other, each of so many rows."""
+    starts = accumulate(lengths, initial=0)
+    return [
+        slice(first + each.start, first + each.stop)
+        for first, own in zip(starts, slices, strict=False)
+        for each in own
+    ]

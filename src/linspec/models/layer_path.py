@@ -19,11 +19,6 @@ class LayerPath:
     wanted: tuple[int, ...] = ()
     found: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is the whole way and nothing is handed out."""
-        return self.layers is None and not self.wanted
-
     def takes(self, layer: int) -> bool:
         """Whether `layer` is computed."""
         return self.layers is None or layer in self.layers

@@ -16,7 +16,7 @@ from torch import nn
 
 from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.tree import Shape
-from linspec.kernels.cpu.step import CpuStep
+from linspec.kernels.cpu.step import CpuStep, Stepped
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
 from linspec.kernels.step_plan import (
     LayerPlan,
@@ -180,19 +180,22 @@ class OneCall:
         positions: Sequence[Sequence[int]],
         outputs: Sequence[int],
         state: SequenceStates,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all new nodes, packed.
+        layers: Sequence[int] = (),
+    ) -> Stepped:
+        """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
+
+        With them [layers, M, D] that each of `layers` puts out, in ascending order.
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input.
         Inputs are all trees or all longer chains. Keys and values are staged in `state`, which must
         have room; recording them is the caller's.
         """
         nodes = [
-            NewNodes(each.slot, each.tokens, at, shape, _committed(state, each.slot))
+            NewNodes(each.slot, each.tokens, at, shape, _committed(state, each.slot), _given(each))
             for each, shape, at in zip(inputs, shapes, positions, strict=True)
         ]
         if len(nodes[0].tokens) > MAX_STAGED:
-            return self._run_chains(nodes, outputs, state)
+            return self._run_chains(nodes, outputs, state, layers)
         # sizes too: a new state may lie where an old one was
         placed = tuple(
             (rows.data_ptr(), rows.shape)
@@ -204,11 +207,15 @@ class OneCall:
             self._placed = ()
             self.kernel.place(_buffers(state))
             self._placed = placed
-        return self.kernel.run(nodes, outputs)
+        return self.kernel.run(nodes, outputs, layers)
 
     def _run_chains(
-        self, nodes: Sequence[NewNodes], outputs: Sequence[int], state: SequenceStates
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        nodes: Sequence[NewNodes],
+        outputs: Sequence[int],
+        state: SequenceStates,
+        layers: Sequence[int],
+    ) -> Stepped:
         """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
         results, first = [], 0
@@ -217,12 +224,17 @@ class OneCall:
             self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
             # what is staged aside is the only slot there
             new.slot = 0
-            results.append(
-                self.kernel.run_chain(new, [row - first for row in outputs if row in rows])
-            )
+            wanted = [row - first for row in outputs if row in rows]
+            results.append(self.kernel.run_chain(new, wanted, layers))
             first = rows.stop
-        hidden, logits = zip(*results, strict=True)
-        return torch.cat(hidden), torch.cat(logits)
+        hidden, logits, states = zip(*results, strict=True)
+        return torch.cat(hidden), torch.cat(logits), torch.cat(states, 1)
+
+
+def _given(step_input: StepInput) -> torch.Tensor | None:
+    """The embeddings that a caller gave, as kernels read them."""
+    given = step_input.embeddings
+    return None if given is None else given.float().contiguous()
 
 
 def _committed(state: SequenceStates, slot: int) -> list[int]:

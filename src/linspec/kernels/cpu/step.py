@@ -2,7 +2,7 @@
 
     step = CpuStep(plan)                  # if why_not(plan) is None
     step.place(buffers)                   # once, and whenever the buffers of the state have moved
-    hidden, logits = step.run(nodes, outputs)
+    hidden, logits, layers = step.run(nodes, outputs)
 
 It computes the nodes of token trees, up to 64 staged ones a slot, or a longer chain of one slot
 (`run_chain`), which the C side sees as pieces of 64. A node gets the same bits whatever else is in the
@@ -60,6 +60,8 @@ from linspec.kernels.step_plan import (
 )
 from linspec.utils.messages import shown
 
+# hidden states, logits, and the states of the layers that were asked for [layers, M, D]
+Stepped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LINEARS = ("qkv", "out", "up", "down")
 NORMS = ("mixer_norm", "mlp_norm", "mixer_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
@@ -130,11 +132,12 @@ class CpuStep:
                 _place(entry, part)
 
     def run(
-        self, nodes: Sequence[NewNodes], outputs: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [P, D] and logits [P, vocabulary] of the `outputs` of all new nodes, packed.
+        self, nodes: Sequence[NewNodes], outputs: Sequence[int], layers: Sequence[int] = ()
+    ) -> Stepped:
+        """Hidden states [P, D] and logits [P, vocabulary] of the `outputs` of all M new nodes, packed.
 
-        Their keys and values are staged in the buffers that `place` named, which must have room.
+        With them [M, D] that each of `layers` puts out. Keys and values are staged in the buffers that
+        `place` named, which must have room.
         """
         table = (InputStruct * len(nodes))()
         tokens: list[int] = []
@@ -147,42 +150,49 @@ class CpuStep:
             entry.ancestors = (c_uint64 * len(bits))(*bits)
             tokens += new.tokens
             positions += new.positions
-        return self._run(tokens, positions, outputs, table, chained=False)
+        batch = self._batch(nodes, tokens, positions, table)
+        return self._run(batch, outputs, layers)
 
-    def run_chain(self, new: NewNodes, outputs: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_chain(
+        self, new: NewNodes, outputs: Sequence[int], layers: Sequence[int] = ()
+    ) -> Stepped:
         """As `run` for one chain of any length from the last committed token, such as a prompt."""
-        return self._run(new.tokens, new.positions, outputs, _pieces(new), chained=True)
+        batch = self._batch([new], new.tokens, new.positions, _pieces(new))
+        batch.chained = True
+        return self._run(batch, outputs, layers)
 
-    def _run(
+    def _batch(
         self,
+        nodes: Sequence[NewNodes],
         tokens: Sequence[int],
         positions: Sequence[int],
-        outputs: Sequence[int],
         inputs: ctypes.Array[InputStruct],
-        *,
-        chained: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self.plan
+    ) -> BatchStruct:
+        """What the new nodes are, packed."""
         self._turn_up_to(max(positions) + 1)
-        hidden = torch.empty(len(outputs), plan.width)
-        logits = torch.empty(len(outputs), plan.vocabulary)
-        batch = BatchStruct(
+        return BatchStruct(
             rows=len(tokens),
             inputs=len(inputs),
-            outputs=len(outputs),
-            chained=chained,
-            tokens=_tokens(tokens, plan.vocabulary),
+            tokens=_tokens(tokens, self.plan.vocabulary),
             positions=_ints(positions),
-            output_rows=_ints(outputs),
+            given=_given(nodes, self.plan.width),
             cosines=_addresses(self._cosines),
             sines=_addresses(self._sines),
             input=inputs,
-            hidden=hidden.data_ptr(),
-            logits=logits.data_ptr(),
         )
+
+    def _run(self, batch: BatchStruct, outputs: Sequence[int], layers: Sequence[int]) -> Stepped:
+        plan = self.plan
+        hidden = torch.empty(len(outputs), plan.width)
+        logits = torch.empty(len(outputs), plan.vocabulary)
+        states = torch.empty(len(layers), batch.rows, plan.width)
+        batch.outputs, batch.output_rows = len(outputs), _ints(outputs)
+        batch.hidden, batch.logits = hidden.data_ptr(), logits.data_ptr()
+        batch.layers, batch.layer_numbers = len(layers), _ints(layers)
+        batch.layer_states = states.data_ptr()
         space = self._space.at_least(self._workspace(self._decoder, batch))
         self._call(self._decoder, batch, space, native_threads())
-        return hidden, logits
+        return hidden, logits, states
 
     def _turn_up_to(self, count: int) -> None:
         """Make the rotary factors of positions 0.. count - 1 and more: [P, R] each."""
@@ -334,6 +344,25 @@ def _pieces(new: NewNodes) -> ctypes.Array[InputStruct]:
         entry.committed = _ints([rows + first for rows in new.committed])
         entry.ancestors = (c_uint64 * nodes)(*chain_shape(nodes).ancestor_bits)
     return table
+
+
+def _given(nodes: Sequence[NewNodes], width: int) -> ctypes.Array[c_void_p] | None:
+    """For each new node the address of its embedding, null where it is that of its token."""
+    if all(new.embeddings is None for new in nodes):
+        return None
+    rows: list[int | None] = []
+    for new in nodes:
+        if new.embeddings is None:
+            rows += [None] * len(new.tokens)
+            continue
+        # the C side reads them unseen
+        if new.embeddings.shape != (len(new.tokens), width):
+            raise InputError(
+                f"embeddings {list(new.embeddings.shape)} for {len(new.tokens)} tokens of a model of width "
+                f"{width}; they must be [{len(new.tokens)}, {width}]"
+            )
+        rows += [row.data_ptr() for row in new.embeddings]
+    return (c_void_p * len(rows))(*rows)
 
 
 def _tokens(ids: Sequence[int], vocabulary: int) -> ctypes.Array[c_int32]:

@@ -268,11 +268,19 @@ class InputStruct(Struct):
     Field("int32_t", "rows inputs outputs", "new nodes, slots that they are of, logits asked for"),
     Field("int32_t", "chained", "inputs are pieces of one prompt, each behind the one before"),
     Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the tables"),
+    Field(
+        "const float *const *",
+        "given",
+        "[rows]: in place of embeddings; null for none, or of a row",
+    ),
     Field("const int32_t *", "output_rows", "[outputs]"),
     Field("const float *const *", "cosines", "of each rotary table: [positions][turned]"),
     Field("const float *const *", "sines", "alike"),
     Field("const ls_step_input *", "input"),
     Field("float *", "hidden logits", "[outputs][width], [outputs][vocabulary]"),
+    Field("int32_t", "layers", "how many layers' states are handed out"),
+    Field("const int32_t *", "layer_numbers", "[layers], ascending"),
+    Field("float *", "layer_states", "[layers][rows][width]: what those layers put out"),
 )
 class BatchStruct(Struct):
     """What one step is to compute, and where the results go."""

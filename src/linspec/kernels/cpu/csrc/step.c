@@ -125,7 +125,9 @@ static void embed(const ls_run *s, int first, int last) {
     const ls_decoder *d = s->d;
     for (int row = first; row < last; row++) {
         float *x = s->x + (size_t)row * d->width;
-        embed_row(d, s->b->tokens[row], x);
+        const float *given = s->b->given ? s->b->given[row] : NULL;
+        if (given) memcpy(x, given, (size_t)d->width * sizeof *x);
+        else embed_row(d, s->b->tokens[row], x);
         for (int i = 0; d->embedding_scale != 1.0f && i < d->width; i++) x[i] *= d->embedding_scale;
         if (!d->position_rows) continue;
         const float *place = d->position_rows + (size_t)s->b->positions[row] * d->width;
@@ -290,6 +292,12 @@ static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
     ls_barrier(threads);
 }
 
+/* Rows of what a layer puts out, for a caller that reads the layer `number`-th of those it asks for. */
+static void hand_out(const ls_run *s, int number, int first, int last) {
+    size_t width = (size_t)s->d->width, begin = (size_t)number * s->b->rows + first;
+    memcpy(s->b->layer_states + begin * width, s->x + first * width, (last - first) * width * sizeof *s->x);
+}
+
 /* The hidden states that are asked for, and their logits. */
 static void leave(const ls_run *s, int thread, int threads) {
     const ls_decoder *d = s->d;
@@ -310,8 +318,13 @@ static void leave(const ls_run *s, int thread, int threads) {
 
 static void step_body(void *context, int thread, int threads) {
     const ls_run *s = context;
-    embed(s, ls_share(s->b->rows, thread, threads), ls_share(s->b->rows, thread + 1, threads));
-    for (int i = 0; i < s->d->layers; i++) block(s, s->d->layer + i, thread, threads);
+    const ls_batch *b = s->b;
+    int first = ls_share(b->rows, thread, threads), last = ls_share(b->rows, thread + 1, threads);
+    embed(s, first, last);
+    for (int layer = 0, found = 0; layer < s->d->layers; layer++) {
+        block(s, s->d->layer + layer, thread, threads);
+        if (found < b->layers && b->layer_numbers[found] == layer) hand_out(s, found++, first, last);
+    }
     leave(s, thread, threads);
 }
 

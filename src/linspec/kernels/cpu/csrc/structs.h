@@ -150,11 +150,15 @@ typedef struct {
     int32_t rows, inputs, outputs;           /* new nodes, slots that they are of, logits asked for */
     int32_t chained;                         /* inputs are pieces of one prompt, each behind the one before */
     const int32_t *tokens, *positions;       /* [rows]; positions are rows of the tables */
+    const float *const *given;               /* [rows]: in place of embeddings; null for none, or of a row */
     const int32_t *output_rows;              /* [outputs] */
     const float *const *cosines;             /* of each rotary table: [positions][turned] */
     const float *const *sines;               /* alike */
     const ls_step_input *input;
     float *hidden, *logits;                  /* [outputs][width], [outputs][vocabulary] */
+    int32_t layers;                          /* how many layers' states are handed out */
+    const int32_t *layer_numbers;            /* [layers], ascending */
+    float *layer_states;                     /* [layers][rows][width]: what those layers put out */
 } ls_batch;
 
 /* Medusa heads, see heads.c: x += W2 silu(W1 x + b) for every block, then the output layer. Where
@@ -178,7 +182,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1189953663, \
+    2086985228, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -232,9 +236,11 @@ typedef struct {
         offsetof(ls_step_input, committed), offsetof(ls_step_input, ancestors), \
     sizeof(ls_batch), offsetof(ls_batch, rows), offsetof(ls_batch, inputs), \
         offsetof(ls_batch, outputs), offsetof(ls_batch, chained), offsetof(ls_batch, tokens), \
-        offsetof(ls_batch, positions), offsetof(ls_batch, output_rows), \
-        offsetof(ls_batch, cosines), offsetof(ls_batch, sines), offsetof(ls_batch, input), \
-        offsetof(ls_batch, hidden), offsetof(ls_batch, logits), \
+        offsetof(ls_batch, positions), offsetof(ls_batch, given), \
+        offsetof(ls_batch, output_rows), offsetof(ls_batch, cosines), \
+        offsetof(ls_batch, sines), offsetof(ls_batch, input), offsetof(ls_batch, hidden), \
+        offsetof(ls_batch, logits), offsetof(ls_batch, layers), \
+        offsetof(ls_batch, layer_numbers), offsetof(ls_batch, layer_states), \
     sizeof(ls_heads), offsetof(ls_heads, heads), offsetof(ls_heads, blocks), \
         offsetof(ls_heads, width), offsetof(ls_heads, inner), offsetof(ls_heads, vocabulary), \
         offsetof(ls_heads, seen), offsetof(ls_heads, shared), offsetof(ls_heads, first), \

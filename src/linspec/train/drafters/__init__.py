@@ -1,0 +1,9 @@
+"""Drafters in training: one file for each kind, registered by name; `train_drafter` reads the names."""
+
+from __future__ import annotations
+
+from linspec.train.drafters import medusa
+from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
+from linspec.train.drafters.run import train_drafter
+
+__all__ = ["TRAININGS", "DrafterConfig", "DrafterTraining", "medusa", "train_drafter"]

@@ -1,0 +1,170 @@
+"""Train a drafter for a model: the model stays frozen, only the drafter learns.
+
+train_drafter("student", kind="medusa")     # into student/medusa
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.resolve import EMBEDDED
+from linspec.drafters.saved import CONFIG_FILE, save_drafter
+from linspec.drafters.trained import TrainedDrafter
+from linspec.errors import ConfigError
+from linspec.models.decoder import Decoder
+from linspec.train.data import (
+    Sources,
+    Windows,
+    check_sources,
+    end_of_text,
+    tokenize,
+    train_and_heldout,
+)
+from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining, check_length
+from linspec.train.drafters.states import StateCache, states_of
+from linspec.train.loop import BatchFn, Trainer, mean_loss
+from linspec.train.run import make_accelerator, training_run
+from linspec.utils.places import Place, as_path
+from linspec.utils.sizes import check_instance
+
+
+def train_drafter(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    kind: str = "medusa",
+    data: Sources = ("stdlib",),
+    field: str = "text",
+    config: DrafterConfig | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Train a drafter for a model, and measure it; returns its directory.
+
+    It is measured on text that training does not see. A run that was killed continues with the same call and
+    `resume`. A drafter that was in `out` before stays until the new one is complete.
+
+    Args:
+        model: a model directory or the name of a model.
+        out: None for MODEL/KIND, where the drafter of that name looks; else a directory that is new or empty.
+        kind: NAME or NAME:key=value,… of a kind that can be trained, such as 'medusa:heads=4'.
+        data: files, folders, 'stdlib' or data sets; see the page on use.
+        field: the entry of a `.jsonl` line that holds the text.
+        config: tokens and rates; None for the defaults of DrafterConfig.
+        resume: continue a run from its last saved state.
+        overwrite: replace a drafter that this function wrote to `out` before.
+
+    Raises:
+        ConfigError: a setting breaks a rule, or `out` may not be written.
+        CheckpointError: the model cannot be read, or the disk refuses.
+        InputError: the data cannot be read or hold too little text. These come before any long work.
+        TrainingError: the loss is not finite, or there is nothing to resume.
+    """
+    check_instance("config", config, DrafterConfig, none=True)
+    check_instance("field", field, str)
+    config = config or DrafterConfig()
+    training = TRAININGS.build(kind)
+    check_length(config.context, training.ahead, training.name)
+    data = check_sources(data)
+    place = _place(model, out, training.name, data, overwrite)
+    place.check(resume=resume)
+    target, tokenizer = load_model(model), load_tokenizer(model)
+    check_tokenizer(tokenizer, target.config)
+    plan = {
+        "target": fingerprint(target),
+        "kind": {"name": training.name, **asdict(training.options)},
+        "data": [str(d) for d in data],
+        "field": field,
+        "config": config.to_json(),
+    }
+    accelerator = make_accelerator()
+    with training_run(place, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:
+        if folder is not None:
+            eos = end_of_text(tokenizer, target.config)
+            train, heldout = (tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field))
+            check_length(min(len(train), len(heldout)) - 1, training.ahead, training.name)
+            target.to(accelerator.device).requires_grad_(False)
+            drafter, log = _train(training, target, train, config, folder, accelerator, resume)
+            if accelerator.is_main_process:
+                sizes = {"context": config.context, "tokens": config.calibration_tokens}
+                training.measure(drafter, heldout, **sizes)
+                facts = {"loss": round(mean_loss(log), 5), "tokens": log[-1]["tokens"]}
+                save_drafter(drafter, target, place, facts={"plan": plan, **facts})
+    return place.path
+
+
+def _place(
+    model: str | Path,
+    out: str | Path | None,
+    kind: str,
+    data: Sequence[str | Path],
+    overwrite: bool,
+) -> Place:
+    folder = resolve(model)
+    if out is None:
+        if str(model) in EMBEDDED:
+            raise ConfigError(f"{model} ships with linspec and cannot be written to; give --out")
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file, and heads need a directory; give --out")
+        out = folder / kind
+    elif Path(out).resolve() == folder.resolve():
+        raise ConfigError(
+            f"{out} is the model itself, and heads lie in a directory of their own; leave out --out "
+            f"and they go to {folder / kind}, where `--drafter {kind}` looks for them"
+        )
+    holders = (folder, *data)
+    return Place(as_path(out), "train-drafter", holders=holders, overwrite=overwrite)
+
+
+def _train(
+    training: DrafterTraining[Any],
+    target: Decoder,
+    stream: np.ndarray,
+    config: DrafterConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    resume: bool,
+) -> tuple[TrainedDrafter, list[dict[str, float]]]:
+    """The trained drafter and its log."""
+    layers = training.reads(target.config)
+    batches = _batches(target, stream, config, layers, folder, accelerator)
+    drafter = training.make(target, stream, config.seed).to(accelerator.device)
+    trainer = Trainer(
+        drafter,
+        lambda batch: training.loss(drafter, states_of(target, batch, layers)),
+        batches,
+        config.training(training.lr),
+        folder / "drafter",
+        label=f"train {training.name}",
+        accelerator=accelerator,
+    )
+    return drafter, trainer.run(resume=resume and trainer.has_state)
+
+
+def _batches(
+    target: Decoder,
+    stream: np.ndarray,
+    config: DrafterConfig,
+    layers: Sequence[int],
+    folder: Path,
+    accelerator: Accelerator,
+) -> BatchFn:
+    """What each step learns from: windows of ids, or of kept states where the text is read twice or more."""
+    size = StateCache.size_gb(stream, layers, target.config.width)
+    process = accelerator.process_index
+    if size <= config.cache_gb and config.tokens >= 2 * len(stream) > 2 * config.context:
+        cache = StateCache(target, stream, config.context, layers, folder / "states")
+        if accelerator.is_main_process:
+            cache.fill()
+        accelerator.wait_for_everyone()
+        return lambda step: cache.batch(step, config.rows, config.seed, process)
+    windows = Windows(stream, config.context, config.seed, process=process)
+    return lambda step: windows.batch(step, config.rows)
