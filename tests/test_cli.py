@@ -237,7 +237,8 @@ def test_info() -> None:
 
 def test_list() -> None:
     found = run_json("list")
-    assert set(found) == {"mixers", "drafters", "verifiers", "policies", "loops", "caches"}
+    axes = {"mixers", "drafters", "verifiers", "policies", "loops", "caches", "trainings"}
+    assert set(found) == axes
     for entries in found.values():
         assert all({"name", "paper", "summary"} <= set(entry) for entry in entries)
     names = {axis: [entry["name"] for entry in entries] for axis, entries in found.items()}

@@ -14,6 +14,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 Prompts = Sequence[Sequence[int]]
+# in the folder of an engine that reads such files
+GGUF_FILE = "model.gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class Peer(ABC):
     packages: tuple[str, ...]
     converters: tuple[str, ...] = ()
     formats: tuple[Format, ...]
+    # of a GGUF file that is taken as it is; not part of the comparison by shapes
+    of_files: tuple[Format, ...] = ()
 
     def why_not(self, *, convert: bool) -> str | None:
         """The reason why this engine cannot be used here, None if it can."""
@@ -76,7 +80,7 @@ class Peer(ABC):
 
     def format(self, name: str) -> Format:
         """The format of this name."""
-        return next(each for each in self.formats if each.name == name)
+        return next(each for each in (*self.formats, *self.of_files) if each.name == name)
 
     @abstractmethod
     def convert(self, source: Path, target: Path, form: Format) -> None:

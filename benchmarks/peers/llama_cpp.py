@@ -9,10 +9,9 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.base import Format, Peer, Prompts, Session, timed
+from benchmarks.peers.base import GGUF_FILE, Format, Peer, Prompts, Session, timed
 from benchmarks.peers.shapes import Shape
 
-_FILE = "model.gguf"
 # a matrix of ours under llama.cpp's name
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -48,11 +47,11 @@ class LlamaCpp(Peer):
     )
 
     def convert(self, source: Path, target: Path, form: Format) -> None:
-        write_gguf(source, target / _FILE, form.name.removesuffix("-fa"))
+        write_gguf(source, target / GGUF_FILE, form.name.removesuffix("-fa"))
 
     def load(self, folder: Path, form: Format, context: int, rows: int, threads: int) -> Session:
         flash = form.name.endswith("-fa")
-        return _Session(folder / _FILE, context, rows, threads, flash=flash)
+        return _Session(folder / GGUF_FILE, context, rows, threads, flash=flash)
 
 
 PEER = LlamaCpp()

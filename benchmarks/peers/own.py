@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.peers.base import Format, Peer, Prompts, Session, timed
+from benchmarks.peers.base import GGUF_FILE, Format, Peer, Prompts, Session, timed
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,11 @@ class Own(Peer):
         Format(name="int8-kv8", bits=8, weight_bytes=1, cache_bytes=1 + 4 / 64),
         Format(name="int4", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=4),
         Format(name="int4-kv8", bits=4, weight_bytes=0.5 + 2 / 32, cache_bytes=1 + 4 / 64),
+    )
+    # named for their caches; Q4_1 and Q8_0 hold about this
+    of_files = (
+        Format(name="file-float16", bits=4, weight_bytes=20 / 32, cache_bytes=2),
+        Format(name="file-int8", bits=4, weight_bytes=20 / 32, cache_bytes=1 + 4 / 64),
     )
 
     def mixer(self) -> MixerConfig | None:
@@ -69,6 +74,9 @@ class Own(Peer):
         from linspec.checkpoints.hub import load_model
 
         torch.set_num_threads(threads)
+        if form in self.of_files:
+            blocks = load_model(folder / GGUF_FILE, keep_blocks=True).to_inference()
+            return OwnSession(blocks, kv=form.name.removeprefix("file-"))
         inner = folder / "model"
         model = load_model(inner if inner.exists() else folder).to_inference()
         return OwnSession(model, kv="int8" if form.name.endswith("-kv8") else "float")
