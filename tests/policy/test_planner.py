@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from decisions import Table
 
+from linspec.decoding.sampling import Sampler, SamplingParams
+from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, chain
-from linspec.policies.acceptance import AcceptanceModel, expected_of
+from linspec.policies.acceptance import AcceptanceModel
 from linspec.policies.base import RoundTimes
 from linspec.policies.cost_model import CostModel
 from linspec.policies.costs import MEASURED_NODES, CostCurve, measure
@@ -120,9 +122,10 @@ def test_a_request_is_measured_against_what_its_drafter_expects() -> None:
 
 def test_confidences_of_a_drafter_count_along_the_paths() -> None:
     drafter = Table([0.9, 0.8, 0.7])
-    assert expected_of(chain([1, 2, 3]), drafter) == pytest.approx(1.7)
+    anyone = RunningSequence(1, Sampler(SamplingParams(), [1], 9), [1], 1)
+    assert drafter.score(anyone, chain([1, 2, 3])) == pytest.approx(1.7)
     sure = TokenTree((1, 2, 3, 4), (-1, 0, 1, 0), confidences=(1.0, 0.5, 0.5, 0.25))
-    assert expected_of(sure, drafter) == 0.5 + 0.25 + 0.25
+    assert drafter.score(anyone, sure) == 0.5 + 0.25 + 0.25
 
 
 def test_rounds_correct_what_was_measured() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.drafters import draft_model, lookup, medusa
+from linspec.drafters import draft_model, lookup, medusa, suffix
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
 from linspec.utils.messages import shown
@@ -16,6 +16,7 @@ __all__ = [
     "lookup",
     "make_drafter",
     "medusa",
+    "suffix",
 ]
 
 

@@ -69,9 +69,12 @@ class Drafter(ABC):
     Attributes:
         name: under which it is registered.
         max_nodes: most draft nodes of one of its trees.
+        model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
+            and its trees are verified where their score beats what the other drafters expect.
     """
 
     name: ClassVar[str]
+    model_free: ClassVar[bool] = False
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
     # the target's hidden states that it reads in `sequence.hidden`
@@ -98,6 +101,18 @@ class Drafter(ABC):
     @abstractmethod
     def expected(self, budget: Budget) -> float:
         """The number of draft tokens that a tree within `budget` will have accepted, in the mean."""
+
+    def score(self, sequence: RunningSequence, tree: TokenTree) -> float:
+        """The number of draft tokens of `tree`, its own proposal, that will be accepted, in the mean.
+
+        By the confidences of the tree if it has any, else what the drafter expects of one of that size.
+        """
+        if tree.confidences is None:
+            return self.expected(Budget(len(tree) - 1, tree.shape.deepest))
+        reached: list[float] = []
+        for parent, confidence in zip(tree.parents, tree.confidences, strict=True):
+            reached.append(confidence * reached[parent] if reached else 1.0)
+        return sum(reached[1:])
 
     def started(self, sequence: RunningSequence) -> None:
         """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet."""

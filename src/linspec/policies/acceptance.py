@@ -9,21 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linspec.decoding.tree import Budget, TokenTree
-from linspec.drafters.base import Drafter
-
 _FORGET = 0.9
 _PRIOR = 1.0
-
-
-def expected_of(tree: TokenTree, drafter: Drafter) -> float:
-    """Draft tokens of `tree` that its drafter expects to be accepted, by its confidences if it has any."""
-    if tree.confidences is None:
-        return drafter.expected(Budget(len(tree) - 1, tree.shape.deepest))
-    reached: list[float] = []
-    for parent, confidence in zip(tree.parents, tree.confidences, strict=True):
-        reached.append(confidence * reached[parent] if reached else 1.0)
-    return sum(reached[1:])
 
 
 @dataclass(slots=True)

@@ -21,7 +21,6 @@ from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.prompt_logprobs import refuse_source, score_prompt
 from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
-from linspec.policies.acceptance import expected_of
 from linspec.policies.base import RoundTimes
 from linspec.utils.isolation import isolated
 
@@ -119,7 +118,7 @@ class Autoregressive(GenerationLoop):
         self.target.state.commit(sequence.slot, path)
         sequence.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
-            expected = expected_of(tree, self.drafter)
+            expected = self.drafter.score(sequence, tree)
             self.policy.observe(sequence, len(tree) - 1, len(path) - 1, expected)
             end = tokens_end(sequence)
             self.drafter.observe(sequence, tree, path)
