@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.drafters import draft_model, lookup, medusa, suffix
+from linspec.drafters import aded, draft_model, lookup, medusa, suffix
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
 from linspec.utils.messages import shown
@@ -12,6 +12,7 @@ __all__ = [
     "ChainDrafter",
     "Drafter",
     "DrafterContext",
+    "aded",
     "draft_model",
     "lookup",
     "make_drafter",
