@@ -14,11 +14,14 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
+from linspec.drafters.aded import Aded
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel, Student
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
+from linspec.drafters.mixed import Mixed
+from linspec.drafters.suffix import Suffix
 from linspec.engine.engine import Engine
 from linspec.errors import ContextOverflow, InputError
 from linspec.models.decoder import Decoder
@@ -74,6 +77,9 @@ DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
     ),
     "medusa": random_heads,
     "random": RandomTrees,
+    "suffix": lambda model: Suffix(),
+    "aded": lambda model: Aded(),
+    "mix": lambda model: Mixed([Suffix(), random_heads(model)]),
 }
 
 

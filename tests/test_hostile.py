@@ -18,9 +18,12 @@ from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput, StepOutput
 from linspec.decoding.tree import Budget, TokenTree, chain
+from linspec.drafters.aded import Aded
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.lookup import LookupOptions, PromptLookup
+from linspec.drafters.mixed import Mixed
+from linspec.drafters.suffix import Suffix
 from linspec.engine.engine import Engine
 from linspec.errors import DrafterError, InputError
 from linspec.models.decoder import Decoder
@@ -172,6 +175,7 @@ DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
     "itself": lambda model: DraftModel(model, model.config, SLOTS),
     "medusa": random_heads,
     "random": RandomTrees,
+    "mix": lambda model: Mixed([Suffix(), DraftModel(model, model.config, SLOTS), Aded()]),
 }
 PROMPTS = [random_tokens(n, seed=n) for n in (1, 4, 9, 21)]
 

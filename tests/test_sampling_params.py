@@ -25,11 +25,14 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree, from_paths
+from linspec.drafters.aded import Aded
 from linspec.drafters.base import Drafter
 from linspec.drafters.draft_model import DraftModel
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.drafters.medusa import Medusa
+from linspec.drafters.mixed import Mixed
+from linspec.drafters.suffix import Suffix
 from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, InputError, NotFinite, WrongType
 from linspec.llm import LLM
@@ -113,6 +116,9 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
     # the model itself: most of its drafts come true
     "draft-model": lambda: DraftModel(model(), model().config, SLOTS),
     "other-draft-model": lambda: DraftModel(other(), model().config, SLOTS),
+    "suffix": Suffix,
+    "aded": Aded,
+    "mix": lambda: Mixed([Suffix(), heads()]),
 }
 
 

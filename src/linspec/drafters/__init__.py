@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.drafters import aded, draft_model, lookup, medusa, suffix
+from linspec.drafters import aded, auto, draft_model, lookup, medusa, mixed, suffix
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
 from linspec.utils.messages import shown
@@ -13,19 +13,21 @@ __all__ = [
     "Drafter",
     "DrafterContext",
     "aded",
+    "auto",
     "draft_model",
     "lookup",
     "make_drafter",
     "medusa",
+    "mixed",
     "suffix",
 ]
 
 
 def make_drafter(drafter: str | Drafter, context: DrafterContext) -> Drafter | None:
-    """The drafter that NAME or NAME:key=value,… stands for; None for 'none'.
+    """The drafter that NAME or NAME:key=value,… stands for, or several of these with + between them.
 
-    The target stays as it is. Raises ConfigError for unknown names and settings, DrafterError for a
-    misfit.
+    None for 'none'. The target stays as it is. Raises ConfigError for unknown names and settings,
+    DrafterError for a misfit.
     """
     if isinstance(drafter, Drafter):
         return drafter

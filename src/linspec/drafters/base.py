@@ -70,7 +70,7 @@ class Drafter(ABC):
         name: under which it is registered.
         max_nodes: most draft nodes of one of its trees.
         model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
-            and its trees are verified where their score beats what the other drafters expect.
+            and its tree is verified where `score` says more of it than the other drafters expect.
     """
 
     name: ClassVar[str]
@@ -82,6 +82,11 @@ class Drafter(ABC):
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         """Keep nothing; a drafter keeps what it needs of them."""
+
+    @classmethod
+    def at_hand(cls, context: DrafterContext) -> bool:
+        """Whether what it needs was trained for this model and is found by its name alone: see `auto`."""
+        return False
 
     @abstractmethod
     def propose(
@@ -235,6 +240,6 @@ class ChainDrafter(Drafter):
 
 
 DRAFTERS: Registry[Drafter] = Registry(
-    "drafter", "linspec.drafters", beside=("none",), base=Drafter
+    "drafter", "linspec.drafters", beside=("none",), base=Drafter, joined="mixed"
 )
 """The registry of drafters. Packages add to it by entry points of the group `linspec.drafters`."""

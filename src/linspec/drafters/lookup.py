@@ -43,6 +43,8 @@ class PromptLookup(ChainDrafter):
     at any context.
     """
 
+    model_free = True
+
     def __init__(
         self, context: DrafterContext | None = None, options: LookupOptions | None = None
     ) -> None:

@@ -109,16 +109,25 @@ def _text(value: object) -> str:
 
 def parse_options(options: type[Any], settings: str | None, axis: str, name: str) -> Any:
     """The options that the settings of a spec give; raises ConfigError that names the plug-in."""
-    who = f"{axis} {name!r}"
-    given = dict(_given(options, settings, who))
+    spec = name if settings is None else f"{name}:{settings}"
+    given = dict(_given(options, settings, f"{axis} {name!r}"))
     for each in settings_of(options):
         if each.default is None and each.name not in given:
             way = each.name.upper() if each.short else f"{each.name}=VALUE"
-            raise ConfigError(f"{who} needs {each.name}, {each.help}: {name}:{way}")
+            raise ConfigError(f"{axis} {name!r} needs {each.name}, {each.help}: {name}:{way}")
+    return _made(options, given, axis, spec)
+
+
+def short_options(options: type[Any], value: str, axis: str, spec: str) -> Any:
+    """The options whose short field has the text `value` as it stands, with its commas and colons."""
+    short = next(each.name for each in settings_of(options) if each.short)
+    return _made(options, {short: value.removeprefix(f"{short}=")}, axis, spec)
+
+
+def _made(options: type[Any], given: Mapping[str, Any], axis: str, spec: str) -> Any:
     try:
         return options(**given)
     except ValueError as error:
-        spec = name if settings is None else f"{name}:{settings}"
         raise ConfigError(f"{axis} {shown(repr(spec))}: {error}") from error
 
 

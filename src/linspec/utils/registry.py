@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from linspec.errors import ConfigError, WrongType
 from linspec.utils.messages import did_you_mean, shown
-from linspec.utils.options import Setting, parse_options, read_spec, settings_of
+from linspec.utils.options import Setting, parse_options, read_spec, settings_of, short_options
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ class Registry(Generic[T]):
         beside: names that users write for no plug-in, such as 'none'.
         options: the options class of plug-ins that are registered without one.
         base: the class that plug-ins derive from; None for no such class.
+        joined: the plug-in that specs with + between them stand for; its short option has them all.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Registry(Generic[T]):
         beside: Sequence[str] = (),
         options: type[Any] | None = None,
         base: type[Any] | None = None,
+        joined: str | None = None,
     ) -> None:
         self.axis, self.group, self.beside, self.options = axis, group, tuple(beside), options
-        self.base = base
+        self.base, self.joined = base, joined
         self._entries: dict[str, Entry[T]] = {}
         self._broken: dict[str, str] = {}
         # entry points that were loaded, or tried
@@ -95,8 +97,11 @@ class Registry(Generic[T]):
         """
         if name in self._entries or name in self.beside:
             raise ConfigError(f"{self.axis} {name!r} is registered twice")
-        if not name or set(name) & set(":, \t\n"):
-            raise ConfigError(f"{self.axis} {name!r}: a name is one word without colons and commas")
+        if not name or set(name) & set(":, \t\n" if self.joined is None else ":,+ \t\n"):
+            raise ConfigError(
+                f"{self.axis} {name!r}: a name is one word without colons and commas"
+                + (", and without +" if self.joined is not None else "")
+            )
         options = options or self.options
         settings_of(options or NoOptions)
 
@@ -158,10 +163,31 @@ class Registry(Generic[T]):
                 "`linspec list`"
             )
         name, settings = read_spec(spec)
+        if self.joined is not None and len(self.parts(spec)) > 1:
+            name, settings = self.joined, spec
         if name in self.beside and settings is not None:
             raise ConfigError(f"{self.axis} {name!r} takes no options; leave them out")
         entry = self.entry(name)
+        if name == self.joined and entry.options is not None and settings:
+            return entry, short_options(entry.options, settings, self.axis, spec)
         return entry, parse_options(entry.options or NoOptions, settings, self.axis, name)
+
+    def parts(self, spec: str) -> list[str]:
+        """The specs that `spec` joins by +, or itself alone.
+
+        Options may hold a + too: behind a colon, another spec begins where a known name follows the +.
+        """
+        if read_spec(spec)[0] == self.joined:
+            return [spec]
+        first, *rest = spec.split("+")
+        found = [first]
+        for part in rest:
+            name, _ = read_spec(part)
+            if ":" not in found[-1] or name in self or name in self.beside:
+                found.append(part)
+            else:
+                found[-1] += f"+{part}"
+        return found
 
     def forget(self, name: str) -> None:
         """Remove `name`, for plug-ins that exist only for a while, such as those of a test."""
