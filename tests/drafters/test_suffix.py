@@ -18,6 +18,7 @@ from test_engine import PROMPTS, decode, outputs
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.tree import Budget
 from linspec.drafters import DrafterContext, make_drafter
+from linspec.drafters.aded import Aded
 from linspec.drafters.lookup import PromptLookup
 from linspec.drafters.occurrences import SIZES, Occurrences
 from linspec.drafters.suffix import Suffix, SuffixOptions
@@ -252,6 +253,19 @@ def test_outputs_of_requests_that_still_run_are_drafted_from() -> None:
     drafter.propose([first], [Budget.of(1)])
     (tree,) = drafter.propose([second], [Budget.of(6)])
     assert list(tree.tokens[1:]) == text[10:16]
+
+
+@pytest.mark.parametrize("kind", [Suffix, Aded])
+def test_a_sequence_that_another_engine_left_is_not_taken_for_a_new_one(
+    kind: type[Suffix] | type[Aded],
+) -> None:
+    drafter, text = kind(), random_tokens(12, seed=2)
+    left, new = running(random_tokens(50, seed=1)), running(text * 3)
+    new.number = left.number
+    drafter.started(left)
+    drafter.started(new)
+    (tree,) = drafter.propose([new], [Budget.of(4)])
+    assert tree.tokens[1] == text[0]
 
 
 @pytest.mark.parametrize(

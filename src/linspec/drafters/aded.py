@@ -85,6 +85,8 @@ class Aded(CountingDrafter):
         return made
 
     def started(self, sequence: RunningSequence) -> None:
+        # another engine may have left a sequence of this number
+        self._learned.pop(sequence.number, None)
         self._learn(sequence)
 
     def _learn(self, sequence: RunningSequence) -> None:

@@ -6,7 +6,7 @@
     texts.matches([5, 6], 2)     # one place: 7 follows
 
 A suffix tree of depth D keeps up to D nodes for each token. This keeps the ends of n-grams of three sizes and
-compares backwards from there, so a token costs three entries, about 350 bytes, at any D. A text is removed
+compares backwards from there, so a token costs three entries, about 300 bytes, at any D. A text is removed
 without a trace: what is counted is what occurs in the texts that are left.
 """
 

@@ -36,7 +36,7 @@ class SuffixOptions:
     tokens: int = option("most draft tokens of a round", default=MAX_NODES)
     votes: int = option("newest places of a match that are counted", default=32)
     requests: int = option("finished requests whose outputs are kept; 0 keeps none", default=10_000)
-    memory: int = option("most tokens of these outputs, about 350 bytes each", default=200_000)
+    memory: int = option("most tokens of these outputs, about 300 bytes each", default=200_000)
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -102,6 +102,8 @@ class Suffix(CountingDrafter):
         return Occurrences(self.options.depth, self.options.votes)
 
     def started(self, sequence: RunningSequence) -> None:
+        # another engine may have left a sequence of this number
+        self._close(sequence.number)
         self._read(sequence)
 
     def _read(self, sequence: RunningSequence) -> _Own:
@@ -168,9 +170,13 @@ class Suffix(CountingDrafter):
 
     def finished(self, sequence: RunningSequence) -> None:
         super().finished(sequence)
-        own = self._read(sequence)
-        del self._own[sequence.number]
-        if own.output:
+        self._read(sequence)
+        self._close(sequence.number)
+
+    def _close(self, number: int) -> None:
+        """Keep the output of a sequence that has ended, and forget the oldest ones if they are too many."""
+        own = self._own.pop(number, None)
+        if own is not None and own.output:
             self._kept.append(own.output)
         while self._kept and (
             len(self._kept) > self.options.requests or self._outputs.tokens > self.options.memory
