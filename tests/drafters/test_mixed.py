@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import model_dir, text_model
 from helpers import VOCAB, full_logits, random_tokens, tiny_model
-from replay import agent_log, per_round, replay, running
+from replay import accepted, agent_log, per_round, replay, running
 from scipy.stats import chisquare
 from test_engine import PROMPTS, decode, outputs, random_heads
 
@@ -175,6 +175,29 @@ def test_promises_that_are_not_kept_are_believed_less() -> None:
     assert mix.expected(Budget.of(3)) < 2.5
 
 
+def test_memory_that_was_not_asked_is_chosen_once_it_would_have_been_right() -> None:
+    """A sequence begins to repeat itself, while the model goes on to have one token accepted a round."""
+
+    class OneRight(Told):
+        def draft(self, rows: Sequence[RunningSequence], lengths: Sequence[int]) -> list[list[int]]:
+            return [
+                [row.root, *[99] * (length - 1)] for row, length in zip(rows, lengths, strict=True)
+            ]
+
+    memory, model = Told(0.5, free=True), OneRight(1.0)
+    mix, row = Mixed([memory, model]), running([1, 2])
+    found = []
+    for _ in range(10):
+        (tree,) = mix.propose([row], [Budget.of(3)])
+        path = accepted(tree, [row.root] * 4)
+        mix.observe(row, tree, path)
+        row.tokens += [row.root] * len(path)
+        found.append(len(path) - 1)
+    assert found[0] == 1 and found[-1] == 3
+    # and nobody heard of trees that were not verified
+    assert len(memory.heard) + len(model.heard) == 10
+
+
 def test_each_sequence_of_a_round_has_its_own_drafter() -> None:
     text = random_tokens(30, seed=4)
     suffix = Suffix()
@@ -190,7 +213,7 @@ def test_each_sequence_of_a_round_has_its_own_drafter() -> None:
 def test_a_draft_model_that_was_skipped_catches_up() -> None:
     """It is the target itself, so whatever it drafts comes true: nothing that it missed is missing."""
     model = tiny_model("aug")
-    accepted: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
 
     class Moody(DraftModel):
         """Drafts in every second round or so."""
@@ -199,15 +222,15 @@ def test_a_draft_model_that_was_skipped_catches_up() -> None:
             return rng.choice((0.0, 9.0))
 
         def observe(self, row: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
-            accepted.append((len(tree), len(path)))
+            sizes.append((len(tree), len(path)))
             super().observe(row, tree, path)
 
     rng, text = random.Random(1), random_tokens(12, seed=1)
     mix = Mixed([Suffix(), Moody(model, model.config, SLOTS)])
     prompts = [text * 3, text[:5], text * 2]
     rows = decode(model, prompts, SamplingParams(max_tokens=60), mix, policy=Fixed(4))
-    assert accepted and all(tree == path for tree, path in accepted)
-    assert sum(row.stats.rounds for row in rows) > len(accepted) + 10
+    assert sizes and all(tree == path for tree, path in sizes)
+    assert sum(row.stats.rounds for row in rows) > len(sizes) + 10
     assert outputs(rows) == outputs(decode(model, prompts, SamplingParams(max_tokens=60)))
 
 

@@ -4,7 +4,8 @@
 
 Drafters without a model draft in every round, because that costs next to nothing. If the best of their trees
 scores as high as what the others expect, it is verified; otherwise the best of the others drafts (the hybrid
-rule of SuffixDecoding, Oliaro et al. 2024). What a drafter promises is corrected by what it brought.
+rule of SuffixDecoding, Oliaro et al. 2024). What a drafter promises is corrected by what it brought;
+of trees without a model those count too that were not verified.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Part:
         check_answers("drafter", self.drafter, trees, len(sequences), "a TokenTree")
         return trees
 
+    def learn(self, sequence: RunningSequence, tree: TokenTree, accepted: int) -> None:
+        """Learn what a tree of its own brought."""
+        self.record.began(sequence.number)
+        self.record.observe(sequence.number, accepted, self.drafter.score(sequence, tree))
+
 
 @dataclass(slots=True)
 class _Choice:
@@ -100,6 +106,8 @@ class Mixed(Drafter):
         self._others = [part for part in self.parts if not part.drafter.model_free]
         # who drafted for each sequence
         self._chosen: dict[int, Part] = {}
+        # what was drafted without a model and was not verified, when the sequence had so many tokens
+        self._passed: dict[int, tuple[int, list[tuple[Part, TokenTree]]]] = {}
 
     @classmethod
     def build(cls, context: DrafterContext, options: MixedOptions) -> Self:
@@ -111,10 +119,13 @@ class Mixed(Drafter):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
+        for sequence in sequences:
+            self._look_back(sequence)
         best = [_Choice(root_only(sequence.root)) for sequence in sequences]
         for part in self._free:
             for i, tree in enumerate(part.trees(sequences, budgets)):
                 promised = self._promised(part, sequences[i], tree)
+                self._passed[sequences[i].number][1].append((part, tree))
                 if promised > best[i].promised:
                     best[i] = _Choice(tree, part, promised)
         for part, numbers in self._called(sequences, budgets, best).items():
@@ -127,6 +138,17 @@ class Mixed(Drafter):
             if choice.part is not None:
                 self._chosen[sequence.number] = choice.part
         return [choice.tree for choice in best]
+
+    def _look_back(self, sequence: RunningSequence) -> None:
+        """Learn from the trees that were not verified: what followed says how good they were."""
+        length, passed = self._passed.pop(sequence.number, (0, []))
+        followed = sequence.tokens[length:]
+        for part, tree in passed if followed else ():
+            # of the rest of the tree nothing is known
+            known = _as_deep(tree, len(followed))
+            if len(known) > 1:
+                part.learn(sequence, known, _accepted(known, followed))
+        self._passed[sequence.number] = len(sequence.tokens), []
 
     def _promised(self, part: Part, sequence: RunningSequence, tree: TokenTree) -> float:
         """What a tree that was drafted without a model is worth."""
@@ -168,9 +190,9 @@ class Mixed(Drafter):
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         part = self._chosen[sequence.number]
-        part.ratio(sequence)
-        promised = part.drafter.score(sequence, tree)
-        part.record.observe(sequence.number, len(path) - 1, promised)
+        part.learn(sequence, tree, len(path) - 1)
+        length, passed = self._passed[sequence.number]
+        self._passed[sequence.number] = length, [each for each in passed if each[0] is not part]
         for each in self.parts:
             each.share = _FORGET * each.share + (1 - _FORGET) * (each is part)
         part.drafter.observe(sequence, tree, path)
@@ -180,9 +202,35 @@ class Mixed(Drafter):
 
     def finished(self, sequence: RunningSequence) -> None:
         self._chosen.pop(sequence.number, None)
+        self._passed.pop(sequence.number, None)
         for part in self.parts:
             part.record.release(sequence.number)
         _each([part.drafter.finished for part in self.parts], sequence)
+
+
+def _as_deep(tree: TokenTree, depth: int) -> TokenTree:
+    """The nodes of a tree down to `depth`."""
+    if tree.shape.deepest <= depth:
+        return tree
+    kept = [node for node, at in enumerate(tree.depths) if at <= depth]
+    places = {node: place for place, node in enumerate(kept)} | {-1: -1}
+    sure = tree.confidences
+    return TokenTree(
+        tuple(tree.tokens[node] for node in kept),
+        tuple(places[tree.parents[node]] for node in kept),
+        confidences=None if sure is None else tuple(sure[node] for node in kept),
+    )
+
+
+def _accepted(tree: TokenTree, followed: Sequence[int]) -> int:
+    """How many tokens of a tree are those that followed."""
+    node, count = 0, 0
+    for token in followed:
+        found = [child for child in tree.children[node] if tree.tokens[child] == token]
+        if not found:
+            break
+        node, count = found[0], count + 1
+    return count
 
 
 def _each(hooks: Sequence[Callable[[RunningSequence], Any]], sequence: RunningSequence) -> None:
