@@ -61,7 +61,7 @@ class LLM:
             linspec. A loaded model becomes its inference form, in place.
         tokenizer: needed with a loaded model; None takes that of the directory.
         drafter: 'none', a spec of `linspec list` such as 'prompt-lookup:max_ngram=3', or a Drafter.
-        verifier: 'lossless', 'greedy', 'typical' (lossy), a spec or a Verifier.
+        verifier: 'lossless', 'block', 'greedy', 'typical' (lossy), a spec or a Verifier.
         policy: 'auto', a fixed number of draft nodes, a spec or a Policy.
         max_batch: most sequences that run at once.
         prefill_tokens: most prompt tokens of one step.

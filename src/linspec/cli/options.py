@@ -79,7 +79,7 @@ Seed = Annotated[
     ),
 ]
 PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens, 0..63.")]
-VerifierName = Annotated[str, typer.Option(help="lossless, greedy or typical (lossy).")]
+VerifierName = Annotated[str, typer.Option(help="lossless, block, greedy or typical (lossy).")]
 Data = Annotated[
     list[str] | None,
     typer.Option(

@@ -6,6 +6,7 @@ from linspec.decoding.accepted import Accepted, TokenLogprob
 from linspec.errors import WrongType
 from linspec.utils.messages import shown
 from linspec.verifiers.base import VERIFIERS, Verifier
+from linspec.verifiers.block import BlockVerifier
 from linspec.verifiers.greedy import GreedyVerifier
 from linspec.verifiers.lossless import LosslessVerifier
 from linspec.verifiers.typical import TypicalOptions, TypicalVerifier
@@ -13,6 +14,7 @@ from linspec.verifiers.typical import TypicalOptions, TypicalVerifier
 __all__ = [
     "VERIFIERS",
     "Accepted",
+    "BlockVerifier",
     "GreedyVerifier",
     "LosslessVerifier",
     "TokenLogprob",
