@@ -79,6 +79,7 @@ Seed = Annotated[
     ),
 ]
 PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens, 0..63.")]
+LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
 VerifierName = Annotated[str, typer.Option(help="lossless, block, greedy or typical (lossy).")]
 Data = Annotated[
     list[str] | None,
@@ -136,6 +137,7 @@ class Decoding:
     drafter: DrafterName = "none"
     policy: PolicyName = "auto"
     verifier: VerifierName = "lossless"
+    loop: LoopName = "auto"
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -147,6 +149,7 @@ class Decoding:
             "drafter": self.drafter,
             "policy": self.policy,
             "verifier": self.verifier,
+            "loop": self.loop,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,

@@ -89,11 +89,12 @@ class Engine:
     def add(self, request: Request, handle: int | None = None) -> int:
         """Queue a request; returns its handle, the number that its sequences carry as `request`.
 
-        handle: from `reserve`, once; None takes a new one. Raises what `Limits.fitted` raises, InputError for
-        foreign token ids, and StateError for a handle that was not reserved or has its request. If this is
-        interrupted, nothing is queued.
+        handle: from `reserve`, once; None takes a new one. Raises what `Limits.fitted` and the loop's
+        `check_request` raise, InputError for foreign token ids, and StateError for a handle that was not
+        reserved or has its request. If this is interrupted, nothing is queued.
         """
         request = self.limits.fitted(request)
+        self.loop.check_request(request)
         config = self.model.config
         # made here, so that foreign tokens are refused now and not when a slot is free
         samplers = [

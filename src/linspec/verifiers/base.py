@@ -108,6 +108,11 @@ def check_logits(tree: TokenTree, logits: Tensor) -> None:
             f"verifying a tree of {len(tree)} nodes needs logits [{len(tree)}, vocab], "
             f"got {list(logits.shape)}"
         )
+    check_finite(logits)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise NotFinite for NaN or infinity in a row of logits [N, V]; single tokens may be banned."""
     # the largest of a row is not finite where any is NaN or infinite, and where all are -infinity
     if not all(map(math.isfinite, logits.amax(-1).tolist())):
         raise NotFinite("the scores of the next token")

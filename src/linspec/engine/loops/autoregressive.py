@@ -18,7 +18,7 @@ from linspec.decoding.step import FINAL, LOGITS, StepInput
 from linspec.decoding.target import NodeOutput
 from linspec.decoding.tree import TokenTree, root_only
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
-from linspec.engine.prompt_logprobs import refuse_source, score_prompt
+from linspec.engine.loops.prompt import keep_piece, open_prompt, prompt_piece
 from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
 from linspec.policies.base import RoundTimes
@@ -53,13 +53,7 @@ class Autoregressive(GenerationLoop):
         self.kept = (FINAL, *self.want.inner)
 
     def started(self, sequence: RunningSequence) -> None:
-        model, state = self.target.model, self.target.state
-        fed, source = model.open(sequence.tokens, sequence.slot, state)
-        sequence.tokens, sequence.prompt_length, sequence.source = fed, len(fed), source
-        if source:
-            # penalties are about the output and what it goes on from; a source is neither
-            sequence.sampler = sequence.sampler.restarted(fed)
-            refuse_source(sequence)
+        open_prompt(self.target, sequence)
         if self.drafter is not None:
             end = tokens_end(sequence)
             self.drafter.started(sequence)
@@ -94,7 +88,7 @@ class Autoregressive(GenerationLoop):
                 failures.append(Outcome.failure(sequence, tree))
             else:
                 parts.append(_Part(sequence, StepInput.tree(sequence.slot, tree), tree))
-        parts += [_Part(each, _prompt_piece(each, n), None) for each, n in batch.prefilling]
+        parts += [_Part(each, prompt_piece(each, n), None) for each, n in batch.prefilling]
         return parts, failures
 
     def _step(self, parts: Sequence[_Part]) -> list[NodeOutput]:
@@ -135,10 +129,7 @@ class Autoregressive(GenerationLoop):
 
     def _read(self, sequence: RunningSequence, count: int, output: NodeOutput) -> list[Outcome]:
         """A piece of `count` prompt tokens is committed; the last piece emits the first token."""
-        self.target.state.commit(sequence.slot, range(count))
-        if sequence.params.prompt_logprobs is not None:
-            score_prompt(sequence, output.logits)
-        sequence.prefilled += count
+        keep_piece(self.target, sequence, count, output)
         sequence.append_hidden({n: output.hidden[n] for n in self.kept})
         if sequence.prefilling:
             return []
@@ -193,10 +184,3 @@ class Autoregressive(GenerationLoop):
         finally:
             if self.policy is not None:
                 self.policy.release(sequence.slot)
-
-
-def _prompt_piece(sequence: RunningSequence, count: int) -> StepInput:
-    piece = slice(sequence.prefilled, sequence.prefilled + count)
-    given = None if sequence.embeddings is None else sequence.embeddings[piece]
-    every = sequence.params.prompt_logprobs is not None
-    return StepInput(sequence.slot, sequence.tokens[piece], all_logits=every, embeddings=given)

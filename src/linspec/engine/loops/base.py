@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import Drafter
@@ -54,6 +55,9 @@ class GenerationLoop(ABC):
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         self.target = context.target
+
+    def check_request(self, request: Request) -> None:
+        """Raise ConfigError for a request that this loop cannot serve; asked before it is queued."""
 
     @abstractmethod
     def started(self, sequence: RunningSequence) -> None:
