@@ -7,9 +7,11 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from linspec.decoding.step import StepInput
 from linspec.decoding.target import NodeOutput, Target
@@ -62,6 +64,10 @@ class BeamStates:
                 index[edge] = len(index)
         return outputs
 
+    def staged(self, slot: int) -> int:
+        """How many nodes `slot` has staged."""
+        return len(self._staged[slot])
+
     def settle(
         self, sequence_slot: int, children: Sequence[tuple[int, Sequence[int]]]
     ) -> list[int]:
@@ -110,3 +116,31 @@ class BeamStates:
         """The sequence has ended."""
         for slot in self.group(sequence_slot):
             self.drop(slot)
+
+
+class Forest:
+    """New nodes of any slots, collected for one step; several paths of a slot share what they begin with."""
+
+    def __init__(self, states: BeamStates) -> None:
+        self.states = states
+        self._new: dict[int, tuple[list[int], list[int]]] = {}
+
+    def add(self, slot: int, tokens: Sequence[int], parent: int = -1) -> int:
+        """Add a chain behind the staged node `parent` of `slot`; returns the number of its last node."""
+        mine, parents = self._new.setdefault(slot, ([], []))
+        for token in tokens:
+            mine.append(token)
+            parents.append(parent)
+            parent = self.states.staged(slot) + len(mine) - 1
+        return parent
+
+    def step(self) -> Mapping[tuple[int, int], Tensor]:
+        """Stage all of them; the logits [V] behind each, by slot and node."""
+        first = {slot: self.states.staged(slot) for slot in self._new}
+        new = [NewNodes(slot, *nodes) for slot, nodes in self._new.items()]
+        outputs = self.states.step(new)
+        return {
+            (each.slot, first[each.slot] + node): row
+            for each, output in zip(new, outputs, strict=True)
+            for node, row in enumerate(output.logits)
+        }
