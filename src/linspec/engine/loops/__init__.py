@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.engine.loops import autoregressive, beam, dsbd
+from linspec.engine.loops import autoregressive, beam, dsbd, mirror
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 
-__all__ = ["LOOPS", "GenerationLoop", "LoopContext", "autoregressive", "beam", "dsbd"]
+__all__ = ["LOOPS", "GenerationLoop", "LoopContext", "autoregressive", "beam", "dsbd", "mirror"]

@@ -28,7 +28,7 @@ _log = logging.getLogger("linspec")
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
     """What one sequence has in a step: a tree that is verified, or (None) a piece of its prompt."""
 
     sequence: RunningSequence
@@ -80,21 +80,21 @@ class Autoregressive(GenerationLoop):
 
     def _parts(
         self, batch: Batch, trees: Sequence[TokenTree | Exception]
-    ) -> tuple[list[_Part], list[Outcome]]:
+    ) -> tuple[list[Part], list[Outcome]]:
         """What the sequences have in the step, and the failures of those that have nothing."""
         parts, failures = [], []
         for sequence, tree in zip(batch.decoding, trees, strict=True):
             if isinstance(tree, Exception):
                 failures.append(Outcome.failure(sequence, tree))
             else:
-                parts.append(_Part(sequence, StepInput.tree(sequence.slot, tree), tree))
-        parts += [_Part(each, prompt_piece(each, n), None) for each, n in batch.prefilling]
+                parts.append(Part(sequence, StepInput.tree(sequence.slot, tree), tree))
+        parts += [Part(each, prompt_piece(each, n), None) for each, n in batch.prefilling]
         return parts, failures
 
-    def _step(self, parts: Sequence[_Part]) -> list[NodeOutput]:
+    def _step(self, parts: Sequence[Part]) -> list[NodeOutput]:
         return self.target.step([part.given for part in parts], want=self.want)
 
-    def _judged(self, part: _Part, output: NodeOutput | Exception) -> list[Outcome]:
+    def _judged(self, part: Part, output: NodeOutput | Exception) -> list[Outcome]:
         """What a part of a step has brought its sequence: tokens, nothing yet, or an error."""
         sequence = part.sequence
         try:
@@ -155,7 +155,7 @@ class Autoregressive(GenerationLoop):
     def _account(
         self,
         batch: Batch,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         outcomes: Sequence[Outcome],
         times: tuple[float, float, float, float],
     ) -> None:

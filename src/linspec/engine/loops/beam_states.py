@@ -29,14 +29,15 @@ class NewNodes:
 class BeamStates:
     """`width` slots for each sequence of an engine; those of sequence slot s are `group(s)`.
 
-    target: a model with a state of as many slots as all groups have together.
+    target: a model with a state of as many slots as all groups have together. fed: how many tokens each slot
+    has committed, counted from where the texts of `settle` begin.
     """
 
     def __init__(self, target: Target, width: int) -> None:
         self.target, self.width = target, width
         slots = target.state.slots
-        # output tokens that each slot has committed, and its staged nodes by parent and token
         self.fed = [0] * slots
+        # the staged nodes of each slot, by parent and token
         self._staged: list[dict[tuple[int, int], int]] = [{} for _ in range(slots)]
 
     def group(self, sequence_slot: int) -> range:
@@ -49,6 +50,15 @@ class BeamStates:
         self.target.state.restore(slot, prompt)
         self.fed[slot], self._staged[slot] = 0, {}
         return slot
+
+    def catch_up(self, missing: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Read and commit tokens of any number; of the slots, nothing may be staged."""
+        if not missing:
+            return
+        self.target.step([StepInput(slot, tokens, all_logits=False) for slot, tokens in missing])
+        for slot, tokens in missing:
+            self.target.state.commit(slot, range(len(tokens)))
+            self.fed[slot] += len(tokens)
 
     def step(self, new: Sequence[NewNodes]) -> list[NodeOutput]:
         """Stage nodes of different slots; outputs in their order. If it raises, nothing is staged there."""
@@ -68,12 +78,22 @@ class BeamStates:
         """How many nodes `slot` has staged."""
         return len(self._staged[slot])
 
+    def follow(self, slot: int, tokens: Sequence[int]) -> list[int]:
+        """The staged nodes of `slot` that carry `tokens` behind what is committed, as far as they do."""
+        path: list[int] = []
+        for token in tokens:
+            node = self._staged[slot].get((path[-1] if path else -1, token))
+            if node is None:
+                break
+            path.append(node)
+        return path
+
     def settle(
         self, sequence_slot: int, children: Sequence[tuple[int, Sequence[int]]]
     ) -> list[int]:
         """The slot of each child, which has committed what it shares with its parent's other children.
 
-        children: the slot of the parent and all output tokens, of which the last is never committed. What
+        children: the slot of the parent and the whole text, of which the last token is never committed. What
         else is staged in the group is dropped.
         """
         families: dict[int, list[int]] = {}
@@ -93,15 +113,10 @@ class BeamStates:
 
     def _commit_shared(self, slot: int, texts: Sequence[Sequence[int]]) -> None:
         """Commit the staged nodes that begin all of `texts`, and drop the others."""
-        shared = min(map(len, texts)) - 1
-        path, node = [], -1
-        for place in range(self.fed[slot], shared):
-            tokens = {text[place] for text in texts}
-            step = self._staged[slot].get((node, tokens.pop()))
-            if tokens or step is None:
-                break
-            path.append(step)
-            node = step
+        shared = self.fed[slot]
+        while shared < min(map(len, texts)) - 1 and len({text[shared] for text in texts}) == 1:
+            shared += 1
+        path = self.follow(slot, texts[0][self.fed[slot] : shared])
         if path:
             self.target.state.commit(slot, path)
         self.drop(slot)
