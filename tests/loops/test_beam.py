@@ -14,10 +14,10 @@ from checkpoints import model_dir
 from helpers import VOCAB, full_logits, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.hub import load_model
+from linspec.checkpoints.hub import load_causal_model, load_model
 from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.engine.engine import Engine
@@ -114,6 +114,43 @@ def test_bias_bans_and_least_lengths_are_those_of_transformers(pair) -> None:
         max_tokens=10, min_tokens=4, bad_words=((banned,),), logit_bias={raised: 2.5}
     )
     assert outputs(decode(ours, [prompt], params, "beam:width=3")) == [wanted]
+
+
+def test_an_encoder_decoder_searches_as_transformers_does(tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 61, "d_model": 32, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+    }  # fmt: skip
+    theirs = T5ForConditionalGeneration(T5Config(**sizes)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, mean=0.0 if parameter.ndim > 1 else 0.5, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = load_causal_model(tmp_path, dtype=torch.float32).to_inference()
+    sources = [[5, 9, 30], [4] * 11, [17]]
+    params = SamplingParams(max_tokens=12, stop_token_ids=(7, 33), ignore_eos=True)
+    for width in (2, 4):
+        wanted = [
+            theirs.generate(
+                torch.tensor([source]), num_beams=width, do_sample=False, max_new_tokens=12,
+                eos_token_id=[7, 33], decoder_start_token_id=0, pad_token_id=0, length_penalty=0.5,
+            )[0, 1:].tolist()
+            for source in sources
+        ]  # fmt: skip
+        loop = f"beam:width={width},length_penalty=0.5"
+        assert outputs(decode(ours, sources, params, loop)) == wanted
+
+
+def test_caches_in_8_bits_are_forked_as_they_are() -> None:
+    model, params = tiny_model("softmax", dtype=torch.float32), SamplingParams(max_tokens=13)
+    prompts = [random_tokens(n, seed=n) for n in (3, 9, 30)]
+    wanted = outputs(decode(model, prompts, params, "autoregressive", kv_cache_dtype="int8"))
+    found = decode(model, prompts, params, "beam:width=1", kv_cache_dtype="int8")
+    assert outputs(found) == wanted
+    wide = outputs(decode(model, prompts, params, "beam:width=3", kv_cache_dtype="int8"))
+    for prompt, tokens in zip(prompts, wide, strict=True):
+        alone = decode(model, [prompt], params, "beam:width=3", kv_cache_dtype="int8")
+        assert outputs(alone) == [tokens]
 
 
 MIXERS = ("softmax", "aug", "window", "gdn", "linformer")
