@@ -223,7 +223,7 @@ def counted(
 
 
 def test_a_width_of_one_has_the_law_of_the_target() -> None:
-    model, small, count = tiny_model("softmax"), tiny_model("aug", seed=9), 1000
+    model, small, count = tiny_model("softmax"), tiny_model("aug", seed=9), 600
     chances = exact_joint(model, SamplingParams(temperature=1.0, allowed_token_ids=ALLOWED), 3)
     counts = counted(model, small, "dsbd:width=1,depth=2", count, 3)
     due = [chances[text] * count for text in sorted(chances)]
@@ -238,14 +238,14 @@ def test_a_width_of_one_has_the_law_of_the_target() -> None:
 def test_one_drafted_layer_of_full_width_has_the_law_of_beam_sampling() -> None:
     """Asked for all its draws, a layer has as many beams whichever way it ends: nothing tells of tokens."""
     model, small = tiny_model("softmax"), tiny_model("aug", seed=9)
-    plain = counted(model, None, "dsbd:width=2", 1000, 3)
-    drafted = counted(model, small, "dsbd:width=2,depth=1,least=2,threshold=0", 1000, 3)
+    plain = counted(model, None, "dsbd:width=2", 600, 3)
+    drafted = counted(model, small, "dsbd:width=2,depth=1,least=2,threshold=0", 600, 3)
     cells = [text for text in {*plain, *drafted} if plain[text] + drafted[text] >= 10]
     table = [[found[text] for text in cells] for found in (plain, drafted)]
     assert chi2_contingency(table).pvalue > 1e-4
     # and it is not that of sampling one token after the other
     chances = exact_joint(model, SamplingParams(temperature=1.0, allowed_token_ids=ALLOWED), 3)
-    due = [chances[text] * 1000 for text in cells]
+    due = [chances[text] * 600 for text in cells]
     assert chisquare(table[0], [e * sum(table[0]) / sum(due) for e in due]).pvalue < 1e-4
 
 

@@ -119,10 +119,9 @@ def test_without_guesses_there_are_as_many_steps_of_both_models(monkeypatch) -> 
 ALLOWED, PROMPT = (3, 7, 11, 19), (1, 2, 3)
 
 
-@pytest.mark.parametrize("verifier", ["lossless", "block"])
-@pytest.mark.parametrize("guesses", [1, 4])
+@pytest.mark.parametrize(("verifier", "guesses"), [("lossless", 1), ("block", 4)])
 def test_sampled_output_has_the_law_of_the_target(verifier: str, guesses: int) -> None:
-    model, small, count, length = tiny_model("softmax"), close_to("softmax", 1.3), 800, 4
+    model, small, count, length = tiny_model("softmax"), close_to("softmax", 1.3), 600, 4
     loop = f"mirror:window=2,guesses={guesses},exit=1"
     engine = engine_of(model, small, loop, slots=64, window=2, verifier=verifier)
     params = SamplingParams(
@@ -162,7 +161,7 @@ def test_more_guesses_and_later_layers_make_more_windows_ready() -> None:
     for guesses, after in itertools.product((1, 4, 12), (1, 4)):
         loop = f"mirror:window=1,guesses={guesses},exit={after}"
         engine = engine_of(model, small, loop, window=1)
-        run(engine, PROMPTS, SamplingParams(max_tokens=40, temperature=1.0, seed=1))
+        run(engine, PROMPTS, SamplingParams(max_tokens=25, temperature=1.0, seed=1))
         rates[guesses, after] = hit_rate(engine.loop.rollouts.verdicts)
     for after in (1, 4):
         assert rates[1, after] < rates[4, after] < rates[12, after]
@@ -193,7 +192,7 @@ def test_requests_that_are_dropped_leave_no_trace(mixer: str) -> None:
     ]
     asked: dict[int, int] = {}
     finished = dropped = 0
-    for _ in range(250):
+    for _ in range(150):
         if len(asked) < 5:
             prompt = rng.randrange(len(PROMPTS))
             asked[engine.add(Request(tuple(PROMPTS[prompt]), params))] = prompt
@@ -214,7 +213,7 @@ def test_requests_that_are_dropped_leave_no_trace(mixer: str) -> None:
                 fresh = prefilled(small, each.tokens[:fed])
                 mine = remembered(small, states.target.state, each.slot)
                 assert_close(mine, remembered(small, fresh))
-    assert finished > 20 and dropped > 20
+    assert finished > 12 and dropped > 12
 
 
 def test_a_draft_model_at_its_last_position_stops_drafting() -> None:

@@ -163,7 +163,7 @@ def test_the_enumeration_catches_wrong_rules(monkeypatch, mistake: str) -> None:
 def test_with_a_draft_model_in_the_engine(params: dict[str, float]) -> None:
     """Three tokens over an alphabet of four: chi-square against the exact law."""
     model, small = tiny_model("softmax"), tiny_model("aug", seed=9)
-    allowed, prompt, count = (3, 7, 11, 19), (1, 2, 3), 2000
+    allowed, prompt, count = (3, 7, 11, 19), (1, 2, 3), 1000
     asked = SamplingParams(max_tokens=3, allowed_token_ids=allowed, seed=1, **params)
     engine = Engine(
         model, verifier=make_verifier("block"), drafter=DraftModel(small, model.config, 64),

@@ -56,7 +56,7 @@ class MirrorOptions:
 @LOOPS.register(
     "mirror",
     summary="drafts the next window for every likely correction while the target verifies this one",
-    paper="Mirror speculative decoding 2025, arXiv 2510.13161",
+    paper="Bhendawade et al. 2025, arXiv 2510.13161",
     options=MirrorOptions,
 )
 class Mirror(Autoregressive):
