@@ -19,19 +19,23 @@ from typing import Self
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget
 from linspec.drafters.base import Drafter
-from linspec.policies.acceptance import AcceptanceModel
+from linspec.policies.acceptance import AcceptanceModel, Steps
 from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policies.cost_model import CostModel
 from linspec.policies.costs import CostCurve, load_or_measure
 from linspec.policies.exploration import Exploration
-from linspec.policies.planner import choose, next_size, sizes_up_to
+from linspec.policies.planner import affordable, choose, next_size, sizes_up_to, steps_of
 
 # while every round drafts, plain rounds are looked at again this often
 _PLAIN_ROUNDS = 64
-# a new request is looked at again after 1, 2, 4 and from then on every 8 rounds
-_REPLAN_ROUNDS = 8
+# a new request is looked at again after 1, 2 and from then on every 4 rounds
+_REPLAN_ROUNDS = 4
 # drafts of a first plan and of an attempt; later plans may double what was tried, whose cost is then known
 _FIRST_NODES = 4
+# how fast the share of trees that have drafts is forgotten
+_FOUND_FORGET = 0.95
+# seconds of a choice for one request more, and the share of the time that choices may take
+_CHOICE_SECONDS, _CHOICE_SHARE = 2e-5, 0.01
 
 
 @dataclass(slots=True)
@@ -67,26 +71,49 @@ class Auto(Policy):
         self.exploration = Exploration()
         self._plans: dict[int, _Plan] = {}
         self._hopeful = True
-        # the first round is plain
-        self._since_plain = _PLAIN_ROUNDS
+        # times that the requests were planned, and the rounds since; whether anything was learned since
+        self.choices = 0
+        self._since_choice, self._news = 0, True
+        self._steps: Steps = ()
+        # what most requests got, and so the next one
+        self._usual = 0
+        # share of the trees asked for that had drafts, and how many were asked for in this round
+        self._found, self._asked, self._had = 1.0, 0, 0
+        # the largest attempt that can be afforded
+        self._attempt = 0
+        # rounds with drafts after which one is plain; the first round is
+        self._plain_after = 0
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
-        self._since_plain += 1
-        if self._since_plain > _PLAIN_ROUNDS:
-            self._since_plain = 0
+        self.exploration.earned()
+        self.costs.count, self._asked = len(sequences), 0
+        if self.costs.since_plain >= self._plain_after:
+            self._plain_after = min(_PLAIN_ROUNDS, max(_FIRST_NODES, 2 * self._plain_after))
             return [NO_DRAFTS] * len(sequences)
         slots = [sequence.slot for sequence in sequences]
         for slot in slots:
             self._begin(slot)
-        if any(self._plans[slot].age >= self._plans[slot].wait for slot in slots):
+        self._since_choice += 1
+        if self._may_choose(slots):
             self._choose(slots, drafter)
-        return [Budget.of(self._nodes(slot)) for slot in slots]
+        budgets = [Budget.of(self._nodes(slot)) for slot in slots]
+        self._asked = sum(budget.nodes > 0 for budget in budgets)
+        return budgets
 
     def _begin(self, slot: int) -> None:
         if slot not in self._plans:
-            self._plans[slot] = _Plan()
+            self._plans[slot] = _Plan(self._usual)
             self.acceptance.began(slot)
             self.exploration.began(slot)
+
+    def _may_choose(self, slots: Sequence[int]) -> bool:
+        """Whether a plan is old enough, something was learned since, and a choice is not too dear."""
+        if not self._news and self._since_choice < _PLAIN_ROUNDS:
+            return False
+        seconds = _CHOICE_SECONDS * (1 + len(slots)) / self.costs.round(len(slots))
+        return self._since_choice * _CHOICE_SHARE >= seconds and any(
+            self._plans[slot].age >= self._plans[slot].wait for slot in slots
+        )
 
     def _nodes(self, slot: int) -> int:
         """What was planned for a request, or now and then a small tree where that was nothing."""
@@ -94,14 +121,25 @@ class Auto(Policy):
         plan.age += 1
         if plan.nodes:
             return plan.nodes
-        return _FIRST_NODES if self.exploration.due(slot, self._hopeful) else 0
+        # one attempt in a round
+        if self._attempt and self.exploration.due(slot, self._hopeful):
+            attempt, self._attempt = self._attempt, 0
+            return attempt
+        return 0
 
     def _choose(self, slots: Sequence[int], drafter: Drafter) -> None:
         """Plan the requests together."""
+        self.choices += 1
+        self._since_choice, self._news = 0, False
         most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self.costs.largest))
-        gains = {nodes: drafter.expected(Budget.of(nodes)) for nodes in sizes_up_to(most)}
-        choice = choose([self.acceptance.ratio(slot) for slot in slots], gains, self.costs)
+        sizes = sizes_up_to(most)
+        self._steps = steps_of({nodes: drafter.expected(Budget.of(nodes)) for nodes in sizes})
+        hardness = [self.acceptance.hardness(slot) for slot in slots]
+        choice = choose(hardness, self._steps, sizes, self.costs, self._found)
         self._hopeful = choice.hopeful
+        small = [nodes for nodes in sizes if nodes <= _FIRST_NODES]
+        self._attempt = affordable(small, len(slots), self.costs, self.exploration.credit)
+        self._usual = sorted(choice.nodes)[len(slots) // 2]
         for slot, nodes in zip(slots, choice.nodes, strict=True):
             plan = self._plans[slot]
             plan.age, plan.wait = 0, min(2 * plan.wait, _REPLAN_ROUNDS)
@@ -122,15 +160,27 @@ class Auto(Policy):
         plan = self._plans.get(sequence.slot)
         if plan is None or not drafted:
             return
-        self.acceptance.observe(sequence.slot, accepted, expected)
+        self._had += 1
+        self.acceptance.observe(sequence.slot, self._steps, drafted, accepted, expected)
         plan.whole &= accepted == drafted
-        if accepted and not plan.nodes:
-            # the attempt was worth it: plan again in the next round
-            self.exploration.succeeded(sequence.slot)
-            plan.age = _REPLAN_ROUNDS
+        self._news = True
+        if plan.nodes:
+            return
+        # an attempt: plan again in the next round
+        self.exploration.tried(sequence.slot, self._price(drafted) - accepted / self.costs.count)
+        plan.age = _REPLAN_ROUNDS
+
+    def _price(self, drafts: int) -> float:
+        """Plain rounds that drafts cost if none is accepted."""
+        rounds = self.costs.round(self.costs.count + drafts) + self.costs.drafting(drafts)
+        return rounds / self.costs.round(self.costs.count) - 1
 
     def observe_round(self, times: RoundTimes) -> None:
-        self.costs.observe(times)
+        self.costs.observe(times, asked=self._asked > 0)
+        if self._asked:
+            rate = 1 - _FOUND_FORGET**self._asked
+            self._found += rate * (max(self._had, 0.1) / self._asked - self._found)
+        self._had = 0
 
     def release(self, slot: int) -> None:
         self._plans.pop(slot, None)

@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,16 +37,17 @@ class CostCurve:
 
     seconds: Mapping[int, float]
 
-    def __call__(self, nodes: int) -> float:
-        points = sorted(self.seconds)
-        if nodes in self.seconds:
-            return self.seconds[nodes]
+    def __call__(self, nodes: float) -> float:
+        points = self._points
         if len(points) == 1:
-            return self.seconds[points[0]]
-        right = min(max(bisect_left(points, nodes), 1), len(points) - 1)
-        a, b = points[right - 1], points[right]
-        slope = (self.seconds[b] - self.seconds[a]) / (b - a)
-        return max(self.seconds[a] + slope * (nodes - a), 1e-9)
+            return points[0][1]
+        right = min(max(bisect_left(points, (nodes, 0.0)), 1), len(points) - 1)
+        (a, low), (b, high) = points[right - 1], points[right]
+        return max(low + (high - low) / (b - a) * (nodes - a), 1e-9)
+
+    @cached_property
+    def _points(self) -> list[tuple[int, float]]:
+        return sorted(self.seconds.items())
 
 
 def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
