@@ -12,7 +12,7 @@ Four parts, none of which reads a clock or knows a model:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -22,7 +22,7 @@ from linspec.drafters.base import Drafter
 from linspec.policies.acceptance import AcceptanceModel, Steps
 from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policies.cost_model import CostModel
-from linspec.policies.costs import CostCurve, load_or_measure
+from linspec.policies.costs import CostCurve, doubt, load_or_measure
 from linspec.policies.exploration import Exploration
 from linspec.policies.planner import affordable, choose, next_size, sizes_up_to, steps_of
 
@@ -31,7 +31,7 @@ _PLAIN_ROUNDS = 64
 # a new request is looked at again after 1, 2 and from then on every 4 rounds
 _REPLAN_ROUNDS = 4
 # drafts of a first plan and of an attempt; later plans may double what was tried, whose cost is then known
-_FIRST_NODES = 4
+_FIRST_NODES = 2
 # how fast the share of trees that have drafts is forgotten
 _FOUND_FORGET = 0.95
 # seconds of a choice for one request more, and the share of the time that choices may take
@@ -42,14 +42,21 @@ _CHOICE_SECONDS, _CHOICE_SHARE = 2e-5, 0.01
 class _Plan:
     """What one request gets until it is planned again.
 
-    age: rounds since it was planned, which happens every `wait` rounds. whole: all its drafts since then
-    were accepted.
+    sizes: drafts after a tree with a rejection, and after one that was accepted whole: a text that is copied
+    goes on being copied. flows: which of them is next. age: rounds since it was planned, which happens every
+    `wait` rounds. whole: all its drafts since then were accepted.
     """
 
-    nodes: int = 0
+    sizes: tuple[int, int] = (0, 0)
+    flows: bool = False
     age: int = 1
     wait: int = 1
     whole: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """Drafts of the next tree."""
+        return self.sizes[self.flows]
 
 
 @POLICIES.register(
@@ -63,11 +70,13 @@ class Auto(Policy):
     @classmethod
     def build(cls, context: PolicyContext) -> Self:
         """By the costs of the target on this machine, measured if they are not known."""
-        return cls(load_or_measure(context.target))
+        return cls(load_or_measure(context.target), lambda: doubt(context.target))
 
-    def __init__(self, costs: CostCurve) -> None:
-        self.costs = CostModel(costs)
-        self.acceptance = AcceptanceModel()
+    def __init__(self, costs: CostCurve, doubted: Callable[[], None] | None = None) -> None:
+        """doubted: called once if the rounds contradict `costs`."""
+        self.costs, self._doubted = CostModel(costs), doubted
+        # after a rejection, and after a tree that was accepted whole
+        self.acceptance = (AcceptanceModel(), AcceptanceModel())
         self.exploration = Exploration()
         self._plans: dict[int, _Plan] = {}
         self._hopeful = True
@@ -75,8 +84,10 @@ class Auto(Policy):
         self.choices = 0
         self._since_choice, self._news = 0, True
         self._steps: Steps = ()
+        # whether any tree was accepted whole
+        self._flowed = False
         # what most requests got, and so the next one
-        self._usual = 0
+        self._usual = (0, 0)
         # share of the trees asked for that had drafts, and how many were asked for in this round
         self._found, self._asked, self._had = 1.0, 0, 0
         # the largest attempt that can be afforded
@@ -103,7 +114,8 @@ class Auto(Policy):
     def _begin(self, slot: int) -> None:
         if slot not in self._plans:
             self._plans[slot] = _Plan(self._usual)
-            self.acceptance.began(slot)
+            for model in self.acceptance:
+                model.began(slot)
             self.exploration.began(slot)
 
     def _may_choose(self, slots: Sequence[int]) -> bool:
@@ -134,25 +146,34 @@ class Auto(Policy):
         most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self.costs.largest))
         sizes = sizes_up_to(most)
         self._steps = steps_of({nodes: drafter.expected(Budget.of(nodes)) for nodes in sizes})
-        hardness = [self.acceptance.hardness(slot) for slot in slots]
-        choice = choose(hardness, self._steps, sizes, self.costs, self._found)
-        self._hopeful = choice.hopeful
+        choices = [
+            choose(
+                [model.hardness(slot) for slot in slots],
+                self._steps,
+                sizes,
+                self.costs,
+                self._found,
+            )
+            for model in (self.acceptance if self._flowed else self.acceptance[:1])
+        ]
+        self._hopeful = choices[0].hopeful
         small = [nodes for nodes in sizes if nodes <= _FIRST_NODES]
         self._attempt = affordable(small, len(slots), self.costs, self.exploration.credit)
-        self._usual = sorted(choice.nodes)[len(slots) // 2]
-        for slot, nodes in zip(slots, choice.nodes, strict=True):
+        chosen = list(zip(choices[0].nodes, choices[-1].nodes, strict=True))
+        self._usual = sorted(chosen)[len(slots) // 2]
+        for slot, both in zip(slots, chosen, strict=True):
             plan = self._plans[slot]
             plan.age, plan.wait = 0, min(2 * plan.wait, _REPLAN_ROUNDS)
-            plan.nodes = self._stretched(plan, nodes, most) if nodes else 0
+            plan.sizes = (both[0], self._stretched(plan, both[1], most))
             plan.whole = True
-            if nodes:
+            if plan.nodes:
                 self.exploration.planned(slot)
 
     def _stretched(self, plan: _Plan, nodes: int, most: int) -> int:
         """`nodes`, or a size never tried yet when smaller trees were accepted whole."""
         larger = next_size(nodes)
         untried = self.costs.largest < larger <= most
-        return larger if untried and plan.whole and plan.nodes else nodes
+        return larger if nodes and untried and plan.whole and plan.nodes else nodes
 
     def observe(
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
@@ -161,10 +182,13 @@ class Auto(Policy):
         if plan is None or not drafted:
             return
         self._had += 1
-        self.acceptance.observe(sequence.slot, self._steps, drafted, accepted, expected)
-        plan.whole &= accepted == drafted
+        model, planned = self.acceptance[plan.flows], plan.nodes
+        model.observe(sequence.slot, self._steps, drafted, accepted, expected)
+        plan.flows = accepted == drafted
+        plan.whole &= plan.flows
+        self._flowed |= plan.flows
         self._news = True
-        if plan.nodes:
+        if planned:
             return
         # an attempt: plan again in the next round
         self.exploration.tried(sequence.slot, self._price(drafted) - accepted / self.costs.count)
@@ -177,6 +201,9 @@ class Auto(Policy):
 
     def observe_round(self, times: RoundTimes) -> None:
         self.costs.observe(times, asked=self._asked > 0)
+        if self._doubted is not None and self.costs.contradicts:
+            self._doubted()
+            self._doubted = None
         if self._asked:
             rate = 1 - _FOUND_FORGET**self._asked
             self._found += rate * (max(self._had, 0.1) / self._asked - self._found)
@@ -184,5 +211,6 @@ class Auto(Policy):
 
     def release(self, slot: int) -> None:
         self._plans.pop(slot, None)
-        self.acceptance.release(slot)
+        for model in self.acceptance:
+            model.release(slot)
         self.exploration.release(slot)

@@ -25,6 +25,8 @@ _NOTHING = 0.3
 _SLOPE, _FIXED = 0.2, 2.0
 # plain rounds that a round may cost more than was known
 _JUMP = 1.0
+# rounds after which the curve may be doubted, and by how much it has to be off
+_MANY, _WRONG = 40, 1.6
 # draft seconds count at most this many times what they were
 _SPIKE = 2.0
 
@@ -54,6 +56,12 @@ class CostModel:
         self._drafting = _DraftCost()
         self._rise = _Rise()
         self._asking = 0.0
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether many rounds say that the curve is wrong about what more nodes cost."""
+        slope = self._rise.slope
+        return self._rise.rounds >= _MANY and not 1 / _WRONG < slope < _WRONG
 
     @property
     def _factor(self) -> float:
@@ -172,6 +180,7 @@ class _Rise:
 
     slope: float = 1.0
     fixed: float = 0.0
+    rounds: int = 0
     weight: float = _FIXED
     x: float = 0.0
     xx: float = _SLOPE
@@ -187,6 +196,7 @@ class _Rise:
 
     def observe(self, said: float, seen: float) -> None:
         """A round whose drafts cost `seen` plain rounds, where the curve says `said`."""
+        self.rounds += 1
         known = self.slope * said + self.fixed
         jump = max(_JUMP, known)
         off = min(max(seen, known - jump), known + jump) - said

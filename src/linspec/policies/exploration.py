@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 _FIRST_PATIENCE, _LAST_PATIENCE = 16, 128
 # plain rounds that may be lost at first, that each round adds, and that can be saved up
-_CREDIT, _INCOME, _SAVED = 0.5, 0.007, 2.0
+_CREDIT, _INCOME, _SAVED = 0.25, 0.007, 2.0
 
 
 @dataclass(slots=True)
