@@ -157,6 +157,36 @@ class Model(Lookup):
         return [0.0, *accumulate(row.rate(0, 0) ** (depth + 1) for depth in range(most))]
 
 
+class Confident(Lookup):
+    """A block of drafts in one pass, with a confidence for each: informative, and too sure of itself."""
+
+    name = "confident"
+    max_nodes = 16
+
+    def right(self, row: Story, depth: int) -> float:
+        """How likely the draft at this depth is right: some places of a text are clearer than others."""
+        return tilted(row.rate(0, 0), row.at(row.place + depth)[3] ** 2)
+
+    def propose(self, rows: Sequence[Any], budgets: Sequence[Budget]) -> list[TokenTree]:
+        trees = []
+        for row, budget in zip(rows, budgets, strict=True):
+            shape = chain((0,) * (budget.chain + 1))
+            rights = (self.right(row, depth) for depth in range(budget.chain))
+            sure = (1.0, *(tilted(right, 1.6 * (right / (1 - right)) ** 0.5) for right in rights))
+            trees.append(replace(shape, confidences=sure))
+        return trees
+
+    def path(self, row: Story, tree: TokenTree) -> list[int]:
+        depth = 0
+        while depth < len(tree) - 1 and row.at(row.place + depth)[0] < self.right(row, depth):
+            depth += 1
+        return list(range(depth + 1))
+
+    def gains(self, row: Story, most: int) -> list[float]:
+        rights = (self.right(row, depth) for depth in range(most))
+        return [0.0, *accumulate(accumulate(rights, lambda a, b: a * b))]
+
+
 class Trees(Drafter):
     """Calibrated heads: a tree of rank paths, whose gains on other data it knows."""
 
@@ -231,7 +261,8 @@ class Cell:
 
     def make_drafter(self) -> Any:
         text = TEXTS[self.text]
-        return {"lookup": Lookup, "model": Model, "heads": lambda: Trees(text)}[self.drafter]()
+        kinds = {"lookup": Lookup, "model": Model, "confident": Confident}
+        return Trees(text) if self.drafter == "heads" else kinds[self.drafter]()
 
     def known(self) -> CostCurve:
         """The curve that a policy is given: right, or measured while others used the machine."""

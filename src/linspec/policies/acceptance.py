@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_PROMISE_RATE = 0.05
 # how far hardness wanders in a round (variance of its logarithm), and how far it may get
 _WANDER, _WANDER_ALL, _FARTHEST = 0.003, 0.001, 1.8
 
@@ -69,6 +70,8 @@ class AcceptanceModel:
         self._overall = Record(wander=_WANDER_ALL)
         self._records: dict[int, Record] = {}
         self._differ = 0.3
+        # what confidences promise, for each draft that the drafter expects to be accepted
+        self._promise = 1.0
 
     def began(self, slot: int) -> None:
         """A request is in `slot`."""
@@ -83,8 +86,12 @@ class AcceptanceModel:
         self, slot: int, steps: Steps, drafted: int, accepted: int, expected: float
     ) -> None:
         """Learn from one tree of the request in `slot`."""
-        self._records[slot].add(steps, drafted, accepted, expected)
-        self._overall.add(steps, drafted, accepted, expected)
+        named = sum((min(size, drafted) - low) * p for p, size, low in steps if low < drafted)
+        if named > 0:
+            # confidences that are all too high say only which trees are better than others
+            self._promise += _PROMISE_RATE * (expected / named - self._promise)
+        for record in (self._records[slot], self._overall):
+            record.add(steps, drafted, accepted, expected / max(self._promise, 0.1))
 
     def release(self, slot: int) -> None:
         """The request in `slot` has ended."""

@@ -26,8 +26,8 @@ from linspec.policies.costs import CostCurve, doubt, load_or_measure
 from linspec.policies.exploration import Exploration
 from linspec.policies.planner import affordable, choose, next_size, sizes_up_to, steps_of
 
-# while every round drafts, plain rounds are looked at again this often
-_PLAIN_ROUNDS = 64
+# rounds after which requests are planned again although nothing was learned
+_IDLE_ROUNDS = 64
 # a new request is looked at again after 1, 2 and from then on every 4 rounds
 _REPLAN_ROUNDS = 4
 # drafts of a first plan and of an attempt; later plans may double what was tried, whose cost is then known
@@ -92,14 +92,11 @@ class Auto(Policy):
         self._found, self._asked, self._had = 1.0, 0, 0
         # the largest attempt that can be afforded
         self._attempt = 0
-        # rounds with drafts after which one is plain; the first round is
-        self._plain_after = 0
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         self.exploration.earned()
         self.costs.count, self._asked = len(sequences), 0
-        if self.costs.since_plain >= self._plain_after:
-            self._plain_after = min(_PLAIN_ROUNDS, max(_FIRST_NODES, 2 * self._plain_after))
+        if self.costs.wants_plain():
             return [NO_DRAFTS] * len(sequences)
         slots = [sequence.slot for sequence in sequences]
         for slot in slots:
@@ -120,7 +117,7 @@ class Auto(Policy):
 
     def _may_choose(self, slots: Sequence[int]) -> bool:
         """Whether a plan is old enough, something was learned since, and a choice is not too dear."""
-        if not self._news and self._since_choice < _PLAIN_ROUNDS:
+        if not self._news and self._since_choice < _IDLE_ROUNDS:
             return False
         seconds = _CHOICE_SECONDS * (1 + len(slots)) / self.costs.round(len(slots))
         return self._since_choice * _CHOICE_SHARE >= seconds and any(

@@ -25,6 +25,8 @@ _NOTHING = 0.3
 _SLOPE, _FIXED = 0.2, 2.0
 # plain rounds that a round may cost more than was known
 _JUMP = 1.0
+# while every round drafts, plain rounds are looked at again this often
+_PLAIN_ROUNDS = 64
 # rounds after which the curve may be doubted, and by how much it has to be off
 _MANY, _WRONG = 40, 1.6
 # draft seconds count at most this many times what they were
@@ -52,6 +54,8 @@ class CostModel:
         # usual seconds of a plain round beside what the curve says
         self._rest = 0.0
         self._plain_rounds = 0
+        # rounds with drafts after which a plain one is wanted
+        self._plain_after = 0
         self._drafted = False
         self._drafting = _DraftCost()
         self._rise = _Rise()
@@ -66,6 +70,13 @@ class CostModel:
     @property
     def _factor(self) -> float:
         return math.exp(self._slow)
+
+    def wants_plain(self) -> bool:
+        """Whether the next round should be plain: the first, and one after ever more with drafts."""
+        if self.since_plain < self._plain_after:
+            return False
+        self._plain_after = min(_PLAIN_ROUNDS, max(2, 2 * self._plain_after))
+        return True
 
     def round(self, nodes: float) -> float:
         """Seconds of a round over `nodes` nodes, without what drafts add."""
