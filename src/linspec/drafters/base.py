@@ -21,7 +21,7 @@ from linspec.utils.registry import Registry
 MAX_NODES = MAX_STAGED - 1
 # A fresh drafter is assumed to be right this often, as if seen this many times.
 PRIOR_RATE = 0.5
-PRIOR_COUNT = 2.0
+PRIOR_COUNT = 4.0
 _FORGET = 0.98
 
 

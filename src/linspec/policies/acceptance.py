@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _PROMISE_RATE = 0.05
+# how much requests are taken to differ at first (variance of the logarithm of their hardness)
+_DIFFER = 0.1
 # how far hardness wanders in a round (variance of its logarithm), and how far it may get
 _WANDER, _WANDER_ALL, _FARTHEST = 0.003, 0.001, 1.8
 
@@ -30,7 +32,7 @@ class Record:
     """
 
     log: float = 0.0
-    variance: float = 0.3
+    variance: float = _DIFFER
     wander: float = _WANDER
 
     @property
@@ -67,9 +69,9 @@ class AcceptanceModel:
     """
 
     def __init__(self) -> None:
-        self._overall = Record(wander=_WANDER_ALL)
+        self._overall = Record(variance=_DIFFER, wander=_WANDER_ALL)
         self._records: dict[int, Record] = {}
-        self._differ = 0.3
+        self._differ = _DIFFER
         # what confidences promise, for each draft that the drafter expects to be accepted
         self._promise = 1.0
 

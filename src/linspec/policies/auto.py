@@ -198,6 +198,8 @@ class Auto(Policy):
 
     def observe_round(self, times: RoundTimes) -> None:
         self.costs.observe(times, asked=self._asked > 0)
+        if times.drafts:
+            self.price = self.costs.price(times)
         if self._doubted is not None and self.costs.contradicts:
             self._doubted()
             self._doubted = None

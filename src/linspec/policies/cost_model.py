@@ -101,6 +101,11 @@ class CostModel:
         """What the curve says of more nodes than there are sequences."""
         return self.curve(nodes) - self.curve(self.count)
 
+    def price(self, times: RoundTimes) -> float:
+        """Plain rounds that one such as `times` costs."""
+        seconds = self.round(times.nodes) + self.drafting(times.drafts)
+        return seconds / self.round(self.count)
+
     def asking(self) -> float:
         """Seconds of asking a drafter that has no drafts."""
         return self._factor * self._asking

@@ -71,6 +71,8 @@ class SpecDecPP(Policy):
         self._surplus = _Mean(0.5, _HOPE)
         self._share = _Mean(1.0)
         self._asked, self._kept, self._accepted = 0, 0, 0
+        # the slots that had drafts in this round, kept or not
+        self._drafted: set[int] = set()
 
     @property
     def rate(self) -> float:
@@ -82,6 +84,7 @@ class SpecDecPP(Policy):
         self.costs.count = len(sequences)
         self._asked = self._kept = self._accepted = 0
         self._trees.clear()
+        self._drafted.clear()
         for sequence in sequences:
             self.exploration.began(sequence.slot)
         if self.costs.wants_plain():
@@ -124,6 +127,7 @@ class SpecDecPP(Policy):
 
     def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:
         """The first nodes that bring most beyond what their seconds would bring elsewhere."""
+        self._drafted.add(sequence.slot)
         if tree.confidences is None:
             self._kept += len(tree) - 1
             return len(tree) - 1
@@ -146,6 +150,7 @@ class SpecDecPP(Policy):
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
     ) -> None:
         self._accepted += accepted
+        self._drafted.add(sequence.slot)
         tree = self._trees.get(sequence.slot)
         if tree is None or tree.confidences is None or not tree.shape.is_chain:
             return
@@ -158,11 +163,15 @@ class SpecDecPP(Policy):
             # drafted, and nothing kept: a plain step, and drafts that were made for nothing
             times = RoundTimes(0.0, times.step, times.nodes, 0, times.rest)
         self.costs.observe(times, asked=self._asked > 0)
+        if times.drafts:
+            self.price = self.costs.price(times)
         plain = self.costs.round(count)
-        spent = self.costs.round(count + self._kept) / plain
-        if self._asked:
+        # a verifier that judges every draw keeps them all, and nobody is asked
+        kept = times.nodes - count
+        spent = self.costs.round(times.nodes) / plain
+        if self._drafted:
             spent += self.costs.drafting(max(1, self._asked // count)) / plain
-            self._share.add(self._kept / self._asked)
+            self._share.add(kept / self._asked)
             self._surplus.add(self._accepted / count - (spent - 1))
             if not self._size or self._surplus.value <= 0:
                 self._tried(spent - 1 - self._accepted / count)
@@ -173,7 +182,7 @@ class SpecDecPP(Policy):
         self._rounds.add(spent)
 
     def _tried(self, price: float) -> None:
-        for slot in self._trees:
+        for slot in self._drafted:
             self.exploration.tried(slot, price)
 
     def release(self, slot: int) -> None:
