@@ -30,6 +30,7 @@ from linspec.policies.planner import (
     sizes_up_to,
     steps_of,
 )
+from linspec.policies.ratios import Ratios
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,21 @@ def test_a_request_is_measured_against_what_its_drafter_expects() -> None:
     model.release(1)
     model.began(1)
     assert model.hardness(1) > 1
+
+
+def test_mixes_compare_what_was_promised_with_what_came() -> None:
+    ratios = Ratios()
+    ratios.began(0)
+    assert ratios.ratio(0) == 1.0
+    for _ in range(50):
+        ratios.observe(0, accepted=1, expected=2.0)
+    assert ratios.ratio(0) == pytest.approx(0.5, abs=0.03)
+    ratios.began(1)
+    ratios.observe(1, accepted=4, expected=2.0)
+    assert ratios.ratio(0) < 0.55 < 1 < ratios.ratio(1)
+    ratios.release(1)
+    ratios.began(1)
+    assert ratios.ratio(1) < 1
 
 
 def test_requests_that_are_alike_teach_the_next_one_more() -> None:
