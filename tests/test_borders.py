@@ -310,7 +310,20 @@ def test_what_cannot_be_json_is_named() -> None:
         parse(MixerConfig, {"group": {1, 2}}, "x")
 
 
-@pytest.mark.parametrize("stored", ["[]", '{"1": -1}', '{"1": "x"}', "{}", '{"0": 1.0}'])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "[]",
+        "{}",
+        # as it was written before curves were completed
+        '{"1": 0.5}',
+        '{"seconds": [], "measured": 1}',
+        '{"seconds": {"1": -1}, "measured": 1}',
+        '{"seconds": {"1": "x"}, "measured": 1}',
+        '{"seconds": {"0": 1.0}, "measured": 1}',
+        '{"seconds": {"1": 1.0}, "measured": "x"}',
+    ],
+)
 def test_a_damaged_cost_curve_is_measured_again(
     stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,12 +331,11 @@ def test_a_damaged_cost_curve_is_measured_again(
     model, seconds = text_model("aug"), itertools.count()
     curve = load_or_measure(model, lambda: float(next(seconds)))
     (file,) = (tmp_path / "costs").iterdir()
-    sound = file.read_text()
     file.write_text(stored)
     assert load_or_measure(model, lambda: float(next(seconds))) == curve
-    assert file.read_text() == sound
+    assert json.loads(file.read_text())["seconds"]
     # a sound one is believed, and nothing is measured
-    file.write_text('{"1": 0.5}')
+    file.write_text('{"seconds": {"1": 0.5}, "measured": 1}')
     monkeypatch.setattr(model, "step", None)
     assert load_or_measure(model)(3) == 0.5
 

@@ -19,7 +19,8 @@ class Stats:
 
     tokens_per_round counts accepted drafts plus the bonus token, averaged over rounds; plain decoding
     is 1.0. `tried[d]` rounds had a draft at depth d + 1 whose parent was accepted, `hits[d]` of them
-    accepted one.
+    accepted one. `policy` decided about drafts, `draft_rounds` had some, and the latest of these cost
+    `draft_price` plain rounds, as far as the policy knows.
     """
 
     rounds: int = 0
@@ -29,6 +30,25 @@ class Stats:
     hits: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    policy: str = ""
+    draft_rounds: int = 0
+    draft_price: float | None = None
+
+    @property
+    def decision(self) -> str:
+        """What the policy made of the drafter, in one sentence; empty without a drafter."""
+        if not self.policy:
+            return ""
+        if not self.draft_rounds:
+            return f"{self.policy}: no drafts in {self.rounds} rounds"
+        mean = self.drafted / self.draft_rounds
+        said = (
+            f"{self.policy}: drafts in {self.draft_rounds} of {self.rounds} rounds (mean {mean:.1f}), "
+            f"{self.tokens_per_round:.2f} tokens a round"
+        )
+        if self.draft_price is None:
+            return said
+        return f"{said}; one with drafts costs {self.draft_price:.2f} plain ones"
 
     @property
     def tokens_per_round(self) -> float:
@@ -45,6 +65,7 @@ class Stats:
         self.rounds += 1
         self.accepted += len(path) - 1
         self.drafted += len(tree) - 1
+        self.draft_rounds += len(tree) > 1
         deepest = path[-1]
         reached = len(path) - 1 + bool(tree.children[deepest])
         while len(self.tried) < reached:

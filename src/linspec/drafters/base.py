@@ -19,7 +19,7 @@ from linspec.utils.registry import Registry
 
 # most draft nodes of any tree: its root takes one sequence of the stage
 MAX_NODES = MAX_STAGED - 1
-# A fresh drafter is assumed to be right this often at each depth, as if seen this many times.
+# A fresh drafter is assumed to be right this often, as if seen this many times.
 PRIOR_RATE = 0.5
 PRIOR_COUNT = 4.0
 _FORGET = 0.98
@@ -220,11 +220,13 @@ class ChainDrafter(Drafter):
 
     def expected(self, budget: Budget) -> float:
         """The mean number of accepted draft tokens, from decayed counts for each depth."""
-        total, reach = 0.0, 1.0
+        total, reach, rate = 0.0, 1.0, PRIOR_RATE
         for depth in range(budget.chain):
             known = depth < len(self._tried)
             tried, hits = (self._tried[depth], self._hits[depth]) if known else (0.0, 0.0)
-            reach *= (hits + PRIOR_RATE * PRIOR_COUNT) / (tried + PRIOR_COUNT)
+            # what is known little of is like the depth above it
+            rate = (hits + rate * PRIOR_COUNT) / (tried + PRIOR_COUNT)
+            reach *= rate
             total += reach
         return total
 

@@ -20,7 +20,7 @@ from linspec.decoding.step import Want
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext, check_answers, name_of
 from linspec.errors import ConfigError, DrafterError
-from linspec.policies.acceptance import AcceptanceModel
+from linspec.policies.ratios import Ratios
 from linspec.utils.messages import shown
 from linspec.utils.options import option, read_spec
 
@@ -46,7 +46,7 @@ class Part:
 
     drafter: Drafter
     share: float
-    record: AcceptanceModel = field(default_factory=AcceptanceModel)
+    record: Ratios = field(default_factory=Ratios)
 
     def ratio(self, sequence: RunningSequence) -> float:
         """Accepted drafts for each one that it promised this sequence."""

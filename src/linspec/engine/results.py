@@ -68,6 +68,8 @@ class Generation:
             "prefill_seconds": stats.prefill_seconds,
             "decode_seconds": stats.decode_seconds,
         }
+        if stats.decision:
+            found["decision"] = stats.decision
         if self.logprobs is not None:
             found["logprobs"] = [asdict(each) for each in self.logprobs]
         if self.prompt_logprobs is not None:
@@ -79,11 +81,12 @@ class Generation:
         return found
 
     def summary(self) -> str:
-        """One line for people: tokens, tokens per second, tokens per round, finish reason."""
-        return (
+        """For people: tokens, tokens per second and per round, finish reason; what the policy decided."""
+        said = (
             f"[{len(self.token_ids)} tokens, {self.tokens_per_s:.1f} tokens/s, "
             f"{self.stats.tokens_per_round:.2f} tokens per round, {self.finish_reason}]"
         )
+        return f"{said}\n[{self.stats.decision}]" if self.stats.decision else said
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from linspec.decoding.protocols import CausalModel
 from linspec.errors import WrongType
-from linspec.policies import auto, fixed
+from linspec.policies import auto, fixed, specdec_pp
 from linspec.policies.base import POLICIES, Policy, PolicyContext
 from linspec.utils.messages import shown
 
 # more draft nodes than any tree has; longer numbers Python itself refuses to read
 _DIGITS = 9
 
-__all__ = ["POLICIES", "Policy", "PolicyContext", "auto", "check_policy", "fixed", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "PolicyContext",
+    "auto",
+    "check_policy",
+    "fixed",
+    "make_policy",
+    "specdec_pp",
+]
 
 
 def make_policy(policy: str | int | Policy, model: CausalModel) -> Policy:

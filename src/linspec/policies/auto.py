@@ -12,40 +12,51 @@ Four parts, none of which reads a clock or knows a model:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget
 from linspec.drafters.base import Drafter
-from linspec.policies.acceptance import AcceptanceModel
+from linspec.policies.acceptance import AcceptanceModel, Steps
 from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policies.cost_model import CostModel
-from linspec.policies.costs import CostCurve, load_or_measure
+from linspec.policies.costs import CostCurve, doubt, load_or_measure
 from linspec.policies.exploration import Exploration
-from linspec.policies.planner import choose, next_size, sizes_up_to
+from linspec.policies.planner import affordable, choose, next_size, sizes_up_to, steps_of
 
-# while every round drafts, plain rounds are looked at again this often
-_PLAIN_ROUNDS = 64
-# a new request is looked at again after 1, 2, 4 and from then on every 8 rounds
-_REPLAN_ROUNDS = 8
+# rounds after which requests are planned again although nothing was learned
+_IDLE_ROUNDS = 64
+# a new request is looked at again after 1, 2 and from then on every 4 rounds
+_REPLAN_ROUNDS = 4
 # drafts of a first plan and of an attempt; later plans may double what was tried, whose cost is then known
-_FIRST_NODES = 4
+_FIRST_NODES = 2
+# how fast the share of trees that have drafts is forgotten
+_FOUND_FORGET = 0.95
+# seconds of a choice for one request more, and the share of the time that choices may take
+_CHOICE_SECONDS, _CHOICE_SHARE = 2e-5, 0.01
 
 
 @dataclass(slots=True)
 class _Plan:
     """What one request gets until it is planned again.
 
-    age: rounds since it was planned, which happens every `wait` rounds. whole: all its drafts since then
-    were accepted.
+    sizes: drafts after a tree with a rejection, and after one that was accepted whole: a text that is copied
+    goes on being copied. flows: which of them is next. age: rounds since it was planned, which happens every
+    `wait` rounds. whole: all its drafts since then were accepted.
     """
 
-    nodes: int = 0
+    sizes: tuple[int, int] = (0, 0)
+    flows: bool = False
     age: int = 1
     wait: int = 1
     whole: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """Drafts of the next tree."""
+        return self.sizes[self.flows]
 
 
 @POLICIES.register(
@@ -59,34 +70,59 @@ class Auto(Policy):
     @classmethod
     def build(cls, context: PolicyContext) -> Self:
         """By the costs of the target on this machine, measured if they are not known."""
-        return cls(load_or_measure(context.target))
+        return cls(load_or_measure(context.target), lambda: doubt(context.target))
 
-    def __init__(self, costs: CostCurve) -> None:
-        self.costs = CostModel(costs)
-        self.acceptance = AcceptanceModel()
+    def __init__(self, costs: CostCurve, doubted: Callable[[], None] | None = None) -> None:
+        """doubted: called once if the rounds contradict `costs`."""
+        self.costs, self._doubted = CostModel(costs), doubted
+        # after a rejection, and after a tree that was accepted whole
+        self.acceptance = (AcceptanceModel(), AcceptanceModel())
         self.exploration = Exploration()
         self._plans: dict[int, _Plan] = {}
         self._hopeful = True
-        # the first round is plain
-        self._since_plain = _PLAIN_ROUNDS
+        # times that the requests were planned, and the rounds since; whether anything was learned since
+        self.choices = 0
+        self._since_choice, self._news = 0, True
+        self._steps: Steps = ()
+        # whether any tree was accepted whole
+        self._flowed = False
+        # what most requests got, and so the next one
+        self._usual = (0, 0)
+        # share of the trees asked for that had drafts, and how many were asked for in this round
+        self._found, self._asked, self._had = 1.0, 0, 0
+        # the largest attempt that can be afforded
+        self._attempt = 0
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
-        self._since_plain += 1
-        if self._since_plain > _PLAIN_ROUNDS:
-            self._since_plain = 0
+        self.exploration.earned()
+        self.costs.count, self._asked = len(sequences), 0
+        if self.costs.wants_plain():
             return [NO_DRAFTS] * len(sequences)
         slots = [sequence.slot for sequence in sequences]
         for slot in slots:
             self._begin(slot)
-        if any(self._plans[slot].age >= self._plans[slot].wait for slot in slots):
+        self._since_choice += 1
+        if self._may_choose(slots):
             self._choose(slots, drafter)
-        return [Budget.of(self._nodes(slot)) for slot in slots]
+        budgets = [Budget.of(self._nodes(slot)) for slot in slots]
+        self._asked = sum(budget.nodes > 0 for budget in budgets)
+        return budgets
 
     def _begin(self, slot: int) -> None:
         if slot not in self._plans:
-            self._plans[slot] = _Plan()
-            self.acceptance.began(slot)
+            self._plans[slot] = _Plan(self._usual)
+            for model in self.acceptance:
+                model.began(slot)
             self.exploration.began(slot)
+
+    def _may_choose(self, slots: Sequence[int]) -> bool:
+        """Whether a plan is old enough, something was learned since, and a choice is not too dear."""
+        if not self._news and self._since_choice < _IDLE_ROUNDS:
+            return False
+        seconds = _CHOICE_SECONDS * (1 + len(slots)) / self.costs.round(len(slots))
+        return self._since_choice * _CHOICE_SHARE >= seconds and any(
+            self._plans[slot].age >= self._plans[slot].wait for slot in slots
+        )
 
     def _nodes(self, slot: int) -> int:
         """What was planned for a request, or now and then a small tree where that was nothing."""
@@ -94,27 +130,47 @@ class Auto(Policy):
         plan.age += 1
         if plan.nodes:
             return plan.nodes
-        return _FIRST_NODES if self.exploration.due(slot, self._hopeful) else 0
+        # one attempt in a round
+        if self._attempt and self.exploration.due(slot, self._hopeful):
+            attempt, self._attempt = self._attempt, 0
+            return attempt
+        return 0
 
     def _choose(self, slots: Sequence[int], drafter: Drafter) -> None:
         """Plan the requests together."""
+        self.choices += 1
+        self._since_choice, self._news = 0, False
         most = min(drafter.max_nodes, max(_FIRST_NODES, 2 * self.costs.largest))
-        gains = {nodes: drafter.expected(Budget.of(nodes)) for nodes in sizes_up_to(most)}
-        choice = choose([self.acceptance.ratio(slot) for slot in slots], gains, self.costs)
-        self._hopeful = choice.hopeful
-        for slot, nodes in zip(slots, choice.nodes, strict=True):
+        sizes = sizes_up_to(most)
+        self._steps = steps_of({nodes: drafter.expected(Budget.of(nodes)) for nodes in sizes})
+        choices = [
+            choose(
+                [model.hardness(slot) for slot in slots],
+                self._steps,
+                sizes,
+                self.costs,
+                self._found,
+            )
+            for model in (self.acceptance if self._flowed else self.acceptance[:1])
+        ]
+        self._hopeful = choices[0].hopeful
+        small = [nodes for nodes in sizes if nodes <= _FIRST_NODES]
+        self._attempt = affordable(small, len(slots), self.costs, self.exploration.credit)
+        chosen = list(zip(choices[0].nodes, choices[-1].nodes, strict=True))
+        self._usual = sorted(chosen)[len(slots) // 2]
+        for slot, both in zip(slots, chosen, strict=True):
             plan = self._plans[slot]
             plan.age, plan.wait = 0, min(2 * plan.wait, _REPLAN_ROUNDS)
-            plan.nodes = self._stretched(plan, nodes, most) if nodes else 0
+            plan.sizes = (both[0], self._stretched(plan, both[1], most))
             plan.whole = True
-            if nodes:
+            if plan.nodes:
                 self.exploration.planned(slot)
 
     def _stretched(self, plan: _Plan, nodes: int, most: int) -> int:
         """`nodes`, or a size never tried yet when smaller trees were accepted whole."""
         larger = next_size(nodes)
         untried = self.costs.largest < larger <= most
-        return larger if untried and plan.whole and plan.nodes else nodes
+        return larger if nodes and untried and plan.whole and plan.nodes else nodes
 
     def observe(
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
@@ -122,17 +178,38 @@ class Auto(Policy):
         plan = self._plans.get(sequence.slot)
         if plan is None or not drafted:
             return
-        self.acceptance.observe(sequence.slot, accepted, expected)
-        plan.whole &= accepted == drafted
-        if accepted and not plan.nodes:
-            # the attempt was worth it: plan again in the next round
-            self.exploration.succeeded(sequence.slot)
-            plan.age = _REPLAN_ROUNDS
+        self._had += 1
+        model, planned = self.acceptance[plan.flows], plan.nodes
+        model.observe(sequence.slot, self._steps, drafted, accepted, expected)
+        plan.flows = accepted == drafted
+        plan.whole &= plan.flows
+        self._flowed |= plan.flows
+        self._news = True
+        if planned:
+            return
+        # an attempt: plan again in the next round
+        self.exploration.tried(sequence.slot, self._price(drafted) - accepted / self.costs.count)
+        plan.age = _REPLAN_ROUNDS
+
+    def _price(self, drafts: int) -> float:
+        """Plain rounds that drafts cost if none is accepted."""
+        rounds = self.costs.round(self.costs.count + drafts) + self.costs.drafting(drafts)
+        return rounds / self.costs.round(self.costs.count) - 1
 
     def observe_round(self, times: RoundTimes) -> None:
-        self.costs.observe(times)
+        self.costs.observe(times, asked=self._asked > 0)
+        if times.drafts:
+            self.price = self.costs.price(times)
+        if self._doubted is not None and self.costs.contradicts:
+            self._doubted()
+            self._doubted = None
+        if self._asked:
+            rate = 1 - _FOUND_FORGET**self._asked
+            self._found += rate * (max(self._had, 0.1) / self._asked - self._found)
+        self._had = 0
 
     def release(self, slot: int) -> None:
         self._plans.pop(slot, None)
-        self.acceptance.release(slot)
+        for model in self.acceptance:
+            model.release(slot)
         self.exploration.release(slot)

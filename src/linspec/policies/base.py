@@ -50,6 +50,8 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    # plain rounds that the latest round with drafts cost, as far as is known
+    price: float | None = None
 
     def __init__(self, context: PolicyContext | None = None, options: Any = None) -> None:
         """Keep nothing; a policy keeps what it needs of them."""

@@ -1,4 +1,4 @@
-"""What a step of 1…64 nodes costs: measured once per machine and model, kept on disk."""
+"""What a step of 1…64 nodes costs: a few sizes measured once per machine and model, kept on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,15 +20,17 @@ from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, LinspecError
 from linspec.kernels.cpu.structs import ABI
+from linspec.policies.roofline import completed
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.border import read_json
 from linspec.utils.files import cache_dir, replace_text
 
-MEASURED_NODES = (1, 2, 4, 8, 16, 32, 64)
-_LEAST_REPEATS, _REPEATS = 3, 20
-# Large models are slow but repeat well: no size is timed for longer than this, if it can be helped.
-_SECONDS = 0.3
+# the others follow from these; see roofline.py
+MEASURED_NODES = (1, 6, 16, 48)
+# turns of all sizes: never fewer, and no more than that once they have taken so long
+_LEAST_TURNS, _TURNS, _SECONDS = 3, 8, 0.5
 _CONTEXT = 48
+_MEASURED_AT_MOST = 3
 
 
 @dataclass(frozen=True)
@@ -36,54 +39,55 @@ class CostCurve:
 
     seconds: Mapping[int, float]
 
-    def __call__(self, nodes: int) -> float:
-        points = sorted(self.seconds)
-        if nodes in self.seconds:
-            return self.seconds[nodes]
+    def __call__(self, nodes: float) -> float:
+        points = self._points
         if len(points) == 1:
-            return self.seconds[points[0]]
-        right = min(max(bisect_left(points, nodes), 1), len(points) - 1)
-        a, b = points[right - 1], points[right]
-        slope = (self.seconds[b] - self.seconds[a]) / (b - a)
-        return max(self.seconds[a] + slope * (nodes - a), 1e-9)
+            return points[0][1]
+        right = min(max(bisect_left(points, (nodes, 0.0)), 1), len(points) - 1)
+        (a, low), (b, high) = points[right - 1], points[right]
+        return max(low + (high - low) / (b - a) * (nodes - a), 1e-9)
+
+    @cached_property
+    def _points(self) -> list[tuple[int, float]]:
+        return sorted(self.seconds.items())
 
 
 def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
-    """Time steps of a chain of draft nodes after a short context.
+    """Time a few sizes of steps of draft nodes after a short context; the others follow from them.
 
-    More nodes never cost less, and noise only adds time: what fewer nodes took longer was noise.
+    The sizes take turns, and the quickest turn of each counts: a busy moment lengthens none of them for good,
+    and a busy minute all of them alike, which changes no decision.
     """
     state = model.new_state()
-    context = min(_CONTEXT, (model.config.position_limit or _CONTEXT) // 2)
+    limit = model.config.position_limit
+    context = min(_CONTEXT, (limit or _CONTEXT) // 2)
     fed, _ = model.open([0] * context, 0, state)
     model.step([StepInput(0, fed, all_logits=False)], state)
     state.commit(0, range(len(fed)))
-    limit = model.config.position_limit
-    found: dict[int, float] = {}
-    for nodes in MEASURED_NODES:
-        if limit is not None and context + nodes > limit:
+    sizes = [nodes for nodes in MEASURED_NODES if limit is None or context + nodes <= limit]
+    found, spent = dict[int, float](), 0.0
+    for turn in range(_TURNS):
+        if turn > _LEAST_TURNS and spent > _SECONDS:
             break
-        found[nodes] = _quickest_step(model, state, nodes, clock)
-    least = math.inf
-    for nodes in sorted(found, reverse=True):
-        least = found[nodes] = min(least, found[nodes])
-    return CostCurve(found)
+        for nodes in sizes or [1]:
+            seconds = _step(model, state, nodes, clock)
+            spent += seconds
+            # the first turn also builds tree masks and touches the weights
+            if turn:
+                found[nodes] = min(seconds, found.get(nodes, math.inf))
+    return CostCurve(completed(found))
 
 
-def _quickest_step(
+def _step(
     model: CausalModel, state: SequenceStates, nodes: int, clock: Callable[[], float]
 ) -> float:
-    """Seconds of the least disturbed repeat: the curve is kept, a busy moment must not be."""
-    times: list[float] = []
-    while len(times) < _LEAST_REPEATS or (len(times) < _REPEATS and sum(times) < _SECONDS):
-        began = clock()
-        model.step([StepInput(0, [0] * nodes)], state)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(clock() - began)
-        state.drop(0)
-    # the first one also builds tree_masks and touches the weights
-    return min(times[1:])
+    began = clock()
+    model.step([StepInput(0, [0] * nodes)], state)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    ended = clock()
+    state.drop(0)
+    return ended - began
 
 
 def load_or_measure(
@@ -92,23 +96,45 @@ def load_or_measure(
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
     stored = _stored(path)
-    if stored is not None:
-        return stored
+    if stored.seconds:
+        return CostCurve(stored.seconds)
     curve = measure(model, clock)
-    # a read-only home only means measuring again next time
-    with contextlib.suppress(CheckpointError):
-        replace_text(path, json.dumps(dict(curve.seconds)))
+    _store(path, _Stored(dict(curve.seconds), stored.measured + 1))
     return curve
 
 
-def _stored(path: Path) -> CostCurve | None:
-    """The curve in a file; None where there is none, or what is there are not the seconds of steps."""
+def doubt(model: CausalModel) -> None:
+    """The rounds contradict the curve on disk: the next process measures again, twice at most."""
+    path = _cache_path(model)
+    stored = _stored(path)
+    if stored.seconds and stored.measured < _MEASURED_AT_MOST:
+        _store(path, _Stored({}, stored.measured))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Seconds by nodes, none where they are to be measured; and how often that was done."""
+
+    seconds: Mapping[int, float]
+    measured: int = 0
+
+
+def _store(path: Path, what: _Stored) -> None:
+    # a read-only home only means measuring again next time
+    with contextlib.suppress(CheckpointError):
+        replace_text(path, json.dumps({"seconds": what.seconds, "measured": what.measured}))
+
+
+def _stored(path: Path) -> _Stored:
+    """The curve in a file; none where there is none, or what is there are not the seconds of steps."""
     try:
-        seconds = {int(n): float(s) for n, s in read_json(path).items()}
-    except (LinspecError, ValueError, TypeError):
-        return None
-    sound = seconds and all(n > 0 and 0 < s < math.inf for n, s in seconds.items())
-    return CostCurve(seconds) if sound else None
+        found = read_json(path)
+        seconds = {int(n): float(s) for n, s in found["seconds"].items()}
+        measured = int(found["measured"])
+    except (LinspecError, AttributeError, KeyError, ValueError, TypeError):
+        return _Stored({})
+    sound = all(n > 0 and 0 < s < math.inf for n, s in seconds.items())
+    return _Stored(seconds if sound else {}, max(0, measured))
 
 
 def _cache_path(model: CausalModel) -> Path:

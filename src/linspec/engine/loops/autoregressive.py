@@ -17,6 +17,7 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import FINAL, LOGITS, StepInput
 from linspec.decoding.target import NodeOutput
 from linspec.decoding.tree import TokenTree, root_only
+from linspec.drafters.base import name_of
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.prompt import keep_piece, open_prompt, prompt_piece
 from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
@@ -55,6 +56,7 @@ class Autoregressive(GenerationLoop):
     def started(self, sequence: RunningSequence) -> None:
         open_prompt(self.target, sequence)
         if self.drafter is not None:
+            sequence.stats.policy = name_of(self.policy)
             end = tokens_end(sequence)
             self.drafter.started(sequence)
             self._check_tokens(sequence, end)
@@ -176,6 +178,9 @@ class Autoregressive(GenerationLoop):
         except Exception:
             # it is about no sequence, and decides about speed alone
             _log.warning("the policy did not take the times of a round", exc_info=True)
+        if drafts:
+            for sequence in batch.decoding:
+                sequence.stats.draft_price = self.policy.price
 
     def finished(self, sequence: RunningSequence) -> None:
         try:

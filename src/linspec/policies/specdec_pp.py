@@ -1,0 +1,190 @@
+"""Stop where a rejection is likely (SpecDec++, Huang et al. 2024, arXiv 2405.19715).
+
+The paper drafts on until the chance that all drafts are accepted falls below a constant that the costs set.
+Here a drafter that gives confidences (`TokenTree.confidences`) proposes a tree, and only the first nodes that
+pay are verified: a node pays if it is accepted more often than its seconds would bring tokens elsewhere.
+Confidences are calibrated as drafts are judged, the seconds are measured, and no threshold has to be tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree
+from linspec.drafters.base import Drafter
+from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
+from linspec.policies.calibration import Calibration
+from linspec.policies.cost_model import CostModel
+from linspec.policies.costs import CostCurve, load_or_measure
+from linspec.policies.exploration import Exploration
+from linspec.policies.planner import affordable, sizes_up_to
+
+_FORGET = 0.98
+_FIRST_NODES = 4
+# how often the size to ask for is chosen anew
+_REPLAN_ROUNDS = 8
+# rounds' worth of the assumption that drafting pays
+_HOPE = 6.0
+
+
+@dataclass(slots=True)
+class _Mean:
+    """A mean in which old values fade, from a first guess."""
+
+    value: float
+    weight: float = 1.0
+
+    def add(self, value: float) -> None:
+        self.weight = _FORGET * self.weight + 1
+        self.value += (value - self.value) / self.weight
+
+
+@POLICIES.register(
+    "specdec-pp",
+    summary="verifies the first drafts that pay by their calibrated confidences and the measured costs",
+    paper="Huang et al. 2024 (SpecDec++), arXiv 2405.19715",
+)
+class SpecDecPP(Policy):
+    """Trees that are cut where a rejection is likely.
+
+    A drafter without confidences has its trees verified whole, of the size that it expects most from.
+    """
+
+    @classmethod
+    def build(cls, context: PolicyContext) -> Self:
+        """By the costs of the target on this machine, measured if they are not known."""
+        return cls(load_or_measure(context.target))
+
+    def __init__(self, costs: CostCurve) -> None:
+        self.costs, self.calibration, self.exploration = (
+            CostModel(costs),
+            Calibration(),
+            Exploration(),
+        )
+        self._trees: dict[int, TokenTree] = {}
+        self._size, self._age = 0, _REPLAN_ROUNDS
+        # tokens and plain rounds' time of a round; what a round with drafts brings beyond a plain one
+        self._tokens, self._rounds = _Mean(1.0), _Mean(1.0)
+        self._surplus = _Mean(0.5, _HOPE)
+        self._share = _Mean(1.0)
+        self._asked, self._kept, self._accepted = 0, 0, 0
+        # the slots that had drafts in this round, kept or not
+        self._drafted: set[int] = set()
+
+    @property
+    def rate(self) -> float:
+        """Tokens of a sequence in the time of a plain round, in the mean: what seconds bring elsewhere."""
+        return max(1.0, self._tokens.value / self._rounds.value)
+
+    def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
+        self.exploration.earned()
+        self.costs.count = len(sequences)
+        self._asked = self._kept = self._accepted = 0
+        self._trees.clear()
+        self._drafted.clear()
+        for sequence in sequences:
+            self.exploration.began(sequence.slot)
+        if self.costs.wants_plain():
+            return [NO_DRAFTS] * len(sequences)
+        self._age += 1
+        if self._age >= _REPLAN_ROUNDS:
+            self._age, self._size = 0, self._best_size(drafter)
+        if self._size and self._surplus.value > 0:
+            sizes = [self._size] * len(sequences)
+        else:
+            sizes = self._attempts(sequences, drafter)
+        self._asked = sum(sizes)
+        return [Budget.of(size) for size in sizes]
+
+    def _best_size(self, drafter: Drafter) -> int:
+        """The tree to ask for: what it brings, less its drafting and the part of it that is verified."""
+        most, count = (
+            min(drafter.max_nodes, max(_FIRST_NODES, 2 * self.costs.largest)),
+            self.costs.count,
+        )
+        plain = self.costs.round(count)
+
+        def worth(size: int) -> float:
+            more = self._share.value * (self.costs.round(count + count * size) - plain)
+            return (
+                drafter.expected(Budget.of(size))
+                - self.rate * (more + self.costs.drafting(size)) / plain
+            )
+
+        best = max(sizes_up_to(most), key=worth)
+        return best if worth(best) > 0 or self._surplus.value > 0 else 0
+
+    def _attempts(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[int]:
+        """A small tree for one sequence now and then, while drafting does not pay."""
+        small = sizes_up_to(min(drafter.max_nodes, _FIRST_NODES))
+        size = affordable(small, len(sequences), self.costs, self.exploration.credit)
+        due = (i for i, each in enumerate(sequences) if self.exploration.due(each.slot, True))
+        first = next(due, None) if size else None
+        return [size if i == first else 0 for i in range(len(sequences))]
+
+    def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:
+        """The first nodes that bring most beyond what their seconds would bring elsewhere."""
+        self._drafted.add(sequence.slot)
+        if tree.confidences is None:
+            self._kept += len(tree) - 1
+            return len(tree) - 1
+        self._trees[sequence.slot] = tree
+        count, plain = self.costs.count + self._kept, self.costs.round(self.costs.count)
+        before, reached = self.costs.round(count), [1.0]
+        best, kept, tokens = 0.0, 0, 0.0
+        for node in range(1, len(tree)):
+            chance = self.calibration(tree.depths[node], tree.confidences[node])
+            reached.append(reached[tree.parents[node]] * chance)
+            tokens += reached[node]
+            # the batch shares a round: its tokens are what the seconds would bring
+            price = self.rate * self.costs.count * (self.costs.round(count + node) - before) / plain
+            if tokens - price > best:
+                best, kept = tokens - price, node
+        self._kept += kept
+        return kept
+
+    def observe(
+        self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
+    ) -> None:
+        self._accepted += accepted
+        self._drafted.add(sequence.slot)
+        tree = self._trees.get(sequence.slot)
+        if tree is None or tree.confidences is None or not tree.shape.is_chain:
+            return
+        for depth in range(1, min(drafted, accepted + 1) + 1):
+            self.calibration.observe(depth, tree.confidences[depth], depth <= accepted)
+
+    def observe_round(self, times: RoundTimes) -> None:
+        count = self.costs.count
+        if self._asked and not times.drafts and times.nodes == count and self._trees:
+            # drafted, and nothing kept: a plain step, and drafts that were made for nothing
+            times = RoundTimes(0.0, times.step, times.nodes, 0, times.rest)
+        self.costs.observe(times, asked=self._asked > 0)
+        if times.drafts:
+            self.price = self.costs.price(times)
+        plain = self.costs.round(count)
+        # a verifier that judges every draw keeps them all, and nobody is asked
+        kept = times.nodes - count
+        spent = self.costs.round(times.nodes) / plain
+        if self._drafted:
+            spent += self.costs.drafting(max(1, self._asked // count)) / plain
+            self._share.add(kept / self._asked)
+            self._surplus.add(self._accepted / count - (spent - 1))
+            if not self._size or self._surplus.value <= 0:
+                self._tried(spent - 1 - self._accepted / count)
+        else:
+            # what was found of drafts is believed ever less: an attempt may change it
+            self._surplus.weight = max(1.0, _FORGET * self._surplus.weight)
+        self._tokens.add(1 + self._accepted / count)
+        self._rounds.add(spent)
+
+    def _tried(self, price: float) -> None:
+        for slot in self._drafted:
+            self.exploration.tried(slot, price)
+
+    def release(self, slot: int) -> None:
+        self._trees.pop(slot, None)
+        self.exploration.release(slot)
