@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.checkpoints.dtype import pick_dtype
+from linspec.checkpoints.dtype import cache_kind, pick_dtype
 from linspec.checkpoints.hub import load_causal_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
@@ -70,8 +70,10 @@ class LLM:
             'auto', which is float32 on a CPU and the dtype of the weights on a GPU. None is float32.
             None and 'auto' leave weights that a GGUF file has in blocks in these, on a CPU.
         quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
-        kv_cache_dtype: 'auto' keeps the caches of softmax layers in `dtype`; 'int8' needs about a quarter
-            of the memory.
+        kv_cache_dtype: how softmax layers keep keys and values. 'auto' takes the 16-bit floats that the
+            weights are stored in (float16 for a GGUF file); if these are float32, or the model computes in
+            another dtype than float32, it is what the model computes in. 'float32', 'float16', 'bfloat16';
+            'int8' needs about a quarter of the memory of float32.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
@@ -128,6 +130,7 @@ class LLM:
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)
+        self.kv_cache_dtype = cache_kind(kept, self.model)
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
@@ -139,7 +142,7 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
-            kv_cache_dtype=kept,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=max_model_len,
             loop=_loop(loop, self.model),
         )

@@ -88,7 +88,7 @@ def bench_drafters(
     policy: str | int = "auto",
     data: Sources = ("stdlib",),
     quantize: int | None = None,
-    kv: str = "float",
+    kv: str = "auto",
     device: str = "cpu",
     seed: int = 0,
 ) -> DrafterSpeeds:
@@ -119,7 +119,7 @@ def bench_drafters(
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
     loaded = load_for(model, quantize, device=device)
     made, skipped = _make(drafters, DrafterContext(loaded, tokenizer, source, batch))
-    common = {"tokenizer": tokenizer, "max_batch": batch, "kv": kv}
+    common = {"tokenizer": tokenizer, "max_batch": batch, "kv_cache_dtype": kv}
     modes = _modes(loaded, made, policy, **common)
     if texts is None:
         texts = held_out_prompts(modes[0].llm, data, per_family, tokens)
@@ -133,7 +133,7 @@ def bench_drafters(
         "policy": policy,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantize": quantize,
-        "kv_cache_dtype": kv,
+        "kv_cache_dtype": modes[0].llm.kv_cache_dtype,
         "device": device,
     }
     return DrafterSpeeds(machine(), settings, tuple(_rows(measured)), tuple(skipped))
@@ -196,7 +196,10 @@ def _check_outputs(llm: LLM, group: Sequence[BenchPrompt], runs: Mapping[str, Ru
     """Refuse to time something that decodes something else."""
     for name, run in runs.items():
         for text, expected, got in zip(group, runs[PLAIN].outputs, run.outputs, strict=True):
-            found = None if got == expected else divergence(llm.model, 0, text.ids, expected, got)
+            kv = llm.kv_cache_dtype
+            found = (
+                None if got == expected else divergence(llm.model, 0, text.ids, expected, got, kv)
+            )
             if found is not None and not found.near_tie:
                 raise LinspecError(
                     f"{name} does not decode what plain decoding does: new token {found.position} is "

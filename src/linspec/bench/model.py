@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from linspec.checkpoints.config_file import read_config_file
+from linspec.checkpoints.config_file import ConfigFile, read_config_file
 from linspec.checkpoints.description import describe
+from linspec.checkpoints.dtype import auto_kind, kept_dtype
 from linspec.checkpoints.gguf.model import plan_gguf
 from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.hub import resolve
@@ -39,7 +40,7 @@ def info(source: str | Path) -> dict[str, Any]:
         return facts
     config = read.config
     if isinstance(config, DecoderConfig):
-        facts |= _memory(config, integers=read.quantization is not None, on_disk=_disk(folder))
+        facts |= _memory(read, config, _disk(folder))
         if is_gguf(folder):
             kept = plan_gguf(folder, keep_blocks=True).bytes(torch.float32)
             facts["weights_mb"]["in_memory"] = round(kept / 1e6, 3)
@@ -63,18 +64,21 @@ def drafters_at_hand(folder: Path) -> list[str]:
     return found
 
 
-def _memory(config: DecoderConfig, *, integers: bool, on_disk: float) -> dict[str, Any]:
-    """Megabytes of the weights and of one sequence's state, with caches in floats and in int8."""
+def _memory(read: ConfigFile, config: DecoderConfig, on_disk: float) -> dict[str, Any]:
+    """Megabytes of the weights and of one sequence's state, with caches by default and in int8."""
     with without_memory():
         model = Decoder(config)
     parameters = sum(each.numel() for each in model.parameters())
     # integers lie in memory as on disk
-    loaded = {} if integers else {"float32": round(parameters * 4 / 1e6, 3)}
+    loaded = {} if read.quantization is not None else {"float32": round(parameters * 4 / 1e6, 3)}
     found: dict[str, Any] = {
         "parameters": parameters,
         "weights_mb": {"on_disk": on_disk, **loaded},
     }
-    for name, kv in (("state_mb", "float"), ("state_mb_int8", "int8")):
+    kept = auto_kind(kept_dtype(read), model)
+    if model.keeps_cache:
+        found["kv_cache_dtype"] = "float32" if kept == "float" else kept
+    for name, kv in (("state_mb", kept), ("state_mb_int8", "int8")):
         try:
             state = model.new_state(kv=kv)
         # no layer has such a cache

@@ -109,7 +109,7 @@ def bench(
     device: str = "cpu",
     bandwidth: bool = False,
     quantize: int | None = None,
-    kv: str = "float",
+    kv: str = "auto",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
@@ -125,7 +125,9 @@ def bench(
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_for(model, quantize, device=device)
-    modes = _modes(model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv=kv)
+    modes = _modes(
+        model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv_cache_dtype=kv
+    )
     limit = model.config.position_limit
     fitting = [c for c in contexts if limit is None or c + tokens <= limit]
     skipped = tuple(_skip(c, tokens, limit) for c in contexts if c not in fitting)
@@ -149,8 +151,8 @@ def bench(
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": quantize,
         # scripts read the old name
-        "kv": kv,
-        "kv_cache_dtype": kv,
+        "kv": modes[PLAIN].kv_cache_dtype,
+        "kv_cache_dtype": modes[PLAIN].kv_cache_dtype,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }
@@ -269,7 +271,7 @@ def _check_output(
     """Refuse to time something that decodes something else."""
     if got == plain:
         return
-    found = divergence(llm.model, 0, prefix.tokens[:-1], plain, got)
+    found = divergence(llm.model, 0, prefix.tokens[:-1], plain, got, llm.kv_cache_dtype)
     if found is not None and not found.near_tie:
         raise LinspecError(
             f"{mode} does not decode what plain decoding does: new token {found.position} is "

@@ -1,11 +1,15 @@
-"""In which precision a model computes, by the names that users write."""
+"""In which precision a model computes and keeps its caches, by the names that users write."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from linspec.checkpoints.config_file import ConfigFile
+from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
+from linspec.checkpoints.origin import origin_of
 from linspec.checkpoints.weights import read_dtype, weight_files
 from linspec.errors import ConfigError
 from linspec.utils.messages import did_you_mean, shown
@@ -16,6 +20,9 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+_HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# of the entry of quantized directories
+KEPT = "cache_dtype"
 # other engines' names
 _ALIASES = {"float": "float32", "half": "float16"}
 
@@ -43,3 +50,36 @@ def pick_dtype(dtype: str | torch.dtype, folder: Path | None, device: str) -> to
 def _stored(folder: Path) -> torch.dtype:
     found = read_dtype(weight_files(folder))
     return torch.float32 if found is None or found not in DTYPES.values() else found
+
+
+def kept_dtype(read: ConfigFile) -> torch.dtype | None:
+    """The 16-bit floats that caches of the model in `read` keep by default: those that its weights have.
+
+    float16 for a GGUF file, whose blocks have scales of that kind, and what is made of one; None for float32.
+    """
+    if read.delta is not None:
+        return torch.float16
+    if read.quantization is not None:
+        found = DTYPES.get(str(dict(read.quantization).get(KEPT)))
+    elif is_gguf(read.folder):
+        kinds = {info.kind.name for info in read_gguf(read.folder).tensors.values()}
+        found = torch.float16 if kinds != {"F32"} else None
+    else:
+        found = read_dtype(weight_files(read.folder))
+    return found if found in _HALVES else None
+
+
+def cache_kind(name: str, model: Any) -> str:
+    """The spec of STATES for a `kv_cache_dtype`, where 'auto' is as the weights of `model` were stored.
+
+    A model that computes in 16 bits keeps what it computes, and so does one in float64, which is asked for
+    its precision.
+    """
+    return auto_kind(origin_of(model).kept, model) if name == "auto" else name
+
+
+def auto_kind(kept: torch.dtype | None, model: Any) -> str:
+    """The kind of `cache_kind` for weights that are stored as `kept` says."""
+    if kept is None or model.dtype != torch.float32 or not model.keeps_cache:
+        return "float"
+    return _HALVES[kept]

@@ -23,6 +23,7 @@ import torch
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.config_file import ConfigFile, config_file, read_config_file
 from linspec.checkpoints.delta import load_delta, parse_delta
+from linspec.checkpoints.dtype import kept_dtype
 from linspec.checkpoints.families import known as families
 from linspec.checkpoints.families.base import Family, Tensors
 from linspec.checkpoints.gguf.model import load_gguf
@@ -32,7 +33,7 @@ from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.load_tokenizer import check_tokenizer as check_tokenizer
 from linspec.checkpoints.load_tokenizer import load_tokenizer as load_tokenizer
 from linspec.checkpoints.matching import fill, match, own_tensors
-from linspec.checkpoints.origin import GENERATION, origin_of, remember_origin
+from linspec.checkpoints.origin import GENERATION, origin_of, remember_origin, set_origin
 from linspec.checkpoints.quantized import load_quantized
 from linspec.checkpoints.resolve import resolve as resolve
 from linspec.checkpoints.weights import (
@@ -171,6 +172,7 @@ def _load(
         found = load_gguf(read.folder, dtype, keep_blocks=kept).to(device)
     else:
         found = _load_plain(read, dtype).to(device)
+    set_origin(found, replace(origin_of(found), kept=kept_dtype(read)))
     assert isinstance(found, wanted)
     if isinstance(found.config, DecoderConfig) and (note := found.config.rope.note):
         _log.warning("%s: %s", read.folder, note)

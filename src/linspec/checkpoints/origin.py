@@ -19,11 +19,15 @@ _FIELD = "origin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """dtype: of the weights on disk; loaded: what they were turned into; generation: defaults beside them."""
+    """dtype: of the weights on disk; loaded: what they were turned into; generation: defaults beside them.
+
+    kept: the 16-bit floats that caches keep unless they are asked otherwise (see `dtype.py`), None for none.
+    """
 
     dtype: torch.dtype | None = None
     loaded: torch.dtype | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    kept: torch.dtype | None = None
 
     def dtype_to_save(self, tensors: Mapping[str, torch.Tensor]) -> torch.dtype | None:
         """That of the file, unless the model was turned into another one since; None keeps tensors."""

@@ -20,6 +20,8 @@ import torch
 
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.config_file import QUANTIZATION, config_file
+from linspec.checkpoints.dtype import KEPT
+from linspec.checkpoints.origin import origin_of
 from linspec.checkpoints.tensors import check_tensors
 from linspec.checkpoints.weights import SINGLE
 from linspec.errors import CheckpointError
@@ -64,7 +66,10 @@ def save_quantized(
         with place.held(), save_quantized(model, tokenizer, place, bits, facts) as aside:
             yield aside
         return
+    kept = origin_of(model).kept
     entry = {**entry_of(bits), "identity": model.identity, **facts}
+    if kept is not None:
+        entry[KEPT] = str(kept).removeprefix("torch.")
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
     with out.replaced() as aside:
         write_aligned(dict(model.state_dict()), aside / SINGLE)

@@ -71,7 +71,7 @@ def cache_dtype(value: str) -> str:
     """The kind of cache that a name stands for; raises ConfigError for an unknown one."""
     # the library imports torch, which --help must not wait for
     if value == "auto":
-        return "float"
+        return value
     from linspec.state.registry import kv_of
 
     return kv_of(value)

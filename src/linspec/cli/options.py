@@ -42,7 +42,8 @@ Kv = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         callback=cache_dtype,
-        help="How softmax caches are kept: auto (as the model computes), float32, float16, bfloat16 or int8.",
+        help="How softmax caches are kept: auto (16 bits if the weights are stored so), float32, float16, "
+        "bfloat16 or int8.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]

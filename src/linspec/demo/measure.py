@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.speed import SpeedRow, bench
+from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.decoding.sampling import SamplingParams
 from linspec.demo.budget import Budget, Clock
@@ -109,7 +110,7 @@ class Lane:
 
     def compare(self, prompt: Sequence[int], expected: Sequence[int], got: Sequence[int]) -> None:
         """Note whether `got` is what plain decoding gave."""
-        found = divergence(self.llm.model, 0, prompt, expected, got)
+        found = divergence(self.llm.model, 0, prompt, expected, got, self.llm.kv_cache_dtype)
         if found is not None and found.near_tie:
             self.near_ties += 1
         elif found is not None:
@@ -179,7 +180,7 @@ def decode_lanes(
 
 def state_bytes(model: Decoder, contexts: Sequence[int] = STATE_CONTEXTS) -> dict[int, int]:
     """Bytes that one sequence's committed state needs at each context."""
-    state = model.new_state(1)
+    state = model.new_state(1, cache_kind("auto", model))
     return {context: state.bytes_at(context) for context in contexts}
 
 

@@ -219,7 +219,9 @@ def _race(plain: LLM, fast: LLM, question: Question, tokens: int, screen: Screen
                 running.remove(runner)
                 continue
             columns.add(0 if runner is slow else 1, runner.spans, runner.seconds)
-    found = divergence(plain.model, 0, prompt, slow.new_tokens, quick.new_tokens)
+    found = divergence(
+        plain.model, 0, prompt, slow.new_tokens, quick.new_tokens, plain.kv_cache_dtype
+    )
     return Answer(
         question=question,
         spans=tuple(quick.spans),

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 
+from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.resolve import EMBEDDED
@@ -70,7 +71,7 @@ class DraftModel(ChainDrafter):
                 f"{target.vocab_size}: both must share one tokenizer"
             )
         self.model = model
-        self.state = model.new_state(slots)
+        self.state = model.new_state(slots, cache_kind("auto", model))
         self._fed: dict[int, int] = {}
         # of each slot: its generator, and what that was when the sequence had so many tokens
         self._generators: dict[int, tuple[torch.Generator, int, torch.Tensor]] = {}

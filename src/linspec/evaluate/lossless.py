@@ -47,7 +47,7 @@ class Divergence:
     """The first token at which two outputs of one prompt differ.
 
     prompt: its index; position: index among the new tokens. logit_gap: how far the worse of the two
-    tokens lies below the model's best one, by the model's full form.
+    tokens lies below the model's best one (`_logits_behind`).
     """
 
     prompt: int
@@ -101,7 +101,7 @@ def verify(
     device: str = "cpu",
     seed: int = 0,
     quantize: int | None = None,
-    kv: str = "float",
+    kv: str = "auto",
 ) -> Report:
     """Compare decoding with `drafter` to plain decoding, at batch 1 and in ragged batches of 8.
 
@@ -122,16 +122,16 @@ def verify(
         max_batch=BATCH,
         device=device,
         quantize=quantize,
-        kv=kv,
+        kv_cache_dtype=kv,
     )
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
-    alone = partial(LLM, fast.model, tokenizer=fast.tokenizer, max_batch=1, kv=kv)
+    alone = partial(LLM, fast.model, tokenizer=fast.tokenizer, max_batch=1, kv_cache_dtype=kv)
     plain, single = alone(), alone(drafter=_only(fast), policy=policy)
     with Progress("verify: prompts decoded", 3 * prompts) as progress:
         expected, _ = _greedy(plain, texts, tokens, progress, 0)
         one_by_one, tau = _greedy(single, texts, tokens, progress, prompts)
         ragged, _ = _greedy(fast, texts, tokens, progress, 2 * prompts)
-    compared, found = _compare(fast.model, texts, expected, (one_by_one, ragged))
+    compared, found = _compare(fast, texts, expected, (one_by_one, ragged))
     ties = tuple(d for d in found if d.near_tie)
     real = [d for d in found if not d.near_tie]
     return Report(
@@ -196,7 +196,7 @@ def _greedy(
 
 
 def _compare(
-    model: CausalModel,
+    llm: LLM,
     texts: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     runs: Sequence[Sequence[Sequence[int]]],
@@ -205,7 +205,7 @@ def _compare(
     compared, found = 0, []
     for outputs in runs:
         for i, text in enumerate(texts):
-            different = divergence(model, i, text, expected[i], outputs[i])
+            different = divergence(llm.model, i, text, expected[i], outputs[i], llm.kv_cache_dtype)
             compared += different.position if different else len(expected[i])
             found += [different] if different else []
     return compared, found
@@ -218,8 +218,9 @@ def divergence(
     text: Sequence[int],
     expected: Sequence[int],
     got: Sequence[int],
+    kv: str = "float",
 ) -> Divergence | None:
-    """Where `got` first differs from `expected`, both following the token ids `text`."""
+    """Where `got` first differs from `expected`, both behind the token ids `text`; kv: the kind of cache."""
     length = min(len(expected), len(got))
     place = next((i for i in range(length) if expected[i] != got[i]), None)
     if place is None:
@@ -228,7 +229,7 @@ def divergence(
         longer = expected if len(expected) > length else got
         pair = [longer[length] if longer is each else -1 for each in (expected, got)]
         return Divergence(prompt, length, pair[0], pair[1], math.inf)
-    logits = model.full_logits(text, [expected[:place]])[0].double()
+    logits = _logits_behind(model, text, [expected[:place]], kv)[0].double()
     worse = min(float(logits[expected[place]]), float(logits[got[place]]))
     return Divergence(prompt, place, expected[place], got[place], float(logits.max()) - worse)
 
@@ -237,15 +238,15 @@ def sampling_p_value(llm: LLM, prompts: Sequence[Sequence[int]], draws: int) -> 
     """Chi-square goodness of fit of sampled continuations against their exact distribution.
 
     A continuation is three tokens at temperature 1 among the four likeliest each: 64 outcomes,
-    whose probabilities are computed by the model's full form, or by its step where weights of integers round
-    their inputs. The statistics of several prompts add up.
+    whose probabilities are computed by the model's full form, or by its step where inputs or keys are
+    rounded. The statistics of several prompts add up.
     """
     statistic, freedom = 0.0, 0
     chosen = [tuple(p[:_SAMPLED_PROMPT_TOKENS]) for p in prompts[:_SAMPLED_PROMPTS]]
     each = max(1, draws // len(chosen))
     with Progress("verify: samples drawn", each * len(chosen)) as progress:
         for i, prompt in enumerate(chosen):
-            exact = _exact_outcomes(llm.model, prompt)
+            exact = _exact_outcomes(llm.model, prompt, llm.kv_cache_dtype)
             counts: Counter[tuple[int, ...]] = Counter()
             params = [_sampled(seed=i * each + draw) for draw in range(each)]
             for piece in llm.stream([list(prompt)] * each, params):
@@ -271,13 +272,15 @@ def _sampled(seed: int | None) -> SamplingParams:
 
 
 @torch.inference_mode()
-def _exact_outcomes(model: CausalModel, prompt: Sequence[int]) -> dict[tuple[int, ...], float]:
+def _exact_outcomes(
+    model: CausalModel, prompt: Sequence[int], kv: str
+) -> dict[tuple[int, ...], float]:
     """Probability of every possible continuation of `prompt`, token by token."""
     sampler = Sampler(_sampled(seed=0), prompt, model.config.vocab_size)
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(_SAMPLED_TOKENS):
         texts = list(found)
-        logits = _logits_behind(model, prompt, texts)
+        logits = _logits_behind(model, prompt, texts, kv)
         longer: dict[tuple[int, ...], float] = {}
         for text, row in zip(texts, logits, strict=True):
             distribution = sampler.probabilities(row).double()
@@ -288,19 +291,19 @@ def _exact_outcomes(model: CausalModel, prompt: Sequence[int]) -> dict[tuple[int
 
 
 def _logits_behind(
-    model: CausalModel, prompt: Sequence[int], texts: Sequence[Sequence[int]]
+    model: CausalModel, prompt: Sequence[int], texts: Sequence[Sequence[int]], kv: str
 ) -> torch.Tensor:
     """Logits [B, vocab] behind `prompt` and each of B texts.
 
-    By the full form, which shares no code with the step. Not where inputs are rounded to integers: a sum in
-    another order flips some of these, layer by layer more, until two correct forms differ by as much as
-    rounding costs.
+    By the full form, which shares no code with the step. Not where inputs are rounded to integers or keys to
+    16 bits: a sum in another order flips some of these, layer by layer more, until two correct forms differ
+    by as much as rounding costs.
     """
-    if not rounds_inputs(model):
+    if kv == "float" and not rounds_inputs(model):
         return model.full_logits(prompt, texts)
     rows = []
     for text in texts:
-        state = model.new_state()
+        state = model.new_state(1, kv)
         fed, _ = model.open([*prompt, *text], 0, state)
         rows.append(model.step([StepInput(0, fed, all_logits=False)], state).logits[-1:])
     return torch.cat(rows)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_tokenizer
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
@@ -82,7 +83,7 @@ def evaluate_source(
     bf16: bool = False,
     device: str = "cpu",
     quantize: int | None = None,
-    kv: str = "float",
+    kv: str = "auto",
 ) -> Score:
     """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
 
@@ -94,6 +95,8 @@ def evaluate_source(
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
     documents = held_out_documents(data, field)
+    # the full form in bfloat16 has no cache
+    kv = "float" if bf16 and kv == "auto" else cache_kind(kv, decoder)
     return evaluate(
         decoder, tokenizer, documents, context=context, limit_bytes=limit_bytes, bf16=bf16, kv=kv
     )

@@ -21,12 +21,17 @@ def new_states(
     of cache when there is none.
     """
     STATES.read(kv)
-    if kv != "float" and not any(maker.keeps_cache for maker in _flat(makers)):
+    if kv != "float" and not keeps_cache(makers):
         raise ConfigError(
             f"no layer of this model keeps a softmax cache, so there is nothing to keep as {kv}; "
             "leave out kv_cache_dtype (--kv-cache-dtype)"
         )
     return SequenceStates(makers, slots, StateOptions(dtype=dtype, device=device, kv_cache=kv))
+
+
+def keeps_cache(makers: Sequence[Makers]) -> bool:
+    """Whether any of `makers` has a cache, which can be kept in several ways."""
+    return any(maker.keeps_cache for maker in _flat(makers))
 
 
 def _flat(makers: Sequence[Makers]) -> Iterator[StateMaker]:

@@ -19,7 +19,7 @@ from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
-from linspec.models.cache import new_states
+from linspec.models.cache import keeps_cache, new_states
 from linspec.models.config import DecoderConfig
 from linspec.models.head import inference_head, make_head
 from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
@@ -183,6 +183,11 @@ class Decoder(nn.Module):
         formats = " ".join(sorted({kind for kind in kinds if kind}))
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')} {formats}".rstrip()
         return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a layer has a softmax cache, which can be kept in several ways."""
+        return keeps_cache([block.state_makers() for block in self.layers])
 
     def new_state(
         self, slots: int = 1, kv: str = "float", *, layers: Collection[int] | None = None

@@ -113,6 +113,11 @@ class T5(nn.Module):
         """Those of the decoder."""
         return self.decoder.kernels
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether a layer of the decoder does."""
+        return self.decoder.keeps_cache
+
     def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
         return self.decoder.new_state(slots, kv)

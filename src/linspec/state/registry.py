@@ -15,7 +15,7 @@ from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.options import read_spec
 from linspec.utils.registry import Registry
 
-# names of the kind 'float', which follows the dtype of the model
+# as the checkpoint has it, which who loads it knows; and a name of the kind 'float', as a model computes
 _FLOATS = ("auto", "float32")
 
 STATES: Registry[EntryState] = Registry("KV cache", "linspec.states")
@@ -34,6 +34,7 @@ def entry_format(options: StateOptions) -> EntryFormat:
 def kv_of(name: str, old: str | None = None) -> str:
     """The spec of STATES that a `kv_cache_dtype` stands for, or an `old` setting given instead of it.
 
+    'auto' stays: `checkpoints/dtype.py` knows what it is for a model.
     Raises ConfigError for an unknown one.
     """
     if old is not None and name not in ("auto", old):
@@ -50,7 +51,7 @@ def kv_of(name: str, old: str | None = None) -> str:
             f"{did_you_mean(name, names)}"
         )
     if name in _FLOATS:
-        return "float"
+        return "float" if name == "float32" else name
     STATES.read(name)
     return name
 
