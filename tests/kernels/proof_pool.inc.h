@@ -1,4 +1,5 @@
-/* Every piece of every phase is done once, and seen by the next phase, whatever the number of threads. */
+/* Every piece of every phase is done once, and seen by the next phase, whatever the number of threads, also where
+ * some come late or leave. */
 
 enum { ITEMS = 1000, PHASES = 6 };
 
@@ -15,6 +16,7 @@ static void phases_body(void *context, int thread, int threads) {
         for (ls_pieces p = ls_pieces_of(ITEMS, 1 + c->most / 3, thread, threads); ls_take(&p);)
             for (int i = p.first; i < p.last; i++) c->sum[i] += c->count[ITEMS - 1 - i];
         ls_barrier(threads);
+        if (!ls_goes_on(thread, &threads)) return;
     }
 }
 

@@ -184,6 +184,9 @@ const ls_ops *ls_current(void);
 typedef void (*ls_body)(void *context, int thread, int threads);
 void ls_parallel(ls_body body, void *context, int threads, int spin_ns);
 void ls_barrier(int threads); /* inside a body only */
+/* Behind a barrier (or at the beginning of a body), by all threads: whether this one goes on, and with how many. A
+ * thread less goes on where others had to wait for one that had no core. */
+int ls_goes_on(int thread, int *threads);
 /* The items 0 .. count - 1 in pieces of `most` at most, each for whichever thread takes it first; which one does
  * changes no result. Between two barriers, on all threads, one set of pieces:
  *     for (ls_pieces p = ls_pieces_of(count, most, thread, threads); ls_take(&p);) p.first .. p.last - 1

@@ -4,9 +4,12 @@
  * core. Between calls a thread stays awake for as long as the call says: waking it takes as long as half a step of a
  * small model, but torch has threads of its own that want the same cores between the layers of a prompt.
  *
- * Other processes want cores too. A thread that waits for one without a core soon sleeps, which gives its own
- * core away. A call in which a thread lost its core makes the next ones use fewer threads for a while: phases
- * end with the last thread, so two that take turns on a core are slower than one. */
+ * Other processes want cores too. Phases end with the last thread, so two that take turns on a core are slower than
+ * one. Nobody waits for long for a thread that has no core, if it can be helped:
+ * - a call first asks who is there, and begins without those that do not come at once;
+ * - a thread that let others wait because it had no core leaves the call where that is possible (ls_goes_on), and
+ *   the next calls use a thread less for a while;
+ * - a thread that waits soon sleeps, which gives its own core away. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -21,27 +24,39 @@
 #ifndef LS_HELD_UP
 #define LS_HELD_UP 200000    /* ns that nobody waits for a thread that has a core */
 #endif
+#define LATE_WAKING 100000   /* ns that waking does not take where a core is free */
 #define LEAST_PAUSE 5000000  /* ns with fewer threads, doubled up to */
 #define MOST_PAUSE 320000000 /* as long as that happens again */
 
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;  /* guards sleeping and waking */
 static pthread_cond_t wake_signal = PTHREAD_COND_INITIALIZER;
+static int64_t signalled; /* when that was last; sleep_lock guards it */
 
 static struct {
     ls_body body;
     void *context;
-    int spin_ns;
+    int threads, spin_ns;
 } job;
 
-/* each on its own cache line: they are polled by all threads */
-static _Alignas(64) atomic_uint round_word; /* changes with every call; the low bits say how many threads it has */
+/* Each on its own cache line: they are polled by all threads. The number of a call is a multiple of NUMBER. */
+#define NUMBER (2 * MOST_THREADS)
+static _Alignas(64) atomic_uint muster;     /* of the present call, plus how many threads are asked to come */
+static _Alignas(64) atomic_uint round_word; /* of the last call that has begun */
 static _Alignas(64) atomic_uint finished;   /* calls */
 static _Alignas(64) atomic_uint phase;
 static _Alignas(64) atomic_int working;
 static _Alignas(64) atomic_int arrived;
-static _Alignas(64) atomic_int held_up, preempted; /* in this call: somebody waited for long; lost its core */
-static atomic_int asleep[MOST_THREADS];
+static _Alignas(64) atomic_int staying;      /* threads of this call that go on; changes at a barrier only */
+static atomic_int late;                      /* in this call a thread without a core held up the others */
+static _Atomic int64_t waiting_since;        /* of who last went to sleep at a barrier */
+/* Of a thread of the pool: the call that it came to; a call and the thread's number there, 0 if it came too late. */
+static struct {
+    _Alignas(64) atomic_uint came;
+    atomic_uint given;
+} place[MOST_THREADS];
+enum { BETWEEN_CALLS, IN_CALL }; /* a thread goes by its number in the pool, or by that in the call */
+static atomic_int asleep[2][MOST_THREADS];
 /* Of each thread's share, since the last barrier: one number for phases with an even number and one for the others, so
  * that each thread can set its own back while nobody looks. */
 static struct {
@@ -49,8 +64,9 @@ static struct {
 } taken[MOST_THREADS];
 
 static int started = 1; /* threads of the pool, the caller included */
-static unsigned joined_at[MOST_THREADS]; /* round before the first one of a thread */
-static _Thread_local int me, parity; /* the thread; whether the number of its phase is odd */
+static unsigned joined_at[MOST_THREADS]; /* muster before the first one of a thread */
+static _Thread_local int me, parity; /* the thread's number in the call; whether that of its phase is odd */
+static _Thread_local int woken_late; /* in this call */
 static struct {
     int left_out; /* threads, until then */
     int64_t until, pause;
@@ -72,12 +88,17 @@ static int64_t now_ns(void) {
 
 /* ---- waiting */
 
-static void sleep_until_change(atomic_uint *word, unsigned seen) {
+static void sleep_until_change(atomic_uint *word, unsigned seen, atomic_int *flag) {
+    int64_t since = 0;
     pthread_mutex_lock(&sleep_lock);
-    atomic_store(&asleep[me], 1);
-    while (atomic_load(word) == seen) pthread_cond_wait(&wake_signal, &sleep_lock);
-    atomic_store(&asleep[me], 0);
+    atomic_store(flag, 1);
+    while (atomic_load(word) == seen) {
+        pthread_cond_wait(&wake_signal, &sleep_lock);
+        since = signalled;
+    }
+    atomic_store(flag, 0);
     pthread_mutex_unlock(&sleep_lock);
+    if (since && now_ns() - since > LATE_WAKING) woken_late = 1;
 }
 
 /* Whether the word changes within a microsecond or so. */
@@ -89,25 +110,50 @@ static int changes_soon(atomic_uint *word, unsigned seen) {
     return 0;
 }
 
-/* Returns how long it took, 0 if it did not have to sleep. */
-static int64_t wait_for_change(atomic_uint *word, unsigned seen, int spin_ns) {
-    if (changes_soon(word, seen)) return 0;
+static void wait_for_change(atomic_uint *word, unsigned seen, int spin_ns, int where, int number) {
+    if (changes_soon(word, seen)) return;
     int64_t began = now_ns();
     while (now_ns() - began < spin_ns)
-        if (changes_soon(word, seen)) return 0;
-    sleep_until_change(word, seen);
-    return now_ns() - began;
+        if (changes_soon(word, seen)) return;
+    if (where == IN_CALL) atomic_store(&waiting_since, began);
+    sleep_until_change(word, seen, &asleep[where][number]);
 }
 
-static void change(atomic_uint *word, unsigned to, int threads) {
-    atomic_store(word, to);
+static int anyone_asleep(int where, int threads) {
     for (int t = 0; t < threads; t++)
-        if (atomic_load(&asleep[t])) {
-            pthread_mutex_lock(&sleep_lock);
-            pthread_cond_broadcast(&wake_signal);
-            pthread_mutex_unlock(&sleep_lock);
-            return;
-        }
+        if (atomic_load(&asleep[where][t])) return 1;
+    return 0;
+}
+
+static void change(atomic_uint *word, unsigned to, int where, int threads) {
+    atomic_store(word, to);
+    if (!anyone_asleep(where, threads)) return;
+    pthread_mutex_lock(&sleep_lock);
+    signalled = now_ns();
+    pthread_cond_broadcast(&wake_signal);
+    pthread_mutex_unlock(&sleep_lock);
+}
+
+/* Whether this thread had no core for a while since it was last asked: it was made to give it away, or got
+ * none when it was woken. */
+static int lost_core(void) {
+    int lost = woken_late;
+    woken_late = 0;
+#ifdef RUSAGE_THREAD
+    static _Thread_local long before;
+    struct rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) != 0) return 1;
+    lost |= usage.ru_nivcsw != before;
+    before = usage.ru_nivcsw;
+    return lost;
+#else
+    return 1;
+#endif
+}
+
+/* Asked of the thread for which `threads` have waited. */
+static int held_up_by_me(int threads) {
+    return anyone_asleep(IN_CALL, threads) && now_ns() - atomic_load(&waiting_since) > LS_HELD_UP && lost_core();
 }
 
 /* ---- phases of a call */
@@ -122,11 +168,21 @@ void ls_barrier(int threads) {
     unsigned before = atomic_load(&phase);
     if (atomic_fetch_add(&arrived, 1) == threads - 1) {
         atomic_store_explicit(&arrived, 0, memory_order_relaxed);
-        change(&phase, before + 1, threads);
-    } else if (wait_for_change(&phase, before, SPIN_BARRIER) > LS_HELD_UP) {
-        atomic_store(&held_up, 1);
+        if (held_up_by_me(threads)) {
+            atomic_store(&late, 1);
+            atomic_store(&staying, threads - 1);
+        }
+        change(&phase, before + 1, IN_CALL, threads);
+    } else {
+        wait_for_change(&phase, before, SPIN_BARRIER, IN_CALL, me);
     }
     begin_phase(before + 1);
+}
+
+int ls_goes_on(int thread, int *threads) {
+    /* it was set before all passed the last barrier, and will not be again until all have come to the next */
+    if (*threads > 1) *threads = atomic_load(&staying);
+    return thread < *threads;
 }
 
 /* Take from the share of `owner`: p->most items, or what is left of it. */
@@ -159,42 +215,37 @@ int ls_take(ls_pieces *p) {
 
 /* ---- threads and calls */
 
-/* Whether this thread was made to give its core away since it was last asked. */
-static int lost_core(void) {
-#ifdef RUSAGE_THREAD
-    static _Thread_local long before;
-    struct rusage usage;
-    if (getrusage(RUSAGE_THREAD, &usage) != 0) return 1;
-    int more = usage.ru_nivcsw != before;
-    before = usage.ru_nivcsw;
-    return more;
-#else
-    return 1;
-#endif
-}
-
 static void take_part(int thread, int threads) {
+    lost_core();
+    me = thread;
     begin_phase(atomic_load(&phase));
     job.body(job.context, thread, threads);
-    if (lost_core()) atomic_store(&preempted, 1);
+}
+
+/* Come to the call that is being made; returns the thread's number there, 0 if the call began without it. */
+static int come(int thread, unsigned call) {
+    atomic_store(&place[thread].came, call);
+    for (unsigned last; (int)((last = atomic_load(&round_word)) - call) < 0;)
+        wait_for_change(&round_word, last, SPIN_BARRIER, BETWEEN_CALLS, thread);
+    unsigned given = atomic_load(&place[thread].given);
+    return given / NUMBER == call / NUMBER ? (int)(given % NUMBER) : 0;
 }
 
 static void *work(void *argument) {
-    me = (int)(intptr_t)argument;
-    int spin_ns = LS_SPIN_LAYER;
-    unsigned seen = joined_at[me];
+    int thread = (int)(intptr_t)argument, spin_ns = LS_SPIN_LAYER, number;
+    unsigned seen = joined_at[thread];
     for (;;) {
-        wait_for_change(&round_word, seen, spin_ns);
-        seen = atomic_load(&round_word);
-        int threads = (int)(seen % (2 * MOST_THREADS));
-        if (me >= threads) {
-            /* nothing else of the call may be read, which does not wait for this thread */
-            spin_ns = 0;
-            continue;
-        }
-        take_part(me, threads);
+        wait_for_change(&muster, seen, spin_ns, BETWEEN_CALLS, thread);
+        seen = atomic_load(&muster);
+        spin_ns = 0;
+        /* nothing else of a call may be read that does not wait for this thread */
+        if (thread >= (int)(seen % NUMBER) || !(number = come(thread, seen - seen % NUMBER))) continue;
         spin_ns = job.spin_ns;
-        if (atomic_fetch_sub(&working, 1) == 1) change(&finished, atomic_load(&finished) + 1, 1);
+        take_part(number, job.threads);
+        if (atomic_fetch_sub(&working, 1) == 1) {
+            if (held_up_by_me(1)) atomic_store(&late, 1);
+            change(&finished, atomic_load(&finished) + 1, IN_CALL, 1);
+        }
     }
     return NULL;
 }
@@ -205,17 +256,18 @@ static void reset_after_fork(void) {
     pthread_mutex_init(&sleep_lock, NULL);
     pthread_cond_init(&wake_signal, NULL);
     atomic_store(&arrived, 0);
-    for (int t = 0; t < MOST_THREADS; t++) atomic_store(&asleep[t], 0);
+    for (int t = 0; t < MOST_THREADS; t++)
+        for (int where = 0; where < 2; where++) atomic_store(&asleep[where][t], 0);
     started = 1;
 }
 
-/* Threads exist before a round begins, or its barriers would wait for one that never came. */
+/* Make threads that a call can ask to come. */
 static int start(int threads) {
     static int watched = 0;
     if (!watched) watched = pthread_atfork(NULL, NULL, reset_after_fork) == 0;
     while (started < threads) {
         pthread_t id;
-        joined_at[started] = atomic_load(&round_word);
+        joined_at[started] = atomic_load(&muster);
         if (pthread_create(&id, NULL, work, (void *)(intptr_t)started) != 0) return 0;
         pthread_detach(id);
         started++;
@@ -223,19 +275,39 @@ static int start(int threads) {
     return 1;
 }
 
-static void run_round(ls_body body, void *context, int threads, int spin_ns) {
+/* Ask threads to come, and number those that do; returns how many there are, the caller included. */
+static int gather(unsigned call, int asked) {
+    int came = 1, threads = 1;
+    change(&muster, call + (unsigned)asked, BETWEEN_CALLS, asked);
+    int64_t began = now_ns();
+    while (came < asked && now_ns() - began < LS_HELD_UP)
+        for (int i = 0; i < 64 && came < asked; i++) {
+            cpu_pause();
+            while (came < asked && atomic_load_explicit(&place[came].came, memory_order_acquire) == call) came++;
+        }
+    for (int t = 1; t < asked; t++) {
+        int is_there = atomic_load(&place[t].came) == call;
+        atomic_store(&place[t].given, call + (unsigned)(is_there ? threads : 0));
+        threads += is_there;
+    }
+    return threads;
+}
+
+static void run_round(ls_body body, void *context, int asked, int spin_ns) {
+    unsigned call = (atomic_load(&muster) / NUMBER + 1) * NUMBER, before = atomic_load(&finished);
+    int threads = gather(call, asked), odd = (int)(atomic_load(&phase) & 1);
     job.body = body;
     job.context = context;
+    job.threads = threads;
     job.spin_ns = spin_ns;
+    atomic_store(&late, threads < asked);
+    atomic_store(&staying, threads);
     atomic_store(&working, threads - 1);
-    int odd = (int)(atomic_load(&phase) & 1);
     for (int t = 0; t < threads; t++)
         atomic_store_explicit(&taken[t].items[odd], 0, memory_order_relaxed);
-    unsigned before = atomic_load(&finished);
-    unsigned next = (atomic_load(&round_word) / (2 * MOST_THREADS) + 1) * 2 * MOST_THREADS;
-    change(&round_word, next + (unsigned)threads, threads);
+    change(&round_word, call, BETWEEN_CALLS, asked);
     take_part(0, threads);
-    if (wait_for_change(&finished, before, SPIN_BARRIER) > LS_HELD_UP) atomic_store(&held_up, 1);
+    if (threads > 1) wait_for_change(&finished, before, SPIN_BARRIER, IN_CALL, 0);
 }
 
 /* How many of `threads` the next call uses. */
@@ -246,8 +318,7 @@ static int uncrowded(int threads) {
 
 /* What a call with `used` of `threads` has shown. */
 static void learn(int threads, int used) {
-    int lost = atomic_exchange(&preempted, 0);
-    if (!atomic_exchange(&held_up, 0) || !lost) return;
+    if (!atomic_load(&late)) return;
     int64_t now = now_ns();
     int again = now - crowd.until < 2 * crowd.pause;
     if (used < threads || !again) crowd.left_out = threads - used + 1;

@@ -319,11 +319,14 @@ static void leave(const ls_run *s, int thread, int threads) {
 static void step_body(void *context, int thread, int threads) {
     const ls_run *s = context;
     const ls_batch *b = s->b;
-    int first = ls_share(b->rows, thread, threads), last = ls_share(b->rows, thread + 1, threads);
-    embed(s, first, last);
-    for (int layer = 0, found = 0; layer < s->d->layers; layer++) {
+    embed(s, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
+    for (int layer = 0, found = 0;; layer++) {
+        /* who leaves has nothing more to read */
+        if (!ls_goes_on(thread, &threads)) return;
+        if (found < b->layers && b->layer_numbers[found] == layer - 1)
+            hand_out(s, found++, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
+        if (layer == s->d->layers) break;
         block(s, s->d->layer + layer, thread, threads);
-        if (found < b->layers && b->layer_numbers[found] == layer) hand_out(s, found++, first, last);
     }
     leave(s, thread, threads);
 }
