@@ -1,12 +1,14 @@
 /* Mixers of sums: every set against plain C, to the bit, and fading sums against a loop over time in double. */
 
 /* the second and the third node stand beside each other behind the first */
-enum { SUM_ROWS = 70, SUM_NODES = 3, SUM_HEADS = 3 };
+enum { SUM_ROWS = 70, SUM_NODES = 3, SUM_HEADS = 3, SUM_GROUP = 24 };
 
 static ls_summed form_of(int width, int map, int exact, int end, int together) {
     int shared = map == LS_MAP_POSITIVE || map == LS_MAP_PHASES, rows = shared ? width + 3 : map == LS_MAP_TWO_SIDED ? width : 0;
+    int features = map == LS_MAP_TWO_SIDED || map == LS_MAP_PHASES ? 2 * rows : rows ? rows : width;
+    if (map == LS_MAP_SERIES) features = 1 + width * (2 + width / 2);
     return (ls_summed){.map = map, .map_rows = rows, .map_shared = shared, .exact = exact,
-                       .features = map == LS_MAP_TWO_SIDED || map == LS_MAP_PHASES ? 2 * rows : rows ? rows : width, .end = end,
+                       .features = features, .end = end,
                        .together = together, .ones = end == LS_END_QUOTIENT || end == LS_END_BOUNDED, .floor = 1e-6f};
 }
 
@@ -72,6 +74,7 @@ static void fading_in_double(const ls_mixer *m, const float *q, const float *out
 static void summed(int width, ls_summed form) {
     int columns = width + form.ones, row = width + form.gates, rows = SUM_ROWS + SUM_NODES;
     size_t sums_size = (size_t)(form.features * columns);
+    if (form.kept_groups) sums_size = (size_t)(form.kept_groups * form.kept_rows * (2 * width + 1));
     float *keys = floats((size_t)(rows * row)), *before = floats((size_t)((HISTORY + rows) * columns));
     float *values = before + HISTORY * columns, *conv_weights = floats(SUM_HEADS * TAPS), *sums = floats(sums_size);
     float *maps = floats((size_t)(SUM_HEADS * (form.map_rows + 1) * width)), *gain = floats((size_t)width);
@@ -80,18 +83,24 @@ static void summed(int width, ls_summed form) {
         if (i % row >= width) keys[i] = form.delta && i % row > width ? fabsf(keys[i]) : -fabsf(keys[i]) / 8;
     for (int i = 0; form.ones && i < rows; i++) values[i * columns + width] = 1;
     for (int i = 0; form.end == LS_END_QUOTIENT && i < (int)sums_size; i++) sums[i] = fabsf(sums[i]);
+    float *row_maps = floats((size_t)(2 * form.kept_rows * SUM_GROUP)), *bias = floats(SUM_HEADS * 9);
+    form.row_keys = row_maps;
+    form.row_values = row_maps + form.kept_rows * SUM_GROUP;
     form.gain = gain;
     form.query_map = form.map_rows ? maps : NULL;
     ls_mixer m = {.heads = SUM_HEADS, .kv_heads = 1, .width = width, .committed = SUM_ROWS, .staged = SUM_NODES,
-                  .nodes = SUM_NODES, .group = 24, .span = 2, .alpha = 0.5f, .score_scale = 0.3f, .score_cap = 2.0f,
+                  .nodes = SUM_NODES, .group = SUM_GROUP, .span = 2, .alpha = 0.5f, .score_scale = 0.3f, .score_cap = 2.0f,
                   .row_bytes = 4 * row, .value_bytes = 4 * columns, .keys = (char *)keys, .values = (char *)values,
                   .sums = sums, .form = &form, .query_map = maps, .key_map = maps};
     summed_pair(&m, q, sums_size, out);
     if (form.fades && !form.exact) fading_in_double(&m, q, out);
     m.taps = TAPS;
     m.conv_weights = conv_weights;
+    m.bias = bias;
+    m.bias_distances = 9;
     summed_pair(&m, q, sums_size, out);
     free(keys), free(before), free(conv_weights), free(sums), free(maps), free(gain), free(q), free(out);
+    free(row_maps), free(bias);
 }
 
 static void gates(int width, int delta) {
@@ -115,11 +124,13 @@ static void all_summed(void) {
     const int widths[] = {2, 24, 33, 64};
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) {
         int width = widths[i];
-        for (int map = LS_MAP_SAME; map <= LS_MAP_PHASES; map++)
-            for (int exact = LS_WEIGHT_NONE; exact <= LS_WEIGHT_EXPONENTIALS; exact++) {
-                int end = exact == LS_WEIGHT_RELU2 ? LS_END_RMS : map == LS_MAP_PHASES ? LS_END_BOUNDED : map == LS_MAP_UNIT ? LS_END_PLAIN : LS_END_QUOTIENT;
+        for (int map = LS_MAP_SAME; map <= LS_MAP_SERIES; map++)
+            for (int exact = LS_WEIGHT_NONE; exact <= LS_WEIGHT_COLLISIONS; exact++) {
+                int end = map == LS_MAP_SERIES ? LS_END_UNIT : exact == LS_WEIGHT_RELU2 ? LS_END_RMS : map == LS_MAP_PHASES ? LS_END_BOUNDED : map == LS_MAP_UNIT ? LS_END_PLAIN : LS_END_QUOTIENT;
                 summed(width, form_of(width, map, exact, end, exact % 2));
             }
+        for (int kept = 1; kept < 4; kept += 2)
+            summed(width, (ls_summed){.kept_groups = kept, .kept_rows = 5, .exact = LS_WEIGHT_SOFTMAX});
         for (int delta = 0; delta < 2; delta++) {
             summed(width, fading(width, delta, LS_WEIGHT_NONE));
             summed(width, fading(width, delta, LS_WEIGHT_SOFTMAX));

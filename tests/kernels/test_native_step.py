@@ -12,7 +12,8 @@ import torch
 from linspec.decoding.step import StepInput, Want
 from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import instruction_sets
-from linspec.mixers.config import MixerConfig
+from linspec.mixers import MIXERS as REGISTRY
+from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
@@ -41,6 +42,13 @@ SUMMED = {
     "gla-softmax": MixerConfig(name="gla", group=8, span=2, kernel="softmax"),
     "gdn-relu2": MixerConfig(name="gdn", group=8, kernel="relu2"),
     "gdn": MixerConfig(name="gdn", group=8, span=2),
+    "yoso": MixerConfig(name="yoso", group=8, span=2, taps=3),
+    "yoso-softmax": MixerConfig(name="yoso", group=8, kernel="softmax"),
+    "linformer": MixerConfig(name="linformer", group=8, span=2, keep=3, features=3, taps=3),
+    "linformer-few": MixerConfig(name="linformer", group=4, keep=2),
+    "local-relu2": MixerConfig(name="local", group=8, span=2, kernel="relu2"),
+    "grouped-relu2": MixerConfig(name="grouped", group=8, kernel="relu2"),
+    "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
 # whose nodes get the same bits however they come; linear mixers but where a group closes
@@ -57,7 +65,9 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     torch.manual_seed(0)
     made = Decoder(config)
     for name, parameter in made.named_parameters():
-        if name.endswith(("alpha", "taps", "gain", "gamma", "gate_map", "gate_bias", "gate_scale")):
+        if name.endswith(
+            ("alpha", "taps", "gain", "gamma", "gate_map", "gate_bias", "gate_scale", "_map")
+        ):
             torch.nn.init.normal_(parameter, 0.3, 0.2)
     return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
@@ -94,6 +104,7 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "by-head"])
 def test_states_of_layers_and_given_embeddings_go_through_the_call(isa: str, mixer: str) -> None:
     """A prompt beside a tree, both with embeddings that stand for no token."""
@@ -122,6 +133,54 @@ def test_embeddings_of_another_width_are_refused_before_they_are_read() -> None:
     made = model("softmax")
     with pytest.raises(InputError, match=r"embeddings \[2, 63\] for 2 tokens"):
         made.step([StepInput(0, [0, 0], embeddings=torch.zeros(2, 63))], made.new_state())
+=======
+DISTANT = {
+    "positions": "relative",
+    "relative": RelativeConfig(buckets=8, max_distance=20),
+}
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "softmax",
+        "window",
+        "local",
+        "grouped",
+        "aug",
+        "aug-softmax",
+        "aug-relu2",
+        "local-relu2",
+        "relu",
+    ],
+)
+def test_a_bias_by_distance_in_one_call(isa: str, mixer: str) -> None:
+    test_one_call_computes_the_step(isa, mixer, {**DISTANT, "score_cap": 3.0})
+
+
+@pytest.mark.parametrize("kv", ["float", "bfloat16", "int8"])
+def test_a_tree_gets_the_bits_of_plain_decoding_with_a_bias_by_distance(isa: str, kv: str) -> None:
+    made = model("window", 8, **DISTANT)
+    tree, apart = made.new_state(1, kv), made.new_state(1, kv)
+    ids = [index * 31 % 97 for index in range(150)]
+    whole = made.step([StepInput(0, ids)], tree).logits
+    tree.commit(0, range(150))
+    for place, token in enumerate(ids):
+        alone = made.step([StepInput(0, [token])], apart).logits
+        apart.commit(0, [0])
+        assert torch.equal(alone[0], whole[place])
+    together = made.step([StepInput(0, list(range(10)), TREE)], tree).logits
+    for node in (0, 1, 3, 4, 6, 7, 8):
+        alone = made.step([StepInput(0, [node])], apart).logits
+        apart.commit(0, [0])
+        assert torch.equal(alone[0], together[node])
+
+
+def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
+    known = {each.name for each in MIXERS.values()}
+    own = {name for name in REGISTRY.names() if not name.startswith(("test", "study-", "guest"))}
+    assert own <= known
+>>>>>>> bd1c02c (yoso, linformer, relu2 weights of raw keys and biases by distance in the one-call step)
 
 
 @pytest.mark.parametrize("kv", ["float", "int8"])
@@ -197,8 +256,19 @@ def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
 def test_a_step_has_the_same_bits_on_every_instruction_set(
     library: ctypes.CDLL, mixer: str, bits: int | None
 ) -> None:
+    same_bits_on_every_set(library, model(mixer, bits))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "grouped", "aug-relu2"])
+def test_a_bias_by_distance_has_the_same_bits_on_every_instruction_set(
+    library: ctypes.CDLL, mixer: str
+) -> None:
+    same_bits_on_every_set(library, model(mixer, 8, **DISTANT))
+
+
+def same_bits_on_every_set(library: ctypes.CDLL, made: Decoder) -> None:
     """Norms, quantization, rotation, attention over a cache and over sums, and all linear layers."""
-    made, before = model(mixer, bits), library.ls_isa()
+    before = library.ls_isa()
     prompt, results = [index * 31 % 97 for index in range(63)], []
     filled = made.new_state()
     made.step([StepInput(0, prompt)], filled)

@@ -23,9 +23,12 @@ F16 = 5
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 # feature maps of queries and keys, weights of single rows, and last touches of `SummedPlan`
-MAPS = ("same", "unit", "relu", "elu_plus_1", "softmax", "two_sided", "positive", "phases")
-WEIGHTS = ("none", "products", "softmax", "relu2", "exponentials")
-ENDS = ("plain", "quotient", "bounded", "rms")
+MAPS = (
+    *("same", "unit", "relu", "elu_plus_1", "softmax", "two_sided", "positive", "phases"),
+    "series",
+)
+WEIGHTS = ("none", "products", "softmax", "relu2", "exponentials", "collisions")
+ENDS = ("plain", "quotient", "bounded", "rms", "unit")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +58,7 @@ class NormPlan:
     centred: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AttentionPlan:
     """What a node reads from the rows of its slot.
 
@@ -63,6 +66,7 @@ class AttentionPlan:
     sees exactly, its own included; group 0 is one group of all rows. squared_relu: weights relu(q·k)²
     of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
     first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
+    bias [H, D]: joins scores, or squares, by distance; the last column is for all greater ones.
     """
 
     window: int = 0
@@ -71,6 +75,7 @@ class AttentionPlan:
     squared_relu: bool = False
     alpha: float = 0.0
     sinks: int = 0
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -89,6 +94,10 @@ class SummedPlan:
     with exact 'none' every row is read through them. gate_map [Hkv, K, E] or gate_scale [Hkv, K], and
     gate_bias [Hkv, E]: from a key ahead of its rotation to what the factors are made of. delta: a row writes
     what the sums do not return for its key, at the rate of the second gate.
+
+    kept: there are no sums; a closed group becomes P rows [2 K + 1], which the last `kept` groups have where
+    others have sums: mixtures of its keys and of its values by row_keys and row_values [P, G], and a 1. They
+    join the softmax of the rows within the span. bias: as in `AttentionPlan`, of rows within the span.
     """
 
     group: int
@@ -111,6 +120,10 @@ class SummedPlan:
     gate_scale: torch.Tensor | None = None
     gate_bias: torch.Tensor | None = None
     delta: bool = False
+    kept: int = 0
+    row_keys: torch.Tensor | None = None
+    row_values: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +181,10 @@ class StepPlan:
     """A whole decoder.
 
     embedding [vocabulary, width], or a matrix of BLOCKS whose outputs are the tokens; embedding_scale: on
-    its rows. position_rows [positions, width]: added to them, None without. relative: whether scores have
-    a bias by distance. rotaries: see `LayerPlan`. activation, gated_mlp: as in its configuration.
-    residual_scale: on what mixers and MLPs add. score_scale: on q·k ahead of a softmax; score_cap: scores
-    s become cap·tanh(s / cap), 0 for none. logit_scale: on the final hidden states; logit_cap: as that of
-    scores.
+    its rows. position_rows [positions, width]: added to them, None without. rotaries: see `LayerPlan`.
+    activation, gated_mlp: as in its configuration. residual_scale: on what mixers and MLPs add.
+    score_scale: on q·k ahead of a softmax; score_cap: scores s become cap·tanh(s / cap), 0 for none.
+    logit_scale: on the final hidden states; logit_cap: as that of scores.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -188,7 +200,6 @@ class StepPlan:
     embedding: torch.Tensor | LinearPlan
     embedding_scale: float
     position_rows: torch.Tensor | None
-    relative: bool
     rotaries: tuple[RotaryPlan, ...]
     residual_scale: float
     score_scale: float

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 
-from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Exact, plain_weights, relu_squared, softmax_weights
 from linspec.mixers.ops.features import unit
@@ -29,10 +28,3 @@ def _first(x: torch.Tensor, *, width: int) -> torch.Tensor:
 
 def _first_unit(x: torch.Tensor, *, width: int) -> torch.Tensor:
     return unit(x[..., :width])
-
-
-def grouped_plan(mixer: MixerConfig, *, alpha: float, biased: bool) -> AttentionPlan | None:
-    """The C form of squared or softmax weights within the span, unit features in the sums."""
-    if mixer.kernel not in ("own", "softmax") or biased:
-        return None
-    return AttentionPlan(0, mixer.group, mixer.span, mixer.kernel == "own", alpha)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from linspec.errors import ConfigError
-from linspec.kernels.step_plan import AttentionPlan
-from linspec.mixers.arranged import grouped_plan
+from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.grouped import Grouped
@@ -27,7 +26,5 @@ class Aug(Grouped):
             )
         super().__init__(config, mixer)
 
-    def attention_plan(self) -> AttentionPlan | None:
-        if type(self) is not Aug:
-            return None
-        return grouped_plan(self.mixer, alpha=float(self.alpha), biased=self.relative is not None)
+    def attention_plan(self) -> AttentionPlan | SummedPlan | None:
+        return self.grouped_plan(float(self.alpha)) if type(self) is Aug else None

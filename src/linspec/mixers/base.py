@@ -80,6 +80,10 @@ class Mixer(HeadProjections, MixerContract):
             k = torch.cat((k, gates), dim=-1)
         return q, k, self.entry_values(v)
 
+    def planned_bias(self) -> torch.Tensor | None:
+        """The bias by distance as kernels know it; None without."""
+        return None if self.relative is None else self.relative.by_distance()
+
     def part_plans(self) -> tuple[PartPlan, ...]:
         """What the KV heads read, as kernels know it: one part, but for mixers that divide them."""
         return (PartPlan(tuple(range(self.kv_heads)), self.attention_plan()),)

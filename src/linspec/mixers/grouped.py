@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from linspec.kernels.step_plan import AttentionPlan
-from linspec.mixers.arranged import grouped_plan
+from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.linear import LinearMixer
@@ -29,10 +28,8 @@ class Grouped(LinearMixer):
         # α = 0 at the start: with α = 1 the unnormalized sum drowns the local part (paper, fig. 6b)
         self.alpha = nn.Parameter(torch.zeros(()))
 
-    def attention_plan(self) -> AttentionPlan | None:
-        if type(self) is not Grouped:
-            return None
-        return grouped_plan(self.mixer, alpha=float(self.alpha), biased=self.relative is not None)
+    def attention_plan(self) -> AttentionPlan | SummedPlan | None:
+        return self.grouped_plan(float(self.alpha)) if type(self) is Grouped else None
 
     def sum_scale(self) -> torch.Tensor | float:
         return self.alpha

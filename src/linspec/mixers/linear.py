@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.kernels.step_plan import SummedPlan
+from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.arranged import arranged_exact
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
@@ -89,10 +89,8 @@ class LinearMixer(ClosingMixer):
 
     # ---- what follows from it
 
-    def summed_plan(self, map_: str, exact: str, **given: Any) -> SummedPlan | None:
+    def summed_plan(self, map_: str, exact: str, **given: Any) -> SummedPlan:
         """The step form as kernels know it, from the mixer's own feature map, weights and end."""
-        if self.relative is not None:
-            return None
         mixer, own = self.mixer, not self.arranged
         return SummedPlan(
             group=mixer.group,
@@ -103,8 +101,20 @@ class LinearMixer(ClosingMixer):
             exact=exact if own else mixer.kernel,
             alpha=float(self.sum_scale()),
             together=own,
+            bias=self.planned_bias(),
             **given,
         )
+
+    def grouped_plan(self, alpha: float) -> AttentionPlan | SummedPlan:
+        """The step form of weights within the span and unit features in the sums, as kernels know it."""
+        mixer = self.mixer
+        # of unit keys: those of another kernel are made late
+        given: dict[str, Any] = {"group": mixer.group, "span": mixer.span, "alpha": alpha}
+        given["bias"] = self.planned_bias()
+        if mixer.kernel != "relu2":
+            return AttentionPlan(squared_relu=mixer.kernel == "own", **given)
+        width = self.head_width
+        return SummedPlan(map="unit", features=width, exact="relu2", together=False, **given)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         return self.feature_map(x) if self.maps_early else x

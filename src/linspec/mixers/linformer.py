@@ -8,6 +8,7 @@ from torch import nn
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
@@ -80,6 +81,20 @@ class Linformer(ClosingMixer):
         return torch.cat((sums, self.compress(*groups).flatten(1, 2)), dim=1)[:, -sums.shape[1] :]
 
     # ---- step form
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Linformer:
+            return None
+        return SummedPlan(
+            group=self.mixer.group,
+            span=self.mixer.span,
+            features=0,
+            map="same",
+            exact="softmax",
+            kept=self.keep,
+            row_keys=self.key_map.detach().float().contiguous(),
+            row_values=self.value_map.detach().float().contiguous(),
+        )
 
     def attend(
         self,

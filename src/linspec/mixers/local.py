@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.kernels.step_plan import AttentionPlan
-from linspec.mixers.arranged import grouped_plan
+from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import LinearMixer
 
@@ -23,7 +22,5 @@ class Local(LinearMixer):
     def make_summed(self) -> None:
         return None
 
-    def attention_plan(self) -> AttentionPlan | None:
-        if type(self) is not Local:
-            return None
-        return grouped_plan(self.mixer, alpha=0.0, biased=self.relative is not None)
+    def attention_plan(self) -> AttentionPlan | SummedPlan | None:
+        return self.grouped_plan(0.0) if type(self) is Local else None

@@ -46,6 +46,11 @@ class RelativeBias(nn.Module):
         """Bias of `buckets` [..., N, C] for every head: [..., H, N, C]."""
         return self.table(buckets).movedim(-1, -3)
 
+    def by_distance(self) -> torch.Tensor:
+        """Bias of a causal stack at distances 0, 1, ... [H, D]; the last one is that of all greater ones."""
+        distances = torch.arange(self.config.max_distance + 1, device=self.table.weight.device)
+        return self.table(self.buckets(distances)).T.detach().float().contiguous()
+
     def nodes(self, tree_mask: TreeMask, kv_heads: int) -> torch.Tensor:
         """Bias between the nodes of a step and what they see: [R, Hkv, rep, N, C]."""
 

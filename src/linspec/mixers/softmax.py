@@ -57,7 +57,7 @@ class Softmax(Mixer):
         return new_cache(self.state_spec(), len(layers), slots, options)
 
     def attention_plan(self) -> AttentionPlan | None:
-        return AttentionPlan() if self.plain else None
+        return AttentionPlan(bias=self.planned_bias()) if type(self) is Softmax else None
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         """Which positions each node attends to, [R, N, C]; None for all of them."""

@@ -43,11 +43,9 @@ class Window(Softmax):
         )
 
     def attention_plan(self) -> AttentionPlan | None:
-        return (
-            AttentionPlan(window=self.mixer.window)
-            if type(self) is Window and self.relative is None
-            else None
-        )
+        if type(self) is not Window:
+            return None
+        return AttentionPlan(window=self.mixer.window, bias=self.planned_bias())
 
     def mask(self, tree_mask: TreeMask) -> torch.Tensor | None:
         size = self.mixer.window

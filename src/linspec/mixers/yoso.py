@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.blocks import shifted
@@ -36,6 +37,11 @@ class Yoso(LinearMixer):
     """
 
     keeps_features = False
+
+    def attention_plan(self) -> SummedPlan | None:
+        if type(self) is not Yoso:
+            return None
+        return self.summed_plan("series", "collisions", end="unit")
 
     def sum_width(self) -> int:
         return 1 + self.head_width * (2 + self.head_width // 2)

@@ -91,7 +91,6 @@ def step_plan(model: Decoder) -> StepPlan:
         embedding=_embedding(model.embed),
         embedding_scale=config.embedding_scale,
         position_rows=model.embed_positions.weight.float() if learned else None,
-        relative=config.positions == "relative",
         rotaries=tuple(_rotary(rope, config.head_width) for rope in ropes if rope is not None),
         residual_scale=config.residual_scale,
         score_scale=config.score_scale,

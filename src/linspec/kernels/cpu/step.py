@@ -16,7 +16,6 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p, pointer
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -77,7 +76,6 @@ def why_not(plan: StepPlan) -> str | None:
         layer.mixer for layer in plan.layers for part in layer.parts if part.attention is None
     }
     reasons = {
-        "a bias by distance is not in the one-call step": plan.relative,
         f"activation {plan.activation} is not in the one-call step": (
             plan.activation not in ACTIVATIONS
         ),
@@ -273,18 +271,22 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
         plan = part.attention
         assert plan is not None, "why_not has a reason"
         entry.kv_heads = len(part.heads)
+        entry.bias = _address(plan.bias)
+        entry.bias_distances = 0 if plan.bias is None else plan.bias.shape[1]
         if isinstance(plan, SummedPlan):
             entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
             entry.summed = pointer(_summed(plan))
             continue
-        for field in fields(plan):
-            setattr(entry, field.name, getattr(plan, field.name))
+        for name in ("window", "group", "span", "squared_relu", "alpha", "sinks"):
+            setattr(entry, name, getattr(plan, name))
     return table
 
 
 def _summed(plan: SummedPlan) -> SummedStruct:
     maps, bias = plan.key_map, plan.gate_bias
-    tensors = "query_map key_map query_factors gain gate_map gate_scale gate_bias"
+    tensors = (
+        "query_map key_map query_factors gain gate_map gate_scale gate_bias row_keys row_values"
+    )
     return SummedStruct(
         map=MAPS.index(plan.map),
         exact=WEIGHTS.index(plan.exact),
@@ -292,6 +294,8 @@ def _summed(plan: SummedPlan) -> SummedStruct:
         gates=0 if bias is None else bias.shape[-1],
         map_rows=0 if maps is None else maps.shape[-2],
         map_shared=maps is not None and len(maps) == 1,
+        kept_groups=plan.kept,
+        kept_rows=0 if plan.row_keys is None else len(plan.row_keys),
         **{name: _address(getattr(plan, name)) for name in tensors.split()},
         **{
             name: getattr(plan, name)

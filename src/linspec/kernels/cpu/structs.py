@@ -33,7 +33,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 10
+ABI = 11
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -176,6 +176,8 @@ class LinearStruct(Struct):
         "[kv_heads][head_width][gates], or [kv_heads][head_width]",
     ),
     Field("const float *", "gate_bias", "[kv_heads][gates]"),
+    Field("int32_t", "kept_groups kept_rows", "in place of sums: rows of each of the last groups"),
+    Field("const float *", "row_keys row_values", "[kept_rows][group]: what they are mixtures by"),
 )
 class SummedStruct(Struct):
     """Sums of features, see summed.inc.h and the plan of this name."""
@@ -191,6 +193,8 @@ class SummedStruct(Struct):
     Field("int32_t", "kv_heads", "of this part"),
     Field("int32_t", "conv_history", "value rows before the first row"),
     Field("float", "alpha", "factor on the sums"),
+    Field("const float *", "bias", "[heads of this part][bias_distances], null without"),
+    Field("int32_t", "bias_distances", "the last one is for all greater ones"),
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
     Field("const float *", "sums", "[slots][kv_heads][sum_floats], null without"),
     Field(

@@ -26,17 +26,32 @@ INLINE int own_rows(const block *b, const query *q, int32_t *indices) {
     return end > begin ? end - begin : 0;
 }
 
-/* Turn the first `count` scores of a query into weights; returns the factor on what it has summed up. */
-INLINE float to_weights(const ls_mixer *m, const query *q, int count, float *scores) {
+/* to scores, or weights, of `count` rows from position `from` on */
+static void add_bias(const ls_mixer *m, const float *bias, int position, int from, int count, float *scores) {
+    for (int i = 0; i < count; i++) {
+        int distance = position - from - i;
+        scores[i] += bias[distance < m->bias_distances ? distance : m->bias_distances - 1];
+    }
+}
+
+/* Turn the scores of a query, of `count` rows from position `from` on, into weights; returns the factor on what it
+ * has summed up. */
+INLINE float to_weights(const ls_mixer *m, const query *q, int from, int count, float *scores) {
     for (int i = count; i < BLOCK; i++) scores[i] = -__builtin_inff();
     float scale = m->row_kind == LS_INT8 ? q->scale : 1.0f;
     if (m->squared_relu) {
         square(scores);
+        if (m->bias) add_bias(m, q->bias, q->visible->count - 1, from, count, scores);
         return 1.0f;
     }
     scale = scale * m->score_factor / __builtin_sqrtf((float)m->width);
     if (m->score_cap > 0.0f) {
         cap_scores(scores, scale, m->score_cap);
+        scale = 1.0f;
+    }
+    if (m->bias) {
+        for (int i = 0; i < BLOCK; i += LS_LANES) vl_store(scores + i, vl_load(scores + i) * vl_set1(scale));
+        add_bias(m, q->bias, q->visible->count - 1, from, count, scores);
         scale = 1.0f;
     }
     return softmax_update(scores, scale, q->state);
@@ -62,7 +77,7 @@ INLINE void attend_some(const block *b, const query *queries, int count) {
     for (int j = 0; j < count; j++) {
         if (b->any_own) own[j] = own_rows(b, queries + j, indices[j]);
         for (int i = 0; i < own[j]; i++) scores[j][b->shared + i] = staged[j][indices[j][i]];
-        float keep = to_weights(m, queries + j, b->shared + own[j], scores[j]);
+        float keep = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
         for (int i = 0; m->row_kind == LS_INT8 && i < b->shared; i += LS_LANES)
             vl_store(weights[j] + i, vl_load(scores[j] + i) * vl_load(b->rows.value_scales + i));
         sums[j] = (accumulator){queries[j].out, m->row_kind == LS_INT8 ? weights[j] : scores[j], keep};
@@ -131,7 +146,8 @@ static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t
         const float *from = q + i / repeats * q_stride + (head * repeats + i % repeats) * m->width;
         states[i] = (softmax_state){-__builtin_inff(), 0.0f};
         queries[i] = (query){.q = space, .out = partial + (size_t)i * width, .state = states + i,
-                            .visible = visible + i / repeats, .codes = (int8_t *)space};
+                            .visible = visible + i / repeats,
+                            .bias = m->bias ? m->bias + (int64_t)(i % repeats) * m->bias_distances : NULL, .codes = (int8_t *)space};
         if (m->row_kind == LS_INT8)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 0, queries[i].codes, &queries[i].offset);
         else

@@ -97,7 +97,10 @@ static void read_fading(const ls_mixer *m, const float *q, int64_t q_stride, flo
 static void read_summed(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride,
                         void *scratch) {
     int through = m->form->fades && m->form->exact == LS_WEIGHT_NONE;
-    (through ? read_fading : read_listed)(m, q, q_stride, out, out_stride, scratch);
+    if (m->form->kept_groups)
+        read_compressed(m, q, q_stride, out, out_stride, scratch);
+    else
+        (through ? read_fading : read_listed)(m, q, q_stride, out, out_stride, scratch);
     ls_mixer values = *m;
     values.row_bytes = m->value_bytes;
     for (int n = 0; m->taps && n < m->nodes; n++) {
@@ -111,6 +114,10 @@ static void read_summed(const ls_mixer *m, const float *q, int64_t q_stride, flo
 static void fold_summed(const ls_mixer *m, int first, int last, float *sums, void *scratch) {
     int columns = m->width + m->form->ones;
     float *features = scratch;
+    if (m->form->kept_groups) {
+        fold_compressed(m, first, last, sums);
+        return;
+    }
     for (int row = first; row < last; row++) {
         if (m->form->fades) {
             write_row(m, row, sums);

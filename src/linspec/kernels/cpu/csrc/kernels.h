@@ -49,6 +49,8 @@ typedef struct {
     int32_t taps;                     /* the values of the rows before the first lie before `values` */
     float alpha;
     const float *conv_weights;        /* [heads][taps] */
+    const float *bias;                /* [heads][bias_distances], null without */
+    int32_t bias_distances;
     int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16 or LS_INT8; of a row */
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
@@ -73,9 +75,18 @@ static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
     size_t query = (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
     return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
+/* of groups that become rows: these, what they were made of, weights and places of all rows; or a block of rows */
+static inline size_t ls_compressed_scratch_bytes(const ls_mixer *m) {
+    size_t rows = (size_t)(m->committed + m->staged - m->summed), made = (size_t)m->form->kept_rows;
+    size_t closed = rows / (size_t)m->group + 1, all = rows + (closed + (size_t)m->form->kept_groups) * made;
+    size_t floats = closed * made * (2 * (size_t)m->width + 1) + closed * (size_t)m->group + 2 * all;
+    if (m->taps && floats < ls_block_floats(m)) floats = ls_block_floats(m);
+    return floats * sizeof(float);
+}
 static inline size_t ls_summed_scratch_bytes(const ls_mixer *m) {
     size_t rows = (size_t)(m->committed + m->staged - m->summed), width = (size_t)m->width;
     size_t features = (size_t)m->form->features;
+    if (m->form->kept_groups) return ls_compressed_scratch_bytes(m);
     size_t floats = rows * features + features + 2 * (width + 1) + 2 * rows;
     if (m->form->fades) floats += (size_t)(m->staged + 1) * width * width;
     /* the convolution comes last and takes a block of rows */

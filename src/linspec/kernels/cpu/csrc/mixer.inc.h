@@ -8,4 +8,5 @@
 #include "sinks.inc.h"
 #include "combine.inc.h"
 #include "summed.inc.h"
+#include "compressed.inc.h"
 #include "fading.inc.h"

@@ -12,6 +12,7 @@ typedef struct {
     float *out;
     softmax_state *state;
     const visible_rows *visible;
+    const float *bias;
     int8_t *codes;
     int32_t offset;
     float scale;

@@ -45,13 +45,17 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     int64_t place = l->place[head], matrix = f && !f->map_shared ? (int64_t)f->map_rows * d->head_width : 0;
     /* the 1 behind the first sink says that they have left the rows */
     int sinks_left = p->sinks && sums[2 * d->head_width] > 0.0f;
+    int32_t committed = in->committed[p->state];
+    /* what forgets its rows sees none before those of the first new node */
+    int64_t unseen = f && !sums ? (committed / p->group - (p->span - 1)) * p->group : 0;
     return (ls_mixer){
         .heads = repeats, .kv_heads = 1, .width = d->head_width,
-        .committed = in->committed[p->state], .staged = in->staged, .nodes = in->nodes,
+        .committed = committed, .staged = in->staged, .nodes = in->nodes,
         .window = p->window, .group = p->group, .span = p->span, .squared_relu = p->squared_relu,
         .score_factor = d->score_factor,
         .score_scale = d->score_factor / __builtin_sqrtf((float)d->head_width), .score_cap = d->score_cap,
-        .taps = l->taps, .alpha = p->alpha,
+        .summed = unseen > 0 ? (int32_t)unseen : 0, .taps = l->taps, .alpha = p->alpha,
+        .bias = rows_of(p->bias, place * repeats, p->bias_distances), .bias_distances = p->bias_distances,
         .conv_weights = l->taps ? l->conv_weights + (int64_t)head * repeats * l->taps : NULL,
         .row_kind = p->row_kind, .row_bytes = p->row_bytes,
         .keys = p->keys + at * p->key_stride,

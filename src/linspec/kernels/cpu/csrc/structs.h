@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 10                            /* of this table and the functions */
+#define LS_ABI 11                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -35,15 +35,18 @@
 #define LS_MAP_TWO_SIDED 5
 #define LS_MAP_POSITIVE 6
 #define LS_MAP_PHASES 7
+#define LS_MAP_SERIES 8
 #define LS_WEIGHT_NONE 0
 #define LS_WEIGHT_PRODUCTS 1
 #define LS_WEIGHT_SOFTMAX 2
 #define LS_WEIGHT_RELU2 3
 #define LS_WEIGHT_EXPONENTIALS 4
+#define LS_WEIGHT_COLLISIONS 5
 #define LS_END_PLAIN 0
 #define LS_END_QUOTIENT 1
 #define LS_END_BOUNDED 2
 #define LS_END_RMS 3
+#define LS_END_UNIT 4
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 
@@ -78,6 +81,8 @@ typedef struct {
     const float *query_factors, *gain;       /* [heads], [head_width]; null without */
     const float *gate_map, *gate_scale;      /* [kv_heads][head_width][gates], or [kv_heads][head_width] */
     const float *gate_bias;                  /* [kv_heads][gates] */
+    int32_t kept_groups, kept_rows;          /* in place of sums: rows of each of the last groups */
+    const float *row_keys, *row_values;      /* [kept_rows][group]: what they are mixtures by */
 } ls_summed;
 
 /* KV heads of a layer that read alike, and where their state is. */
@@ -90,6 +95,8 @@ typedef struct {
     int32_t kv_heads;                        /* of this part */
     int32_t conv_history;                    /* value rows before the first row */
     float alpha;                             /* factor on the sums */
+    const float *bias;                       /* [heads of this part][bias_distances], null without */
+    int32_t bias_distances;                  /* the last one is for all greater ones */
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
     const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
     int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1] */
@@ -182,7 +189,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    2086985228, \
+    356184984, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -197,12 +204,15 @@ typedef struct {
         offsetof(ls_summed, map_rows), offsetof(ls_summed, map_shared), \
         offsetof(ls_summed, query_factors), offsetof(ls_summed, gain), \
         offsetof(ls_summed, gate_map), offsetof(ls_summed, gate_scale), \
-        offsetof(ls_summed, gate_bias), \
+        offsetof(ls_summed, gate_bias), offsetof(ls_summed, kept_groups), \
+        offsetof(ls_summed, kept_rows), offsetof(ls_summed, row_keys), \
+        offsetof(ls_summed, row_values), \
     sizeof(ls_mixer_part), offsetof(ls_mixer_part, summed), offsetof(ls_mixer_part, window), \
         offsetof(ls_mixer_part, group), offsetof(ls_mixer_part, span), \
         offsetof(ls_mixer_part, sinks), offsetof(ls_mixer_part, state), \
         offsetof(ls_mixer_part, squared_relu), offsetof(ls_mixer_part, kv_heads), \
         offsetof(ls_mixer_part, conv_history), offsetof(ls_mixer_part, alpha), \
+        offsetof(ls_mixer_part, bias), offsetof(ls_mixer_part, bias_distances), \
         offsetof(ls_mixer_part, keys), offsetof(ls_mixer_part, values), \
         offsetof(ls_mixer_part, sums), offsetof(ls_mixer_part, sum_floats), \
         offsetof(ls_mixer_part, key_stride), offsetof(ls_mixer_part, value_stride), \

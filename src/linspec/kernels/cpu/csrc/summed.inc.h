@@ -94,6 +94,21 @@ static void positive_features(const float *rows, int count, const float *x, int 
     for (int i = 0; i < count; i++) y[i] = (y[i] + FEATURE_FLOOR) * share;
 }
 
+/* Features whose products are a polynomial of the cosine x, a^2 + b^2 x + c^2 x^2: channel i times channel i + j for all i,
+ * around the end, each pair once, and twice at half of an even width. */
+static void series_features(const float *x, int width, float *y) {
+    const float a = 0.0625f, b = 0.141047396f, c = 0.210542200f;
+    int half = width / 2;
+    float scale = inverse_length(x, width), unit[LS_MAX_HEAD_WIDTH];
+    for (int i = 0; i < width; i++) unit[i] = x[i] * scale;
+    *y++ = a;
+    for (int i = 0; i < width; i++) *y++ = b * unit[i];
+    for (int j = 0; j <= half; j++) {
+        float share = j == 0 || 2 * j == width ? c : c * 1.41421356f;
+        for (int i = 0; i < width; i++) *y++ = unit[i + j < width ? i + j : i + j - width] * unit[i] * share;
+    }
+}
+
 /* features y of one row x; rows: the matrix of its head, where the map has one */
 static void features_of(const ls_mixer *m, const float *rows, const float *x, int query, float *y) {
     const ls_summed *f = m->form;
@@ -103,6 +118,8 @@ static void features_of(const ls_mixer *m, const float *rows, const float *x, in
         phase_features(rows, f->map_rows, x, m->width, y);
     } else if (f->map == LS_MAP_POSITIVE) {
         positive_features(rows, f->map_rows, x, m->width, query, y);
+    } else if (f->map == LS_MAP_SERIES) {
+        series_features(x, m->width, y);
     } else {
         memcpy(y, x, sizeof *y * (size_t)m->width);
         if (!f->mapped) map_row(f->map, y, m->width);
@@ -140,26 +157,56 @@ INLINE float feature_product(const ls_mixer *m, const row_list *rows, int i, con
     return dot_row(features, key, m->form->features);
 }
 
+/* asin(x) for |x| < 1, with an error of 1e-7 */
+static vf arc_sine(vf x) {
+    vf size = vf_abs(x), large = vf_set1(0.5f) - size * vf_set1(0.5f), root = large;
+    for (int i = 0; i < 16; i++) root[i] = __builtin_sqrtf(large[i] > 0.0f ? large[i] : 0.0f);
+    vi far = (vi)(size > vf_set1(0.5f));
+    vf y = vf_select(far, root, size), square = vf_select(far, large, size * size), p = vf_set1(4.2163199048e-2f);
+    p = LS_FMA(p, square, vf_set1(2.4181311049e-2f));
+    p = LS_FMA(p, square, vf_set1(4.5470025998e-2f));
+    p = LS_FMA(p, square, vf_set1(7.4953002686e-2f));
+    p = LS_FMA(p, square, vf_set1(1.6666752422e-1f));
+    y = LS_FMA(p * square, y, y);
+    y = vf_select(far, vf_set1(1.57079633f) - vf_set1(2.0f) * y, y);
+    return vf_select((vi)(x < vf_set1(0.0f)), -y, y);
+}
+
+/* (1 - acos(x) / pi)^8 of cosines, in place: the chance that eight hashes agree */
+static void collide(float *x, int count) {
+    for (int i = 0; i < count; i += 16) {
+        vf cosine = vf_max(vf_min(first_of(x + i, count - i), vf_set1(0.999f)), vf_set1(-0.999f));
+        vf p = LS_FMA(arc_sine(cosine), vf_set1(0.318309886f), vf_set1(0.5f));
+        p = p * p;
+        p = p * p;
+        store_first(x + i, p * p, count - i);
+    }
+}
+
 /* weights of the rows within the span */
 static void weigh_rows(const ls_mixer *m, const row_list *rows, const float *q, const float *features,
                        float *weights) {
     int kind = m->form->exact, count = rows->count - rows->closed;
+    int cosines = kind == LS_WEIGHT_RELU2 || kind == LS_WEIGHT_COLLISIONS;
     float unit[LS_MAX_HEAD_WIDTH], length = 1.0f;
     memcpy(unit, q, sizeof(float) * (size_t)m->width);
-    if (kind == LS_WEIGHT_RELU2) normalize(unit, m->width);
+    if (cosines) normalize(unit, m->width);
     for (int i = 0; i < count; i++) {
         if (kind == LS_WEIGHT_PRODUCTS) {
             weights[i] = feature_product(m, rows, rows->closed + i, features);
             continue;
         }
         const float *key = key_row(m, rows->indices[rows->closed + i]);
-        if (kind == LS_WEIGHT_RELU2) length = inverse_length(key, m->width);
+        if (cosines) length = inverse_length(key, m->width);
         weights[i] = dot_row(unit, key, m->width) * length;
-        if (kind != LS_WEIGHT_RELU2) weights[i] *= m->score_scale;
+        if (!cosines) weights[i] *= m->score_scale;
     }
     if (kind == LS_WEIGHT_PRODUCTS) return;
-    if (kind == LS_WEIGHT_RELU2) {
-        for (int i = 0; i < count; i++) weights[i] = weights[i] > 0.0f ? weights[i] * weights[i] : 0.0f;
+    if (cosines) {
+        for (int i = 0; kind == LS_WEIGHT_RELU2 && i < count; i++)
+            weights[i] = weights[i] > 0.0f ? weights[i] * weights[i] : 0.0f;
+        if (kind == LS_WEIGHT_COLLISIONS) collide(weights, count);
+        if (m->bias) add_bias(m, m->bias, count - 1, 0, count, weights);
         return;
     }
     if (m->score_cap > 0.0f) cap_row(weights, m->score_cap, count);
@@ -178,6 +225,11 @@ static void end_row(const ls_mixer *m, const float *x, float *y) {
         rms_norm(x, f->gain, f->floor, m->width, y);
         return;
     }
+    if (f->end == LS_END_UNIT) {
+        memmove(y, x, sizeof *y * (size_t)m->width);
+        normalize(y, m->width);
+        return;
+    }
     float divisor = 1.0f;
     if (f->end == LS_END_QUOTIENT) divisor = x[m->width] + f->floor;
     if (f->end == LS_END_BOUNDED) divisor = x[m->width] > f->floor ? x[m->width] : f->floor;
@@ -193,7 +245,7 @@ static void read_query(const ls_mixer *m, const row_list *rows, const float *q, 
     memset(line, 0, sizeof *line * 2 * (size_t)columns);
     accumulator to = {summed, features, 1.0f};
     source sums = {.rows = m->sums, .stride = (int64_t)sizeof(float) * columns, .kind = LS_F32,
-                   .count = f->features, .width = columns};
+                   .count = m->sums ? f->features : 0, .width = columns};
     accumulate(&sums, &to, 1);
     for (int i = 0; i < rows->closed; i++) weights[i] = feature_product(m, rows, i, features);
     source values = {.rows = m->values, .indices = rows->indices, .stride = m->value_bytes, .kind = LS_F32,
@@ -218,8 +270,8 @@ static void read_query(const ls_mixer *m, const row_list *rows, const float *q, 
 
 /* features of the keys from row m->summed on, where they are asked for */
 static void all_features(const ls_mixer *m, const visible_rows *visible, float *to) {
-    int asked = m->form->exact == LS_WEIGHT_PRODUCTS;
-    for (int n = 0; n < m->nodes; n++) asked |= visible[n].first > m->summed && !m->form->fades;
+    int asked = m->form->exact == LS_WEIGHT_PRODUCTS, sums = m->sums && !m->form->fades;
+    for (int n = 0; n < m->nodes; n++) asked |= visible[n].first > m->summed && sums;
     for (int row = m->summed; asked && !m->form->mapped && row < m->committed + m->staged; row++)
         features_of(m, m->key_map, key_row(m, row), 0, to + (size_t)(row - m->summed) * m->form->features);
 }
@@ -251,6 +303,7 @@ static void read_node(ls_mixer m, row_list rows, const float *q, float *features
         query_features(&m, r, q + r * m.width, features);
         for (int i = 0; m.form->fades && i < m.width; i++) features[i] *= decays[i];
         read_query(&m, &rows, q + r * m.width, features, features + m.form->features, out + r * m.width);
+        if (m.bias) m.bias += m.bias_distances;
     }
 }
 
@@ -264,8 +317,10 @@ static void read_listed(const ls_mixer *m, const float *q, int64_t q_stride, flo
     all_features(m, visible, scratch);
     for (int n = 0; n < m->nodes; n++) {
         const visible_rows *v = visible + n;
-        row_list rows = {indices, v->count - m->summed, v->first > m->summed ? v->first - m->summed : 0, scratch};
-        for (int i = 0; i < rows.count; i++) indices[i] = row_at(m, v, m->summed + i);
+        /* where closed groups are forgotten, nothing is read of them */
+        int begin = !m->sums && v->first > m->summed ? v->first : m->summed;
+        row_list rows = {indices, v->count - begin, v->first > begin ? v->first - begin : 0, scratch};
+        for (int i = 0; i < rows.count; i++) indices[i] = row_at(m, v, begin + i);
         read_node(*m, rows, q + n * q_stride, features, (float *)(indices + most), out + n * out_stride);
     }
 }
