@@ -104,7 +104,6 @@ def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "by-head"])
 def test_states_of_layers_and_given_embeddings_go_through_the_call(isa: str, mixer: str) -> None:
     """A prompt beside a tree, both with embeddings that stand for no token."""
@@ -133,7 +132,8 @@ def test_embeddings_of_another_width_are_refused_before_they_are_read() -> None:
     made = model("softmax")
     with pytest.raises(InputError, match=r"embeddings \[2, 63\] for 2 tokens"):
         made.step([StepInput(0, [0, 0], embeddings=torch.zeros(2, 63))], made.new_state())
-=======
+
+
 DISTANT = {
     "positions": "relative",
     "relative": RelativeConfig(buckets=8, max_distance=20),
@@ -180,7 +180,6 @@ def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
     known = {each.name for each in MIXERS.values()}
     own = {name for name in REGISTRY.names() if not name.startswith(("test", "study-", "guest"))}
     assert own <= known
->>>>>>> bd1c02c (yoso, linformer, relu2 weights of raw keys and biases by distance in the one-call step)
 
 
 @pytest.mark.parametrize("kv", ["float", "int8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from linspec.drafters import DRAFTERS
@@ -14,12 +15,13 @@ from linspec.utils.registry import Entry, Registry
 from linspec.verifiers import VERIFIERS
 
 
-def catalogue() -> dict[str, list[dict[str, Any]]]:
+def catalogue(us: Mapping[str, float] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Name, summary, paper, options and further facts of every plug-in, by axis.
 
     Of mixers: `state` (floats per layer), `direction` and `cost` (multiply-adds per query head). d is
     the head width, G the group, n the span, T the context, W the taps, m the random features, p and M
-    the rows and groups of linformer.
+    the rows and groups of linformer. us: microseconds of a token and layer of each, where they were
+    measured (`bench/mixers.py`).
     """
     axes: dict[str, Registry[Any]] = {
         "mixers": MIXERS,
@@ -33,6 +35,8 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}
     for mixer in found["mixers"]:
         mixer["direction"] = _direction(MIXERS[mixer["name"]])
+        if us:
+            mixer["us"] = us.get(mixer["name"])
     return found
 
 
