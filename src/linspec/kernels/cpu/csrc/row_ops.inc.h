@@ -143,31 +143,34 @@ static void epilogue(const ls_epilogue *to, int rows, const float *sums, float *
         epilogue_rows(to, rows, width, scales, bias, sums, y);
 }
 
-static void rms_norm(const float *x, const float *weight, float eps, int width, float *y) {
-    vf squares = vf_set1(0.0f);
-    int whole = width & ~15, rest = width - whole;
-    for (int i = 0; i < whole; i += 16) squares = LS_FMA(vf_load(x + i), vf_load(x + i), squares);
-    if (rest) {
-        vf v = vf_load_part(x + whole, rest);
-        squares = LS_FMA(v, v, squares);
+/* in sixteen partial sums, a register at a time */
+static float sum_of_squares(const float *x, int width) {
+    vl sums[LS_PARTS];
+    float part[16] = {0};
+    int whole = width & ~15;
+    UNROLL(LS_PARTS, h) sums[h] = vl_set1(0.0f);
+    if (whole < width) memcpy(part, x + whole, (size_t)(width - whole) * sizeof *x);
+    for (int i = 0; i < width; i += 16) {
+        const float *from = i < whole ? x + i : part;
+        UNROLL(LS_PARTS, h) {
+            vl v = vl_load(from + h * LS_LANES);
+            sums[h] = LS_LANES_FMA(v, v, sums[h]);
+        }
     }
-    vf scale = vf_set1(1.0f / __builtin_sqrtf(vf_sum(squares) / (float)width + eps));
-    for (int i = 0; i < whole; i += 16)
-        vf_store(y + i, vf_load(x + i) * scale * vf_load(weight + i));
-    if (rest)
-        vf_store_part(
-            y + whole, vf_load_part(x + whole, rest) * scale * vf_load_part(weight + whole, rest),
-            rest);
+    return vl_sum(vl_folded(sums));
+}
+
+static void rms_norm(const float *x, const float *weight, float eps, int width, float *y) {
+    float scale = 1.0f / __builtin_sqrtf(sum_of_squares(x, width) / (float)width + eps);
+    int i = 0;
+    for (; i + LS_LANES <= width; i += LS_LANES)
+        vl_store(y + i, vl_load(x + i) * vl_set1(scale) * vl_load(weight + i));
+    for (; i < width; i++) y[i] = x[i] * scale * weight[i];
 }
 
 /* One over the length of x; rows that are all zero, such as padding, stay zero. */
 static float inverse_length(const float *x, int width) {
-    vf squares = vf_set1(0.0f);
-    for (int i = 0; i < width; i += 16) {
-        vf v = width - i < 16 ? vf_load_part(x + i, width - i) : vf_load(x + i);
-        squares = LS_FMA(v, v, squares);
-    }
-    float length = __builtin_sqrtf(vf_sum(squares));
+    float length = __builtin_sqrtf(sum_of_squares(x, width));
     return 1.0f / (length > 1e-6f ? length : 1e-6f);
 }
 
@@ -204,7 +207,6 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
 
 INLINE vf activated(int f, vf x) {
     const vf half = vf_set1(0.5f), one = vf_set1(1.0f);
-    if (f == LS_SILU) return x / (one + vf_exp(-x));
     if (f == LS_RELU) return vf_max(vf_set1(0.0f), x);
     if (f == LS_GELU) return x * half * (one + vf_erf(x * vf_set1(0.707106781f)));
     vf cubic = x + vf_set1(0.044715f) * x * x * x;
@@ -218,9 +220,23 @@ INLINE void activate_row(int f, const float *gate, const float *up, int width, f
     }
 }
 
+INLINE vl silu(vl x) { return x / (vl_set1(1.0f) + vl_exp(-x)); }
+
+/* a register at a time: most models have this one */
+static void silu_row(const float *gate, const float *up, int width, float *y) {
+    int i = 0;
+    for (; i + LS_LANES <= width; i += LS_LANES) {
+        vl v = silu(vl_load(gate + i));
+        vl_store(y + i, up ? v * vl_load(up + i) : v);
+    }
+    if (i == width) return;
+    vl v = silu(vl_load_part(gate + i, width - i));
+    vl_store_part(y + i, up ? v * vl_load_part(up + i, width - i) : v, width - i);
+}
+
 /* constants, so that no loop asks which */
 static void activate(int f, const float *gate, const float *up, int width, float *y) {
-    if (f == LS_SILU) activate_row(LS_SILU, gate, up, width, y);
+    if (f == LS_SILU) silu_row(gate, up, width, y);
     if (f == LS_GELU) activate_row(LS_GELU, gate, up, width, y);
     if (f == LS_GELU_TANH) activate_row(LS_GELU_TANH, gate, up, width, y);
     if (f == LS_RELU) activate_row(LS_RELU, gate, up, width, y);
