@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from linspec.drafters import aded, auto, draft_model, lookup, medusa, mixed, suffix
+from linspec.drafters import (
+    aded,
+    auto,
+    draft_model,
+    lookup,
+    medusa,
+    mixed,
+    self_bits,
+    self_window,
+    suffix,
+)
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
 from linspec.utils.messages import shown
@@ -19,6 +29,8 @@ __all__ = [
     "make_drafter",
     "medusa",
     "mixed",
+    "self_bits",
+    "self_window",
     "suffix",
 ]
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import LOGITS, MAX_STAGED, Want
+from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
@@ -58,10 +59,10 @@ class DrafterContext:
 class Drafter(ABC):
     """Proposes the tokens that the target verifies; knows no model family.
 
-    A round calls `propose`, then `observe` for each sequence that had drafts. The engine calls `started`
-    before the first round of a request and `finished` after its last. What a drafter keeps for a sequence
-    goes by `sequence.slot` or `sequence.number`; what it keeps longer is a memory across requests. What a
-    method raises ends the request that it was about.
+    A round calls `propose`, then `observe` for each sequence that had drafts. The engine calls `attached`
+    when it is made, `started` before the first round of a request and `finished` after its last. What a
+    drafter keeps for a sequence goes by `sequence.slot` or `sequence.number`; what it keeps longer is a
+    memory across requests. What a method raises ends the request that it was about.
 
     The registry calls the class with its DrafterContext and, if it has options, with these. A drafter that
     must do more first, such as load a model, has a class method `build` with the same arguments.
@@ -118,6 +119,13 @@ class Drafter(ABC):
         for parent, confidence in zip(tree.parents, tree.confidences, strict=True):
             reached.append(confidence * reached[parent] if reached else 1.0)
         return sum(reached[1:])
+
+    def attached(self, target: Target) -> None:
+        """An engine has this drafter. target: the model in the form that runs, and its state.
+
+        A drafter may run steps against that state while it proposes. It drops what it staged before it
+        answers, also when it raises.
+        """
 
     def started(self, sequence: RunningSequence) -> None:
         """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet."""
@@ -232,7 +240,7 @@ class ChainDrafter(Drafter):
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         """Count the depths that were tried and accepted."""
-        drafted, accepted = len(tree) - 1, len(path) - 1
+        drafted, accepted = tree.shape.deepest, len(path) - 1
         while len(self._tried) < drafted:
             self._tried.append(0.0)
             self._hits.append(0.0)

@@ -64,10 +64,11 @@ class Engine:
         self.model, self.drafter = model, drafter
         self.scheduler = Scheduler(slots, prefill_tokens)
         self.state = model.new_state(slots, kv_cache_dtype)
+        target = Target(model, self.state)
         if drafter is not None:
             check_drafter(drafter, len(self.state.layers))
+            drafter.attached(target)
         self.limits = Limits(model, self.state, max_model_len)
-        target = Target(model, self.state)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
         self.rounds = Rounds(self.loop, model.config.vocab_size)
         self._requests = self._sequences = 0

@@ -147,7 +147,8 @@ class LayerPlan:
     norm over all of them. rotary: which of the plan's frequencies turn queries and keys, None for none.
     parallel: the MLP reads what enters the block, as the mixer does, and not the sum behind the mixer.
     conv_weights: [heads, taps] of the convolution over values, None without. Linear layers are None where
-    the weights are not packed; up: with a gate it has the outputs of both, the gate first.
+    the weights are not packed; up: with a gate it has the outputs of both, the gate first. mixes, feeds:
+    whether the mixer and the MLP are computed; what is left out adds nothing, and stages nothing.
     """
 
     mixer: str
@@ -165,6 +166,8 @@ class LayerPlan:
     out: LinearPlan | None
     up: LinearPlan | None
     down: LinearPlan | None
+    mixes: bool = True
+    feeds: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

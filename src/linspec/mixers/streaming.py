@@ -80,7 +80,10 @@ class Streaming(ClosingMixer):
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
         near, first = self._masks(tree_mask)
-        if sums is not None:
+        if sums is None:
+            # of a cache that keeps all rows, the sinks where they were
+            near = near | first
+        else:
             k, v, there = unpack_rows(sums.to(q.dtype))
             there = there[:, 0, :1]  # [R, 1, 1]: all sinks of a slot are there, or none
             near = near | (first & ~there)

@@ -36,6 +36,7 @@ from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.config import DecoderConfig
 from linspec.models.native_linear import NativeLinear
 from linspec.models.norm import InferenceRMSNorm
+from linspec.models.skipped import whole
 from linspec.state.sequence_states import SequenceStates, places_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def untold(config: DecoderConfig) -> tuple[str, ...]:
 
 def _layer(model: Decoder, at: int) -> LayerPlan:
     block, config = model.layers[at], model.config
-    mixer, mlp = block.mixer, block.mlp
+    mixer, mlp = whole(block.mixer), whole(block.mlp)
     mixer_norm, mlp_norm = _norm(block.mixer_norm), _norm(block.mlp_norm)
     arranged = block if isinstance(block, ArrangedBlock) else None
     if arranged is not None and arranged.shared:
@@ -136,6 +137,8 @@ def _layer(model: Decoder, at: int) -> LayerPlan:
         out=_linear(mixer.o),
         up=_linear(mlp.gate_up if mlp.gated else mlp.up),
         down=_linear(mlp.down),
+        mixes=mixer is block.mixer,
+        feeds=mlp is block.mlp,
     )
 
 

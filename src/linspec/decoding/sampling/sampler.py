@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 
@@ -84,8 +85,11 @@ class Sampler:
         scores = keep_min_p(scores, self.params.min_p)
         return scores.softmax(-1)
 
-    def draw(self, probabilities: Tensor) -> int:
-        """A token of the distribution [V], from one uniform; never one of probability 0."""
+    def draw(self, probabilities: Tensor, number: float | None = None) -> int:
+        """A token of the distribution [V], from one uniform; never one of probability 0.
+
+        number: takes the place of the request's next one, and leaves that to come.
+        """
         cumulative = probabilities.to("cpu", torch.float64).cumsum(0)
         total = float(cumulative[-1])
         if not 0 < total < math.inf:
@@ -94,12 +98,19 @@ class Sampler:
                 "the logits hold NaN, as damaged weights make them"
             )
         # the first token whose cumulative mass exceeds the point: a token of mass 0 never does
-        point = self.uniform() * total
+        point = (self.uniform() if number is None else number) * total
         return int(torch.searchsorted(cumulative, point, right=True))
 
     def uniform(self) -> float:
         """A float64 from [0, 1), the next number of this request."""
         return float(self._generator.random())
+
+    def coming(self, count: int) -> list[float]:
+        """What `uniform` will return the next `count` times.
+
+        A draft that is drawn by the number which its position gets is likely what the target draws there.
+        """
+        return [float(number) for number in copy.deepcopy(self._generator).random(count)]
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Add emitted tokens to the history."""

@@ -61,7 +61,8 @@ from linspec.utils.messages import shown
 
 # hidden states, logits, and the states of the layers that were asked for [layers, M, D]
 Stepped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-LINEARS = ("qkv", "out", "up", "down")
+# and what of a plan says whether they are computed
+LINEARS = {"qkv": "mixes", "out": "mixes", "up": "feeds", "down": "feeds"}
 NORMS = ("mixer_norm", "mlp_norm", "mixer_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
 _ROWS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int8: INT8}
@@ -243,8 +244,10 @@ def _describe(
     layer: LayerPlan, head_width: int, entry: LayerStruct, parts: ctypes.Array[MixerPartStruct]
 ) -> None:
     """What of a block stays the same for all states."""
-    for name in LINEARS:
-        setattr(entry, name, _linear(getattr(layer, name)))
+    for name, computed in LINEARS.items():
+        # null where it is left out
+        if getattr(layer, computed):
+            setattr(entry, name, _linear(getattr(layer, name)))
     for name in NORMS:
         setattr(entry, name, _norm(getattr(layer, name)))
     if layer.q_norm is not None:

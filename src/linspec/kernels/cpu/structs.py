@@ -33,7 +33,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 11
+ABI = 12
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -230,7 +230,8 @@ class NormStruct(Struct):
     Field("int32_t", "norm_stride", "floats from a head's weights to the next; 0: all have one"),
     Field("int32_t", "rotary", "table of its positions, -1: none"),
     Field("int32_t", "parallel", "the MLP reads what enters the block, as the mixer does"),
-    Field("const ls_linear *", "qkv out up down", "up: with a gate, of both, the gate first"),
+    Field("const ls_linear *", "qkv out", "null: the mixer is left out"),
+    Field("const ls_linear *", "up down", "up: with a gate, of both, the gate first; null: no MLP"),
 )
 class LayerStruct(Struct):
     """A block: what the parts of its mixer do, and its weights."""

@@ -13,7 +13,8 @@ static size_t packed_bytes(const ls_decoder *d, int rows) {
     for (int i = 0; i < d->layers; i++) {
         const ls_layer *l = d->layer + i;
         const ls_linear *all[] = {l->qkv, l->out, l->up, l->down};
-        for (int k = 0; k < 4; k++) n = larger(n, ls_packed_bytes(all[k], rows));
+        for (int k = 0; k < 4; k++)
+            if (all[k]) n = larger(n, ls_packed_bytes(all[k], rows));
     }
     return ls_up64(n);
 }
@@ -43,8 +44,8 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     const float *sums = p->sums ? p->sums + at * p->sum_floats : NULL;
     const ls_summed *f = p->summed;
     int64_t place = l->place[head], matrix = f && !f->map_shared ? (int64_t)f->map_rows * d->head_width : 0;
-    /* the 1 behind the first sink says that they have left the rows */
-    int sinks_left = p->sinks && sums[2 * d->head_width] > 0.0f;
+    /* the 1 behind the first sink says that they have left the rows; a cache without sums lets none go */
+    int sinks_left = p->sinks && sums && sums[2 * d->head_width] > 0.0f;
     int32_t committed = in->committed[p->state];
     /* what forgets its rows sees none before those of the first new node */
     int64_t unseen = f && !sums ? (committed / p->group - (p->span - 1)) * p->group : 0;
@@ -277,18 +278,31 @@ static int add_to_residual(const ls_run *s, const ls_linear *layer, const ls_pac
     return aside;
 }
 
-static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
+/* The mixer of a block, where it is not left out. What an MLP that reads beside it has to wait for stays aside;
+ * returns whether there is any. */
+static int mix(const ls_run *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
+    if (!l->qkv) return 0;
     ls_packed_rows x = pack_inputs(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
     multiply(l->qkv, &x, s->projected, 0, thread, threads);
     if (l->whole_norms) norm_whole(s, l, thread, threads);
     b->chained ? ls_mix_prompt(s, l, thread, threads) : mix_inputs(s, l, thread, threads);
     ls_barrier(threads);
     x = pack_inputs(s, l->out, NULL, s->attended, b->rows, thread, threads);
-    int aside = add_to_residual(s, l->out, &x, l->mixer_out_norm, l->parallel, thread, threads);
-    if (aside && !l->parallel) add_aside(s, l->mixer_out_norm, thread, threads);
-    x = pack_inputs(s, l->up, l->mlp_norm, s->x, b->rows, thread, threads);
-    if (l->parallel) add_aside(s, l->mixer_out_norm, thread, threads);
+    int wait = l->parallel && l->up;
+    int aside = add_to_residual(s, l->out, &x, l->mixer_out_norm, wait, thread, threads);
+    if (!aside || wait) return wait;
+    add_aside(s, l->mixer_out_norm, thread, threads);
+    /* an MLP begins with the rows of its own thread */
+    if (!l->up) ls_barrier(threads);
+    return 0;
+}
+
+static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
+    int waits = mix(s, l, thread, threads);
+    if (!l->up) return;
+    ls_packed_rows x = pack_inputs(s, l->up, l->mlp_norm, s->x, s->b->rows, thread, threads);
+    if (waits) add_aside(s, l->mixer_out_norm, thread, threads);
     multiply(l->up, &x, s->projected, 0, thread, threads);
     x = pack_activated(s, l->down, thread, threads);
     if (!add_to_residual(s, l->down, &x, l->mlp_out_norm, 0, thread, threads)) return;

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 11                            /* of this table and the functions */
+#define LS_ABI 12                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -124,7 +124,8 @@ typedef struct {
     int32_t norm_stride;                     /* floats from a head's weights to the next; 0: all have one */
     int32_t rotary;                          /* table of its positions, -1: none */
     int32_t parallel;                        /* the MLP reads what enters the block, as the mixer does */
-    const ls_linear *qkv, *out, *up, *down;  /* up: with a gate, of both, the gate first */
+    const ls_linear *qkv, *out;              /* null: the mixer is left out */
+    const ls_linear *up, *down;              /* up: with a gate, of both, the gate first; null: no MLP */
 } ls_layer;
 
 /* A whole decoder. */
@@ -189,7 +190,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    356184984, \
+    2124613069, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
