@@ -18,7 +18,7 @@ from linspec.checkpoints.same_tokenizer import difference
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.sampling import SamplingParams
 from linspec.drafters import DrafterContext, make_drafter
-from linspec.drafters.draft_model import DraftModel
+from linspec.drafters.draft_model import DraftModel, Student
 from linspec.errors import DrafterError
 from linspec.llm import LLM
 
@@ -99,6 +99,17 @@ def test_the_same_tokenizer_is_the_same_however_it_was_read() -> None:
     assert difference(tiny_tokenizer(), other_tokenizer(eos="<|end of turn|>")) is None
     # one that says nothing about itself
     assert difference(tiny_tokenizer(), object()) is None
+
+
+def test_a_student_that_kept_some_exact_heads_was_once_refused() -> None:
+    teacher, student = tiny_model("softmax", "softmax"), tiny_model("by-head", "aug", seed=3)
+    drafter = Student(student, teacher.config, 4)
+    prompts = [random_tokens(n, seed=n) for n in (3, 30)]
+    params = SamplingParams(max_tokens=20)
+    expected = outputs(decode(teacher, prompts, params))
+    assert outputs(decode(teacher, prompts, params, drafter)) == expected
+    with pytest.raises(DrafterError, match="1 heads of the student see all tokens, and 1 of its"):
+        Student(student, tiny_model("by-head", "aug").config, 4)
 
 
 def test_a_draft_model_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -7,27 +7,32 @@ the same at any context.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
+from linspec.checkpoints.delta import exact_heads
 from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.load_quantized import quantize_model
-from linspec.checkpoints.resolve import EMBEDDED
+from linspec.checkpoints.resolve import resolve
 from linspec.checkpoints.same_tokenizer import check_same_tokenizer
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
-from linspec.errors import DrafterError
+from linspec.errors import CheckpointError, DrafterError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import integer_bits
 from linspec.utils.options import option
+
+# students that come with linspec, by their teachers
+_STUDENTS = {"embedded-softmax": "embedded-aug", "smollm2": "smollm2-aug"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class StudentOptions:
     """Which student drafts."""
 
     path: str | None = option(
-        "the student's directory or name; none is the embedded student, for its teacher",
+        "the student's directory or name; none is the one that comes with linspec, for its teacher",
         default=None,
         short=True,
     )
@@ -205,16 +210,21 @@ class Student(DraftModel):
     """A draft model whose drafting cost does not grow with the context."""
 
     def __init__(self, model: Decoder, target: DecoderConfig, slots: int) -> None:
-        if not model.config.linear:
+        left, all_heads = exact_heads(model.config), exact_heads(target)
+        if left and left >= all_heads:
             raise DrafterError(
-                "the student still has softmax layers; linearize it, or use it as 'draft-model'"
+                f"{left} heads of the student see all tokens, and {all_heads} of its teacher, so its drafts "
+                "cost as much more with the context; linearize it, or use it as 'draft-model'"
             )
         super().__init__(model, target, slots)
 
     @classmethod
     def _without_path(cls, context: DrafterContext) -> str:
-        if context.source is not None and context.source.name == EMBEDDED["embedded-softmax"]:
-            return "embedded-aug"
+        for teacher, student in _STUDENTS.items():
+            # not every teacher is on this machine
+            with contextlib.suppress(CheckpointError):
+                if context.source == resolve(teacher):
+                    return student
         return super()._without_path(context)
 
 
