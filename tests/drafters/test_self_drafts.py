@@ -98,8 +98,8 @@ def test_a_copy_in_eight_bits_is_nearly_always_right_also_where_the_request_samp
     model = f32("softmax", "aug").to_inference()
     params = SamplingParams(max_tokens=60, temperature=temperature, seed=3)
     rows = decode(model, PROMPTS, params, drafter_of("self-bits:bits=8,least=0", model))
-    tried = sum(row.stats.tried[0] for row in rows)
-    assert sum(row.stats.hits[0] for row in rows) > 0.9 * tried
+    tried = sum(sum(row.stats.tried) for row in rows)
+    assert sum(sum(row.stats.hits) for row in rows) > 0.85 * tried
 
 
 @pytest.mark.parametrize("kv", ["float", "int8"])

@@ -12,6 +12,7 @@ from linspec.drafters import (
     self_bits,
     self_window,
     suffix,
+    swift,
 )
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
@@ -32,6 +33,7 @@ __all__ = [
     "self_bits",
     "self_window",
     "suffix",
+    "swift",
 ]
 
 

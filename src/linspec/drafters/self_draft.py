@@ -98,9 +98,9 @@ class GrowingTree:
         self.chain = [sequence.root]
         greedy = sequence.sampler.greedy
         self._numbers = [] if greedy else sequence.sampler.coming(self.depth)
-        # how likely the chain is as far as it goes; of every draft: likelihood, depth, token, share
+        # how likely the chain is as far as it goes; beside it: likelihood, depth and token
         self._reach = 1.0
-        self._found: list[tuple[float, int, int, float]] = []
+        self._beside: list[tuple[float, int, int]] = []
 
     def step_input(self) -> StepInput:
         """The newest token of the chain, behind those that are staged."""
@@ -119,10 +119,8 @@ class GrowingTree:
         top = shares.topk(min(width, len(shares)))
         for share, other in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             if other != token and share > 0:
-                self._found.append((self._reach * share, depth, other, share))
-        # a draft by the target's own number is as likely right as the form is sure
+                self._beside.append((self._reach * share, depth, other))
         self._reach *= sure
-        self._found.append((self._reach, depth, token, sure))
         self.chain.append(token)
         return len(self.chain) <= self.depth and sure >= self.least
 
@@ -136,16 +134,13 @@ class GrowingTree:
         return shares, sampler.draw(shares, self._numbers[len(drafts)])
 
     def tree(self) -> TokenTree:
-        """The likeliest nodes, as many as are wanted."""
-        # a parent is at least as likely, and comes first
-        best = sorted(self._found, key=lambda found: (-found[0], found[1]))[: self.budget.nodes]
-        tokens, parents, sure = [self.chain[0]], [-1], [1.0]
-        # the node of the chain at each depth
-        places = {0: 0}
-        for _, depth, token, share in best:
-            if token == self.chain[depth]:
-                places[depth] = len(tokens)
-            tokens.append(token)
-            parents.append(places[depth - 1])
-            sure.append(share)
-        return TokenTree(tuple(tokens), tuple(parents), confidences=tuple(sure))
+        """The chain, and beside it what is likeliest, as many nodes as are wanted.
+
+        The chain comes first: forms agree with their target far more often than either is sure.
+        """
+        room = self.budget.nodes + 1 - len(self.chain)
+        beside = sorted(self._beside, key=lambda found: (-found[0], found[1]))[:room]
+        tokens = (*self.chain, *(token for _, _, token in beside))
+        # node d of the chain has depth d
+        parents = (*range(-1, len(self.chain) - 1), *(depth - 1 for _, depth, _ in beside))
+        return TokenTree(tokens, parents)
