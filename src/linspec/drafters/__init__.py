@@ -13,6 +13,7 @@ from linspec.drafters import (
     self_window,
     suffix,
     swift,
+    universal,
 )
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
@@ -34,6 +35,7 @@ __all__ = [
     "self_window",
     "suffix",
     "swift",
+    "universal",
 ]
 
 

@@ -91,7 +91,7 @@ class DraftModel(ChainDrafter):
             tokenizer = load_text_tokenizer(context.source)
         if tokenizer is not None:
             check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
-        return cls(_ready_model(folder, target), target.config, context.slots)
+        return cls(ready_model(folder, target), target.config, context.slots)
 
     @classmethod
     def _without_path(cls, context: DrafterContext) -> str:
@@ -228,7 +228,7 @@ class Student(DraftModel):
         return super()._without_path(context)
 
 
-def _ready_model(folder: str, target: Decoder) -> Decoder:
+def ready_model(folder: str, target: Decoder) -> Decoder:
     """The model in `folder` in its inference form, on the target's device and in its dtype."""
     bits = integer_bits(target.head)
     options: Any = {"dtype": target.dtype, "device": str(target.device)}
