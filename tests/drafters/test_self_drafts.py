@@ -239,6 +239,16 @@ def test_settings_are_checked(spec: str, message: str) -> None:
         make_drafter(spec, DrafterContext(f32("softmax")))
 
 
+@pytest.mark.parametrize("spec", ["suffix+self-bits:8", "self-window:window=8,sinks=1+self-bits:4"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_self_drafts_in_a_mix_know_their_engine(spec: str, temperature: float) -> None:
+    model = f32("softmax", "aug").to_inference()
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=2)
+    rows = decode(model, PROMPTS, params, drafter_of(spec, model))
+    assert outputs(rows) == outputs(decode(model, PROMPTS, params))
+    assert sum(row.stats.accepted for row in rows) > 0
+
+
 def test_a_drafter_without_an_engine_says_so() -> None:
     drafter = drafter_of("self-window", f32("softmax"))
     with pytest.raises(DrafterError, match="give it to an LLM"):

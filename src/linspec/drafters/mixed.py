@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
+from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext, check_answers, name_of
 from linspec.errors import ConfigError, DrafterError
@@ -196,6 +197,10 @@ class Mixed(Drafter):
         for each in self.parts:
             each.share = _FORGET * each.share + (1 - _FORGET) * (each is part)
         part.drafter.observe(sequence, tree, path)
+
+    def attached(self, target: Target) -> None:
+        for part in self.parts:
+            part.drafter.attached(target)
 
     def started(self, sequence: RunningSequence) -> None:
         _each([part.drafter.started for part in self.parts], sequence)

@@ -50,6 +50,10 @@ class SelfDraft(ChainDrafter):
         assert isinstance(target.model, Decoder), "checked when this was made"
         self.target, self.form = target, self.make(target.model)
 
+    def pays(self, sequence: RunningSequence) -> bool:
+        """Whether a draft of this sequence can be cheaper than a step of the target."""
+        return True
+
     def form_of(self, sequence: RunningSequence) -> Decoder:
         """Which form drafts for this sequence."""
         assert self.form is not None
@@ -68,6 +72,8 @@ class SelfDraft(ChainDrafter):
         ]
         by_form: dict[int, list[GrowingTree]] = {}
         for tree in growing:
+            if not self.pays(tree.sequence):
+                continue
             by_form.setdefault(id(self.form_of(tree.sequence)), []).append(tree)
         for trees in by_form.values():
             grow(self.form_of(trees[0].sequence), self.target.state, trees)

@@ -6,11 +6,9 @@ reading the cache, and most of what is read hardly matters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from linspec.decoding.sequence import RunningSequence
-from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, DrafterContext
 from linspec.drafters.self_bits import check_drafting
 from linspec.drafters.self_draft import SelfDraft
@@ -64,16 +62,9 @@ class SelfWindow(SelfDraft):
                 "its steps cost the same at any context; use self-bits or swift"
             )
 
-    def propose(
-        self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
-    ) -> list[TokenTree]:
+    def pays(self, sequence: RunningSequence) -> bool:
         # a window over everything drafts at the cost of the target
-        long = [i for i, each in enumerate(sequences) if len(each.tokens) > self.options.window]
-        trees = [root_only(each.root) for each in sequences]
-        drafted = super().propose([sequences[i] for i in long], [budgets[i] for i in long])
-        for i, tree in zip(long, drafted, strict=True):
-            trees[i] = tree
-        return trees
+        return len(sequence.tokens) > self.options.window
 
     def make(self, model: Decoder) -> Decoder:
         window, sinks = self.options.window, self.options.sinks

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Self
 
+from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import MAX_STAGED, StepInput
@@ -87,7 +88,8 @@ class Universal(ChainDrafter):
     ) -> None:
         super().__init__(context, options)
         self.model, self.tokenizer = model, tokenizer
-        self.options, self.state = options, model.new_state(context.slots)
+        self.options = options
+        self.state = model.new_state(context.slots, cache_kind("auto", model))
         self._target_tokenizer = context.tokenizer
         self._ours = backend_of(context.tokenizer, "the target")
         self._theirs = backend_of(tokenizer, "the draft model")
@@ -211,6 +213,10 @@ class Universal(ChainDrafter):
         plain = list(takewhile(lambda token: token not in self._our_specials, tokens))
         ends = reader.end is not None and sound == text and plain == tokens
         return [*plain, reader.end] if ends and reader.end is not None else plain
+
+    def started(self, sequence: RunningSequence) -> None:
+        # another engine may have left the slot without a word
+        self._readers.pop(sequence.slot, None)
 
     def finished(self, sequence: RunningSequence) -> None:
         self._readers.pop(sequence.slot, None)

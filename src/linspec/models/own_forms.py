@@ -58,8 +58,11 @@ def sees_all(part: nn.Module) -> bool:
 def skipping(model: Decoder, mixers: Collection[int], mlps: Collection[int]) -> Decoder:
     """`model` without the mixers and the MLPs of these layers.
 
-    Raises ConfigError for blocks that are not made of the two.
+    Raises ConfigError for blocks that are not made of the two, and where nothing is left.
     """
+    every = set(range(len(model.layers)))
+    if every <= set(mixers) and every <= set(mlps):
+        raise ConfigError("a model without all of its mixers and MLPs is none; leave out fewer")
     made = _again(model)
     for layer, block in enumerate(made.layers):
         if not hasattr(block, "mlp"):

@@ -1,0 +1,128 @@
+"""FiRST (Jain et al. 2024): from the prompt, routers tell which layers its draft does without.
+
+The layers are chosen once for a sequence, by its prompt alone. The paper decodes without them, which changes
+the output; here they are left out of drafts only, and the whole target verifies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.target import Target
+from linspec.drafters.base import DRAFTERS, DrafterContext
+from linspec.drafters.routers import Routers
+from linspec.drafters.saved import load_drafter
+from linspec.drafters.self_bits import check_drafting
+from linspec.drafters.self_draft import SelfDraft
+from linspec.errors import DrafterError
+from linspec.models.decoder import Decoder
+from linspec.models.own_forms import skipping
+from linspec.utils.options import option
+from linspec.utils.sizes import check_size
+
+# forms without other layers that are kept for further prompts
+_FORMS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class FirstOptions:
+    """Where the routers are, how many layers they leave out, and how much is drafted."""
+
+    path: Path | None = option(
+        "directory of the routers; none is 'first' in the model's directory",
+        default=None,
+        short=True,
+    )
+    skip: int | None = option(
+        "layers that a draft does without; none is those that are needed less than by half",
+        default=None,
+    )
+    tokens: int = option("most draft tokens of a chain", default=16)
+    least: float = option("drafting ends behind a token that is held less likely", default=0.5)
+
+    def __post_init__(self) -> None:
+        check_drafting(self.tokens, self.least)
+        if self.skip is not None:
+            check_size("skip", self.skip)
+
+
+@DRAFTERS.register(
+    "first",
+    summary="the target drafts a tree without the layers that, by trained routers, its prompt does not need",
+    paper="Jain et al. 2024 (FiRST), arXiv 2410.12513",
+    needs="trained routers: linspec train-drafter --kind first",
+    options=FirstOptions,
+)
+class First(SelfDraft):
+    """A form for each set of layers, chosen for each sequence."""
+
+    def __init__(
+        self, context: DrafterContext, options: FirstOptions, routers: Routers | None = None
+    ) -> None:
+        super().__init__(context, tokens=options.tokens, least=options.least)
+        target = context.decoder(self.name)
+        self.skip = options.skip
+        self.routers = routers or load_drafter(_folder(context, options), target, Routers)
+        if self.skip is not None and self.skip > target.config.layers - 2:
+            raise DrafterError(
+                f"drafter {self.name!r} cannot leave out {self.skip} layers of {target.config.layers}: the "
+                "first and the last are kept; lower skip"
+            )
+        self._forms: dict[frozenset[int], Decoder] = {}
+        # of each sequence, by its number
+        self._skipped: dict[int, frozenset[int]] = {}
+
+    @classmethod
+    def at_hand(cls, context: DrafterContext) -> bool:
+        return context.source is not None and (context.source / Routers.kind).is_dir()
+
+    def attached(self, target: Target) -> None:
+        super().attached(target)
+        self._forms.clear()
+        self._skipped.clear()
+
+    def make(self, model: Decoder) -> Decoder:
+        # a prompt that needs every layer
+        return model
+
+    def pays(self, sequence: RunningSequence) -> bool:
+        return bool(self.skipped(sequence))
+
+    def form_of(self, sequence: RunningSequence) -> Decoder:
+        skipped = self.skipped(sequence)
+        if skipped not in self._forms:
+            assert self.target is not None and isinstance(self.target.model, Decoder)
+            if len(self._forms) >= _FORMS:
+                del self._forms[next(iter(self._forms))]
+            self._forms[skipped] = skipping(self.target.model, skipped, skipped)
+        return self._forms[skipped]
+
+    def skipped(self, sequence: RunningSequence) -> frozenset[int]:
+        """The layers that the drafts of a sequence do without."""
+        found = self._skipped.get(sequence.number)
+        if found is None:
+            assert self.target is not None and isinstance(self.target.model, Decoder)
+            prompt = sequence.tokens[: sequence.prompt_length]
+            found = self.routers.skipped(self.routers.needed(self.target.model, prompt), self.skip)
+            self._skipped[sequence.number] = found
+        return found
+
+    def started(self, sequence: RunningSequence) -> None:
+        # another engine may have left a sequence of this number without a word
+        self._skipped.pop(sequence.number, None)
+
+    def finished(self, sequence: RunningSequence) -> None:
+        self._skipped.pop(sequence.number, None)
+
+
+def _folder(context: DrafterContext, options: FirstOptions) -> Path:
+    beside = context.source / Routers.kind if context.source else None
+    found = options.path or beside
+    if found is None or not found.exists():
+        raise DrafterError(
+            f"no routers in {found}; train them with `linspec train-drafter MODEL --kind first --out DIR` "
+            "and name their directory: first:DIR"
+        )
+    return found
