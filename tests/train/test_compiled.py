@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from linspec.drafters.block_net import BlockNet
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
@@ -29,6 +30,7 @@ from linspec.train.compiled import (
     float32_gradients,
     gradients,
 )
+from linspec.train.drafters.block import BlockTrainingOptions, block_loss
 from linspec.train.drafters.medusa import heads_loss
 from linspec.train.drafters.states import states_of
 from linspec.train.finetune import finetune_loss
@@ -185,6 +187,18 @@ def heads_case(context: int) -> Case:
     return heads, loss, context
 
 
+def block_case(context: int) -> Case:
+    target = decoder(MixerConfig(), MixerConfig()).requires_grad_(False)
+    shape = BlockTrainingOptions(places=3, depth=1, window=16, vocabulary=VOCAB // 2, rank=8)
+    net = randomise(BlockNet(shape.shape_for(target.config), target), 0)
+    layers = net.config.read
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return block_loss(net, states_of(target, batch, layers), every=2, decay=0.8)
+
+    return net, loss, context
+
+
 def batch_of(context: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, VOCAB, (ROWS, context + 1), generator=torch.Generator().manual_seed(seed)
@@ -289,6 +303,13 @@ def test_compiled_flash_steps_equal_plain_ones(variant: str, context: int) -> No
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_compiled_steps_of_drafter_heads_equal_plain_ones(context: int) -> None:
     assert_compiled_gradients_are_right(heads_case(context))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_compiled_steps_of_block_drafters_equal_plain_ones(context: int) -> None:
+    assert_compiled_gradients_are_right(block_case(context))
 
 
 @pytest.mark.slow
