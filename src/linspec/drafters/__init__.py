@@ -5,6 +5,7 @@ from __future__ import annotations
 from linspec.drafters import (
     aded,
     auto,
+    block,
     draft_model,
     first,
     lookup,
@@ -27,6 +28,7 @@ __all__ = [
     "DrafterContext",
     "aded",
     "auto",
+    "block",
     "draft_model",
     "first",
     "lookup",

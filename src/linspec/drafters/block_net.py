@@ -318,6 +318,10 @@ class BlockNet(TrainedDrafter):
         weight = cast(torch.Tensor, self.target.head.weight)
         return weight if self.drafted is None else weight[self.drafted.long()]
 
+    def unary(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of places that know nothing of the tokens before them."""
+        return F.linear(states, self.target_rows().to(states.dtype))
+
     def tokens(self, indices: torch.Tensor) -> torch.Tensor:
         """The token ids that indices of logits stand for."""
         return indices if self.drafted is None else self.drafted.long()[indices]

@@ -202,8 +202,7 @@ def draft_all(drafter: BlockNet, states: TargetStates, trials: Trials) -> None:
     for start in range(1, room + 1, _TOGETHER):
         anchors = torch.arange(start, min(start + _TOGETHER, room + 1), device=states.ids.device)
         found, roots = block_states(drafter, states, anchors)
-        logits = F.linear(found, drafter.target_rows().to(found.dtype))
-        drafts, sure = drafter.walk(found, logits, roots)
+        drafts, sure = drafter.walk(found, drafter.unary(found), roots)
         at = anchors[:, None] + places
         tokens = drafter.tokens(drafts)
         trials.right.append((tokens == states.chosen[:, at]).flatten(0, 1).cpu())
