@@ -18,8 +18,8 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
 from linspec.decoding.tree import Budget, TokenTree, chain, root_only
 from linspec.drafters import DrafterContext, make_drafter
-from linspec.drafters.block import Block, draft
-from linspec.drafters.block_cache import Asked, BlockCache
+from linspec.drafters.block import Block
+from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet, Measured
 from linspec.drafters.saved import load_drafter, save_drafter
 from linspec.engine.engine import Engine

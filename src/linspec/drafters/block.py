@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
 from typing import Self
 
-import torch
-
+from linspec.checkpoints.quantized import ENTRY
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
 from linspec.decoding.tree import Budget, TokenTree, chain_shape, root_only
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
-from linspec.drafters.block_cache import Asked, BlockCache
+from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.medusa import runs_natively
+from linspec.drafters.packed_block import PackedBlockNet
+from linspec.drafters.saved import load_drafter, read_drafter
+from linspec.drafters.saved_heads import load_packed
 from linspec.errors import DrafterError
+from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer, integer_bits
 from linspec.utils.options import option
 
 
@@ -54,6 +59,7 @@ class Block(Drafter):
             )
         self.net, self.max_nodes = net, net.config.places
         self.needs = Want(net.config.read)
+        self._draft = net.draft if isinstance(net, PackedBlockNet) else partial(draft, net)
         self.cache = BlockCache(net.config, net.masks.device, net.masks.dtype)
         self._gains = [0.0, *accumulate(accumulate(net.measured.acceptance, mul))]
 
@@ -61,20 +67,28 @@ class Block(Drafter):
     def build(cls, context: DrafterContext, options: BlockOptions) -> Self:
         """With a drafter from disk."""
         target = context.decoder(cls.name)
-        folder = options.path or (context.source / "block" if context.source else None)
+        folder = options.path or _beside(context)
         if folder is None or not folder.exists():
             raise DrafterError(
                 f"no block drafter in {folder}; train one with `linspec train-drafter MODEL --kind block "
                 "--out DIR` and name its directory: block:DIR"
             )
-        return cls(load_drafter(folder, target, BlockNet))
+        return cls(ready_net(folder, target))
+
+    @classmethod
+    def at_hand(cls, context: DrafterContext) -> bool:
+        beside = _beside(context)
+        return beside is not None and beside.exists()
+
+    def started(self, sequence: RunningSequence) -> None:
+        self.cache.forget(sequence.slot)
 
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
         known = [each for each in sequences if each.hidden]
         drafted = iter(
-            zip(*draft(self.net, self.cache, [self._asked(each) for each in known]), strict=True)
+            zip(*self._draft(self.cache, [self._asked(each) for each in known]), strict=True)
         )
         trees = []
         for sequence, budget in zip(sequences, budgets, strict=True):
@@ -101,30 +115,16 @@ class Block(Drafter):
         return self._gains[min(budget.chain, self.max_nodes)]
 
 
-@torch.inference_mode()
-def draft(
-    net: BlockNet, cache: BlockCache, asked: Sequence[Asked]
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Tokens and confidences [S][B] for some sequences, whose context is kept up to their roots."""
-    if not asked:
-        return [], []
-    for each in asked:
-        fresh = [states.to(cache.newest) for states in cache.fresh(each)]
-        if not len(fresh[0]):
-            continue
-        context = net.context(fresh)[None]
-        positions = torch.arange(each.position - len(fresh[0]), each.position)[None]
-        rows = net.rows(context, positions.to(context.device))
-        kept = [(keys[0], values[0]) for keys, values in rows]
-        cache.put(each.slot, kept, context[0, -1], each.position)
-    slots = [each.slot for each in asked]
-    context_rows, seen = cache.seen(slots)
-    device = cache.newest.device
-    roots = net.embedded(torch.tensor([each.root for each in asked], device=device))
-    positions = torch.tensor([[each.position] for each in asked], device=device)
-    newest = cache.newest[slots][:, None]
-    found = net.blocks(newest, roots[:, None], positions, context_rows, seen[:, None])[:, 0]
-    drafts, sure = net.walk(found, net.unary(found), roots)
-    tokens: list[list[int]] = net.tokens(drafts).tolist()
-    shares: list[list[float]] = net.confidences(sure.float()).tolist()
-    return tokens, shares
+def _beside(context: DrafterContext) -> Path | None:
+    """Where a block drafter lies in the directory of the model."""
+    return context.source / "block" if context.source else None
+
+
+def ready_net(folder: Path, target: Decoder) -> BlockNet:
+    """The drafter in `folder` in the form that suits `target`, which may be prepared later."""
+    if ENTRY in read_drafter(folder, BlockNet.kind):
+        return load_packed(folder, target, BlockNet, PackedBlockNet.of)
+    net = load_drafter(folder, target, BlockNet)
+    if runs_natively(target.head):
+        return PackedBlockNet.of(net, Quantizer(integer_bits(target.head) or 8, {}))
+    return net

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from linspec.drafters.block_net import BlockConfig, Rows
+from linspec.drafters.block_net import BlockConfig, BlockNet, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ class BlockCache:
         found = [states[max(0, len(states) - lacking) :] for states in asked.states]
         self._make_room(slot, len(found[0]))
         return found
+
+    def forget(self, slot: int) -> None:
+        """Another sequence begins in a slot."""
+        if slot < len(self._owners):
+            self._owners[slot] = -1
 
     def _grow(self, slots: int) -> None:
         """Room for `slots` sequences, at least twice as much as before where it is too little."""
@@ -112,3 +117,32 @@ class BlockCache:
                     to[i, :count] = tensor[slot, :, start : start + count].transpose(0, 1)
             found.append((pair[0], pair[1]))
         return found, there
+
+
+@torch.inference_mode()
+def draft(
+    net: BlockNet, cache: BlockCache, asked: Sequence[Asked]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and confidences [S][B] for some sequences, whose context is kept up to their roots."""
+    if not asked:
+        return [], []
+    for each in asked:
+        fresh = [states.to(cache.newest) for states in cache.fresh(each)]
+        if not len(fresh[0]):
+            continue
+        context = net.context(fresh)[None]
+        positions = torch.arange(each.position - len(fresh[0]), each.position)[None]
+        rows = net.rows(context, positions.to(context.device))
+        kept = [(keys[0], values[0]) for keys, values in rows]
+        cache.put(each.slot, kept, context[0, -1], each.position)
+    slots = [each.slot for each in asked]
+    context_rows, seen = cache.seen(slots)
+    device = cache.newest.device
+    roots = net.embedded(torch.tensor([each.root for each in asked], device=device))
+    positions = torch.tensor([[each.position] for each in asked], device=device)
+    newest = cache.newest[slots][:, None]
+    found = net.blocks(newest, roots[:, None], positions, context_rows, seen[:, None])[:, 0]
+    drafts, sure = net.walk(found, net.unary(found), roots)
+    tokens: list[list[int]] = net.tokens(drafts).tolist()
+    shares: list[list[float]] = net.confidences(sure.float()).tolist()
+    return tokens, shares

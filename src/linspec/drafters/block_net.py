@@ -280,10 +280,14 @@ class BlockNet(TrainedDrafter):
 
     def turn(self, positions: torch.Tensor, dtype: torch.dtype) -> Rows:
         """Cosines and sines [..., 1, K] of positions [...]."""
-        width = self.config.head_width
-        exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-        cos, sin = rotary_factors(self.config.base**-exponents, positions)
+        cos, sin = rotary_factors(self.frequencies().to(positions.device), positions)
         return cos[..., None, :].to(dtype), sin[..., None, :].to(dtype)
+
+    def frequencies(self) -> torch.Tensor:
+        """Of the rotary positions, [K / 2]."""
+        width = self.config.head_width
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+        return self.config.base**-exponents
 
     def embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """Normalized embeddings [..., D] of tokens, of whatever scale the target's are."""

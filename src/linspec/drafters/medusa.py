@@ -173,12 +173,12 @@ def _heads_of(context: DrafterContext) -> Path | None:
 def ready_heads(folder: Path, target: Decoder) -> Heads:
     """The heads in `folder` in the form that suits `target`, which may be prepared later."""
     heads = load_heads(folder, target)
-    if isinstance(heads, MedusaHeads) and _runs_natively(target.head):
+    if isinstance(heads, MedusaHeads) and runs_natively(target.head):
         heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
     return heads
 
 
-def _runs_natively(head: nn.Module) -> bool:
+def runs_natively(head: nn.Module) -> bool:
     """Whether an output layer is one of linspec's own, or becomes one when it is prepared."""
     if isinstance(head, nn.Linear):
         return pick_kernel(head.weight).own

@@ -131,6 +131,20 @@ def check_size_of_weights(folder: Path) -> None:
 
 def read_drafter(folder: Path, kind: str) -> dict[str, Any]:
     """What drafter.json says; raises DrafterError when there is none or it is of another kind."""
+    path, data = folder / CONFIG_FILE, _read(folder)
+    if data.get("kind") != kind:
+        raise DrafterError(
+            f"{path} describes a drafter of kind {shown(repr(data.get('kind')))}, expected {kind!r}"
+        )
+    return data
+
+
+def kind_of(folder: Path) -> Any:
+    """The kind that drafter.json says; raises DrafterError when there is none."""
+    return _read(folder).get("kind")
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.exists():
         raise DrafterError(
@@ -138,10 +152,6 @@ def read_drafter(folder: Path, kind: str) -> dict[str, Any]:
         )
     data = read_json(path, DrafterError)
     check_format(data, path, DrafterError)
-    if data.get("kind") != kind:
-        raise DrafterError(
-            f"{path} describes a drafter of kind {shown(repr(data.get('kind')))}, expected {kind!r}"
-        )
     return data
 
 

@@ -1,6 +1,6 @@
-"""Medusa heads on disk: a drafter directory, as in `linspec.drafters.saved`.
+"""Medusa heads and packed drafters on disk: drafter directories, as in `linspec.drafters.saved`.
 
-Packed heads have an entry `quantization` in drafter.json, as quantized models have, and their weights are
+Packed ones have an entry `quantization` in drafter.json, as quantized models have, and their weights are
 mapped.
 
     heads = load_heads("model/medusa", model)
@@ -8,14 +8,15 @@ mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
+from linspec.drafters.packed_block import PackedBlockNet
 from linspec.drafters.saved import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -27,11 +28,17 @@ from linspec.drafters.saved import (
     read_drafter,
     write_config,
 )
+from linspec.drafters.trained import TrainedDrafter
 from linspec.errors import CheckpointError, DrafterError
+from linspec.mixers.projections import LinearFactory
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Blank
 from linspec.models.skeleton import without_memory
 from linspec.utils.places import Place
+
+Packed = PackedHeads | PackedBlockNet
+T = TypeVar("T", bound=TrainedDrafter)
+P = TypeVar("P", PackedHeads, PackedBlockNet)
 
 
 def load_heads(source: str | Path, model: Decoder) -> Heads:
@@ -43,41 +50,52 @@ def load_heads(source: str | Path, model: Decoder) -> Heads:
     data = read_drafter(folder, MedusaHeads.kind)
     if ENTRY not in data:
         return load_drafter(folder, model, MedusaHeads)
+    return load_packed(folder, model, MedusaHeads, PackedHeads.of)
+
+
+def load_packed(
+    folder: Path, model: Decoder, kind: type[T], packed: Callable[[T, LinearFactory], P]
+) -> P:
+    """The packed form of a drafter of a `kind` in `folder`, mapped; `packed` makes it of a plain one.
+
+    Raises DrafterError as `load_drafter` does.
+    """
+    data = read_drafter(folder, kind.kind)
     with without_memory():
-        plain = MedusaHeads.from_description(data, model, folder / CONFIG_FILE)
+        plain = kind.from_description(data, model, folder / CONFIG_FILE)
     check_target(data, model, folder)
     check_size_of_weights(folder)
-    return _load_packed(plain, data[ENTRY], model, folder)
-
-
-def _load_packed(plain: MedusaHeads, entry: Any, model: Decoder, folder: Path) -> PackedHeads:
-    """Packed heads of the shape of `plain`, mapped."""
     if model.device.type != "cpu":
         raise DrafterError(
             f"the drafter in {folder} is quantized, which is for the CPU; use the one it was made from"
         )
     try:
-        bits = check_entry(entry, folder)
+        bits = check_entry(data[ENTRY], folder)
     except CheckpointError as error:
         raise DrafterError(str(error)) from error
     with without_memory():
-        heads = PackedHeads.of(plain, Blank(bits))
+        drafter = packed(plain, Blank(bits))
     with named(folder):
         tensors = map_tensors(folder / WEIGHTS_FILE)
-    load_weights(heads, tensors, folder, exact=True)
-    heads.check_weights(folder / WEIGHTS_FILE)
-    return heads.requires_grad_(False).eval()
+    load_weights(drafter, tensors, folder, exact=True)
+    drafter.check_weights(folder / WEIGHTS_FILE)
+    return drafter.requires_grad_(False).eval()
 
 
 def save_packed(
-    heads: PackedHeads, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]
+    drafter: Packed,
+    model: Decoder,
+    out: Path,
+    bits: int,
+    facts: Mapping[str, Any],
+    kind: str = MedusaHeads.kind,
 ) -> Path:
-    """Write packed heads with weights of `bits` bits to `out`, which must be new."""
+    """Write a packed drafter of a kind, with weights of `bits` bits, to `out`, which must be new."""
     place = Place(out, "quantize")
     place.check()
     with place.replaced() as aside:
-        write_aligned(heads.state_dict(), aside / WEIGHTS_FILE)
+        write_aligned(drafter.state_dict(), aside / WEIGHTS_FILE)
         write_checksums(aside)
         facts = {**facts, ENTRY: entry_of(bits)}
-        write_config(aside, MedusaHeads.kind, heads.described(), model, facts)
+        write_config(aside, kind, drafter.described(), model, facts)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from linspec.checkpoints.tensors import check_finite
 from linspec.drafters.heads import MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved import CONFIG_FILE, read_drafter
+from linspec.drafters.saved import CONFIG_FILE, kind_of, read_drafter
 from linspec.drafters.saved_heads import load_heads, save_packed
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
@@ -19,6 +20,7 @@ from linspec.models.linear import Quantizer
 from linspec.train.drafters.medusa import calibrate
 from linspec.utils.files import is_leftover
 
+_log = logging.getLogger("linspec")
 _CONTEXT = 512
 
 
@@ -53,6 +55,14 @@ def find_companions(folder: Path, model: Decoder) -> list[Companion]:
     found = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
         if is_leftover(path.parent.name):
+            continue
+        if (kind := kind_of(path.parent)) != MedusaHeads.kind:
+            _log.warning(
+                "%s stays behind: only Medusa heads are quantized with their model, and this is a drafter of "
+                "kind %r; train one for the quantized model",
+                path.parent,
+                kind,
+            )
             continue
         heads = load_heads(path.parent, model)
         if not isinstance(heads, MedusaHeads):

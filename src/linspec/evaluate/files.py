@@ -25,7 +25,9 @@ from linspec.checkpoints.hub import (
 )
 from linspec.checkpoints.load_tokenizer import TOKENIZER_FILES, tokenizer_place
 from linspec.checkpoints.tensors import check_finite
-from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE
+from linspec.drafters.block import ready_net
+from linspec.drafters.block_net import BlockNet
+from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, kind_of
 from linspec.drafters.saved_heads import load_heads
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.structs import TILE
@@ -70,7 +72,8 @@ def verify_files(source: str | Path) -> FilesReport:
         sums |= {f"{inside.name}/{name}": found for name, found in check_files(inside).items()}
         if not isinstance(model, Decoder):
             raise DrafterError(f"{inside} drafts for a decoder, and {folder} holds none; remove it")
-        tensors += _all_finite(load_heads(inside, model), inside / WEIGHTS_FILE)
+        load = ready_net if kind_of(inside) == BlockNet.kind else load_heads
+        tensors += _all_finite(load(inside, model), inside / WEIGHTS_FILE)
         drafters.append(inside.name)
     return FilesReport(str(source), tensors, sums, tuple(drafters))
 

@@ -316,6 +316,36 @@ class GuessStruct(Struct):
     """What Medusa heads are asked."""
 
 
+@declared(
+    "ls_block_drafter",
+    Field("const ls_decoder *", "decoder", "its layers and norm; head: what is drafted"),
+    Field("int32_t", "read places rank", "layers of the target; places of a block; see `markov`"),
+    Field("const ls_norm *const *", "read_norm", "[read]"),
+    Field("const ls_linear *", "fuse", "[read * width] -> width"),
+    Field("const ls_norm *", "context_norm"),
+    Field("const float *", "masks", "[places][width]"),
+    Field("const ls_linear *", "markov", "[rank] -> as many as the head has"),
+    Field("const float *", "before", "[outputs][rank]: what `markov` reads of a drafted token"),
+    Field("const float *", "sure", "[width + rank], then a bias"),
+)
+class BlockDrafterStruct(Struct):
+    """A block drafter, see block_draft.c."""
+
+
+@declared(
+    "ls_block_round",
+    Field("const ls_batch *", "context", "the rows that its state lacks, behind which it reads"),
+    Field("const ls_batch *", "blocks", "a block for each input"),
+    Field("const float *const *", "states", "[rows of context][read]: [width] each"),
+    Field("const float *", "roots before", "[inputs][width], [inputs][rank]: of the newest tokens"),
+    Field("float *", "newest", "[slots][width]: the last row of context of each"),
+    Field("int32_t *", "drafts", "[inputs][places]: outputs of the head"),
+    Field("float *", "sure", "[inputs][places]: logits of the confidences"),
+)
+class BlockRoundStruct(Struct):
+    """What a block drafter is asked. Context and blocks have the same slots in the same order."""
+
+
 def layout() -> list[int]:
     """This table as a number, then the size of every structure and the offset of every field."""
     numbers = [_checksum()]

@@ -206,9 +206,8 @@ static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threa
     }
 }
 
-/* Norm (null: none) and pack the rows of this thread for `layer`; returns the packed rows. */
-static ls_packed_rows pack_inputs(const ls_run *s, const ls_linear *layer, const ls_norm *norm,
-                                  const float *x, int rows, int thread, int threads) {
+ls_packed_rows ls_pack_inputs(const ls_run *s, const ls_linear *layer, const ls_norm *norm, const float *x,
+                              int rows, int thread, int threads) {
     ls_packed_rows to = ls_packed_at(layer, rows, s->packed);
     int first = ls_share(rows, thread, threads), last = ls_share(rows, thread + 1, threads);
     if (!norm) {
@@ -237,9 +236,7 @@ static ls_packed_rows pack_activated(const ls_run *s, const ls_linear *down, int
     return to;
 }
 
-/* Once all rows are packed: the tiles that this thread takes. Ends with a barrier. */
-static void multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int add, int thread,
-                     int threads) {
+void ls_multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int add, int thread, int threads) {
     ls_barrier(threads);
     ls_multiply_shared(layer, x, y, layer->outputs, add, thread, threads);
     ls_barrier(threads);
@@ -274,7 +271,7 @@ static void add_aside(const ls_run *s, const ls_norm *norm, int thread, int thre
 static int add_to_residual(const ls_run *s, const ls_linear *layer, const ls_packed_rows *x,
                            const ls_norm *norm, int wait, int thread, int threads) {
     int aside = norm || wait || s->d->residual_scale != 1.0f;
-    multiply(layer, x, aside ? s->attended : s->x, !aside, thread, threads);
+    ls_multiply(layer, x, aside ? s->attended : s->x, !aside, thread, threads);
     return aside;
 }
 
@@ -283,12 +280,12 @@ static int add_to_residual(const ls_run *s, const ls_linear *layer, const ls_pac
 static int mix(const ls_run *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
     if (!l->qkv) return 0;
-    ls_packed_rows x = pack_inputs(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
-    multiply(l->qkv, &x, s->projected, 0, thread, threads);
+    ls_packed_rows x = ls_pack_inputs(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
+    ls_multiply(l->qkv, &x, s->projected, 0, thread, threads);
     if (l->whole_norms) norm_whole(s, l, thread, threads);
     b->chained ? ls_mix_prompt(s, l, thread, threads) : mix_inputs(s, l, thread, threads);
     ls_barrier(threads);
-    x = pack_inputs(s, l->out, NULL, s->attended, b->rows, thread, threads);
+    x = ls_pack_inputs(s, l->out, NULL, s->attended, b->rows, thread, threads);
     int wait = l->parallel && l->up;
     int aside = add_to_residual(s, l->out, &x, l->mixer_out_norm, wait, thread, threads);
     if (!aside || wait) return wait;
@@ -298,12 +295,12 @@ static int mix(const ls_run *s, const ls_layer *l, int thread, int threads) {
     return 0;
 }
 
-static void block(const ls_run *s, const ls_layer *l, int thread, int threads) {
+void ls_run_block(const ls_run *s, const ls_layer *l, int thread, int threads) {
     int waits = mix(s, l, thread, threads);
     if (!l->up) return;
-    ls_packed_rows x = pack_inputs(s, l->up, l->mlp_norm, s->x, s->b->rows, thread, threads);
+    ls_packed_rows x = ls_pack_inputs(s, l->up, l->mlp_norm, s->x, s->b->rows, thread, threads);
     if (waits) add_aside(s, l->mixer_out_norm, thread, threads);
-    multiply(l->up, &x, s->projected, 0, thread, threads);
+    ls_multiply(l->up, &x, s->projected, 0, thread, threads);
     x = pack_activated(s, l->down, thread, threads);
     if (!add_to_residual(s, l->down, &x, l->mlp_out_norm, 0, thread, threads)) return;
     add_aside(s, l->mlp_out_norm, thread, threads);
@@ -316,8 +313,7 @@ static void hand_out(const ls_run *s, int number, int first, int last) {
     memcpy(s->b->layer_states + begin * width, s->x + first * width, (last - first) * width * sizeof *s->x);
 }
 
-/* The hidden states that are asked for, and their logits. */
-static void leave(const ls_run *s, int thread, int threads) {
+void ls_run_end(const ls_run *s, int thread, int threads) {
     const ls_decoder *d = s->d;
     const ls_batch *b = s->b;
     int last = ls_share(b->outputs, thread + 1, threads);
@@ -327,8 +323,8 @@ static void leave(const ls_run *s, int thread, int threads) {
         ls_apply_norm(d->final_norm, 0, x, d->eps, d->width, to);
         for (int k = 0; d->logit_scale != 1.0f && k < d->width; k++) to[k] *= d->logit_scale;
     }
-    ls_packed_rows x = pack_inputs(s, d->head, NULL, b->hidden, b->outputs, thread, threads);
-    multiply(d->head, &x, b->logits, 0, thread, threads);
+    ls_packed_rows x = ls_pack_inputs(s, d->head, NULL, b->hidden, b->outputs, thread, threads);
+    ls_multiply(d->head, &x, b->logits, 0, thread, threads);
     int from = ls_share(d->vocabulary, thread, threads), to = ls_share(d->vocabulary, thread + 1, threads);
     for (int i = 0; d->logit_cap > 0.0f && i < b->outputs; i++)
         ls_current()->cap(b->logits + (size_t)i * d->vocabulary + from, d->logit_cap, to - from);
@@ -344,17 +340,22 @@ static void step_body(void *context, int thread, int threads) {
         if (found < b->layers && b->layer_numbers[found] == layer - 1)
             hand_out(s, found++, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
         if (layer == s->d->layers) break;
-        block(s, s->d->layer + layer, thread, threads);
+        ls_run_block(s, s->d->layer + layer, thread, threads);
     }
-    leave(s, thread, threads);
+    ls_run_end(s, thread, threads);
 }
 
-/* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
-LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
+ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace) {
     ls_run s = {.d = d, .b = b, .x = workspace};
     s.projected = s.x + ls_up64(d->width) * (size_t)b->rows;
     s.attended = s.projected + ls_up64(projected_width(d)) * (size_t)b->rows;
     s.partials = s.attended + ls_up64(attended_width(d)) * (size_t)b->rows;
     s.packed = s.partials + partial_floats(d, b);
+    return s;
+}
+
+/* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
+LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
+    ls_run s = ls_run_at(d, b, workspace);
     ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
 }

@@ -27,6 +27,19 @@ static inline int64_t ls_query_column(const ls_decoder *d, int head) {
     return (int64_t)head * (d->heads / d->kv_heads) * d->head_width;
 }
 
+/* step.c, for whoever computes more around the blocks of a decoder. A run in a workspace of
+ * `ls_step_workspace` bytes, whose rows `x` the caller fills: */
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b);
+ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace);
+/* one block, which ends with a barrier; the hidden states that are asked for, and their logits */
+void ls_run_block(const ls_run *s, const ls_layer *l, int thread, int threads);
+void ls_run_end(const ls_run *s, int thread, int threads);
+/* Norm (null: none) and pack the rows of this thread for `layer`; returns the packed rows. */
+ls_packed_rows ls_pack_inputs(const ls_run *s, const ls_linear *layer, const ls_norm *norm, const float *x,
+                              int rows, int thread, int threads);
+/* Once all rows are packed: the tiles that this thread takes. Ends with a barrier. */
+void ls_multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int add, int thread, int threads);
+
 /* prompt.c: floats of workspace, and every mixer of a layer (which ends without a barrier) */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b);
 void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads);

@@ -188,9 +188,33 @@ typedef struct {
     int32_t *tokens;                         /* [rows][heads][top], likeliest first */
 } ls_guess;
 
+/* A block drafter, see block_draft.c. */
+typedef struct {
+    const ls_decoder *decoder;               /* its layers and norm; head: what is drafted */
+    int32_t read, places, rank;              /* layers of the target; places of a block; see `markov` */
+    const ls_norm *const *read_norm;         /* [read] */
+    const ls_linear *fuse;                   /* [read * width] -> width */
+    const ls_norm *context_norm;
+    const float *masks;                      /* [places][width] */
+    const ls_linear *markov;                 /* [rank] -> as many as the head has */
+    const float *before;                     /* [outputs][rank]: what `markov` reads of a drafted token */
+    const float *sure;                       /* [width + rank], then a bias */
+} ls_block_drafter;
+
+/* What a block drafter is asked. Context and blocks have the same slots in the same order. */
+typedef struct {
+    const ls_batch *context;                 /* the rows that its state lacks, behind which it reads */
+    const ls_batch *blocks;                  /* a block for each input */
+    const float *const *states;              /* [rows of context][read]: [width] each */
+    const float *roots, *before;             /* [inputs][width], [inputs][rank]: of the newest tokens */
+    float *newest;                           /* [slots][width]: the last row of context of each */
+    int32_t *drafts;                         /* [inputs][places]: outputs of the head */
+    float *sure;                             /* [inputs][places]: logits of the confidences */
+} ls_block_round;
+
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    2124613069, \
+    1780633449, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -257,6 +281,17 @@ typedef struct {
         offsetof(ls_heads, seen), offsetof(ls_heads, shared), offsetof(ls_heads, first), \
         offsetof(ls_heads, back), offsetof(ls_heads, out), \
     sizeof(ls_guess), offsetof(ls_guess, rows), offsetof(ls_guess, heads), \
-        offsetof(ls_guess, top), offsetof(ls_guess, hidden), offsetof(ls_guess, tokens)
+        offsetof(ls_guess, top), offsetof(ls_guess, hidden), offsetof(ls_guess, tokens), \
+    sizeof(ls_block_drafter), offsetof(ls_block_drafter, decoder), \
+        offsetof(ls_block_drafter, read), offsetof(ls_block_drafter, places), \
+        offsetof(ls_block_drafter, rank), offsetof(ls_block_drafter, read_norm), \
+        offsetof(ls_block_drafter, fuse), offsetof(ls_block_drafter, context_norm), \
+        offsetof(ls_block_drafter, masks), offsetof(ls_block_drafter, markov), \
+        offsetof(ls_block_drafter, before), offsetof(ls_block_drafter, sure), \
+    sizeof(ls_block_round), offsetof(ls_block_round, context), \
+        offsetof(ls_block_round, blocks), offsetof(ls_block_round, states), \
+        offsetof(ls_block_round, roots), offsetof(ls_block_round, before), \
+        offsetof(ls_block_round, newest), offsetof(ls_block_round, drafts), \
+        offsetof(ls_block_round, sure)
 
 #endif
