@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from linspec.checkpoints.gguf.model import load_gguf
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
@@ -21,6 +23,7 @@ from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.block import Block
 from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet, Measured
+from linspec.drafters.packed_block import PackedBlockNet
 from linspec.drafters.saved import load_drafter, save_drafter
 from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, DrafterError
@@ -240,6 +243,7 @@ def test_outputs_are_those_of_plain_decoding(mixer: str, form: str) -> None:
     target = make_target(mixer).requires_grad_(False)
     net = learned(target)
     target.to_inference(FORMS[form])
+    net = net if form == "float" else PackedBlockNet.of(net, Quantizer(8, {}))
     prompts = [[5], list(range(20)), [7, 7, 9], [1, 2, 3, 4, 5, 6, 7, 8]]
     accepted = 0
     for params in (
@@ -252,6 +256,20 @@ def test_outputs_are_those_of_plain_decoding(mixer: str, form: str) -> None:
         assert [row.tokens for row in drafted] == [row.tokens for row in plain]
         accepted += sum(row.stats.accepted for row in drafted)
     assert accepted > 0
+
+
+def test_outputs_of_weights_in_blocks_are_those_of_plain_decoding(tmp_path: Path) -> None:
+    path = tiny("llama", tmp_path / "m.gguf", "Q8_0")[1]
+    target = load_gguf(path, torch.float32, keep_blocks=True)
+    size = {"width": target.config.width, "vocab_size": target.config.vocab_size}
+    shape = replace(SHAPE, **size, read=(0, target.config.layers - 1))
+    net = PackedBlockNet.of(make_net(target, shape), Quantizer(8, {}))
+    params = SamplingParams(max_tokens=14, ignore_eos=True)
+    prompts = [[5], list(range(20)), [7, 7, 9]]
+    plain = decode(target, prompts, params, None)
+    drafted = decode(target, prompts, params, Block(net))
+    assert [row.tokens for row in drafted] == [row.tokens for row in plain]
+    assert all(row.stats.drafted for row in drafted)
 
 
 def test_a_draft_may_decide_on_its_own_admission_where_the_target_is_sampled() -> None:

@@ -155,4 +155,4 @@ def test_a_target_that_is_prepared_later_is_used_as_it_is_then() -> None:
     net = PackedBlockNet.of(make_net(target), Quantizer(8, {}))
     before = net.bound()
     target.to_inference(Quantizer(8, {}))
-    assert net.bound()[0] is not before[0] and net.bound() is net.bound()
+    assert net.bound().output is not before.output and net.bound() is net.bound()

@@ -117,8 +117,8 @@ def test_the_loss_is_the_papers_weighted_sum() -> None:
                 given = net.markov_in(net.embedded(states.ids[row, anchor + k]))
                 sure = net.sureness(found[row, 0, k], given).sigmoid()
                 label = index.get(int(states.chosen[row, anchor + k]))
-                match = torch.tensor(0.0) if label is None else 1 - 0.5 * far
-                part = SURE * F.binary_cross_entropy(sure, match)
+                right = net.drafted[logits[k].argmax()] == states.chosen[row, anchor + k]
+                part = SURE * F.binary_cross_entropy(sure, right.float())
                 if label is not None:
                     part = part - TOKEN * share[label].log() + DISTANCE * far
                 total += weights[k] * part

@@ -9,7 +9,9 @@ acceptance at most and never changes an output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -35,8 +37,24 @@ from linspec.models.native_linear import NativeLinear
 from linspec.models.skeleton import without_memory
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """What a packed drafter makes of its target.
+
+    made_of: the target's output layer. output: that of the drafter, of the tokens `ids`. call: None without
+    the compiled library.
+    """
+
+    made_of: nn.Module
+    output: NativeLinear
+    ids: list[int]
+    call: BlockCall | None
+
+
 class PackedBlockNet(BlockNet):
     """A block drafter of packed layers; inference on the CPU only. Made by `of`, or loaded."""
+
+    _bound: Bound | None = None
 
     @classmethod
     def of(cls, net: BlockNet, linear_factory: LinearFactory) -> PackedBlockNet:
@@ -57,25 +75,19 @@ class PackedBlockNet(BlockNet):
         inner = [(layer, name) for layer in self.layers for name in names]
         return [(self, "fuse"), (self, "markov_out"), *inner]
 
-    def bound(self) -> tuple[NativeLinear, torch.Tensor, BlockCall | None]:
-        """What is made of the target, which may be prepared after this drafter.
-
-        The output layer, what the Markov head reads of every drafted token, and the call into C.
-        """
+    def bound(self) -> Bound:
+        """What is made of the target, which may be prepared after this drafter."""
         head = self.target.head
-        # in a tuple, as it is no part of this module
-        kept = self.__dict__.get("_bound")
-        if kept is None or kept[0] is not head:
-            layer = draft_head(head, self.drafted)
-            ids = torch.arange(self.config.drafted)
-            before = self.markov_in(self.embedded(self.tokens(ids))).contiguous()
-            call = None if load().library is None else self._call(layer, before)
-            kept = (head, (layer, before, call))
-            self.__dict__["_bound"] = kept
-        return cast("tuple[NativeLinear, torch.Tensor, BlockCall | None]", kept[1])
+        if self._bound is None or self._bound.made_of is not head:
+            output = draft_head(head, self.drafted)
+            every = torch.arange(self.config.drafted)
+            before = self.markov_in(self.embedded(self.tokens(every))).contiguous()
+            call = None if load().library is None else self._call(output, before)
+            self._bound = Bound(head, output, self.tokens(every).tolist(), call)
+        return self._bound
 
     def unary(self, states: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.bound()[0](states))
+        return cast(torch.Tensor, self.bound().output(states))
 
     def _call(self, head: NativeLinear, before: torch.Tensor) -> BlockCall:
         sure = torch.cat((self.sure.weight[0], self.sure.bias))
@@ -147,7 +159,7 @@ class PackedBlockNet(BlockNet):
         self, cache: BlockCache, asked: Sequence[Asked]
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and confidences [S][B], as `draft` computes them layer by layer."""
-        _, _, call = self.bound()
+        call, ids = self.bound().call, self.bound().ids
         if call is None or not asked:
             return draft(self, cache, asked)
         roots = self.embedded(torch.tensor([each.root for each in asked]))
@@ -165,9 +177,12 @@ class PackedBlockNet(BlockNet):
         drafts, sure = call.draft(inputs, cache.newest)
         for given in inputs:
             cache.enter(given.slot, len(given.states[0]), given.position)
-        tokens: list[list[int]] = self.tokens(torch.tensor(drafts)).tolist()
-        shares: list[list[float]] = self.confidences(torch.tensor(sure)).tolist()
-        return tokens, shares
+        return [[ids[at] for at in row] for row in drafts], [self._shares(row) for row in sure]
+
+    def _shares(self, sure: Sequence[float]) -> list[float]:
+        """As `confidences`, for the few numbers of one block."""
+        given = self.measured.temperatures or [1.0] * len(sure)
+        return [0.5 + 0.5 * math.tanh(x / (2 * t)) for x, t in zip(sure, given, strict=True)]
 
 
 def _plan(layer: nn.Module) -> LinearPlan:

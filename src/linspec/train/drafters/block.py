@@ -92,7 +92,8 @@ class BlockTraining(DrafterTraining[BlockNet]):
         shape = self.options.shape_for(target.config)
         drafted = commonest(stream, shape.vocabulary, shape.vocab_size)
         drafter = BlockNet(shape, target, drafted=drafted)
-        sample = torch.from_numpy(np.asarray(stream[:_SAMPLE], dtype=np.int64))[None]
+        length = min(_SAMPLE, target.config.position_limit or _SAMPLE)
+        sample = torch.from_numpy(np.asarray(stream[:length], dtype=np.int64))[None]
         found = states_of(target, sample.to(target.device), shape.read)
         states = [found.layers[layer].cpu() for layer in shape.read]
         drafter.initialize(torch.Generator().manual_seed(seed), states)
@@ -150,8 +151,9 @@ def block_loss(
 ) -> torch.Tensor:
     """0.1 · CE + 0.9 · |p_d - p_t|_1 + 1.0 · BCE of the confidence, place k weighed by decay^k.
 
-    p_t is the target's distribution among the drafted tokens. Places whose choice is not among these teach
-    the confidence alone, whose label is 1 - |p_d - p_t|_1 / 2 elsewhere and 0 there.
+    p_t is the target's distribution among the drafted tokens; places whose choice is not among these teach
+    the confidence alone. Its label is whether the likeliest token is the target's choice: so drafts are
+    judged here, while the paper's 1 - |p_d - p_t|_1 / 2 is how often a draft is kept that was sampled.
     """
     anchors = anchors_of(states, drafter.config.places, every)
     found, _ = block_states(drafter, states, anchors)
@@ -167,7 +169,7 @@ def block_loss(
     log_shares = logits.log_softmax(-1)
     token = -log_shares.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     distance = (log_shares.exp() - own).abs().sum(-1)
-    wanted = torch.where(known, 1 - 0.5 * distance.detach(), 0.0)
+    wanted = (logits.argmax(-1) == labels).float()
     sure = drafter.sureness(found.detach(), before.detach()).float()
     doubt = F.binary_cross_entropy_with_logits(sure, wanted, reduction="none")
     each = torch.where(known, TOKEN * token + DISTANCE * distance, 0.0) + SURE * doubt

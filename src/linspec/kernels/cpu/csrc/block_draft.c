@@ -7,6 +7,8 @@
 
 #include "step.h"
 
+#define LANES 16
+
 typedef struct {
     const ls_block_drafter *d;
     const ls_block_round *r;
@@ -94,11 +96,18 @@ static float confidence(const ls_block_drafter *d, const float *state, const flo
     return sum;
 }
 
+/* the first of the largest; the most is sought in lanes, as all of a vocabulary goes through here */
 static int largest(const float *x, int count) {
-    int best = 0;
-    for (int i = 1; i < count; i++)
-        if (x[i] > x[best]) best = i;
-    return best;
+    float lanes[LANES], most = x[0];
+    for (int k = 0; k < LANES; k++) lanes[k] = x[0];
+    int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES)
+        for (int k = 0; k < LANES; k++) lanes[k] = x[i + k] > lanes[k] ? x[i + k] : lanes[k];
+    for (int k = 0; k < LANES; k++) most = lanes[k] > most ? lanes[k] : most;
+    for (int i = whole; i < count; i++) most = x[i] > most ? x[i] : most;
+    for (int i = 0; i < count; i++)
+        if (x[i] == most) return i;
+    return 0;
 }
 
 /* From place to place: logits of all blocks get what the token before says, and the likeliest is the draft. */
