@@ -188,6 +188,7 @@ def test_impossible_shapes_are_refused(changed: dict[str, Any], message: str) ->
     [
         ({"acceptance": [0.5]}, "acceptance has 1 entries for 4 places"),
         ({"acceptance": [2.0, 0, 0, 0]}, "shares in 0..1"),
+        ({"auc": [2.0, 0, 0, 0]}, "shares in 0..1"),
         ({"temperatures": [0.0, 1, 1, 1]}, "above 0"),
         ({"read": [0, 7]}, "reads layer 7, and this model has 3 layers"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from linspec.train.drafters.calibration import (
     area_under_curve,
     calibration_error,
     conditional,
+    reached_of,
     temperatures,
 )
 from linspec.train.drafters.states import TargetStates, states_of
@@ -217,7 +219,7 @@ def test_area_under_curve_is_the_share_of_pairs(cases: list[tuple[int, bool]]) -
 def test_a_place_counts_only_once_those_before_it_are_right() -> None:
     survived = torch.tensor([[True, True], [True, False], [False, False], [True, False]])
     known = torch.tensor([[True, True], [True, True], [True, True], [True, False]])
-    assert conditional(known, survived) == pytest.approx([0.75, 0.5])
+    assert conditional(reached_of(known, survived), survived) == pytest.approx([0.75, 0.5])
 
 
 def test_the_layers_that_are_read_exist_and_differ() -> None:
@@ -235,4 +237,7 @@ def test_a_trained_drafter_loads_with_what_was_measured(
     net = load_drafter(out, load_model(teacher_dir), BlockNet)
     assert len(net.measured.acceptance) == 3 and net.measured.acceptance[0] > 0.1
     assert all(t in GRID for t in net.measured.temperatures)
+    assert len(net.measured.auc) == len(net.measured.ece) == 3
+    described = json.loads((out / "drafter.json").read_text())
+    assert described["tokens_per_round"] == pytest.approx(1 + net.measured.gains[-1], abs=1e-3)
     assert net.config.layout == "shift" and net.config.places == 3

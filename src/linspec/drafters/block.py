@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Self
 
@@ -61,7 +59,6 @@ class Block(Drafter):
         self.needs = Want(net.config.read)
         self._draft = net.draft if isinstance(net, PackedBlockNet) else partial(draft, net)
         self.cache = BlockCache(net.config, net.masks.device, net.masks.dtype)
-        self._gains = [0.0, *accumulate(accumulate(net.measured.acceptance, mul))]
 
     @classmethod
     def build(cls, context: DrafterContext, options: BlockOptions) -> Self:
@@ -112,7 +109,7 @@ class Block(Drafter):
         return Asked(sequence.slot, sequence.number, sequence.root, position, states)
 
     def expected(self, budget: Budget) -> float:
-        return self._gains[min(budget.chain, self.max_nodes)]
+        return self.net.measured.gains[min(budget.chain, self.max_nodes)]
 
 
 def _beside(context: DrafterContext) -> Path | None:

@@ -18,7 +18,9 @@ of its own, which would be larger than the layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,11 +108,19 @@ class Measured:
     """What held-out text said of a drafter, by place.
 
     acceptance: how often a draft is right once those before it are. temperatures: by which the confidence's
-    logits are divided, so that confidences are shares.
+    logits are divided, so that confidences are shares. auc: how likely a right draft has more confidence
+    than a wrong one. ece: how far confidences that all drafts up to a place are right are from shares.
     """
 
     acceptance: list[float] = field(default_factory=list)
     temperatures: list[float] = field(default_factory=list)
+    auc: list[float] = field(default_factory=list)
+    ece: list[float] = field(default_factory=list)
+
+    @property
+    def gains(self) -> list[float]:
+        """Drafts that a block cut after 0, 1, .. places will have accepted, in the mean."""
+        return [0.0, *accumulate(accumulate(self.acceptance, mul))]
 
 
 class BlockLayer(nn.Module):
@@ -215,7 +225,8 @@ class BlockNet(TrainedDrafter):
         self._target = (target,)
 
     def described(self) -> dict[str, Any]:
-        return {**asdict(self.config), **asdict(self.measured)}
+        predicted = {"tokens_per_round": round(1 + self.measured.gains[-1], 4)}
+        return {**asdict(self.config), **asdict(self.measured), **predicted}
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any], target: Decoder, path: Path) -> BlockNet:
@@ -365,7 +376,7 @@ def visible(anchors: torch.Tensor, count: int, window: int) -> torch.Tensor:
 
 def _measured(data: Mapping[str, Any], config: BlockConfig, path: Path) -> Measured:
     """The measurements of drafter.json; raises DrafterError unless they can be what they are called."""
-    given = {name: data.get(name, []) for name in ("acceptance", "temperatures")}
+    given = {each.name: data.get(each.name, []) for each in fields(Measured)}
     try:
         found = parse(Measured, given, path)
     except ConfigError as error:
@@ -375,8 +386,8 @@ def _measured(data: Mapping[str, Any], config: BlockConfig, path: Path) -> Measu
             raise DrafterError(
                 f"{path}: {name} has {len(numbers)} entries for {config.places} places; {_AGAIN}"
             )
-    if not all(0 <= share <= 1 for share in found.acceptance):
-        raise DrafterError(f"{path}: acceptance must be shares in 0..1; {_AGAIN}")
+    if not all(0 <= share <= 1 for share in (*found.acceptance, *found.auc, *found.ece)):
+        raise DrafterError(f"{path}: acceptance, auc and ece must be shares in 0..1; {_AGAIN}")
     if not all(t > 0 for t in found.temperatures):
         raise DrafterError(f"{path}: temperatures must be above 0; {_AGAIN}")
     return found

@@ -16,7 +16,13 @@ from linspec.drafters.block_net import BlockConfig, BlockNet, Measured, visible
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import TRAININGS, DrafterTraining, check_length
-from linspec.train.drafters.calibration import conditional, temperatures
+from linspec.train.drafters.calibration import (
+    area_under_curve,
+    calibration_error,
+    conditional,
+    reached_of,
+    temperatures,
+)
 from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
 from linspec.utils.options import option
@@ -239,7 +245,13 @@ def calibrate(
 
 
 def measured(trials: Trials) -> Measured:
-    """Acceptance by place once those before it are right, and temperatures."""
+    """Acceptance by place once those before it are right, temperatures, and how good confidences are then."""
     known, survived, sure = trials.judged()
-    shares = conditional(known, survived)
-    return Measured([round(x, 5) for x in shares], temperatures(known, survived, sure))
+    reached = reached_of(known, survived)
+    scales = temperatures(known, survived, sure)
+    product = (sure / torch.tensor(scales)).sigmoid().cumprod(-1)
+    parts = list(zip(known.T, reached.T, survived.T, sure.T, product.T, strict=True))
+    auc = [area_under_curve(c[at], right[at]) for _, at, right, c, _ in parts]
+    ece = [calibration_error(p[at], right[at]) for at, _, right, _, p in parts]
+    shares = conditional(reached, survived)
+    return Measured(*([round(x, 5) for x in numbers] for numbers in (shares, scales, auc, ece)))

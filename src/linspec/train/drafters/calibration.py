@@ -33,10 +33,15 @@ def area_under_curve(sure: torch.Tensor, right: torch.Tensor) -> float:
     return float((good * (below + 0.5 * bad)).sum()) / pairs if pairs else 0.5
 
 
-def conditional(known: torch.Tensor, survived: torch.Tensor) -> list[float]:
-    """How often each place is right once those before it are."""
+def reached_of(known: torch.Tensor, survived: torch.Tensor) -> torch.Tensor:
+    """Places that can be judged and whose drafts before were all right."""
     reached = known.clone()
     reached[:, 1:] &= survived[:, :-1]
+    return reached
+
+
+def conditional(reached: torch.Tensor, survived: torch.Tensor) -> list[float]:
+    """How often each place is right once those before it are."""
     shares: list[float] = ((reached & survived).sum(0) / reached.sum(0).clamp(min=1)).tolist()
     return shares
 
