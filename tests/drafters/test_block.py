@@ -18,8 +18,8 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
-from linspec.decoding.tree import Budget, TokenTree, chain, root_only
-from linspec.drafters import DrafterContext, make_drafter
+from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain, root_only
+from linspec.drafters import Drafter, DrafterContext, make_drafter
 from linspec.drafters.block import Block
 from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet, Measured
@@ -29,6 +29,7 @@ from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer, fused_linear
+from linspec.policies.base import Policy
 from linspec.policies.fixed import Fixed
 from linspec.train.drafters.block import block_loss
 from linspec.train.drafters.states import states_of
@@ -114,7 +115,24 @@ def test_another_request_in_a_slot_finds_nothing_of_the_one_before() -> None:
     assert found == fresh
 
 
-def test_rounds_without_drafts_leave_a_gap_and_no_error() -> None:
+@settings(deadline=None, max_examples=20)
+@given(rounds=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["draft", "pass", "both"]))))
+def test_rounds_without_drafts_leave_no_gap(rounds: list[tuple[int, str]]) -> None:
+    net = make_net(make_target())
+    text, kept, position = states(200), cache_of(net), 5
+    begun = asked(text, position, position, 3)
+    for new, what in [(0, "pass"), *rounds, (1, "draft")]:
+        position += new
+        ask = asked(text, position, new, 3) if new else begun
+        found = None if what == "pass" else draft(net, kept, [ask])
+        if what != "draft":
+            kept.hold(ask)
+    fresh = draft(net, cache_of(net), [asked(text, position, position, 3)])
+    assert found is not None and found[0] == fresh[0]
+    assert found[1][0] == pytest.approx(fresh[1][0], abs=1e-5)
+
+
+def test_rounds_that_were_never_shown_leave_a_gap_and_no_error() -> None:
     net = make_net(make_target())
     kept, text = cache_of(net), states(60)
     draft(net, kept, [asked(text, 20, 20, 3)])
@@ -220,11 +238,19 @@ def learned(target: Decoder) -> BlockNet:
 
 
 def decode(
-    model: Decoder, prompts: Sequence[Sequence[int]], params: SamplingParams, drafter: Block | None
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    drafter: Block | None,
+    policy: Policy | None = None,
 ) -> list[RunningSequence]:
-    verifier = LosslessVerifier()
     engine = Engine(
-        model, verifier=verifier, drafter=drafter, policy=Fixed(4), slots=2, prefill_tokens=7
+        model,
+        verifier=LosslessVerifier(),
+        drafter=drafter,
+        policy=policy or Fixed(4),
+        slots=2,
+        prefill_tokens=7,
     )
     asked = [engine.add(Request(tuple(p), params)) for p in prompts]
     done: dict[int, RunningSequence] = {}
@@ -257,6 +283,33 @@ def test_outputs_are_those_of_plain_decoding(mixer: str, form: str) -> None:
         assert [row.tokens for row in drafted] == [row.tokens for row in plain]
         accepted += sum(row.stats.accepted for row in drafted)
     assert accepted > 0
+
+
+class EveryOther(Fixed):
+    """A policy that drafts in every other round."""
+
+    asked = 0
+
+    def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
+        self.asked += 1
+        budgets = super().plan(sequences, drafter)
+        return budgets if self.asked % 2 else [NO_DRAFTS for _ in budgets]
+
+
+def test_a_policy_that_skips_rounds_hides_no_states_from_the_drafter() -> None:
+    target = make_target().requires_grad_(False)
+    drafter, begins, ends = Block(make_net(target)), [], []
+    enter = drafter.cache.enter
+
+    def spy(slot: int, more: int, end: int) -> None:
+        begins.append(end - more)
+        ends.append(end)
+        enter(slot, more, end)
+
+    drafter.cache.enter = spy  # type: ignore[method-assign]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    decode(target, [[1, 2, 3]], params, drafter, EveryOther(4))
+    assert len(ends) > 5 and begins == [0, *ends[:-1]]
 
 
 def test_outputs_of_weights_in_blocks_are_those_of_plain_decoding(tmp_path: Path) -> None:

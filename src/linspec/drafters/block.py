@@ -103,6 +103,10 @@ class Block(Drafter):
             )
         return trees
 
+    def passed(self, sequence: RunningSequence) -> None:
+        if sequence.hidden:
+            self.cache.hold(self._asked(sequence))
+
     def _asked(self, sequence: RunningSequence) -> Asked:
         states = [sequence.hidden[layer] for layer in self.net.config.read]
         position = len(sequence.tokens) - 1
