@@ -121,7 +121,6 @@ class PackedBlockNet(BlockNet):
             embedding=self.masks.detach(),
             embedding_scale=1.0,
             position_rows=None,
-            relative=False,
             rotaries=(RotaryPlan(self.frequencies(), 1.0),),
             residual_scale=1.0,
             score_scale=shape.head_width**-0.5,

@@ -6,4 +6,12 @@ from linspec.train.drafters import block, first, medusa
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import train_drafter
 
-__all__ = ["TRAININGS", "DrafterConfig", "DrafterTraining", "block", "first", "medusa", "train_drafter"]
+__all__ = [
+    "TRAININGS",
+    "DrafterConfig",
+    "DrafterTraining",
+    "block",
+    "first",
+    "medusa",
+    "train_drafter",
+]
