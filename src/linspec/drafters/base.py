@@ -139,6 +139,13 @@ class Drafter(ABC):
             path: accepted nodes from the root (node 0) down.
         """
 
+    def passed(self, sequence: RunningSequence) -> None:
+        """A round verified no drafts of a sequence, and its tokens are decided.
+
+        Called before `sequence.tokens` grows and while `sequence.hidden` still has what it had when the round
+        began: the last chance to take from it what later drafts need.
+        """
+
     def finished(self, sequence: RunningSequence) -> None:
         """A request has ended: its slot goes to another one. `sequence.tokens` is its prompt and its output.
 

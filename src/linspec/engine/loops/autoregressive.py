@@ -119,6 +119,8 @@ class Autoregressive(GenerationLoop):
             end = tokens_end(sequence)
             self.drafter.observe(sequence, tree, path)
             self._check_tokens(sequence, end)
+        elif self.drafter is not None:
+            self.drafter.passed(sequence)
         # nearly always the first nodes, of which a view is enough
         kept = slice(len(path)) if path[-1] == len(path) - 1 else list(path)
         sequence.hidden = {n: output.hidden[n][kept] for n in self.kept}

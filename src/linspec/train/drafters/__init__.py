@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from linspec.train.drafters import first, medusa
+from linspec.train.drafters import eagle, first, medusa
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import train_drafter
 
-__all__ = ["TRAININGS", "DrafterConfig", "DrafterTraining", "first", "medusa", "train_drafter"]
+__all__ = [
+    "TRAININGS",
+    "DrafterConfig",
+    "DrafterTraining",
+    "eagle",
+    "first",
+    "medusa",
+    "train_drafter",
+]

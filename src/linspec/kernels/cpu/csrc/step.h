@@ -12,6 +12,9 @@ typedef struct {
     void *packed;
 } ls_run;
 
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b);
+LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads);
+
 /* The mixer of one kv head of a layer over the rows of one input, as if there were no other heads. */
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head);
 /* stage.c: norm of x, whose weights begin `at` floats behind those of n */
