@@ -61,8 +61,8 @@ LOST = -1
 class _Record:
     """What is kept of the sequence in a slot.
 
-    read: entries in the cache. unread: states of the target [P, layers · D] that are in no entry yet, each with
-    the position that it begins at. end: what the newest entry says, the state that a draft goes on from
+    read: entries in the cache. unread: states of the target [P, layers · D] that are in no entry yet,
+    each with the position that it begins at. end: what the newest entry says, the state that a draft goes on from
     [D], the likeliest tokens and the logarithms of their shares.
     """
 
@@ -287,7 +287,7 @@ def drafting_form(net: EagleNet) -> EagleNet:
 
     A draft is judged by its target, so rounding costs acceptance at most.
     """
-    head = net.target.head
+    head: torch.nn.Module = net.target.head
     natively = isinstance(head, NativeLinear) or (
         isinstance(head, torch.nn.Linear) and pick_kernel(head.weight).own
     )

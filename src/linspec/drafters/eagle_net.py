@@ -204,8 +204,7 @@ class EagleNet(TrainedDrafter):
 
     def target_rows(self) -> torch.Tensor:
         """The rows of the target's output layer that belong to the drafted tokens [V', D]."""
-        weight = cast(torch.Tensor, self.target.head.weight)
-        return weight[self.drafted.long()]
+        return self.target.head.weight[self.drafted.long()]
 
     def fused(self, states: torch.Tensor) -> torch.Tensor:
         """One state [..., D] of the target's states [..., layers · D], side by side."""

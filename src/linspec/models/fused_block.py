@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ class FusedBlock(Block):
         x: torch.Tensor,
         rope: Rope,
         dense_groups: list[DenseGroup],
-        state: object,
+        state: Any,
         layer: int,
     ) -> torch.Tensor:
         read, own = self.fused(x)
