@@ -140,7 +140,7 @@ class Drafter(ABC):
         """
 
     def passed(self, sequence: RunningSequence) -> None:
-        """A round verified no drafts of a sequence, and its tokens are decided.
+        """A round was verified without drafts of this drafter for a sequence.
 
         Called before `sequence.tokens` grows and while `sequence.hidden` still has what it had when the round
         began: the last chance to take from it what later drafts need.

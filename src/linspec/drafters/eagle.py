@@ -62,8 +62,8 @@ class _Record:
     """What is kept of the sequence in a slot.
 
     read: entries in the cache. unread: states of the target [P, layers · D] that are in no entry yet,
-    each with the position that it begins at. end: what the newest entry says, the state that a draft goes on from
-    [D], the likeliest tokens and the logarithms of their shares.
+    each with the position that it begins at. end: what the newest entry says: the state that a draft goes on
+    from [D], the likeliest tokens and the logarithms of their shares.
     """
 
     read: int = 0
@@ -105,6 +105,10 @@ class Eagle(Drafter):
         if folder is None:
             raise DrafterError(f"drafter {cls.name!r} needs its directory: {cls.name}:DIR")
         return cls(load_eagle(folder, target), context.slots, options)
+
+    @classmethod
+    def at_hand(cls, context: DrafterContext) -> bool:
+        return context.source is not None and (context.source / cls.name).exists()
 
     # ---- what is worth how much
 

@@ -197,6 +197,10 @@ class Mixed(Drafter):
         for each in self.parts:
             each.share = _FORGET * each.share + (1 - _FORGET) * (each is part)
         part.drafter.observe(sequence, tree, path)
+        _each([each.drafter.passed for each in self.parts if each is not part], sequence)
+
+    def passed(self, sequence: RunningSequence) -> None:
+        _each([part.drafter.passed for part in self.parts], sequence)
 
     def attached(self, target: Target) -> None:
         for part in self.parts:
