@@ -145,7 +145,7 @@ class Eagle(Drafter):
             native = self.net.decoder.native
             if native is not None and self.state.in_kernels:
                 normed = self.net.config.normed
-                self._call = GrowCall(native.kernel, self._ids, self.top, normed)
+                self._call = GrowCall(self._ids, self.top, normed)
 
     def _unread(self, sequence: RunningSequence, record: _Record) -> list[tuple[int, torch.Tensor]]:
         """The target's states that were handed out and are in no entry, a piece behind the other."""
@@ -223,9 +223,10 @@ class Eagle(Drafter):
         if self._call is not None:
             for seed in seeds:
                 self.state.reserve(seed.slot, MAX_STAGED)
-            assert self.net.decoder.native is not None
-            self.net.decoder.native.place(self.state)
-            return list(map(_finished, roots, self._call.trees(seeds)))
+            native = self.net.decoder.native
+            assert native is not None
+            native.place(self.state)
+            return list(map(_finished, roots, self._call.trees(native.kernel, seeds)))
         growing = [_Growing(*each, self.top) for each in zip(seeds, roots, strict=True)]
         try:
             self._grow(growing)

@@ -1,7 +1,7 @@
 """Trees of a drafter of one fused layer in one call of the C library: no Python between levels or nodes.
 
-grow = GrowCall(kernel, ids, top=4, normed=True)
-grow.trees([Seed(slot, committed, nodes, depth, state, tokens, shares)])   # if the buffers are placed
+    grow = GrowCall(ids, top=4, normed=True)
+    grow.trees(kernel, [Seed(slot, committed, nodes, depth, state, tokens, shares)])
 """
 
 from __future__ import annotations
@@ -45,22 +45,25 @@ class Grown(NamedTuple):
 
 
 class GrowCall:
-    """Trees from the layer that `kernel` computes.
+    """Trees from one fused layer.
 
     ids: the tokens that can be drafted. top: children of a node, and nodes of a level that get children.
     normed: drafts go on from normalized states. Needs the compiled library.
     """
 
-    def __init__(self, kernel: CpuStep, ids: Sequence[int], top: int, normed: bool) -> None:
+    def __init__(self, ids: Sequence[int], top: int, normed: bool) -> None:
         library = load().library
         assert library is not None
         self._call, self._workspace = _functions(library)
-        self.kernel, self.top, self.normed = kernel, top, normed
+        self.top, self.normed = top, normed
         self._ids = (c_int32 * len(ids))(*ids)
         self._space = Space()
 
-    def trees(self, seeds: Sequence[Seed]) -> list[Grown]:
-        """The tree of each seed; the state of its slot must have room for MAX_NODES staged rows."""
+    def trees(self, kernel: CpuStep, seeds: Sequence[Seed]) -> list[Grown]:
+        """The tree of each seed, by the kernel of the layer.
+
+        It knows where the state is, which has room for MAX_NODES staged rows in each slot.
+        """
         count, every = len(seeds), len(seeds) * MAX_NODES
         states = [seed.state.contiguous() for seed in seeds]
         tokens, parents = (c_int32 * every)(), (c_int32 * every)()
@@ -69,7 +72,7 @@ class GrowCall:
             tokens[at * MAX_NODES : at * MAX_NODES + self.top] = list(seed.tokens)
             shares[at * MAX_NODES : at * MAX_NODES + self.top] = list(seed.shares)
         levels = max(seed.depth for seed in seeds)
-        cosines, sines = self.kernel.turned(max(seed.committed for seed in seeds) + levels)
+        cosines, sines = kernel.turned(max(seed.committed for seed in seeds) + levels)
         asked = GrowthStruct(
             sequences=count,
             top=self.top,
@@ -88,7 +91,7 @@ class GrowCall:
             shares=ctypes.addressof(shares),
             found=found,
         )
-        decoder = self.kernel.decoder
+        decoder = kernel.decoder
         space = self._space.at_least(self._workspace(decoder, asked))
         self._call(byref(decoder), byref(asked), space, native_threads())
         ranges = [slice(at * MAX_NODES, at * MAX_NODES + found[at]) for at in range(count)]
