@@ -1,7 +1,7 @@
 """Trees of a drafter of one fused layer in one call of the C library: no Python between levels or nodes.
 
-    grow = GrowCall(ids, top=4, normed=True)
-    grow.trees(kernel, [Seed(slot, committed, nodes, depth, state, tokens, shares)])
+grow = GrowCall(ids, top=4, normed=True)
+grow.trees(kernel, [Seed(slot, committed, nodes, depth, state, tokens, shares)])
 """
 
 from __future__ import annotations
