@@ -16,6 +16,8 @@ int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows);
 void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride, int32_t rows,
                        float *y, int64_t y_stride, void *workspace, int32_t threads);
 int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g);
+int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g);
+void ls_grow(const ls_decoder *d, const ls_growth *g, void *workspace, int32_t threads);
 void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads);
 
 /* Codes of integer weights. Those of rows are then the largest there are, with the sign of the row: sums of products
@@ -248,6 +250,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_attention.inc.h"
 #include "proof_blocks.inc.h"
 #include "proof_heads.inc.h"
+#include "proof_grow.inc.h"
 #include "proof_pool.inc.h"
 #include "proof_summed.inc.h"
 
@@ -263,6 +266,7 @@ int main(void) {
         mixers();
         blocks();
         all_heads();
+        all_growth();
         all_summed();
         if (!failures) printf("%s\n", ls_current()->name);
     }

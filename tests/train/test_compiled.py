@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from linspec.train.compiled import (
     gradients,
 )
 from linspec.train.drafters.block import BlockTrainingOptions, block_loss
+from linspec.train.drafters.eagle import EagleTraining, EagleTrainingOptions
 from linspec.train.drafters.medusa import heads_loss
 from linspec.train.drafters.states import states_of
 from linspec.train.finetune import finetune_loss
@@ -199,6 +201,17 @@ def block_case(context: int) -> Case:
     return net, loss, context
 
 
+def eagle_case(context: int) -> Case:
+    target = decoder(MixerConfig(), MixerConfig()).requires_grad_(False)
+    training = EagleTraining(EagleTrainingOptions(vocabulary=VOCAB // 2))
+    net = randomise(training.make(target, np.arange(VOCAB), 0), 0).requires_grad_(True)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return training.loss(net, states_of(target, batch, net.config.reads))
+
+    return net, loss, context
+
+
 def batch_of(context: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(
         0, VOCAB, (ROWS, context + 1), generator=torch.Generator().manual_seed(seed)
@@ -310,6 +323,13 @@ def test_compiled_steps_of_drafter_heads_equal_plain_ones(context: int) -> None:
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_compiled_steps_of_block_drafters_equal_plain_ones(context: int) -> None:
     assert_compiled_gradients_are_right(block_case(context))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_compiled_steps_of_an_unrolled_drafter_equal_plain_ones(context: int) -> None:
+    assert_compiled_gradients_are_right(eagle_case(context))
 
 
 @pytest.mark.slow

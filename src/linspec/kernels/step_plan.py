@@ -187,7 +187,9 @@ class StepPlan:
     its rows. position_rows [positions, width]: added to them, None without. rotaries: see `LayerPlan`.
     activation, gated_mlp: as in its configuration. residual_scale: on what mixers and MLPs add.
     score_scale: on q·k ahead of a softmax; score_cap: scores s become cap·tanh(s / cap), 0 for none.
-    logit_scale: on the final hidden states; logit_cap: as that of scores.
+    logit_scale: on the final hidden states; logit_cap: as that of scores. token_norm: nodes have
+    states of their own, given in place of embeddings, and mixers read the embedding of the token behind this
+    norm, then the normalized state; None where there are only tokens.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -211,6 +213,13 @@ class StepPlan:
     logit_scale: float
     logit_cap: float
     head: LinearPlan | None
+    token_norm: NormPlan | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have an embedding."""
+        table = self.embedding
+        return table.outputs if isinstance(table, LinearPlan) else len(table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -34,6 +34,7 @@ from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.config import DecoderConfig
+from linspec.models.fused_block import BorrowedEmbedding, FusedBlock
 from linspec.models.native_linear import NativeLinear
 from linspec.models.norm import InferenceRMSNorm
 from linspec.models.skipped import whole
@@ -61,7 +62,9 @@ def one_call(model: Decoder) -> OneCall | None:
 
 def why_not(model: Decoder) -> str | None:
     """Every reason why a model in its inference form runs layer by layer; None if one call can do it."""
-    kinds = sorted({type(block) for block in model.layers} - {Block, ArrangedBlock}, key=repr)
+    kinds = sorted(
+        {type(block) for block in model.layers} - {Block, ArrangedBlock, FusedBlock}, key=repr
+    )
     if kinds:
         names = ", ".join(kind.__name__ for kind in kinds)
         return f"{names} has no plan for a step in one call"
@@ -100,6 +103,7 @@ def step_plan(model: Decoder) -> StepPlan:
         logit_scale=config.logit_scale,
         logit_cap=config.logit_cap,
         head=_linear(model.head),
+        token_norm=_token_norm(model),
     )
 
 
@@ -146,7 +150,14 @@ def _linear(layer: nn.Module | None) -> LinearPlan | None:
     return layer.plan() if isinstance(layer, NativeLinear) else None
 
 
+def _token_norm(model: Decoder) -> NormPlan | None:
+    """That of the layers of a decoder that reads tokens beside states, which have it in common."""
+    first = model.layers[0]
+    return _norm(first.token_norm) if isinstance(first, FusedBlock) else None
+
+
 def _embedding(table: nn.Module) -> torch.Tensor | LinearPlan:
+    table = table.source if isinstance(table, BorrowedEmbedding) else table
     return table.plan() if isinstance(table, BlockEmbedding) else cast(torch.Tensor, table.weight)
 
 
@@ -198,6 +209,11 @@ class OneCall:
         ]
         if len(nodes[0].tokens) > MAX_STAGED:
             return self._run_chains(nodes, outputs, state, layers)
+        self.place(state)
+        return self.kernel.run(nodes, outputs, layers)
+
+    def place(self, state: SequenceStates) -> None:
+        """Tell the kernel where the buffers of a state are now."""
         # sizes too: a new state may lie where an old one was
         placed = tuple(
             (rows.data_ptr(), rows.shape)
@@ -209,7 +225,6 @@ class OneCall:
             self._placed = ()
             self.kernel.place(_buffers(state))
             self._placed = placed
-        return self.kernel.run(nodes, outputs, layers)
 
     def _run_chains(
         self,

@@ -118,7 +118,7 @@ class CpuStep:
         for layer, entry, parts in zip(plan.layers, self._layers, self._parts, strict=True):
             _describe(layer, plan.head_width, entry, parts)
         self._tokens = _embedding(plan)
-        self._decoder = _decoder(plan, self._tokens, self._layers)
+        self.decoder = _decoder(plan, self._tokens, self._layers)
         self._space = Space()
         # of each rotary table
         self._cosines = [torch.empty(0) for _ in plan.rotaries]
@@ -168,15 +168,15 @@ class CpuStep:
         inputs: ctypes.Array[InputStruct],
     ) -> BatchStruct:
         """What the new nodes are, packed."""
-        self._turn_up_to(max(positions) + 1)
+        cosines, sines = self.turned(max(positions) + 1)
         return BatchStruct(
             rows=len(tokens),
             inputs=len(inputs),
-            tokens=_tokens(tokens, self.plan.vocabulary),
+            tokens=_tokens(tokens, self.plan.tokens),
             positions=_ints(positions),
             given=_given(nodes, self.plan.width),
-            cosines=_addresses(self._cosines),
-            sines=_addresses(self._sines),
+            cosines=cosines,
+            sines=sines,
             input=inputs,
         )
 
@@ -189,9 +189,14 @@ class CpuStep:
         batch.hidden, batch.logits = hidden.data_ptr(), logits.data_ptr()
         batch.layers, batch.layer_numbers = len(layers), _ints(layers)
         batch.layer_states = states.data_ptr()
-        space = self._space.at_least(self._workspace(self._decoder, batch))
-        self._call(self._decoder, batch, space, native_threads())
+        space = self._space.at_least(self._workspace(self.decoder, batch))
+        self._call(self.decoder, batch, space, native_threads())
         return hidden, logits, states
+
+    def turned(self, count: int) -> tuple[Any, Any]:
+        """Cosines and sines of each rotary table for positions 0.. count - 1 and more, as C reads them."""
+        self._turn_up_to(count)
+        return _addresses(self._cosines), _addresses(self._sines)
 
     def _turn_up_to(self, count: int) -> None:
         """Make the rotary factors of positions 0.. count - 1 and more: [P, R] each."""
@@ -234,6 +239,7 @@ def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> D
         position_rows=_address(plan.position_rows),
         turned=_ints([2 * len(rotary.frequencies) for rotary in plan.rotaries]),
         final_norm=_norm(plan.final_norm),
+        token_norm=_norm(plan.token_norm),
         head=_linear(plan.head),
         layer=layers,
         **{name: getattr(plan, name) for name in same.split()},

@@ -250,6 +250,11 @@ class LayerStruct(Struct):
     Field("const float *", "position_rows", "[positions][width], added to it; null without"),
     Field("const int32_t *", "turned", "features of a head that each rotary table turns"),
     Field("const ls_norm *", "final_norm"),
+    Field(
+        "const ls_norm *",
+        "token_norm",
+        "nodes have given states, and mixers read the token's embedding beside them; null: not so",
+    ),
     Field("const ls_linear *", "head"),
     Field("const ls_layer *", "layer"),
 )
@@ -344,6 +349,40 @@ class BlockDrafterStruct(Struct):
 )
 class BlockRoundStruct(Struct):
     """What a block drafter is asked. Context and blocks have the same slots in the same order."""
+
+
+@declared(
+    "ls_growth",
+    Field(
+        "int32_t",
+        "sequences top levels",
+        "top: children of a node, and nodes of a level that get some",
+    ),
+    Field("int32_t", "normed", "drafts go on from normalized states"),
+    Field("const int32_t *", "slots committed", "[sequences]: the rows of each in the state"),
+    Field(
+        "const int32_t *",
+        "nodes depths",
+        "[sequences]: the largest tree of each, levels deep at most",
+    ),
+    Field("const int32_t *", "ids", "[vocabulary]: the tokens that can be drafted"),
+    Field(
+        "const float *const *",
+        "states",
+        "[sequences]: what the children of the root go on from [width]",
+    ),
+    Field("const float *const *", "cosines", "as in ls_batch"),
+    Field("const float *const *", "sines", "alike"),
+    Field(
+        "int32_t *",
+        "tokens parents",
+        "[sequences][LS_MAX_NODES]; at first the children of the root",
+    ),
+    Field("float *", "shares", "alike: how likely each is behind its parent; logarithms"),
+    Field("int32_t *", "found", "[sequences]: draft nodes of each tree"),
+)
+class GrowthStruct(Struct):
+    """What the trees of some sequences grow from, and what they become; see grow.c."""
 
 
 def layout() -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.train.drafters import block, first, medusa
+from linspec.train.drafters import block, eagle, first, medusa
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import train_drafter
 
@@ -11,6 +11,7 @@ __all__ = [
     "DrafterConfig",
     "DrafterTraining",
     "block",
+    "eagle",
     "first",
     "medusa",
     "train_drafter",

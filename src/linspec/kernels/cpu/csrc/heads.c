@@ -79,7 +79,7 @@ static void block(const guess *s, int number, int thread, int threads) {
 }
 
 /* Indices of the `top` largest of x, largest first, lower ones first among equals. */
-static void top_k(const float *x, int count, int top, int32_t *to) {
+void ls_top_k(const float *x, int count, int top, int32_t *to) {
     int have = 0;
     for (int i = 0; i < count; i++) {
         if (have == top && !(x[i] > x[to[top - 1]])) continue;
@@ -104,8 +104,8 @@ static void guess_body(void *context, int thread, int threads) {
     multiply(s, h->out, outputs(h, g), all / outputs(h, g), s->x, s->logits, 0, thread, threads);
     for (int i = first; i < last; i++) {
         int head = i / g->rows, row = i % g->rows;
-        top_k(s->logits + (size_t)i * h->vocabulary, h->vocabulary, g->top,
-               g->tokens + ((size_t)row * g->heads + head) * g->top);
+        ls_top_k(s->logits + (size_t)i * h->vocabulary, h->vocabulary, g->top,
+                 g->tokens + ((size_t)row * g->heads + head) * g->top);
     }
 }
 

@@ -215,6 +215,8 @@ void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid u
 /* bytes or floats, rounded up to what the parts of a workspace begin at */
 static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
 
+/* heads.c: indices of the `top` largest of x, largest first, lower ones first among equals */
+void ls_top_k(const float *x, int count, int top, int32_t *to);
 /* blocks.c: the weights of one channel as floats */
 void ls_block_row(const ls_linear_part *part, int inputs, int channel, float *to);
 

@@ -222,6 +222,23 @@ ls_packed_rows ls_pack_inputs(const ls_run *s, const ls_linear *layer, const ls_
     return to;
 }
 
+/* What the first layer of a mixer reads; where tokens have a norm, each row is the embedding of its token and
+ * then the state that was given for it. */
+static ls_packed_rows pack_mixer_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {
+    const ls_decoder *d = s->d;
+    int rows = s->b->rows, width = d->width;
+    if (!d->token_norm) return ls_pack_inputs(s, l->qkv, l->mixer_norm, s->x, rows, thread, threads);
+    ls_packed_rows to = ls_packed_at(l->qkv, rows, s->packed);
+    float *line = ls_scratch((size_t)l->qkv->inputs * sizeof(float));
+    for (int row = ls_share(rows, thread, threads); row < ls_share(rows, thread + 1, threads); row++) {
+        embed_row(d, s->b->tokens[row], line);
+        ls_apply_norm(d->token_norm, 0, line, d->eps, width, line);
+        ls_apply_norm(l->mixer_norm, 0, s->x + (size_t)row * width, d->eps, width, line + width);
+        ls_pack_rows(l->qkv, &to, row, row + 1, line, 0);
+    }
+    return to;
+}
+
 static ls_packed_rows pack_activated(const ls_run *s, const ls_linear *down, int thread,
                                      int threads) {
     int width = s->d->mlp_width, rows = s->b->rows, gated = s->d->gated;
@@ -280,7 +297,7 @@ static int add_to_residual(const ls_run *s, const ls_linear *layer, const ls_pac
 static int mix(const ls_run *s, const ls_layer *l, int thread, int threads) {
     const ls_batch *b = s->b;
     if (!l->qkv) return 0;
-    ls_packed_rows x = ls_pack_inputs(s, l->qkv, l->mixer_norm, s->x, b->rows, thread, threads);
+    ls_packed_rows x = pack_mixer_inputs(s, l, thread, threads);
     ls_multiply(l->qkv, &x, s->projected, 0, thread, threads);
     if (l->whole_norms) norm_whole(s, l, thread, threads);
     b->chained ? ls_mix_prompt(s, l, thread, threads) : mix_inputs(s, l, thread, threads);

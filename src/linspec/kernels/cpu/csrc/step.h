@@ -12,6 +12,9 @@ typedef struct {
     void *packed;
 } ls_run;
 
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b);
+LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads);
+
 /* The mixer of one kv head of a layer over the rows of one input, as if there were no other heads. */
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head);
 /* stage.c: norm of x, whose weights begin `at` floats behind those of n */
@@ -29,7 +32,6 @@ static inline int64_t ls_query_column(const ls_decoder *d, int head) {
 
 /* step.c, for whoever computes more around the blocks of a decoder. A run in a workspace of
  * `ls_step_workspace` bytes, whose rows `x` the caller fills: */
-LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b);
 ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace);
 /* one block, which ends with a barrier; the hidden states that are asked for, and their logits */
 void ls_run_block(const ls_run *s, const ls_layer *l, int thread, int threads);

@@ -141,6 +141,7 @@ typedef struct {
     const float *position_rows;              /* [positions][width], added to it; null without */
     const int32_t *turned;                   /* features of a head that each rotary table turns */
     const ls_norm *final_norm;
+    const ls_norm *token_norm;               /* nodes have given states, and mixers read the token's embedding beside them; null: not so */
     const ls_linear *head;
     const ls_layer *layer;
 } ls_decoder;
@@ -212,9 +213,24 @@ typedef struct {
     float *sure;                             /* [inputs][places]: logits of the confidences */
 } ls_block_round;
 
+/* What the trees of some sequences grow from, and what they become; see grow.c. */
+typedef struct {
+    int32_t sequences, top, levels;          /* top: children of a node, and nodes of a level that get some */
+    int32_t normed;                          /* drafts go on from normalized states */
+    const int32_t *slots, *committed;        /* [sequences]: the rows of each in the state */
+    const int32_t *nodes, *depths;           /* [sequences]: the largest tree of each, levels deep at most */
+    const int32_t *ids;                      /* [vocabulary]: the tokens that can be drafted */
+    const float *const *states;              /* [sequences]: what the children of the root go on from [width] */
+    const float *const *cosines;             /* as in ls_batch */
+    const float *const *sines;               /* alike */
+    int32_t *tokens, *parents;               /* [sequences][LS_MAX_NODES]; at first the children of the root */
+    float *shares;                           /* alike: how likely each is behind its parent; logarithms */
+    int32_t *found;                          /* [sequences]: draft nodes of each tree */
+} ls_growth;
+
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1780633449, \
+    474121539, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -264,8 +280,8 @@ typedef struct {
         offsetof(ls_decoder, residual_scale), offsetof(ls_decoder, logit_scale), \
         offsetof(ls_decoder, logit_cap), offsetof(ls_decoder, embedding), \
         offsetof(ls_decoder, position_rows), offsetof(ls_decoder, turned), \
-        offsetof(ls_decoder, final_norm), offsetof(ls_decoder, head), \
-        offsetof(ls_decoder, layer), \
+        offsetof(ls_decoder, final_norm), offsetof(ls_decoder, token_norm), \
+        offsetof(ls_decoder, head), offsetof(ls_decoder, layer), \
     sizeof(ls_step_input), offsetof(ls_step_input, slot), offsetof(ls_step_input, first), \
         offsetof(ls_step_input, nodes), offsetof(ls_step_input, staged), \
         offsetof(ls_step_input, committed), offsetof(ls_step_input, ancestors), \
@@ -292,6 +308,13 @@ typedef struct {
         offsetof(ls_block_round, blocks), offsetof(ls_block_round, states), \
         offsetof(ls_block_round, roots), offsetof(ls_block_round, before), \
         offsetof(ls_block_round, newest), offsetof(ls_block_round, drafts), \
-        offsetof(ls_block_round, sure)
+        offsetof(ls_block_round, sure), \
+    sizeof(ls_growth), offsetof(ls_growth, sequences), offsetof(ls_growth, top), \
+        offsetof(ls_growth, levels), offsetof(ls_growth, normed), offsetof(ls_growth, slots), \
+        offsetof(ls_growth, committed), offsetof(ls_growth, nodes), \
+        offsetof(ls_growth, depths), offsetof(ls_growth, ids), offsetof(ls_growth, states), \
+        offsetof(ls_growth, cosines), offsetof(ls_growth, sines), \
+        offsetof(ls_growth, tokens), offsetof(ls_growth, parents), \
+        offsetof(ls_growth, shares), offsetof(ls_growth, found)
 
 #endif

@@ -1,0 +1,227 @@
+"""EAGLE-3-style drafters in training (Li et al. 2025, arXiv 2503.01840): training-time test.
+
+The drafter is unrolled for a few steps over whole windows, each on its own states of the step before. Step j
+stands for depth j + 1 of a draft that begins behind every place of the text at once: entry t then holds token
+t + 1 + j, and sees the entries of committed places up to t and those of its own draft, nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from linspec.drafters.eagle_net import (
+    DEEPEST,
+    EagleConfig,
+    EagleNet,
+    layers_to_read,
+    teacher_logits,
+)
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.fused_block import FusedBlock
+from linspec.train.drafters.base import TRAININGS, DrafterTraining, check_length
+from linspec.train.drafters.medusa import NOWHERE, RANKS, commonest, places_of
+from linspec.train.drafters.states import TargetStates, states_of
+from linspec.utils.options import option
+from linspec.utils.progress import Progress
+from linspec.utils.sizes import check_positive, check_sizes
+
+
+@dataclass(frozen=True, slots=True)
+class EagleTrainingOptions:
+    """The shape of the drafter, and how it is trained."""
+
+    vocabulary: int = option("draft the commonest tokens only; 0 is all", default=8192)
+    steps: int = option("depths that are unrolled in training", default=3)
+    depth: int = option("depths that are measured at the end", default=6)
+    own_head: bool = option("train an output layer; else use the target's rows", default=True)
+    normed: bool = option("normalize states before they are fused and fed back", default=True)
+    mlp: int = option("inner width of its MLP; 0 is that of the target", default=0)
+    decay: float = option("depth k's loss is weighed by decay^k", default=0.8)
+
+    def __post_init__(self) -> None:
+        check_sizes(self, "steps depth")
+        check_sizes(self, "vocabulary mlp", least=0)
+        check_positive("decay", self.decay)
+
+    def net_for(self, target: DecoderConfig) -> EagleConfig:
+        """The shape of the drafter that is trained for a target."""
+        return EagleConfig(
+            width=target.width,
+            vocab_size=target.vocab_size,
+            reads=layers_to_read(target.layers),
+            vocabulary=min(self.vocabulary, target.vocab_size) or target.vocab_size,
+            heads=target.heads,
+            kv_heads=target.kv_heads,
+            head_width=target.head_width,
+            mlp_width=self.mlp or target.mlp_width,
+            norm_eps=target.norm_eps or 1e-6,
+            rope=target.rope,
+            own_head=self.own_head,
+            normed=self.normed,
+        )
+
+
+@TRAININGS.register(
+    "eagle",
+    summary="one layer that goes on from the target's hidden states, unrolled in training",
+    paper="Li et al. 2025, arXiv 2503.01840",
+    options=EagleTrainingOptions,
+)
+class EagleTraining(DrafterTraining[EagleNet]):
+    """Every unrolled step learns the target's own distribution over the drafted tokens."""
+
+    options: EagleTrainingOptions
+    lr = 1e-3
+
+    @property
+    def ahead(self) -> int:
+        return max(self.options.steps, self.options.depth) + 1
+
+    def reads(self, target: DecoderConfig) -> tuple[int, ...]:
+        return layers_to_read(target.layers)
+
+    def make(self, target: Decoder, stream: np.ndarray, seed: int) -> EagleNet:
+        shape = self.options.net_for(target.config)
+        drafted = commonest(stream, shape.vocabulary, shape.vocab_size)
+        net = EagleNet(shape, target, drafted=drafted)
+        net.initialize(torch.Generator().manual_seed(seed))
+        return net
+
+    def loss(self, drafter: EagleNet, states: TargetStates) -> torch.Tensor:
+        return eagle_loss(drafter, states, self.options.steps, self.options.decay)
+
+    def measure(self, drafter: EagleNet, stream: np.ndarray, *, context: int, tokens: int) -> None:
+        length = min(len(stream), max(tokens, context))
+        context = min(context, length)
+        check_length(context - 1, self.ahead, self.name)
+        counts, device = ServedAccuracies(drafter, self.options.depth), drafter.target.device
+        starts = range(0, length - context + 1, context)
+        with Progress("measure the drafter", len(starts)) as progress:
+            for done, start in enumerate(starts, 1):
+                ids = torch.from_numpy(stream[start : start + context].astype(np.int64))
+                counts.add(states_of(drafter.target, ids[None].to(device), drafter.config.reads))
+                progress.update(done)
+        drafter.accuracies = counts.rates()
+
+
+class Unroll:
+    """A drafter over whole windows, one depth of its drafts after the other.
+
+    states: fused states [B, N, D] of the target at places 0..N-1.
+    """
+
+    def __init__(self, net: EagleNet, states: torch.Tensor) -> None:
+        self.net, self.states = net, states
+        self._block = cast(FusedBlock, net.decoder.layers[0])
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the output layer reads [B, n, D] of the next depth, for the first n places.
+
+        tokens [B, n]: of entry t, the one behind place t in the first step, then the one drafted last.
+        """
+        decoder, block = self.net.decoder, self._block
+        count, depth = tokens.shape[1], len(self._keys)
+        states = self.states[:, :count]
+        both = torch.cat((decoder.embed(tokens).to(states.dtype), states), dim=-1)
+        read, own = block.fused(both)
+        places = torch.arange(depth, depth + count, device=tokens.device)
+        rope = decoder.rotary(places, read.dtype)
+        q, k, v = block.mixer.to_features(*block.mixer.split_heads(read), rope)
+        self._keys.append(k)
+        self._values.append(v)
+        raw = block.closed(own, block.mixer.o(self._attended(q)))
+        final = decoder.leave(raw)
+        self.states = self.net.fed_back(final, raw)
+        return final
+
+    def _attended(self, q: torch.Tensor) -> torch.Tensor:
+        """Values [B, n, H V] that queries q [B, n, H, K] read: committed entries, then each its own draft."""
+        count = q.shape[1]
+        mixer, config = self._block.mixer, self.net.decoder.config
+        q = q.unflatten(2, (mixer.kv_heads, -1)) * config.score_scale
+        past = torch.einsum("bnhrk,bmhk->bhrnm", q, self._keys[0][:, :count])
+        later = torch.ones(count, count, dtype=torch.bool, device=q.device).triu(1)
+        own = [
+            torch.einsum("bnhrk,bnhk->bhrn", q, keys[:, :count])[..., None]
+            for keys in self._keys[1:]
+        ]
+        weights = torch.cat((past.masked_fill(later, float("-inf")), *own), -1).softmax(-1)
+        weights = weights.to(self._values[0].dtype)
+        out = torch.einsum("bhrnm,bmhv->bnhrv", weights[..., :count], self._values[0][:, :count])
+        for number, values in enumerate(self._values[1:]):
+            mine = weights[..., count + number].permute(0, 3, 1, 2)[..., None]
+            out = out + mine * values[:, :count, :, None]
+        return out.flatten(2)
+
+
+def fused_states(net: EagleNet, states: TargetStates) -> torch.Tensor:
+    """What the drafter makes of the target's states at every place but the last [B, T - 1, D]."""
+    read = torch.cat([states.layers[layer] for layer in net.config.reads], -1)
+    return net.fused(read[:, :-1])
+
+
+def eagle_loss(net: EagleNet, states: TargetStates, steps: int, decay: float) -> torch.Tensor:
+    """Σ_j decay^j · CE of unrolled step j against the target's distribution over the drafted tokens.
+
+    At step j entry t holds token t + 1 + j, and learns what the target says behind that one. Entries whose
+    likeliest token cannot be drafted teach nothing.
+    """
+    unroll = Unroll(net, fused_states(net, states))
+    with torch.no_grad():
+        wanted = teacher_logits(net, states.final).float().softmax(-1)
+    known = places_of(states.chosen, net.drafted, net.config.vocab_size) != NOWHERE
+    loss = states.final.new_zeros((), dtype=torch.float32)
+    for j in range(steps):
+        count = states.final.shape[1] - 1 - j
+        place = slice(1 + j, 1 + j + count)
+        logits = net.decoder.head(unroll.step(states.ids[:, place]))
+        each = F.cross_entropy(
+            logits.flatten(0, 1).float(), wanted[:, place].flatten(0, 1), reduction="none"
+        )
+        counted = known[:, place].flatten()
+        loss = loss + decay**j * (each * counted).sum() / counted.sum().clamp(min=1)
+    return loss
+
+
+class ServedAccuracies:
+    """Counts how often drafts are right as they are served: on their own tokens and states.
+
+    A draft begins behind every place of a window. Depth d + 1 is counted where all tokens before it were
+    what the target chose and what the text says: behind other tokens nobody knows what the target chooses.
+    """
+
+    def __init__(self, net: EagleNet, depth: int) -> None:
+        self.net, self.depth = net, min(depth, DEEPEST)
+        self.ranks = min(RANKS, net.config.vocabulary)
+        self._hits = torch.zeros(self.depth, self.ranks, dtype=torch.long)
+        self._seen = torch.zeros(self.depth, 1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def add(self, states: TargetStates) -> None:
+        """Count the drafts behind all places of some windows."""
+        net, ids, total = self.net, states.ids, states.final.shape[1]
+        unroll, drafted = Unroll(net, fused_states(net, states)), net.drafted.long()
+        tokens, alive = ids[:, 1:total], torch.ones_like(ids[:, 1:total], dtype=torch.bool)
+        for depth in range(self.depth):
+            count = total - 1 - depth
+            final = unroll.step(tokens[:, :count])
+            best = drafted[net.decoder.head(final).topk(self.ranks).indices]
+            right = best == states.chosen[:, 1 + depth : 1 + depth + count, None]
+            alive, tokens = alive[:, :count], best[..., 0]
+            self._hits[depth] += right[alive].sum(0).cpu()
+            self._seen[depth] += int(alive.sum())
+            alive = alive & right[..., 0] & (tokens == ids[:, 2 + depth : 2 + depth + count])
+
+    def rates(self) -> list[list[float]]:
+        """By depth, the share of drafts whose rank-i guess was right; depths that nothing reached are cut."""
+        found = (self._hits / self._seen.clamp(min=1)).tolist()
+        reached = [row for row, seen in zip(found, self._seen, strict=True) if int(seen)]
+        return [[round(rate, 5) for rate in row] for row in reached]
