@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from linspec.train.drafters import first, medusa
+from linspec.train.drafters import chimera, first, hidden_transfer, lud, medusa, medusa2, ppd
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import train_drafter
 
-__all__ = ["TRAININGS", "DrafterConfig", "DrafterTraining", "first", "medusa", "train_drafter"]
+__all__ = [
+    "TRAININGS",
+    "DrafterConfig",
+    "DrafterTraining",
+    "chimera",
+    "first",
+    "hidden_transfer",
+    "lud",
+    "medusa",
+    "medusa2",
+    "ppd",
+    "train_drafter",
+]
