@@ -16,11 +16,16 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget, TokenTree
 from linspec.drafters.aded import Aded
 from linspec.drafters.base import Drafter
+from linspec.drafters.chimera import Chimera
+from linspec.drafters.chimera_net import ChimeraConfig, ChimeraNet
 from linspec.drafters.draft_model import DraftModel, Student
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
+from linspec.drafters.hidden_transfer import HiddenTransfer, TransferConfig, TransferMaps
 from linspec.drafters.lookup import LookupOptions, PromptLookup
+from linspec.drafters.lud import LUD, LUDOptions, Slot, SlotConfig
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.mixed import Mixed
+from linspec.drafters.ppd import PPD, PromptsConfig, PromptTokens
 from linspec.drafters.suffix import Suffix
 from linspec.engine.engine import Engine
 from linspec.errors import ContextOverflow, InputError
@@ -66,6 +71,30 @@ def random_heads(model: Decoder) -> Medusa:
     return Medusa(randomise(heads, 5).to(model.embed.weight.dtype))
 
 
+def random_prompts(model: Decoder) -> PPD:
+    shape = PromptsConfig(width=model.config.width, vocab_size=VOCAB, prompts=3)
+    tokens = PromptTokens(shape, [[0.5, 0.3], [0.4, 0.2], [0.3]])
+    return PPD(randomise(tokens, 6).to(model.dtype))
+
+
+def random_maps(model: Decoder) -> HiddenTransfer:
+    shape = TransferConfig(width=model.config.width, vocab_size=VOCAB, steps=3)
+    maps = TransferMaps(shape, model, [[0.5, 0.3], [0.4, 0.2], [0.3]])
+    return HiddenTransfer(randomise(maps, 7).to(model.dtype))
+
+
+def random_chimera(model: Decoder) -> Chimera:
+    shape = {"width": model.config.width, "vocab_size": VOCAB, "depth": 3, "heads": 2}
+    config = ChimeraConfig(**shape, head_width=8, inner=24, window=6)
+    net = ChimeraNet(config, model, [[0.5, 0.3], [0.4, 0.2], [0.3]])
+    return Chimera(randomise(net, 7).to(model.dtype))
+
+
+def random_slots(model: Decoder) -> LUD:
+    shape = SlotConfig(width=model.config.width, vocab_size=VOCAB, slots=3)
+    return LUD(randomise(Slot(shape), 8).to(model.dtype), LUDOptions(threshold=0.05))
+
+
 DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
     "lookup": lambda model: PromptLookup(options=LookupOptions(min_ngram=1)),
     "itself": lambda model: DraftModel(model, model.config, SLOTS),
@@ -76,6 +105,10 @@ DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
         tiny_model("aug", seed=8, dtype=model.embed.weight.dtype), model.config, SLOTS
     ),
     "medusa": random_heads,
+    "ppd": random_prompts,
+    "hidden-transfer": random_maps,
+    "chimera": random_chimera,
+    "lud": random_slots,
     "random": RandomTrees,
     "suffix": lambda model: Suffix(),
     "aded": lambda model: Aded(),
@@ -173,7 +206,9 @@ def test_no_draft_budget_is_plain_decoding() -> None:
     assert all(row.stats.drafted == 0 and row.stats.tokens_per_round == 1.0 for row in rows)
 
 
-@pytest.mark.parametrize("drafter", [None, "lookup", "itself", "other", "random"])
+@pytest.mark.parametrize(
+    "drafter", [None, "lookup", "itself", "other", "ppd", "hidden-transfer", "chimera", "random"]
+)
 def test_rows_of_different_params_equal_single_runs(drafter: str | None) -> None:
     model = tiny_model("aug", dtype=torch.float64)
     params = [
@@ -192,7 +227,7 @@ def test_rows_of_different_params_equal_single_runs(drafter: str | None) -> None
         assert outputs(decode(model, [prompt], each, make(), slots=1)) == [tokens]
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "random"])
+@pytest.mark.parametrize("drafter", ["lookup", "ppd", "random"])
 def test_certain_drafts_do_not_change_what_a_seed_gives(drafter: str) -> None:
     model = tiny_model("softmax")
     params = [SamplingParams(max_tokens=20, temperature=0.9, seed=s) for s in range(5)]
@@ -200,7 +235,7 @@ def test_certain_drafts_do_not_change_what_a_seed_gives(drafter: str) -> None:
     assert outputs(decode(model, PROMPTS, params, DRAFTERS[drafter](model))) == plain
 
 
-@pytest.mark.parametrize("drafter", ["itself", "other", "random", "lookup"])
+@pytest.mark.parametrize("drafter", ["itself", "other", "ppd", "random", "lookup"])
 def test_penalty_and_bias_with_drafts(drafter: str) -> None:
     model = tiny_model("aug")
     params = SamplingParams(
@@ -253,7 +288,7 @@ def test_max_tokens_inside_a_draft(most: int) -> None:
     assert outputs(rows)[0] == free[:most]
 
 
-@pytest.mark.parametrize("drafter", [None, "itself", "random"])
+@pytest.mark.parametrize("drafter", [None, "itself", "ppd", "hidden-transfer", "chimera", "random"])
 def test_a_softmax_model_ends_at_its_last_position(drafter: str | None) -> None:
     model = tiny_model("softmax", max_positions=20)
     made = DRAFTERS[drafter](model) if drafter else None

@@ -12,7 +12,10 @@ import pytest
 from checkpoints import model_dir
 from typer.testing import CliRunner, Result
 
+from linspec.checkpoints.hub import load_model
 from linspec.cli import app
+from linspec.drafters.lud import Slot, SlotConfig
+from linspec.drafters.saved import save_drafter
 from linspec.evaluate.positions import by_position
 from linspec.evaluate.recall import evaluate_recall
 from linspec.evaluate.repeats import evaluate_repeats
@@ -110,6 +113,22 @@ def test_bench_drafters(data: Path) -> None:
     assert "train-drafter" in left_out["medusa"]
     people = run(*verb)
     assert "prompt-lookup" in people.stdout and "left out medusa: " in people.stderr
+
+
+def test_bench_drafters_marks_what_is_lossy(data: Path, tmp_path: Path) -> None:
+    model = load_model(model_dir("aug"))
+    shape = SlotConfig(width=model.config.width, vocab_size=model.config.vocab_size)
+    slot = save_drafter(Slot(shape), model, tmp_path / "lud")
+    spec = f"lud:path={slot},threshold=0.001"
+    verb = ("bench", "drafters", model_dir("aug"), "--tokens", 8, "--data", data, "--per-family", 2)
+    verb = (*verb, "--policy", 8, "--drafter", spec)
+    exact = run_json(*verb)["rows"]
+    assert [row["lossy"] for row in exact] == [False] * 3
+    assert [row["agreement"] for row in exact] == [1.0] * 3
+    verb = (*verb, "--verifier", "trusting:threshold=0.001")
+    _, trusted, _ = run_json(*verb)["rows"]
+    assert trusted["lossy"] and trusted["agreement"] < 1 and trusted["tokens_per_round"] > 1.5
+    assert "is lossy with verifier trusting" in run(*verb).stderr
 
 
 def test_bench_drafters_by_family(tmp_path: Path) -> None:

@@ -5,13 +5,15 @@
         print(row.family, row.drafter, row.times_plain, row.tokens_per_round)
 
 Modes take turns on each group of prompts, plain decoding first and last; every second group goes through them
-backwards. A drafter whose greedy output is not that of plain decoding gets no row.
+backwards. A drafter whose greedy output is not that of plain decoding gets no row, unless the verifier is one
+that is registered as lossy: then its row says so, and how far the outputs agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from linspec.policies import make_policy
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
+from linspec.verifiers import Verifier, make_verifier
 
 PLAIN, PLAIN_AGAIN, ALL = "plain", "plain again", "all"
 
@@ -43,7 +46,9 @@ class DrafterRow:
     of its two runs) over those of the drafter; low and high: its 95% interval, by resampling prompts.
     whole_times_plain: the same with reading the prompts. tokens_per_round: accepted drafts plus the bonus
     token. acceptance[d]: share of the drafts at depth d + 1, behind an accepted parent, that were accepted
-    too. drafting, verifying, rest: shares of the rounds' time.
+    too. drafting, verifying, rest: shares of the rounds' time. lossy: the verifier may change outputs.
+    agreement: share of the tokens of plain greedy answers that came before the first difference; None where
+    tokens are sampled.
     """
 
     drafter: str
@@ -60,6 +65,8 @@ class DrafterRow:
     drafting: float
     verifying: float
     rest: float
+    lossy: bool = False
+    agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ def bench_drafters(
     temperature: float = 0.0,
     batch: int = 1,
     policy: str | int = "auto",
+    verifier: str = "lossless",
     data: Sources = ("stdlib",),
     quantize: int | None = None,
     kv: str = "auto",
@@ -104,11 +112,12 @@ def bench_drafters(
         temperature: 0 takes the likeliest token.
         batch: prompts that are answered at once.
         policy: 'auto', or a number of draft tokens for every round.
+        verifier: of all drafters. The rows of a lossy one are marked.
 
     Raises:
         ConfigError: a size is out of its range, or nothing can draft.
         InputError: the prompts cannot be read.
-        LinspecError: a drafter does not decode what plain decoding does.
+        LinspecError: a drafter does not decode what plain decoding does, and the verifier is exact.
     """
     asked = {"per_family": per_family, "tokens": tokens, "batch": batch}
     for name, size in asked.items():
@@ -118,25 +127,29 @@ def bench_drafters(
     encoder = TextEncoder(tokenizer, len(tokenizer))
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
     loaded = load_for(model, quantize, device=device)
+    rule = make_verifier(verifier)
     made, skipped = _make(drafters, DrafterContext(loaded, tokenizer, source, batch))
     common = {"tokenizer": tokenizer, "max_batch": batch, "kv_cache_dtype": kv}
-    modes = _modes(loaded, made, policy, **common)
+    modes = _modes(loaded, made, policy, rule, **common)
     if texts is None:
         texts = held_out_prompts(modes[0].llm, data, per_family, tokens)
     params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed)
-    measured = _measure(modes, texts, params, batch)
+    lossy = not getattr(rule, "lossless", False)
+    measured = _measure(modes, texts, params, batch, lossy)
+    greedy = temperature == 0.0
     settings = {
         "model": str(model),
         "prompts": "held-out text" if prompts is None else str(prompts),
         **asked,
         "temperature": temperature,
         "policy": policy,
+        "verifier": verifier,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantize": quantize,
         "kv_cache_dtype": modes[0].llm.kv_cache_dtype,
         "device": device,
     }
-    return DrafterSpeeds(machine(), settings, tuple(_rows(measured)), tuple(skipped))
+    return DrafterSpeeds(machine(), settings, tuple(_rows(measured, lossy, greedy)), tuple(skipped))
 
 
 def _make(
@@ -158,19 +171,28 @@ def _make(
 
 
 def _modes(
-    model: Decoder, drafters: Mapping[str, Drafter], policy: str | int, **common: Any
+    model: Decoder,
+    drafters: Mapping[str, Drafter],
+    policy: str | int,
+    verifier: Verifier,
+    **common: Any,
 ) -> list[Mode]:
     """Every drafter, between plain decoding and plain decoding again; common: for all of them."""
     plain = LLM(model, **common)
     modes = [Mode(PLAIN, plain)]
     for name, drafter in drafters.items():
         watch = Watched(make_policy(policy, model))
-        modes.append(Mode(name, LLM(model, drafter=drafter, policy=watch, **common), watch))
+        llm = LLM(model, drafter=drafter, policy=watch, verifier=verifier, **common)
+        modes.append(Mode(name, llm, watch))
     return [*modes, Mode(PLAIN_AGAIN, plain)]
 
 
 def _measure(
-    modes: Sequence[Mode], texts: Sequence[BenchPrompt], params: SamplingParams, batch: int
+    modes: Sequence[Mode],
+    texts: Sequence[BenchPrompt],
+    params: SamplingParams,
+    batch: int,
+    lossy: bool,
 ) -> list[Measured]:
     """Every mode on every group of prompts of one family, in turns."""
     families = list(dict.fromkeys(text.family for text in texts))
@@ -185,7 +207,7 @@ def _measure(
         for done, group in enumerate(groups):
             order = modes if done % 2 == 0 else modes[::-1]
             runs = {mode.name: run_of(mode, group, params) for mode in order}
-            if params.temperature == 0.0:
+            if params.temperature == 0.0 and not lossy:
                 _check_outputs(modes[0].llm, group, runs)
             found.append(Measured(group[0].family, runs))
             progress.update(done + 1, group[0].family)
@@ -208,7 +230,7 @@ def _check_outputs(llm: LLM, group: Sequence[BenchPrompt], runs: Mapping[str, Ru
                 )
 
 
-def _rows(measured: Sequence[Measured]) -> list[DrafterRow]:
+def _rows(measured: Sequence[Measured], lossy: bool, greedy: bool) -> list[DrafterRow]:
     """All prompts first, then family by family."""
     families = dict.fromkeys(each.family for each in measured)
     names = list(measured[0].runs)
@@ -217,10 +239,14 @@ def _rows(measured: Sequence[Measured]) -> list[DrafterRow]:
     }
     if len(families) == 1:
         del parts[ALL]
-    return [_row(name, family, part) for family, part in parts.items() for name in names]
+    return [
+        _row(name, family, part, lossy and name not in (PLAIN, PLAIN_AGAIN), greedy)
+        for family, part in parts.items()
+        for name in names
+    ]
 
 
-def _row(name: str, family: str, part: Sequence[Measured]) -> DrafterRow:
+def _row(name: str, family: str, part: Sequence[Measured], lossy: bool, greedy: bool) -> DrafterRow:
     runs = [each.runs[name] for each in part]
     plain = [(each.runs[PLAIN], each.runs[PLAIN_AGAIN]) for each in part]
     times, low, high = speed_up(runs, plain)
@@ -244,7 +270,20 @@ def _row(name: str, family: str, part: Sequence[Measured]) -> DrafterRow:
         drafting=drafting,
         verifying=verifying,
         rest=rest,
+        lossy=lossy,
+        agreement=_agreement([each.runs[PLAIN] for each in part], runs) if greedy else None,
     )
+
+
+def _agreement(plain: Sequence[Run], runs: Sequence[Run]) -> float:
+    """The share of the tokens of plain answers that come before the first difference."""
+    same = total = 0
+    for expected, got in zip(plain, runs, strict=True):
+        for one, other in zip(expected.outputs, got.outputs, strict=True):
+            pairs = zip(one, other, strict=False)
+            same += len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            total += len(one)
+    return round(same / max(1, total), 4)
 
 
 def _acceptance(runs: Sequence[Run]) -> tuple[float, ...]:

@@ -23,7 +23,16 @@ from linspec.cli.console import (
     words,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Data, Json, Loading, Model, PolicyName, Temperature, Threads
+from linspec.cli.options import (
+    Data,
+    Json,
+    Loading,
+    Model,
+    PolicyName,
+    Temperature,
+    Threads,
+    VerifierName,
+)
 from linspec.errors import ConfigError
 
 # for people
@@ -102,6 +111,7 @@ def drafters(
         int, typer.Option(callback=whole(), help="Prompts that are answered at once.")
     ] = 1,
     policy: PolicyName = "auto",
+    verifier: VerifierName = "lossless",
     data: Data = None,
     loading: Loading,
     as_json: Json = False,
@@ -109,7 +119,7 @@ def drafters(
     """Compare every drafter on a model and the same prompts: speed beside plain decoding, acceptance.
 
     Modes take turns prompt by prompt; plain decoding runs first and last. A drafter that changes the greedy
-    output is an error.
+    output is an error, but with a lossy verifier, whose rows say how far outputs agree.
     """
     from linspec.bench.drafters import bench_drafters
 
@@ -124,6 +134,7 @@ def drafters(
             temperature=temperature,
             batch=batch,
             policy=policy,
+            verifier=verifier,
             data=data or ["stdlib"],
             **options,
         ).to_json()
@@ -136,6 +147,12 @@ def drafters(
     print_table(f"prompts: {families[0]}", _COLUMNS, [_drafter_line(row) for row in whole])
     if len(families) > 1:
         print_table("× plain, by family", *_by_family(found["rows"], families[1:]))
+    for row in whole:
+        if row["lossy"] and row["agreement"] is not None:
+            say(
+                f"{row['drafter']} is lossy with verifier {verifier}: {row['agreement']:.0%} of the tokens "
+                "of plain decoding came before the first difference"
+            )
     for each in found["skipped"]:
         say(f"left out {each['drafter']}: {each['reason']}")
 
@@ -232,7 +249,7 @@ def load(
 def _drafter_line(row: dict[str, Any]) -> list[object]:
     parts = " ".join(f"{100 * row[name]:.0f}%" for name in ("drafting", "verifying", "rest"))
     return [
-        row["drafter"],
+        row["drafter"] + (" (lossy)" if row["lossy"] else ""),
         f"{row['tokens_per_s']:.1f}",
         f"{row['times_plain']:.2f} ({row['low']:.2f}…{row['high']:.2f})",
         f"{row['tokens_per_round']:.2f}",

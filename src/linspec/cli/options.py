@@ -81,7 +81,9 @@ Seed = Annotated[
 ]
 PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens, 0..63.")]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
-VerifierName = Annotated[str, typer.Option(help="lossless, block, greedy or typical (lossy).")]
+VerifierName = Annotated[
+    str, typer.Option(help="lossless, block, greedy; lossy: typical, trusting.")
+]
 Data = Annotated[
     list[str] | None,
     typer.Option(

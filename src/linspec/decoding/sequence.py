@@ -98,6 +98,7 @@ class RunningSequence:
         embeddings: [T, D] of the prompt, where they are not those of its tokens.
         hidden: by layer, states [P, D] of the target at the tokens committed last, the newest last; see
             `Drafter.needs`.
+        probed: scores [P, vocab] of the probes that hung on the token committed last; see `Drafter.probes`.
         stats: rounds, drafts and seconds so far.
         prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
     """
@@ -113,6 +114,7 @@ class RunningSequence:
     index: int = 0
     embeddings: torch.Tensor | None = None
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    probed: torch.Tensor | None = None
     stats: Stats = field(default_factory=Stats)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 

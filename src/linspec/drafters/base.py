@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from linspec.decoding.probes import Probes
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import LOGITS, MAX_STAGED, Want
@@ -80,6 +81,8 @@ class Drafter(ABC):
     max_nodes: int = MAX_NODES
     # the target's hidden states that it reads in `sequence.hidden`
     needs: Want = LOGITS
+    # whether it drafts from what its probes found in the step before: a first round has no drafts then
+    probing: bool = False
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:
         """Keep nothing; a drafter keeps what it needs of them."""
@@ -119,6 +122,18 @@ class Drafter(ABC):
         for parent, confidence in zip(tree.parents, tree.confidences, strict=True):
             reached.append(confidence * reached[parent] if reached else 1.0)
         return sum(reached[1:])
+
+    def probes(self, sequence: RunningSequence, tree: TokenTree) -> Probes | None:
+        """What rides in the step that verifies `tree`; asked where `propose` was, only if it is `probing`.
+
+        Their scores are in `sequence.probed` at the next `propose`: those of the node committed last. Budgets
+        count them as nodes.
+
+        Args:
+            sequence: the sequence.
+            tree: what this drafter proposed, or the first nodes of it.
+        """
+        return None
 
     def attached(self, target: Target) -> None:
         """An engine has this drafter. target: the model in the form that runs, and its state.

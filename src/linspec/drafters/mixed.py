@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from linspec.decoding.probes import Probes
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
 from linspec.decoding.target import Target
@@ -103,6 +104,13 @@ class Mixed(Drafter):
         self.parts = [Part(drafter, 1 / len(drafters)) for drafter in drafters]
         self.max_nodes = max(drafter.max_nodes for drafter in drafters)
         self.needs = Want(tuple({layer: None for each in drafters for layer in each.needs.layers}))
+        self._probing = [part.drafter for part in self.parts if part.drafter.probing]
+        self.probing = bool(self._probing)
+        if len(self._probing) > 1:
+            names = " and ".join(map(name_of, self._probing))
+            raise ConfigError(
+                f"{names} cannot be mixed: each of them lets probes ride; leave one out"
+            )
         self._free = [part for part in self.parts if part.drafter.model_free]
         self._others = [part for part in self.parts if not part.drafter.model_free]
         # who drafted for each sequence
@@ -116,6 +124,9 @@ class Mixed(Drafter):
         specs = [spec.strip() for spec in DRAFTERS.parts(options.parts)]
         _check_parts(specs, options.parts)
         return cls([DRAFTERS.build(spec, context) for spec in specs])
+
+    def probes(self, sequence: RunningSequence, tree: TokenTree) -> Probes | None:
+        return self._probing[0].probes(sequence, tree) if self._probing else None
 
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]

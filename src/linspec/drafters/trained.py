@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -90,6 +90,15 @@ def read_accuracies(given: Any, depth: int, vocabulary: int, path: Path) -> list
             f"{path.parent} is calibrated for {ranks} guesses but has only {vocabulary} tokens; {_AGAIN}"
         )
     return accuracies
+
+
+def check_calibrated(accuracies: Sequence[Sequence[float]], kind: str) -> None:
+    """Raise DrafterError for a drafter of this kind that was never measured."""
+    if not any(map(len, accuracies)):
+        raise DrafterError(
+            f"this drafter was never calibrated, so no tree can be made of it; train it with "
+            f"linspec train-drafter --kind {kind}"
+        )
 
 
 _AGAIN = "calibrate it again with linspec train-drafter"

@@ -44,7 +44,8 @@ class _Plan:
 
     sizes: drafts after a tree with a rejection, and after one that was accepted whole: a text that is copied
     goes on being copied. flows: which of them is next. age: rounds since it was planned, which happens every
-    `wait` rounds. whole: all its drafts since then were accepted.
+    `wait` rounds. whole: all its drafts since then were accepted. again: drafts of an attempt in which the
+    drafter could only begin to draft.
     """
 
     sizes: tuple[int, int] = (0, 0)
@@ -52,6 +53,7 @@ class _Plan:
     age: int = 1
     wait: int = 1
     whole: bool = False
+    again: int = 0
 
     @property
     def nodes(self) -> int:
@@ -104,7 +106,7 @@ class Auto(Policy):
         self._since_choice += 1
         if self._may_choose(slots):
             self._choose(slots, drafter)
-        budgets = [Budget.of(self._nodes(slot)) for slot in slots]
+        budgets = [Budget.of(self._nodes(slot, drafter)) for slot in slots]
         self._asked = sum(budget.nodes > 0 for budget in budgets)
         return budgets
 
@@ -124,15 +126,19 @@ class Auto(Policy):
             self._plans[slot].age >= self._plans[slot].wait for slot in slots
         )
 
-    def _nodes(self, slot: int) -> int:
+    def _nodes(self, slot: int, drafter: Drafter) -> int:
         """What was planned for a request, or now and then a small tree where that was nothing."""
         plan = self._plans[slot]
         plan.age += 1
         if plan.nodes:
             return plan.nodes
+        if plan.again:
+            again, plan.again = plan.again, 0
+            return again
         # one attempt in a round
         if self._attempt and self.exploration.due(slot, self._hopeful):
             attempt, self._attempt = self._attempt, 0
+            plan.again = attempt if drafter.probing else 0
             return attempt
         return 0
 

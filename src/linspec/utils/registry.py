@@ -147,7 +147,10 @@ class Registry(Generic[T]):
             return
         # those of its own classes, not of what they derive from in other libraries
         own = [vars(kind) for kind in self.base.__mro__ if kind.__module__.startswith("linspec.")]
-        names = sorted({name for each in own for name in each if not name.startswith("_")})
+        found = {name for each in own for name in each if not name.startswith("_")}
+        # first what has to be written
+        must: frozenset[str] = getattr(self.base, "__abstractmethods__", frozenset())
+        names = sorted(found, key=lambda name: (name not in must, name))
         lacking = shown(", ".join(name for name in names if not hasattr(made, name)))
         base = self.base.__name__
         raise ConfigError(

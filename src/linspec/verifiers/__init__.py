@@ -9,6 +9,7 @@ from linspec.verifiers.base import VERIFIERS, Verifier
 from linspec.verifiers.block import BlockVerifier
 from linspec.verifiers.greedy import GreedyVerifier
 from linspec.verifiers.lossless import LosslessVerifier
+from linspec.verifiers.trusting import TrustingOptions, TrustingVerifier
 from linspec.verifiers.typical import TypicalOptions, TypicalVerifier
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "GreedyVerifier",
     "LosslessVerifier",
     "TokenLogprob",
+    "TrustingOptions",
+    "TrustingVerifier",
     "TypicalOptions",
     "TypicalVerifier",
     "Verifier",

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from linspec.decoding.accepted import Accepted
 from linspec.decoding.outcome import Outcome
+from linspec.decoding.probes import Probes, check_probes
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import FINAL, LOGITS, StepInput
 from linspec.decoding.target import NodeOutput
@@ -35,6 +38,13 @@ class Part:
     sequence: RunningSequence
     given: StepInput
     tree: TokenTree | None
+    probes: Probes | None = None
+
+    def probed(self, node: int, logits: torch.Tensor) -> torch.Tensor | None:
+        """The scores of the probes below a node of the tree."""
+        if self.probes is None or self.tree is None:
+            return None
+        return logits[self.probes.below(node, self.tree)]
 
 
 @LOOPS.register(
@@ -86,12 +96,27 @@ class Autoregressive(GenerationLoop):
         """What the sequences have in the step, and the failures of those that have nothing."""
         parts, failures = [], []
         for sequence, tree in zip(batch.decoding, trees, strict=True):
-            if isinstance(tree, Exception):
-                failures.append(Outcome.failure(sequence, tree))
+            part = tree if isinstance(tree, Exception) else self._with_probes(sequence, tree)
+            if isinstance(part, Exception):
+                failures.append(Outcome.failure(sequence, part))
             else:
-                parts.append(Part(sequence, StepInput.tree(sequence.slot, tree), tree))
+                parts.append(part)
         parts += [Part(each, prompt_piece(each, n), None) for each, n in batch.prefilling]
         return parts, failures
+
+    def _with_probes(self, sequence: RunningSequence, tree: TokenTree) -> Part | Exception:
+        """A tree and what its drafter lets ride with it, or the drafter's error."""
+        drafter, model = self.drafter, self.target.model
+        if drafter is not None and drafter.probing:
+            try:
+                probes = drafter.probes(sequence, tree)
+                if probes is not None:
+                    check_probes(name_of(drafter), probes, tree, model.embed.embedding_dim)
+                    given = probes.beside(tree, sequence.slot, model.embed)
+                    return Part(sequence, given, tree, probes)
+            except Exception as error:
+                return error
+        return Part(sequence, StepInput.tree(sequence.slot, tree), tree)
 
     def _step(self, parts: Sequence[Part]) -> list[NodeOutput]:
         return self.target.step([part.given for part in parts], want=self.want)
@@ -104,18 +129,23 @@ class Autoregressive(GenerationLoop):
                 raise output
             if part.tree is None:
                 return self._read(sequence, len(part.given.tokens), output)
-            return [self._verified(sequence, part.tree, output)]
+            outcome = self._verified(sequence, part.tree, output)
+            path = outcome.accepted.path if outcome.accepted is not None else (0,)
+            sequence.probed = part.probed(path[-1], output.logits)
+            return [outcome]
         except Exception as error:
             return [Outcome.failure(sequence, error)]
 
     def _verified(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Outcome:
-        accepted = self.verifier.accept(tree, output.logits, sequence.sampler)
+        accepted = self.verifier.accept(tree, output.logits[: len(tree)], sequence.sampler)
         path = accepted.path
         self.target.state.commit(sequence.slot, path)
         sequence.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
             expected = self.drafter.score(sequence, tree)
-            self.policy.observe(sequence, len(tree) - 1, len(path) - 1, expected)
+            # what was paid for: probes too
+            drafted = len(output.logits) - 1
+            self.policy.observe(sequence, drafted, len(path) - 1, expected)
             end = tokens_end(sequence)
             self.drafter.observe(sequence, tree, path)
             self._check_tokens(sequence, end)
@@ -173,7 +203,9 @@ class Autoregressive(GenerationLoop):
         if self.policy is None or not usual:
             return
         nodes = sum(len(part.given.tokens) for part in parts)
-        drafts = max((len(part.tree) - 1 for part in parts if part.tree is not None), default=0)
+        drafts = max(
+            (len(part.given.tokens) - 1 for part in parts if part.tree is not None), default=0
+        )
         seconds = RoundTimes(drafted - began, stepped - drafted, nodes, drafts, ended - stepped)
         try:
             self.policy.observe_round(seconds)

@@ -73,7 +73,7 @@ class BlockCall(CpuStep):
         self._parts_kept = parts
         norms = [NormStruct(weight=weight.data_ptr()) for weight in parts.read_norms]
         self._drafter = BlockDrafterStruct(
-            decoder=pointer(self._decoder),
+            decoder=pointer(self.decoder),
             read=len(norms),
             places=len(parts.masks),
             rank=parts.before.shape[1],

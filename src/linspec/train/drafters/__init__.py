@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from linspec.train.drafters import block, eagle, first, medusa
+from linspec.train.drafters import (
+    block,
+    chimera,
+    eagle,
+    first,
+    hidden_transfer,
+    lud,
+    medusa,
+    medusa2,
+    ppd,
+)
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import train_drafter
 
@@ -11,8 +21,13 @@ __all__ = [
     "DrafterConfig",
     "DrafterTraining",
     "block",
+    "chimera",
     "eagle",
     "first",
+    "hidden_transfer",
+    "lud",
     "medusa",
+    "medusa2",
+    "ppd",
     "train_drafter",
 ]

@@ -24,8 +24,8 @@ from linspec.drafters.eagle_net import (
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.fused_block import FusedBlock
-from linspec.train.drafters.base import TRAININGS, DrafterTraining, check_length
-from linspec.train.drafters.medusa import NOWHERE, RANKS, commonest, places_of
+from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
+from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
 from linspec.utils.options import option
 from linspec.utils.progress import Progress

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.train.drafters.base import TRAININGS, DrafterTraining, check_length
+from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
 from linspec.train.drafters.states import TargetStates
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
 
-# Ranks whose accuracy is measured for each head: no published tree uses more.
-RANKS = 10
 # no place of a token: what a cross-entropy leaves out
 NOWHERE = -100
 

@@ -14,7 +14,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from linspec.checkpoints.fingerprint import fingerprint
-from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.saved import CONFIG_FILE, save_drafter
 from linspec.drafters.trained import TrainedDrafter
@@ -29,6 +29,7 @@ from linspec.train.data import (
     train_and_heldout,
 )
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining, check_length
+from linspec.train.drafters.joint import JointTraining, joint_place, train_joint
 from linspec.train.drafters.states import StateCache, states_of
 from linspec.train.loop import BatchFn, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
@@ -74,7 +75,11 @@ def train_drafter(
     training = TRAININGS.build(kind)
     check_length(config.context, training.ahead, training.name)
     data = check_sources(data)
-    place = _place(model, out, training.name, data, overwrite)
+    if isinstance(training, JointTraining):
+        place = joint_place(out, resolve(model), training.name, data, overwrite)
+        record = f"{training.drafter}/{CONFIG_FILE}"
+    else:
+        place, record = _place(model, out, training.name, data, overwrite), CONFIG_FILE
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)
     check_tokenizer(tokenizer, target.config)
@@ -86,18 +91,25 @@ def train_drafter(
         "config": config.to_json(),
     }
     accelerator = make_accelerator()
-    with training_run(place, plan, CONFIG_FILE, resume=resume, accelerator=accelerator) as folder:
+    with training_run(place, plan, record, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             eos = end_of_text(tokenizer, target.config)
             train, heldout = (tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field))
             check_length(min(len(train), len(heldout)) - 1, training.ahead, training.name)
             target.to(accelerator.device).requires_grad_(False)
-            drafter, log = _train(training, target, train, config, folder, accelerator, resume)
+            target, drafter, log = _train(
+                training, target, train, config, folder, accelerator, resume
+            )
             if accelerator.is_main_process:
                 sizes = {"context": config.context, "tokens": config.calibration_tokens}
                 training.measure(drafter, heldout, **sizes)
-                facts = {"loss": round(mean_loss(log), 5), "tokens": log[-1]["tokens"]}
-                save_drafter(drafter, target, place, facts={"plan": plan, **facts})
+                facts = {"plan": plan, "loss": round(mean_loss(log), 5)}
+                facts["tokens"] = log[-1]["tokens"]
+                if isinstance(training, JointTraining):
+                    save_model(target, tokenizer, place)
+                    save_drafter(drafter, target, place.path / training.drafter, facts=facts)
+                else:
+                    save_drafter(drafter, target, place, facts=facts)
     return place.path
 
 
@@ -132,8 +144,22 @@ def _train(
     folder: Path,
     accelerator: Accelerator,
     resume: bool,
-) -> tuple[TrainedDrafter, list[dict[str, float]]]:
-    """The trained drafter and its log."""
+) -> tuple[Decoder, TrainedDrafter, list[dict[str, float]]]:
+    """The model, which some kinds change, the trained drafter and its log."""
+    if isinstance(training, JointTraining):
+        windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
+        drafter = training.make(target, stream, config.seed).to(accelerator.device)
+        model, log = train_joint(
+            training,
+            target,
+            drafter,
+            lambda step: windows.batch(step, config.rows),
+            config,
+            folder,
+            accelerator,
+            resume,
+        )
+        return model, drafter, log
     layers = training.reads(target.config)
     batches = _batches(target, stream, config, layers, folder, accelerator)
     drafter = training.make(target, stream, config.seed).to(accelerator.device)
@@ -146,7 +172,7 @@ def _train(
         label=f"train {training.name}",
         accelerator=accelerator,
     )
-    return drafter, trainer.run(resume=resume and trainer.has_state)
+    return target, drafter, trainer.run(resume=resume and trainer.has_state)
 
 
 def _batches(
