@@ -219,7 +219,7 @@ def test_a_wrong_description_is_refused(changed: dict[str, Any], message: str) -
 
 
 def test_a_missing_drafter_is_named() -> None:
-    with pytest.raises(DrafterError, match="no block drafter in nowhere"):
+    with pytest.raises(DrafterError, match="no drafter of kind 'block' in nowhere"):
         make_drafter("block:nowhere", DrafterContext(make_target()))
 
 

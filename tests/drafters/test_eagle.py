@@ -326,7 +326,7 @@ def test_foreign_and_unmeasured_drafters_are_refused(tmp_path: Path) -> None:
     net.accuracies = []
     with pytest.raises(DrafterError, match="never measured"):
         Eagle(net, 1)
-    with pytest.raises(DrafterError, match="needs its directory"):
+    with pytest.raises(DrafterError, match="no drafter of kind 'eagle'"):
         Eagle.build(DrafterContext(model), EagleOptions())
     with pytest.raises(DrafterError, match="smaller top or depth"):
         EagleOptions(top=16, depth=8)

@@ -168,8 +168,8 @@ def test_routers_of_another_model_are_refused(tmp_path: Path) -> None:
     other = randomise(Decoder(tiny_config(*[mixer_config("softmax")] * 3)), 0).float()
     for spec, message in {
         f"first:{folder}": "are for 8 layers, this model has 3",
-        f"first:{tmp_path / 'none'}": "no routers in",
-        "first": "no routers in None",
+        f"first:{tmp_path / 'none'}": "no drafter of kind 'first' in",
+        "first": "no drafter of kind 'first'",
     }.items():
         with pytest.raises(DrafterError, match=message):
             make_drafter(spec, DrafterContext(other))

@@ -17,14 +17,15 @@ from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.load_quantized import load_for, quantize_model
 from linspec.decoding.step import FINAL
 from linspec.decoding.tree import Budget
-from linspec.drafters import DrafterContext, make_drafter, packed, shipped
+from linspec.drafters import DrafterContext, make_drafter, packed
+from linspec.drafters import found as finding
 from linspec.drafters.draft_model import DraftModel
+from linspec.drafters.found import shipped_drafter
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_drafter
 from linspec.drafters.saved_heads import load_heads, save_packed
-from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels import selector
 from linspec.kernels.cpu import step
@@ -247,10 +248,13 @@ def test_heads_can_be_of_several_targets(plain: Path, tmp_path: Path) -> None:
 def test_heads_that_come_with_linspec_are_found_by_their_target(
     monkeypatch: pytest.MonkeyPatch, plain: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(plain, tmp_path / "embedded" / "medusa" / "some")
-    assert shipped_heads(make_model()) is None
-    monkeypatch.setattr(shipped.importlib.resources, "files", lambda package: tmp_path)
-    assert shipped_heads(make_model()) == tmp_path / "embedded" / "medusa" / "some"
+    shutil.copytree(plain, tmp_path / "embedded" / "drafters" / "medusa" / "some")
+    assert shipped_drafter("medusa", make_model()) is None
+    monkeypatch.setattr(finding.importlib.resources, "files", lambda package: tmp_path)
+    assert (
+        shipped_drafter("medusa", make_model())
+        == tmp_path / "embedded" / "drafters" / "medusa" / "some"
+    )
     made = make_drafter("medusa", DrafterContext(make_model()))
     assert isinstance(made, Medusa)
 

@@ -15,8 +15,8 @@ from linspec.checkpoints.gguf.model import plan_gguf
 from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.hub import resolve
 from linspec.checkpoints.weights import weight_files
+from linspec.drafters.found import shipped_for
 from linspec.drafters.saved import CONFIG_FILE
-from linspec.drafters.shipped import has_shipped_heads
 from linspec.errors import CheckpointError, ConfigError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -59,9 +59,7 @@ def drafters_at_hand(folder: Path) -> list[str]:
         kind = read_json(path).get("kind", "medusa")
         name = path.parent.name
         found.append(str(kind) if name == kind else f"{kind}:{path.parent}")
-    if "medusa" not in found and has_shipped_heads(folder):
-        found.append("medusa")
-    return found
+    return found + [kind for kind in shipped_for(folder) if kind not in found]
 
 
 def _memory(read: ConfigFile, config: DecoderConfig, on_disk: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from linspec.decoding.tree import Budget, TokenTree, chain_shape, root_only
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
 from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.medusa import runs_natively
 from linspec.drafters.packed_block import PackedBlockNet
 from linspec.drafters.saved import load_drafter, read_drafter
@@ -64,18 +65,12 @@ class Block(Drafter):
     def build(cls, context: DrafterContext, options: BlockOptions) -> Self:
         """With a drafter from disk."""
         target = context.decoder(cls.name)
-        folder = options.path or _beside(context)
-        if folder is None or not folder.exists():
-            raise DrafterError(
-                f"no block drafter in {folder}; train one with `linspec train-drafter MODEL --kind block "
-                "--out DIR` and name its directory: block:DIR"
-            )
+        folder = find_drafter(cls.name, options.path, context)
         return cls(ready_net(folder, target))
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        beside = _beside(context)
-        return beside is not None and beside.exists()
+        return is_at_hand(cls.name, context)
 
     def started(self, sequence: RunningSequence) -> None:
         self.cache.forget(sequence.slot)
@@ -114,11 +109,6 @@ class Block(Drafter):
 
     def expected(self, budget: Budget) -> float:
         return self.net.measured.gains[min(budget.chain, self.max_nodes)]
-
-
-def _beside(context: DrafterContext) -> Path | None:
-    """Where a block drafter lies in the directory of the model."""
-    return context.source / "block" if context.source else None
 
 
 def ready_net(folder: Path, target: Decoder) -> BlockNet:

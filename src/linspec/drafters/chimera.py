@@ -17,9 +17,10 @@ from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.chimera_net import TOKENS, ChimeraNet
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.packed import draft_head
-from linspec.drafters.saved import find_drafter, is_beside, load_drafter
+from linspec.drafters.saved import load_drafter
 from linspec.drafters.trained import check_calibrated
 from linspec.kernels.cpu.library import load
 from linspec.utils.options import option
@@ -120,12 +121,12 @@ class Chimera(Drafter):
     def build(cls, context: DrafterContext, options: ChimeraOptions) -> Self:
         """With a network from disk."""
         target = context.decoder(cls.name)
-        folder = find_drafter(cls.name, options.path, context.source)
+        folder = find_drafter(cls.name, options.path, context)
         return cls(load_drafter(folder, target, ChimeraNet))
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return is_beside(cls.name, context.source)
+        return is_at_hand(cls.name, context)
 
     def attached(self, target: Target) -> None:
         layer = self.net.layer

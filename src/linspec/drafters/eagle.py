@@ -22,6 +22,7 @@ from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.confident import ConfidentTree, exp_share
 from linspec.drafters.eagle_net import BOTH, EagleNet
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.saved_eagle import load_eagle
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.grow import GrowCall, Grown, Seed
@@ -101,14 +102,12 @@ class Eagle(Drafter):
     def build(cls, context: DrafterContext, options: EagleOptions) -> Self:
         """With a drafter from disk."""
         target = context.decoder(cls.name)
-        folder = options.path or (context.source / "eagle" if context.source else None)
-        if folder is None:
-            raise DrafterError(f"drafter {cls.name!r} needs its directory: {cls.name}:DIR")
+        folder = find_drafter(cls.name, options.path, context)
         return cls(load_eagle(folder, target), context.slots, options)
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return context.source is not None and (context.source / cls.name).exists()
+        return is_at_hand(cls.name, context)
 
     # ---- what is worth how much
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import DRAFTERS, DrafterContext
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.routers import Routers
 from linspec.drafters.saved import load_drafter
 from linspec.drafters.self_bits import check_drafting
@@ -64,7 +65,9 @@ class First(SelfDraft):
         super().__init__(context, tokens=options.tokens, least=options.least)
         target = context.decoder(self.name)
         self.skip = options.skip
-        self.routers = routers or load_drafter(_folder(context, options), target, Routers)
+        self.routers = routers or load_drafter(
+            find_drafter(self.name, options.path, context), target, Routers
+        )
         if self.skip is not None and self.skip > target.config.layers - 2:
             raise DrafterError(
                 f"drafter {self.name!r} cannot leave out {self.skip} layers of {target.config.layers}: the "
@@ -76,7 +79,7 @@ class First(SelfDraft):
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return context.source is not None and (context.source / Routers.kind).is_dir()
+        return is_at_hand(cls.name, context)
 
     def attached(self, target: Target) -> None:
         super().attached(target)
@@ -115,14 +118,3 @@ class First(SelfDraft):
 
     def finished(self, sequence: RunningSequence) -> None:
         self._skipped.pop(sequence.number, None)
-
-
-def _folder(context: DrafterContext, options: FirstOptions) -> Path:
-    beside = context.source / Routers.kind if context.source else None
-    found = options.path or beside
-    if found is None or not found.exists():
-        raise DrafterError(
-            f"no routers in {found}; train them with `linspec train-drafter MODEL --kind first --out DIR` "
-            "and name their directory: first:DIR"
-        )
-    return found

@@ -24,7 +24,8 @@ from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain_shape
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
-from linspec.drafters.saved import find_drafter, is_beside, load_drafter
+from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.saved import load_drafter
 from linspec.drafters.trained import TrainedDrafter, read_shape
 from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
@@ -99,12 +100,12 @@ class LUD(ChainDrafter):
     def build(cls, context: DrafterContext, options: LUDOptions) -> Self:
         """With a slot from disk."""
         target = context.decoder(cls.name)
-        folder = find_drafter(cls.name, options.path, context.source)
+        folder = find_drafter(cls.name, options.path, context)
         return cls(load_drafter(folder, target, Slot), options)
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return is_beside(cls.name, context.source)
+        return is_at_hand(cls.name, context)
 
     def attached(self, target: Target) -> None:
         self._limit = target.model.config.position_limit

@@ -16,10 +16,10 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import FINAL, Want
 from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved_heads import load_heads
-from linspec.drafters.shipped import shipped_heads
 from linspec.errors import DrafterError
 from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
@@ -69,18 +69,12 @@ class Medusa(Drafter):
     def build(cls, context: DrafterContext, options: MedusaOptions) -> Self:
         """With heads from disk."""
         target = context.decoder(cls.name)
-        folder = _heads_of(context) if options.path is None else options.path
-        if folder is None or not folder.exists():
-            found = options.path or _beside(context)
-            raise DrafterError(
-                f"no Medusa heads in {found}, and none come with linspec for this model; train them with "
-                "`linspec train-drafter MODEL --out DIR` and name their directory: medusa:DIR"
-            )
+        folder = find_drafter(cls.name, options.path, context)
         return cls(ready_heads(folder, target))
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return _heads_of(context) is not None
+        return is_at_hand(cls.name, context)
 
     def _within(self, depth: int) -> _Ranked:
         """The rank paths of at most `depth`: near the end of its room a tree is wide, not small."""
@@ -155,19 +149,6 @@ def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
     return _Ranked(
         paths, (-1, *(index[path[:-1]] for path in paths)), list(accumulate(gains, initial=0.0))
     )
-
-
-def _beside(context: DrafterContext) -> Path | None:
-    """Where heads lie in the directory of the model."""
-    return context.source / "medusa" if context.source else None
-
-
-def _heads_of(context: DrafterContext) -> Path | None:
-    """The heads in the directory of the model, else those that come with linspec for it."""
-    beside = _beside(context)
-    if beside is not None and beside.exists():
-        return beside
-    return shipped_heads(context.target) if isinstance(context.target, Decoder) else None
 
 
 def ready_heads(folder: Path, target: Decoder) -> Heads:

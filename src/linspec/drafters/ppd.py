@@ -21,9 +21,10 @@ from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
+from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.layouts import Layouts
-from linspec.drafters.saved import find_drafter, is_beside, load_drafter
+from linspec.drafters.saved import load_drafter
 from linspec.drafters.trained import TrainedDrafter, check_calibrated, read_accuracies, read_shape
 from linspec.models.decoder import Decoder
 from linspec.utils.options import option
@@ -108,12 +109,12 @@ class PPD(Drafter):
     def build(cls, context: DrafterContext, options: PPDOptions) -> Self:
         """With prompt tokens from disk."""
         target = context.decoder(cls.name)
-        folder = find_drafter(cls.name, options.path, context.source)
+        folder = find_drafter(cls.name, options.path, context)
         return cls(load_drafter(folder, target, PromptTokens))
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
-        return is_beside(cls.name, context.source)
+        return is_at_hand(cls.name, context)
 
     def attached(self, target: Target) -> None:
         self._limit = target.model.config.position_limit

@@ -109,25 +109,6 @@ def load_weights(
     drafter.load_state_dict(tensors, assign=True)
 
 
-def find_drafter(kind: str, path: Path | None, source: Path | None) -> Path:
-    """The directory of a drafter: `path`, or that of its kind inside the model's directory `source`.
-
-    Raises DrafterError where there is none.
-    """
-    found = path or (source / kind if source else None)
-    if found is None or not found.exists():
-        raise DrafterError(
-            f"no drafter of kind {kind!r} in {found}; train one with `linspec train-drafter MODEL --kind "
-            f"{kind} --out DIR` and name its directory: {kind}:DIR"
-        )
-    return found
-
-
-def is_beside(kind: str, source: Path | None) -> bool:
-    """Whether a drafter of a kind lies inside the model's directory `source`."""
-    return source is not None and (source / kind / CONFIG_FILE).exists()
-
-
 @contextlib.contextmanager
 def named(folder: Path) -> Iterator[None]:
     """Inside, whatever is wrong with the weights is wrong with this drafter."""
