@@ -342,7 +342,7 @@ def test_a_directory_of_pickles(tmp_path: Path) -> None:
         (("--prompt", "x", "--temperature", "-1"), "temperature"),
         (("--prompt", "x", "--drafter", "nonsense"), "unknown drafter 'nonsense'"),
         (("--prompt", "x", "--drafter", "prompt-lookup:tokens=x"), "tokens must be a whole number"),
-        (("--prompt", "x", "--drafter", "medusa"), "no Medusa heads"),
+        (("--prompt", "x", "--drafter", "medusa"), "no drafter of kind"),
         (("--prompt", "x", "--verifier", "nonsense"), "unknown verifier"),
         (("--prompt", "x", "--drafter", "prompt-lookup", "--policy", "x"), "unknown policy"),
         (("--prompt", "x", "--device", "nonsense"), "device"),

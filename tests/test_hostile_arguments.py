@@ -184,7 +184,7 @@ ARGUMENTS = [
     ((*LINEARIZE, "--exact-heads", 1, "--mixer-seed", 0), "or leave out --exact-heads"),
     ((*LINEARIZE, "--exact-heads", 1, "--keep-softmax", ""), "or leave out --exact-heads"),
     ((*GENERATE, "--logprobs", 3), "--logprobs are printed with --json only"),
-    ((*GENERATE, "--drafter", "medusa"), "train-drafter MODEL --out DIR` and name their directory"),
+    ((*GENERATE, "--drafter", "medusa"), "--out DIR` and name its directory: medusa:DIR"),
     ((*LINEARIZE, "--exact-heads", 1, "--lora-rank", 2), "or leave out --exact-heads"),
     ((*LINEARIZE, "--gate-steps", 2), "--gate-steps finds the heads of --exact-heads"),
     ((*LINEARIZE, "--resume", "--overwrite"), "give one of the two"),

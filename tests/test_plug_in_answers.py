@@ -134,7 +134,11 @@ class Unstarted(GenerationLoop):
 
 
 WRONG: list[tuple[Registry[Any], type[Any], str]] = [
-    (DRAFTERS, Plain, "drafter 'wrong' is a Plain, which is no Drafter and lacks .*observe"),
+    (
+        DRAFTERS,
+        Plain,
+        "drafter 'wrong' is a Plain, which is no Drafter and lacks expected, propose",
+    ),
     (POLICIES, Plain, "policy 'wrong' is a Plain, which is no Policy and lacks .*plan"),
     (
         LOOPS,

@@ -30,7 +30,7 @@ from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import PackedLinear
 from linspec.models.native_linear import NativeLinear
-from linspec.policies.costs import measure
+from linspec.policies.costs import time_steps
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.progress import Progress
 
@@ -39,6 +39,8 @@ FORMATS: dict[str, int | None] = {"float32": None, "int8": 8, "int4": 4}
 OWN_BLOCKS = "blocks"
 # of the inputs of a linear layer: plain decoding, and a tree that is verified
 NODES = (1, 8)
+# draft nodes of the whole steps that are timed
+_STEP_NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,14 +214,14 @@ def _steps(
     clock: Callable[[], float],
 ) -> Iterator[StepRow]:
     size = sum(weight_bytes(layer) for layers in by_size.values() for layer in layers)
-    curve = measure(model, clock)
-    for nodes, seconds in sorted(curve.seconds.items()):
+    found = time_steps(model, _STEP_NODES, clock)
+    for nodes, seconds in sorted(found.items()):
         speed = size / seconds / 1e9
         yield StepRow(
             format=name,
             nodes=nodes,
             seconds=seconds,
-            times_one=_digits(seconds / curve.seconds[1]),
+            times_one=_digits(seconds / found[1]),
             gb_per_s=_digits(speed),
             of_roof=_digits(speed / roof),
         )

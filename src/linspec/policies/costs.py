@@ -9,7 +9,7 @@ import math
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,14 @@ class CostCurve:
 
 
 def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) -> CostCurve:
-    """Time a few sizes of steps of draft nodes after a short context; the others follow from them.
+    """Time a few sizes of steps; the others follow from them."""
+    return CostCurve(completed(time_steps(model, MEASURED_NODES, clock)))
+
+
+def time_steps(
+    model: CausalModel, nodes: Sequence[int], clock: Callable[[], float] = time.perf_counter
+) -> dict[int, float]:
+    """Seconds of a step of so many draft nodes after a short context, where the model has room for them.
 
     The sizes take turns, and the quickest turn of each counts: a busy moment lengthens none of them for good,
     and a busy minute all of them alike, which changes no decision.
@@ -64,18 +71,18 @@ def measure(model: CausalModel, clock: Callable[[], float] = time.perf_counter) 
     fed, _ = model.open([0] * context, 0, state)
     model.step([StepInput(0, fed, all_logits=False)], state)
     state.commit(0, range(len(fed)))
-    sizes = [nodes for nodes in MEASURED_NODES if limit is None or context + nodes <= limit]
+    sizes = [size for size in nodes if limit is None or context + size <= limit]
     found, spent = dict[int, float](), 0.0
     for turn in range(_TURNS):
         if turn > _LEAST_TURNS and spent > _SECONDS:
             break
-        for nodes in sizes or [1]:
-            seconds = _step(model, state, nodes, clock)
+        for size in sizes or [1]:
+            seconds = _step(model, state, size, clock)
             spent += seconds
             # the first turn also builds tree masks and touches the weights
             if turn:
-                found[nodes] = min(seconds, found.get(nodes, math.inf))
-    return CostCurve(completed(found))
+                found[size] = min(seconds, found.get(size, math.inf))
+    return found
 
 
 def _step(
