@@ -261,7 +261,9 @@ def test_linearize_and_train_a_drafter(tmp_path: Path, data: Path) -> None:
     args = (model_dir("softmax"), "--out", out, "--group", 8, "--taps", 4, *short)
     assert run_json("linearize", *args) == {"out": str(out)}
     found = run_json("train-drafter", out, "--kind", "medusa:heads=2", *short)
-    assert found == {"out": str(out / "medusa")}
+    assert found["out"] == str(out / "medusa") and found["drafts"] == 2
+    said = json.loads((out / "medusa" / "drafter.json").read_text())
+    assert 1 <= found["tokens_per_round"] == said["tokens_per_round"] <= 3
     result = run_json("generate", out, "--prompt", "abcd", "--drafter", "medusa", "--policy", 3)
     assert len(result["token_ids"]) >= 1
 
@@ -289,7 +291,12 @@ def test_training_options_are_those_of_the_library(monkeypatch: pytest.MonkeyPat
     assert recipe.mixer_config().group == 16
     run_json("linearize", "x", "--out", "y", "--span", "4,2")
     assert seen["recipe"].span == (4, 2)
-    monkeypatch.setattr("linspec.train.drafters.train_drafter", lambda *a, **k: seen.update(k))
+
+    def fake_drafter(model: str, out: Path | None, **how: object) -> Path:
+        seen.update(how)
+        return Path(model)
+
+    monkeypatch.setattr("linspec.train.drafters.train_drafter", fake_drafter)
     data = str(Path(__file__).parent)
     run_json("train-drafter", "x", "--kind", "medusa:heads=4", "--data", data, "--data", "stdlib")
     assert (seen["config"], seen["kind"]) == (DrafterConfig(), "medusa:heads=4")

@@ -159,7 +159,7 @@ def test_an_untrained_drafter_can_learn_everywhere() -> None:
 
 
 def test_acceptance_is_what_serving_the_drafter_would_count() -> None:
-    """Walk by hand: chain from every place of the text that the target itself wrote."""
+    """Walk by hand: rounds of a text that the target itself wrote in part."""
     target = make_target().requires_grad_(False)
     net = make_net(target)
     rng = np.random.default_rng(0)
@@ -171,9 +171,11 @@ def test_acceptance_is_what_serving_the_drafter_would_count() -> None:
             text[0, at] = target.head(target.hidden(text[:, :at]))[0, -1].argmax()
         net.drafted[:] = torch.cat((text[0, 8:29].unique(), torch.arange(70)))[:21].sort()[0].int()
         states = states_of(target, text, SHAPE.read)
-        hits, tried = [0] * 4, [0] * 4
-        for anchor in range(1, 36):
-            token, right = states.ids[0, anchor], True
+        hits, tried, anchor = [0] * 4, [0] * 4, 0
+        while (anchor := anchor + 1) < 36:
+            token = states.ids[0, anchor]
+            if token != states.chosen[0, anchor - 1]:
+                continue
             roots = net.embedded(token)
             found, _ = block_states(net, states, torch.tensor([anchor]))
             logits = found[0, 0] @ net.target_rows().T
@@ -185,6 +187,8 @@ def test_acceptance_is_what_serving_the_drafter_would_count() -> None:
                 hits[k] += right
                 if not right or token != states.ids[0, anchor + k + 1]:
                     break
+            # the root of the next round stands behind the last draft that was right
+            anchor += k + right
     measured = calibrate(target, net, text[0].numpy(), context=40, tokens=40)
     assert hits[1] > 0
     assert measured.acceptance == pytest.approx(
@@ -240,10 +244,11 @@ def test_a_trained_drafter_loads_with_what_was_measured(
     kind = "block:vocabulary=40,places=3,depth=1,window=16,rank=8"
     out = train_drafter(teacher_dir, tmp_path / "d", kind=kind, data=[corpus], config=SHORT)
     net = load_drafter(out, load_model(teacher_dir), BlockNet)
-    assert len(net.measured.acceptance) == 3 and net.measured.acceptance[0] > 0.1
+    assert len(net.measured.acceptance) == 3
     assert all(t in GRID for t in net.measured.temperatures)
     assert len(net.measured.auc) == len(net.measured.ece) == 3
     described = json.loads((out / "drafter.json").read_text())
+    assert described["drafts"] == 3
     assert described["tokens_per_round"] == pytest.approx(1 + net.measured.gains[-1], abs=1e-3)
     assert net.config.layout == "shift" and net.config.places == 3
 

@@ -198,10 +198,10 @@ def print_speed(result: Mapping[str, Any]) -> None:
         say(f"skipped context {left_out['context']}: {left_out['reason']}")
 
 
-def report_written(out: Path, as_json: bool) -> None:
-    """Say where the result of a training verb lies."""
+def report_written(out: Path, as_json: bool, facts: Mapping[str, Any] | None = None) -> None:
+    """Say where the result of a training verb lies, and in JSON the facts about it."""
     if as_json:
-        print_json({"out": str(out)})
+        print_json({"out": str(out), **(facts or {})})
     else:
         say(f"written to {out}")
 

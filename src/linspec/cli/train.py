@@ -10,7 +10,7 @@ import typer
 
 from linspec.cli.checks import named, whole
 from linspec.cli.checks import sources as named_sources
-from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written
+from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written, say
 from linspec.cli.groups import grouped
 from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training
 
@@ -93,7 +93,7 @@ def train_drafter(
 
     The measurement at the end takes seconds and is done again by a run that is resumed.
     """
-    from linspec.train.drafters import DrafterConfig
+    from linspec.train.drafters import DrafterConfig, predicted
     from linspec.train.drafters import train_drafter as library
 
     place_on("cpu", run.threads)
@@ -108,4 +108,7 @@ def train_drafter(
             resume=run.resume,
             overwrite=run.overwrite,
         )
-    report_written(written, as_json)
+    found = predicted(written)
+    report_written(written, as_json, found.to_json() if found else {})
+    if found and not as_json:
+        say(str(found))

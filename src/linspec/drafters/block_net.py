@@ -105,7 +105,7 @@ class BlockConfig:
 
 @dataclass(slots=True)
 class Measured:
-    """What held-out text said of a drafter, by place.
+    """What rounds on held-out text said of a drafter, by place.
 
     acceptance: how often a draft is right once those before it are. temperatures: by which the confidence's
     logits are divided, so that confidences are shares. auc: how likely a right draft has more confidence
@@ -225,8 +225,7 @@ class BlockNet(TrainedDrafter):
         self._target = (target,)
 
     def described(self) -> dict[str, Any]:
-        predicted = {"tokens_per_round": round(1 + self.measured.gains[-1], 4)}
-        return {**asdict(self.config), **asdict(self.measured), **predicted}
+        return {**asdict(self.config), **asdict(self.measured)}
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any], target: Decoder, path: Path) -> BlockNet:

@@ -136,8 +136,8 @@ class FusedDecoder(Decoder):
 class EagleNet(TrainedDrafter):
     """What fuses the target's states, and the layer that drafts.
 
-    accuracies[d][i]: how often, on held-out text, the rank-i guess at depth d + 1 was what the target chose,
-    where all before it was right. drafted: ids of the tokens that can be drafted, ascending.
+    accuracies[d][i]: how often, in rounds on held-out text, the rank-i guess at depth d + 1 was what the
+    target chose, where all before it was right. drafted: ids of the tokens that can be drafted, ascending.
     """
 
     kind = "eagle"

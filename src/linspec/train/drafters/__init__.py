@@ -14,7 +14,7 @@ from linspec.train.drafters import (
     ppd,
 )
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
-from linspec.train.drafters.run import train_drafter
+from linspec.train.drafters.run import predicted, train_drafter
 
 __all__ = [
     "TRAININGS",
@@ -29,5 +29,6 @@ __all__ = [
     "medusa",
     "medusa2",
     "ppd",
+    "predicted",
     "train_drafter",
 ]

@@ -15,6 +15,7 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.compiled import check_choice, check_precision
 from linspec.train.drafters.states import TargetStates
+from linspec.train.drafters.walk import Prediction
 from linspec.train.loop import TrainConfig
 from linspec.utils.registry import Registry
 from linspec.utils.sizes import check_positive, check_sizes
@@ -107,8 +108,13 @@ class DrafterTraining(ABC, Generic[D]):
         """What is made small: a number, with gradients for the drafter alone."""
 
     @abstractmethod
-    def measure(self, drafter: D, stream: np.ndarray, *, context: int, tokens: int) -> None:
-        """Measure the trained drafter on held-out text, and keep in it what it needs to draft."""
+    def measure(
+        self, drafter: D, stream: np.ndarray, *, context: int, tokens: int
+    ) -> Prediction | None:
+        """Measure the trained drafter on held-out text, and keep in it what it needs to draft.
+
+        Returns what it brings when it is served; None where its drafts are not counted in rounds.
+        """
 
 
 def check_length(context: int, ahead: int, kind: str) -> None:

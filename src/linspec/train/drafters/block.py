@@ -25,6 +25,7 @@ from linspec.train.drafters.calibration import (
 )
 from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.walk import Prediction, agreement, round_starts
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
@@ -108,10 +109,13 @@ class BlockTraining(DrafterTraining[BlockNet]):
     def loss(self, drafter: BlockNet, states: TargetStates) -> torch.Tensor:
         return block_loss(drafter, states, every=self.options.every, decay=self.options.decay)
 
-    def measure(self, drafter: BlockNet, stream: np.ndarray, *, context: int, tokens: int) -> None:
+    def measure(
+        self, drafter: BlockNet, stream: np.ndarray, *, context: int, tokens: int
+    ) -> Prediction:
         target = drafter.target
         assert isinstance(target, Decoder)
         drafter.measured = calibrate(target, drafter, stream, context=context, tokens=tokens)
+        return Prediction.of(drafter.measured.acceptance, drafter.config.places)
 
 
 # tokens from which the scale of the target's states is taken
@@ -185,7 +189,7 @@ def block_loss(
 
 @dataclass(slots=True)
 class Trials:
-    """Blocks that were drafted as they are served, and what the target chose.
+    """Blocks of rounds, as an engine would have them, and what the target chose.
 
     right [N, B] bool: the draft was the target's choice. follows [N, B]: so was the text's next token; only
     then is the target's choice for the next place known. sure [N, B]: logits of the confidences.
@@ -194,6 +198,20 @@ class Trials:
     right: list[torch.Tensor] = field(default_factory=list)
     follows: list[torch.Tensor] = field(default_factory=list)
     sure: list[torch.Tensor] = field(default_factory=list)
+
+    def add(
+        self,
+        agreed: torch.Tensor,
+        right: torch.Tensor,
+        follows: torch.Tensor,
+        sure: torch.Tensor,
+    ) -> None:
+        """Enter the rounds among the blocks of one window, whose row i begins at place i + 1."""
+        judged = torch.ones_like(follows)
+        judged[:, 1:] = follows[:, :-1].cumprod(1)
+        rounds = round_starts((judged & right.cumprod(1).bool()).sum(1), agreed)
+        for kept, given in ((self.right, right), (self.follows, follows), (self.sure, sure)):
+            kept.append(given[rounds].cpu())
 
     def judged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[N, B] each: which places can be judged, which were right together with all before, logits."""
@@ -204,18 +222,21 @@ class Trials:
 
 @torch.inference_mode()
 def draft_all(drafter: BlockNet, states: TargetStates, trials: Trials) -> None:
-    """Draft from every place of some windows, and enter what the target chose there."""
+    """Draft from every place of some windows, and enter what the target chose in the rounds of each."""
     room = states.ids.shape[1] - 1 - drafter.config.places
     places = torch.arange(drafter.config.places, device=states.ids.device)
+    parts = []
     for start in range(1, room + 1, _TOGETHER):
         anchors = torch.arange(start, min(start + _TOGETHER, room + 1), device=states.ids.device)
         found, roots = block_states(drafter, states, anchors)
         drafts, sure = drafter.walk(found, drafter.unary(found), roots)
         at = anchors[:, None] + places
-        tokens = drafter.tokens(drafts)
-        trials.right.append((tokens == states.chosen[:, at]).flatten(0, 1).cpu())
-        trials.follows.append((states.chosen[:, at] == states.ids[:, at + 1]).flatten(0, 1).cpu())
-        trials.sure.append(sure.float().flatten(0, 1).cpu())
+        right = drafter.tokens(drafts) == states.chosen[:, at]
+        follows = states.chosen[:, at] == states.ids[:, at + 1]
+        parts.append((right, follows, sure.float()))
+    whole = [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+    for ids, chosen, *given in zip(states.ids, states.chosen, *whole, strict=True):
+        trials.add(agreement(ids, chosen), *given)
 
 
 # anchors that are drafted from at once
@@ -227,8 +248,8 @@ def calibrate(
 ) -> Measured:
     """How often each place is right as it is served, and temperatures that make its confidences shares.
 
-    On consecutive windows of `context` tokens, `tokens` in all. A place can be judged where the text before
-    it is what the target chose.
+    In the rounds of consecutive windows of `context` tokens, `tokens` in all. A place can be judged where the
+    text before it is what the target chose.
     """
     length = min(len(stream), max(tokens, context))
     context = min(context, length)

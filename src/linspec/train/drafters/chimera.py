@@ -16,6 +16,7 @@ from linspec.train.drafters.chains import cut_of
 from linspec.train.drafters.counted_hits import count_hits
 from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.walk import Prediction, Walk
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -84,8 +85,10 @@ class ChimeraTraining(DrafterTraining[ChimeraNet]):
 
     def measure(
         self, drafter: ChimeraNet, stream: np.ndarray, *, context: int, tokens: int
-    ) -> None:
-        drafter.accuracies = calibrate(drafter, stream, context=context, tokens=tokens)
+    ) -> Prediction:
+        walk, sizes = Walk(drafter.config.depth, 1), {"context": context, "tokens": tokens}
+        drafter.accuracies = calibrate(drafter, stream, walk=walk, **sizes)
+        return walk.prediction()
 
 
 def chimera_loss(
@@ -135,7 +138,7 @@ def drafted_states(
 
 
 def calibrate(
-    net: ChimeraNet, stream: np.ndarray, *, context: int, tokens: int
+    net: ChimeraNet, stream: np.ndarray, *, context: int, tokens: int, walk: Walk | None = None
 ) -> list[list[float]]:
     """How often guess k for a depth is the target's choice, where the tokens drafted before are right."""
     target, depth = net.target, net.config.depth
@@ -164,4 +167,5 @@ def calibrate(
         context=context,
         tokens=tokens,
         most=net.config.vocabulary,
+        walk=walk,
     )

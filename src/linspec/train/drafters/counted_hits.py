@@ -9,6 +9,7 @@ import torch
 
 from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import RANKS, check_length
+from linspec.train.drafters.walk import Walk
 from linspec.utils.progress import Progress
 
 # token ids of a window, ranks -> the target's choices [T], guesses [T, depths, ranks] behind each of them
@@ -26,12 +27,13 @@ def count_hits(
     context: int,
     tokens: int,
     most: int = 0,
+    walk: Walk | None = None,
 ) -> list[list[float]]:
     """The share of places where the rank-k guess for a depth is what the target chooses there.
 
     guesses[t, i] is what a draft behind token t + 1 has for depth i + 1. Measured on consecutive windows of
     `context` tokens, `tokens` in all; RANKS columns, or fewer for a tiny
-    vocabulary. most: tokens that can be drafted, 0 for all.
+    vocabulary. most: tokens that can be drafted, 0 for all. walk: counts the rounds in the same windows.
     """
     length, limit = min(len(stream), max(tokens, context)), target.config.position_limit
     # drafts need places behind the last token
@@ -43,7 +45,10 @@ def count_hits(
     with Progress(f"calibrate {kind}", len(starts)) as progress:
         for done, start in enumerate(starts, 1):
             window = np.asarray(stream[start : start + context], dtype=np.int64)
-            chosen, guessed = guesses(torch.from_numpy(window).to(target.device), ranks)
+            ids = torch.from_numpy(window).to(target.device)
+            chosen, guessed = guesses(ids, ranks)
+            if walk is not None:
+                walk.add(ids, chosen, guessed[:-1, :, :1])
             for i in range(depths):
                 right = guessed[: -i - 1, i] == chosen[i + 1 :, None]
                 hits[i] += right.sum(0).cpu().numpy()

@@ -27,6 +27,7 @@ from linspec.models.fused_block import FusedBlock
 from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
 from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.walk import Prediction, Walk
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
@@ -96,18 +97,24 @@ class EagleTraining(DrafterTraining[EagleNet]):
     def loss(self, drafter: EagleNet, states: TargetStates) -> torch.Tensor:
         return eagle_loss(drafter, states, self.options.steps, self.options.decay)
 
-    def measure(self, drafter: EagleNet, stream: np.ndarray, *, context: int, tokens: int) -> None:
+    def measure(
+        self, drafter: EagleNet, stream: np.ndarray, *, context: int, tokens: int
+    ) -> Prediction:
         length = min(len(stream), max(tokens, context))
         context = min(context, length)
         check_length(context - 1, self.ahead, self.name)
-        counts, device = ServedAccuracies(drafter, self.options.depth), drafter.target.device
+        walk = Walk(min(self.options.depth, DEEPEST), min(RANKS, drafter.config.vocabulary))
+        device = drafter.target.device
         starts = range(0, length - context + 1, context)
         with Progress("measure the drafter", len(starts)) as progress:
             for done, start in enumerate(starts, 1):
                 ids = torch.from_numpy(stream[start : start + context].astype(np.int64))
-                counts.add(states_of(drafter.target, ids[None].to(device), drafter.config.reads))
+                states = states_of(drafter.target, ids[None].to(device), drafter.config.reads)
+                guesses = drafts_of(drafter, states, walk.drafts, walk.ranks)
+                walk.add(states.ids[0], states.chosen[0], guesses[0])
                 progress.update(done)
-        drafter.accuracies = counts.rates()
+        drafter.accuracies = walk.rates()
+        return walk.prediction()
 
 
 class Unroll:
@@ -191,37 +198,19 @@ def eagle_loss(net: EagleNet, states: TargetStates, steps: int, decay: float) ->
     return loss
 
 
-class ServedAccuracies:
-    """Counts how often drafts are right as they are served: on their own tokens and states.
+@torch.inference_mode()
+def drafts_of(net: EagleNet, states: TargetStates, depth: int, ranks: int) -> torch.Tensor:
+    """The likeliest tokens [B, T - 1, depth, ranks] of drafts behind every place, as they are served:
+    on their own tokens and states.
 
-    A draft begins behind every place of a window. Depth d + 1 is counted where all tokens before it were
-    what the target chose and what the text says: behind other tokens nobody knows what the target chooses.
+    NOWHERE where a depth lies behind the window.
     """
-
-    def __init__(self, net: EagleNet, depth: int) -> None:
-        self.net, self.depth = net, min(depth, DEEPEST)
-        self.ranks = min(RANKS, net.config.vocabulary)
-        self._hits = torch.zeros(self.depth, self.ranks, dtype=torch.long)
-        self._seen = torch.zeros(self.depth, 1, dtype=torch.long)
-
-    @torch.inference_mode()
-    def add(self, states: TargetStates) -> None:
-        """Count the drafts behind all places of some windows."""
-        net, ids, total = self.net, states.ids, states.final.shape[1]
-        unroll, drafted = Unroll(net, fused_states(net, states)), net.drafted.long()
-        tokens, alive = ids[:, 1:total], torch.ones_like(ids[:, 1:total], dtype=torch.bool)
-        for depth in range(self.depth):
-            count = total - 1 - depth
-            final = unroll.step(tokens[:, :count])
-            best = drafted[net.decoder.head(final).topk(self.ranks).indices]
-            right = best == states.chosen[:, 1 + depth : 1 + depth + count, None]
-            alive, tokens = alive[:, :count], best[..., 0]
-            self._hits[depth] += right[alive].sum(0).cpu()
-            self._seen[depth] += int(alive.sum())
-            alive = alive & right[..., 0] & (tokens == ids[:, 2 + depth : 2 + depth + count])
-
-    def rates(self) -> list[list[float]]:
-        """By depth, the share of drafts whose rank-i guess was right; depths that nothing reached are cut."""
-        found = (self._hits / self._seen.clamp(min=1)).tolist()
-        reached = [row for row, seen in zip(found, self._seen, strict=True) if int(seen)]
-        return [[round(rate, 5) for rate in row] for row in reached]
+    unroll, drafted = Unroll(net, fused_states(net, states)), net.drafted.long()
+    tokens = states.ids[:, 1 : states.final.shape[1]]
+    found = tokens.new_full((*tokens.shape, depth, ranks), NOWHERE)
+    for d in range(min(depth, tokens.shape[1])):
+        final = unroll.step(tokens[:, : found.shape[1] - d])
+        best = drafted[net.decoder.head(final).topk(ranks).indices]
+        found[:, : best.shape[1], d] = best
+        tokens = best[..., 0]
+    return found

@@ -16,6 +16,7 @@ from linspec.train.drafters.base import TRAININGS, DrafterTraining
 from linspec.train.drafters.chains import cut_of, divergence, upper_hidden
 from linspec.train.drafters.counted_hits import count_hits, probe_parents
 from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.walk import Prediction, Walk
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -90,8 +91,10 @@ class TransferTraining(DrafterTraining[TransferMaps]):
 
     def measure(
         self, drafter: TransferMaps, stream: np.ndarray, *, context: int, tokens: int
-    ) -> None:
-        drafter.accuracies = calibrate(drafter, stream, context=context, tokens=tokens)
+    ) -> Prediction:
+        walk, sizes = Walk(drafter.config.steps, 1), {"context": context, "tokens": tokens}
+        drafter.accuracies = calibrate(drafter, stream, walk=walk, **sizes)
+        return walk.prediction()
 
 
 def transfer_loss(drafter: TransferMaps, states: TargetStates, decay: float) -> torch.Tensor:
@@ -105,7 +108,12 @@ def transfer_loss(drafter: TransferMaps, states: TargetStates, decay: float) -> 
 
 
 def calibrate(
-    drafter: TransferMaps, stream: np.ndarray, *, context: int, tokens: int
+    drafter: TransferMaps,
+    stream: np.ndarray,
+    *,
+    context: int,
+    tokens: int,
+    walk: Walk | None = None,
 ) -> list[list[float]]:
     """How often the rank-k guess of pseudo token i is the target's choice, counted in steps that serve."""
     target, count, layer = drafter.target, drafter.config.steps, drafter.config.layer
@@ -119,7 +127,14 @@ def calibrate(
         return states.chosen[0], best.view(len(window), count, ranks)
 
     return count_hits(
-        target, guesses, stream, depths=count, kind=drafter.kind, context=context, tokens=tokens
+        target,
+        guesses,
+        stream,
+        depths=count,
+        kind=drafter.kind,
+        context=context,
+        tokens=tokens,
+        walk=walk,
     )
 
 

@@ -13,6 +13,7 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
 from linspec.train.drafters.states import TargetStates
+from linspec.train.drafters.walk import Prediction, Walk
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
@@ -82,10 +83,12 @@ class MedusaTraining(DrafterTraining[MedusaHeads]):
 
     def measure(
         self, drafter: MedusaHeads, stream: np.ndarray, *, context: int, tokens: int
-    ) -> None:
-        target = drafter.target
+    ) -> Prediction:
+        target, walk = drafter.target, Walk(drafter.config.heads, 1)
         assert isinstance(target, Decoder)
-        drafter.accuracies = calibrate(target, drafter, stream, context=context, tokens=tokens)
+        sizes = {"context": context, "tokens": tokens}
+        drafter.accuracies = calibrate(target, drafter, stream, walk=walk, **sizes)
+        return walk.prediction()
 
 
 def commonest(stream: np.ndarray, count: int, vocabulary: int) -> torch.Tensor | None:
@@ -129,12 +132,18 @@ def heads_loss(heads: MedusaHeads, states: TargetStates, decay: float) -> torch.
 
 @torch.inference_mode()
 def calibrate(
-    target: Decoder, heads: Heads, stream: np.ndarray, *, context: int, tokens: int
+    target: Decoder,
+    heads: Heads,
+    stream: np.ndarray,
+    *,
+    context: int,
+    tokens: int,
+    walk: Walk | None = None,
 ) -> list[list[float]]:
     """a_k(i): the share of positions of `stream` where head k's rank-i guess is the target's choice.
 
     Measured on consecutive windows of `context` tokens, `tokens` in all; RANKS columns, or fewer
-    for a tiny vocabulary.
+    for a tiny vocabulary. walk: counts the rounds in the same windows.
     """
     length = min(len(stream), max(tokens, context))
     context = min(context, length)
@@ -151,10 +160,15 @@ def calibrate(
             chosen = target.head(hidden).argmax(-1)
             # behind the last token nothing is known, and no head is asked there
             features = heads.features(heads.seen(hidden, ids[None].roll(-1, 1)))
+            firsts = []
             for k in range(1, heads.config.heads + 1):
-                guesses = heads.logits(features[:, :-k, k - 1], k - 1).topk(ranks).indices
-                right = heads.tokens(guesses) == chosen[:, k:, None]
+                guesses = heads.logits(features[:, :-1, k - 1], k - 1).topk(ranks).indices
+                guesses = heads.tokens(guesses)
+                firsts.append(guesses[0, :, :1])
+                right = guesses[:, : chosen.shape[1] - k] == chosen[:, k:, None]
                 hits[k - 1] += right.sum((0, 1)).cpu()
                 seen[k - 1] += right.shape[1]
+            if walk is not None:
+                walk.add(ids.to(device), chosen[0], torch.stack(firsts, 1))
             progress.update(done)
     return [[round(rate, 5) for rate in row] for row in (hits / seen).tolist()]

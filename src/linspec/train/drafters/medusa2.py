@@ -20,6 +20,7 @@ from linspec.train.drafters.base import TRAININGS
 from linspec.train.drafters.joint import JointTraining
 from linspec.train.drafters.medusa import MedusaTraining, MedusaTrainingOptions, heads_loss
 from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.walk import Prediction
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -97,5 +98,5 @@ class Medusa2Training(JointTraining[MedusaHeads]):
 
     def measure(
         self, drafter: MedusaHeads, stream: np.ndarray, *, context: int, tokens: int
-    ) -> None:
-        self._heads.measure(drafter, stream, context=context, tokens=tokens)
+    ) -> Prediction:
+        return self._heads.measure(drafter, stream, context=context, tokens=tokens)

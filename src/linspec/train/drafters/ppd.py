@@ -16,6 +16,7 @@ from linspec.train.drafters.base import TRAININGS, DrafterTraining
 from linspec.train.drafters.chains import cut_of, divergence, hidden_behind
 from linspec.train.drafters.counted_hits import count_hits, probe_parents
 from linspec.train.drafters.states import TargetStates
+from linspec.train.drafters.walk import Prediction, Walk
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -75,9 +76,11 @@ class PPDTraining(DrafterTraining[PromptTokens]):
 
     def measure(
         self, drafter: PromptTokens, stream: np.ndarray, *, context: int, tokens: int
-    ) -> None:
+    ) -> Prediction:
         (target,) = self._target
-        drafter.accuracies = calibrate(target, drafter, stream, context=context, tokens=tokens)
+        walk, sizes = Walk(drafter.config.prompts, 1), {"context": context, "tokens": tokens}
+        drafter.accuracies = calibrate(target, drafter, stream, walk=walk, **sizes)
+        return walk.prediction()
 
 
 def prompts_loss(drafter: PromptTokens, states: TargetStates, decay: float) -> torch.Tensor:
@@ -90,7 +93,13 @@ def prompts_loss(drafter: PromptTokens, states: TargetStates, decay: float) -> t
 
 
 def calibrate(
-    target: Decoder, drafter: PromptTokens, stream: np.ndarray, *, context: int, tokens: int
+    target: Decoder,
+    drafter: PromptTokens,
+    stream: np.ndarray,
+    *,
+    context: int,
+    tokens: int,
+    walk: Walk | None = None,
 ) -> list[list[float]]:
     """How often the rank-k guess of prompt i is the target's choice, counted in the steps that serve."""
     prompts, count = drafter.embeddings.to(target.dtype), drafter.config.prompts
@@ -110,5 +119,12 @@ def calibrate(
         return whole[:, 0], whole[:, 1:].view(-1, count, ranks)
 
     return count_hits(
-        target, guesses, stream, depths=count, kind=drafter.kind, context=context, tokens=tokens
+        target,
+        guesses,
+        stream,
+        depths=count,
+        kind=drafter.kind,
+        context=context,
+        tokens=tokens,
+        walk=walk,
     )

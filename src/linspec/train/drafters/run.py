@@ -18,7 +18,7 @@ from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer,
 from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.saved import CONFIG_FILE, save_drafter
 from linspec.drafters.trained import TrainedDrafter
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.train.data import (
     Sources,
@@ -31,8 +31,10 @@ from linspec.train.data import (
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining, check_length
 from linspec.train.drafters.joint import JointTraining, joint_place, train_joint
 from linspec.train.drafters.states import StateCache, states_of
+from linspec.train.drafters.walk import Prediction
 from linspec.train.loop import BatchFn, Trainer, mean_loss
 from linspec.train.run import make_accelerator, training_run
+from linspec.utils.border import read_json
 from linspec.utils.places import Place, as_path
 from linspec.utils.sizes import check_instance
 
@@ -102,8 +104,9 @@ def train_drafter(
             )
             if accelerator.is_main_process:
                 sizes = {"context": config.context, "tokens": config.calibration_tokens}
-                training.measure(drafter, heldout, **sizes)
-                facts = {"plan": plan, "loss": round(mean_loss(log), 5)}
+                predicted = training.measure(drafter, heldout, **sizes)
+                facts = predicted.to_json() if predicted else {}
+                facts |= {"plan": plan, "loss": round(mean_loss(log), 5)}
                 facts["tokens"] = log[-1]["tokens"]
                 if isinstance(training, JointTraining):
                     save_model(target, tokenizer, place)
@@ -111,6 +114,16 @@ def train_drafter(
                 else:
                     save_drafter(drafter, target, place, facts=facts)
     return place.path
+
+
+def predicted(out: Path) -> Prediction | None:
+    """What the drafter that `train_drafter` wrote to `out` was measured to bring; None where it was not."""
+    for path in (out / CONFIG_FILE, *out.glob(f"*/{CONFIG_FILE}")):
+        if path.exists():
+            data = read_json(path, DrafterError)
+            tokens, drafts = data.get("tokens_per_round"), data.get("drafts")
+            return Prediction(tokens, drafts) if tokens and drafts else None
+    return None
 
 
 def _place(
