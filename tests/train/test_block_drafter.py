@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +15,13 @@ from hypothesis import strategies as st
 
 from linspec.checkpoints.hub import load_model
 from linspec.drafters.block_net import BlockNet
-from linspec.drafters.saved import load_drafter, save_drafter
-from linspec.evaluate.drafters import find_companions
-from linspec.evaluate.files import verify_files
+from linspec.drafters.saved import load_drafter
 from linspec.models.decoder import Decoder
 from linspec.train.drafters import DrafterConfig, train_drafter
 from linspec.train.drafters.block import (
     DISTANCE,
     SURE,
     TOKEN,
-    BlockTrainingOptions,
     anchors_of,
     block_logits,
     block_loss,
@@ -251,19 +246,3 @@ def test_a_trained_drafter_loads_with_what_was_measured(
     assert described["drafts"] == 3
     assert described["tokens_per_round"] == pytest.approx(1 + net.measured.gains[-1], abs=1e-3)
     assert net.config.layout == "shift" and net.config.places == 3
-
-
-def test_a_model_with_a_block_drafter_inside_is_read_and_quantized_without_it(
-    teacher_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "m"
-    shutil.copytree(teacher_dir, folder)
-    model = load_model(folder)
-    options = BlockTrainingOptions(places=2, depth=1, vocabulary=0, rank=4)
-    net = BlockNet(options.shape_for(model.config), model)
-    net.initialize(torch.Generator().manual_seed(0))
-    save_drafter(net, model, folder / "block")
-    assert verify_files(folder).drafters == ("block",)
-    with caplog.at_level(logging.WARNING, "linspec"):
-        assert find_companions(folder, model) == []
-    assert "stays behind" in caplog.text and "'block'" in caplog.text

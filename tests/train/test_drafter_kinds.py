@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from linspec import LLM, SamplingParams
 from linspec.checkpoints.hub import save_model
 from linspec.drafters import DRAFTERS
+from linspec.drafters.lud import Slot, SlotConfig
+from linspec.drafters.saved import save_drafter
+from linspec.errors import CheckpointError, DrafterError
+from linspec.evaluate.files import verify_files
+from linspec.evaluate.quantize import quantize
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.drafters import TRAININGS, DrafterConfig, train_drafter
@@ -25,6 +34,8 @@ KINDS = [
     for entry in TRAININGS
     if not issubclass(entry.value, JointTraining) and entry.name in DRAFTERS
 ]
+
+TRAINED = [entry.name for entry in DRAFTERS if entry.value.files is not None]
 
 
 def deep_teacher(vocab_size: int) -> Decoder:
@@ -62,3 +73,71 @@ def test_a_trained_drafter_is_found_and_changes_nothing(
         drawn = SamplingParams(max_tokens=12, temperature=1.0, seed=seed)
         one = LLM(model, drafter="none").generate(prompts[:1], drawn)
         assert llm.generate(prompts[:1], drawn)[0].token_ids == one[0].token_ids
+
+
+@pytest.fixture(scope="module")
+def crowded(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a drafter of every kind inside."""
+    model = deep_teacher(len(tokenizer)).requires_grad_(False)
+    folder = save_model(model, tokenizer, tmp_path_factory.mktemp("crowded") / "model")
+    stream = np.random.default_rng(0).integers(0, len(tokenizer), 256)
+    for kind in KINDS:
+        training = TRAININGS.build(kind)
+        drafter = training.make(model, stream, 0)
+        training.measure(drafter, stream, context=32, tokens=64)
+        save_drafter(drafter, model, folder / kind)
+    slot = SlotConfig(width=model.config.width, vocab_size=model.config.vocab_size)
+    save_drafter(Slot(slot), model, folder / "lud")
+    return folder
+
+
+def test_every_kind_inside_a_model_is_verified(crowded: Path, tmp_path: Path) -> None:
+    report = verify_files(crowded)
+    assert report.drafters == tuple(sorted(TRAINED))
+    for kind in TRAINED:
+        folder = tmp_path / kind
+        shutil.copytree(crowded, folder)
+        weights = folder / kind / "drafter.safetensors"
+        tensors = load_file(weights)
+        spoilt = next(name for name, given in tensors.items() if given.is_floating_point())
+        tensors[spoilt].view(-1)[-1] = float("nan")
+        save_file(tensors, weights)
+        (folder / kind / "checksums.json").unlink()
+        with pytest.raises((CheckpointError, DrafterError), match=f"{kind}.*holds NaN"):
+            verify_files(folder)
+
+
+def test_a_kind_that_nobody_knows_is_named_by_verify(crowded: Path, tmp_path: Path) -> None:
+    shutil.copytree(crowded, tmp_path / "m")
+    path = tmp_path / "m" / "lud" / "drafter.json"
+    for kind in ("prompt-lookup", "strange", ["lud"]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": kind}))
+        with pytest.raises(DrafterError, match="none of the trained ones"):
+            verify_files(tmp_path / "m")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_drafters_are_packed_with_their_model_or_said_to_stay_behind(
+    bits: int, crowded: Path, tmp_path: Path, corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = tmp_path / "m" / "strange"
+    shutil.copytree(crowded, tmp_path / "m")
+    strange.mkdir()
+    (strange / "drafter.json").write_text('{"format_version": "0.2", "kind": "strange"}')
+    out, settings = tmp_path / "q", {"data": [corpus], "calibration_bytes": 0, "limit_bytes": 500}
+    with caplog.at_level("WARNING", "linspec"):
+        report = quantize(tmp_path / "m", out, bits=bits, **settings)
+    packed = {name for name in TRAINED if DRAFTERS[name].files.pack is not None}
+    assert packed == set(report.drafters) == {"medusa", "block", "eagle"}
+    assert {found["kind"] for found in report.drafters.values()} == packed
+    assert verify_files(out).drafters == tuple(sorted(packed))
+    for kind in {*TRAINED, "strange"} - packed:
+        assert f"{kind} stays behind" in caplog.text
+    prompts, params = ["the old fox", "a red dog near my"], SamplingParams(max_tokens=12)
+    plain = [each.token_ids for each in LLM(out, drafter="none").generate(prompts, params)]
+    for kind in packed:
+        data = json.loads((out / kind / "drafter.json").read_text())
+        assert data["quantization"]["bits"] == bits
+        found = LLM(out, drafter=kind, policy=3).generate(prompts, params)
+        assert [each.token_ids for each in found] == plain
+        assert sum(each.stats.drafted for each in found) > 0

@@ -14,6 +14,8 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import LOGITS, MAX_STAGED, Want
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain
+from linspec.drafters.saved import kind_of
+from linspec.drafters.trained import Files
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.utils.messages import shown
@@ -73,9 +75,12 @@ class Drafter(ABC):
         max_nodes: most draft nodes of one of its trees.
         model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
             and its tree is verified where `score` says more of it than the other drafters expect.
+        files: what is done with the directories of trained drafters of the kind `name`; None where it needs
+            no training.
     """
 
     name: ClassVar[str]
+    files: ClassVar[Files | None] = None
     model_free: ClassVar[bool] = False
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
@@ -275,3 +280,15 @@ DRAFTERS: Registry[Drafter] = Registry(
     "drafter", "linspec.drafters", beside=("none",), base=Drafter, joined="mixed"
 )
 """The registry of drafters. Packages add to it by entry points of the group `linspec.drafters`."""
+
+
+def files_of(folder: Path) -> Files:
+    """What is done with a directory of a trained drafter; raises DrafterError where nobody knows its kind."""
+    kind = kind_of(folder)
+    files = DRAFTERS[kind].files if isinstance(kind, str) and kind in DRAFTERS else None
+    if files is None:
+        raise DrafterError(
+            f"{folder} describes a drafter of kind {shown(repr(kind))}, which is none of the trained ones of "
+            "`linspec list`; install the package that it comes from, or remove the directory"
+        )
+    return files

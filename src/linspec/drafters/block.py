@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-from linspec.checkpoints.quantized import ENTRY
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
 from linspec.decoding.tree import Budget, TokenTree, chain_shape, root_only
@@ -18,8 +17,8 @@ from linspec.drafters.block_net import BlockNet
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.medusa import runs_natively
 from linspec.drafters.packed_block import PackedBlockNet
-from linspec.drafters.saved import load_drafter, read_drafter
-from linspec.drafters.saved_heads import load_packed
+from linspec.drafters.saved_heads import load_block, pack_block
+from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer, integer_bits
@@ -49,6 +48,8 @@ class Block(Drafter):
 
     The whole block is drafted whatever the budget is, as it was trained; the tree is a prefix of it.
     """
+
+    files = Files(load_block, pack_block)
 
     def __init__(self, net: BlockNet) -> None:
         if not net.measured.acceptance:
@@ -113,9 +114,7 @@ class Block(Drafter):
 
 def ready_net(folder: Path, target: Decoder) -> BlockNet:
     """The drafter in `folder` in the form that suits `target`, which may be prepared later."""
-    if ENTRY in read_drafter(folder, BlockNet.kind):
-        return load_packed(folder, target, BlockNet, PackedBlockNet.of)
-    net = load_drafter(folder, target, BlockNet)
-    if runs_natively(target.head):
+    net = load_block(folder, target)
+    if not isinstance(net, PackedBlockNet) and runs_natively(target.head):
         return PackedBlockNet.of(net, Quantizer(integer_bits(target.head) or 8, {}))
     return net

@@ -20,7 +20,7 @@ from linspec.drafters.chimera_net import TOKENS, ChimeraNet
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.packed import draft_head
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import check_calibrated
 from linspec.kernels.cpu.library import load
 from linspec.utils.options import option
@@ -102,6 +102,8 @@ class Chimera(Drafter):
     It reads states as they are committed. Where it was not asked for some rounds it begins anew with the
     newest ones: its layer sees no further than its window anyway.
     """
+
+    files = plain_files(ChimeraNet)
 
     def __init__(self, net: ChimeraNet) -> None:
         check_calibrated(net.accuracies, net.kind)

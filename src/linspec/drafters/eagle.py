@@ -23,7 +23,8 @@ from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.confident import ConfidentTree, exp_share
 from linspec.drafters.eagle_net import BOTH, EagleNet
 from linspec.drafters.found import find_drafter, is_at_hand
-from linspec.drafters.saved_eagle import load_eagle
+from linspec.drafters.saved_eagle import load_eagle, pack_eagle
+from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.grow import GrowCall, Grown, Seed
 from linspec.kernels.selector import pick_kernel
@@ -81,6 +82,8 @@ class _Record:
 )
 class Eagle(Drafter):
     """Trees of the layer's likeliest tokens; see `ConfidentTree`."""
+
+    files = Files(load_eagle, pack_eagle)
 
     def __init__(self, net: EagleNet, slots: int, options: EagleOptions | None = None) -> None:
         self.net, self.options = net, options or EagleOptions()

@@ -14,7 +14,7 @@ from linspec.decoding.target import Target
 from linspec.drafters.base import DRAFTERS, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.routers import Routers
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.self_bits import check_drafting
 from linspec.drafters.self_draft import SelfDraft
 from linspec.errors import DrafterError
@@ -58,6 +58,8 @@ class FirstOptions:
 )
 class First(SelfDraft):
     """A form for each set of layers, chosen for each sequence."""
+
+    files = plain_files(Routers)
 
     def __init__(
         self, context: DrafterContext, options: FirstOptions, routers: Routers | None = None

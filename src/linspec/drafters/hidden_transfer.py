@@ -27,7 +27,7 @@ from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.guesses import GuessTree
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, check_calibrated, read_accuracies, read_shape
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
@@ -140,6 +140,8 @@ class TransferOptions:
 )
 class HiddenTransfer(Drafter):
     """Trees of the pseudo tokens' likeliest tokens, shaped by their accuracies on held-out data."""
+
+    files = plain_files(TransferMaps)
 
     def __init__(self, maps: TransferMaps) -> None:
         check_calibrated(maps.accuracies, maps.kind)

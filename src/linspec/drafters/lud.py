@@ -25,7 +25,7 @@ from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain_shape
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, read_shape
 from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
@@ -87,6 +87,7 @@ class LUDOptions:
 class LUD(ChainDrafter):
     """Chains of what the slots say, as far as they are sure; slots ride below the last node."""
 
+    files = plain_files(Slot)
     probing = True
 
     def __init__(self, slot: Slot, options: LUDOptions | None = None) -> None:

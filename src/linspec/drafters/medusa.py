@@ -19,7 +19,8 @@ from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.saved_heads import load_heads, pack_heads
+from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
@@ -54,6 +55,7 @@ class Medusa(Drafter):
     """
 
     needs = Want((FINAL,))
+    files = Files(load_heads, pack_heads)
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads

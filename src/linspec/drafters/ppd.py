@@ -24,7 +24,7 @@ from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.layouts import Layouts
-from linspec.drafters.saved import load_drafter
+from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, check_calibrated, read_accuracies, read_shape
 from linspec.models.decoder import Decoder
 from linspec.utils.options import option
@@ -91,6 +91,7 @@ class PPDOptions:
 class PPD(Drafter):
     """Budgets count prompt tokens as nodes: `expected` says what the best mix of both brings."""
 
+    files = plain_files(PromptTokens)
     probing = True
     max_nodes = MAX_NODES
 

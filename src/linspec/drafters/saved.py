@@ -22,7 +22,7 @@ from torch import nn
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.tensors import aligned, check_tensors
-from linspec.drafters.trained import TrainedDrafter
+from linspec.drafters.trained import Files, TrainedDrafter
 from linspec.errors import CheckpointError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
@@ -98,6 +98,11 @@ def load_drafter(source: str | Path, model: Decoder, kind: type[T]) -> T:
     load_weights(drafter, tensors, folder)
     drafter.check_weights(folder / WEIGHTS_FILE)
     return drafter.to(model.device, model.dtype).eval()
+
+
+def plain_files(kind: type[TrainedDrafter]) -> Files:
+    """The directories of a kind that is written in full width only."""
+    return Files(lambda folder, model: load_drafter(folder, model, kind))
 
 
 def load_weights(

@@ -1,6 +1,6 @@
-"""EAGLE-style drafters on disk: a drafter directory, as in `linspec.drafters.saved`, plain or in 8 bits.
+"""EAGLE-style drafters on disk: a drafter directory, as in `linspec.drafters.saved`, plain or packed.
 
-One in 8 bits has an entry `quantization` in drafter.json, as quantized models have; its weights are mapped.
+A packed one has an entry `quantization` in drafter.json, as quantized models have; its weights are mapped.
 
     net = load_eagle("model/eagle", model)
 """
@@ -27,7 +27,7 @@ from linspec.drafters.saved import (
 )
 from linspec.errors import CheckpointError, DrafterError
 from linspec.models.decoder import Decoder
-from linspec.models.linear import Blank
+from linspec.models.linear import Blank, Quantizer
 from linspec.models.skeleton import without_memory
 from linspec.utils.places import Place
 
@@ -56,6 +56,15 @@ def load_eagle(source: str | Path, model: Decoder) -> EagleNet:
     load_weights(net, tensors, folder, exact=True)
     net.check_weights(folder / WEIGHTS_FILE)
     return net.requires_grad_(False).eval()
+
+
+def pack_eagle(
+    net: EagleNet, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]
+) -> EagleNet:
+    """Write a drafter of a model that has been quantized since, packed too; see `Files`."""
+    packed = net.to_inference(Quantizer(bits, {}))
+    save_packed_eagle(packed, model, out, bits, facts)
+    return packed
 
 
 def save_packed_eagle(

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from linspec.checkpoints.checksums import write_checksums
 from linspec.checkpoints.quantized import ENTRY, check_entry, entry_of, map_tensors, write_aligned
+from linspec.drafters.block_net import BlockNet
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.packed_block import PackedBlockNet
@@ -32,7 +33,7 @@ from linspec.drafters.trained import TrainedDrafter
 from linspec.errors import CheckpointError, DrafterError
 from linspec.mixers.projections import LinearFactory
 from linspec.models.decoder import Decoder
-from linspec.models.linear import Blank
+from linspec.models.linear import Blank, Quantizer
 from linspec.models.skeleton import without_memory
 from linspec.utils.places import Place
 
@@ -80,6 +81,33 @@ def load_packed(
     load_weights(drafter, tensors, folder, exact=True)
     drafter.check_weights(folder / WEIGHTS_FILE)
     return drafter.requires_grad_(False).eval()
+
+
+def pack_heads(
+    heads: MedusaHeads, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]
+) -> PackedHeads:
+    """Write heads of a model that has been quantized since, packed too; see `Files`."""
+    heads.bind(model)
+    packed = PackedHeads.of(heads, Quantizer(bits, {}))
+    save_packed(packed, model, out, bits, facts)
+    return packed
+
+
+def load_block(folder: Path, model: Decoder) -> BlockNet:
+    """The block drafter in `folder`, packed where it was written so."""
+    if ENTRY in read_drafter(folder, BlockNet.kind):
+        return load_packed(folder, model, BlockNet, PackedBlockNet.of)
+    return load_drafter(folder, model, BlockNet)
+
+
+def pack_block(
+    net: BlockNet, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]
+) -> PackedBlockNet:
+    """Write a block drafter of a model that has been quantized since, packed too; see `Files`."""
+    net.bind(model)
+    packed = PackedBlockNet.of(net, Quantizer(bits, {}))
+    save_packed(packed, model, out, bits, facts, BlockNet.kind)
+    return packed
 
 
 def save_packed(

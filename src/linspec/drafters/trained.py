@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -42,6 +42,19 @@ class TrainedDrafter(nn.Module, ABC):
 
     def check_weights(self, path: Path) -> None:
         """Raise DrafterError where the weights read from `path` have impossible values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What can be done with the directories of a kind of trained drafter.
+
+    load: the drafter in a directory for a model, in the form in which it was written. pack: writes one that
+    was loaded from plain weights, and whose model has been quantized since, to a new directory, with weights
+    of so many bits and what its drafter.json said; returns what it wrote. None where there is no such form.
+    """
+
+    load: Callable[[Path, Decoder], nn.Module]
+    pack: Callable[[Any, Decoder, Path, int, Mapping[str, Any]], nn.Module] | None = None
 
 
 def read_shape(shape: type[C], data: Mapping[str, Any], model: Decoder, path: Path) -> C:

@@ -1,4 +1,4 @@
-"""Drafters that come along when their model is quantized: packed, and measured before and after."""
+"""Drafters that come along when their model is quantized: packed, and heads measured before and after."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from linspec.checkpoints.quantized import ENTRY
 from linspec.checkpoints.tensors import check_finite
-from linspec.drafters.heads import MedusaHeads
-from linspec.drafters.packed import PackedHeads
+from linspec.drafters.base import files_of
+from linspec.drafters.heads import Heads
 from linspec.drafters.saved import CONFIG_FILE, kind_of, read_drafter
-from linspec.drafters.saved_heads import load_heads, save_packed
+from linspec.drafters.trained import Files
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
-from linspec.models.linear import Quantizer
 from linspec.train.drafters.medusa import calibrate
 from linspec.utils.files import is_leftover
 
@@ -26,68 +27,84 @@ _CONTEXT = 512
 
 @dataclass(slots=True)
 class Companion:
-    """The heads in one folder of a model directory.
+    """The drafter in one folder of a model directory, which can be packed.
 
-    facts: what drafter.json says. before, after: how often the likeliest guess of each head is the target's
-    choice on the same held-out text, plain heads on the plain target and quantized ones on the quantized.
+    facts: what drafter.json says. before, after: of heads, how often the likeliest guess of each is the
+    target's choice on the same held-out text: plain on the plain target, and packed on the quantized one.
     """
 
     folder: Path
-    heads: MedusaHeads
+    files: Files
+    drafter: nn.Module
     facts: dict[str, Any]
     before: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
 
     def measure(self, model: Decoder, stream: np.ndarray) -> None:
-        """Count the right guesses of the plain heads."""
-        self.before = _first_guesses(model, self.heads, stream)
+        """Count the right guesses of the plain drafter."""
+        self.before = _first_guesses(model, self.drafter, stream)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"first_guess_before": self.before, "first_guess_after": self.after}
+        guesses = {"first_guess_before": self.before, "first_guess_after": self.after}
+        return {"kind": self.facts["kind"], **(guesses if self.before else {})}
 
 
 def find_companions(folder: Path, model: Decoder) -> list[Companion]:
-    """The drafters in a plain model directory, checked and not measured yet.
+    """The drafters in a plain model directory that can be packed, checked and not measured yet.
 
-    Raises DrafterError for one of another model and ConfigError for one that is quantized.
+    The others stay behind, with a warning. Raises DrafterError for one of another model and ConfigError for
+    one that is quantized.
     """
     found = []
     for path in sorted(folder.glob(f"*/{CONFIG_FILE}")):
-        if is_leftover(path.parent.name):
+        inside = path.parent
+        if is_leftover(inside.name):
             continue
-        if (kind := kind_of(path.parent)) != MedusaHeads.kind:
-            _log.warning(
-                "%s stays behind: only Medusa heads are quantized with their model, and this is a drafter of "
-                "kind %r; train one for the quantized model",
-                path.parent,
-                kind,
-            )
+        kind = kind_of(inside)
+        if (files := _files_to_pack(inside, kind)) is None:
             continue
-        heads = load_heads(path.parent, model)
-        if not isinstance(heads, MedusaHeads):
-            raise ConfigError(
-                f"{path.parent} is quantized already; quantize the one it was made from"
-            )
-        for name, tensor in heads.state_dict().items():
-            check_finite(name, tensor, path.parent, DrafterError)
-        found.append(Companion(path.parent, heads, read_drafter(path.parent, MedusaHeads.kind)))
+        facts = read_drafter(inside, kind)
+        if ENTRY in facts:
+            raise ConfigError(f"{inside} is quantized already; quantize the one it was made from")
+        drafter = files.load(inside, model)
+        for name, tensor in drafter.state_dict().items():
+            check_finite(name, tensor, inside, DrafterError)
+        found.append(Companion(inside, files, drafter, facts))
     return found
+
+
+def _files_to_pack(inside: Path, kind: object) -> Files | None:
+    """What packs the drafter in a directory; None, with a warning, where it stays behind."""
+    try:
+        files = files_of(inside)
+    except DrafterError as error:
+        _log.warning("%s stays behind: %s", inside, error)
+        return None
+    if files.pack is None:
+        _log.warning(
+            "%s stays behind: drafters of kind %r are not packed; train one for the quantized model",
+            inside,
+            kind,
+        )
+        return None
+    return files
 
 
 def save_companion(
     companion: Companion, model: Decoder, out: Path, bits: int, stream: np.ndarray
 ) -> None:
-    """Quantize the heads of a model that now is quantized, measure them, and write them into `out`."""
-    companion.heads.bind(model)
-    packed = PackedHeads.of(companion.heads, Quantizer(bits, {}))
+    """Pack the drafter of a model that now is quantized, write it into `out`, and measure it."""
+    assert companion.files.pack is not None
+    place = out / companion.folder.name
+    packed = companion.files.pack(companion.drafter, model, place, bits, companion.facts)
     companion.after = _first_guesses(model, packed, stream)
-    save_packed(packed, model, out / companion.folder.name, bits, companion.facts)
 
 
-def _first_guesses(
-    model: Decoder, heads: MedusaHeads | PackedHeads, stream: np.ndarray
-) -> list[float]:
+def _first_guesses(model: Decoder, drafter: nn.Module, stream: np.ndarray) -> list[float]:
+    """How often the likeliest guess of each head is right; nothing for a drafter without heads."""
+    if not isinstance(drafter, Heads):
+        return []
     context = min(_CONTEXT, model.config.position_limit or _CONTEXT)
-    rates = calibrate(model, heads, stream, context=context, tokens=len(stream))
+    rates = calibrate(model, drafter, stream, context=context, tokens=len(stream))
     return [row[0] for row in rates]

@@ -25,10 +25,8 @@ from linspec.checkpoints.hub import (
 )
 from linspec.checkpoints.load_tokenizer import TOKENIZER_FILES, tokenizer_place
 from linspec.checkpoints.tensors import check_finite
-from linspec.drafters.block import ready_net
-from linspec.drafters.block_net import BlockNet
-from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE, kind_of
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.base import files_of
+from linspec.drafters.saved import CONFIG_FILE, WEIGHTS_FILE
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.structs import TILE
 from linspec.kernels.step_plan import INT4
@@ -41,7 +39,7 @@ class FilesReport:
     """What was read and found sound.
 
     tensors: how many, of the model and its drafters. checksums: by file, 'match' or 'none' where the
-    directory has none. drafters: folders of heads beside the model.
+    directory has none. drafters: folders of trained drafters inside it.
     """
 
     model: str
@@ -72,8 +70,8 @@ def verify_files(source: str | Path) -> FilesReport:
         sums |= {f"{inside.name}/{name}": found for name, found in check_files(inside).items()}
         if not isinstance(model, Decoder):
             raise DrafterError(f"{inside} drafts for a decoder, and {folder} holds none; remove it")
-        load = ready_net if kind_of(inside) == BlockNet.kind else load_heads
-        tensors += _all_finite(load(inside, model), inside / WEIGHTS_FILE)
+        drafter = files_of(inside).load(inside, model)
+        tensors += _all_finite(drafter, inside / WEIGHTS_FILE)
         drafters.append(inside.name)
     return FilesReport(str(source), tensors, sums, tuple(drafters))
 

@@ -42,7 +42,8 @@ class Quantized:
         increase: of the bits per byte, as a share; 0.01 is one per cent.
         megabytes_before: of weights, 10⁶ bytes each.
         megabytes_after: of weights.
-        drafters: for each folder, how often the likeliest guess of each head was right, before and after.
+        drafters: for each folder, its kind, and how often the likeliest guess of each head was right, before
+            and after.
     """
 
     bits: int
