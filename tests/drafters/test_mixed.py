@@ -368,8 +368,9 @@ def with_heads(folder: Path, accuracy: float) -> Path:
 
 
 def test_auto_takes_what_was_trained_for_the_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("linspec.drafters.auto._LEAST_BYTES", 0)
     prompts, params = ["abcd abcd abcd", "the end"], SamplingParams(max_tokens=12)
     folder = with_heads(tmp_path / "model", 0.6)
     plain = [each.token_ids for each in LLM(folder).generate(prompts, params)]
@@ -381,9 +382,19 @@ def test_auto_takes_what_was_trained_for_the_model(
         assert [each.token_ids for each in llm.generate(prompts, params)] == plain
 
 
-def test_auto_goes_on_without_heads_of_another_model(
+def test_auto_leaves_out_what_would_cost_a_small_model_too_much(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    folder = with_heads(tmp_path / "model", 0.6)
+    with caplog.at_level(logging.INFO, "linspec"):
+        LLM(folder, drafter="auto", policy=4)
+    assert any("suffix alone, because drafts of a trained" in each for each in caplog.messages)
+
+
+def test_auto_goes_on_without_heads_of_another_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linspec.drafters.auto._LEAST_BYTES", 0)
     folder = with_heads(tmp_path / "model", 0.6)
     (folder / "medusa" / "drafter.json").write_text("{}")
     with caplog.at_level(logging.INFO, "linspec"):

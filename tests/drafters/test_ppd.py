@@ -26,10 +26,10 @@ from linspec.drafters.saved import load_drafter, save_drafter
 from linspec.engine.engine import Engine
 from linspec.errors import ConfigError, DrafterError
 from linspec.models.decoder import Decoder
-from linspec.policies.auto import Auto
 from linspec.policies.base import Policy
 from linspec.policies.costs import CostCurve
 from linspec.policies.fixed import Fixed
+from linspec.policies.goodput import Goodput
 from linspec.verifiers import LosslessVerifier
 
 SURE = [[0.95, 0.02], [0.9, 0.02], [0.9, 0.02]]
@@ -128,7 +128,7 @@ def test_the_policy_chooses_rows_by_what_they_cost() -> None:
     text = [periodic(11, seed) for seed in range(3)]
     plain = decoded(model, None, Fixed(0), text, 150)
     for curve, pays in (({1: 1.0, 64: 1.3}, True), ({1: 1e-9, 64: 6.4e-8}, False)):
-        drafter, policy = PPD(prompts_of(model)), Auto(CostCurve(curve))
+        drafter, policy = PPD(prompts_of(model)), Goodput(CostCurve(curve))
         policy.observe_round = lambda times: None  # type: ignore[method-assign]  # no clock here
         found = decoded(model, drafter, policy, text, 150)
         assert [each.tokens for each in found] == [each.tokens for each in plain]
@@ -140,7 +140,7 @@ def test_an_attempt_after_plain_rounds_lasts_until_something_is_drafted() -> Non
     model = copying()
     # as bad as can be by what is known of them: never planned, only tried
     drafter = PPD(prompts_of(model, [[1e-3]] * 3))
-    policy = Auto(CostCurve({1: 1.0, 64: 1.5}))
+    policy = Goodput(CostCurve({1: 1.0, 64: 1.5}))
     policy.observe_round = lambda times: None  # type: ignore[method-assign]  # no clock here
     (found,) = decoded(model, drafter, policy, [periodic(11)], 150)
     assert found.stats.accepted == found.stats.drafted >= 2

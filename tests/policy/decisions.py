@@ -19,9 +19,9 @@ from typing import Any
 
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import ChainDrafter, Drafter
-from linspec.policies.auto import Auto
 from linspec.policies.base import RoundTimes
 from linspec.policies.costs import CostCurve
+from linspec.policies.goodput import Goodput
 
 FILE = Path(__file__).with_name("decisions.json")
 SCENARIOS, ROUNDS = 28, 240
@@ -93,7 +93,7 @@ def decisions(seed: int) -> list[list[int]]:
     """Draft nodes of each running request, round by round."""
     rng = random.Random(seed)
     here, drafts = machine(rng), drafter(rng)
-    policy, slots = Auto(here.costs), rng.choice([1, 1, 3, 6])
+    policy, slots = Goodput(here.costs), rng.choice([1, 1, 3, 6])
     rates = {slot: rng.choice(RATES) for slot in range(slots)}
     found = []
     for turn in range(ROUNDS):

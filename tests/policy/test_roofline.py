@@ -14,9 +14,9 @@ import pytest
 from world import CURVES
 
 from linspec.policies import costs
-from linspec.policies.auto import Auto
 from linspec.policies.base import RoundTimes
 from linspec.policies.costs import MEASURED_NODES, CostCurve, doubt, load_or_measure, measure
+from linspec.policies.goodput import Goodput
 from linspec.policies.roofline import SIZES, completed, device
 
 
@@ -142,7 +142,7 @@ def test_auto_doubts_a_curve_that_is_wrong_and_no_other() -> None:
     for wrong, doubts in ((1.0, 0), (5.0, 1)):
         told: list[int] = []
         known = CostCurve({n: 1 + wrong * (s - 1) for n, s in true.seconds.items()})
-        policy = Auto(known, lambda: told.append(1))  # noqa: B023
+        policy = Goodput(known, lambda: told.append(1))  # noqa: B023
         rng = random.Random(3)
         for turn in range(600):
             drafts = (0, 4, 8, 4)[turn % 4]

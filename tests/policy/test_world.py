@@ -13,8 +13,8 @@ import pytest
 from world import SIZES, WARM_UP, Cell, Found, Oracle, run
 
 from linspec.decoding.tree import Budget
-from linspec.policies.auto import Auto
 from linspec.policies.fixed import Fixed
+from linspec.policies.goodput import Goodput
 
 # one for each kind of difficulty; `python tests/policy/world.py` judges the whole grid
 CELLS = [
@@ -38,7 +38,7 @@ CELLS = [
 
 @cache
 def auto(cell: Cell) -> Found:
-    return run(cell, Auto(cell.known()))
+    return run(cell, Goodput(cell.known()))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name.replace(" ", "-"))
@@ -64,7 +64,7 @@ def test_auto_is_near_the_best_fixed_choice() -> None:
 def test_a_first_short_answer_is_no_slower_than_plain(machine: str, drafter: str) -> None:
     """Its 64 tokens once paid for twenty cold rounds. The mean of many processes."""
     cell = Cell(machine, drafter, "random", requests=1)
-    found = [run(cell, Auto(cell.known()), seed) for seed in range(20)]
+    found = [run(cell, Goodput(cell.known()), seed) for seed in range(20)]
     assert sum(each.tokens for each in found) >= 0.975 * cell.plain() * sum(
         each.seconds for each in found
     )
@@ -82,7 +82,7 @@ def test_a_drafter_that_is_right_one_time_in_ten_is_off_within_two_choices() -> 
 def test_the_policy_costs_less_than_a_hundredth_of_a_step(batch: int) -> None:
     """SmartSpec's proof (vi), of choices; counted, not timed."""
     cell = Cell("135m", "heads", "code", batch, answer=256, requests=4)
-    policy = Auto(cell.known())
+    policy = Goodput(cell.known())
     found = run(cell, policy)
     assert policy.choices * 2e-5 * (1 + batch) <= 0.011 * found.seconds
 
@@ -97,7 +97,7 @@ def test_the_oracle_bounds_every_policy() -> None:
 def test_every_policy_decodes_the_same_text() -> None:
     cell = replace(CELLS[0], requests=4)
     tokens = Counter(
-        run(cell, policy).tokens for policy in (Fixed(0), Fixed(4), Auto(cell.known()))
+        run(cell, policy).tokens for policy in (Fixed(0), Fixed(4), Goodput(cell.known()))
     )
     assert len(tokens) == 1 and run(cell, Fixed(0)).rounds > WARM_UP
     drafter = cell.make_drafter()

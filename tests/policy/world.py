@@ -21,10 +21,10 @@ from zlib import crc32
 
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, best_first, chain
 from linspec.drafters.base import ChainDrafter, Drafter
-from linspec.policies.auto import Auto
 from linspec.policies.base import Policy, RoundTimes
 from linspec.policies.costs import CostCurve
 from linspec.policies.fixed import Fixed
+from linspec.policies.goodput import Goodput
 from linspec.policies.planner import CANDIDATES
 
 # what a policy costs: in every round and for each of its requests, and where it chooses anew (measured, Auto)
@@ -463,7 +463,7 @@ def best_fixed(cell: Cell, seed: int = 0) -> tuple[float, int]:
 
 
 def judge(
-    cell: Cell, make: Callable[[Cell], Policy] = lambda cell: Auto(cell.known()), seed: int = 0
+    cell: Cell, make: Callable[[Cell], Policy] = lambda cell: Goodput(cell.known()), seed: int = 0
 ) -> Verdict:
     """A policy in a cell, beside what else could have been chosen."""
     fixed, size = best_fixed(cell, seed)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, Self
+
+import torch
 
 from linspec.decoding.tree import Budget
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
@@ -16,11 +19,14 @@ _log = logging.getLogger("linspec")
 _ALWAYS = "suffix"
 # drafters are compared by what they expect of trees of this size
 _COMPARED = Budget.of(16)
+# of the target's weights: drafts of smaller models cost a large part of a step, and did not pay where they
+# were measured (docs/results/speculation.md)
+_LEAST_BYTES = 500_000_000
 
 
 @DRAFTERS.register(
     "auto",
-    summary="what the model has: the best drafter that was trained for it, mixed with suffix",
+    summary="suffix, and the best drafter that was trained for the model unless that is small",
     paper="Oliaro et al. 2024 (SuffixDecoding), arXiv 2411.04975",
     needs="nothing",
 )
@@ -30,6 +36,13 @@ class AutoDrafter(Mixed):
     @classmethod
     def build(cls, context: DrafterContext, options: Any = None) -> Self:
         """With what lies in the directory of the model or comes with linspec for it."""
+        if weight_bytes(context.target) < _LEAST_BYTES:
+            _log.info(
+                "drafter auto: %s alone, because drafts of a trained drafter cost too much beside a model as "
+                "small as this; name it to use it, such as suffix+eagle",
+                _ALWAYS,
+            )
+            return cls([DRAFTERS.build(_ALWAYS, context)])
         trained = _trained(context)
         best = max(trained, key=lambda name: trained[name].expected(_COMPARED), default=None)
         always = DRAFTERS.build(_ALWAYS, context)
@@ -40,6 +53,16 @@ class AutoDrafter(Mixed):
             return cls([always])
         _log.info("drafter auto: %s and %s, which was trained for this model", _ALWAYS, best)
         return cls([always, trained[best]])
+
+
+def weight_bytes(model: Any) -> int:
+    """What the weights of a model take in memory, packed ones too."""
+    return sum(each.nbytes for each in {id(t): t for t in _tensors(model)}.values())
+
+
+def _tensors(model: Any) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
 
 
 def _trained(context: DrafterContext) -> dict[str, Drafter]:

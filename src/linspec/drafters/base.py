@@ -75,6 +75,7 @@ class Drafter(ABC):
         max_nodes: most draft nodes of one of its trees.
         model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
             and its tree is verified where `score` says more of it than the other drafters expect.
+        confident: its trees say how sure it is of each draft (`TokenTree.confidences`).
         files: what is done with the directories of trained drafters of the kind `name`; None where it needs
             no training.
     """
@@ -82,6 +83,7 @@ class Drafter(ABC):
     name: ClassVar[str]
     files: ClassVar[Files | None] = None
     model_free: ClassVar[bool] = False
+    confident: bool = False
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
     # the target's hidden states that it reads in `sequence.hidden`

@@ -49,6 +49,8 @@ class Block(Drafter):
     The whole block is drafted whatever the budget is, as it was trained; the tree is a prefix of it.
     """
 
+    confident = True
+
     files = Files(load_block, pack_block)
 
     def __init__(self, net: BlockNet) -> None:

@@ -103,6 +103,8 @@ class Chimera(Drafter):
     newest ones: its layer sees no further than its window anyway.
     """
 
+    confident = True
+
     files = plain_files(ChimeraNet)
 
     def __init__(self, net: ChimeraNet) -> None:

@@ -60,6 +60,7 @@ class CountingDrafter(Drafter):
     `self.trust` corrects its shares.
     """
 
+    confident = True
     model_free = True
 
     def __init__(self, context: DrafterContext | None = None, options: Any = None) -> None:

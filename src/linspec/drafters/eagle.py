@@ -83,6 +83,8 @@ class _Record:
 class Eagle(Drafter):
     """Trees of the layer's likeliest tokens; see `ConfidentTree`."""
 
+    confident = True
+
     files = Files(load_eagle, pack_eagle)
 
     def __init__(self, net: EagleNet, slots: int, options: EagleOptions | None = None) -> None:

@@ -87,6 +87,8 @@ class LUDOptions:
 class LUD(ChainDrafter):
     """Chains of what the slots say, as far as they are sure; slots ride below the last node."""
 
+    confident = True
+
     files = plain_files(Slot)
     probing = True
 

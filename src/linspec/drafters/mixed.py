@@ -111,6 +111,7 @@ class Mixed(Drafter):
             raise ConfigError(
                 f"{names} cannot be mixed: each of them lets probes ride; leave one out"
             )
+        self.confident = all(drafter.confident for drafter in drafters)
         self._free = [part for part in self.parts if part.drafter.model_free]
         self._others = [part for part in self.parts if not part.drafter.model_free]
         # who drafted for each sequence

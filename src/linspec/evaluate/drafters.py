@@ -62,6 +62,10 @@ def find_companions(folder: Path, model: Decoder) -> list[Companion]:
         if is_leftover(inside.name):
             continue
         kind = kind_of(inside)
+        if not isinstance(kind, str):
+            raise DrafterError(
+                f"{inside / CONFIG_FILE} names no kind of drafter; copy the drafter again, or remove it"
+            )
         if (files := _files_to_pack(inside, kind)) is None:
             continue
         facts = read_drafter(inside, kind)

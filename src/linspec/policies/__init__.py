@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from linspec.decoding.protocols import CausalModel
 from linspec.errors import WrongType
-from linspec.policies import auto, fixed, specdec_pp
+from linspec.policies import auto, fixed, goodput, specdec_pp
 from linspec.policies.base import POLICIES, Policy, PolicyContext
 from linspec.utils.messages import shown
 
@@ -18,6 +18,7 @@ __all__ = [
     "auto",
     "check_policy",
     "fixed",
+    "goodput",
     "make_policy",
     "specdec_pp",
 ]
