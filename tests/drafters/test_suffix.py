@@ -132,7 +132,8 @@ def test_random_text_drafts_less_than_a_token_a_round() -> None:
 
 
 def test_the_score_says_how_much_is_accepted() -> None:
-    drafter = Suffix()
+    # with the short matches of the paper, which seldom come true
+    drafter = Suffix(options=SuffixOptions(shortest=1))
     rounds = [
         each for request in agent_log(random.Random(1), 12) for each in replay(drafter, *request)
     ]
@@ -274,3 +275,11 @@ def test_a_sequence_that_another_engine_left_is_not_taken_for_a_new_one(
 def test_settings_that_mean_nothing_are_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0]):
         make_drafter(f"suffix:{setting}", DrafterContext(tiny_model("aug")))
+
+
+def test_matches_shorter_than_asked_draft_nothing() -> None:
+    for shortest, drafted in ((2, False), (1, True)):
+        drafter = Suffix(options=SuffixOptions(shortest=shortest))
+        # only the last token has come before
+        rounds = list(replay(drafter, [1, 2, 3, 4, 5, 2], [3]))
+        assert any(each.drafted for each in rounds) is drafted

@@ -30,6 +30,7 @@ class SuffixOptions:
     """How long matches are, how much each drafts, and what is remembered."""
 
     depth: int = option("tokens of the longest match", default=64)
+    shortest: int = option("tokens of the shortest match that drafts", default=2)
     factor: float = option("draft tokens for each token of a match", default=2.0)
     offset: float = option("draft tokens beside these", default=0.0)
     min_prob: float = option("chance below which a token is not drafted", default=0.1)
@@ -39,8 +40,10 @@ class SuffixOptions:
     memory: int = option("most tokens of these outputs, about 300 bytes each", default=200_000)
 
     def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ConfigError(f"depth must be 1 or more, got {self.depth}")
+        if not 1 <= self.shortest <= self.depth:
+            raise ConfigError(
+                f"shortest must be 1 or more and at most depth, got {self.shortest} and {self.depth}"
+            )
         if not 0 < self.min_prob <= 1:
             raise ConfigError(f"min_prob must be above 0 and at most 1, got {self.min_prob}")
         if self.factor < 0:
@@ -137,11 +140,14 @@ class Suffix(CountingDrafter):
         for size in SIZES:
             if size > longest:
                 continue
-            if self._settled(best, longest, bounds):
+            if longest < self.options.shortest or self._settled(best, longest, bounds):
                 break
             matches = texts.matches(context, size)
             # between these lengths the places are the same
-            for length in sorted({min(each.length, longest) for each in matches}, reverse=True):
+            lengths = {min(each.length, longest) for each in matches}
+            for length in sorted(lengths, reverse=True):
+                if length < self.options.shortest:
+                    break
                 if self._settled(best, length, bounds):
                     break
                 places = [(each.text, each.end) for each in matches if each.length >= length]
