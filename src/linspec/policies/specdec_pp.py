@@ -92,7 +92,8 @@ class SpecDecPP(Policy):
         self._age += 1
         if self._age >= _REPLAN_ROUNDS:
             self._age, self._size = 0, self._best_size(drafter)
-        if self._size and self._surplus.value > 0:
+        # where asking costs next to nothing, `keep` alone decides
+        if self._size and (drafter.model_free or self._surplus.value > 0):
             sizes = [self._size] * len(sequences)
         else:
             sizes = self._attempts(sequences, drafter)
@@ -115,7 +116,8 @@ class SpecDecPP(Policy):
             )
 
         best = max(sizes_up_to(most), key=worth)
-        return best if worth(best) > 0 or self._surplus.value > 0 else 0
+        hopeful = drafter.model_free or worth(best) > 0 or self._surplus.value > 0
+        return best if hopeful else 0
 
     def _attempts(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[int]:
         """A small tree for one sequence now and then, while drafting does not pay."""
