@@ -18,6 +18,7 @@ from linspec.policies.base import RoundTimes
 from linspec.policies.costs import MEASURED_NODES, CostCurve, doubt, load_or_measure, measure
 from linspec.policies.goodput import Goodput
 from linspec.policies.roofline import SIZES, completed, device
+from linspec.policies.specdec_pp import SpecDecPP
 
 
 def machines(number: int = 60) -> list[dict[int, float]]:
@@ -136,13 +137,16 @@ def test_rounds_that_contradict_the_curve_make_the_next_process_measure_again(
         doubt(model)
 
 
-def test_auto_doubts_a_curve_that_is_wrong_and_no_other() -> None:
+@pytest.mark.parametrize("kind", [Goodput, SpecDecPP])
+def test_a_policy_doubts_a_curve_that_is_wrong_and_no_other(
+    kind: type[Goodput] | type[SpecDecPP],
+) -> None:
     """Measured where 8 nodes seemed to cost five times what they do."""
     true = CostCurve({1: 1.0, 2: 1.05, 5: 1.2, 9: 1.4, 64: 8.0})
     for wrong, doubts in ((1.0, 0), (5.0, 1)):
         told: list[int] = []
         known = CostCurve({n: 1 + wrong * (s - 1) for n, s in true.seconds.items()})
-        policy = Goodput(known, lambda: told.append(1))  # noqa: B023
+        policy = kind(known, lambda: told.append(1))  # noqa: B023
         rng = random.Random(3)
         for turn in range(600):
             drafts = (0, 4, 8, 4)[turn % 4]

@@ -34,8 +34,8 @@ class Auto(Policy):
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         if self._chosen is None:
-            sure = drafter.confident
-            self._chosen = SpecDecPP(self._costs) if sure else Goodput(self._costs, self._doubted)
+            kind = SpecDecPP if drafter.confident else Goodput
+            self._chosen = kind(self._costs, self._doubted)
         return self._chosen.plan(sequences, drafter)
 
     def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:

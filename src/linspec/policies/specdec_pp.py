@@ -8,7 +8,7 @@ Confidences are calibrated as drafts are judged, the seconds are measured, and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,7 +18,7 @@ from linspec.drafters.base import Drafter
 from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policies.calibration import Calibration
 from linspec.policies.cost_model import CostModel
-from linspec.policies.costs import CostCurve, load_or_measure
+from linspec.policies.costs import CostCurve, doubt, load_or_measure
 from linspec.policies.exploration import Exploration
 from linspec.policies.planner import affordable, sizes_up_to
 
@@ -56,9 +56,11 @@ class SpecDecPP(Policy):
     @classmethod
     def build(cls, context: PolicyContext) -> Self:
         """By the costs of the target on this machine, measured if they are not known."""
-        return cls(load_or_measure(context.target))
+        return cls(load_or_measure(context.target), lambda: doubt(context.target))
 
-    def __init__(self, costs: CostCurve) -> None:
+    def __init__(self, costs: CostCurve, doubted: Callable[[], None] | None = None) -> None:
+        """doubted: called once if the rounds contradict `costs`."""
+        self._doubted = doubted
         self.costs, self.calibration, self.exploration = (
             CostModel(costs),
             Calibration(),
@@ -167,6 +169,9 @@ class SpecDecPP(Policy):
         self.costs.observe(times, asked=self._asked > 0)
         if times.drafts:
             self.price = self.costs.price(times)
+        if self._doubted is not None and self.costs.contradicts:
+            self._doubted()
+            self._doubted = None
         plain = self.costs.round(count)
         # a verifier that judges every draw keeps them all, and nobody is asked
         kept = times.nodes - count
