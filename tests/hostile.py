@@ -28,7 +28,7 @@ from linspec.checkpoints.quantized import save_quantized
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_heads import save_packed
+from linspec.drafters.saved_packed import HEADS
 from linspec.models.linear import Quantizer
 
 KINDS = ("llama", "aug", "int8", "int4")
@@ -81,7 +81,7 @@ def workshop(kind: str) -> Path:
     heads.bind(model)
     with save_quantized(model, tiny_tokenizer(), folder, bits, {}) as aside:
         packed = PackedHeads.of(heads, Quantizer(bits, {}))
-        save_packed(packed, model, aside / "medusa", bits, {})
+        HEADS.save(packed, model, aside / "medusa", bits, {})
     return folder
 
 

@@ -20,7 +20,7 @@ from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.hub import load_any_config, load_model, save_model
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.saved_packed import HEADS
 from linspec.errors import CheckpointError, ConfigError, DrafterError, LinspecError, TrainingError
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
@@ -127,7 +127,7 @@ def test_a_model_of_0_1_0_decodes_with_its_heads(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "old")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
-    heads = load_heads(tmp_path / "old" / "medusa", loaded)
+    heads = HEADS.load(tmp_path / "old" / "medusa", loaded)
     assert heads.accuracies == [[0.5, 0.1], [0.25, 0.1]]
     params = SamplingParams(max_tokens=12)
     plain = LLM(tmp_path / "old").generate("abcd", params)[0]
@@ -238,7 +238,7 @@ Reader = tuple[str, type[LinspecError], Callable[[Path], object]]
 READERS: list[Reader] = [
     ("config.json", CheckpointError, load_any_config),
     ("config.json", ConfigError, AutoConfig.from_pretrained),
-    ("medusa/drafter.json", DrafterError, lambda d: load_heads(d / "medusa", load_model(d))),
+    ("medusa/drafter.json", DrafterError, lambda d: HEADS.load(d / "medusa", load_model(d))),
     ("cells/a.json", CheckpointError, lambda d: Cells(d).read("a")),
 ]
 

@@ -24,7 +24,7 @@ from linspec.drafters.confident import ConfidentTree
 from linspec.drafters.eagle import Eagle, EagleOptions
 from linspec.drafters.eagle_net import BOTH, EagleConfig, EagleNet, layers_to_read
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_eagle import load_eagle, save_packed_eagle
+from linspec.drafters.saved_packed import EAGLE
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
@@ -302,15 +302,15 @@ def test_a_drafter_survives_the_disk_plain_and_in_8_bits(tmp_path: Path, own_hea
     model = tiny_model("softmax", dtype=torch.float32)
     net = random_net(model, own_head=own_head)
     plain = save_drafter(net, model, tmp_path / "plain", dtype=None)
-    again = load_eagle(plain, model)
+    again = EAGLE.load(plain, model)
     assert again.config == net.config and torch.equal(again.drafted, net.drafted)
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
-    packed = save_packed_eagle(
+    packed = EAGLE.save(
         again.to_inference(Quantizer(8, {})), model, tmp_path / "packed", 8, {"loss": 1.0}
     )
     trees = []
-    for drafter in (Eagle(net, 1), Eagle(load_eagle(packed, model), 1)):
+    for drafter in (Eagle(net, 1), Eagle(EAGLE.load(packed, model), 1)):
         followed = Sequences(model, drafter, 0, random_tokens(9))
         trees += drafter.propose([followed.now], [Budget(6, 3)])
     # the kernels of this machine decide whether the first has 8 bits too
@@ -322,7 +322,7 @@ def test_foreign_and_unmeasured_drafters_are_refused(tmp_path: Path) -> None:
     net = random_net(model)
     folder = save_drafter(net, model, tmp_path / "eagle")
     with pytest.raises(DrafterError, match="trained for another model"):
-        load_eagle(folder, tiny_model("softmax", seed=4, dtype=torch.float32))
+        EAGLE.load(folder, tiny_model("softmax", seed=4, dtype=torch.float32))
     net.accuracies = []
     with pytest.raises(DrafterError, match="never measured"):
         Eagle(net, 1)

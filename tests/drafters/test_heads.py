@@ -15,7 +15,7 @@ from torch import nn
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.saved_packed import HEADS
 from linspec.errors import ConfigError, DrafterError
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
@@ -122,7 +122,7 @@ def test_saved_heads_load_exactly(
     drafted = torch.arange(5, 5 + vocabulary, dtype=torch.int32)
     heads = shaken(MedusaHeads(shape, model, [[0.5, 0.2], [0.4, 0.1]], drafted))
     out = save_drafter(heads, model, tmp_path / "d", dtype=None, facts={"loss": 1.0})
-    loaded = load_heads(out, model)
+    loaded = HEADS.load(out, model)
     h = heads.seen(torch.randn(4, 16), torch.arange(4))
     assert torch.equal(loaded(h), heads(h))
     assert heads.drafted is None or torch.equal(loaded.drafted, heads.drafted)
@@ -149,7 +149,7 @@ def test_heads_of_another_shape_name_both_sides(saved: Path) -> None:
     with pytest.raises(
         DrafterError, match=r"another model: width 16 and vocabulary 40.*16 and vocabulary 50"
     ):
-        load_heads(saved, other)
+        HEADS.load(saved, other)
 
 
 def test_heads_of_another_model_name_both_fingerprints(saved: Path, model: Decoder) -> None:
@@ -158,7 +158,7 @@ def test_heads_of_another_model_name_both_fingerprints(saved: Path, model: Decod
         f"another model: fingerprint {fingerprint(model)}, this model has {fingerprint(other)}"
     )
     with pytest.raises(DrafterError, match=message):
-        load_heads(saved, other)
+        HEADS.load(saved, other)
 
 
 def rewrite(folder: Path, **changes: Any) -> None:
@@ -201,7 +201,7 @@ def test_damaged_drafter(
 ) -> None:
     damage(saved)
     with pytest.raises(DrafterError, match=message):
-        load_heads(saved, model)
+        HEADS.load(saved, model)
 
 
 def test_wrong_shape_is_named() -> None:

@@ -25,7 +25,7 @@ from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_heads import load_heads, save_packed
+from linspec.drafters.saved_packed import HEADS
 from linspec.errors import DrafterError
 from linspec.kernels import selector
 from linspec.kernels.cpu import step
@@ -194,17 +194,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantized(plain: Path, out: Path, bits: int) -> tuple[PackedHeads, Path]:
     model = make_model()
-    heads = load_heads(plain, model)
+    heads = HEADS.load(plain, model)
     assert isinstance(heads, MedusaHeads)
     heads.bind(model.to_inference())
     made = PackedHeads.of(heads, Quantizer(bits, {}))
-    return made, save_packed(made, model, out / "packed", bits, {"loss": 1.0})
+    return made, HEADS.save(made, model, out / "packed", bits, {"loss": 1.0})
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_heads_load_exactly_and_mapped(plain: Path, tmp_path: Path, bits: int) -> None:
     made, folder = quantized(plain, tmp_path, bits)
-    loaded = load_heads(folder, make_model())
+    loaded = HEADS.load(folder, make_model())
     assert isinstance(loaded, PackedHeads) and loaded.accuracies == RATES
     assert torch.equal(loaded(hidden(3)), made(hidden(3)))
     weights = [tensor for tensor in loaded.state_dict().values() if tensor.dtype == torch.uint8]
@@ -217,10 +217,10 @@ def test_ids_of_drafted_tokens_survive_every_form(tmp_path: Path) -> None:
     shape = replace(SHAPE, vocabulary=21, rooted=True)
     heads = MedusaHeads(shape, model, RATES, ids)
     plain = save_drafter(heads, model, tmp_path / "plain")
-    assert torch.equal(load_heads(plain, model).drafted, ids)
+    assert torch.equal(HEADS.load(plain, model).drafted, ids)
     made = PackedHeads.of(heads, Quantizer(8, {}))
-    packed = save_packed(made, model, tmp_path / "packed", 8, {})
-    assert torch.equal(load_heads(packed, make_model()).drafted, ids)
+    packed = HEADS.save(made, model, tmp_path / "packed", 8, {})
+    assert torch.equal(HEADS.load(packed, make_model()).drafted, ids)
 
 
 def test_drafted_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_drafted_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     heads = MedusaHeads(replace(SHAPE, vocabulary=2), model, RATES, ids)
     folder = save_drafter(heads, model, tmp_path / "plain")
     with pytest.raises(DrafterError, match=r"not all in 0\.\.69; copy"):
-        load_heads(folder, model)
+        HEADS.load(folder, model)
 
 
 def test_heads_can_be_of_several_targets(plain: Path, tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_heads_can_be_of_several_targets(plain: Path, tmp_path: Path) -> None:
     data = json.loads((folder / "drafter.json").read_text())
     data["target"] = ["0123", data["target"]]
     (folder / "drafter.json").write_text(json.dumps(data))
-    assert load_heads(folder, make_model()).accuracies == RATES
+    assert HEADS.load(folder, make_model()).accuracies == RATES
     data["target"] = ["0123", 7]
     (folder / "drafter.json").write_text(json.dumps(data))
     with pytest.raises(DrafterError, match="another model"):
-        load_heads(folder, make_model())
+        HEADS.load(folder, make_model())
 
 
 def test_heads_that_come_with_linspec_are_found_by_their_target(
@@ -312,7 +312,7 @@ def test_damaged_or_foreign_packed_heads(
     _, folder = quantized(plain, tmp_path, 8)
     damage(folder)
     with pytest.raises(DrafterError, match=message):
-        load_heads(folder, make_model())
+        HEADS.load(folder, make_model())
 
 
 def test_a_prepared_model_still_knows_its_heads(plain: Path) -> None:

@@ -15,7 +15,7 @@ from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockConfig
 from linspec.drafters.packed_block import PackedBlockNet
 from linspec.drafters.saved import save_drafter
-from linspec.drafters.saved_heads import save_packed
+from linspec.drafters.saved_packed import BLOCK
 from linspec.kernels.cpu.library import load
 from linspec.models.linear import Quantizer, fused_linear
 from tests.block_drafters import SHAPE, VOCAB, make_net, make_target
@@ -129,7 +129,7 @@ def test_without_the_library_torch_drafts(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_packed_drafter_loads_exactly_and_mapped(tmp_path: Path, bits: int) -> None:
     target = make_target()
     made = PackedBlockNet.of(make_net(target), Quantizer(bits, {}))
-    folder = save_packed(made, target, tmp_path / "d", bits, {"loss": 1.0}, made.kind)
+    folder = BLOCK.save(made, target, tmp_path / "d", bits, {"loss": 1.0})
     found = ready_net(folder, make_target())
     assert isinstance(found, PackedBlockNet) and found.measured == made.measured
     states = text(SHAPE)

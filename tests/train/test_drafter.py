@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from linspec.checkpoints.hub import load_model, save_model
 from linspec.drafters.heads import HeadsConfig, MedusaHeads
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.saved_packed import HEADS
 from linspec.errors import CheckpointError, ConfigError, DrafterError, InputError, TrainingError
 from linspec.models.decoder import Decoder
 from linspec.train.drafters import DrafterConfig, train_drafter
@@ -57,7 +57,7 @@ def test_trained_heads_load_with_their_accuracies(
     teacher_dir: Path, tmp_path: Path, corpus: Path
 ) -> None:
     out = run(teacher_dir, tmp_path / "d", corpus)
-    heads = load_heads(out, load_model(teacher_dir))
+    heads = HEADS.load(out, load_model(teacher_dir))
     assert len(heads.accuracies) == 3 and all(len(row) == 10 for row in heads.accuracies)
     assert all(0 <= sum(row) <= 1.001 for row in heads.accuracies)
     assert heads.blocks[0].bias.abs().sum() > 0
@@ -73,7 +73,7 @@ def test_default_place_is_inside_the_model(
 ) -> None:
     model = save_model(tiny_teacher(), tokenizer, tmp_path / "m")
     assert train_drafter(model, data=[corpus], config=SHORT) == model / "medusa"
-    load_heads(model / "medusa", load_model(model))
+    HEADS.load(model / "medusa", load_model(model))
 
 
 def test_heads_learn_and_the_backbone_stays(
@@ -200,7 +200,7 @@ def test_old_heads_stay_until_the_new_ones_are_whole(
         with pytest.raises(CheckpointError, match="No space left"):
             run(teacher_dir, out, corpus, config=other, overwrite=True)
     assert (out / "drafter.safetensors").read_bytes() == before
-    load_heads(out, load_model(teacher_dir))
+    HEADS.load(out, load_model(teacher_dir))
     run(teacher_dir, out, corpus, config=other, resume=True)
     assert (out / "drafter.safetensors").read_bytes() != before
 
@@ -223,7 +223,7 @@ def test_heads_refuse_another_model(
 ) -> None:
     out = run(teacher_dir, tmp_path / "d", corpus)
     with pytest.raises(DrafterError, match="trained for another model"):
-        load_heads(out, tiny_teacher(seed=1))
+        HEADS.load(out, tiny_teacher(seed=1))
 
 
 def test_bad_input_is_refused(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:

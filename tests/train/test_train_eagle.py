@@ -16,7 +16,7 @@ from linspec.checkpoints.hub import load_model
 from linspec.decoding.step import StepInput
 from linspec.drafters.eagle import Eagle
 from linspec.drafters.eagle_net import BOTH, EagleNet, teacher_logits
-from linspec.drafters.saved_eagle import load_eagle
+from linspec.drafters.saved_packed import EAGLE
 from linspec.models.decoder import Decoder
 from linspec.train.drafters import DrafterConfig, train_drafter
 from linspec.train.drafters.eagle import (
@@ -158,7 +158,7 @@ def test_a_trained_drafter_learns_loads_and_says_what_it_reads(
     )
     data = json.loads((out / "drafter.json").read_text())
     model = load_model(teacher_dir)
-    net = load_eagle(out, model)
+    net = EAGLE.load(out, model)
     assert data["kind"] == "eagle" and tuple(data["reads"]) == net.config.reads
     assert data["loss"] < np.log(60) * sum(0.8**j for j in range(3))
     assert 1 <= len(net.accuracies) <= 4 and 0 <= sum(net.accuracies[0]) <= 1

@@ -32,7 +32,7 @@ from linspec.demo.screen import Echo, Screen
 from linspec.demo.showcase import Showcase, show
 from linspec.demo.training import make_heads, make_student, shuffled, swapped, training_log
 from linspec.demo.work import RECORD, Work
-from linspec.drafters.saved_heads import load_heads
+from linspec.drafters.saved_packed import HEADS
 from linspec.errors import InputError
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
@@ -274,7 +274,7 @@ class _Demo:
 def _check_shipped(model: str | Path) -> None:
     """Load what will be shown beside the student, so that a misfit shows now, not after minutes."""
     if "medusa" in _shipped_drafters(model):
-        load_heads(resolve(model) / "medusa", load_model(model))
+        HEADS.load(resolve(model) / "medusa", load_model(model))
 
 
 def _shipped_drafters(model: str | Path) -> tuple[str, ...]:

@@ -14,26 +14,21 @@ from linspec.decoding.tree import Budget, TokenTree, chain_shape, root_only
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
 from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.medusa import runs_natively
 from linspec.drafters.packed_block import PackedBlockNet
-from linspec.drafters.saved_heads import load_block, pack_block
+from linspec.drafters.saved_packed import BLOCK
 from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer, integer_bits
-from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)
 class BlockOptions:
     """Where the drafter is."""
 
-    path: Path | None = option(
-        "directory of the drafter; none is 'block' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the drafter", "block")
 
 
 @DRAFTERS.register(
@@ -51,7 +46,7 @@ class Block(Drafter):
 
     confident = True
 
-    files = Files(load_block, pack_block)
+    files = Files(BLOCK.load, BLOCK.pack)
 
     def __init__(self, net: BlockNet) -> None:
         if not net.measured.acceptance:
@@ -116,7 +111,7 @@ class Block(Drafter):
 
 def ready_net(folder: Path, target: Decoder) -> BlockNet:
     """The drafter in `folder` in the form that suits `target`, which may be prepared later."""
-    net = load_block(folder, target)
+    net = BLOCK.load(folder, target)
     if not isinstance(net, PackedBlockNet) and runs_natively(target.head):
         return PackedBlockNet.of(net, Quantizer(integer_bits(target.head) or 8, {}))
     return net

@@ -17,13 +17,12 @@ from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.chimera_net import TOKENS, ChimeraNet
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.packed import draft_head
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import check_calibrated
 from linspec.kernels.cpu.library import load
-from linspec.utils.options import option
 
 # nodes of one depth that the network goes on from, and guesses behind each of them
 _BEAM, _GUESSES = 6, 8
@@ -33,11 +32,7 @@ _BEAM, _GUESSES = 6, 8
 class ChimeraOptions:
     """Where the network is."""
 
-    path: Path | None = option(
-        "directory of the network; none is 'chimera' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the network", "chimera")
 
 
 @dataclass(slots=True)

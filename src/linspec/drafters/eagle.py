@@ -22,8 +22,8 @@ from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
 from linspec.drafters.confident import ConfidentTree, exp_share
 from linspec.drafters.eagle_net import BOTH, EagleNet
-from linspec.drafters.found import find_drafter, is_at_hand
-from linspec.drafters.saved_eagle import load_eagle, pack_eagle
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
+from linspec.drafters.saved_packed import EAGLE
 from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.kernels.cpu.grow import GrowCall, Grown, Seed
@@ -38,11 +38,7 @@ from linspec.utils.sizes import check_sizes
 class EagleOptions:
     """Where the drafter is, and how wide and deep its trees may be."""
 
-    path: Path | None = option(
-        "directory of the drafter; none is 'eagle' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the drafter", "eagle")
     top: int = option("children of a node, and nodes of a level that get children", default=4)
     depth: int = option("depth of a tree", default=6)
 
@@ -85,7 +81,7 @@ class Eagle(Drafter):
 
     confident = True
 
-    files = Files(load_eagle, pack_eagle)
+    files = Files(EAGLE.load, EAGLE.pack)
 
     def __init__(self, net: EagleNet, slots: int, options: EagleOptions | None = None) -> None:
         self.net, self.options = net, options or EagleOptions()
@@ -108,7 +104,7 @@ class Eagle(Drafter):
         """With a drafter from disk."""
         target = context.decoder(cls.name)
         folder = find_drafter(cls.name, options.path, context)
-        return cls(load_eagle(folder, target), context.slots, options)
+        return cls(EAGLE.load(folder, target), context.slots, options)
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:

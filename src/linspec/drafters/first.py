@@ -12,7 +12,7 @@ from pathlib import Path
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import DRAFTERS, DrafterContext
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.routers import Routers
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.self_bits import check_drafting
@@ -31,11 +31,7 @@ _FORMS = 64
 class FirstOptions:
     """Where the routers are, how many layers they leave out, and how much is drafted."""
 
-    path: Path | None = option(
-        "directory of the routers; none is 'first' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the routers", "first")
     skip: int | None = option(
         "layers that a draft does without; none is those that are needed less than by half",
         default=None,

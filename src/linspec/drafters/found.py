@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from linspec.checkpoints.fingerprint import fingerprint
 from linspec.checkpoints.resolve import resolve
@@ -15,6 +16,16 @@ from linspec.drafters.base import DrafterContext
 from linspec.drafters.saved import CONFIG_FILE, read_drafter, targets_of
 from linspec.errors import CheckpointError, ConfigError, DrafterError
 from linspec.models.decoder import Decoder
+from linspec.utils.options import option
+
+
+def path_option(what: str, kind: str) -> Any:
+    """The option `path` of a trained drafter: the directory of `what` it needs."""
+    return option(
+        f"directory of {what}; none is {kind!r} in the model's directory, else what linspec has for it",
+        default=None,
+        short=True,
+    )
 
 
 def find_drafter(kind: str, path: Path | None, context: DrafterContext) -> Path:

@@ -25,13 +25,12 @@ from linspec.decoding.step import StepInput, Want
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, check_calibrated, read_accuracies, read_shape
 from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
-from linspec.utils.options import option
 from linspec.utils.sizes import check_sizes
 
 
@@ -124,11 +123,7 @@ def entering(target: Decoder, states: torch.Tensor, positions: Sequence[int]) ->
 class TransferOptions:
     """Where the maps are."""
 
-    path: Path | None = option(
-        "directory of the maps; none is 'hidden-transfer' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the maps", "hidden-transfer")
 
 
 @DRAFTERS.register(

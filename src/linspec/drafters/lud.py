@@ -24,7 +24,7 @@ from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain_shape
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, read_shape
 from linspec.errors import ConfigError
@@ -67,9 +67,7 @@ class Slot(TrainedDrafter):
 class LUDOptions:
     """Where the slot is, and what is certain enough."""
 
-    path: Path | None = option(
-        "directory of the slot; none is 'lud' in the model's directory", default=None, short=True
-    )
+    path: Path | None = path_option("the slot", "lud")
     threshold: float = option("least confidence of a draft, above 0", default=0.9)
 
     def __post_init__(self) -> None:

@@ -16,28 +16,23 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import FINAL, Want
 from linspec.decoding.tree import Budget, TokenTree, best_first, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.heads import Heads, MedusaHeads
 from linspec.drafters.packed import PackedHeads
-from linspec.drafters.saved_heads import load_heads, pack_heads
+from linspec.drafters.saved_packed import HEADS
 from linspec.drafters.trained import Files
 from linspec.errors import DrafterError
 from linspec.kernels.selector import pick_kernel
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer, integer_bits
 from linspec.models.native_linear import NativeLinear
-from linspec.utils.options import option
 
 
 @dataclass(frozen=True, slots=True)
 class MedusaOptions:
     """Where the heads are."""
 
-    path: Path | None = option(
-        "directory of the heads; none is 'medusa' in the model's directory, else what linspec has for it",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the heads", "medusa")
 
 
 @DRAFTERS.register(
@@ -55,7 +50,7 @@ class Medusa(Drafter):
     """
 
     needs = Want((FINAL,))
-    files = Files(load_heads, pack_heads)
+    files = Files(HEADS.load, HEADS.pack)
 
     def __init__(self, heads: Heads) -> None:
         self.heads = heads
@@ -155,7 +150,7 @@ def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
 
 def ready_heads(folder: Path, target: Decoder) -> Heads:
     """The heads in `folder` in the form that suits `target`, which may be prepared later."""
-    heads = load_heads(folder, target)
+    heads = HEADS.load(folder, target)
     if isinstance(heads, MedusaHeads) and runs_natively(target.head):
         heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
     return heads

@@ -21,13 +21,12 @@ from linspec.decoding.step import MAX_STAGED
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
 from linspec.drafters.base import DRAFTERS, MAX_NODES, Drafter, DrafterContext
-from linspec.drafters.found import find_drafter, is_at_hand
+from linspec.drafters.found import find_drafter, is_at_hand, path_option
 from linspec.drafters.guesses import GuessTree
 from linspec.drafters.layouts import Layouts
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.trained import TrainedDrafter, check_calibrated, read_accuracies, read_shape
 from linspec.models.decoder import Decoder
-from linspec.utils.options import option
 from linspec.utils.sizes import check_sizes
 
 # sizes of budget whose layouts are kept; a policy asks for a dozen
@@ -74,11 +73,7 @@ class PromptTokens(TrainedDrafter):
 class PPDOptions:
     """Where the prompt tokens are."""
 
-    path: Path | None = option(
-        "directory of the prompt tokens; none is 'ppd' in the model's directory",
-        default=None,
-        short=True,
-    )
+    path: Path | None = path_option("the prompt tokens", "ppd")
 
 
 @DRAFTERS.register(

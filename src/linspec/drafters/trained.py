@@ -40,6 +40,9 @@ class TrainedDrafter(nn.Module, ABC):
         Raises DrafterError where these are no description, or one of a drafter for another shape of model.
         """
 
+    def bind(self, target: Decoder) -> None:
+        """Draft for another form of the target, such as its quantized one."""
+
     def check_weights(self, path: Path) -> None:
         """Raise DrafterError where the weights read from `path` have impossible values."""
 

@@ -85,13 +85,7 @@ def train_drafter(
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)
     check_tokenizer(tokenizer, target.config)
-    plan = {
-        "target": fingerprint(target),
-        "kind": {"name": training.name, **asdict(training.options)},
-        "data": [str(d) for d in data],
-        "field": field,
-        "config": config.to_json(),
-    }
+    plan = _plan(training, target, data, field, config)
     accelerator = make_accelerator()
     with training_run(place, plan, record, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
@@ -108,12 +102,41 @@ def train_drafter(
                 facts = predicted.to_json() if predicted else {}
                 facts |= {"plan": plan, "loss": round(mean_loss(log), 5)}
                 facts["tokens"] = log[-1]["tokens"]
-                if isinstance(training, JointTraining):
-                    save_model(target, tokenizer, place)
-                    save_drafter(drafter, target, place.path / training.drafter, facts=facts)
-                else:
-                    save_drafter(drafter, target, place, facts=facts)
+                _save(training, target, tokenizer, drafter, place, facts)
     return place.path
+
+
+def _plan(
+    training: DrafterTraining[Any],
+    target: Decoder,
+    data: Sequence[str | Path],
+    field: str,
+    config: DrafterConfig,
+) -> dict[str, Any]:
+    """What decides the result of a run, in plain JSON types."""
+    return {
+        "target": fingerprint(target),
+        "kind": {"name": training.name, **asdict(training.options)},
+        "data": [str(each) for each in data],
+        "field": field,
+        "config": config.to_json(),
+    }
+
+
+def _save(
+    training: DrafterTraining[Any],
+    target: Decoder,
+    tokenizer: Any,
+    drafter: TrainedDrafter,
+    place: Place,
+    facts: dict[str, Any],
+) -> None:
+    """Write the drafter, inside the model where that was trained too."""
+    if isinstance(training, JointTraining):
+        save_model(target, tokenizer, place)
+        save_drafter(drafter, target, place.path / training.drafter, facts=facts)
+    else:
+        save_drafter(drafter, target, place, facts=facts)
 
 
 def predicted(out: Path) -> Prediction | None:
