@@ -10,7 +10,8 @@ import torch
 from helpers import GROUP, assert_close, mixer_config, random_tokens, random_tree, tiny_model
 
 from linspec.decoding.step import StepInput
-from linspec.errors import ConfigError
+from linspec.errors import ConfigError, LinspecError
+from linspec.mixers.by_head import beside_exact
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 
@@ -48,6 +49,19 @@ def test_any_choice_of_heads_has_one_function_in_two_forms(
     exact: tuple[int, ...], taps: int
 ) -> None:
     assert_close(*nodes_and_full(model_of(layer(*exact, taps=taps), layer(taps=taps))))
+
+
+@pytest.mark.parametrize("others", ["grouped", "aug", "gla", "gdn", "hedgehog", "relu", "local"])
+@pytest.mark.parametrize("exact", [(1,), (0, 3)], ids=str)
+def test_other_heads_may_have_another_mixer(others: str, exact: tuple[int, ...]) -> None:
+    mixed = beside_exact(mixer_config(others), exact)
+    assert_close(*nodes_and_full(model_of(mixed, mixed)))
+
+
+@pytest.mark.parametrize("others", ["by-head", "nonsense"])
+def test_other_heads_need_a_mixer_that_has_heads_to_itself(others: str) -> None:
+    with pytest.raises(LinspecError, match=others):
+        model_of(*[MixerConfig(name="by-head", exact_heads=(0,), options={"others": others})] * 2)
 
 
 def test_all_heads_exact_are_softmax_and_none_are_streaming() -> None:

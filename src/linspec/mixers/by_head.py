@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,28 +16,44 @@ from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.forms import full
 from linspec.mixers.options import SinkOptions
 from linspec.mixers.softmax import Softmax
-from linspec.mixers.streaming import Streaming
 from linspec.state.contract import Makers
 from linspec.state.dense_group import DenseGroup
 from linspec.state.sequence_states import MixedState
 from linspec.utils.messages import shown
+from linspec.utils.options import option
 
 _PROJECTIONS = ("q", "k", "v", "o")
+_OTHERS = "streaming"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByHeadOptions(SinkOptions):
+    """Which mixer the heads get that are not exact, and how much it sees exactly."""
+
+    others: str | None = option("mixer of the other heads; None is streaming", default=None)
+
+
+def beside_exact(mixer: MixerConfig, exact: tuple[int, ...]) -> MixerConfig:
+    """`mixer` for a layer whose KV heads `exact` see all tokens."""
+    options = dict(mixer.options)
+    if mixer.name != _OTHERS:
+        options["others"] = mixer.name
+    return replace(mixer, name="by-head", exact_heads=exact, options=options)
 
 
 @MIXERS.register(
     "by-head",
-    summary="softmax for some KV heads of a layer, `streaming` for the others",
+    summary="softmax for some KV heads of a layer, `streaming` or another mixer for the others",
     paper="Xiao et al. 2024 (DuoAttention), arXiv 2410.10819",
     state="2·T·d per exact KV head, as `streaming` per other one",
     cost="2·T·d per exact KV head, as `streaming` per other one",
-    options=SinkOptions,
+    options=ByHeadOptions,
 )
 class ByHead(Mixer):
     """KV heads named in `exact_heads`, with the query heads that share them, see all tokens.
 
-    The layer's projections, norms and convolution are its own; its parts have none. Group, span and
-    sinks are those of the part that is not exact.
+    The layer's projections, norms and convolution are its own; its parts have none. Group, span, sinks
+    and all other settings are those of the part that is not exact.
     """
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
@@ -55,11 +71,13 @@ class ByHead(Mixer):
             )
         others = tuple(head for head in range(config.kv_heads) if head not in exact)
         plain = MixerConfig(taps=mixer.taps)
-        near = replace(mixer, name="streaming", exact_heads=())
+        given = {k: v for k, v in mixer.options.items() if k != "others"}
+        name = mixer.own_options(ByHeadOptions).others or _OTHERS
+        rest = replace(mixer, name=name, exact_heads=(), options=given)
         # which KV heads each part has
         self.owned: list[tuple[int, ...]] = []
         self.parts = nn.ModuleList()
-        for kind, settings, heads in ((Softmax, plain, exact), (Streaming, near, others)):
+        for kind, settings, heads in ((Softmax, plain, exact), (_kind_of(name), rest, others)):
             if heads:
                 self.owned.append(heads)
                 self.parts.append(self._part(kind, settings, len(heads)))
@@ -144,3 +162,13 @@ class ByHead(Mixer):
 def _of(x: torch.Tensor, heads: Sequence[int], dim: int) -> torch.Tensor:
     """The entries of some KV heads along `dim`."""
     return torch.cat([x.narrow(dim, head, 1) for head in heads], dim=dim)
+
+
+def _kind_of(name: str) -> type[Mixer]:
+    """The class of a mixer that some heads of a layer may have; raises ConfigError for one that cannot."""
+    kind = MIXERS.entry(name).value
+    if issubclass(kind, ByHead):
+        raise ConfigError(
+            "the other heads of 'by-head' cannot be 'by-head' again; name another mixer"
+        )
+    return kind

@@ -35,7 +35,7 @@ class MixerConfig:
     seed: of what a mixer draws at random when it is made.
     sinks: first tokens of a text that `streaming` sees from everywhere. exact_heads: KV heads that
     `by-head` gives softmax attention.
-    options: further settings, of a mixer that another package brings; see `own_options`.
+    options: further settings of one mixer, such as one that another package brings; see `own_options`.
     """
 
     name: str = "softmax"

@@ -16,13 +16,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count as counter
 
 import torch
 from torch import nn
 
 from linspec.errors import ConfigError, TrainingError
+from linspec.mixers.by_head import beside_exact
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import softmax_attention
 from linspec.mixers.streaming import Streaming
@@ -137,7 +138,7 @@ def by_head_mixers(
         if len(exact) == config.kv_heads:
             found.append(MixerConfig())
         elif exact:
-            found.append(replace(streaming, name="by-head", exact_heads=exact))
+            found.append(beside_exact(streaming, exact))
         else:
             found.append(streaming)
     return tuple(found)
