@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         return_errors: bool = False,
+        show_drafts: bool = False,
     ) -> Iterator[Piece]:
         """Pieces of text of all sequences, in the order in which the model decides them.
 
@@ -233,12 +235,16 @@ class LLM:
             prompts: as in `generate`.
             params: as in `generate`.
             return_errors: do not raise the first error when all requests have ended.
+            show_drafts: let every piece say in `Piece.drafts` which of it were accepted drafts, who drafted
+                and what was rejected.
 
         Raises:
             LinspecError: as in `generate`, at the first piece.
         """
         self.engine.check_process()
         collectors = self._collectors(prompts, params)
+        for each in chain.from_iterable(collectors) if show_drafts else ():
+            each.show_drafts()
         errors: list[Exception] = []
         with self.streams.open(each[0].request for each in collectors) as stream:
             known = dict(zip(stream.requests, collectors, strict=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from linspec.decoding.accepted import Accepted
 from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.tree import TokenTree
 
 # `Outcome.finished` of a sequence that failed
 FAILED = "error"
@@ -22,6 +23,9 @@ class Outcome:
         accepted: the result of the verifier; None if the loop has no verifier or failed before it.
         finished: None if the sequence continues, else 'stop' (end of sequence), 'length' or 'error'.
         error: why the sequence failed; None if it did not.
+        tree: the drafts that were judged, without the distributions they were sampled from; None where there
+            were none.
+        drafter: the name of the drafter that proposed them; '' where there were none.
     """
 
     sequence: RunningSequence
@@ -29,6 +33,15 @@ class Outcome:
     accepted: Accepted | None
     finished: str | None
     error: Exception | None = None
+    tree: TokenTree | None = None
+    drafter: str = ""
+
+    @property
+    def drafted(self) -> int:
+        """How many of the tokens were accepted drafts: the first ones."""
+        if self.tree is None or self.accepted is None:
+            return 0
+        return min(len(self.accepted.path) - 1, len(self.tokens))
 
     @classmethod
     def failure(cls, sequence: RunningSequence, error: Exception) -> Outcome:

@@ -207,6 +207,12 @@ class TokenTree:
         """Nodes from the root to `node`, both included."""
         return self.shape.path_to(node)
 
+    def without_proposals(self) -> TokenTree:
+        """This tree without its distributions, for those who keep it and do not judge it."""
+        if not self.proposals:
+            return self
+        return TokenTree(self.tokens, self.parents, confidences=self.confidences)
+
     def first(self, nodes: int) -> TokenTree:
         """The tree of the first `nodes` nodes, the root included."""
         kept = {node: distribution for node, distribution in self.proposals.items() if node < nodes}

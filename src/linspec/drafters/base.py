@@ -161,6 +161,10 @@ class Drafter(ABC):
             path: accepted nodes from the root (node 0) down.
         """
 
+    def author(self, sequence: RunningSequence) -> str:
+        """The name of who drafted the newest tree of `sequence`; a drafter that asks others names them."""
+        return name_of(self)
+
     def passed(self, sequence: RunningSequence) -> None:
         """A round was verified without drafts of this drafter for a sequence.
 

@@ -211,6 +211,9 @@ class Mixed(Drafter):
         part.drafter.observe(sequence, tree, path)
         _each([each.drafter.passed for each in self.parts if each is not part], sequence)
 
+    def author(self, sequence: RunningSequence) -> str:
+        return self._chosen[sequence.number].drafter.author(sequence)
+
     def passed(self, sequence: RunningSequence) -> None:
         _each([part.drafter.passed for part in self.parts], sequence)
 

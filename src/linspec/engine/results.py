@@ -12,6 +12,7 @@ from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence, Stats
 from linspec.engine.detokenizer import Detokenizer
+from linspec.engine.drafts import DraftedText, Drafts, rejected
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Piece:
         token_ids: the new tokens.
         done: the finished sequence, on its last piece; None before.
         sequence: the number of the sequence in its request, from 0 to n - 1.
+        drafts: what the piece owes to drafts; None unless the caller asked for it.
     """
 
     index: int
@@ -106,6 +108,7 @@ class Piece:
     token_ids: tuple[int, ...]
     done: Generation | None
     sequence: int = 0
+    drafts: Drafts | None = None
 
 
 class Collector:
@@ -135,6 +138,11 @@ class Collector:
         )
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self._authors: DraftedText | None = None
+
+    def show_drafts(self) -> None:
+        """Say of every piece from now on what it owes to drafts."""
+        self._authors = DraftedText()
 
     def take(self, outcome: Outcome) -> Piece:
         """Add a round's tokens, up to a stop string."""
@@ -142,7 +150,11 @@ class Collector:
         shown = len(outcome.tokens) - self._hides_end(outcome)
         for place, token in enumerate(outcome.tokens):
             self.tokens.append(token)
-            if place < shown and self.text.push(token):
+            stopped = place < shown and self.text.push(token)
+            if self._authors is not None:
+                author = outcome.drafter if place < outcome.drafted else ""
+                self._authors.grew(len(self.text.full), author)
+            if stopped:
                 finished = finished if finished == FAILED else "stop"
                 break
         if outcome.accepted is not None and outcome.accepted.logprobs is not None:
@@ -152,7 +164,15 @@ class Collector:
             finished = "stop" if self.text.stopped else finished
         piece = self.text.release(last=finished is not None)
         done = self._result(outcome.sequence, finished, outcome.error) if finished else None
-        return Piece(self.index, piece, tuple(self.tokens[before:]), done, self.sequence)
+        new = tuple(self.tokens[before:])
+        drafts = self._drafts(outcome, len(new), piece)
+        return Piece(self.index, piece, new, done, self.sequence, drafts)
+
+    def _drafts(self, outcome: Outcome, count: int, text: str) -> Drafts | None:
+        if self._authors is None:
+            return None
+        drafted = min(outcome.drafted, count)
+        return Drafts(drafted, outcome.drafter, rejected(outcome), self._authors.show(text))
 
     def _hides_end(self, outcome: Outcome) -> bool:
         """Whether the last token ended the output and is no part of its text."""

@@ -12,6 +12,7 @@ from typing import Any
 from linspec.decoding.accepted import Accepted
 from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.tree import TokenTree
 from linspec.engine.loops.base import GenerationLoop
 from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
@@ -120,4 +121,6 @@ def _fault(outcome: Any, vocab_size: int) -> str | None:
         )
     if outcome.accepted is not None and not isinstance(outcome.accepted, Accepted):
         return f"accepted={shown(repr(outcome.accepted))}; it is an Accepted or None"
+    if outcome.tree is not None and not isinstance(outcome.tree, TokenTree):
+        return f"tree={shown(repr(outcome.tree))}; it is a TokenTree or None"
     return None

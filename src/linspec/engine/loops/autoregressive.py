@@ -184,7 +184,10 @@ class Autoregressive(GenerationLoop):
             sequence.remaining <= 0 or (limit and len(sequence.tokens) > limit)
         ):
             finished = "length"
-        return Outcome(sequence, tokens, accepted, finished)
+        if len(tree) == 1 or self.drafter is None:
+            return Outcome(sequence, tokens, accepted, finished)
+        judged, author = tree.without_proposals(), self.drafter.author(sequence)
+        return Outcome(sequence, tokens, accepted, finished, tree=judged, drafter=author)
 
     def _account(
         self,
