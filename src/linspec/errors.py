@@ -7,7 +7,9 @@ LinspecError
 ├── CheckpointError      a model directory cannot be read or written
 │   └── UnsupportedModel     the directory is sound, its family is not known
 ├── StateError           a state cannot do what was asked
-│   └── ContextOverflow      a sequence outgrew what the model can attend to
+│   ├── ContextOverflow      a sequence outgrew what the model can attend to
+│   └── WorkerStopped        a server is shutting down
+├── QueueFull            a server has no room for a request now
 ├── DrafterError         a drafter does not fit its target
 ├── NotFinite            a model computes NaN or infinity
 └── TrainingError        training cannot go on (NaN loss, output in use)
@@ -48,6 +50,18 @@ class StateError(LinspecError):
 
 class ContextOverflow(StateError):
     """A sequence is longer than the model can attend to."""
+
+
+class WorkerStopped(StateError):
+    """A server takes and answers no more requests."""
+
+
+class QueueFull(LinspecError):
+    """A server has no room for a request now; `retry_after` is in how many seconds it may have some."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class DrafterError(LinspecError):

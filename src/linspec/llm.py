@@ -21,7 +21,6 @@ from linspec.checkpoints.dtype import cache_kind, pick_dtype
 from linspec.checkpoints.hub import load_causal_model, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
-from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
@@ -36,7 +35,7 @@ from linspec.engine.encoding import (
 from linspec.engine.engine import Engine
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
-from linspec.engine.streams import EngineStreams, Stream
+from linspec.engine.streams import EngineStreams
 from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
@@ -251,25 +250,12 @@ class LLM:
             for outcome in stream:
                 sequence = outcome.sequence
                 collector = known[sequence.request][sequence.index]
-                piece = self._piece(collector, outcome, stream)
+                piece = stream.read(collector, outcome)
                 if piece.done is not None and piece.done.error is not None:
                     errors.append(piece.done.error)
                 yield piece
         if errors and not return_errors:
             raise errors[0]
-
-    def _piece(self, collector: Collector, outcome: Outcome, stream: Stream) -> Piece:
-        """What `outcome` is for the caller; a sequence that has ended for the caller is dropped."""
-        try:
-            piece = collector.take(outcome)
-        except Exception as error:
-            piece = collector.failed(outcome.sequence, error)
-        if piece.done is None:
-            return piece
-        late = stream.drop(outcome.sequence)
-        if late is None or piece.done.error is not None:
-            return piece
-        return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))
 
     def _collectors(
         self,
@@ -294,23 +280,35 @@ class LLM:
                 "for each"
             )
         requests = [
-            self._request(index, prompt, each)
+            self.request(prompt, each, f"prompt {index}")
             for index, (prompt, each) in enumerate(zip(given, params, strict=True))
         ]
-        return [self._sequences(index, request) for index, request in enumerate(requests)]
+        return [self.collectors(index, request) for index, request in enumerate(requests)]
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        """What the engine is asked for; raises ContextOverflow where there is no room for it."""
-        asked = prompt if isinstance(prompt, Request) else Request((), params)
+    def request(
+        self, prompt: Prompt, params: SamplingParams | None = None, name: str = "the prompt"
+    ) -> Request:
+        """What the engine is asked for: token ids, and no more new tokens than there is room for.
+
+        Args:
+            prompt: a text, token ids or a Request, which has its own parameters.
+            params: None takes the defaults.
+            name: what errors call the prompt.
+
+        Raises:
+            LinspecError: as in `generate`.
+        """
+        asked = prompt if isinstance(prompt, Request) else Request((), params or SamplingParams())
         params = asked.params
         if not isinstance(params, SamplingParams):
             raise WrongType(f"params of a Request are SamplingParams, got {shown(repr(params))}")
         if params.bad_words:
             params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
         request = replace(asked, prompt=tuple(self.encode(prompt)), params=params)
-        return self.engine.limits.fitted(request, f"prompt {index}")
+        return self.engine.limits.fitted(request, name)
 
-    def _sequences(self, index: int, request: Request) -> list[Collector]:
+    def collectors(self, index: int, request: Request) -> list[Collector]:
+        """What turns the outcomes of each sequence of `request` into pieces, whose `index` is this one."""
         continues = self.model.continues_prompt
         return [
             Collector((index, i), self.tokenizer, request, each, continues=continues)

@@ -94,14 +94,7 @@ class Engine:
         `check_request` raise, InputError for foreign token ids, and StateError for a handle that was not
         reserved or has its request. If this is interrupted, nothing is queued.
         """
-        request = self.limits.fitted(request)
-        self.loop.check_request(request)
-        config = self.model.config
-        # made here, so that foreign tokens are refused now and not when a slot is free
-        samplers = [
-            Sampler(params, request.prompt, config.vocab_size, config.eos_ids)
-            for params in request.params.sequences()
-        ]
+        request, samplers = self._checked(request)
         self.check_process()
         handle = self._claimed(self.reserve() if handle is None else handle)
         try:
@@ -113,6 +106,20 @@ class Engine:
         except BaseException:
             self.abort(handle)
             raise
+
+    def check(self, request: Request) -> Request:
+        """`request` as `add` would queue it; raises what `add` raises, and waits for no step."""
+        return self._checked(request)[0]
+
+    def _checked(self, request: Request) -> tuple[Request, list[Sampler]]:
+        request = self.limits.fitted(request)
+        self.loop.check_request(request)
+        config = self.model.config
+        # made here, so that foreign tokens are refused now and not when a slot is free
+        return request, [
+            Sampler(params, request.prompt, config.vocab_size, config.eos_ids)
+            for params in request.params.sequences()
+        ]
 
     def _claimed(self, handle: int) -> int:
         """A reserved handle, which is nobody else's from now on."""

@@ -13,13 +13,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from weakref import WeakValueDictionary
 
-from linspec.decoding.outcome import Outcome
+from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.engine.engine import Engine
+from linspec.engine.results import Collector, Piece
 from linspec.errors import StateError
 
 
@@ -83,8 +85,16 @@ class EngineStreams:
 
     def _turn_for(self, stream: Stream) -> None:
         # another caller's step may have brought it meanwhile
-        if not stream.waits:
-            return
+        if stream.waits:
+            self._step()
+
+    def step(self) -> None:
+        """One step for all streams, for who reads several; raises what broke it, as `broken` streams tell."""
+        self._renew()
+        with self._turn:
+            self._step()
+
+    def _step(self) -> None:
         self._check_outside()
         try:
             self._stepping = True
@@ -167,6 +177,25 @@ class Stream:
         self._ready.append(outcome)
         if outcome.finished:
             self._end(outcome.sequence)
+
+    def drain(self) -> list[Outcome]:
+        """What is there, without waiting."""
+        found = list(self._ready)
+        self._ready.clear()
+        return found
+
+    def read(self, collector: Collector, outcome: Outcome) -> Piece:
+        """What `outcome` is for the caller; a sequence that has ended for the caller is dropped."""
+        try:
+            piece = collector.take(outcome)
+        except Exception as error:
+            piece = collector.failed(outcome.sequence, error)
+        if piece.done is None:
+            return piece
+        late = self.drop(outcome.sequence)
+        if late is None or piece.done.error is not None:
+            return piece
+        return replace(piece, done=replace(piece.done, finish_reason=FAILED, error=late))
 
     def drop(self, sequence: RunningSequence) -> Exception | None:
         """The caller has enough of `sequence`; returns the error of a plug-in that could not let go of it."""
