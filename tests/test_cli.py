@@ -162,6 +162,23 @@ def test_generate_options_reach_the_sampler() -> None:
     assert len(logprobs) == 12 and len(logprobs[0]["top"]) == 2
 
 
+def test_an_output_is_of_the_language_that_was_asked_for(tmp_path: Path) -> None:
+    base = ("generate", model_dir("aug"), "--prompt", "abcd", "--max-tokens", 40)
+    schema, rules = tmp_path / "schema.json", tmp_path / "rules.gbnf"
+    schema.write_text('{"enum": [["a", 1], ["b"]]}')
+    rules.write_text('root ::= "x" [0-9] "y"')
+    for given in (schema, schema.read_text()):
+        found = run_json(*base, "--json-schema", given, "--drafter", "grammar")
+        assert json.loads(found["text"]) in (["a", 1], ["b"])
+    assert re.fullmatch("[ab]{3}", run_json(*base, "--regex", "[ab]{3}")["text"])
+    assert re.fullmatch("x[0-9]y", run_json(*base, "--grammar", rules)["text"])
+    assert "one of --json-schema and --regex" in fails(*base, "--regex", "a", "--json-schema", "{}")
+    assert "unclosed group" in fails(*base, "--regex", "(")
+    assert "no such file" in fails(*base, "--json-schema", tmp_path / "none.json")
+    assert "cannot read" in fails(*base, "--json-schema", "a" * 5000)
+    assert "is no path" in fails(*base, "--json-schema", "a\0b")
+
+
 def test_eval(data: Path) -> None:
     found = run_json("eval", model_dir("aug"), "--data", data, "--limit-bytes", 500)
     assert found == evaluate_source(model_dir("aug"), [data], limit_bytes=500).to_json()

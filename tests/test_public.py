@@ -26,6 +26,7 @@ PUBLIC = {
     "EntrySpec",
     "Generation",
     "GenerationLoop",
+    "Grammar",
     "LLM",
     "LOOPS",
     "LayerState",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from linspec.checkpoints.hub import load, load_model, load_tokenizer, save_model
     from linspec.decoding.outcome import Outcome
     from linspec.decoding.request import Request
-    from linspec.decoding.sampling import SamplingParams
+    from linspec.decoding.sampling import Grammar, SamplingParams
     from linspec.decoding.sequence import RunningSequence
     from linspec.decoding.step import StepInput, Want
     from linspec.decoding.target import Target
@@ -69,6 +69,7 @@ __all__ = [
     "EntrySpec",
     "Generation",
     "GenerationLoop",
+    "Grammar",
     "LayerState",
     "LinearizeRecipe",
     "LinspecError",
@@ -113,6 +114,7 @@ _HOMES = {
     "EntrySpec": "linspec.state.entries",
     "Generation": "linspec.engine.results",
     "GenerationLoop": "linspec.engine.loops",
+    "Grammar": "linspec.decoding.sampling",
     "LLM": "linspec.llm",
     "LOOPS": "linspec.engine.loops",
     "LayerState": "linspec.state.contract",

@@ -33,6 +33,7 @@ from linspec.engine.encoding import (
     check_tokenizer_type,
 )
 from linspec.engine.engine import Engine
+from linspec.engine.grammar import Grammars
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
 from linspec.engine.streams import EngineStreams
@@ -133,6 +134,7 @@ class LLM:
         self.kv_cache_dtype = cache_kind(kept, self.model)
         self.tokenizer = tokenizer
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
+        self.grammars = Grammars(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
         self.model.to_inference()
         self.engine = Engine(
@@ -145,6 +147,7 @@ class LLM:
             kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=max_model_len,
             loop=_loop(loop, self.model),
+            grammars=self.grammars,
         )
         self.streams = EngineStreams(self.engine)
 
@@ -304,6 +307,8 @@ class LLM:
             raise WrongType(f"params of a Request are SamplingParams, got {shown(repr(params))}")
         if params.bad_words:
             params = replace(params, bad_words=self.encoder.spelled(params.bad_words))
+        if params.grammar is not None:
+            self.grammars.check(params.grammar)
         request = replace(asked, prompt=tuple(self.encode(prompt)), params=params)
         return self.engine.limits.fitted(request, name)
 

@@ -221,10 +221,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise ConfigError("give one of --prompt TEXT, --prompt - (standard input) or --prompt-file")
     if file is not None:
-        try:
-            text = _decode(file.read_bytes(), str(file))
-        except OSError as error:
-            raise InputError(f"cannot read {because(error)}") from error
+        text = read_text(file)
     elif prompt == "-":
         text = _decode(_standard_input(), "standard input")
     else:
@@ -232,6 +229,17 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text:
         raise InputError("the prompt is empty; give at least one character")
     return text
+
+
+def read_text(file: Path) -> str:
+    """The text in a file; raises InputError where it cannot be read."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {because(error)}") from error
+    except ValueError as error:
+        raise InputError(f"{shown(str(file))} is no path: {error}; check it") from error
+    return _decode(content, str(file))
 
 
 def _standard_input() -> bytes:

@@ -11,6 +11,7 @@ import typer
 from linspec.cli.checks import whole
 from linspec.cli.console import guarded, importing, print_json, quiet_stdout, read_prompt, say
 from linspec.cli.groups import grouped
+from linspec.cli.language import Language
 from linspec.cli.options import Decoding, Json, MaxTokens, MinTokens, Model, Sampling, given
 from linspec.errors import ConfigError
 
@@ -21,6 +22,7 @@ def generate(
     model: Model,
     sampling: Sampling,
     decoding: Decoding,
+    language: Language,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; - is stdin.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
     max_tokens: MaxTokens = 128,
@@ -51,6 +53,7 @@ def generate(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         ignore_eos=ignore_eos,
+        grammar=language.to_library(),
         **given({**asdict(sampling), "stop": stop, "logprobs": logprobs}),
     )
     with quiet_stdout():

@@ -158,6 +158,7 @@ class TokenTree:
             heads or look-up, have none.
         confidences: for each node, how likely the drafter holds it that the node is accepted once its parent
             is; 1 for the root. None if the drafter has no estimate.
+        cut: the tree that this one is a `part` of, and the number there of each node; None for a whole one.
 
     Raises:
         ConfigError: the lengths differ, there is not exactly one root, or a parent does not precede its
@@ -168,6 +169,7 @@ class TokenTree:
     parents: tuple[int, ...]
     proposals: Mapping[int, torch.Tensor] = field(default_factory=dict)
     confidences: tuple[float, ...] | None = None
+    cut: tuple[TokenTree, tuple[int, ...]] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.parents):
@@ -217,7 +219,27 @@ class TokenTree:
         """The tree of the first `nodes` nodes, the root included."""
         kept = {node: distribution for node, distribution in self.proposals.items() if node < nodes}
         sure = None if self.confidences is None else self.confidences[:nodes]
-        return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure)
+        cut = None if self.cut is None else (self.cut[0], self.cut[1][:nodes])
+        return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure, cut)
+
+    def part(self, nodes: Sequence[int]) -> TokenTree:
+        """The tree of some `nodes` in their order, the root and the parent of each among them."""
+        place = {node: i for i, node in enumerate(nodes)}
+        whole, numbers = (self, range(len(self))) if self.cut is None else self.cut
+        return TokenTree(
+            tuple(self.tokens[node] for node in nodes),
+            (-1, *(place[self.parents[node]] for node in nodes[1:])),
+            {place[node]: given for node, given in self.proposals.items() if node in place},
+            None if self.confidences is None else tuple(self.confidences[n] for n in nodes),
+            (whole, tuple(numbers[node] for node in nodes)),
+        )
+
+    def uncut(self, path: Sequence[int]) -> tuple[TokenTree, tuple[int, ...]]:
+        """The tree that this one is a part of, up to the last node of the part, and `path` in it."""
+        if self.cut is None:
+            return self, tuple(path)
+        whole, numbers = self.cut
+        return whole.first(numbers[-1] + 1), tuple(numbers[node] for node in path)
 
 
 def root_only(token: int) -> TokenTree:

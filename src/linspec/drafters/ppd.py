@@ -133,7 +133,9 @@ class PPD(Drafter):
         return tree.filled(sequence.root, guesses, layout.nodes)
 
     def probes(self, sequence: RunningSequence, tree: TokenTree) -> Probes | None:
-        counts = self._probes.pop(sequence, ())[: len(tree)]
+        counts = self._probes.pop(sequence, ())
+        nodes = range(len(tree)) if tree.cut is None else tree.cut[1]
+        counts = tuple(counts[node] for node in nodes if node < len(counts))
         parents, numbers = list[int](), list[int]()
         for node, count in enumerate(counts):
             for number in range(self._fitting(count, len(sequence.tokens) + tree.depths[node])):

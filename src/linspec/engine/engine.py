@@ -23,6 +23,7 @@ from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import Sampler
+from linspec.decoding.sampling.rules import GrammarRules
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import Drafter, check_drafter
@@ -44,7 +45,8 @@ class Engine:
 
     drafter None is plain decoding. kv_cache_dtype: how the entries of softmax caches are kept, 'float' or
     'int8'. max_model_len: most tokens of a prompt and its output. loop: NAME or NAME:key=value,… of a
-    generation loop. `clock` returns seconds; tests pass their own.
+    generation loop. `clock` returns seconds; tests pass their own. grammars: makes the rules of requests with
+    a grammar.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Engine:
         max_model_len: int | None = None,
         loop: str = "autoregressive",
         clock: Callable[[], float] = time.perf_counter,
+        grammars: GrammarRules | None = None,
     ) -> None:
-        self.model, self.drafter = model, drafter
+        self.model, self.drafter, self.grammars = model, drafter, grammars
         self.scheduler = Scheduler(slots, prefill_tokens)
         self.state = model.new_state(slots, kv_cache_dtype)
         target = Target(model, self.state)
@@ -117,7 +120,7 @@ class Engine:
         config = self.model.config
         # made here, so that foreign tokens are refused now and not when a slot is free
         return request, [
-            Sampler(params, request.prompt, config.vocab_size, config.eos_ids)
+            Sampler(params, request.prompt, config.vocab_size, config.eos_ids, self.grammars)
             for params in request.params.sequences()
         ]
 

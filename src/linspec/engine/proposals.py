@@ -102,6 +102,9 @@ class Proposals:
         """The part of a proposed tree that is verified, where the verifier's rule allows a part."""
         if len(tree) == 1 or not may_cut(self.verifier, tree):
             return tree
+        tree = sequence.sampler.possible(tree)
+        if len(tree) == 1:
+            return tree
         kept = max(0, self.policy.keep(sequence, tree)) + 1
         return tree if kept >= len(tree) else tree.first(kept)
 

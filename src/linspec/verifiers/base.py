@@ -76,7 +76,13 @@ def walk(tree: TokenTree, logits: Tensor, sampler: Sampler, rule: Rule) -> Accep
     check_logits(tree, logits)
     path = [0]
     while True:
-        token = rule(path[-1], path_tokens(tree, path))
+        try:
+            token = rule(path[-1], path_tokens(tree, path))
+        except InputError:
+            if len(path) == 1:
+                raise
+            # nothing may follow this draft: the round that begins with it says so, as without drafts
+            return conclude(tree, logits, sampler, tuple(path[:-1]), tree.tokens[path[-1]])
         child = child_with(tree, path[-1], token)
         if child is None:
             return conclude(tree, logits, sampler, tuple(path), token)

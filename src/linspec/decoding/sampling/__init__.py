@@ -4,7 +4,8 @@ sampler = Sampler(SamplingParams(temperature=0.8, seed=1), prompt_ids, vocab_siz
 token = sampler.draw(sampler.probabilities(logits))
 """
 
+from linspec.decoding.sampling.grammar import Grammar
 from linspec.decoding.sampling.params import SamplingParams
 from linspec.decoding.sampling.sampler import Sampler
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Grammar", "Sampler", "SamplingParams"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from linspec.decoding.sampling.grammar import Grammar
 from linspec.errors import ConfigError
 from linspec.utils.messages import quoted, shown
 from linspec.utils.sizes import check_size
@@ -52,6 +53,8 @@ class SamplingParams:
         logits_processors: functions (output, scores) or (prompt, output, scores) -> scores [vocab], where
             prompt and output are lists of token ids; or LogitsProcessors of transformers. Drafts ask them
             about tokens that may never come: the answer must depend on the arguments alone.
+        grammar: what the output must be: a JSON schema, a regular expression, a grammar; None for anything.
+            The output is complete unless `max_tokens` or a stop text cuts it.
         min_tokens: tokens before which nothing ends the output.
         stop: texts that end the output; one string is one text.
         stop_token_ids: tokens that end the output, beside the end-of-sequence tokens of the model.
@@ -80,6 +83,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     logits_processors: tuple[Callable[..., Any], ...] = field(default=(), hash=False)
+    grammar: Grammar | None = None
     min_tokens: int = 0
     stop: str | tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -114,6 +118,7 @@ class SamplingParams:
         self._check_warpers()
         self._check_penalties()
         self._check_bans()
+        self._check_grammar()
 
     @property
     def greedy(self) -> bool:
@@ -219,6 +224,20 @@ class SamplingParams:
         if self.allowed_token_ids == ():
             raise ConfigError(
                 "allowed_token_ids must hold at least one token, got none; use None to allow all"
+            )
+
+    def _check_grammar(self) -> None:
+        if self.grammar is None:
+            return
+        if not isinstance(self.grammar, Grammar):
+            raise ConfigError(
+                f"grammar must be a Grammar, got {shown(repr(self.grammar))}; use Grammar.json_schema, "
+                "Grammar.regex or Grammar.cfg"
+            )
+        if self.ignore_eos:
+            raise ConfigError(
+                "ignore_eos must be False with a grammar, got True: nothing may come behind an output that "
+                "is complete; leave one of them out"
             )
 
 

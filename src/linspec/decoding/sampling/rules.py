@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from linspec.decoding.sampling.grammar import Grammar
 from linspec.decoding.sampling.params import SamplingParams
-from linspec.errors import InputError, WrongType
+from linspec.decoding.tree import TokenTree
+from linspec.errors import ConfigError, InputError, WrongType
 from linspec.utils.messages import shown
 
 
@@ -37,6 +39,14 @@ class Rule(ABC):
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Add emitted tokens."""
+
+    def possible(self, tree: TokenTree) -> Sequence[int]:
+        """The nodes of `tree`, in their order, whose drafts may come; where unsure, all of them."""
+        return range(len(tree))
+
+    def forced(self) -> tuple[int, ...]:
+        """The next tokens, as far as this rule leaves no choice about them."""
+        return ()
 
 
 class RepetitionPenalty(Rule):
@@ -226,8 +236,16 @@ def banned(scores: Tensor, tokens: Sequence[int]) -> Tensor:
     return scores.index_fill(0, ids, -math.inf)
 
 
+GrammarRules = Callable[[Grammar, Collection[int]], Rule]
+"""(grammar, tokens that end an output) -> the rule of one sequence; see `linspec.engine.grammar`."""
+
+
 def make_rules(
-    params: SamplingParams, prompt: Sequence[int], vocab_size: int, ends: Sequence[int]
+    params: SamplingParams,
+    prompt: Sequence[int],
+    vocab_size: int,
+    ends: Sequence[int],
+    grammars: GrammarRules | None = None,
 ) -> list[Rule]:
     """The rules of a request in the order in which they act; bans come last, nothing lifts them."""
     rules: list[Rule] = []
@@ -244,6 +262,13 @@ def make_rules(
         rules.append(BadWords(_spelled(params), prompt))
     if params.min_tokens and ends:
         rules.append(MinTokens(params.min_tokens, ends))
+    if params.grammar is not None:
+        if grammars is None:
+            raise ConfigError(
+                f"a grammar is about text, which only a tokenizer can spell, got {shown(params.grammar)}; "
+                "use LLM, or Engine(grammars=Grammars(tokenizer, vocab_size))"
+            )
+        rules.append(grammars(params.grammar, ends))
     return rules
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from linspec.decoding.sampling.params import SamplingParams
-from linspec.decoding.sampling.rules import make_rules
+from linspec.decoding.sampling.rules import GrammarRules, make_rules
 from linspec.decoding.sampling.warpers import keep_min_p, keep_top_k, keep_top_p
+from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError, InputError
 
 
@@ -32,22 +33,23 @@ class Sampler:
         prompt_ids: Iterable[int],
         vocab_size: int,
         eos_ids: Sequence[int] = (),
+        grammars: GrammarRules | None = None,
     ) -> None:
         self.params = params
-        self.vocab_size, self.eos_ids = vocab_size, tuple(eos_ids)
+        self.vocab_size, self.eos_ids, self._grammars = vocab_size, tuple(eos_ids), grammars
         # its streams of neighbouring seeds are independent, as requests number theirs
         self._generator = np.random.default_rng(params.seed)
         prompt = tuple(prompt_ids)
         self._check_params()
         self._check_ids("the prompt or the output", prompt)
         self.ends = frozenset((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)))
-        self._rules = make_rules(params, prompt, vocab_size, sorted(self.ends))
+        self._rules = make_rules(params, prompt, vocab_size, sorted(self.ends), grammars)
         self._bans = list(dict.fromkeys(rule.bans for rule in self._rules if rule.bans))
         self.plain = params.greedy and not self._rules
 
     def restarted(self, prompt_ids: Iterable[int]) -> Sampler:
         """The same request at the start of another prompt."""
-        return Sampler(self.params, prompt_ids, self.vocab_size, self.eos_ids)
+        return Sampler(self.params, prompt_ids, self.vocab_size, self.eos_ids, self._grammars)
 
     @property
     def greedy(self) -> bool:
@@ -117,6 +119,18 @@ class Sampler:
         self._check_ids("the prompt or the output", tokens)
         for rule in self._rules:
             rule.observe(tokens)
+
+    def possible(self, tree: TokenTree) -> TokenTree:
+        """The part of `tree` that the rules of the request leave possible, where they know it beforehand."""
+        kept = tree
+        for rule in self._rules:
+            nodes = rule.possible(kept)
+            kept = kept if len(nodes) == len(kept) else kept.part(nodes)
+        return kept
+
+    def forced(self) -> tuple[int, ...]:
+        """The next tokens, as far as one of the rules leaves no choice about them."""
+        return next(filter(None, (rule.forced() for rule in self._rules)), ())
 
     def _check_params(self) -> None:
         if self.params.n != 1:

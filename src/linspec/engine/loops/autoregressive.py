@@ -147,7 +147,8 @@ class Autoregressive(GenerationLoop):
             drafted = len(output.logits) - 1
             self.policy.observe(sequence, drafted, len(path) - 1, expected)
             end = tokens_end(sequence)
-            self.drafter.observe(sequence, tree, path)
+            # a drafter learns from the tree that it knows: what was cut from it is rejected
+            self.drafter.observe(sequence, *tree.uncut(path))
             self._check_tokens(sequence, end)
         elif self.drafter is not None:
             self.drafter.passed(sequence)
