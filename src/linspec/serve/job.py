@@ -35,6 +35,7 @@ class Job:
             token and ended, in seconds of the worker's clock; None before.
         error: what broke all of them; a sequence that failed alone has its error in its last piece.
         cancelled: whether the caller wanted no more.
+        reasons: why each sequence ended that did, such as 'stop'; `left` of them did not.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Job:
         self.ended: float | None = None
         self.error: BaseException | None = None
         self.cancelled = False
+        self.reasons: list[str] = []
         # what the worker's thread alone knows: the engine's stream, and what collects open sequences
         self.stream: Stream | None = None
         self._open: dict[tuple[int, int], Collector] = {}
@@ -123,6 +125,7 @@ class Job:
         if piece.done is None:
             return False
         del self._open[place]
+        self.reasons.append(piece.done.finish_reason)
         self.left -= 1
         return True
 

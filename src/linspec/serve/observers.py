@@ -56,8 +56,12 @@ class Observers:
     """Several observers, of which none can harm the others or the worker."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = tuple(observers)
+        self._observers = list(observers)
         self._failed: set[tuple[int, str]] = set()
+
+    def add(self, observer: Observer) -> None:
+        """Tell one more."""
+        self._observers.append(observer)
 
     def queued(self, job: Job) -> None:
         """Tell all."""

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
@@ -72,14 +73,27 @@ class Worker:
 
     # ---- for callers, from any thread
 
-    def submit(self, requests: Sequence[Request], *, tenant: str = "", name: str = "") -> Job:
-        """Queue `requests`; never waits for a step.
+    def observe(self, observer: Observer) -> None:
+        """Tell one more observer from now on."""
+        self._observers.add(observer)
+
+    def submit(
+        self,
+        requests: Sequence[Request],
+        *,
+        tenant: str = "",
+        name: str = "",
+        show_drafts: bool = False,
+    ) -> Job:
+        """Queue `requests`; never waits for a step. show_drafts: as in `LLM.stream`.
 
         Raises what `Engine.add` raises, QueueFull where there is no room now, ConfigError for more sequences
         than there ever is room for, and WorkerStopped.
         """
         checked = [self.llm.engine.check(request) for request in requests]
         collectors = [self.llm.collectors(at, each) for at, each in enumerate(checked)]
+        for collector in chain.from_iterable(collectors) if show_drafts else ():
+            collector.show_drafts()
         job = Job(self, collectors, tenant=tenant, name=name)
         with self._changed:
             self._check_room(job.sequences)
@@ -215,15 +229,20 @@ class Worker:
         """Turn the outcomes of the step from `began` to `now` into pieces."""
         told: list[tuple[Job, Outcome]] = []
         placed = {each.request for each in self.llm.engine.scheduler.running}
-        for job in list(self._jobs.values()):
-            outcomes = [] if job.stream is None else job.stream.drain()
+        brought = {
+            job: [] if job.stream is None else job.stream.drain() for job in self._jobs.values()
+        }
+        for job, outcomes in brought.items():
             told += [(job, outcome) for outcome in outcomes]
             if job.started is None and (outcomes or not placed.isdisjoint(job.handles)):
                 job.started = began
                 self._news.append(partial(self._observers.started, job))
+        # a step is told before the ends that it brings
+        place = len(self._news)
+        for job, outcomes in brought.items():
             self._read(job, outcomes, now)
         step = Stepped(began, now - began, tuple(told), self.running, self.waiting)
-        self._news.append(partial(self._observers.stepped, step))
+        self._news.insert(place, partial(self._observers.stepped, step))
 
     def _read(self, job: Job, outcomes: Sequence[Outcome], now: float) -> None:
         ended = sum(job.take(outcome, now) for outcome in outcomes)

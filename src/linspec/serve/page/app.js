@@ -49,7 +49,7 @@ function showMarks() {
 function showTheme(name) {
   const dark = name === "dark" || (name === "auto" && system.matches);
   document.documentElement.dataset.theme = dark ? "dark" : "light";
-  at("theme").textContent = name[0].toUpperCase() + name.slice(1);
+  at("theme").querySelector("span").textContent = name[0].toUpperCase() + name.slice(1);
   at("theme").ariaLabel = `Colours: ${THEMES[name]}`;
 }
 

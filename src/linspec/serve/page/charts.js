@@ -22,8 +22,8 @@ const CHARTS = [
   { title: "Busy", of: (s) => s.busy, say: (v) => `${Math.round(100 * v)}% of the time`, top: () => 1 },
   { title: "Tokens per second", of: (s) => s.tokens, say: (v) => round(v), top: () => 10 },
   { title: "Tokens per round", of: perRound, say: (v) => (v ? v.toFixed(2) : "–"), top: () => 2, held: true },
-  { title: "Memory of states", of: (s) => s.state_bytes, say: (v) => bytes(v), top: () => 1e6 },
-  { title: "Memory of the process", of: (s) => s.process_bytes, say: (v) => bytes(v), top: () => 1e6, held: true },
+  { title: "State memory", of: (s) => s.state_bytes, say: (v) => bytes(v), top: () => 1e6 },
+  { title: "Process memory", of: (s) => s.process_bytes, say: (v) => bytes(v), top: () => 1e6, held: true },
 ];
 
 function shape(name, kind) {
