@@ -130,13 +130,16 @@ class ToolTurn:
         self._between += character
         tail = self._between.strip()
         if self._closer and tail.endswith(self._closer):
+            # tags with no call between them are text
+            yield from _content(self._between if tail.startswith("<tool_call>") else "")
             self._closer, self._between, self._bare = None, "", False
         elif self._closer and _overlap(tail, self._closer):
             return
         elif self._bare and tail == "[T":
             # it is no list but a tag
-            self._closer, self._bare, self._held, self._between = None, False, "", ""
-            for each in tail:
+            again, self._between = self._between, ""
+            self._closer, self._bare = None, False
+            for each in again:
                 yield from self._in_text(each)
         elif not (character.isspace() or character in "[],;"):
             yield from self._as_text()
@@ -215,7 +218,8 @@ class _Call:
             found = {}
         found = found.get("function") if isinstance(found.get("function"), dict) else found
         name, given = found.get("name"), found.get("arguments", found.get("parameters", {}))
-        if name not in self._names or not isinstance(given, dict | str):
+        known = isinstance(name, str) and name in self._names
+        if not known or not isinstance(given, dict | str):
             self.failed = True
             return []
         return [self._start(name, given if isinstance(given, str) else json.dumps(given))]
