@@ -64,6 +64,18 @@ class TextEncoder:
         answer: begin the model's answer. Raises ConfigError without a template, InputError where the
         template refuses the messages.
         """
+        # the template has written the special tokens already
+        return self.encode(self.render(messages, template=template, answer=answer), special=False)
+
+    def render(
+        self,
+        messages: Conversation,
+        *,
+        template: str | None = None,
+        answer: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The same as text; a template that knows tools says what `tools` are."""
         check_messages(messages)
         if template is None:
             self.check_template()
@@ -73,6 +85,7 @@ class TextEncoder:
                 chat_template=template,
                 add_generation_prompt=answer,
                 tokenize=False,
+                **({"tools": list(tools)} if tools else {}),
             )
         # templates raise errors of their own language
         except Exception as error:
@@ -80,8 +93,7 @@ class TextEncoder:
                 f"the chat template refuses this conversation: {error}; change the messages, or give "
                 "another chat_template"
             ) from error
-        # the template has written the special tokens already
-        return self.encode(text, special=False)
+        return text
 
     def check_template(self) -> None:
         """Raise ConfigError where the tokenizer has no chat template."""
