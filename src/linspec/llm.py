@@ -45,7 +45,7 @@ from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
 from linspec.utils.messages import shown
-from linspec.utils.sizes import check_size
+from linspec.utils.sizes import check_bytes, check_positive, check_size
 from linspec.verifiers import make_verifier
 from linspec.verifiers.base import Verifier
 
@@ -66,6 +66,11 @@ class LLM:
         policy: 'auto', a fixed number of draft nodes, a spec or a Policy.
         max_batch: most sequences that run at once.
         prefill_tokens: most prompt tokens of one step.
+        tbt_ms: milliseconds between two tokens that the others may wait for while a prompt is read: it is
+            read in pieces that fit, by the measured times of steps. None reads `prefill_tokens` in each step.
+        state_bytes: most bytes of the states of the sequences that run. The others wait; one that grows
+            beyond it, or stands in the way of a request of higher priority, waits too and goes on later where
+            it was. None for no limit.
         device: 'cpu', 'cuda' or 'auto'.
         dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
             'auto', which is float32 on a CPU and the dtype of the weights on a GPU. None is float32.
@@ -98,6 +103,8 @@ class LLM:
         policy: str | int | Policy = "auto",
         max_batch: int = 8,
         prefill_tokens: int = 512,
+        tbt_ms: float | None = None,
+        state_bytes: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
         quantize: int | None = None,
@@ -113,6 +120,10 @@ class LLM:
             check_tokenizer_type(tokenizer)
         check_size("max_batch", max_batch)
         check_size("prefill_tokens", prefill_tokens)
+        if tbt_ms is not None:
+            check_positive("tbt_ms", tbt_ms)
+        if state_bytes is not None:
+            check_bytes("state_bytes", state_bytes)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
         computed = pick_dtype("float32" if dtype is None else dtype, source, place)
@@ -144,6 +155,8 @@ class LLM:
             policy=make_policy(policy, self.model) if made is not None else None,
             slots=max_batch,
             prefill_tokens=prefill_tokens,
+            tbt_ms=tbt_ms,
+            state_bytes=state_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=max_model_len,
             loop=_loop(loop, self.model),

@@ -18,8 +18,10 @@ class Request:
         params: what the request asks of generation.
         embeddings: [T, D], used instead of the embeddings of the tokens, for input that is no token: an
             image, speech, a trained prompt. The tokens then matter only for penalties and n-gram drafts.
+        priority: requests of a higher number run first, and take the places of those of lower ones.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     embeddings: torch.Tensor | None = None
+    priority: int = 0

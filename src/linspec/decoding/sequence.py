@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -101,6 +102,9 @@ class RunningSequence:
         probed: scores [P, vocab] of the probes that hung on the token committed last; see `Drafter.probes`.
         stats: rounds, drafts and seconds so far.
         prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
+        priority: of the request.
+        preempted: how often it had to leave its slot to others before its end.
+        parked: what it takes along while it has left its slot; None while it runs or has not begun.
     """
 
     number: int
@@ -117,6 +121,9 @@ class RunningSequence:
     probed: torch.Tensor | None = None
     stats: Stats = field(default_factory=Stats)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    priority: int = 0
+    preempted: int = 0
+    parked: Any = None
 
     def append_hidden(self, states: Mapping[int, torch.Tensor]) -> None:
         """Add the states [P, D] of a further piece of the prompt, by layer."""

@@ -113,6 +113,15 @@ class Aded(CountingDrafter):
         counted = [Counted(token, share, (pair[1], token)) for token, share in found]
         return counted, round(self.table.weight(pair) / (self.options.gain or 1.0))
 
+    def paused(self, sequence: RunningSequence) -> Any:
+        """How much was learned of it, so that nothing is learned twice."""
+        learned = self._learned.get(sequence.number, 0)
+        self.finished(sequence)
+        return learned
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        self._learned[sequence.number] = kept
+
     def finished(self, sequence: RunningSequence) -> None:
         super().finished(sequence)
         self._learn(sequence)

@@ -63,7 +63,8 @@ class Drafter(ABC):
     """Proposes the tokens that the target verifies; knows no model family.
 
     A round calls `propose`, then `observe` for each sequence that had drafts. The engine calls `attached`
-    when it is made, `started` before the first round of a request and `finished` after its last. What a
+    when it is made, `started` before the first round of a request and `finished` after its last, and
+    `paused` and `resumed` between rounds where a sequence leaves its slot to others for a while. What a
     drafter keeps for a sequence goes by `sequence.slot` or `sequence.number`; what it keeps longer is a
     memory across requests. What a method raises ends the request that it was about.
 
@@ -171,6 +172,21 @@ class Drafter(ABC):
         Called before `sequence.tokens` grows and while `sequence.hidden` still has what it had when the round
         began: the last chance to take from it what later drafts need.
         """
+
+    def paused(self, sequence: RunningSequence) -> Any:
+        """A sequence leaves its slot: forget it; what this returns is kept with it and given to `resumed`.
+
+        A request that is dropped meanwhile is never heard of again. The default says that it has `finished`.
+        """
+        self.finished(sequence)
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        """A sequence that was `paused` has a slot again, maybe another one, and goes on where it was.
+
+        The default says that it has `started`: `sequence.tokens` then has output already, and
+        `sequence.hidden` no more than the newest states.
+        """
+        self.started(sequence)
 
     def finished(self, sequence: RunningSequence) -> None:
         """A request has ended: its slot goes to another one. `sequence.tokens` is its prompt and its output.

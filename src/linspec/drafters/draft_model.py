@@ -194,6 +194,22 @@ class DraftModel(ChainDrafter):
         staged = len(self.state.staged(sequence.slot))
         self._commit(sequence.slot, path[: min(len(path), staged)])
 
+    def paused(self, sequence: RunningSequence) -> Any:
+        """Its state and its random numbers, so that the drafts go on as they would have."""
+        slot = sequence.slot
+        kept = self._fed.get(slot), self._generators.get(slot), self.state.snapshot(slot)
+        self.finished(sequence)
+        return kept
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        fed, generator, copy = kept
+        if generator is not None:
+            self._generators[sequence.slot] = generator
+        # without it, all is read again
+        if fed:
+            self.state.restore(sequence.slot, copy)
+            self._fed[sequence.slot] = fed
+
     def finished(self, sequence: RunningSequence) -> None:
         self._fed.pop(sequence.slot, None)
         self._generators.pop(sequence.slot, None)

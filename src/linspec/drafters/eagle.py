@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -131,6 +131,15 @@ class Eagle(Drafter):
 
     def finished(self, sequence: RunningSequence) -> None:
         self._records.pop(sequence.slot, None)
+
+    def paused(self, sequence: RunningSequence) -> Any:
+        """The entries: the target's states that they were made of are not handed out again."""
+        copy = self.state.snapshot(sequence.slot)
+        return self._records.pop(sequence.slot, _Record()), copy
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        self._records[sequence.slot], copy = kept
+        self.state.restore(sequence.slot, copy)
 
     def passed(self, sequence: RunningSequence) -> None:
         record = self._records.get(sequence.slot)

@@ -224,12 +224,23 @@ class Mixed(Drafter):
     def started(self, sequence: RunningSequence) -> None:
         _each([part.drafter.started for part in self.parts], sequence)
 
+    def paused(self, sequence: RunningSequence) -> Any:
+        self._forget(sequence)
+        return [part.drafter.paused(sequence) for part in self.parts]
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        for part, each in zip(self.parts, kept, strict=True):
+            part.drafter.resumed(sequence, each)
+
     def finished(self, sequence: RunningSequence) -> None:
+        self._forget(sequence)
+        _each([part.drafter.finished for part in self.parts], sequence)
+
+    def _forget(self, sequence: RunningSequence) -> None:
         self._chosen.pop(sequence.number, None)
         self._passed.pop(sequence.number, None)
         for part in self.parts:
             part.record.release(sequence.number)
-        _each([part.drafter.finished for part in self.parts], sequence)
 
 
 def _as_deep(tree: TokenTree, depth: int) -> TokenTree:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import Budget
@@ -173,6 +174,19 @@ class Suffix(CountingDrafter):
 
         nodes = min(bounds.nodes, self.options.limit(length))
         return grown(places, follow, replace(bounds, nodes=nodes), self.trust)
+
+    def paused(self, sequence: RunningSequence) -> Any:
+        """Which output was kept: if it ends here, it counts as one that has ended."""
+        own = self._read(sequence)
+        self.finished(sequence)
+        return own.output
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        # it is read again as a whole, and counts once
+        if kept in self._kept:
+            self._kept.remove(kept)
+            self._outputs.remove(kept)
+        self.started(sequence)
 
     def finished(self, sequence: RunningSequence) -> None:
         super().finished(sequence)

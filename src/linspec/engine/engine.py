@@ -27,14 +27,18 @@ from linspec.decoding.sampling.rules import GrammarRules
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import Drafter, check_drafter
+from linspec.engine.budget import StepTimes, TokenBudget
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
+from linspec.engine.preemption import Parked, StateMemory
 from linspec.engine.rounds import Rounds
-from linspec.engine.scheduler import Scheduler
+from linspec.engine.scheduler import Batch, Scheduler
 from linspec.errors import StateError, WrongType
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.policies.base import Policy
+from linspec.policies.costs import load_or_measure
 from linspec.utils.messages import shown
+from linspec.utils.sizes import check_size
 from linspec.verifiers.base import Verifier
 
 _log = logging.getLogger("linspec")
@@ -45,8 +49,9 @@ class Engine:
 
     drafter None is plain decoding. kv_cache_dtype: how the entries of softmax caches are kept, 'float' or
     'int8'. max_model_len: most tokens of a prompt and its output. loop: NAME or NAME:key=value,… of a
-    generation loop. `clock` returns seconds; tests pass their own. grammars: makes the rules of requests with
-    a grammar.
+    generation loop. tbt_ms: milliseconds of a step in which sequences decode and prompts are read; None reads
+    `prefill_tokens` in every step. state_bytes: most bytes of the states of running sequences, None for no
+    limit. `clock` returns seconds; tests pass their own. grammars: makes the rules of requests with a grammar.
     """
 
     def __init__(
@@ -61,18 +66,25 @@ class Engine:
         kv_cache_dtype: str = "float",
         max_model_len: int | None = None,
         loop: str = "autoregressive",
+        tbt_ms: float | None = None,
+        state_bytes: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         grammars: GrammarRules | None = None,
     ) -> None:
-        self.model, self.drafter, self.grammars = model, drafter, grammars
-        self.scheduler = Scheduler(slots, prefill_tokens)
+        self.model, self.drafter, self.grammars, self.clock = model, drafter, grammars, clock
+        check_size("max_batch", slots)
+        budget = TokenBudget(prefill_tokens, tbt_ms)
+        if tbt_ms is not None:
+            budget.times = StepTimes(load_or_measure(model))
         self.state = model.new_state(slots, kv_cache_dtype)
         target = Target(model, self.state)
         if drafter is not None:
             check_drafter(drafter, len(self.state.layers))
             drafter.attached(target)
-        self.limits = Limits(model, self.state, max_model_len)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
+        memory = self._memory(state_bytes)
+        self.limits = Limits(model, self.state, max_model_len, memory)
+        self.scheduler = Scheduler(slots, budget, memory)
         self.rounds = Rounds(self.loop, model.config.vocab_size)
         self._requests = self._sequences = 0
         # handles that no request has yet
@@ -82,6 +94,12 @@ class Engine:
         self._driver = (self._process, threading.get_ident())
         self._inside: tuple[int, int] | None = None
         self._lock = threading.RLock()
+
+    def _memory(self, limit: int | None) -> StateMemory | None:
+        if limit is None:
+            return None
+        whole, source = not self.loop.preempts, not self.model.continues_prompt
+        return StateMemory(self.state, limit, whole=whole, reads_source=source)
 
     def reserve(self) -> int:
         """A handle for a request that `add` gets next: who has it can drop the request at any moment."""
@@ -158,12 +176,23 @@ class Engine:
             request=handle,
             index=index,
             embeddings=request.embeddings,
+            priority=request.priority,
         )
 
     @property
     def busy(self) -> bool:
         """True while any request runs or waits."""
         return self.scheduler.busy
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot, those included that had to leave one."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self.scheduler.running)
 
     def step(self) -> list[Outcome]:
         """One round of all running sequences; what it did to each of them.
@@ -202,9 +231,22 @@ class Engine:
         if batch.decoding or batch.prefilling:
             # torch's threads would wait on the cores that the kernels' own threads need
             with nullcontext() if self.model.native is None else torch_on_one_thread():
-                found = self.rounds.next(batch)
+                found = self._round(batch)
             outcomes += [self._closed(outcome) for outcome in found]
         return outcomes
+
+    def _round(self, batch: Batch) -> list[Outcome]:
+        """A round, whose seconds the budget of prompt tokens learns from."""
+        budget = self.scheduler.budget
+        if budget.times is None:
+            return self.rounds.next(batch)
+        began = self.clock()
+        found = self.rounds.next(batch)
+        # a round that was repeated sequence by sequence says nothing about what steps cost
+        if not any(outcome.error for outcome in found):
+            tokens = sum(count for _, count in batch.prefilling)
+            budget.times.observe(len(batch.decoding), tokens, self.clock() - began)
+        return found
 
     def abort(self, handle: int) -> None:
         """Drop what waits and runs of the request of `handle`; one that has ended is dropped already.
@@ -224,10 +266,12 @@ class Engine:
     def retire(self, sequence: RunningSequence) -> Exception | None:
         """End a running sequence early, for a stop string.
 
-        Its slot is free then; returns the error of a plug-in that could not let go of it.
+        Its slot is free then; returns the error of a plug-in that could not let go of it. One that had to
+        leave its slot to others does not come back.
         """
         with self._lock:
-            return self._retire(sequence) if sequence in self.scheduler.running else None
+            running = self.scheduler.withdraw(lambda each: each is sequence)
+            return self._retire(sequence) if running else None
 
     def check_process(self) -> None:
         """Raise StateError or ConfigError in a forked process that has not all that this engine needs."""
@@ -245,14 +289,37 @@ class Engine:
 
     def _admit(self) -> list[Outcome]:
         """Let waiting sequences in; returns those that cannot begin, whose slots are free again."""
-        refused: list[Outcome] = []
+        refused = self._make_room()
         while admitted := self.scheduler.admit():
             for sequence in admitted:
                 try:
-                    self.loop.started(sequence)
+                    self._begin(sequence)
                 except Exception as error:
                     refused.append(self._closed(Outcome.failure(sequence, error)))
+            refused += self._make_room()
         return refused
+
+    def _begin(self, sequence: RunningSequence) -> None:
+        """Let a sequence begin in its slot, or go on where it had to leave another one."""
+        parked = sequence.parked
+        if parked is None:
+            self.loop.started(sequence)
+            return
+        self.state.restore(sequence.slot, parked.state)
+        self.loop.resumed(sequence, parked.loop)
+        sequence.parked = None
+
+    def _make_room(self) -> list[Outcome]:
+        """Pre-empt who has to make room for others; returns those that cannot leave, which have failed."""
+        failed = []
+        for sequence in self.scheduler.victims() if self.loop.preempts else ():
+            try:
+                copy = self.state.snapshot(sequence.slot)
+                parked = Parked(copy, self.loop.paused(sequence))
+                self.scheduler.preempt(sequence, parked)
+            except Exception as error:
+                failed.append(self._closed(Outcome.failure(sequence, error)))
+        return failed
 
     def _closed(self, outcome: Outcome) -> Outcome:
         """Free what a finished sequence held; a plug-in that cannot let go of it has failed it."""

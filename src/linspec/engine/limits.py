@@ -11,6 +11,7 @@ import torch
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
+from linspec.engine.preemption import StateMemory
 from linspec.errors import ConfigError, ContextOverflow, InputError, WrongType
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.messages import shown
@@ -19,7 +20,9 @@ from linspec.utils.sizes import check_instance, check_size
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What requests are checked against; longest: most tokens of a prompt and its output, or None.
+    """What requests are checked against.
+
+    longest: most tokens of a prompt and its output, or None. memory: of the states, None for no limit.
 
     Raises ConfigError for a `longest` beyond the model's positions.
     """
@@ -27,6 +30,7 @@ class Limits:
     model: CausalModel
     state: SequenceStates
     longest: int | None = None
+    memory: StateMemory | None = None
 
     def __post_init__(self) -> None:
         if self.longest is None:
@@ -48,6 +52,7 @@ class Limits:
         whose keys and values do not fit into memory.
         """
         check_instance("a request", request, Request)
+        check_instance("priority", request.priority, int)
         _check_prompt(request.prompt, name)
         if not isinstance(request.params, SamplingParams):
             raise WrongType(
@@ -63,7 +68,8 @@ class Limits:
             )
         self._check_embeddings(request)
         self.state.check_room(size)
-        return replace(request, params=self._within(request.params, size, name))
+        params = self._within_memory(self._within(request.params, size, name), size, name)
+        return replace(request, params=params)
 
     def _check_embeddings(self, request: Request) -> None:
         given = request.embeddings
@@ -98,6 +104,18 @@ class Limits:
                 f"max_model_len is {self.longest}: shorten the prompt or raise max_model_len"
             )
         return replace(params, max_tokens=min(params.max_tokens, room))
+
+    def _within_memory(self, params: SamplingParams, size: int, name: str) -> SamplingParams:
+        if self.memory is None:
+            return params
+        room, least = self.memory.room(size, params.max_tokens), max(1, params.min_tokens)
+        if room < least:
+            raise ContextOverflow(
+                f"the state of {name}, {size} tokens and {least} more at least, takes "
+                f"{self.memory.needed(size, least)} bytes; state_bytes is {self.memory.limit}: shorten the "
+                "prompt or raise state_bytes"
+            )
+        return replace(params, max_tokens=room)
 
 
 def _check_prompt(prompt: object, name: str) -> None:

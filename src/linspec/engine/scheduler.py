@@ -1,17 +1,19 @@
-"""Which requests run, and how many prompt tokens ride in the next step.
+"""Which requests run, and what the next step does for each of them.
 
 Iteration-level scheduling with chunked prefill (Yu et al. 2022, Orca; Agrawal et al. 2024,
 Sarathi-Serve, arXiv 2403.02310): every running sequence decodes in every step, and prompts fill what is left
-of a token budget, so that a long prompt never stalls the others.
+of a token budget (`budget.py`), so that a long prompt never stalls the others. Who has to make room for
+others is decided in `preemption.py`.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.sequence import UNPLACED, RunningSequence
+from linspec.engine.budget import TokenBudget
+from linspec.engine.preemption import Parked, StateMemory, victims
 from linspec.utils.sizes import check_size
 
 
@@ -28,25 +30,26 @@ class Batch:
     prefilling: list[tuple[RunningSequence, int]]
 
 
-# Pieces of a prompt end at multiples of it. Grouped mixers add up the tokens of a piece in another order
-# when it begins elsewhere, and quantized layers make a visible difference of that: a prompt would
-# read otherwise beside other requests.
-PIECE = 64
+def _turn(sequence: RunningSequence) -> tuple[int, int]:
+    """Higher priorities first, then first come, first served: who was pre-empted came before who waits."""
+    return -sequence.priority, sequence.number
 
 
 class Scheduler:
-    """First come, first served, in `slots` places.
+    """By priority, then first come, first served, in `slots` places and the memory of states.
 
-    A slot that no sequence in `running` has is free: there is no list of free slots that an interrupt could
-    leave behind.
+    The next one that does not fit lets nobody pass, so that nobody waits for ever. A slot that no sequence
+    in `running` has is free: there is no list of free slots that an interrupt could leave behind.
     """
 
-    def __init__(self, slots: int, prefill_tokens: int = 512) -> None:
+    def __init__(
+        self, slots: int, budget: TokenBudget | int = 512, memory: StateMemory | None = None
+    ) -> None:
+        """budget: of prompt tokens, or just their number. memory: None for no limit."""
         check_size("max_batch", slots)
-        check_size("prefill_tokens", prefill_tokens)
-        self.prefill_tokens = prefill_tokens
-        self.slots = slots
-        self._waiting: deque[RunningSequence] = deque()
+        self.slots, self.memory = slots, memory
+        self.budget = budget if isinstance(budget, TokenBudget) else TokenBudget(budget)
+        self.waiting: list[RunningSequence] = []
         self.running: list[RunningSequence] = []
 
     @property
@@ -57,41 +60,49 @@ class Scheduler:
 
     def submit(self, sequences: Sequence[RunningSequence]) -> None:
         """Queue the sequences of a request until slots are free: all at once, or none."""
-        self._waiting.extend(sequences)
+        self.waiting = sorted([*self.waiting, *sequences], key=_turn)
 
     @property
     def busy(self) -> bool:
         """True while any request runs or waits."""
-        return bool(self.running or self._waiting)
+        return bool(self.running or self.waiting)
+
+    def victims(self) -> list[RunningSequence]:
+        """The running sequences that have to give up their places now."""
+        first = self.waiting[0] if self.waiting else None
+        return victims(self.running, first, self.slots - len(self.running), self.memory)
+
+    def preempt(self, sequence: RunningSequence, parked: Parked) -> None:
+        """Let a running sequence wait, with what it needs to go on."""
+        sequence.parked = parked
+        sequence.preempted += 1
+        # it waits before its place is free: an interrupt between the two loses no sequence
+        self.submit([sequence])
+        self.running.remove(sequence)
+        sequence.slot = UNPLACED
 
     def admit(self) -> list[RunningSequence]:
         """Give free slots to those that wait; returns the sequences that run from now on."""
         admitted = []
         # the lowest slots: neighbouring slots form one dense group
-        for slot in self.free if self._waiting else ():
-            sequence = self._waiting[0]
+        for slot in self.free if self.waiting else ():
+            sequence = self.waiting[0]
+            if self.memory is not None and not self.memory.admits(self.running, sequence):
+                break
             sequence.slot = slot
             self.running.append(sequence)
             # it waits until it runs: an interrupt between the two loses no sequence
-            self._waiting.popleft()
+            del self.waiting[0]
             admitted.append(sequence)
-            if not self._waiting:
+            if not self.waiting:
                 break
         return admitted
 
     def next_batch(self) -> Batch:
         """Share out the step among those that run."""
-        left, prefilling = self.prefill_tokens, []
-        unit = min(PIECE, self.prefill_tokens)
-        for sequence in self.running:
-            count = sequence.prompt_length - sequence.prefilled
-            if count > left:
-                count = left - left % unit
-            if sequence.prefilling and count:
-                prefilling.append((sequence, count))
-                left -= count
         decoding = sorted((r for r in self.running if not r.prefilling), key=lambda r: r.slot)
-        return Batch(decoding, prefilling)
+        prompts = sorted((r for r in self.running if r.prefilling), key=_turn)
+        return Batch(decoding, self.budget.shares(prompts, len(decoding)))
 
     def retire(self, sequence: RunningSequence) -> None:
         """The request has ended; its slot is free."""
@@ -99,5 +110,5 @@ class Scheduler:
 
     def withdraw(self, unwanted: Callable[[RunningSequence], bool]) -> list[RunningSequence]:
         """Drop what waits and is unwanted; returns the unwanted sequences that run."""
-        self._waiting = deque(each for each in self._waiting if not unwanted(each))
+        self.waiting = [each for each in self.waiting if not unwanted(each)]
         return [each for each in self.running if unwanted(each)]

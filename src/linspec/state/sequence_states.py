@@ -208,9 +208,9 @@ class SequenceStates:
         """Bytes of the committed state of `slot`."""
         return sum(part.bytes(slot) for part in self.parts)
 
-    def bytes_at(self, length: int) -> int:
-        """Bytes of the committed state of one sequence of `length` tokens."""
-        return sum(part.bytes_at(length) for part in self.parts)
+    def bytes_at(self, length: int, source: int = 0) -> int:
+        """Bytes of the committed state of one sequence of `length` tokens that has read so long a source."""
+        return sum(part.bytes_at(length if part.counts_tokens else source) for part in self.parts)
 
 
 def _places(makers: Makers, kinds: dict[Hashable, list[StateMaker]]) -> Any:

@@ -52,10 +52,3 @@ class SourceCache(KVCache):
 
     def check_overwrite(self, slot: int, positions: Sequence[int]) -> None:
         SlotStates.check_overwrite(self, slot, positions)
-
-    def bytes(self, slot: int) -> int:
-        return self.entry_bytes(self.lengths[slot])
-
-    def bytes_at(self, length: int) -> int:
-        """None: how long a source is does not follow from the tokens of the output."""
-        return 0

@@ -48,6 +48,11 @@ def check_size(name: str, value: object, *, least: int = 1) -> None:
         raise ConfigError(f"{name} must be at most {most}, got {quoted(value)}")
 
 
+def check_bytes(name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a whole number of bytes above 0; memory ends beyond all sizes."""
+    check_size(name, min(value, 1) if type(value) is int else value)
+
+
 def check_positive(name: str, value: object, *, zero: bool = False) -> None:
     """Raise ConfigError unless `value` is a finite number above 0, or 0 where that is allowed."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1

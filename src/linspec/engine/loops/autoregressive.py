@@ -55,6 +55,8 @@ class Part:
 class Autoregressive(GenerationLoop):
     """Rounds of drafts; without a drafter every round is one plain step."""
 
+    preempts = True
+
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         super().__init__(context, options)
         self.verifier, self.clock = context.verifier, context.clock
@@ -220,10 +222,25 @@ class Autoregressive(GenerationLoop):
             for sequence in batch.decoding:
                 sequence.stats.draft_price = self.policy.price
 
+    def paused(self, sequence: RunningSequence) -> Any:
+        try:
+            return None if self.drafter is None else self.drafter.paused(sequence)
+        finally:
+            self._release(sequence)
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        if self.drafter is not None:
+            end = tokens_end(sequence)
+            self.drafter.resumed(sequence, kept)
+            self._check_tokens(sequence, end)
+
     def finished(self, sequence: RunningSequence) -> None:
         try:
             if self.drafter is not None:
                 self.drafter.finished(sequence)
         finally:
-            if self.policy is not None:
-                self.policy.release(sequence.slot)
+            self._release(sequence)
+
+    def _release(self, sequence: RunningSequence) -> None:
+        if self.policy is not None:
+            self.policy.release(sequence.slot)

@@ -42,16 +42,19 @@ class GenerationLoop(ABC):
     """Makes the tokens of sequences, round by round.
 
     The engine calls `started` when a sequence has its slot, `round` while sequences run, and `finished` when
-    a sequence has ended, also by an error. A loop that reads prompts itself, not in the pieces of the
-    scheduler, sets `sequence.prefilled` in `started`.
+    a sequence has ended, also by an error. Between two rounds a sequence may leave its slot, if the loop
+    `preempts`: then `paused` is called, and `resumed` when it has a slot again. A loop that reads prompts
+    itself, not in the pieces of the scheduler, sets `sequence.prefilled` in `started`.
 
     Attributes:
         name: under which it is registered.
         patience: rounds in a row that may bring no sequence any further; the next one is an error.
+        preempts: whether a sequence may leave its slot before its end.
     """
 
     name: ClassVar[str]
     patience: int = 1000
+    preempts: ClassVar[bool] = False
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         self.target = context.target
@@ -71,6 +74,12 @@ class GenerationLoop(ABC):
         outcome of a sequence that failed has its error. The other sequences lose nothing by it. An outcome
         that breaks a rule ends its sequence with an error that names the loop.
         """
+
+    def paused(self, sequence: RunningSequence) -> Any:
+        """A sequence leaves its slot for a while: forget it; what this returns is given to `resumed`."""
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        """It has a slot again, maybe another one, whose state is what it was; what this raises ends it."""
 
     def finished(self, sequence: RunningSequence) -> None:
         """A sequence has ended; forget what was kept of it."""

@@ -6,6 +6,7 @@ import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,6 +231,20 @@ class Rollouts(ChainDrafter):
     def forget(self, sequence: RunningSequence) -> None:
         """No window is ready for what the target decides in this round."""
         self._rolled.pop(sequence.slot, None)
+
+    def paused(self, sequence: RunningSequence) -> Any:
+        """The windows that are ready and the seed, so that the drafts go on as they would have."""
+        kept = self._rolled.get(sequence.slot), self._seeds.get(sequence.slot)
+        self.finished(sequence)
+        return kept
+
+    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
+        self.started(sequence)
+        rolled, seed = kept
+        if rolled is not None:
+            self._rolled[sequence.slot] = rolled
+        if seed is not None:
+            self._seeds[sequence.slot] = seed
 
     def finished(self, sequence: RunningSequence) -> None:
         self._rolled.pop(sequence.slot, None)

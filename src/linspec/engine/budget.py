@@ -1,0 +1,150 @@
+"""How many prompt tokens ride in a step, and whose they are (Sarathi-Serve, arXiv 2403.02310).
+
+Sequences that decode come first, with their trees; prompts get what is left. Without a target the rest is a
+number of tokens. With one it is what the step-time curve of this model on this machine leaves of the target:
+a few sizes are measured (`policies/costs.py`), the others are learned from the steps as they run.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import log2
+
+from linspec.decoding.sequence import RunningSequence
+from linspec.utils.sizes import check_positive, check_size
+
+# Pieces of a prompt end at multiples of it. Grouped mixers add up the tokens of a piece in another order
+# when it begins elsewhere, and quantized layers make a visible difference of that: a prompt would
+# read otherwise beside other requests.
+PIECE = 64
+# where the target leaves less than a piece: the fewest tokens that are still added up in the same order
+LEAST = 16
+# share of the target that is planned for: the rest is for what no curve knows
+_AIM = 0.9
+# steps that may pass without any prompt token while prompts wait
+_PATIENCE = 2
+# a size that took longer than known is believed at once, one that took less little by little; a hiccup
+# counts at most so many times what was known
+_SLOWER, _QUICKER, _SPIKE = 0.5, 0.15, 2.0
+
+
+class StepTimes:
+    """Seconds of a step: what those that decode need, and what prompt tokens add to it.
+
+    curve: seconds of a step by its nodes, up to `PIECE` of them.
+    """
+
+    def __init__(self, curve: Callable[[float], float]) -> None:
+        self._curve = curve
+        # how many times the curve's seconds a step without prompt tokens takes, with trees and drafts
+        self._slow = 1.0
+        # seconds that so many prompt tokens add; sizes double
+        self._added = {
+            size: max(curve(size) - curve(1), 1e-9) for size in (LEAST, 2 * LEAST, PIECE)
+        }
+
+    def decoding(self, sequences: int) -> float:
+        """Seconds of a step in which so many sequences decode."""
+        return self._slow * self._curve(sequences) if sequences else 0.0
+
+    def reading(self, tokens: int) -> float:
+        """Seconds that so many prompt tokens add: straight lines between the sizes that are known."""
+        points = sorted(self._added.items())
+        for (few, low), (many, high) in pairwise(points):
+            if few <= tokens <= many:
+                return low + max(0.0, high - low) * (tokens - few) / (many - few)
+        size, seconds = points[0] if tokens < points[0][0] else points[-1]
+        return seconds * tokens / size
+
+    def observe(self, sequences: int, tokens: int, seconds: float) -> None:
+        """Learn from a step in which `sequences` decoded and `tokens` prompt tokens were read."""
+        if not tokens:
+            known = self.decoding(sequences)
+            self._slow *= _blend(known, seconds) / known
+            return
+        # alone, prompt tokens pay for reading the weights too
+        added = max(seconds - self.decoding(max(1, sequences)), 0.01 * seconds)
+        size = LEAST * 2 ** max(0, round(log2(tokens / LEAST)))
+        seen = added * size / tokens
+        if size in self._added:
+            self._added[size] = _blend(self._added[size], seen)
+        else:
+            # only that it is no hiccup is known of this size
+            self._added[size] = min(seen, _SPIKE * self.reading(size))
+
+
+def _blend(known: float, seen: float) -> float:
+    seen = min(seen, _SPIKE * known)
+    return known + (_SLOWER if seen > known else _QUICKER) * (seen - known)
+
+
+class TokenBudget:
+    """Shares out the prompt tokens of each step.
+
+    prefill_tokens: most of a step. tbt_ms: milliseconds between two tokens of those that decode, which the
+    steps beside a prompt should stay within, as far as `times` are known. None: `prefill_tokens` in every
+    step.
+    """
+
+    def __init__(
+        self, prefill_tokens: int, tbt_ms: float | None = None, times: StepTimes | None = None
+    ) -> None:
+        check_size("prefill_tokens", prefill_tokens)
+        if tbt_ms is not None:
+            check_positive("tbt_ms", tbt_ms)
+        self.prefill_tokens, self.tbt_ms, self.times = prefill_tokens, tbt_ms, times
+        # steps without prompt tokens while prompts waited, and who got some in the step before
+        self._silent = 0
+        self._served: frozenset[RunningSequence] = frozenset()
+
+    def shares(
+        self, prompts: Sequence[RunningSequence], decoding: int
+    ) -> list[tuple[RunningSequence, int]]:
+        """The prompts that the next step reads from, the first come first, with their numbers of tokens.
+
+        A prompt gets at most half while others wait, unless they leave it more. Who got nothing in the step
+        before comes first. decoding: sequences that decode in that step.
+        """
+        tokens = self._tokens(decoding) if prompts else 0
+        unit = min(PIECE if tokens >= PIECE else LEAST, self.prefill_tokens)
+        cap = max(unit, tokens // 2) if len(prompts) > 1 else tokens
+        order = sorted(prompts, key=lambda each: each in self._served)
+        counts, left = dict.fromkeys(order, 0), tokens
+        for most in (cap, tokens):
+            for each in order:
+                more = _up_to(each, min(most, counts[each] + left), unit) - counts[each]
+                counts[each], left = counts[each] + more, left - more
+        shares = [(each, counts[each]) for each in prompts if counts[each]]
+        self._served = frozenset(each for each, _ in shares)
+        return shares
+
+    def _tokens(self, decoding: int) -> int:
+        """Prompt tokens of the next step; all that a step may have where nobody waits for its next token."""
+        if self.times is None or self.tbt_ms is None or not decoding:
+            self._silent = 0
+            return self.prefill_tokens
+        room = _AIM * self.tbt_ms / 1e3 - self.times.decoding(decoding)
+        found = self._largest(PIECE, room) or self._largest(LEAST, room)
+        self._silent = 0 if found else self._silent + 1
+        if self._silent >= _PATIENCE:
+            # a target that nothing fits starves nobody
+            found, self._silent = min(LEAST, self.prefill_tokens), 0
+        return found
+
+    def _largest(self, unit: int, room: float) -> int:
+        """The largest multiple of `unit` that adds at most `room` seconds; 0 if none does."""
+        assert self.times is not None
+        unit = min(unit, self.prefill_tokens)
+        sizes = range(unit, self.prefill_tokens + 1, unit)
+        fitting = bisect_right(sizes, room, key=self.times.reading)
+        return sizes[fitting - 1] if fitting else 0
+
+
+def _up_to(sequence: RunningSequence, most: int, unit: int) -> int:
+    """At most `most` further tokens of a prompt: all of them, or as many as end at a multiple of `unit`."""
+    begin = sequence.prefilled
+    if sequence.prompt_length - begin <= most:
+        return sequence.prompt_length - begin
+    return max(0, (begin + most) // unit * unit - begin)
