@@ -6,6 +6,7 @@ import gc
 import linecache
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +24,14 @@ PROMPTS = ("abcd end", "the end")
 PARAMS = SamplingParams(max_tokens=2, ignore_eos=True, n=2, temperature=0.8, seed=1)
 WATCHED = {
     str(Path(linspec.engine.__file__).parent / name)
-    for name in ("engine.py", "scheduler.py", "streams.py", "rounds.py")
+    for name in (
+        "engine.py",
+        "scheduler.py",
+        "preemption.py",
+        "budget.py",
+        "streams.py",
+        "rounds.py",
+    )
 }
 # Python looks for signals at calls and jumps; these lines have neither
 NEVER = ("self._inside = None", "self._stepping = False")
@@ -110,3 +118,29 @@ def test_an_interrupted_step_of_an_engine_drops_its_requests_and_hands_out_none_
         while engine.busy:
             assert {each.sequence.request for each in engine.step()} <= {kept}
     assert at > 50
+
+
+def test_an_interrupt_while_sequences_leave_their_slots_and_come_back_leaves_nothing_behind() -> (
+    None
+):
+    """A step in which one leaves and another takes its slot, and one in which it comes back."""
+    params = SamplingParams(max_tokens=4, temperature=0.8, ignore_eos=True)
+    engine = Engine(tiny_model("aug"), verifier=LosslessVerifier(), slots=1)
+
+    def finish() -> None:
+        while engine.busy:
+            engine.step()
+
+    for at in range(1, 10**4, 3):
+        engine.add(Request((5, 6), params))
+        engine.step()
+        engine.add(Request((7,), replace(params, max_tokens=2), priority=1))
+        if not interrupted(at, finish):
+            break
+        # it may have come between two steps
+        engine.cancel()
+        assert engine.scheduler.free == [0] and not engine.busy, at
+        kept = engine.add(Request((7,), SamplingParams(max_tokens=2)))
+        while engine.busy:
+            assert {each.sequence.request for each in engine.step()} <= {kept}
+    assert at > 300

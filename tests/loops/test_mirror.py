@@ -181,6 +181,25 @@ def test_company_and_a_repeated_call_change_nothing(settings: dict[str, Any]) ->
         assert outputs(run(engine_of(model, small, loop), [prompt], params)) == [tokens]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_sequence_that_leaves_its_slot_has_the_windows_that_it_would_have_had(
+    temperature: float,
+) -> None:
+    model, small = tiny_model("aug"), close_to("aug")
+    params = SamplingParams(max_tokens=25, temperature=temperature, seed=3)
+    engine = engine_of(model, small, "mirror:window=3,guesses=3", slots=2)
+    alone = [outputs(run(engine, [prompt], params))[0] for prompt in PROMPTS]
+    for priority, prompt in enumerate(PROMPTS):
+        engine.add(Request(tuple(prompt), params, priority=priority))
+        engine.step()
+        engine.step()
+    assert engine.waiting == len(PROMPTS) - 2
+    done = [each.sequence for _ in range(200) for each in engine.step() if each.finished]
+    rows = sorted(done, key=lambda sequence: sequence.number)
+    assert sum(row.preempted for row in rows) >= len(PROMPTS) - 2
+    assert outputs(rows) == alone
+
+
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 def test_requests_that_are_dropped_leave_no_trace(mixer: str) -> None:
     """Random cancellations; what the draft model keeps of the others is what a fresh prefill gives."""

@@ -59,6 +59,30 @@ def test_auto_is_near_the_best_fixed_choice() -> None:
     assert min(shares.values()) >= 0.89, shares
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["quiet", "busy"])
+@pytest.mark.parametrize("text", ["code", "conversation", "random", "mixed"])
+@pytest.mark.parametrize("drafter", ["lookup", "heads", "model"])
+def test_at_high_load_auto_is_no_slower_than_no_speculation_and_fixed_trees_are(
+    drafter: str, text: str, busy: bool
+) -> None:
+    """SmartSpec's point: 16 sequences on a machine where every node costs as much as the one before."""
+    cell = Cell("linear", drafter, text, 16, busy=busy, requests=6)
+    assert auto(cell).rate >= 0.98 * cell.plain()
+    for size in (2, 4, 8):
+        assert run(cell, Fixed(size), free=True).rate < 0.95 * cell.plain()
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "heads", "model"])
+def test_drafts_become_fewer_as_the_load_rises(drafter: str) -> None:
+    """The batch is planned together: what one more sequence costs, it costs the trees of the others."""
+    nodes = []
+    for batch in (1, 4, 16, 64):
+        found = auto(Cell("135m", drafter, "code", batch, requests=max(2, 24 // batch)))
+        nodes.append(found.drafted / (found.rounds * batch))
+    assert nodes == sorted(nodes, reverse=True)
+    assert nodes[-1] < 0.1 * nodes[0]
+
+
 @pytest.mark.parametrize("drafter", ["lookup", "heads", "model"])
 @pytest.mark.parametrize("machine", ["135m", "135m-int8"])
 def test_a_first_short_answer_is_no_slower_than_plain(machine: str, drafter: str) -> None:

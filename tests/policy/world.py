@@ -43,6 +43,8 @@ CURVES = {
     "5m": curve(0.226, 0.226, 0.275, 0.448, 0.556, 1.033, 2.058),
     "1b-int8": curve(24.0, 24.3, 25.0, 25.9, 27.6, 38.0, 62.0),
 }
+# at high load every node costs as much as the one before
+LINEAR = CostCurve({1: 0.5e-3, 64: 0.5e-3 * 64})
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,11 @@ class Cell:
             (*words, *("busy",) * self.busy, *("stale",) * self.stale, f"answer{self.answer}")
         )
 
+    @property
+    def curve(self) -> CostCurve:
+        """Of the machine when nobody disturbs it."""
+        return LINEAR if self.machine == "linear" else CURVES[self.machine]
+
     def make_drafter(self) -> Any:
         text = TEXTS[self.text]
         kinds = {"lookup": Lookup, "model": Model, "confident": Confident}
@@ -266,7 +273,7 @@ class Cell:
 
     def known(self) -> CostCurve:
         """The curve that a policy is given: right, or measured while others used the machine."""
-        true = CURVES[self.machine].seconds
+        true = self.curve.seconds
         if not self.stale:
             return CostCurve(true)
         rng = random.Random(crc32(self.name.encode()))
@@ -276,16 +283,16 @@ class Cell:
 
     def step(self, counts: Sequence[int]) -> float:
         """A step with so many draft nodes of each sequence."""
-        cache = 0.1e-6 * self.context * CURVES[self.machine](1) / 2.5e-3
+        cache = 0.1e-6 * self.context * self.curve(1) / 2.5e-3
         packed = len(counts) + sum(counts)
-        seconds = CURVES[self.machine](min(packed, 64)) * max(1.0, packed / 64)
+        seconds = self.curve(min(packed, 64)) * max(1.0, packed / 64)
         return seconds + cache * sum(1 + 0.1 * count for count in counts)
 
     def rest(self, counts: Sequence[int]) -> float:
         return 60e-6 + 15e-6 * len(counts) + 2e-6 * sum(counts)
 
     def drafting(self, counts: Sequence[int]) -> float:
-        most, one = max(counts, default=0), CURVES[self.machine](1)
+        most, one = max(counts, default=0), self.curve(1)
         if not most:
             return 0.0
         if self.drafter == "lookup":

@@ -40,10 +40,8 @@ class StepTimes:
         self._curve = curve
         # how many times the curve's seconds a step without prompt tokens takes, with trees and drafts
         self._slow = 1.0
-        # seconds that so many prompt tokens add; sizes double
-        self._added = {
-            size: max(curve(size) - curve(1), 1e-9) for size in (LEAST, 2 * LEAST, PIECE)
-        }
+        # seconds that so many prompt tokens were seen to add; sizes double
+        self._seen: dict[int, float] = {}
 
     def decoding(self, sequences: int) -> float:
         """Seconds of a step in which so many sequences decode."""
@@ -51,12 +49,27 @@ class StepTimes:
 
     def reading(self, tokens: int) -> float:
         """Seconds that so many prompt tokens add: straight lines between the sizes that are known."""
-        points = sorted(self._added.items())
+        points = self._points()
         for (few, low), (many, high) in pairwise(points):
-            if few <= tokens <= many:
+            if tokens <= many:
                 return low + max(0.0, high - low) * (tokens - few) / (many - few)
-        size, seconds = points[0] if tokens < points[0][0] else points[-1]
-        return seconds * tokens / size
+        size, seconds = points[-1]
+        return self._scaled(seconds, size, tokens)
+
+    def _points(self) -> list[tuple[int, float]]:
+        guessed = {
+            size: self._slow * max(self._curve(size) - self._curve(1), 0.0)
+            for size in (LEAST, 2 * LEAST, PIECE)
+        }
+        return [(0, 0.0), *sorted((guessed | self._seen).items())]
+
+    def _scaled(self, added: float, tokens: int, size: int) -> float:
+        """What `size` tokens add at most where `tokens` add so much.
+
+        More tokens need at most as much more of the whole step: what reads the weights is paid for once.
+        """
+        rest = self.decoding(1) if size > tokens else 0.0
+        return (rest + added) * size / tokens - rest
 
     def observe(self, sequences: int, tokens: int, seconds: float) -> None:
         """Learn from a step in which `sequences` decoded and `tokens` prompt tokens were read."""
@@ -65,18 +78,18 @@ class StepTimes:
             self._slow *= _blend(known, seconds) / known
             return
         # alone, prompt tokens pay for reading the weights too
-        added = max(seconds - self.decoding(max(1, sequences)), 0.01 * seconds)
+        added = max(seconds - self.decoding(max(1, sequences)), 0.0)
         size = LEAST * 2 ** max(0, round(log2(tokens / LEAST)))
-        seen = added * size / tokens
-        if size in self._added:
-            self._added[size] = _blend(self._added[size], seen)
+        seen = self._scaled(added, tokens, size)
+        if size in self._seen:
+            self._seen[size] = _blend(self._seen[size], seen)
         else:
             # only that it is no hiccup is known of this size
-            self._added[size] = min(seen, _SPIKE * self.reading(size))
+            self._seen[size] = min(seen, _SPIKE * (self.reading(size) + self.decoding(1)))
 
 
 def _blend(known: float, seen: float) -> float:
-    seen = min(seen, _SPIKE * known)
+    seen = min(seen, _SPIKE * known or seen)
     return known + (_SLOWER if seen > known else _QUICKER) * (seen - known)
 
 
@@ -95,29 +108,33 @@ class TokenBudget:
         if tbt_ms is not None:
             check_positive("tbt_ms", tbt_ms)
         self.prefill_tokens, self.tbt_ms, self.times = prefill_tokens, tbt_ms, times
-        # steps without prompt tokens while prompts waited, and who got some in the step before
+        # steps without prompt tokens while prompts waited
         self._silent = 0
-        self._served: frozenset[RunningSequence] = frozenset()
+        # the step in which each prompt came, or the one behind its last turn
+        self._step = 0
+        self._turns: dict[RunningSequence, int] = {}
 
     def shares(
         self, prompts: Sequence[RunningSequence], decoding: int
     ) -> list[tuple[RunningSequence, int]]:
         """The prompts that the next step reads from, the first come first, with their numbers of tokens.
 
-        A prompt gets at most half while others wait, unless they leave it more. Who got nothing in the step
-        before comes first. decoding: sequences that decode in that step.
+        A prompt gets at most half while others wait, unless they leave it more. Who has waited longest for a
+        turn comes first. decoding: sequences that decode in that step.
         """
+        self._step += 1
+        self._turns = {each: self._turns.get(each, self._step) for each in prompts}
         tokens = self._tokens(decoding) if prompts else 0
         unit = min(PIECE if tokens >= PIECE else LEAST, self.prefill_tokens)
         cap = max(unit, tokens // 2) if len(prompts) > 1 else tokens
-        order = sorted(prompts, key=lambda each: each in self._served)
+        order = sorted(prompts, key=self._turns.__getitem__)
         counts, left = dict.fromkeys(order, 0), tokens
         for most in (cap, tokens):
             for each in order:
                 more = _up_to(each, min(most, counts[each] + left), unit) - counts[each]
                 counts[each], left = counts[each] + more, left - more
         shares = [(each, counts[each]) for each in prompts if counts[each]]
-        self._served = frozenset(each for each, _ in shares)
+        self._turns |= {each: self._step + 1 for each, _ in shares}
         return shares
 
     def _tokens(self, decoding: int) -> int:

@@ -71,7 +71,7 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
         grammars: GrammarRules | None = None,
     ) -> None:
-        self.model, self.drafter, self.clock, self.grammars = model, drafter, clock, grammars
+        self.model, self.drafter, self.grammars, self.clock = model, drafter, grammars, clock
         check_size("max_batch", slots)
         budget = TokenBudget(prefill_tokens, tbt_ms)
         if tbt_ms is not None:
