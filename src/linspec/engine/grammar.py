@@ -10,6 +10,7 @@ forbids are cut before they are verified (`possible`), where the verifier allows
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
@@ -109,14 +110,18 @@ class Grammars:
 
 
 def _spelled_out(backend: Any) -> str:
-    """A tokenizer as JSON that neither pads nor cuts."""
-    from tokenizers import Tokenizer
-
-    copied = Tokenizer.from_str(backend.to_str())
-    copied.no_padding()
-    copied.no_truncation()
-    text: str = copied.to_str()
-    return text
+    """A tokenizer as JSON whose decoder llguidance reads; it neither pads nor cuts."""
+    told = json.loads(backend.to_str())
+    told |= {"padding": None, "truncation": None}
+    decoder = told.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    spaces = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
+    if spaces:
+        # what it does in the middle of a text; how a text begins is nothing that a grammar asks
+        space = {"type": "Replace", "pattern": {"String": spaces[0]}, "content": " "}
+        steps = [space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+        told["decoder"] = {"type": "Sequence", "decoders": steps}
+    return json.dumps(told)
 
 
 def _source(grammar: Grammar) -> str:
