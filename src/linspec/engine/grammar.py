@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 # compiled grammars, and masks of one sequence, that are kept
 _GRAMMARS_KEPT, _MASKS_KEPT = 64, 64
+_LONGEST_REASON = 200
 # JSON as json.dumps writes it: with free white space a weak model may write nothing else
 _JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -248,5 +250,7 @@ def _check(matcher: LLMatcher) -> None:
 
 
 def _reason(message: str) -> str:
-    # the library goes on about the state of its parser
-    return message.split("\n<state>")[0].strip()
+    """The one line of the library's message that says what is wrong."""
+    said = re.search(r"^error: (.+)$", message, flags=re.MULTILINE)
+    line = said[1] if said else message.strip().partition("\n")[0]
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"
