@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linspec.decoding.sampling.grammar import CFG, JSON_SCHEMA, Grammar
+from linspec.decoding.sampling.grammar import CFG, JSON_FORM, JSON_SCHEMA, Grammar
 from linspec.decoding.sampling.rules import Rule
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError, InputError
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 # compiled grammars, and masks of one sequence, that are kept
 _GRAMMARS_KEPT, _MASKS_KEPT = 64, 64
 _LONGEST_REASON = 200
-# JSON as json.dumps writes it: with free white space a weak model may write nothing else
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammars:
@@ -131,7 +129,7 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if grammar.kind == JSON_SCHEMA:
-        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=_JSON_FORM)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=JSON_FORM)  # type: ignore[arg-type]
     return grammar_from("grammar" if grammar.kind == CFG else "regex", grammar.text)
 
 
