@@ -201,8 +201,8 @@ class ToolUse:
     def grammar(self, choice: Choice, answer: Grammar | None = None) -> Grammar | None:
         """The grammar of an answer that has to call a tool, or may and is of a language otherwise.
 
-        answer: that language. An answer of one that is not JSON calls no tool, and where calls have no tag none
-        does: such languages cannot be told apart by their first characters.
+        answer: that language. If it is not JSON, or calls have no tag, the answer calls no tool: the two
+            cannot be told apart by their first characters.
         """
         if choice.needed:
             return Grammar.cfg("\n".join(["start: calls", *self._rules(choice)]))
