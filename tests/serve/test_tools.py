@@ -12,7 +12,7 @@ from checkpoints import text_model, tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from linspec import LLM, SamplingParams
+from linspec import LLM, Grammar, SamplingParams
 from linspec.engine.encoding import TextEncoder
 from linspec.errors import ConfigError, InputError
 from linspec.serve.tool_calls import ToolTurn
@@ -247,6 +247,32 @@ def test_a_needed_call_is_always_one(form: str, named: bool, seed: int) -> None:
         assert name in {tool.name for tool in choice.tools}
         if name == "get_weather":
             assert {"city"} <= {*arguments} <= {"city", "days"} and len(arguments["city"]) <= 3
+
+
+@pytest.mark.parametrize("form", ["hermes", "listed"])
+def test_an_answer_of_a_schema_may_be_a_call_too(form: str) -> None:
+    choice, answer = (
+        Choice.of("auto", TOOLS, several=False),
+        Grammar.json_schema({"enum": [{"a": 1}]}),
+    )
+    both = use(FORMS[form]).grammar(choice, answer)
+    llm = LLM(MODEL, tokenizer=tiny_tokenizer())
+    found = set()
+    for seed in range(40):
+        params = SamplingParams(max_tokens=60, temperature=9.0, seed=seed, grammar=both)
+        done = llm.generate("a", params)[0]
+        if done.finish_reason == "length":
+            # only a call is ever that long
+            found.add("call")
+            continue
+        content, calls, _ = read(done.text, [])
+        assert (content == '{"a": 1}') != bool(calls)
+        found.add("call" if calls else "answer")
+    assert found == {"call", "answer"}
+    word = Grammar.regex("a")
+    assert use(PLAIN).grammar(choice, word) == word
+    assert use(FORMS["llama"]).grammar(choice, answer) == answer
+    assert use(PLAIN).grammar(Choice.of("none", TOOLS), answer) == answer
 
 
 def test_choices() -> None:

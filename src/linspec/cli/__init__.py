@@ -22,6 +22,7 @@ from linspec.cli import (
     generate,
     get,
     linearize,
+    serve,
     train,
     verify,
 )
@@ -44,6 +45,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (train.train_drafter, "train-drafter", "student --kind medusa"),
     (generate.generate, "generate", "embedded-aug --prompt 'class Stack:' --drafter medusa"),
     (chat.chat, "chat", "path/to/a/chat-model --drafter prompt-lookup"),
+    (serve.serve, "serve", "smollm2 --drafter suffix"),
     (compress.quantize, "quantize", "embedded-softmax --bits 4 --out small"),
     (convert.convert, "convert", "path/to/llama llama.gguf --type q8_0"),
     (evaluate.perplexity, "eval perplexity", "embedded-aug --data stdlib --limit-bytes 100000"),

@@ -120,7 +120,7 @@ class Drafter(ABC):
         """The number of draft tokens that a tree within `budget` will have accepted, in the mean."""
 
     def score(self, sequence: RunningSequence, tree: TokenTree) -> float:
-        """The number of draft tokens of `tree`, its own proposal, that will be accepted, in the mean.
+        """How many draft tokens of `tree`, its own proposal or a part of it, will be accepted, in the mean.
 
         By the confidences of the tree if it has any, else what the drafter expects of one of that size.
         """
@@ -139,7 +139,8 @@ class Drafter(ABC):
 
         Args:
             sequence: the sequence.
-            tree: what this drafter proposed, or the first nodes of it.
+            tree: what this drafter proposed, or a part of it: the first nodes, or what a grammar allows
+                (`tree.cut` says which).
         """
         return None
 

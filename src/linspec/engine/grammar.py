@@ -10,7 +10,9 @@ forbids are cut before they are verified (`possible`), where the verifier allows
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linspec.decoding.sampling.grammar import CFG, JSON_SCHEMA, Grammar
+from linspec.decoding.sampling.grammar import CFG, JSON_FORM, JSON_SCHEMA, Grammar
 from linspec.decoding.sampling.rules import Rule
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError, InputError
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
 
 # compiled grammars, and masks of one sequence, that are kept
 _GRAMMARS_KEPT, _MASKS_KEPT = 64, 64
-# JSON as json.dumps writes it: with free white space a weak model may write nothing else
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LONGEST_REASON = 200
 
 
 class Grammars:
@@ -109,14 +110,18 @@ class Grammars:
 
 
 def _spelled_out(backend: Any) -> str:
-    """A tokenizer as JSON that neither pads nor cuts."""
-    from tokenizers import Tokenizer
-
-    copied = Tokenizer.from_str(backend.to_str())
-    copied.no_padding()
-    copied.no_truncation()
-    text: str = copied.to_str()
-    return text
+    """A tokenizer as JSON whose decoder llguidance reads; it neither pads nor cuts."""
+    told = json.loads(backend.to_str())
+    told |= {"padding": None, "truncation": None}
+    decoder = told.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    spaces = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
+    if spaces:
+        # what it does in the middle of a text; how a text begins is nothing that a grammar asks
+        space = {"type": "Replace", "pattern": {"String": spaces[0]}, "content": " "}
+        steps = [space, {"type": "ByteFallback"}, {"type": "Fuse"}]
+        told["decoder"] = {"type": "Sequence", "decoders": steps}
+    return json.dumps(told)
 
 
 def _source(grammar: Grammar) -> str:
@@ -124,7 +129,7 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if grammar.kind == JSON_SCHEMA:
-        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=_JSON_FORM)  # type: ignore[arg-type]
+        return LLMatcher.grammar_from_json_schema(grammar.text, defaults=JSON_FORM)  # type: ignore[arg-type]
     return grammar_from("grammar" if grammar.kind == CFG else "regex", grammar.text)
 
 
@@ -243,5 +248,7 @@ def _check(matcher: LLMatcher) -> None:
 
 
 def _reason(message: str) -> str:
-    # the library goes on about the state of its parser
-    return message.split("\n<state>")[0].strip()
+    """The one line of the library's message that says what is wrong."""
+    said = re.search(r"^error: (.+)$", message, flags=re.MULTILINE)
+    line = said[1] if said else message.strip().partition("\n")[0]
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"

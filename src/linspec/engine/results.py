@@ -29,6 +29,7 @@ class Generation:
         error: why the request failed; None if it did not.
         prompt_logprobs: one entry for each token of the prompt, None for the first token.
         others: the sequences 2 to n.
+        cached_tokens: tokens of the prompt that were not read, because a cache had their state.
     """
 
     prompt_tokens: int
@@ -40,6 +41,7 @@ class Generation:
     error: Exception | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     others: tuple[Generation, ...] = ()
+    cached_tokens: int = 0
 
     @property
     def outputs(self) -> tuple[Generation, ...]:
@@ -101,6 +103,7 @@ class Piece:
         done: the finished sequence, on its last piece; None before.
         sequence: the number of the sequence in its request, from 0 to n - 1.
         drafts: what the piece owes to drafts; None unless the caller asked for it.
+        logprobs: one entry for each of `token_ids`, None if the request did not ask for them.
     """
 
     index: int
@@ -109,6 +112,7 @@ class Piece:
     done: Generation | None
     sequence: int = 0
     drafts: Drafts | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Collector:
@@ -166,7 +170,8 @@ class Collector:
         done = self._result(outcome.sequence, finished, outcome.error) if finished else None
         new = tuple(self.tokens[before:])
         drafts = self._drafts(outcome, len(new), piece)
-        return Piece(self.index, piece, new, done, self.sequence, drafts)
+        logprobs = None if self.params.logprobs is None else tuple(self.logprobs[before:])
+        return Piece(self.index, piece, new, done, self.sequence, drafts, logprobs)
 
     def _drafts(self, outcome: Outcome, count: int, text: str) -> Drafts | None:
         if self._authors is None:

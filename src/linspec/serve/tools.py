@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from linspec.decoding.sampling import Grammar
+from linspec.decoding.sampling.grammar import JSON_FORM, JSON_SCHEMA, Grammar
 from linspec.engine.encoding import Conversation, TextEncoder
 from linspec.errors import ConfigError, InputError
 from linspec.utils.messages import did_you_mean, shown
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-# JSON as json.dumps writes it, for the library that reads schemas
-_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
@@ -200,21 +198,35 @@ class ToolUse:
         plain = [_as_text(message) for message in messages]
         return self._encoder.render(_told(plain, tools) if tools else plain)
 
-    def grammar(self, choice: Choice) -> Grammar | None:
-        """The grammar of an answer that has to call a tool; None where it need not."""
-        if not choice.needed:
-            return None
+    def grammar(self, choice: Choice, answer: Grammar | None = None) -> Grammar | None:
+        """The grammar of an answer that has to call a tool, or may and is of a language otherwise.
+
+        answer: that language. If it is not JSON, or calls have no tag, the answer calls no tool: the two
+            cannot be told apart by their first characters.
+        """
+        if choice.needed:
+            return Grammar.cfg("\n".join(["start: calls", *self._rules(choice)]))
+        tagged = self.form.first.startswith("<")
+        if answer is None or answer.kind != JSON_SCHEMA or not choice.tools or not tagged:
+            return answer
+        plain = f"answer: {_json_of(json.loads(answer.text))}"
+        return Grammar.cfg("\n".join(["start: calls | answer", plain, *self._rules(choice)]))
+
+    def _rules(self, choice: Choice) -> list[str]:
+        """What `calls` are."""
         form, rules = self.form, list[str]()
         for i, tool in enumerate(choice.tools):
-            schema = json.dumps({"x-guidance": _FORM, **tool.parameters})
             head = f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": '
             rules += [f"call{i}: {json.dumps(head)} arguments{i} {json.dumps('}')}"]
-            rules += [f"arguments{i}: %json {schema}"]
+            rules += [f"arguments{i}: {_json_of(tool.parameters)}"]
         ends = [json.dumps(each) if each else "" for each in (form.first, form.last)]
         more = f"({json.dumps(form.between)} call)*" if choice.several and form.between else ""
         either = " | ".join(f"call{i}" for i in range(len(choice.tools)))
-        start = f"start: {ends[0]} call {more} {ends[1]}"
-        return Grammar.cfg("\n".join([start, f"call: {either}", *rules]))
+        return [f"calls: {ends[0]} call {more} {ends[1]}", f"call: {either}", *rules]
+
+
+def _json_of(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({'x-guidance': JSON_FORM, **schema})}"
 
 
 def _with_objects(message: Mapping[str, Any]) -> dict[str, Any]:

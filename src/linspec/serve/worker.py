@@ -103,7 +103,7 @@ class Worker:
         return job
 
     def _check_room(self, new: int) -> None:
-        if self._deadline is not None or not self._thread.is_alive():
+        if not self.ready:
             raise WorkerStopped("the server is shutting down and takes no more requests")
         most = self.slots + self.queue_limit
         if new > most:
@@ -141,16 +141,25 @@ class Worker:
         return max(0, self._sequences - self.running)
 
     @property
+    def broken(self) -> bool:
+        """Whether the thread has ended though nobody closed it."""
+        return self._deadline is None and not self._thread.is_alive()
+
+    @property
     def ready(self) -> bool:
         """Whether requests are taken."""
         return self._deadline is None and self._thread.is_alive()
 
-    def stop(self, finish_seconds: float = 30.0) -> None:
-        """Take no more requests, finish those that are here for so long, then fail the rest; waits for it."""
+    def close(self, finish_seconds: float = 30.0) -> None:
+        """Take no more requests; those that are here have so long to finish, then the rest fails."""
         with self._changed:
-            if self._deadline is None:
-                self._deadline = self.clock() + finish_seconds
+            deadline = self.clock() + finish_seconds
+            self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
             self._changed.notify()
+
+    def stop(self, finish_seconds: float = 30.0) -> None:
+        """As `close`, and wait for the end."""
+        self.close(finish_seconds)
         self._thread.join()
 
     def __enter__(self) -> Self:

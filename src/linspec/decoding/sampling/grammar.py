@@ -15,6 +15,8 @@ from linspec.errors import ConfigError
 from linspec.utils.messages import did_you_mean, shown
 
 JSON_SCHEMA, REGEX, CFG = KINDS = ("json_schema", "regex", "cfg")
+# JSON as json.dumps writes it: with free white space a weak model may write nothing else
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT = '{"type": "object"}'
 
 

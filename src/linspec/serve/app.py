@@ -1,0 +1,69 @@
+"""The app: endpoints over workers, behind their doors.
+
+app = make_app({"smollm2": Worker(LLM("smollm2"))}, Settings())
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.cors import CORSMiddleware
+
+import linspec
+from linspec.serve import failures, parts
+from linspec.serve.embedder import Embedder
+from linspec.serve.endpoints import about, chat, completions, embeddings, responses, tokens
+from linspec.serve.front import Front
+from linspec.serve.keys import Keys
+from linspec.serve.served import Served
+from linspec.serve.settings import Settings
+from linspec.serve.worker import Worker
+
+_ENDPOINTS = (completions, chat, responses, embeddings, about, tokens)
+
+
+def make_app(
+    models: Mapping[str, Worker],
+    settings: Settings,
+    embedders: Mapping[str, Embedder] | None = None,
+) -> FastAPI:
+    """An app that serves `models` by name, and stops them when it ends; raises ConfigError for bad keys."""
+    secret = None if settings.api_key is None else settings.api_key.get_secret_value()
+    keys = Keys.read(settings.key_file, secret)
+    served = Served(models, settings, int(time.time()), embedders or {})
+    # streams end when their requests do: the workers see to it that they do in time
+    AppStatus.enable_automatic_graceful_drain = False
+    app = FastAPI(
+        title="linspec",
+        version=linspec.__version__,
+        description="OpenAI's API, by linspec.",
+        lifespan=partial(_lifespan, served),
+    )
+    app.state.served = served
+    failures.install(app)
+    for module in _ENDPOINTS:
+        app.include_router(module.router)
+    parts.mount(app, served)
+    app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(served: Served, app: FastAPI) -> AsyncIterator[None]:
+    yield
+    for worker in served.workers.values():
+        await run_in_threadpool(worker.stop, served.settings.shutdown_seconds)

@@ -1,0 +1,142 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+
+from linspec.decoding.request import Request
+from linspec.decoding.sampling import SamplingParams
+from linspec.engine.results import Generation, Piece
+from linspec.llm import LLM
+from linspec.serve.answering import Answer, answered, output_tokens
+from linspec.serve.constraints import Turn, check_tools, constrained
+from linspec.serve.failures import RESPONSES, Failure, json_response
+from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
+from linspec.serve.served import Served, Serving
+from linspec.serve.shapes import chat_logprobs, new_id, usage_of
+
+router = APIRouter(responses=RESPONSES)
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses={200: {"model": ChatCompletion, "content": {"text/event-stream": {}}}},
+)
+async def chat(asked: ChatRequest, http: HttpRequest, served: Serving) -> Any:
+    """Write the next turn of a conversation."""
+    name, worker = served.worker(asked.model)
+    form = _Form.of(asked, served, name, worker.llm)
+    answer = await answered(served, http, worker, form.requests)
+    if asked.stream:
+        return answer.streamed(_chunks(answer, form))
+    return json_response(form.whole(await answer.whole()))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How an answer is written."""
+
+    asked: ChatRequest
+    params: SamplingParams
+    name: str
+    llm: LLM
+    id: str
+    created: int
+
+    @classmethod
+    def of(cls, asked: ChatRequest, served: Served, name: str, llm: LLM) -> _Form:
+        """Raises Failure or ConfigError for what does not go together."""
+        if asked.chat_template is not None:
+            message = (
+                "chat_template is a program, which this server takes from nobody; leave it out"
+            )
+            raise Failure(400, message, code="unsupported_parameter", param="chat_template")
+        check_tools(asked.tools, asked.tool_choice)
+        if asked.top_logprobs is not None and not asked.logprobs:
+            message = "top_logprobs needs logprobs: true"
+            raise Failure(400, message, param="top_logprobs")
+        most = asked.max_completion_tokens or asked.max_tokens
+        params = asked.to_params(
+            served.settings.temperature,
+            max_tokens=output_tokens(served.settings, most),
+            logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
+            **constrained(asked),
+        )
+        return cls(asked, params, name, llm, new_id("chatcmpl-"), int(time.time()))
+
+    def requests(self, llm: LLM) -> list[Request]:
+        """As the engine takes them; also renders the template."""
+        messages = [each.to_template() for each in self.asked.messages]
+        return [llm.request(llm.encoder.chat(messages), self.params)]
+
+    def whole(self, outputs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = [self._choice(index, each) for index, each in enumerate(outputs[0])]
+        return {
+            **self.head("chat.completion"),
+            "choices": choices,
+            "usage": usage_of(outputs).model_dump(),
+        }
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What every part of an answer begins with."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
+
+    def _choice(self, index: int, output: Generation) -> dict[str, Any]:
+        message, reason = Turn().message(output.text, output.finish_reason)
+        return {
+            "index": index,
+            "message": message,
+            "finish_reason": reason,
+            "logprobs": chat_logprobs(self.llm.tokenizer, output.logprobs),
+        }
+
+    def deltas(self, turn: Turn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
+        """The parts of a choice that a piece makes."""
+        index, reason = piece.sequence, None
+        parts = turn.push(piece.text)
+        if piece.done is not None:
+            last, reason = turn.finish(piece.done.finish_reason)
+            parts += last
+        logprobs = chat_logprobs(self.llm.tokenizer, piece.logprobs)
+        if first:
+            yield _delta(index, {"role": "assistant", "content": ""})
+        if not parts and piece.logprobs:
+            parts = [{}]
+        for part in parts:
+            yield _delta(index, part, logprobs=logprobs)
+            logprobs = None
+        if reason is not None:
+            yield _delta(index, {}, reason=reason)
+
+
+def _delta(
+    index: int,
+    delta: dict[str, Any],
+    *,
+    reason: str | None = None,
+    logprobs: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+
+
+async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
+    head = form.head("chat.completion.chunk")
+    more = {"usage": None} if form.asked.with_usage else {}
+    turns: defaultdict[int, Turn] = defaultdict(Turn)
+    ended: list[Generation] = []
+    async for piece in answer.pieces():
+        first = piece.sequence not in turns
+        for choice in form.deltas(turns[piece.sequence], piece, first):
+            yield {**head, "choices": [choice], **more}
+        if piece.done is not None:
+            ended.append(piece.done)
+    if form.asked.with_usage:
+        yield {**head, "choices": [], "usage": usage_of([ended]).model_dump()}

@@ -1,0 +1,179 @@
+"""Errors as OpenAI's API has them: a status, a type, and a message that names the way out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from linspec.errors import (
+    ConfigError,
+    ContextOverflow,
+    InputError,
+    LinspecError,
+    QueueFull,
+    StateError,
+    WorkerStopped,
+)
+from linspec.serve.schemas.base import ErrorAnswer
+from linspec.utils.messages import shown
+
+_log = logging.getLogger("linspec.serve")
+_WRONG = "invalid_request_error"
+# the type of an error by its status
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    499: "client_closed_request",
+    500: "server_error",
+    503: "service_unavailable",
+    504: "timeout_error",
+}
+# what every endpoint may answer, for the OpenAPI page
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorAnswer, "description": "The request breaks a rule."},
+    401: {"model": ErrorAnswer, "description": "No key, or an unknown one."},
+    404: {"model": ErrorAnswer, "description": "No such model."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    429: {"model": ErrorAnswer, "description": "The queue is full; see Retry-After."},
+    500: {"model": ErrorAnswer, "description": "A fault of the server."},
+    503: {"model": ErrorAnswer, "description": "The server shuts down, or has no memory left."},
+    504: {"model": ErrorAnswer, "description": "The request took too long."},
+    # in the place of the framework's own 422
+    "default": {"model": ErrorAnswer, "description": "Any other error."},
+}
+
+
+class Failure(Exception):
+    """An answer that is no success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that a client gets."""
+        kind = _TYPES.get(self.status, _WRONG)
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return json_response(self.body(), self.status, self.headers)
+
+
+def json_response(
+    data: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An answer in JSON."""
+    return Response(
+        json_bytes(data), status, {"content-type": "application/json", **(headers or {})}
+    )
+
+
+def json_bytes(data: Any) -> bytes:
+    """JSON in UTF-8; what a client wrote in halves of characters is escaped as it was."""
+    return json_text(data).encode("utf-8")
+
+
+def json_text(data: Any) -> str:
+    """JSON on one line, valid Unicode."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What a client is told about `error`; what is no fault of the client's is logged."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, QueueFull):
+        wait = {"retry-after": str(error.retry_after)}
+        return Failure(429, str(error), code="queue_full", headers=wait)
+    if isinstance(error, WorkerStopped):
+        return Failure(503, str(error), code="shutting_down")
+    if isinstance(error, ContextOverflow):
+        return Failure(400, str(error), code="context_length_exceeded")
+    if isinstance(error, ConfigError | InputError):
+        return Failure(400, str(error), code="invalid_value")
+    _log.error("a request failed: %s", error, exc_info=error)
+    if isinstance(error, StateError):
+        return Failure(503, str(error), code="state_error")
+    return Failure(500, f"the server failed: {shown(str(error))}; its log has more", code="fault")
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of `app` have this shape."""
+
+    async def of_error(request: Request, error: Exception) -> Response:
+        return failure_of(error).response()
+
+    async def of_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return _of_validation(error.errors()).response()
+
+    async def of_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        # such as that of a body that is too large, which the framework calls unreadable
+        if isinstance(error.__cause__, Failure):
+            return error.__cause__.response()
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"there is nothing at {shown(request.url.path)}; /docs lists what there is"
+        elif error.status_code == 405:
+            message = f"{request.method} is not for {shown(request.url.path)}; /docs says what is"
+        elif error.status_code == 400:
+            message = "the body cannot be read as JSON in UTF-8; send valid JSON"
+        return Failure(error.status_code, message, headers=error.headers).response()
+
+    app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(Failure, of_error)
+    app.add_exception_handler(LinspecError, of_error)
+
+
+def _of_validation(errors: Sequence[Any]) -> Failure:
+    """The first thing that is wrong with a body, as a 400."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"][1:] if _is_name(part))
+    if first["type"] == "json_invalid":
+        return Failure(400, f"the body is not valid JSON: {_reason(first)}", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        message = f"{shown(place)} is not known here; leave it out, or see /docs"
+        return Failure(400, message, code="unknown_parameter", param=shown(place))
+    if first["type"] == "missing":
+        what = shown(place) if place else "a JSON body"
+        return Failure(400, f"{what} is missing; see /docs", code="missing_parameter", param=place)
+    got = shown(repr(first.get("input")))
+    message = f"{shown(place) or 'the body'}: {first['msg']}, got {got}; see /docs"
+    return Failure(400, message, code="invalid_value", param=shown(place) or None)
+
+
+def _is_name(part: object) -> bool:
+    """Whether it is part of a place; alternatives of a union stand there too, such as 'list[int]'."""
+    return str(part) not in ("str", "int") and re.fullmatch(r"\w+", str(part)) is not None
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    return shown(str(error.get("ctx", {}).get("error", error["msg"])))

@@ -1,0 +1,135 @@
+"""What every request passes first: an id, a line in the log, a key, and a limit on its size.
+
+Plain ASGI: frameworks' middlewares hold streams back and hide clients that leave.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from linspec.serve.failures import Failure, failure_of
+from linspec.serve.keys import Keys
+
+_log = logging.getLogger("linspec.serve.access")
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+# what needs no key: a page holds no secrets, and what watches a server has none
+OPEN = frozenset(("/", "/health", "/ready"))
+OPEN_FOLDER = "/page/"
+
+
+class Front:
+    """An app behind its doors."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int) -> None:
+        self.app, self.keys, self.max_body_bytes = app, keys, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        visit = _Visit(scope)
+        scope.setdefault("state", {})["request_id"] = visit.number
+        try:
+            scope["state"]["tenant"] = self._tenant(scope)
+            body = _Body(scope, receive, self.max_body_bytes)
+            await self.app(scope, body.receive, visit.sending(send))
+        except Exception as error:
+            failure = failure_of(error)
+            # an answer that has begun can only end
+            if visit.status:
+                raise
+            await failure.response()(scope, receive, visit.sending(send))
+        finally:
+            visit.log()
+
+    def _tenant(self, scope: Scope) -> str:
+        """Whose key it is, '' where nobody needs one."""
+        path = scope["path"]
+        if not self.keys or path in OPEN or path.startswith(OPEN_FOLDER):
+            return ""
+        header = _header(scope, b"authorization")
+        name = self.keys.name_of(header.decode("latin-1")) if header else None
+        # a browser asks first whether it may send the key
+        if name is None and scope["method"] != "OPTIONS":
+            said = "unknown key" if header else "no key"
+            raise Failure(
+                401,
+                f"{said}; send the header 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return name or ""
+
+
+class _Visit:
+    """A request, as the log has it: no text of prompts."""
+
+    def __init__(self, scope: Scope) -> None:
+        given = _header(scope, b"x-request-id")
+        # what a client wrote goes into a log: only plain ids do
+        self.number = given.decode() if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        self.scope, self.status, self.began = scope, 0, time.perf_counter()
+
+    def sending(self, send: Send) -> Send:
+        """`send`, with the id as a header."""
+
+        async def with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", self.number.encode()),
+                ]
+            await send(message)
+
+        return with_id
+
+    def log(self) -> None:
+        """One line about it."""
+        facts: dict[str, Any] = {
+            "request_id": self.number,
+            "method": self.scope["method"],
+            "path": self.scope["path"],
+            "status": self.status,
+            "seconds": round(time.perf_counter() - self.began, 4),
+            "tenant": self.scope.get("state", {}).get("tenant", ""),
+        }
+        _log.info("request", extra={"facts": facts})
+
+
+class _Body:
+    """A body that is refused as soon as it is too large."""
+
+    def __init__(self, scope: Scope, receive: Receive, most: int) -> None:
+        self._receive, self._most, self._seen = receive, most, 0
+        told = _header(scope, b"content-length")
+        if told.isdigit() and (len(told) > 18 or int(told) > most):
+            self._refuse(told.decode()[:20])
+
+    async def receive(self) -> Message:
+        """The next part."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._seen += len(message.get("body", b""))
+            if self._seen > self._most:
+                self._refuse(f"more than {self._most}")
+        return message
+
+    def _refuse(self, size: str) -> None:
+        raise Failure(
+            413,
+            f"the body has {size} bytes, this server takes {self._most}; send less, or raise "
+            "--max-body-bytes",
+            code="body_too_large",
+        )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")

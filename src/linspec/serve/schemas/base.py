@@ -1,0 +1,149 @@
+"""What all requests share: strict types, no unknown fields, and how the next token is chosen."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from linspec.decoding.sampling import SamplingParams
+
+# a bias from here on bans a token, as OpenAI's API has it
+_BAN = -100.0
+Text = Annotated[str, Field(min_length=1)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class Asked(BaseModel):
+    """A request's body: what is unknown or of the wrong type is refused, never ignored or converted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Given(BaseModel):
+    """An answer's body."""
+
+
+class StreamOptions(Asked):
+    """What a stream has beside the text."""
+
+    include_usage: bool = Field(False, description="A last chunk with the usage of all choices.")
+    include_obfuscation: bool = Field(False, description="Taken and ignored.")
+
+
+class Labels(Asked):
+    """Fields of OpenAI's API that describe a request and change nothing here."""
+
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class Constraints(Asked):
+    """What the output has to look like; see `serve.constraints`."""
+
+    response_format: dict[str, Any] | None = None
+    guided_regex: Text | None = None
+    guided_grammar: Text | None = None
+
+
+class Sampling(Asked):
+    """How the next token is chosen, and when the output ends."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    logit_bias: dict[TokenId, Bias] | None = Field(None, description="-100 bans a token.")
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
+    stop_token_ids: list[Id] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    bad_words: list[Text] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def to_params(self, temperature: float, **more: Any) -> SamplingParams:
+        """As the engine takes it; `temperature` is that of a request without one.
+
+        Raises ConfigError for combinations that break a rule.
+        """
+        named = {
+            name: getattr(self, name)
+            for name in (
+                *("top_p", "min_p", "presence_penalty", "frequency_penalty"),
+                *("repetition_penalty", "n", "stop", "stop_token_ids", "min_tokens", "bad_words"),
+                *("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
+            )
+            if getattr(self, name) is not None
+        }
+        bias = {
+            int(token): -math.inf if each <= _BAN else each
+            for token, each in (self.logit_bias or {}).items()
+        }
+        return SamplingParams(
+            temperature=temperature if self.temperature is None else self.temperature,
+            # -1 is how some clients say 0
+            top_k=max(0, self.top_k or 0),
+            seed=None if self.seed is None else self.seed % 2**64,
+            logit_bias=bias,
+            **(named | more),
+        )
+
+
+class CachedTokens(Given):
+    """Of the tokens of a prompt."""
+
+    cached_tokens: int = Field(description="Read from the prefix cache.")
+
+
+class Speculation(Given):
+    """What drafts brought."""
+
+    tokens_per_round: float = Field(description="1.0 is plain decoding.")
+    rounds: int
+    drafted: int
+    accepted: int
+
+
+class Usage(Given):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    linspec: Speculation
+
+
+class ErrorBody(Given):
+    """An error as OpenAI's API has it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Given):
+    """The body of every answer that is no success."""
+
+    error: ErrorBody

@@ -1,0 +1,99 @@
+"""Parts of answers that several endpoints share: usage, log-probabilities, ids."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from linspec.decoding.accepted import TokenLogprob
+from linspec.engine.results import Generation
+from linspec.serve.schemas.base import CachedTokens, Speculation, Usage
+
+# what stands for a token that cannot come, which JSON has no number for
+_NEVER = -9999.0
+
+
+def new_id(prefix: str) -> str:
+    """An id that no other answer has."""
+    return prefix + uuid.uuid4().hex
+
+
+def usage_of(outputs: Sequence[Sequence[Generation]]) -> Usage:
+    """Tokens of all outputs, with each prompt once."""
+    every = [each for group in outputs for each in group]
+    prompt = sum(group[0].prompt_tokens for group in outputs if group)
+    completion = sum(len(each.token_ids) for each in every)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=CachedTokens(cached_tokens=cached_tokens(outputs)),
+        linspec=speculation_of(every),
+    )
+
+
+def cached_tokens(outputs: Sequence[Sequence[Generation]]) -> int:
+    """Prompt tokens that came from the prefix cache."""
+    return sum(group[0].cached_tokens for group in outputs if group)
+
+
+def speculation_of(outputs: Iterable[Generation]) -> Speculation:
+    """What drafts brought to some outputs."""
+    stats = [each.stats for each in outputs]
+    rounds, accepted = sum(s.rounds for s in stats), sum(s.accepted for s in stats)
+    return Speculation(
+        tokens_per_round=1.0 + accepted / rounds if rounds else 1.0,
+        rounds=rounds,
+        drafted=sum(s.drafted for s in stats),
+        accepted=accepted,
+    )
+
+
+def chat_logprobs(tokenizer: Any, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    """As chat answers have them; None where nobody asked."""
+    if found is None:
+        return None
+    return {"content": [_chat_token(tokenizer, each) for each in found], "refusal": None}
+
+
+def _chat_token(tokenizer: Any, entry: TokenLogprob) -> dict[str, Any]:
+    top = [_spelled(tokenizer, token, logprob) for token, logprob in entry.top]
+    return {**_spelled(tokenizer, entry.token, entry.logprob), "top_logprobs": top}
+
+
+def _spelled(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
+    text = tokenizer.decode([token])
+    return {
+        "token": text,
+        "logprob": max(logprob, _NEVER),
+        "bytes": list(text.encode("utf-8", "replace")),
+    }
+
+
+class TextLogprobs:
+    """As answers of /v1/completions have them; offsets count on from piece to piece."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._offset = tokenizer, 0
+
+    def take(self, found: Sequence[TokenLogprob | None], tokens: Sequence[int]) -> dict[str, Any]:
+        """The entries of some tokens, of which the first of a prompt has none."""
+        texts = [self._tokenizer.decode([token]) for token in tokens]
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [each and max(each.logprob, _NEVER) for each in found],
+            "top_logprobs": [each and self._top(each) for each in found],
+            "text_offset": offsets,
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        # two tokens may be written the same; the likelier one comes first
+        found: dict[str, float] = {}
+        for token, logprob in ((entry.token, entry.logprob), *entry.top):
+            found.setdefault(self._tokenizer.decode([token]), max(logprob, _NEVER))
+        return found

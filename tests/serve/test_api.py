@@ -1,0 +1,428 @@
+"""The API, through the official client and a real server."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from api_server import quiet, running, talker
+
+from linspec.decoding.sampling import SamplingParams
+from linspec.llm import LLM
+from linspec.serve.worker import Worker
+
+HELLO: Any = [{"role": "user", "content": "ab cd"}]
+Started = tuple[str, dict[str, Worker]]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Started]:
+    llms = {
+        "talker": LLM(talker(), max_batch=4, drafter="prompt-lookup"),
+        "narrow": LLM(talker("softmax", 64), max_batch=2),
+    }
+    with running(llms) as started:
+        yield started
+
+
+@pytest.fixture
+def llm(server: Started) -> LLM:
+    return server[1]["talker"].llm
+
+
+@pytest.fixture
+def client(server: Started) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key="any", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def web(server: Started) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server[0], timeout=30) as made:
+        yield made
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize("prompt", ["abcd", ["ab", "the end"], [5, 6, 7], [[5, 6], [7]]])
+def test_completions_are_those_of_the_library(client: openai.OpenAI, llm: LLM, prompt: Any) -> None:
+    found = client.completions.create(
+        model="talker", prompt=prompt, max_tokens=9, temperature=0.8, seed=3, n=2
+    )
+    params = SamplingParams(max_tokens=9, temperature=0.8, seed=3, n=2)
+    alone = [each for result in llm.generate(prompt, params) for each in result.outputs]
+    assert [c.text for c in found.choices] == [a.text for a in alone]
+    assert [c.index for c in found.choices] == list(range(len(alone)))
+    assert [c.finish_reason for c in found.choices] == [a.finish_reason for a in alone]
+    assert found.usage is not None
+    assert found.usage.completion_tokens == sum(len(a.token_ids) for a in alone)
+    assert found.usage.prompt_tokens == sum(a.prompt_tokens for a in alone[::2])
+    assert found.usage.linspec["tokens_per_round"] >= 1  # type: ignore[attr-defined]
+
+
+def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "talker",
+        "prompt": ["ab", "cd"],
+        "max_tokens": 12,
+        "n": 2,
+        "seed": 5,
+        "logprobs": 2,
+    }
+    whole = client.completions.create(**asked)
+    texts, logprobs, reasons = ["", "", "", ""], [[], [], [], []], {}
+    chunks = list(
+        client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
+        reasons[choice.index] = choice.finish_reason
+        if choice.logprobs:
+            logprobs[choice.index] += choice.logprobs.token_logprobs
+    assert texts == [c.text for c in whole.choices]
+    assert [reasons[i] for i in range(4)] == [c.finish_reason for c in whole.choices]
+    assert logprobs == [c.logprobs.token_logprobs for c in whole.choices]
+    assert chunks[-1].choices == [] and chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_echo_with_logprobs_tells_about_the_prompt(client: openai.OpenAI, llm: LLM) -> None:
+    (choice,) = client.completions.create(
+        model="talker", prompt="abcd end", max_tokens=0, echo=True, logprobs=1
+    ).choices
+    assert choice.text == "abcd end"
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    read = llm.generate("abcd end", params)[0].prompt_logprobs
+    assert choice.logprobs.token_logprobs == pytest.approx([e and e.logprob for e in read])
+    assert "".join(choice.logprobs.tokens) == "abcd end"
+    assert choice.logprobs.text_offset[0] == 0
+
+
+def test_best_of_returns_the_likeliest(client: openai.OpenAI, llm: LLM) -> None:
+    (choice,) = client.completions.create(
+        model="talker", prompt="ab", max_tokens=6, best_of=5, seed=1
+    ).choices
+    params = SamplingParams(max_tokens=6, n=5, seed=1, temperature=1.0, logprobs=0)
+    outputs = llm.generate("ab", params)[0].outputs
+    best = max(outputs, key=lambda o: sum(e.logprob for e in o.logprobs) / len(o.logprobs))
+    assert choice.text == best.text
+
+
+def test_stops_biases_and_penalties_arrive(client: openai.OpenAI, llm: LLM) -> None:
+    (free,) = client.completions.create(
+        model="talker", prompt="ab", max_tokens=20, temperature=0, extra_body={"ignore_eos": True}
+    ).choices
+    stop = free.text[3:5]
+    (cut,) = client.completions.create(
+        model="talker",
+        prompt="ab",
+        max_tokens=20,
+        temperature=0,
+        stop=[stop],
+        extra_body={"ignore_eos": True},
+    ).choices
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+    first = llm.encode(free.text[4:6], add_special_tokens=False)[0]
+    asked = SamplingParams(
+        max_tokens=9, logit_bias={first: -math.inf, 7: 2.0}, presence_penalty=1.5, top_k=3
+    )
+    (biased,) = client.completions.create(
+        model="talker",
+        prompt="ab",
+        max_tokens=9,
+        temperature=0,
+        logit_bias={str(first): -100, "7": 2},
+        presence_penalty=1.5,
+        extra_body={"top_k": 3},
+    ).choices
+    assert biased.text == llm.generate("ab", asked)[0].text
+
+
+# ---- conversations
+
+
+def test_chat_is_that_of_the_library(client: openai.OpenAI, llm: LLM) -> None:
+    found = client.chat.completions.create(
+        model="talker",
+        messages=HELLO,
+        max_completion_tokens=7,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    (alone,) = llm.chat(HELLO, SamplingParams(max_tokens=7, logprobs=2))
+    (choice,) = found.choices
+    assert choice.message.content == alone.text and choice.message.role == "assistant"
+    assert choice.finish_reason == alone.finish_reason
+    assert [e.logprob for e in choice.logprobs.content] == [e.logprob for e in alone.logprobs]
+    assert all(len(e.top_logprobs) == 2 for e in choice.logprobs.content)
+    assert found.usage.prompt_tokens == alone.prompt_tokens
+    assert found.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_chat_streams_what_it_says(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "talker",
+        "messages": [{"role": "developer", "content": [{"type": "text", "text": "x"}]}, *HELLO],
+        "max_tokens": 15,
+        "seed": 2,
+        "n": 3,
+    }
+    whole = client.chat.completions.create(**asked)
+    texts = ["", "", ""]
+    roles, reasons, usage = set(), {}, None
+    for chunk in client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.delta.role:
+                roles.add((choice.index, choice.delta.role))
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [c.message.content for c in whole.choices]
+    assert roles == {(0, "assistant"), (1, "assistant"), (2, "assistant")}
+    assert [reasons[i] for i in range(3)] == [c.finish_reason for c in whole.choices]
+    assert usage == whole.usage
+
+
+def test_responses_whole_and_streamed(client: openai.OpenAI, llm: LLM) -> None:
+    asked: dict[str, Any] = {
+        "model": "talker",
+        "instructions": "be brief",
+        "input": HELLO,
+        "max_output_tokens": 9,
+        "temperature": 0,
+    }
+    (alone,) = llm.chat(
+        [{"role": "system", "content": "be brief"}, *HELLO], SamplingParams(max_tokens=9)
+    )
+    whole = client.responses.create(**asked)
+    assert whole.output_text == alone.text and whole.usage.output_tokens == len(alone.token_ids)
+    events = list(client.responses.create(**asked, stream=True))
+    assert [e.sequence_number for e in events] == list(range(len(events)))
+    text = "".join(e.delta for e in events if e.type == "response.output_text.delta")
+    assert text == alone.text
+    assert events[-1].response.output_text == alone.text
+    assert events[-1].type == f"response.{whole.status}"
+    with client.responses.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds == [e.type for e in events]
+
+
+def test_a_text_is_an_input_too(client: openai.OpenAI, llm: LLM) -> None:
+    found = client.responses.create(
+        model="talker", input="ab cd", temperature=0, max_output_tokens=5
+    )
+    assert found.output_text == llm.chat(HELLO, SamplingParams(max_tokens=5))[0].text
+
+
+# ---- the rest
+
+
+def test_models_tokens_and_health(client: openai.OpenAI, web: httpx.Client, llm: LLM) -> None:
+    assert [each.id for each in client.models.list()] == ["talker", "narrow"]
+    assert client.models.retrieve("narrow").max_model_len == 64  # type: ignore[attr-defined]
+    tokens = web.post("/tokenize", json={"model": "talker", "prompt": "the end é"}).json()
+    assert tokens["tokens"] == llm.encode("the end é") and tokens["count"] == len(tokens["tokens"])
+    back = web.post("/detokenize", json={"model": "talker", "tokens": tokens["tokens"]}).json()
+    assert back == {"prompt": "the end é"}
+    turned = web.post("/tokenize", json={"model": "talker", "messages": HELLO}).json()["tokens"]
+    assert turned == llm.encoder.chat(HELLO)
+    for path in ("/health", "/ready", "/version"):
+        assert web.get(path).status_code == 200
+
+
+def test_a_request_has_an_id(web: httpx.Client) -> None:
+    named = web.get("/health", headers={"x-request-id": "mine-1"})
+    assert named.headers["x-request-id"] == "mine-1"
+    made = {
+        web.get("/health", headers={"x-request-id": 'a"b'}).headers["x-request-id"] for _ in "ab"
+    }
+    assert len(made) == 2 and all(each.startswith("req-") for each in made)
+
+
+BAD: list[tuple[str, Any, int, str]] = [
+    ("/v1/completions", {"model": "none", "prompt": "a"}, 404, "no model none"),
+    ("/v1/completions", {"prompt": "a"}, 404, "no model is named"),
+    ("/v1/completions", {"model": "talker"}, 400, "prompt is missing"),
+    ("/v1/completions", {"model": "talker", "prompt": ""}, 400, "prompt"),
+    ("/v1/completions", {"model": "talker", "prompt": []}, 400, "prompt"),
+    ("/v1/completions", {"model": "talker", "prompt": [10**6]}, 400, "1000000"),
+    ("/v1/completions", {"model": "talker", "prompt": "\ud800"}, 400, "^prompt: .*valid string"),
+    ("/v1/completions", {"model": "\ud800", "prompt": "a"}, 404, "ud800"),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "max_tokens": 9999}, 400, "9999.*4096"),
+    (
+        "/v1/completions",
+        {"model": "talker", "prompt": "a", "n": 2, "temperature": 0},
+        400,
+        "n must",
+    ),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "top_p": 2}, 400, "top_p.*got 2"),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "top_p": "1"}, 400, "top_p"),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "topp": 1}, 400, "topp is not known"),
+    ("/v1/completions", {"model": "talker", "prompt": "a", "best_of": 1, "n": 2}, 400, "best_of"),
+    (
+        "/v1/completions",
+        {"model": "talker", "prompt": "a", "logit_bias": {"999999": 1}},
+        400,
+        "999999",
+    ),
+    (
+        "/v1/completions",
+        {"model": "talker", "prompt": "a", "guided_grammar": "x"},
+        400,
+        "guided_grammar",
+    ),
+    ("/v1/completions", {"model": "narrow", "prompt": "a b " * 50}, 400, "200.*64|64.*200"),
+    (
+        "/v1/chat/completions",
+        {"model": "narrow", "messages": [{"role": "user", "content": "x" * 99}]},
+        400,
+        r"\d+.*64",
+    ),
+    ("/v1/responses", {"model": "narrow", "input": "x" * 99}, 400, r"\d+.*64"),
+    ("/v1/chat/completions", {"model": "talker", "messages": []}, 400, "messages"),
+    (
+        "/v1/chat/completions",
+        {"model": "talker", "messages": [{"role": "x", "content": ""}]},
+        400,
+        "role",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "talker", "messages": [{"role": "tool", "content": "1"}]},
+        400,
+        "no tools",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "talker", "messages": HELLO, "top_logprobs": 1},
+        400,
+        "logprobs",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "talker", "messages": HELLO, "chat_template": "x"},
+        400,
+        "chat_template",
+    ),
+    (
+        "/v1/responses",
+        {"model": "talker", "input": "a", "previous_response_id": "x"},
+        400,
+        "previous",
+    ),
+    ("/v1/embeddings", {"model": "talker", "input": "a"}, 400, "no embeddings"),
+    ("/detokenize", {"model": "talker", "tokens": [10**6]}, 400, "1000000"),
+    ("/tokenize", {"model": "talker"}, 400, "one of prompt and messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "said"), BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_errors_have_their_status_before_any_stream(
+    web: httpx.Client, path: str, body: Any, status: int, said: str, stream: bool
+) -> None:
+    if stream and path.startswith("/v1/") and "embeddings" not in path:
+        body = {**body, "stream": True}
+    sent = json.dumps(body).encode("ascii")
+    got = web.post(path, content=sent, headers={"content-type": "application/json"})
+    assert got.status_code == status, got.text
+    error = got.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert re.search(said, error["message"], re.S), error["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b'{"prompt": "\xff"}', b"[" * 100_000, b"null", b"3", b"NaN"],
+)
+def test_what_is_no_json_is_a_400(web: httpx.Client, content: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"):
+        got = web.post(path, content=content, headers={"content-type": "application/json"})
+        assert got.status_code == 400, got.text
+        assert got.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_unknown_paths_and_methods(web: httpx.Client) -> None:
+    assert "nothing at /v2" in web.get("/v2").json()["error"]["message"]
+    assert web.get("/v1/completions").status_code == 405
+    assert web.get("/v1/models/none").status_code == 404
+
+
+def test_a_megabyte_of_prompt_is_a_400_with_both_numbers(web: httpx.Client) -> None:
+    got = web.post("/v1/completions", json={"model": "narrow", "prompt": "ab cd " * 170_000})
+    assert got.status_code == 400
+    assert "64" in got.json()["error"]["message"]
+
+
+def test_the_client_raises_the_right_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="none", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="context|takes 64") as caught:
+        client.completions.create(model="narrow", prompt="a b " * 50)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_an_unsatisfiable_request_fails_alone(web: httpx.Client, llm: LLM) -> None:
+    bias = {str(token): -100 for token in range(llm.model.config.vocab_size)}
+    for stream in (False, True):
+        body = {"model": "talker", "prompt": "a", "logit_bias": bias, "stream": stream}
+        got = web.post("/v1/completions", json=body)
+        assert got.status_code == 400
+        assert "ban every token" in got.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_slots(server: Started, web: httpx.Client) -> None:
+    worker = server[1]["talker"]
+    body = {"model": "talker", "prompt": "ab", "max_tokens": 4000, "ignore_eos": True}
+    for _ in range(4):
+        with web.stream("POST", "/v1/completions", json={**body, "n": 2, "stream": True}) as got:
+            next(got.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            web.post("/v1/completions", json=body, timeout=0.05)
+    assert quiet(worker)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_mix_of_clients_gets_what_each_gets_alone(
+    server: Started, client: openai.OpenAI, llm: LLM, seed: int
+) -> None:
+    rng = random.Random(seed)
+
+    def any_request() -> dict[str, Any]:
+        return {
+            "model": "talker",
+            "prompt": "abcd end"[: rng.randrange(1, 9)] * rng.randrange(1, 6),
+            "max_tokens": rng.randrange(1, 16),
+            "temperature": rng.choice((0, 0.7, 1)),
+            "seed": rng.randrange(50),
+            "frequency_penalty": rng.choice((0, 0.5)),
+            "stop": rng.choice((None, ["b"])),
+        }
+
+    def text(asked: dict[str, Any]) -> str:
+        return client.completions.create(**asked).choices[0].text
+
+    def streamed(asked: dict[str, Any]) -> str:
+        stream = client.completions.create(**asked, stream=True)
+        return "".join(chunk.choices[0].text for chunk in stream)
+
+    asked = [any_request() for _ in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        ways = [streamed if at % 2 else text for at in range(len(asked))]
+        together = list(pool.map(lambda way, each: way(each), ways, asked))
+    assert together == [text(each) for each in asked]
+    assert quiet(server[1]["talker"])
