@@ -94,7 +94,7 @@ def test_both_forms_are_asked_as_the_server_is_and_answered_in_their_own(tmp_pat
         ["/v1/completions", {"model": "m", "prompt": "x", "seed": 1}],
         ["/v1/chat/completions", {"model": "m", **chat}],
         ["/v1/completions", {"model": "m", "prompt": "y", "max_tokens": 3}],
-        ["/v1/chat/completions", {"model": "m", **chat, "n": 2}],
+        ["/v1/chat/completions", {"model": "m", "max_tokens": 512, **chat, "n": 2}],
     ]
     assert len(found[4]["texts"]) == 2
     assert (summary.lines, summary.resumed, summary.failed) == (4, 0, 0)

@@ -182,9 +182,19 @@ def test_a_follower_gets_every_second_once(watched: Watched) -> None:
     assert asyncio.run(follow()) == [KEPT, 1, 2, 3]
 
 
+def test_followers_keep_no_server_from_its_end(watched: Watched) -> None:
+    async def follow() -> int:
+        return len([told async for told in watched.loads.follow(every=0)])
+
+    watched.worker.stop(0)
+    assert asyncio.run(follow()) == 0
+
+
 def test_what_a_stream_shows_is_the_piece(watched: Watched) -> None:
     pieces = watched.ask(SamplingParams(max_tokens=15, ignore_eos=True))
-    shown = [shown_drafts(piece, watched.llm.tokenizer) for piece in pieces]
+    found = [shown_drafts(piece, watched.llm.tokenizer) for piece in pieces]
+    shown = [each for each in found if each is not None]
+    assert len(shown) == len(found)
     json.dumps(shown)
     assert "".join(p["text"] for each in shown for p in each["parts"]) == pieces[-1].done.text  # type: ignore[union-attr]
     assert [each["tokens"] for each in shown] == [len(piece.token_ids) for piece in pieces]

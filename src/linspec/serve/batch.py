@@ -67,11 +67,15 @@ class Summary:
 class Batch:
     """The lines of `source` that `answers` does not hold yet, for `model`.
 
-    Raises InputError if `source` cannot be read, or `answers` are those of other lines.
+    max_tokens: of lines of the simple form that name none. Raises InputError if `source` cannot be read, or
+    `answers` are those of other lines.
     """
 
-    def __init__(self, source: Path, answers: AnswerFile, model: str) -> None:
+    def __init__(
+        self, source: Path, answers: AnswerFile, model: str, max_tokens: int = 512
+    ) -> None:
         self.source, self.answers, self.model = source, answers, model
+        self.max_tokens = max_tokens
         numbers = set[int]()
         for number, raw in self._raw():
             numbers.add(number)
@@ -81,6 +85,11 @@ class Batch:
         if others := answers.done.keys() - numbers:
             raise self._other(min(others))
         self.summary = Summary(len(numbers), len(answers.done))
+
+    @property
+    def left(self) -> int:
+        """Lines that have no answer yet."""
+        return self.summary.lines - len(self.answers.done)
 
     def _other(self, number: int) -> InputError:
         return InputError(
@@ -101,7 +110,7 @@ class Batch:
         """The lines that have no answer yet; a custom_id that came before is the second line's fault."""
         seen: dict[str, int] = {}
         for number, raw in self._raw():
-            line = read_line(number, raw, self.model)
+            line = read_line(number, raw, self.model, self.max_tokens)
             first = number if line.custom_id is None else seen.setdefault(line.custom_id, number)
             if number in self.answers.done:
                 continue
@@ -161,7 +170,7 @@ async def _first_error() -> AsyncIterator[asyncio.TaskGroup]:
 
 @contextmanager
 def open_batch(
-    source: Path, target: Path, model: str, *, overwrite: bool = False
+    source: Path, target: Path, model: str, *, overwrite: bool = False, max_tokens: int = 512
 ) -> Iterator[Batch]:
     """The batch of `source` with its answers at `target`; goes on with those that are there.
 
@@ -172,7 +181,7 @@ def open_batch(
     if target.exists() and target.samefile(source):
         raise InputError(f"{target} is the input; choose another output")
     with AnswerFile(target, overwrite=overwrite) as answers:
-        yield Batch(source, answers, model)
+        yield Batch(source, answers, model, max_tokens)
 
 
 @asynccontextmanager

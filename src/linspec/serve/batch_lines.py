@@ -50,8 +50,11 @@ def id_of(raw: bytes, model: str) -> str:
     return f"batch_req_{hashlib.sha256(model.encode() + bytes(1) + raw.strip()).hexdigest()[:24]}"
 
 
-def read_line(number: int, raw: bytes, model: str) -> Line:
-    """A line as it asks `model`; what is wrong with it is its `fault`, and never raised."""
+def read_line(number: int, raw: bytes, model: str, max_tokens: int = 512) -> Line:
+    """A line as it asks `model`; what is wrong with it is its `fault`, and never raised.
+
+    max_tokens: of a line of the simple form that names none.
+    """
     line = Line(number, id_of(raw, model))
     try:
         data = json.loads(raw.decode("utf-8"))
@@ -64,13 +67,12 @@ def read_line(number: int, raw: bytes, model: str) -> Line:
     own = data.pop("custom_id", None)
     if own is not None and not isinstance(own, str):
         return replace(line, fault=f"custom_id must be a string, got {shown(repr(own))}")
-    read = _simple if "prompt" in data or "messages" in data else _call
-    return _with_model(read(replace(line, custom_id=own), data), model)
-
-
-def _simple(line: Line, data: dict[str, Any]) -> Line:
-    url = CHAT if "messages" in data else COMPLETIONS
-    return replace(line, simple=True, url=url, body=data)
+    line = replace(line, custom_id=own)
+    if "prompt" in data or "messages" in data:
+        url = CHAT if "messages" in data else COMPLETIONS
+        body = {"max_tokens": max_tokens, **data}
+        return _with_model(replace(line, simple=True, url=url, body=body), model)
+    return _with_model(_call(line, data), model)
 
 
 def _call(line: Line, data: dict[str, Any]) -> Line:

@@ -69,9 +69,12 @@ class Loads:
         return self._between(end - seconds, end)
 
     async def follow(self, every: float = 1.0) -> AsyncIterator[dict[str, Any]]:
-        """A snapshot of all that is kept, then what has become of each second since."""
+        """A snapshot of all that is kept, then what has become of each second since.
+
+        It ends with the workers: nobody who follows keeps a server from its end.
+        """
         begin, end = int(self.clock()) - KEPT, int(self.clock())
-        while True:
+        while any(load.worker.ready for load in self.models.values()):
             yield self._between(begin, end)
             await asyncio.sleep(every)
             begin, end = max(end, int(self.clock()) - KEPT), int(self.clock())

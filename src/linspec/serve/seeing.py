@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from linspec.serve.loads import Loads
 from linspec.serve.metrics import CONTENT_TYPE, Metrics
+from linspec.serve.worker import Worker
 
 PAGE = Path(__file__).with_name("page")
 # the page loads nothing from elsewhere, and nobody frames it
@@ -26,8 +27,17 @@ _RULES = {
 }
 
 
-def seeing(metrics: Metrics, loads: Loads, guards: Sequence[Any] = ()) -> APIRouter:
-    """The routes. guards: dependencies of those that tell of requests; the page itself has none."""
+def watched(workers: Mapping[str, Worker]) -> tuple[Metrics, Loads]:
+    """Metrics and live figures of `workers` by the names of their models, from now on."""
+    metrics, loads = Metrics(), Loads()
+    for model, worker in workers.items():
+        worker.observe(metrics.watch(model, worker))
+        worker.observe(loads.watch(model, worker))
+    return metrics, loads
+
+
+def seeing(metrics: Metrics, loads: Loads) -> APIRouter:
+    """The routes."""
     router = APIRouter()
 
     @router.get("/", include_in_schema=False)
@@ -40,17 +50,17 @@ def seeing(metrics: Metrics, loads: Loads, guards: Sequence[Any] = ()) -> APIRou
             raise HTTPException(404, f"the page has no part {name[:100]!r}")
         return FileResponse(PAGE / name, headers=_RULES)
 
-    @router.get("/metrics", dependencies=guards, response_class=Response)
+    @router.get("/metrics", response_class=Response)
     def prometheus() -> Response:
         """Metrics as Prometheus reads them."""
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
-    @router.get("/linspec/loads", dependencies=guards)
+    @router.get("/linspec/loads")
     def figures() -> dict[str, Any]:
         """Load, queue, memory, tokens and drafts of the last two minutes, second by second."""
         return loads.snapshot()
 
-    @router.get("/linspec/live", dependencies=guards, response_class=EventSourceResponse)
+    @router.get("/linspec/live", response_class=EventSourceResponse)
     async def live() -> EventSourceResponse:
         """The same as a stream: one event a second with what is new."""
         return EventSourceResponse(_events(loads))

@@ -11,22 +11,26 @@ from linspec.decoding.sequence import Stats
 from linspec.engine.results import Generation, Piece
 
 
-def shown_drafts(piece: Piece, tokenizer: Any) -> dict[str, Any]:
-    """The object of one piece.
+def shown_drafts(piece: Piece, tokenizer: Any) -> dict[str, Any] | None:
+    """The object of one piece; None where nobody asked for its drafts.
 
     parts: text with the name of its drafter ('' for the model's own), in order. tokens, drafted: how many
     tokens are new, and how many of them were drafts. rejected: drafts that were not accepted, as text, with
     the number of accepted ones before them. totals: on the last piece.
     """
-    found: dict[str, Any] = {"tokens": len(piece.token_ids)}
-    if piece.drafts is not None:
-        found["drafted"] = piece.drafts.drafted
-        found["drafter"] = piece.drafts.drafter
-        found["parts"] = [{"text": text, "drafter": who} for text, who in piece.drafts.parts]
-        found["rejected"] = [
+    drafts = piece.drafts
+    if drafts is None:
+        return None
+    found: dict[str, Any] = {
+        "tokens": len(piece.token_ids),
+        "drafted": drafts.drafted,
+        "drafter": drafts.drafter,
+        "parts": [{"text": text, "drafter": who} for text, who in drafts.parts],
+        "rejected": [
             {"behind": each.behind, "text": tokenizer.decode(list(each.tokens))}
-            for each in piece.drafts.rejected
-        ]
+            for each in drafts.rejected
+        ],
+    }
     if piece.done is not None:
         found["totals"] = totals(piece.done)
     return found
