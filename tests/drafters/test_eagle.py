@@ -51,8 +51,8 @@ def random_net(model: Decoder, seed: int = 3, **changes: Any) -> EagleNet:
     return randomise(net, seed).to(model.embed.weight.dtype)
 
 
-def random_eagle(model: Decoder, **changes: Any) -> Eagle:
-    return Eagle(random_net(model, **changes), slots=4)
+def random_eagle(model: Decoder, history: int = 64, **changes: Any) -> Eagle:
+    return Eagle(random_net(model, **changes), slots=4, options=EagleOptions(history=history))
 
 
 class Lucky(Eagle):
@@ -166,7 +166,7 @@ class Sequences:
 
     def rows(self) -> torch.Tensor:
         """Keys and values of the drafter for this sequence."""
-        (part,) = self.drafter.state.parts
+        (part,) = self.drafter.trees.state.parts
         count = part.lengths[self.now.slot]
         rows = [x[0, self.now.slot, :, :count] for x in (part.keys, part.values)]
         return torch.cat(rows, -1)
@@ -201,12 +201,59 @@ def test_the_cache_is_that_of_a_fresh_prefill(
     assert drafter.propose([followed.now], [Budget(9, 4)]) == [tree]
 
 
-def test_a_sequence_whose_states_were_missed_is_not_drafted_for() -> None:
+def test_a_sequence_whose_states_were_missed_begins_anew() -> None:
+    """With what was handed out last, and with nothing where that was nothing."""
     model = tiny_model("softmax")
     drafter = random_eagle(model)
     followed = Sequences(model, drafter, 0, [1, 2, 3])
     followed.committed_next([4, 5])
+    assert len(drafter.propose([followed.now], [Budget(4, 4)])[0]) == 5
+    assert followed.rows().shape[1] == 2
+    followed.committed_next([6])
+    followed.now.hidden = {}
     assert len(drafter.propose([followed.now], [Budget(4, 4)])[0]) == 1
+    followed.committed_next([7, 8, 9])
+    assert len(drafter.propose([followed.now], [Budget(4, 4)])[0]) == 5
+    assert followed.rows().shape[1] == 3
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 7])
+def test_who_was_long_idle_reads_the_newest_positions_only(rounds: int) -> None:
+    model = tiny_model("softmax")
+    drafter, tokens = random_eagle(model, history=5), random_tokens(30)
+    followed = Sequences(model, drafter, 0, tokens[:9])
+    drafter.propose([followed.now], [Budget(4, 4)])
+    assert followed.rows().shape[1] == 5
+    for at in range(rounds):
+        followed.round([tokens[9 + at]], drafts=False)
+    (tree,) = drafter.propose([followed.now], [Budget(4, 4)])
+    whole = rounds + 1 > 5
+    assert followed.rows().shape[1] == (5 if whole else 5 + rounds)
+    if whole:
+        short = Sequences(model, random_eagle(model), 1, followed.now.tokens[:-1])
+        short.now.hidden = {layer: x[-5:] for layer, x in short.now.hidden.items()}
+        short.now.tokens[-1:] = followed.now.tokens[-1:]
+        short.now.root = followed.now.root
+        assert short.drafter.propose([short.now], [Budget(4, 4)]) == [tree]
+
+
+def test_what_failed_half_way_is_no_part_of_later_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("softmax")
+    drafter = random_eagle(model)
+    followed = Sequences(model, drafter, 0, random_tokens(8))
+    drafter.propose([followed.now], [Budget(4, 4)])
+    followed.committed_next([3, 4])
+
+    def fail(asked: object) -> None:
+        raise RuntimeError("in the middle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter.trees, "_catch_up", fail)
+        with pytest.raises(RuntimeError):
+            drafter.propose([followed.now], [Budget(4, 4)])
+    (tree,) = drafter.propose([followed.now], [Budget(4, 4)])
+    # the two entries whose states are still there
+    assert len(tree) == 5 and followed.rows().shape[1] == 2
 
 
 def test_a_draft_goes_on_from_its_own_states() -> None:

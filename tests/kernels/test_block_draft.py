@@ -51,7 +51,7 @@ def text(shape: BlockConfig) -> list[torch.Tensor]:
 def asked(states: Sequence[torch.Tensor], each: tuple[int, int, int]) -> Asked:
     slot, position, new = each
     root = 7 * position % VOCAB
-    return Asked(slot, slot, root, position, [s[position - new : position] for s in states])
+    return Asked(slot, slot, root, position, [[s[position - new : position] for s in states]])
 
 
 def cache_of(net: PackedBlockNet) -> BlockCache:

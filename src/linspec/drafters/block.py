@@ -15,6 +15,7 @@ from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
 from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockNet
 from linspec.drafters.found import find_drafter, is_at_hand, path_option
+from linspec.drafters.held import HeldStates
 from linspec.drafters.medusa import runs_natively
 from linspec.drafters.packed_block import PackedBlockNet
 from linspec.drafters.saved_packed import BLOCK
@@ -58,6 +59,7 @@ class Block(Drafter):
         self.needs = Want(net.config.read)
         self._draft = net.draft if isinstance(net, PackedBlockNet) else partial(draft, net)
         self.cache = BlockCache(net.config, net.masks.device, net.masks.dtype)
+        self._held = HeldStates(net.config.read, net.config.window)
 
     @classmethod
     def build(cls, context: DrafterContext, options: BlockOptions) -> Self:
@@ -71,39 +73,34 @@ class Block(Drafter):
         return is_at_hand(cls.name, context)
 
     def started(self, sequence: RunningSequence) -> None:
+        self._held.forget(sequence.slot)
         self.cache.forget(sequence.slot)
+
+    def finished(self, sequence: RunningSequence) -> None:
+        self._held.forget(sequence.slot)
+
+    def passed(self, sequence: RunningSequence) -> None:
+        self._held.keep(sequence)
 
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        known = [each for each in sequences if each.hidden]
-        drafted = iter(
-            zip(*self._draft(self.cache, [self._asked(each) for each in known]), strict=True)
-        )
-        trees = []
-        for sequence, budget in zip(sequences, budgets, strict=True):
-            if not sequence.hidden:
-                trees.append(root_only(sequence.root))
-                continue
-            tokens, sure = next(drafted)
-            nodes = min(budget.chain, self.max_nodes) + 1
-            trees.append(
-                TokenTree(
-                    (sequence.root, *tokens)[:nodes],
-                    chain_shape(nodes).parents,
-                    confidences=(1.0, *sure)[:nodes],
-                )
+        known = [i for i, each in enumerate(sequences) if each.hidden]
+        tokens, sure = self._draft(self.cache, [self._asked(sequences[i]) for i in known])
+        trees = [root_only(each.root) for each in sequences]
+        for i, chain, shares in zip(known, tokens, sure, strict=True):
+            self._held.forget(sequences[i].slot)
+            nodes = min(budgets[i].chain, self.max_nodes) + 1
+            trees[i] = TokenTree(
+                (sequences[i].root, *chain)[:nodes],
+                chain_shape(nodes).parents,
+                confidences=(1.0, *shares)[:nodes],
             )
         return trees
 
-    def passed(self, sequence: RunningSequence) -> None:
-        if sequence.hidden:
-            self.cache.hold(self._asked(sequence))
-
     def _asked(self, sequence: RunningSequence) -> Asked:
-        states = [sequence.hidden[layer] for layer in self.net.config.read]
-        position = len(sequence.tokens) - 1
-        return Asked(sequence.slot, sequence.number, sequence.root, position, states)
+        position, pieces = len(sequence.tokens) - 1, self._held.take(sequence)
+        return Asked(sequence.slot, sequence.number, sequence.root, position, pieces)
 
     def expected(self, budget: Budget) -> float:
         return self.net.measured.gains[min(budget.chain, self.max_nodes)]

@@ -1,8 +1,8 @@
 """What a block drafter keeps of each sequence: keys and values of the context, for its last tokens only.
 
-Blocks leave nothing behind: what a round drafts is dropped, and the next round brings the target's states
-of the tokens that were committed. Those of rounds without drafts are held until the next draft. Where a round
-was missed all the same, there is a gap, which costs acceptance and nothing else.
+Blocks leave nothing behind: what a round drafts is dropped, and the next draft reads the target's states of
+the tokens that were committed since. Where some were missed all the same, there is a gap, which costs
+acceptance and nothing else.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from dataclasses import dataclass
 import torch
 
 from linspec.drafters.block_net import BlockConfig, BlockNet, Rows
+from linspec.drafters.held import newest, positions_in
+from linspec.kernels.cpu.fusion import Piece
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A block that is asked for.
 
-    number: of the sequence in `slot`. root, position: of its newest token. states: [P, D] of each layer that
-    is read, at the P tokens just before the root.
+    number: of the sequence in `slot`. root, position: of its newest token. pieces: states of the layers that
+    are read, at the tokens just before the root.
     """
 
     slot: int
     number: int
     root: int
     position: int
-    states: Sequence[torch.Tensor]
+    pieces: Sequence[Piece]
 
 
 class BlockCache:
@@ -49,37 +51,20 @@ class BlockCache:
         self.counts: list[int] = []
         self.ends: list[int] = []
         self._owners: list[int] = []
-        # by slot: states that wait for the next draft, and the position behind them
-        self._held: dict[int, tuple[int, list[torch.Tensor]]] = {}
 
-    def fresh(self, asked: Asked) -> list[torch.Tensor]:
-        """The states [n, D] by layer that the cache lacks, for which it has made room; n may be 0."""
+    def fresh(self, asked: Asked) -> list[Piece]:
+        """The states that the cache lacks, for which it has made room; there may be none."""
         slot = asked.slot
         self._grow(slot + 1)
         if self._owners[slot] != asked.number or self.ends[slot] > asked.position:
             self._owners[slot], self.counts[slot], self.ends[slot] = asked.number, 0, 0
         lacking = min(asked.position - self.ends[slot], self.config.window)
-        given = self._with_held(asked)
-        found = [states[max(0, len(states) - lacking) :] for states in given]
-        self._make_room(slot, len(found[0]))
+        found = newest(asked.pieces, lacking)
+        self._make_room(slot, positions_in(found))
         return found
-
-    def hold(self, asked: Asked) -> None:
-        """Keep the states of a round without a draft until the next one."""
-        if asked.slot >= len(self.ends) or self.ends[asked.slot] < asked.position:
-            self._held[asked.slot] = (asked.position, self._with_held(asked))
-
-    def _with_held(self, asked: Asked) -> list[torch.Tensor]:
-        """The states of a round behind those that were held, at most a window of them."""
-        end, held = self._held.pop(asked.slot, (-1, []))
-        if end != asked.position - len(asked.states[0]):
-            return list(asked.states)
-        both = zip(held, asked.states, strict=True)
-        return [torch.cat(pair)[-self.config.window :] for pair in both]
 
     def forget(self, slot: int) -> None:
         """Another sequence begins in a slot."""
-        self._held.pop(slot, None)
         if slot < len(self._owners):
             self._owners[slot] = -1
 
@@ -144,9 +129,10 @@ def draft(
     if not asked:
         return [], []
     for each in asked:
-        fresh = [states.to(cache.newest) for states in cache.fresh(each)]
-        if not len(fresh[0]):
+        pieces = cache.fresh(each)
+        if not pieces:
             continue
+        fresh = [torch.cat(layer).to(cache.newest) for layer in zip(*pieces, strict=True)]
         context = net.context(fresh)[None]
         positions = torch.arange(each.position - len(fresh[0]), each.position)[None]
         rows = net.rows(context, positions.to(context.device))

@@ -21,6 +21,7 @@ from linspec.drafters.block_cache import Asked, BlockCache, draft
 from linspec.drafters.block_net import BlockLayer, BlockNet
 from linspec.drafters.packed import draft_head
 from linspec.kernels.cpu.block_draft import BlockCall, BlockInput, BlockPlan
+from linspec.kernels.cpu.fusion import FusionPlan
 from linspec.kernels.cpu.library import load
 from linspec.kernels.step_plan import (
     AttentionPlan,
@@ -93,9 +94,7 @@ class PackedBlockNet(BlockNet):
         sure = torch.cat((self.sure.weight[0], self.sure.bias))
         norms = tuple(norm.weight.detach() for norm in self._read_norms)
         parts = BlockPlan(
-            norms,
-            _plan(self.fuse),
-            self.context_norm.weight.detach(),
+            FusionPlan(norms, _plan(self.fuse), self.context_norm.weight.detach()),
             self.masks.detach(),
             _plan(self.markov_out),
             before,
@@ -164,7 +163,7 @@ class PackedBlockNet(BlockNet):
         roots = self.embedded(torch.tensor([each.root for each in asked]))
         before, inputs = self.markov_in(roots), []
         for each, root, first in zip(asked, roots, before, strict=True):
-            fresh = [states.float().contiguous() for states in cache.fresh(each)]
+            fresh = cache.fresh(each)
             count = cache.counts[each.slot]
             inputs.append(BlockInput(each.slot, count, each.position, fresh, root, first))
         call.place(
@@ -175,7 +174,7 @@ class PackedBlockNet(BlockNet):
         )
         drafts, sure = call.draft(inputs, cache.newest)
         for given in inputs:
-            cache.enter(given.slot, len(given.states[0]), given.position)
+            cache.enter(given.slot, given.more, given.position)
         return [[ids[at] for at in row] for row in drafts], [self._shares(row) for row in sure]
 
     def _shares(self, sure: Sequence[float]) -> list[float]:

@@ -15,6 +15,14 @@ from typing import Any
 
 import torch
 
+from linspec.kernels.cpu.fusion import (
+    FusionPlan,
+    Piece,
+    fusion_struct,
+    line_table,
+    readable,
+    state_lines,
+)
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import linear_struct
 from linspec.kernels.cpu.step import CpuStep
@@ -23,7 +31,6 @@ from linspec.kernels.cpu.structs import (
     BlockDrafterStruct,
     BlockRoundStruct,
     InputStruct,
-    NormStruct,
 )
 from linspec.kernels.cpu.threads import native_threads
 from linspec.kernels.step_plan import LinearPlan, StepPlan
@@ -33,13 +40,11 @@ from linspec.kernels.step_plan import LinearPlan, StepPlan
 class BlockPlan:
     """What a block drafter has beside its layers, all float32; see `drafters/block_net.py`.
 
-    read_norms [D] each. fuse: from all layers that are read. masks [B, D]. markov: rank -> outputs of the
-    head. before [outputs, rank]: what it reads of a drafted token. sure [D + rank + 1], the bias last.
+    fusion: makes rows of context. masks [B, D]. markov: rank -> outputs of the head. before [outputs, rank]:
+    what it reads of a drafted token. sure [D + rank + 1], the bias last.
     """
 
-    read_norms: tuple[torch.Tensor, ...]
-    fuse: LinearPlan
-    context_norm: torch.Tensor
+    fusion: FusionPlan
     masks: torch.Tensor
     markov: LinearPlan
     before: torch.Tensor
@@ -48,7 +53,7 @@ class BlockPlan:
 
 @dataclass(frozen=True, slots=True)
 class BlockInput:
-    """One block. count: rows that its slot has. states: [n, D] by layer, of n more before its root.
+    """One block. count: rows that its slot has. fresh: states of more before its root, piece by piece.
 
     position: of the root. root [D], before [rank]: what the block and the walk begin with.
     """
@@ -56,9 +61,14 @@ class BlockInput:
     slot: int
     count: int
     position: int
-    states: Sequence[torch.Tensor]
+    fresh: Sequence[Piece]
     root: torch.Tensor
     before: torch.Tensor
+
+    @property
+    def more(self) -> int:
+        """Rows that its slot gets."""
+        return sum(len(piece[0]) for piece in self.fresh)
 
 
 class BlockCall(CpuStep):
@@ -71,15 +81,11 @@ class BlockCall(CpuStep):
         self._draft, self._draft_space = _functions(library)
         # the table has addresses only
         self._parts_kept = parts
-        norms = [NormStruct(weight=weight.data_ptr()) for weight in parts.read_norms]
         self._drafter = BlockDrafterStruct(
             decoder=pointer(self.decoder),
-            read=len(norms),
             places=len(parts.masks),
             rank=parts.before.shape[1],
-            read_norm=(POINTER(NormStruct) * len(norms))(*map(pointer, norms)),
-            fuse=pointer(linear_struct(parts.fuse)),
-            context_norm=pointer(NormStruct(weight=parts.context_norm.data_ptr())),
+            fusion=pointer(fusion_struct(parts.fusion)),
             masks=parts.masks.data_ptr(),
             markov=pointer(linear_struct(parts.markov)),
             before=parts.before.data_ptr(),
@@ -95,7 +101,9 @@ class BlockCall(CpuStep):
         values are written behind those of each slot, where there must be room for them and a block.
         """
         places = len(self._parts_kept.masks)
-        context, lines = self._context(inputs)
+        pieces = [readable(each.fresh) for each in inputs]
+        lines = [line for each in pieces for line in state_lines(each)]
+        context = self._context(inputs)
         blocks, kept = self._blocks(inputs, places)
         roots = torch.stack([each.root for each in inputs]).float()
         before = torch.stack([each.before for each in inputs]).float()
@@ -104,7 +112,7 @@ class BlockCall(CpuStep):
         asked = BlockRoundStruct(
             context=pointer(context),
             blocks=pointer(blocks),
-            states=(c_void_p * max(1, len(lines)))(*lines),
+            states=line_table(lines),
             roots=roots.data_ptr(),
             before=before.data_ptr(),
             newest=newest.data_ptr(),
@@ -117,13 +125,12 @@ class BlockCall(CpuStep):
         cut = [slice(i * places, (i + 1) * places) for i in range(len(inputs))]
         return [drafts[part] for part in cut], [sure[part] for part in cut]
 
-    def _context(self, inputs: Sequence[BlockInput]) -> tuple[BatchStruct, list[int]]:
-        """The new rows of context as nodes of a step, and where the states of each lie."""
+    def _context(self, inputs: Sequence[BlockInput]) -> BatchStruct:
+        """The new rows of context as nodes of a step."""
         table = (InputStruct * len(inputs))()
         positions: list[int] = []
-        lines: list[int] = []
         for entry, each in zip(table, inputs, strict=True):
-            count = len(each.states[0])
+            count = each.more
             entry.slot, entry.first, entry.nodes, entry.staged = (
                 each.slot,
                 len(positions),
@@ -132,10 +139,7 @@ class BlockCall(CpuStep):
             )
             entry.committed = (c_int32 * 1)(each.count)
             positions += range(each.position - count, each.position)
-            starts = [states.data_ptr() for states in each.states]
-            size = self.plan.width * 4
-            lines += [start + row * size for row in range(count) for start in starts]
-        return self._nodes(positions, table), lines
+        return self._nodes(positions, table)
 
     def _blocks(self, inputs: Sequence[BlockInput], places: int) -> tuple[BatchStruct, Any]:
         """The places of all blocks as nodes of a step, and the tensors that it writes to."""
@@ -150,7 +154,7 @@ class BlockCall(CpuStep):
                 places,
                 places,
             )
-            entry.committed = (c_int32 * 1)(each.count + len(each.states[0]))
+            entry.committed = (c_int32 * 1)(each.count + each.more)
             entry.ancestors = ancestors
             positions += range(each.position, each.position + places)
         batch = self._nodes(positions, table)

@@ -138,6 +138,10 @@ class CpuStep:
         With them [M, D] that each of `layers` puts out. Keys and values are staged in the buffers that
         `place` named, which must have room.
         """
+        return self._run(self.batch(nodes), outputs, layers)
+
+    def batch(self, nodes: Sequence[NewNodes]) -> BatchStruct:
+        """New nodes of several slots as the C side reads them, without outputs."""
         table = (InputStruct * len(nodes))()
         tokens: list[int] = []
         positions: list[int] = []
@@ -149,8 +153,7 @@ class CpuStep:
             entry.ancestors = (c_uint64 * len(bits))(*bits)
             tokens += new.tokens
             positions += new.positions
-        batch = self._batch(nodes, tokens, positions, table)
-        return self._run(batch, outputs, layers)
+        return self._batch(nodes, tokens, positions, table)
 
     def run_chain(
         self, new: NewNodes, outputs: Sequence[int], layers: Sequence[int] = ()

@@ -322,12 +322,21 @@ class GuessStruct(Struct):
 
 
 @declared(
+    "ls_fusion",
+    Field("int32_t", "read", "layers of the target whose states are read"),
+    Field("const ls_norm *const *", "norm", "[read]; null: none"),
+    Field("const ls_linear *", "layer", "[read * width] -> width"),
+    Field("const ls_norm *", "out_norm", "of what comes out; null: none"),
+)
+class FusionStruct(Struct):
+    """What makes one state of those of several layers, see fuse.c."""
+
+
+@declared(
     "ls_block_drafter",
     Field("const ls_decoder *", "decoder", "its layers and norm; head: what is drafted"),
-    Field("int32_t", "read places rank", "layers of the target; places of a block; see `markov`"),
-    Field("const ls_norm *const *", "read_norm", "[read]"),
-    Field("const ls_linear *", "fuse", "[read * width] -> width"),
-    Field("const ls_norm *", "context_norm"),
+    Field("int32_t", "places rank", "places of a block; see `markov`"),
+    Field("const ls_fusion *", "fusion", "makes rows of context"),
     Field("const float *", "masks", "[places][width]"),
     Field("const ls_linear *", "markov", "[rank] -> as many as the head has"),
     Field("const float *", "before", "[outputs][rank]: what `markov` reads of a drafted token"),
@@ -359,25 +368,29 @@ class BlockRoundStruct(Struct):
         "top: children of a node, and nodes of a level that get some",
     ),
     Field("int32_t", "normed", "drafts go on from normalized states"),
-    Field("const int32_t *", "slots committed", "[sequences]: the rows of each in the state"),
+    Field("const ls_batch *", "fresh", "entries that are made first, [inputs]; null: none"),
+    Field("const ls_fusion *", "fusion", "makes the states of these"),
+    Field("const float *const *", "read_states", "[rows of fresh][read]: [width] each"),
+    Field(
+        "float *",
+        "ends end_shares",
+        "[slots][width], [slots][top]: what the newest entry of a slot says, written by fresh ones",
+    ),
+    Field("int32_t *", "end_tokens", "[slots][top]: the children of the root; shares: logarithms"),
+    Field(
+        "const int32_t *",
+        "slots committed",
+        "[sequences]: the rows of each in the state, fresh ones too",
+    ),
     Field(
         "const int32_t *",
         "nodes depths",
         "[sequences]: the largest tree of each, levels deep at most",
     ),
     Field("const int32_t *", "ids", "[vocabulary]: the tokens that can be drafted"),
-    Field(
-        "const float *const *",
-        "states",
-        "[sequences]: what the children of the root go on from [width]",
-    ),
     Field("const float *const *", "cosines", "as in ls_batch"),
     Field("const float *const *", "sines", "alike"),
-    Field(
-        "int32_t *",
-        "tokens parents",
-        "[sequences][LS_MAX_NODES]; at first the children of the root",
-    ),
+    Field("int32_t *", "tokens parents", "[sequences][LS_MAX_NODES]"),
     Field("float *", "shares", "alike: how likely each is behind its parent; logarithms"),
     Field("int32_t *", "found", "[sequences]: draft nodes of each tree"),
 )

@@ -20,35 +20,22 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 /* Bytes of workspace that `ls_block_draft` needs. */
 LS_API int64_t ls_block_draft_workspace(const ls_block_drafter *d, const ls_block_round *r) {
-    size_t packed = larger(ls_packed_bytes(d->fuse, r->context->rows), ls_packed_bytes(d->markov, r->blocks->inputs));
+    size_t packed = larger(ls_packed_bytes(d->fusion->layer, r->context->rows),
+                           ls_packed_bytes(d->markov, r->blocks->inputs));
     return ls_step_workspace(d->decoder, r->context) + ls_step_workspace(d->decoder, r->blocks) +
            (int64_t)ls_up64(packed);
 }
 
-/* rows of context, normalized, where the residual of their run is; and the newest of each slot */
+/* rows of context where the residual of their run is; and the newest of each slot */
 static void fuse(const drafting *s, int thread, int threads) {
-    const ls_block_drafter *d = s->d;
     const ls_batch *b = s->r->context;
-    int width = d->decoder->width, last = ls_share(b->rows, thread + 1, threads);
-    ls_packed_rows to = ls_packed_at(d->fuse, b->rows, s->packed);
-    float *line = ls_scratch((size_t)d->fuse->inputs * sizeof *line);
-    for (int row = ls_share(b->rows, thread, threads); row < last; row++) {
-        for (int i = 0; i < d->read; i++)
-            ls_apply_norm(d->read_norm[i], 0, s->r->states[row * d->read + i], d->decoder->eps, width,
-                          line + (size_t)i * width);
-        ls_pack_rows(d->fuse, &to, row, row + 1, line, 0);
-    }
-    ls_multiply(d->fuse, &to, s->context.x, 0, thread, threads);
-    for (int row = ls_share(b->rows, thread, threads); row < last; row++) {
-        float *x = s->context.x + (size_t)row * width;
-        ls_apply_norm(d->context_norm, 0, x, d->decoder->eps, width, x);
-    }
-    ls_barrier(threads);
+    size_t width = (size_t)s->d->decoder->width;
+    ls_fuse(s->d->fusion, &s->context, s->r->states, s->packed, thread, threads);
     for (int i = ls_share(b->inputs, thread, threads); i < ls_share(b->inputs, thread + 1, threads); i++) {
         const ls_step_input *in = b->input + i;
         if (in->nodes)
             memcpy(s->r->newest + (size_t)in->slot * width, s->context.x + (size_t)(in->first + in->nodes - 1) * width,
-                   (size_t)width * sizeof *line);
+                   width * sizeof(float));
     }
 }
 

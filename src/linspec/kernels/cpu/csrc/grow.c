@@ -1,8 +1,9 @@
-/* Trees that grow where a drafter of one fused layer is sure, in one call: level after level through the layer,
- * the output layer, the likeliest tokens and the choice of what is asked next.
+/* Trees that grow where a drafter of one fused layer is sure, in one call: the entries of tokens that were committed,
+ * then level after level through the layer, the output layer, the likeliest tokens and the choice of what is
+ * asked next.
  *
- * drafters/confident.py says which nodes those are, in the same words. Keys and values of the nodes are staged
- * behind the committed rows of their slots and mean nothing afterwards. */
+ * drafters/confident.py says which nodes those are, in the same words. Keys and values of fresh entries are staged
+ * behind the committed rows of their slots. Those of nodes come behind them and mean nothing afterwards. */
 #include <math.h>
 #include <string.h>
 
@@ -29,7 +30,7 @@ typedef struct {
     int32_t *tokens, *positions, *outputs, *level;
     const float **given;
     float *logits, *hidden, *raw[2];
-    void *step;
+    void *packed, *step;
 } growing;
 
 static int most_nodes(const ls_growth *g) { return g->top * (1 + g->top * (g->levels - 1)); }
@@ -71,6 +72,9 @@ static int choose_level(const growing *s, tree *t, int number, int depth, int32_
     return wide;
 }
 
+/* what drafts go on from behind the newest entry of a slot */
+static float *end_of(const growing *s, int slot) { return s->g->ends + (size_t)slot * s->d->width; }
+
 /* What a tree has in the next step, whose rows begin at `row`; returns whether there is any. */
 static int ask(growing *s, int number, int depth, int row, ls_step_input *in) {
     tree *t = s->trees + number;
@@ -84,7 +88,7 @@ static int ask(growing *s, int number, int depth, int row, ls_step_input *in) {
         s->tokens[row + i] = t->token[node];
         s->positions[row + i] = s->g->committed[number] + depth - 1;
         s->outputs[row + i] = row + i;
-        s->given[row + i] = parent < 0 ? s->g->states[number] : s->raw[(depth + 1) % 2] + t->row[node] * width;
+        s->given[row + i] = parent < 0 ? end_of(s, s->g->slots[number]) : s->raw[(depth + 1) % 2] + t->row[node] * width;
     }
     t->staged += t->asked;
     *in = (ls_step_input){.slot = s->g->slots[number], .first = row, .nodes = t->asked, .staged = t->staged,
@@ -92,18 +96,26 @@ static int ask(growing *s, int number, int depth, int row, ls_step_input *in) {
     return t->asked > 0;
 }
 
+/* The likeliest tokens by one row of logits, with the logarithms of their shares. */
+static void likeliest(const growing *s, int row, int32_t *tokens, float *shares) {
+    float *all = s->logits + (size_t)row * s->d->vocabulary;
+    ls_current()->map(LS_MAP_SOFTMAX, all, s->d->vocabulary);
+    ls_top_k(all, s->d->vocabulary, s->g->top, tokens);
+    for (int k = 0; k < s->g->top; k++) {
+        float share = all[tokens[k]];
+        shares[k] = share > 0.0f ? logf(share) : UNLIKELY;
+        tokens[k] = s->g->ids[tokens[k]];
+    }
+}
+
 /* The children of the nodes of the last step. */
 static void answer(growing *s, int number, int row) {
     tree *t = s->trees + number;
-    int32_t best[LS_MAX_NODES];
+    int32_t tokens[LS_MAX_NODES];
+    float shares[LS_MAX_NODES];
     for (int i = 0; i < t->asked; i++) {
-        float *shares = s->logits + (size_t)(row + i) * s->d->vocabulary;
-        ls_current()->map(LS_MAP_SOFTMAX, shares, s->d->vocabulary);
-        ls_top_k(shares, s->d->vocabulary, s->g->top, best);
-        for (int k = 0; k < s->g->top; k++) {
-            float share = shares[best[k]];
-            add(t, s->level[row + i], row + i, s->g->ids[best[k]], share > 0.0f ? logf(share) : UNLIKELY);
-        }
+        likeliest(s, row + i, tokens, shares);
+        for (int k = 0; k < s->g->top; k++) add(t, s->level[row + i], row + i, tokens[k], shares[k]);
     }
 }
 
@@ -164,6 +176,7 @@ static uintptr_t cut(growing *s, uintptr_t workspace) {
     s->outputs = take(&at, rows, sizeof *s->outputs);
     s->level = take(&at, rows, sizeof *s->level);
     s->given = take(&at, rows, sizeof *s->given);
+    if (g->fresh) s->packed = take(&at, ls_packed_bytes(g->fusion->layer, g->fresh->rows), 1);
     s->logits = take(&at, rows * (size_t)s->d->vocabulary, sizeof(float));
     s->hidden = take(&at, rows * width, sizeof(float));
     for (int i = 0; i < 2; i++) s->raw[i] = take(&at, rows * width, sizeof(float));
@@ -188,23 +201,70 @@ static size_t step_bytes(const ls_decoder *d, const ls_growth *g, int number) {
     return (size_t)ls_step_workspace(d, &b);
 }
 
+/* ---- entries of tokens that were committed */
+
+/* The fresh entries with the last of each slot as outputs. */
+static ls_batch fresh_batch(const growing *s) {
+    ls_batch b = *s->g->fresh;
+    b.outputs = b.inputs;
+    b.output_rows = s->outputs;
+    b.hidden = s->hidden;
+    b.logits = s->logits;
+    return b;
+}
+
+typedef struct {
+    const growing *s;
+    ls_run run;
+} catching_up;
+
+static void catch_up_body(void *context, int thread, int threads) {
+    const catching_up *c = context;
+    ls_fuse(c->s->g->fusion, &c->run, c->s->g->read_states, c->s->packed, thread, threads);
+    ls_run_block(&c->run, c->run.d->layer, thread, threads);
+    ls_run_end(&c->run, thread, threads);
+}
+
+/* Make the fresh entries, and note what the last of each slot says. */
+static void catch_up(const growing *s, int threads) {
+    const ls_growth *g = s->g;
+    ls_batch b = fresh_batch(s);
+    catching_up c = {s, ls_run_at(s->d, &b, s->step)};
+    size_t width = (size_t)s->d->width;
+    for (int i = 0; i < b.inputs; i++) s->outputs[i] = b.input[i].first + b.input[i].nodes - 1;
+    ls_parallel(catch_up_body, &c, threads, LS_SPIN_STEP);
+    for (int i = 0; i < b.inputs; i++) {
+        int slot = b.input[i].slot;
+        const float *raw = c.run.x + (size_t)b.output_rows[i] * width;
+        memcpy(end_of(s, slot), g->normed ? b.hidden + (size_t)i * width : raw, width * sizeof *raw);
+        likeliest(s, i, g->end_tokens + (size_t)slot * g->top, g->end_shares + (size_t)slot * g->top);
+    }
+}
+
+/* ---- */
+
 /* Bytes of workspace that `ls_grow` needs. */
 LS_API int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g) {
     growing s = {.d = d, .g = g};
-    size_t bytes = cut(&s, 0);
-    for (int i = 0; i < g->sequences; i++) bytes += ls_up64(step_bytes(d, g, i));
-    return (int64_t)bytes;
+    size_t bytes = cut(&s, 0), steps = 0, fresh = 0;
+    for (int i = 0; i < g->sequences; i++) steps += ls_up64(step_bytes(d, g, i));
+    if (g->fresh) {
+        ls_batch b = fresh_batch(&s);
+        fresh = ls_up64((size_t)ls_step_workspace(d, &b));
+    }
+    return (int64_t)(bytes + (steps > fresh ? steps : fresh));
 }
 
-/* d: one fused layer, whose state has room for LS_MAX_NODES staged rows. workspace has `ls_grow_workspace` bytes
- * and is 64-byte aligned. */
+/* d: one fused layer, whose state has room for the fresh rows of a slot and LS_MAX_NODES staged ones behind them.
+ * workspace has `ls_grow_workspace` bytes and is 64-byte aligned. */
 LS_API void ls_grow(const ls_decoder *d, const ls_growth *g, void *workspace, int32_t threads) {
     growing s = {.d = d, .g = g};
     cut(&s, (uintptr_t)workspace);
+    if (g->fresh) catch_up(&s, threads);
     for (int i = 0; i < g->sequences; i++)
         for (int k = 0; k < g->top; k++) {
-            size_t at = (size_t)i * LS_MAX_NODES + k;
-            add(s.trees + i, -1, 0, g->tokens[at], g->shares[at]);
+            size_t at = (size_t)g->slots[i] * g->top + k;
+            add(s.trees + i, -1, 0, g->end_tokens[at], g->end_shares[at]);
         }
     for (int depth = 1; grow_level(&s, depth, threads); depth++) continue;
     for (int i = 0; i < g->sequences; i++) hand_out_tree(&s, i);

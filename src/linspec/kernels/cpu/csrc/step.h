@@ -41,6 +41,9 @@ ls_packed_rows ls_pack_inputs(const ls_run *s, const ls_linear *layer, const ls_
                               int rows, int thread, int threads);
 /* Once all rows are packed: the tiles that this thread takes. Ends with a barrier. */
 void ls_multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int add, int thread, int threads);
+/* fuse.c: fill the rows `x` of a run with what is made of the target's states [rows][read]; `packed` has room for
+ * its rows. Ends with a barrier. */
+void ls_fuse(const ls_fusion *f, const ls_run *s, const float *const *states, void *packed, int thread, int threads);
 
 /* prompt.c: floats of workspace, and every mixer of a layer (which ends without a barrier) */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b);

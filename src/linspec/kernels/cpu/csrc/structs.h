@@ -189,13 +189,19 @@ typedef struct {
     int32_t *tokens;                         /* [rows][heads][top], likeliest first */
 } ls_guess;
 
+/* What makes one state of those of several layers, see fuse.c. */
+typedef struct {
+    int32_t read;                            /* layers of the target whose states are read */
+    const ls_norm *const *norm;              /* [read]; null: none */
+    const ls_linear *layer;                  /* [read * width] -> width */
+    const ls_norm *out_norm;                 /* of what comes out; null: none */
+} ls_fusion;
+
 /* A block drafter, see block_draft.c. */
 typedef struct {
     const ls_decoder *decoder;               /* its layers and norm; head: what is drafted */
-    int32_t read, places, rank;              /* layers of the target; places of a block; see `markov` */
-    const ls_norm *const *read_norm;         /* [read] */
-    const ls_linear *fuse;                   /* [read * width] -> width */
-    const ls_norm *context_norm;
+    int32_t places, rank;                    /* places of a block; see `markov` */
+    const ls_fusion *fusion;                 /* makes rows of context */
     const float *masks;                      /* [places][width] */
     const ls_linear *markov;                 /* [rank] -> as many as the head has */
     const float *before;                     /* [outputs][rank]: what `markov` reads of a drafted token */
@@ -217,20 +223,24 @@ typedef struct {
 typedef struct {
     int32_t sequences, top, levels;          /* top: children of a node, and nodes of a level that get some */
     int32_t normed;                          /* drafts go on from normalized states */
-    const int32_t *slots, *committed;        /* [sequences]: the rows of each in the state */
+    const ls_batch *fresh;                   /* entries that are made first, [inputs]; null: none */
+    const ls_fusion *fusion;                 /* makes the states of these */
+    const float *const *read_states;         /* [rows of fresh][read]: [width] each */
+    float *ends, *end_shares;                /* [slots][width], [slots][top]: what the newest entry of a slot says, written by fresh ones */
+    int32_t *end_tokens;                     /* [slots][top]: the children of the root; shares: logarithms */
+    const int32_t *slots, *committed;        /* [sequences]: the rows of each in the state, fresh ones too */
     const int32_t *nodes, *depths;           /* [sequences]: the largest tree of each, levels deep at most */
     const int32_t *ids;                      /* [vocabulary]: the tokens that can be drafted */
-    const float *const *states;              /* [sequences]: what the children of the root go on from [width] */
     const float *const *cosines;             /* as in ls_batch */
     const float *const *sines;               /* alike */
-    int32_t *tokens, *parents;               /* [sequences][LS_MAX_NODES]; at first the children of the root */
+    int32_t *tokens, *parents;               /* [sequences][LS_MAX_NODES] */
     float *shares;                           /* alike: how likely each is behind its parent; logarithms */
     int32_t *found;                          /* [sequences]: draft nodes of each tree */
 } ls_growth;
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    474121539, \
+    965636291, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -298,23 +308,27 @@ typedef struct {
         offsetof(ls_heads, back), offsetof(ls_heads, out), \
     sizeof(ls_guess), offsetof(ls_guess, rows), offsetof(ls_guess, heads), \
         offsetof(ls_guess, top), offsetof(ls_guess, hidden), offsetof(ls_guess, tokens), \
+    sizeof(ls_fusion), offsetof(ls_fusion, read), offsetof(ls_fusion, norm), \
+        offsetof(ls_fusion, layer), offsetof(ls_fusion, out_norm), \
     sizeof(ls_block_drafter), offsetof(ls_block_drafter, decoder), \
-        offsetof(ls_block_drafter, read), offsetof(ls_block_drafter, places), \
-        offsetof(ls_block_drafter, rank), offsetof(ls_block_drafter, read_norm), \
-        offsetof(ls_block_drafter, fuse), offsetof(ls_block_drafter, context_norm), \
-        offsetof(ls_block_drafter, masks), offsetof(ls_block_drafter, markov), \
-        offsetof(ls_block_drafter, before), offsetof(ls_block_drafter, sure), \
+        offsetof(ls_block_drafter, places), offsetof(ls_block_drafter, rank), \
+        offsetof(ls_block_drafter, fusion), offsetof(ls_block_drafter, masks), \
+        offsetof(ls_block_drafter, markov), offsetof(ls_block_drafter, before), \
+        offsetof(ls_block_drafter, sure), \
     sizeof(ls_block_round), offsetof(ls_block_round, context), \
         offsetof(ls_block_round, blocks), offsetof(ls_block_round, states), \
         offsetof(ls_block_round, roots), offsetof(ls_block_round, before), \
         offsetof(ls_block_round, newest), offsetof(ls_block_round, drafts), \
         offsetof(ls_block_round, sure), \
     sizeof(ls_growth), offsetof(ls_growth, sequences), offsetof(ls_growth, top), \
-        offsetof(ls_growth, levels), offsetof(ls_growth, normed), offsetof(ls_growth, slots), \
+        offsetof(ls_growth, levels), offsetof(ls_growth, normed), offsetof(ls_growth, fresh), \
+        offsetof(ls_growth, fusion), offsetof(ls_growth, read_states), \
+        offsetof(ls_growth, ends), offsetof(ls_growth, end_shares), \
+        offsetof(ls_growth, end_tokens), offsetof(ls_growth, slots), \
         offsetof(ls_growth, committed), offsetof(ls_growth, nodes), \
-        offsetof(ls_growth, depths), offsetof(ls_growth, ids), offsetof(ls_growth, states), \
-        offsetof(ls_growth, cosines), offsetof(ls_growth, sines), \
-        offsetof(ls_growth, tokens), offsetof(ls_growth, parents), \
-        offsetof(ls_growth, shares), offsetof(ls_growth, found)
+        offsetof(ls_growth, depths), offsetof(ls_growth, ids), offsetof(ls_growth, cosines), \
+        offsetof(ls_growth, sines), offsetof(ls_growth, tokens), \
+        offsetof(ls_growth, parents), offsetof(ls_growth, shares), \
+        offsetof(ls_growth, found)
 
 #endif
