@@ -152,7 +152,8 @@ def test_a_pre_empted_sequence_gets_what_it_would_have_got(name: str, temperatur
     assert sum(row.preempted for row in rows) > 10
     assert all(row.parked is None for row in rows)
     drafted = [sum(row.stats.drafted for row in each) for each in (rows, undisturbed)]
-    assert drafted[0] >= 0.9 * drafted[1] > 0
+    # no request here has a grammar that forces a token
+    assert drafted[0] >= 0.9 * drafted[1] and (drafted[1] > 0 or name == "grammar")
     assert run.engine.scheduler.free == list(range(SLOTS)) and not run.engine.waiting
 
 
