@@ -39,18 +39,43 @@ class BenchPrompt:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt as text. asked: it is the turn of a user, and not a text to go on with."""
+
+    family: str
+    text: str
+    asked: bool
+
+    def ids(self, encoder: TextEncoder) -> Sequence[int]:
+        """Its tokens, in the chat template where it is asked."""
+        if self.asked:
+            return encoder.chat([{"role": "user", "content": self.text}])
+        return encoder.encode(self.text)
+
+
 def read_prompts(path: str | Path, encoder: TextEncoder, per_family: int) -> list[BenchPrompt]:
+    """The prompts of `read_questions` as tokens.
+
+    Raises what that raises, and ConfigError where one is a question and the model has no chat template.
+    """
+    return [
+        BenchPrompt(each.family, tuple(each.ids(encoder)))
+        for each in read_questions(path, per_family)
+    ]
+
+
+def read_questions(path: str | Path, per_family: int) -> list[Question]:
     """The first `per_family` prompts of each family of a file, families in turn.
 
-    Raises InputError where the file cannot be read, a line is no prompt, or there is none; ConfigError where
-    one is a question and the model has no chat template.
+    Raises InputError where the file cannot be read, a line is no prompt, or there is none.
     """
-    found: dict[str, list[BenchPrompt]] = {}
+    found: dict[str, list[Question]] = {}
     for place, record in _records(Path(path)):
         family = _family(record, place)
         taken = found.setdefault(family, [])
         if len(taken) < per_family:
-            taken.append(BenchPrompt(family, tuple(_ids(record, encoder, place))))
+            taken.append(_question(family, record, place))
     if not found:
         raise InputError(f"{path} holds no prompt; give a file with one JSON object in a line")
     longest = max(map(len, found.values()))
@@ -93,11 +118,10 @@ def _family(record: dict[str, Any], place: str) -> str:
     return "conversation" if category in _CONVERSATION else category
 
 
-def _ids(record: dict[str, Any], encoder: TextEncoder, place: str) -> Sequence[int]:
-    """Token ids of a prompt, in the chat template where it is a question."""
+def _question(family: str, record: dict[str, Any], place: str) -> Question:
     turns, text = record.get("turns"), record.get("prompt")
     if isinstance(turns, list) and turns and isinstance(turns[0], str) and turns[0]:
-        return encoder.chat([{"role": "user", "content": turns[0]}])
+        return Question(family, turns[0], asked=True)
     if isinstance(text, str) and text:
-        return encoder.encode(text)
+        return Question(family, text, asked=False)
     raise InputError(f"{place} has neither 'turns', a list of texts, nor 'prompt', a text")

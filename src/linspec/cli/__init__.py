@@ -14,6 +14,7 @@ import typer
 from linspec.cli import (
     about,
     bench,
+    bench_serve,
     chat,
     compress,
     convert,
@@ -60,6 +61,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (bench.drafters, "bench drafters", "embedded-aug --per-family 8"),
     (bench.kernels, "bench kernels", "--formats int8,int4"),
     (bench.load, "bench load", "small"),
+    (bench_serve.serve, "bench serve", "http://127.0.0.1:8000 --prompts prompts.jsonl --rate 2"),
     (get.get, "get", "smollm2"),
     (about.info, "info", "--json"),
     (about.list_plugins, "list", ""),
