@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
-from linspec.engine.results import Generation
+from linspec.engine.results import Generation, Piece
 from linspec.serve.schemas.base import CachedTokens, Speculation, Usage
+from linspec.serve.shown import shown_drafts
 
 # what stands for a token that cannot come, which JSON has no number for
 _NEVER = -9999.0
@@ -48,6 +49,11 @@ def speculation_of(outputs: Iterable[Generation]) -> Speculation:
         drafted=sum(s.drafted for s in stats),
         accepted=accepted,
     )
+
+
+def drafts_of(piece: Piece, tokenizer: Any) -> dict[str, Any]:
+    """What a choice says of drafts, where its caller asked for it."""
+    return {} if piece.drafts is None else {"linspec": shown_drafts(piece, tokenizer)}
 
 
 def chat_logprobs(tokenizer: Any, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:

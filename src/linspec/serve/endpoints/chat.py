@@ -12,15 +12,17 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
 from linspec.decoding.request import Request
-from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sampling import Grammar, SamplingParams
 from linspec.engine.results import Generation, Piece
+from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
-from linspec.serve.constraints import Turn, check_tools, constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import chat_logprobs, new_id, usage_of
+from linspec.serve.shapes import chat_logprobs, drafts_of, new_id, usage_of
+from linspec.serve.tool_calls import ToolTurn
+from linspec.serve.tools import Choice, Tool, ToolUse, read_tools
 
 router = APIRouter(responses=RESPONSES)
 
@@ -33,7 +35,7 @@ async def chat(asked: ChatRequest, http: HttpRequest, served: Serving) -> Any:
     """Write the next turn of a conversation."""
     name, worker = served.worker(asked.model)
     form = _Form.of(asked, served, name, worker.llm)
-    answer = await answered(served, http, worker, form.requests)
+    answer = await answered(served, http, worker, form.requests, show_drafts=asked.with_drafts)
     if asked.stream:
         return answer.streamed(_chunks(answer, form))
     return json_response(form.whole(await answer.whole()))
@@ -47,6 +49,9 @@ class _Form:
     params: SamplingParams
     name: str
     llm: LLM
+    use: ToolUse
+    tools: tuple[Tool, ...]
+    choice: Choice
     id: str
     created: int
 
@@ -58,23 +63,31 @@ class _Form:
                 "chat_template is a program, which this server takes from nobody; leave it out"
             )
             raise Failure(400, message, code="unsupported_parameter", param="chat_template")
-        check_tools(asked.tools, asked.tool_choice)
         if asked.top_logprobs is not None and not asked.logprobs:
             message = "top_logprobs needs logprobs: true"
             raise Failure(400, message, param="top_logprobs")
+        tools, use = read_tools(asked.tools or ()), served.tools[name]
+        several = asked.parallel_tool_calls is not False
+        choice = Choice.of(asked.tool_choice, tools, several=several)
         most = asked.max_completion_tokens or asked.max_tokens
         params = asked.to_params(
             served.settings.temperature,
             max_tokens=output_tokens(served.settings, most),
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
-            **constrained(asked),
+            grammar=_grammar(asked, use, choice),
         )
-        return cls(asked, params, name, llm, new_id("chatcmpl-"), int(time.time()))
+        now = int(time.time())
+        return cls(asked, params, name, llm, use, tools, choice, new_id("chatcmpl-"), now)
 
     def requests(self, llm: LLM) -> list[Request]:
         """As the engine takes them; also renders the template."""
         messages = [each.to_template() for each in self.asked.messages]
-        return [llm.request(llm.encoder.chat(messages), self.params)]
+        tools = self.tools if self.choice.tools else ()
+        if tools or any(each.calls for each in self.asked.messages):
+            prompt = self.use.prompt(messages, tools)
+        else:
+            prompt = llm.encoder.chat(messages)
+        return [llm.request(prompt, self.params)]
 
     def whole(self, outputs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -90,7 +103,7 @@ class _Form:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
     def _choice(self, index: int, output: Generation) -> dict[str, Any]:
-        message, reason = Turn().message(output.text, output.finish_reason)
+        message, reason = ToolTurn(self.choice).message(output.text, output.finish_reason)
         return {
             "index": index,
             "message": message,
@@ -98,7 +111,7 @@ class _Form:
             "logprobs": chat_logprobs(self.llm.tokenizer, output.logprobs),
         }
 
-    def deltas(self, turn: Turn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
+    def deltas(self, turn: ToolTurn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
         """The parts of a choice that a piece makes."""
         index, reason = piece.sequence, None
         parts = turn.push(piece.text)
@@ -108,11 +121,12 @@ class _Form:
         logprobs = chat_logprobs(self.llm.tokenizer, piece.logprobs)
         if first:
             yield _delta(index, {"role": "assistant", "content": ""})
-        if not parts and piece.logprobs:
+        drafts = drafts_of(piece, self.llm.tokenizer)
+        if not parts and (piece.logprobs or drafts):
             parts = [{}]
-        for part in parts:
-            yield _delta(index, part, logprobs=logprobs)
-            logprobs = None
+        for at, part in enumerate(parts):
+            more = {**drafts, "logprobs": logprobs} if at == 0 else {}
+            yield _delta(index, part, **more)
         if reason is not None:
             yield _delta(index, {}, reason=reason)
 
@@ -122,15 +136,25 @@ def _delta(
     delta: dict[str, Any],
     *,
     reason: str | None = None,
-    logprobs: dict[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
+
+
+def _grammar(asked: ChatRequest, use: ToolUse, choice: Choice) -> Grammar | None:
+    """What the answer has to be; raises ConfigError for a form where a call has to come."""
+    form, calls = asked.grammar, use.grammar(choice)
+    if form is not None and calls is not None:
+        raise ConfigError(
+            "tool_choice wants a call and response_format another form; leave one of them out"
+        )
+    return form or calls
 
 
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     head = form.head("chat.completion.chunk")
     more = {"usage": None} if form.asked.with_usage else {}
-    turns: defaultdict[int, Turn] = defaultdict(Turn)
+    turns: defaultdict[int, ToolTurn] = defaultdict(lambda: ToolTurn(form.choice))
     ended: list[Generation] = []
     async for piece in answer.pieces():
         first = piece.sequence not in turns

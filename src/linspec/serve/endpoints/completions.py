@@ -16,11 +16,10 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation, Piece
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
-from linspec.serve.constraints import constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.completions import Completion, CompletionRequest, as_prompts
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import TextLogprobs, new_id, usage_of
+from linspec.serve.shapes import TextLogprobs, drafts_of, new_id, usage_of
 
 router = APIRouter(responses=RESPONSES)
 _USUAL_TOKENS = 16
@@ -34,7 +33,7 @@ async def completions(asked: CompletionRequest, http: HttpRequest, served: Servi
     """Continue texts."""
     name, worker = served.worker(asked.model)
     form = _Form.of(asked, served, name, worker.llm)
-    answer = await answered(served, http, worker, form.requests)
+    answer = await answered(served, http, worker, form.requests, show_drafts=asked.with_drafts)
     if asked.stream:
         return answer.streamed(_chunks(answer, form))
     return json_response(form.whole(await answer.whole()))
@@ -55,7 +54,7 @@ class _Form:
         """Raises Failure or ConfigError for what does not go together."""
         most = output_tokens(served.settings, asked.max_tokens, _USUAL_TOKENS)
         _check(asked, most)
-        settings = constrained(asked)
+        settings: dict[str, Any] = {"grammar": asked.grammar}
         logprobs = asked.logprobs
         if asked.echo and logprobs is not None:
             settings["prompt_logprobs"] = logprobs
@@ -177,13 +176,14 @@ async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
             text = form.echo(piece.index) + text
         if piece.done is not None:
             ended[piece.index].append(piece.done)
-        elif not text and not piece.logprobs:
+        elif not text and not piece.logprobs and piece.drafts is None:
             continue
         choice = {
             "index": index,
             "text": text,
             "finish_reason": None if piece.done is None else piece.done.finish_reason,
             "logprobs": _piece_logprobs(piece, form, offsets, index),
+            **drafts_of(piece, form.llm.tokenizer),
         }
         yield {**form.head, "choices": [choice], **more}
     if form.asked.with_usage:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sampling import Grammar, SamplingParams
+from linspec.serve.response_format import answer_grammar
 
 # a bias from here on bans a token, as OpenAI's API has it
 _BAN = -100.0
@@ -31,6 +32,9 @@ class StreamOptions(Asked):
     """What a stream has beside the text."""
 
     include_usage: bool = Field(False, description="A last chunk with the usage of all choices.")
+    include_drafts: bool = Field(
+        False, description="An object `linspec` in each choice: which text drafters wrote."
+    )
     include_obfuscation: bool = Field(False, description="Taken and ignored.")
 
 
@@ -46,11 +50,20 @@ class Labels(Asked):
 
 
 class Constraints(Asked):
-    """What the output has to look like; see `serve.constraints`."""
+    """Of which language the output is: OpenAI's response_format, or one of vLLM's fields."""
 
     response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
     guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
     guided_grammar: Text | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """As the engine takes it; raises ConfigError for what is none, or two."""
+        fields = self.model_dump(include=set(Constraints.model_fields))
+        return answer_grammar(fields.pop("response_format"), fields)
 
 
 class Sampling(Asked):
@@ -80,6 +93,11 @@ class Sampling(Asked):
     def with_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def with_drafts(self) -> bool:
+        """Whether a stream tells which drafters wrote it."""
+        return self.stream_options is not None and self.stream_options.include_drafts
 
     def to_params(self, temperature: float, **more: Any) -> SamplingParams:
         """As the engine takes it; `temperature` is that of a request without one.
