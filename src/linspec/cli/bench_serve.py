@@ -103,7 +103,7 @@ def serve(
     clients = _CLIENTS if load.rate is None and load.clients is None else load.clients
     workload = Workload(requests=load.requests, rate=load.rate, clients=clients, seed=load.seed)
     questions = read_questions(prompts, per_family)
-    sampling = {"max_tokens": tokens, "temperature": temperature}
+    sampling: dict[str, Any] = {"max_tokens": tokens, "temperature": temperature}
     with quiet_stdout():
         report = bench_serving(
             url, questions, workload, model=name, targets=targets, key=key, **sampling
