@@ -86,9 +86,14 @@ async def answered(
     http: HttpRequest,
     worker: Worker,
     asked: Callable[[LLM], Sequence[Request]],
+    *,
+    show_drafts: bool = False,
 ) -> Answer:
-    """Queue what `asked` makes, and wait for the first piece; raises Failure, or what is wrong with it."""
-    submit = partial(_submitted, served.settings, http, worker, asked)
+    """Queue what `asked` makes, and wait for the first piece; raises Failure, or what is wrong with it.
+
+    show_drafts: as in `LLM.stream`.
+    """
+    submit = partial(_submitted, served.settings, http, worker, asked, show_drafts)
     job: Job = await run_in_threadpool(submit)
     until = asyncio.get_running_loop().time() + served.settings.request_seconds
     try:
@@ -105,6 +110,7 @@ def _submitted(
     http: HttpRequest,
     worker: Worker,
     asked: Callable[[LLM], Sequence[Request]],
+    show_drafts: bool,
 ) -> Job:
     """In a thread of its own: texts of a megabyte take their time to become tokens."""
     requests = asked(worker.llm)
@@ -114,7 +120,10 @@ def _submitted(
             text = worker.llm.tokenizer.decode(request.prompt)
             facts = {"request_id": http.state.request_id, "prompt": text}
             _log.info("prompt", extra={"facts": facts})
-    return worker.submit(requests, tenant=http.state.tenant, name=http.state.request_id)
+    state = http.state
+    return worker.submit(
+        requests, tenant=state.tenant, name=state.request_id, show_drafts=show_drafts
+    )
 
 
 def _check(settings: Settings, at: int, request: Request) -> None:

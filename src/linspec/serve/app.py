@@ -16,11 +16,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 import linspec
-from linspec.serve import failures, parts
+from linspec.serve import failures
 from linspec.serve.embedder import Embedder
 from linspec.serve.endpoints import about, chat, completions, embeddings, responses, tokens
 from linspec.serve.front import Front
 from linspec.serve.keys import Keys
+from linspec.serve.seeing import seeing, watched
 from linspec.serve.served import Served
 from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
@@ -49,7 +50,7 @@ def make_app(
     failures.install(app)
     for module in _ENDPOINTS:
         app.include_router(module.router)
-    parts.mount(app, served)
+    app.include_router(seeing(*watched(models)))
     app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(

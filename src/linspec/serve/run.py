@@ -19,7 +19,6 @@ from linspec.checkpoints.hub import load_any_config
 from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.models.config import EncoderConfig
-from linspec.serve import parts
 from linspec.serve.app import make_app
 from linspec.serve.budget import MemoryBudget
 from linspec.serve.embedder import Embedder
@@ -120,9 +119,7 @@ def loaded(
                 say(f"{name}: an encoder, for /v1/embeddings")
                 continue
             llm = LLM(source, **{**options, **more})
-            workers[name] = Worker(
-                llm, queue_limit=settings.queue_limit, observers=parts.observers(name)
-            )
+            workers[name] = Worker(llm, queue_limit=settings.queue_limit)
             say(f"{name}: {MemoryBudget.of(workers[name]).text()}")
     except BaseException:
         for worker in workers.values():

@@ -21,6 +21,7 @@ from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
 from linspec.serve.shapes import chat_logprobs, new_id, usage_of
+from linspec.serve.shown import shown_drafts
 
 router = APIRouter(responses=RESPONSES)
 
@@ -33,7 +34,7 @@ async def chat(asked: ChatRequest, http: HttpRequest, served: Serving) -> Any:
     """Write the next turn of a conversation."""
     name, worker = served.worker(asked.model)
     form = _Form.of(asked, served, name, worker.llm)
-    answer = await answered(served, http, worker, form.requests)
+    answer = await answered(served, http, worker, form.requests, show_drafts=asked.with_drafts)
     if asked.stream:
         return answer.streamed(_chunks(answer, form))
     return json_response(form.whole(await answer.whole()))
@@ -106,13 +107,14 @@ class _Form:
             last, reason = turn.finish(piece.done.finish_reason)
             parts += last
         logprobs = chat_logprobs(self.llm.tokenizer, piece.logprobs)
+        shown = shown_drafts(piece, self.llm.tokenizer)
         if first:
             yield _delta(index, {"role": "assistant", "content": ""})
-        if not parts and piece.logprobs:
+        if not parts and (piece.logprobs or shown):
             parts = [{}]
         for part in parts:
-            yield _delta(index, part, logprobs=logprobs)
-            logprobs = None
+            yield _delta(index, part, logprobs=logprobs, shown=shown)
+            logprobs = shown = None
         if reason is not None:
             yield _delta(index, {}, reason=reason)
 
@@ -123,8 +125,10 @@ def _delta(
     *,
     reason: str | None = None,
     logprobs: dict[str, Any] | None = None,
+    shown: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+    found = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+    return found | ({} if shown is None else {"linspec": shown})
 
 
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:

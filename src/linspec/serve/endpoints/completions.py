@@ -21,6 +21,7 @@ from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.completions import Completion, CompletionRequest, as_prompts
 from linspec.serve.served import Served, Serving
 from linspec.serve.shapes import TextLogprobs, new_id, usage_of
+from linspec.serve.shown import shown_drafts
 
 router = APIRouter(responses=RESPONSES)
 _USUAL_TOKENS = 16
@@ -34,7 +35,7 @@ async def completions(asked: CompletionRequest, http: HttpRequest, served: Servi
     """Continue texts."""
     name, worker = served.worker(asked.model)
     form = _Form.of(asked, served, name, worker.llm)
-    answer = await answered(served, http, worker, form.requests)
+    answer = await answered(served, http, worker, form.requests, show_drafts=asked.with_drafts)
     if asked.stream:
         return answer.streamed(_chunks(answer, form))
     return json_response(form.whole(await answer.whole()))
@@ -177,14 +178,17 @@ async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
             text = form.echo(piece.index) + text
         if piece.done is not None:
             ended[piece.index].append(piece.done)
-        elif not text and not piece.logprobs:
+        elif not (text or piece.logprobs or piece.drafts):
             continue
+        shown = shown_drafts(piece, form.llm.tokenizer)
         choice = {
             "index": index,
             "text": text,
             "finish_reason": None if piece.done is None else piece.done.finish_reason,
             "logprobs": _piece_logprobs(piece, form, offsets, index),
         }
+        if shown is not None:
+            choice["linspec"] = shown
         yield {**form.head, "choices": [choice], **more}
     if form.asked.with_usage:
         yield {**form.head, "choices": [], "usage": usage_of(ended).model_dump()}

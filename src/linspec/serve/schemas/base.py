@@ -31,6 +31,7 @@ class StreamOptions(Asked):
     """What a stream has beside the text."""
 
     include_usage: bool = Field(False, description="A last chunk with the usage of all choices.")
+    include_drafts: bool = Field(False, description="What each chunk owes to drafts.")
     include_obfuscation: bool = Field(False, description="Taken and ignored.")
 
 
@@ -80,6 +81,11 @@ class Sampling(Asked):
     def with_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def with_drafts(self) -> bool:
+        """Whether a stream says what it owes to drafts."""
+        return self.stream_options is not None and self.stream_options.include_drafts
 
     def to_params(self, temperature: float, **more: Any) -> SamplingParams:
         """As the engine takes it; `temperature` is that of a request without one.
