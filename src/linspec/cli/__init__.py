@@ -13,6 +13,7 @@ import typer
 
 from linspec.cli import (
     about,
+    batch,
     bench,
     bench_serve,
     chat,
@@ -47,6 +48,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (generate.generate, "generate", "embedded-aug --prompt 'class Stack:' --drafter medusa"),
     (chat.chat, "chat", "path/to/a/chat-model --drafter prompt-lookup"),
     (serve.serve, "serve", "smollm2 --drafter suffix"),
+    (batch.batch, "batch", "in.jsonl out.jsonl --model smollm2"),
     (compress.quantize, "quantize", "embedded-softmax --bits 4 --out small"),
     (convert.convert, "convert", "path/to/llama llama.gguf --type q8_0"),
     (evaluate.perplexity, "eval perplexity", "embedded-aug --data stdlib --limit-bytes 100000"),

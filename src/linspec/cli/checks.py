@@ -90,3 +90,17 @@ def _given_as(ctx: typer.Context, param: typer.CallbackParam) -> str:
 
 def _option(param: typer.CallbackParam) -> str:
     return max(param.opts, key=len)
+
+
+def check_serve_extra() -> None:
+    """Raise ConfigError where what the server is built on is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import pydantic_settings  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the server needs {error.name}, which is not installed; pip install 'linspec[serve]'"
+        ) from error

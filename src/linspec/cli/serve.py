@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from linspec.cli.checks import real, whole
+from linspec.cli.checks import check_serve_extra, real, whole
 from linspec.cli.console import guarded, importing, quiet_stdout, say
 from linspec.cli.groups import grouped
 from linspec.cli.options import Decoding, given
-from linspec.errors import ConfigError
 
 Count = whole()
 
@@ -112,7 +111,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP, with OpenAI's API; prompts of several clients share the steps."""
     with importing():
-        _check_extra()
+        check_serve_extra()
         from linspec.serve.logs import written
         from linspec.serve.run import serve as library
         from linspec.serve.settings import Settings
@@ -120,16 +119,3 @@ def serve(
     settings = Settings.read(config, **serving.to_library())
     with written(), quiet_stdout():
         library(models or [], settings, decoding.to_library(), say)
-
-
-def _check_extra() -> None:
-    """Raise ConfigError where what the server is built on is not installed."""
-    try:
-        import fastapi  # noqa: F401
-        import pydantic_settings  # noqa: F401
-        import sse_starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the server needs {error.name}, which is not installed; pip install 'linspec[serve]'"
-        ) from error

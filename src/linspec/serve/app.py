@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
@@ -21,9 +21,7 @@ from linspec.serve.embedder import Embedder
 from linspec.serve.endpoints import about, chat, completions, embeddings, responses, tokens
 from linspec.serve.front import Front
 from linspec.serve.keys import Keys
-from linspec.serve.loads import Loads
-from linspec.serve.metrics import Metrics
-from linspec.serve.seeing import seeing
+from linspec.serve.seeing import seeing, watched
 from linspec.serve.served import Served
 from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
@@ -52,7 +50,7 @@ def make_app(
     failures.install(app)
     for module in _ENDPOINTS:
         app.include_router(module.router)
-    app.include_router(_watching(models))
+    app.include_router(seeing(*watched(models)))
     app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
@@ -63,14 +61,6 @@ def make_app(
             expose_headers=["x-request-id", "retry-after"],
         )
     return app
-
-
-def _watching(models: Mapping[str, Worker]) -> APIRouter:
-    metrics, loads = Metrics(), Loads()
-    for name, worker in models.items():
-        worker.observe(metrics.watch(name, worker))
-        worker.observe(loads.watch(name, worker))
-    return seeing(metrics, loads)
 
 
 @asynccontextmanager
