@@ -16,11 +16,12 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation, Piece
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
-from linspec.serve.constraints import Turn, check_tools, constrained
+from linspec.serve.constraints import Tooled, constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
 from linspec.serve.shapes import chat_logprobs, new_id, usage_of
+from linspec.serve.tool_calls import ToolTurn
 
 router = APIRouter(responses=RESPONSES)
 
@@ -45,6 +46,7 @@ class _Form:
 
     asked: ChatRequest
     params: SamplingParams
+    tooled: Tooled
     name: str
     llm: LLM
     id: str
@@ -58,7 +60,7 @@ class _Form:
                 "chat_template is a program, which this server takes from nobody; leave it out"
             )
             raise Failure(400, message, code="unsupported_parameter", param="chat_template")
-        check_tools(asked.tools, asked.tool_choice)
+        tooled = Tooled.of(asked.tools, asked.tool_choice, several=asked.parallel_tool_calls)
         if asked.top_logprobs is not None and not asked.logprobs:
             message = "top_logprobs needs logprobs: true"
             raise Failure(400, message, param="top_logprobs")
@@ -69,12 +71,12 @@ class _Form:
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
             **constrained(asked),
         )
-        return cls(asked, params, name, llm, new_id("chatcmpl-"), int(time.time()))
+        return cls(asked, params, tooled, name, llm, new_id("chatcmpl-"), int(time.time()))
 
     def requests(self, llm: LLM) -> list[Request]:
         """As the engine takes them; also renders the template."""
         messages = [each.to_template() for each in self.asked.messages]
-        return [llm.request(llm.encoder.chat(messages), self.params)]
+        return [self.tooled.request(llm, messages, self.params)]
 
     def whole(self, outputs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -90,7 +92,7 @@ class _Form:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
     def _choice(self, index: int, output: Generation) -> dict[str, Any]:
-        message, reason = Turn().message(output.text, output.finish_reason)
+        message, reason = self.tooled.turn().message(output.text, output.finish_reason)
         return {
             "index": index,
             "message": message,
@@ -98,7 +100,7 @@ class _Form:
             "logprobs": chat_logprobs(self.llm.tokenizer, output.logprobs),
         }
 
-    def deltas(self, turn: Turn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
+    def deltas(self, turn: ToolTurn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
         """The parts of a choice that a piece makes."""
         index, reason = piece.sequence, None
         parts = turn.push(piece.text)
@@ -130,7 +132,7 @@ def _delta(
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     head = form.head("chat.completion.chunk")
     more = {"usage": None} if form.asked.with_usage else {}
-    turns: defaultdict[int, Turn] = defaultdict(Turn)
+    turns: defaultdict[int, ToolTurn] = defaultdict(form.tooled.turn)
     ended: list[Generation] = []
     async for piece in answer.pieces():
         first = piece.sequence not in turns

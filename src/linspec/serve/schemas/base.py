@@ -27,6 +27,10 @@ class Given(BaseModel):
     """An answer's body."""
 
 
+# fields of vLLM's API that say what the output has to look like
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
+
+
 class StreamOptions(Asked):
     """What a stream has beside the text."""
 
@@ -48,9 +52,16 @@ class Labels(Asked):
 class Constraints(Asked):
     """What the output has to look like; see `serve.constraints`."""
 
-    response_format: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(
+        default=None, description="text, json_object or json_schema; also regex and grammar."
+    )
+    guided_json: dict[str, Any] | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = None
-    guided_grammar: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = Field(default=None, description="Lark's form, or GBNF.")
+    structured_outputs: dict[str, Any] | None = Field(
+        default=None, description="One of json, regex, choice and grammar."
+    )
 
 
 class Sampling(Asked):
