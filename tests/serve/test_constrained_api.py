@@ -123,7 +123,10 @@ def test_a_needed_tool_is_called_whole_and_streamed(client: openai.OpenAI, choic
 
 def test_tools_that_need_not_be_called_leave_text_alone(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {
-        **{"model": "talker", "messages": HELLO, "tools": TOOLS, "max_tokens": 9},
+        "model": "talker",
+        "messages": HELLO,
+        "tools": TOOLS,
+        "max_tokens": 9,
         "temperature": 0,
     }
     found = client.chat.completions.create(**asked).choices[0]
