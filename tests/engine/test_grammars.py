@@ -31,6 +31,7 @@ from linspec.engine.grammar import Grammars
 from linspec.errors import ConfigError, InputError, LinspecError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.policies.fixed import Fixed
 from linspec.verifiers import LosslessVerifier
 
 VOCAB = len(tiny_tokenizer())
@@ -486,6 +487,32 @@ def test_company_changes_no_output() -> None:
         PROMPTS * 2, asked(0.0, 30) + asked(1.1, 30), together, strict=True
     ):
         assert language().generate(prompt, params)[0].token_ids == each.token_ids
+
+
+def test_who_has_to_leave_comes_back_to_its_grammar() -> None:
+    model = text_model("softmax").to_inference()
+    grammar = Grammar.regex("(ab|cd|e){60,80}x")
+    sampled: dict[str, Any] = {"temperature": 1.0, "grammar": grammar}
+    requests = [
+        Request((5, 6 + i), Params(max_tokens=150, seed=i, **sampled), priority=i) for i in range(4)
+    ]
+
+    def run(**options: Any) -> list[RunningSequence]:
+        grammars = Grammars(tiny_tokenizer(), VOCAB)
+        parts = {"drafter": Wild(), "policy": Fixed(4), "slots": 4}
+        engine = Engine(model, verifier=LosslessVerifier(), grammars=grammars, **parts, **options)
+        waiting, ended = list(requests), list[RunningSequence]()
+        while waiting or engine.busy:
+            if waiting:
+                engine.add(waiting.pop(0))
+            ended += [each.sequence for _ in range(4) for each in engine.step() if each.finished]
+        return sorted(ended, key=lambda sequence: sequence.request)
+
+    free, crowded = run(), run(state_bytes=2 * model.new_state().bytes_at(200))
+    assert sum(sequence.preempted for sequence in crowded) >= 1
+    assert [each.tokens for each in free] == [each.tokens for each in crowded]
+    for sequence in crowded:
+        assert re.fullmatch(grammar.text, tiny_tokenizer().decode(sequence.tokens[2:-1]))
 
 
 def test_a_compiled_grammar_serves_all_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:

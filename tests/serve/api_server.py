@@ -21,7 +21,7 @@ from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "{% for m in messages %}{% if m.content == 'hush' %}{{ raise_exception('no such turn') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 

@@ -382,9 +382,9 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     (
         "/v1/completions",
-        {"model": "talker", "prompt": "a", "guided_regex": "("},
+        {"model": "talker", "prompt": "a", "guided_grammar": "x"},
         400,
-        "regex|expression",
+        "the grammar .*cannot be used",
     ),
     ("/v1/completions", {"model": "narrow", "prompt": "a b " * 50}, 400, "200.*64|64.*200"),
     (
@@ -400,6 +400,12 @@ BAD: list[tuple[str, Any, int, str]] = [
         {"model": "talker", "messages": [{"role": "x", "content": ""}]},
         400,
         "role",
+    ),
+    (
+        "/v1/chat/completions",
+        {"model": "talker", "messages": [{"role": "user", "content": "hush"}]},
+        400,
+        "no such turn",
     ),
     (
         "/v1/chat/completions",

@@ -11,7 +11,6 @@ from fastapi import Depends, Request
 from linspec.serve.embedder import Embedder
 from linspec.serve.failures import Failure
 from linspec.serve.settings import Settings
-from linspec.serve.tools import ToolUse
 from linspec.serve.worker import Worker
 from linspec.utils.messages import did_you_mean, shown
 
@@ -20,20 +19,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Served:
-    """Models by the name that clients give; created: when, in seconds of the epoch.
-
-    tools: how each model is told of tools.
-    """
+    """Models by the name that clients give; created: when, in seconds of the epoch."""
 
     workers: Mapping[str, Worker]
     settings: Settings
     created: int
     embedders: Mapping[str, Embedder] = field(default_factory=dict)
-    tools: Mapping[str, ToolUse] = field(init=False)
-
-    def __post_init__(self) -> None:
-        found = {name: ToolUse(worker.llm.encoder) for name, worker in self.workers.items()}
-        object.__setattr__(self, "tools", found)
 
     def worker(self, name: str | None) -> tuple[str, Worker]:
         """The model of that name, or the only one; raises Failure 404."""

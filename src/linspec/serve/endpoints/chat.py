@@ -12,17 +12,16 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
 from linspec.decoding.request import Request
-from linspec.decoding.sampling import Grammar, SamplingParams
+from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation, Piece
-from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
+from linspec.serve.constraints import Tooled, constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
 from linspec.serve.shapes import chat_logprobs, drafts_of, new_id, usage_of
 from linspec.serve.tool_calls import ToolTurn
-from linspec.serve.tools import Choice, Tool, ToolUse, read_tools
 
 router = APIRouter(responses=RESPONSES)
 
@@ -47,11 +46,9 @@ class _Form:
 
     asked: ChatRequest
     params: SamplingParams
+    tooled: Tooled
     name: str
     llm: LLM
-    use: ToolUse
-    tools: tuple[Tool, ...]
-    choice: Choice
     id: str
     created: int
 
@@ -63,31 +60,23 @@ class _Form:
                 "chat_template is a program, which this server takes from nobody; leave it out"
             )
             raise Failure(400, message, code="unsupported_parameter", param="chat_template")
+        tooled = Tooled.of(asked.tools, asked.tool_choice, several=asked.parallel_tool_calls)
         if asked.top_logprobs is not None and not asked.logprobs:
             message = "top_logprobs needs logprobs: true"
             raise Failure(400, message, param="top_logprobs")
-        tools, use = read_tools(asked.tools or ()), served.tools[name]
-        several = asked.parallel_tool_calls is not False
-        choice = Choice.of(asked.tool_choice, tools, several=several)
         most = asked.max_completion_tokens or asked.max_tokens
         params = asked.to_params(
             served.settings.temperature,
             max_tokens=output_tokens(served.settings, most),
             logprobs=asked.top_logprobs or 0 if asked.logprobs else None,
-            grammar=_grammar(asked, use, choice),
+            **constrained(asked),
         )
-        now = int(time.time())
-        return cls(asked, params, name, llm, use, tools, choice, new_id("chatcmpl-"), now)
+        return cls(asked, params, tooled, name, llm, new_id("chatcmpl-"), int(time.time()))
 
     def requests(self, llm: LLM) -> list[Request]:
         """As the engine takes them; also renders the template."""
         messages = [each.to_template() for each in self.asked.messages]
-        tools = self.tools if self.choice.tools else ()
-        if tools or any(each.calls for each in self.asked.messages):
-            prompt = self.use.prompt(messages, tools)
-        else:
-            prompt = llm.encoder.chat(messages)
-        return [llm.request(prompt, self.params)]
+        return [self.tooled.request(llm, messages, self.params)]
 
     def whole(self, outputs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -103,7 +92,7 @@ class _Form:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name}
 
     def _choice(self, index: int, output: Generation) -> dict[str, Any]:
-        message, reason = ToolTurn(self.choice).message(output.text, output.finish_reason)
+        message, reason = self.tooled.turn().message(output.text, output.finish_reason)
         return {
             "index": index,
             "message": message,
@@ -141,20 +130,10 @@ def _delta(
     return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None, **more}
 
 
-def _grammar(asked: ChatRequest, use: ToolUse, choice: Choice) -> Grammar | None:
-    """What the answer has to be; raises ConfigError for a form where a call has to come."""
-    form, calls = asked.grammar, use.grammar(choice)
-    if form is not None and calls is not None:
-        raise ConfigError(
-            "tool_choice wants a call and response_format another form; leave one of them out"
-        )
-    return form or calls
-
-
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     head = form.head("chat.completion.chunk")
     more = {"usage": None} if form.asked.with_usage else {}
-    turns: defaultdict[int, ToolTurn] = defaultdict(lambda: ToolTurn(form.choice))
+    turns: defaultdict[int, ToolTurn] = defaultdict(form.tooled.turn)
     ended: list[Generation] = []
     async for piece in answer.pieces():
         first = piece.sequence not in turns

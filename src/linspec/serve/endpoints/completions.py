@@ -16,6 +16,7 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation, Piece
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
+from linspec.serve.constraints import constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.completions import Completion, CompletionRequest, as_prompts
 from linspec.serve.served import Served, Serving
@@ -54,7 +55,7 @@ class _Form:
         """Raises Failure or ConfigError for what does not go together."""
         most = output_tokens(served.settings, asked.max_tokens, _USUAL_TOKENS)
         _check(asked, most)
-        settings: dict[str, Any] = {"grammar": asked.grammar}
+        settings: dict[str, Any] = constrained(asked)
         logprobs = asked.logprobs
         if asked.echo and logprobs is not None:
             settings["prompt_logprobs"] = logprobs

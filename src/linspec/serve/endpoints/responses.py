@@ -16,8 +16,9 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
-from linspec.serve.failures import RESPONSES, Failure, json_response
-from linspec.serve.response_format import response_grammar
+from linspec.serve.constraints import check_tools, constrained
+from linspec.serve.failures import RESPONSES, json_response
+from linspec.serve.schemas.base import Constraints
 from linspec.serve.schemas.responses import (
     Incomplete,
     InputDetails,
@@ -63,9 +64,7 @@ class _Form:
     @classmethod
     def of(cls, asked: ResponseRequest, served: Served, name: str) -> _Form:
         """Raises Failure for what is not served."""
-        if asked.tools and asked.tool_choice != "none":
-            message = "tools are served at /v1/chat/completions; ask there, or leave them out"
-            raise Failure(400, message, code="unsupported_parameter", param="tools")
+        check_tools(asked.tools, asked.tool_choice)
         form = None if asked.text is None else asked.text.format
         params = SamplingParams(
             temperature=served.settings.temperature
@@ -73,7 +72,7 @@ class _Form:
             else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             max_tokens=output_tokens(served.settings, asked.max_output_tokens),
-            grammar=response_grammar(form),
+            **constrained(Constraints(response_format=form)),
         )
         return cls(asked, params, name, new_id("resp_"), new_id("msg_"), int(time.time()))
 

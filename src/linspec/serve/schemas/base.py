@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from linspec.decoding.sampling import Grammar, SamplingParams
-from linspec.serve.response_format import answer_grammar
+from linspec.decoding.sampling import SamplingParams
 
 # a bias from here on bans a token, as OpenAI's API has it
 _BAN = -100.0
@@ -26,6 +25,10 @@ class Asked(BaseModel):
 
 class Given(BaseModel):
     """An answer's body."""
+
+
+# fields of vLLM's API that say what the output has to look like
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
 class StreamOptions(Asked):
@@ -50,20 +53,18 @@ class Labels(Asked):
 
 
 class Constraints(Asked):
-    """Of which language the output is: OpenAI's response_format, or one of vLLM's fields."""
+    """What the output has to look like; see `serve.constraints`."""
 
-    response_format: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
+    response_format: dict[str, Any] | None = Field(
+        default=None, description="text, json_object or json_schema; also regex and grammar."
+    )
+    guided_json: dict[str, Any] | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = None
     guided_choice: list[Text] | None = None
-    guided_grammar: Text | None = None
-    structured_outputs: dict[str, Any] | None = None
-
-    @property
-    def grammar(self) -> Grammar | None:
-        """As the engine takes it; raises ConfigError for what is none, or two."""
-        fields = self.model_dump(include=set(Constraints.model_fields))
-        return answer_grammar(fields.pop("response_format"), fields)
+    guided_grammar: Text | None = Field(default=None, description="Lark's form, or GBNF.")
+    structured_outputs: dict[str, Any] | None = Field(
+        default=None, description="One of json, regex, choice and grammar."
+    )
 
 
 class Sampling(Asked):

@@ -28,11 +28,6 @@ class Message(Asked):
     tool_call_id: str | None = None
     refusal: None = None
 
-    @property
-    def calls(self) -> bool:
-        """Whether it calls tools or has what one of them found."""
-        return self.role == "tool" or bool(self.tool_calls)
-
     def to_template(self) -> dict[str, Any]:
         """As chat templates read it."""
         content = self.content
