@@ -223,6 +223,39 @@ def test_greedy_output_with_drafts_is_the_output_without(mixer: str) -> None:
     assert decode(model, sources, nodes=5, slots=4) == plain
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_a_source_is_counted_and_goes_with_a_sequence_that_leaves_its_slot(mixer: str) -> None:
+    model, sources = tiny(mixer).to_inference(), texts(4, 2, 15, seed=5)
+    plain = decode(model, sources, nodes=0, slots=1)
+    state = model.new_state(1)
+    for source in sources:
+        model.open(source, 0, state)
+        model.step([StepInput(0, [0, 1, 2])], state)
+        state.commit(0, range(3))
+        assert state.bytes(0) == state.bytes_at(3, len(source)) > state.bytes_at(3)
+    # room for two of them at most, once they have grown
+    room = 2 * state.bytes_at(41, 15)
+    engine = Engine(model, verifier=GreedyVerifier(), slots=2, state_bytes=room)
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    outputs: dict[int, list[int]] = {}
+    for priority, source in enumerate(sources):
+        outputs[engine.add(Request(tuple(source), params, priority=priority))] = []
+        for _ in range(3):
+            for emitted in engine.step():
+                outputs[emitted.sequence.request] += emitted.tokens
+    assert engine.waiting == 2
+    while engine.busy:
+        for emitted in engine.step():
+            outputs[emitted.sequence.request] += emitted.tokens
+    assert list(outputs.values()) == plain
+    needed = state.bytes_at(2, 500)
+    small = Engine(model, verifier=GreedyVerifier(), state_bytes=needed - 1)
+    if mixer == "softmax":
+        assert small.limits.fitted(Request((1, 2), params)).params.max_tokens == 40
+    with pytest.raises(StateError, match=f"500 tokens .* takes {needed} bytes"):
+        small.add(Request((1,) * 500, params))
+
+
 @torch.no_grad()
 def test_greedy_output_is_that_of_transformers(tmp_path: Path) -> None:
     theirs, ours = save("v1.0", tmp_path), load_seq2seq(tmp_path)
