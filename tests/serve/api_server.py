@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from linspec.checkpoints.hub import save_model
 from linspec.llm import LLM
 from linspec.serve.app import make_app
-from linspec.serve.run import Server, _config, listening
+from linspec.serve.run import Server, listening, server_config
 from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
 
@@ -46,7 +46,7 @@ def running(
     workers = {name: Worker(llm, queue_limit=settings.queue_limit) for name, llm in llms.items()}
     with listening("127.0.0.1", 0) as listener:
         app = make_app(workers, settings, **more)
-        server = Server(_config(app, settings), list(workers.values()), settings)
+        server = Server(server_config(app, settings), list(workers.values()), settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

@@ -47,6 +47,16 @@ class Serving:
         int | None,
         typer.Option(callback=whole(0), help="Sequences that may wait.", show_default="128"),
     ] = None
+    tbt_ms: Annotated[
+        float | None,
+        typer.Option(
+            callback=real(above=0), help="Milliseconds a stream may wait while prompts are read."
+        ),
+    ] = None
+    state_mib: Annotated[
+        int | None,
+        typer.Option(callback=Count, help="MiB of the states of running sequences."),
+    ] = None
     max_model_len: Annotated[
         int | None,
         typer.Option(

@@ -22,7 +22,8 @@ class MemoryBudget:
     """Bytes of a model and of its sequences.
 
     length: tokens of the longest sequence. state: bytes of one such sequence; kv: those of them that are in
-    caches that grow. available: what the machine has left, None if it does not say.
+    caches that grow. available: what there is for states, by the settings or what the machine has left; None if
+    it does not say.
     """
 
     slots: int
@@ -35,8 +36,8 @@ class MemoryBudget:
     available: int | None
 
     @classmethod
-    def of(cls, worker: Worker) -> MemoryBudget:
-        """The budget of a worker's model."""
+    def of(cls, worker: Worker, limit: int | None = None) -> MemoryBudget:
+        """The budget of a worker's model; limit: most bytes of states."""
         engine = worker.llm.engine
         length = longest(worker.llm) or _USUAL
         growing = [part for part in engine.state.parts if isinstance(part, KVCache)]
@@ -48,7 +49,7 @@ class MemoryBudget:
             kv=sum(part.bytes_at(length) for part in growing),
             weights=weight_bytes(worker.llm.model),
             drafters=_drafter_bytes(engine.drafter),
-            available=available_bytes(),
+            available=available_bytes() if limit is None else limit,
         )
 
     @property
@@ -67,7 +68,7 @@ class MemoryBudget:
             f"{_size(self.slots * self.kv)}); {self.concurrency} such sequences at once, {self.queue} wait"
         )
         if self.concurrency < self.slots:
-            said += f"; {_size(self.available or 0)} of memory are left: lower --max-batch or --max-model-len"
+            said += f"; {_size(self.available or 0)} are there for states"
         return said
 
 

@@ -55,7 +55,7 @@ def serve(
         try:
             app = make_app(workers, settings, embedders)
             address = _address(listener, settings)
-            server = Server(_config(app, settings), list(workers.values()), settings)
+            server = Server(server_config(app, settings), list(workers.values()), settings)
             server.once_up = lambda: say(
                 f"serving {', '.join(named)} at {address}/v1 ({address}/docs); Ctrl-C ends it"
             )
@@ -111,7 +111,7 @@ def loaded(
     """Every model with its worker, and every encoder; says what each needs of the memory."""
     workers: dict[str, Worker] = {}
     embedders: dict[str, Embedder] = {}
-    more = {"max_batch": settings.max_batch, "max_model_len": settings.max_model_len}
+    more = _engine_options(settings)
     try:
         for name, source in named.items():
             if isinstance(load_any_config(source), EncoderConfig):
@@ -120,12 +120,23 @@ def loaded(
                 continue
             llm = LLM(source, **{**options, **more})
             workers[name] = Worker(llm, queue_limit=settings.queue_limit)
-            say(f"{name}: {MemoryBudget.of(workers[name]).text()}")
+            budget = MemoryBudget.of(workers[name], more["state_bytes"])
+            say(f"{name}: {budget.text()}")
     except BaseException:
         for worker in workers.values():
             worker.stop(0)
         raise
     return workers, embedders
+
+
+def _engine_options(settings: Settings) -> dict[str, Any]:
+    mib = settings.state_mib
+    return {
+        "max_batch": settings.max_batch,
+        "max_model_len": settings.max_model_len,
+        "tbt_ms": settings.tbt_ms,
+        "state_bytes": None if mib is None else mib * 2**20,
+    }
 
 
 class Server(uvicorn.Server):
@@ -152,7 +163,8 @@ class Server(uvicorn.Server):
             worker.close(0 if self.force_exit else self._settings.shutdown_seconds)
 
 
-def _config(app: Any, settings: Settings) -> uvicorn.Config:
+def server_config(app: Any, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs `app`; raises ConfigError for files of TLS that cannot be read."""
     for file in (settings.tls_cert, settings.tls_key):
         if file is not None:
             _check_readable(file)

@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     queue_limit: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         128, description="Sequences that may wait."
     )
+    tbt_ms: Seconds | None = Field(
+        None, description="Milliseconds that a stream may wait while prompts are read."
+    )
+    state_mib: Count | None = Field(
+        None, description="MiB of the states of running sequences; the others wait."
+    )
     max_model_len: Count | None = Field(None, description="Tokens of a prompt and its output.")
     max_prompt_tokens: Count | None = Field(None, description="Tokens of a prompt.")
     max_tokens: Count = Field(4096, description="Output tokens that a request may ask for.")
