@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -76,7 +77,8 @@ HISTORY: list[dict[str, Any]] = [
 
 
 def use(template: str) -> ToolUse:
-    tokenizer = tiny_tokenizer()
+    # the tiny one is shared by all tests
+    tokenizer = copy.copy(tiny_tokenizer())
     tokenizer.chat_template = template
     return ToolUse(TextEncoder(tokenizer, len(tokenizer)))
 
