@@ -25,9 +25,9 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence
 from linspec.drafters.base import Drafter
 from linspec.drafters.block import Block
+from linspec.engine.budget import PIECE
 from linspec.engine.engine import Engine
 from linspec.engine.prefix_cache import PrefixCache, PrefixOptions
-from linspec.engine.scheduler import PIECE
 from linspec.errors import ConfigError, WrongType
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer

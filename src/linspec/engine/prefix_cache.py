@@ -20,8 +20,8 @@ kernels make the same bits of that as of a prompt. In smaller groups, and by tor
 addition leaves other last bits, as trees that are verified do: tokens are equal as far as they are with
 drafts. So what is kept of the end of a sequence is what the sequence itself would have gone on with.
 
-States are looked up as in SGLang (Zheng et al. 2023, arXiv 2312.07104). Where those of sums are worth keeping is
-from Marconi (Pan et al. 2024, arXiv 2411.19379).
+States are looked up as in SGLang (Zheng et al. 2023, arXiv 2312.07104). Where those of sums are worth keeping
+is from Marconi (Pan et al. 2024, arXiv 2411.19379).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linspec.decoding.sequence import RunningSequence
+from linspec.engine.budget import PIECE
 from linspec.engine.prefix_store import Kept, PrefixStore
 from linspec.engine.prefix_tree import Match, Node, as_tokens, cut, match, split, tensor_bytes
-from linspec.engine.scheduler import PIECE
 from linspec.state.sequence_states import Rows, SequenceStates
 from linspec.utils.sizes import check_size
 
@@ -106,7 +106,7 @@ class PrefixCache:
         self.store: PrefixStore | None = None
         if options.store is not None and key is not None:
             limit = options.store_bytes or STORE_FACTOR * options.bytes
-            self.store = PrefixStore(options.store, key, limit)
+            self.store = PrefixStore(options.store, key, limit, states)
 
     # ---- what a sequence begins with
 
@@ -167,24 +167,29 @@ class PrefixCache:
 
     def passed(self, sequence: RunningSequence) -> None:
         """A piece of the prompt of `sequence` is committed: keep it where others may go on from it."""
-        at_end = self.states.only_grows and not sequence.prefilling
-        if at_end or sequence.prefilled in sequence.stops:
+        if self.states.only_grows and not sequence.prefilling:
+            # who asks the same again begins before the last token
+            self.keep(sequence, sequence.prompt_length - 1)
+        elif sequence.prefilled in sequence.stops:
             self.keep(sequence)
 
-    def keep(self, sequence: RunningSequence) -> None:
-        """Keep what the slot of `sequence` has committed."""
+    def keep(self, sequence: RunningSequence, most: int | None = None) -> None:
+        """Keep what the slot of `sequence` has committed; of caches that grow, the first `most` tokens."""
         try:
-            self._keep(sequence)
+            self._keep(sequence, most)
         except Exception:
             _log.warning("a state was not kept for later prompts", exc_info=True)
 
-    def _keep(self, sequence: RunningSequence) -> None:
+    def _keep(self, sequence: RunningSequence, most: int | None) -> None:
         slot = sequence.slot
         length = self.states.length(slot)
         # a loop may commit more than it hands out
-        if not served(sequence) or not 0 < length <= len(sequence.tokens):
+        if not served(sequence) or length > len(sequence.tokens):
             return
         if not self.states.whole(slot, length):
+            return
+        length = length if most is None else most
+        if not length:
             return
         rest = None if self.states.only_grows else self.states.rest(slot)
         tokens = as_tokens(sequence.tokens[:length])
@@ -232,11 +237,12 @@ class PrefixCache:
         while self.bytes > self.options.bytes and self._leaving:
             self._evict(next(iter(self._leaving)))
 
-    def _evict(self, node: Node) -> None:
+    def _evict(self, node: Node, *, wait: bool = False) -> None:
         tenant = self._leaving.pop(node)
         self.counters.evictions += 1
         if self.store is not None and (node.rest is not None or self.states.only_grows):
-            self.store.put(tenant, node.text(), _rows_until(node, node.end), node.rest)
+            rows = _rows_until(node, node.end)
+            self.store.put(tenant, node.text(), rows, node.rest, wait=wait)
         if node.children:
             # those that go on from here need its rows
             self.bytes -= tensor_bytes(node.rest)
@@ -274,15 +280,14 @@ class PrefixCache:
         if self.store is None:
             return None
         least = max(beyond + 1, self.options.least)
-        return self.store.longest(tenant, tokens, least, self.states)
+        return self.store.longest(tenant, tokens, least)
 
     def flush(self) -> None:
-        """Write to the store what is in memory, and wait until it is there: before a process ends."""
+        """Move all that is in memory to the store, and wait until it is there: before a process ends."""
         if self.store is None:
             return
-        for node, tenant in list(self._leaving.items()):
-            if node.rest is not None or self.states.only_grows:
-                self.store.put(tenant, node.text(), _rows_until(node, node.end), node.rest)
+        while self._leaving:
+            self._evict(next(iter(self._leaving)), wait=True)
         self.store.wait()
 
 

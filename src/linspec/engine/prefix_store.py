@@ -24,7 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from linspec.engine.prefix_tree import as_tokens, cut
+from linspec.engine.budget import PIECE
+from linspec.engine.prefix_tree import as_tokens, common, cut
 from linspec.errors import CheckpointError
 from linspec.state.sequence_states import Rows, SequenceStates
 from linspec.state.slots import StateSnapshot
@@ -51,12 +52,17 @@ class Kept(NamedTuple):
 
 
 class PrefixStore:
-    """Files of one model in `folder`, at most `limit` bytes of them; key names the model and its caches."""
+    """Files of one model in `folder`, at most `limit` bytes of them; key names the model and its caches.
 
-    def __init__(self, folder: Path, key: str, limit: int) -> None:
-        self.folder, self.key, self.limit = folder / key, key, limit
-        # bytes of each file, the longest unused first
+    A file is found by its whole text. Where all that `states` hold grows, it is found by every beginning of a
+    multiple of PIECE tokens too, and gives as much as it shares with a prompt.
+    """
+
+    def __init__(self, folder: Path, key: str, limit: int, states: SequenceStates) -> None:
+        self.folder, self.key, self.limit, self.states = folder / key, key, limit, states
+        # bytes of each file, the longest unused first; and files by digests of what they begin with
         self._files: dict[str, int] = {}
+        self._index: dict[str, str] = {}
         self._lock = threading.Lock()
         self._queue: queue.Queue[tuple[str, Callable[[], bytes]]] = queue.Queue(_WAITING)
         self._writer: threading.Thread | None = None
@@ -74,71 +80,109 @@ class PrefixStore:
         for stat, name in sorted(found, key=lambda each: each[0].st_mtime):
             if _NAME.fullmatch(name):
                 self._files[name] = stat.st_size
+                self._enter(name)
             elif not is_leftover(name):
                 _log.warning(
                     "%s is no file of a prefix store and is left alone", self.folder / name
                 )
 
+    def _enter(self, name: str) -> None:
+        """Have a file found by what it begins with."""
+        self._index[_digest_of(name)] = name
+        if not self.states.only_grows:
+            return
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                seed, tokens = (
+                    file.metadata()["seed"],
+                    as_tokens(file.get_tensor("tokens").tolist()),
+                )
+        except Exception as error:
+            self._skip(name, error)
+            return
+        for digest, _ in _digests(seed, tokens, range(PIECE, len(tokens), PIECE)):
+            self._index[digest] = name
+
+    def _skip(self, name: str, error: Exception) -> None:
+        """A file that cannot be read is not looked at again, and may be written anew."""
+        if not isinstance(error, FileNotFoundError):
+            _log.warning("%s was skipped, it cannot be read: %s", self.folder / name, error)
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._files.pop(name, None)
+        self._index = {digest: each for digest, each in self._index.items() if each != name}
+
+    def _seed(self, tenant: str) -> str:
+        """What digests begin with: a name of the model and the tenant that tells neither."""
+        return hashlib.sha256(f"{self.key}\0{tenant}".encode()).hexdigest()
+
     # ---- reading
 
-    def longest(
-        self, tenant: str, tokens: array[int], least: int, states: SequenceStates
-    ) -> Kept | None:
-        """The longest stored text of `least` tokens or more that `tokens` begin with."""
+    def longest(self, tenant: str, tokens: array[int], least: int) -> Kept | None:
+        """What is stored of the longest beginning of `tokens`, of `least` tokens or more."""
         with self._lock:
-            names = set(self._files)
-        lengths = {int(name.partition("-")[0]) for name in names}
-        asked = sorted(length for length in lengths if least <= length <= len(tokens))
-        for name, length in reversed(list(self._names(tenant, tokens, asked))):
-            if name in names and (kept := self._load(name, tokens[:length], states)):
-                return kept
+            lengths = {int(name.partition("-")[0]) for name in self._files}
+            if self.states.only_grows:
+                lengths |= {*range(PIECE, len(tokens) + 1, PIECE)}
+            asked = sorted(length for length in lengths if least <= length <= len(tokens))
+            digests = _digests(self._seed(tenant), tokens, asked)
+            known = [self._index[digest] for digest, _ in digests if digest in self._index]
+            for name in reversed(known):
+                if name in self._files and (kept := self._load(name, tokens)):
+                    return kept if kept.length >= least else None
         return None
 
-    def _names(
-        self, tenant: str, tokens: array[int], lengths: Iterable[int]
-    ) -> Iterable[tuple[str, int]]:
-        """Names of the files of the first so many tokens, for ascending lengths."""
-        digest, at = hashlib.sha256(f"{self.key}\0{tenant}\0".encode()), 0
-        for length in lengths:
-            digest.update(tokens[at:length].tobytes())
-            at = length
-            yield f"{length}-{digest.hexdigest()[:32]}.safetensors", length
-
-    def _load(self, name: str, tokens: array[int], states: SequenceStates) -> Kept | None:
-        path = self.folder / name
+    def _load(self, name: str, tokens: array[int]) -> Kept | None:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(self.folder / name, framework="pt") as file:
                 found = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
-                kept = _unpacked(found, file.metadata() or {}, tokens, states)
-            with suppress(OSError):
-                path.touch()
-        except FileNotFoundError:
-            kept = None
+                kept = _unpacked(found, file.metadata() or {}, tokens, self.states)
         except Exception as error:
-            _log.warning("%s was skipped, it cannot be read: %s", path, error)
-            kept = None
-        with self._lock:
-            size = self._files.pop(name, 0)
-            if kept is not None:
-                self._files[name] = size
+            self._skip(name, error)
+            return None
+        self._files[name] = self._files.pop(name)
+        with suppress(OSError):
+            # the order of use, for the next process
+            (self.folder / name).touch()
         return kept
 
     # ---- writing
 
     def put(
-        self, tenant: str, tokens: array[int], rows: Sequence[Rows], rest: list[Any] | None
+        self,
+        tenant: str,
+        tokens: array[int],
+        rows: Sequence[Rows],
+        rest: list[Any] | None,
+        *,
+        wait: bool = False,
     ) -> None:
-        """Have a text written; nothing happens where it is there, cannot be written or too many wait."""
+        """Have a text written; nothing happens where it is there or cannot be written.
+
+        wait: until there is room among those that wait to be written; else it is forgotten.
+        """
         if not all(isinstance(each, StateSnapshot) for each in rest or ()):
             return
-        ((name, _),) = self._names(tenant, tokens, [len(tokens)])
+        seed, length = self._seed(tenant), len(tokens)
+        borders = range(PIECE, length, PIECE) if self.states.only_grows else ()
+        digests = [digest for digest, _ in _digests(seed, tokens, [*borders, length])]
+        name = f"{length}-{digests[-1]}.safetensors"
         with self._lock:
-            if name in self._files:
-                self._files[name] = self._files.pop(name)
+            # a longer text has all of it, or all but a few tokens
+            found = [self._index[digest] for digest in digests[-2:] if digest in self._index]
+            if any(int(each.partition("-")[0]) >= length for each in found):
                 return
+            # before it is written: the texts that it has all of are next
+            before = {digest: self._index[digest] for digest in digests if digest in self._index}
+            self._index |= dict.fromkeys(digests, name)
         self._start()
-        with suppress(queue.Full):
-            self._queue.put_nowait((name, lambda: _packed(tokens, rows, rest)))
+        try:
+            self._queue.put((name, lambda: _packed(seed, tokens, rows, rest)), block=wait)
+        except queue.Full:
+            with self._lock:
+                self._forget(name)
+                self._index |= before
 
     def _start(self) -> None:
         # a forked process has no threads of its parent
@@ -153,18 +197,20 @@ class PrefixStore:
                 self._write(name, pack())
             except Exception as error:
                 _log.warning("a text was not added to the prefix store: %s", error)
+                with self._lock:
+                    self._forget(name)
             finally:
                 self._queue.task_done()
 
     def _write(self, name: str, content: bytes) -> None:
-        if len(content) > self.limit:
-            return
         with self._lock:
-            self._files.pop(name, None)
+            if len(content) > self.limit:
+                self._forget(name)
+                return
             # before the new file: the limit is never passed
             while self._files and sum(self._files.values()) + len(content) > self.limit:
                 oldest = next(iter(self._files))
-                del self._files[oldest]
+                self._forget(oldest)
                 (self.folder / oldest).unlink(missing_ok=True)
         with replace_file(self.folder / name) as file:
             file.write(content)
@@ -182,7 +228,21 @@ class PrefixStore:
             return sum(self._files.values())
 
 
-def _packed(tokens: array[int], rows: Sequence[Rows], rest: list[Any] | None) -> bytes:
+def _digest_of(name: str) -> str:
+    return name.partition("-")[2].removesuffix(".safetensors")
+
+
+def _digests(seed: str, tokens: array[int], lengths: Iterable[int]) -> list[tuple[str, int]]:
+    """Digests of the first so many tokens, for ascending lengths, with the lengths."""
+    digest, at, found = hashlib.sha256(seed.encode()), 0, []
+    for length in lengths:
+        digest.update(tokens[at:length].tobytes())
+        at = length
+        found.append((digest.hexdigest()[:32], length))
+    return found
+
+
+def _packed(seed: str, tokens: array[int], rows: Sequence[Rows], rest: list[Any] | None) -> bytes:
     """The content of a file."""
     tensors = {"tokens": torch.tensor(tokens.tolist())}
     for part, pieces in enumerate(zip(*rows, strict=True)):
@@ -195,7 +255,7 @@ def _packed(tokens: array[int], rows: Sequence[Rows], rest: list[Any] | None) ->
             if getattr(copy, name) is not None:
                 tensors[f"rest.{part}.{name}"] = getattr(copy, name)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(kept, {"format": _FORMAT, "places": json.dumps(places)})
+    return save(kept, {"format": _FORMAT, "seed": seed, "places": json.dumps(places)})
 
 
 def _unpacked(
@@ -204,8 +264,11 @@ def _unpacked(
     tokens: array[int],
     states: SequenceStates,
 ) -> Kept:
-    """What a file holds; raises ValueError if that is another text, or of another model."""
-    if metadata.get("format") != _FORMAT or as_tokens(found["tokens"].tolist()) != tokens:
+    """What a file holds of the beginning of `tokens`; raises ValueError for one that it has not begun."""
+    mine = as_tokens(found["tokens"].tolist())
+    shared = common(mine, tokens, 0)
+    whole = shared == len(mine) or (states.only_grows and shared)
+    if metadata.get("format") != _FORMAT or not whole:
         raise ValueError("it holds another text or is of another version")
     growing = [part for part in states.parts if part.grows]
     others = [part for part in states.parts if not part.grows]
@@ -221,11 +284,11 @@ def _unpacked(
         state.check(copy)
         rest.append(copy)
     for (keys, values), state in zip(rows, growing, strict=True):
-        if keys.shape[2] != len(tokens) or values.shape[2] != len(tokens):
-            raise ValueError(f"it has rows of {keys.shape[2]} tokens, not of {len(tokens)}")
+        if keys.shape[2] != len(mine) or values.shape[2] != len(mine):
+            raise ValueError(f"it has rows of {keys.shape[2]} tokens, not of {len(mine)}")
         if keys.dtype != state.keys.dtype or values.dtype != state.values.dtype:
             raise ValueError(f"its rows are {keys.dtype}, not {state.keys.dtype}")
-    return Kept(tokens, rest or None, lambda start: cut(rows, start, len(tokens)))
+    return Kept(mine[:shared], rest or None, lambda start: cut(rows, start, shared))
 
 
 def model_key(model: Any, states: SequenceStates, kv_cache_dtype: str) -> str:

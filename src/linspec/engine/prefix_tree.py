@@ -83,15 +83,15 @@ def match(root: Node, tokens: array[int]) -> Match:
         child = node.children.get(tokens[at])
         if child is None:
             break
-        common = _common(child.tokens, tokens, at)
-        at += common
-        if common < len(child.tokens):
+        same = common(child.tokens, tokens, at)
+        at += same
+        if same < len(child.tokens):
             return Match(node, child, at)
         node = child
     return Match(node, None, at)
 
 
-def _common(edge: array[int], tokens: array[int], at: int) -> int:
+def common(edge: array[int], tokens: array[int], at: int) -> int:
     """How many tokens of `edge` stand in `tokens` from `at` on."""
     count = min(len(edge), len(tokens) - at)
     if edge[:count] == tokens[at : at + count]:
