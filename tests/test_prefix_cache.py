@@ -210,7 +210,7 @@ def test_bits_are_those_of_the_same_pieces(mixer: str, bits: int | None) -> None
     model.to_inference(Quantizer(bits, {})) if bits else model.to_inference()
     shared = random_tokens(2 * PIECE, seed=1)
     first, second = (shared + random_tokens(40, seed=n) for n in (2, 3))
-    warm, cold = engine_of(model), engine_of(model, prefill_tokens=PIECE, budget=None)
+    warm, cold = (engine_of(model, budget=b, prefill_tokens=PIECE) for b in (LARGE, None))
     ask(warm, first)
     snapshots = []
     for engine in (warm, cold):
