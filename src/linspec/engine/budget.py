@@ -162,6 +162,6 @@ class TokenBudget:
 def _up_to(sequence: RunningSequence, most: int, unit: int) -> int:
     """At most `most` further tokens of a prompt: all of them, or as many as end at a multiple of `unit`."""
     begin = sequence.prefilled
-    if sequence.prompt_length - begin <= most:
-        return sequence.prompt_length - begin
+    if sequence.unread <= most:
+        return sequence.unread
     return max(0, (begin + most) // unit * unit - begin)
