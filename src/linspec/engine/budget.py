@@ -30,6 +30,8 @@ _PATIENCE = 2
 # how fast new seconds are believed, and how many times what was known they count at most: other programs
 # take the cores now and then, which says nothing about the next step
 _RATE, _SPIKE = 0.25, 2.0
+# how fast a size that is too dear to be tried is forgotten, where smaller ones say that it may be cheaper
+_FADE = 0.02
 
 
 class StepTimes:
@@ -92,6 +94,13 @@ class StepTimes:
         else:
             # only that it is no hiccup is known of this size
             self._seen[size] = min(seen, _SPIKE * (self.reading(size) + self.decoding(1)))
+        self._fade(size)
+
+    def _fade(self, size: int) -> None:
+        """Larger sizes than the one that was seen: at most what it says of them, little by little."""
+        for larger in [each for each in self._seen if each > size]:
+            most = self._scaled(self._seen[size], size, larger)
+            self._seen[larger] -= _FADE * max(0.0, self._seen[larger] - most)
 
 
 def _blend(known: float, seen: float) -> float:
