@@ -136,6 +136,22 @@ def test_tools_that_need_not_be_called_leave_text_alone(client: openai.OpenAI) -
     assert text == found.message.content
 
 
+def test_an_answer_of_a_schema_may_be_a_call(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "talker",
+        "messages": HELLO,
+        "tools": TOOLS,
+        "temperature": 9.0,
+    }
+    found = {
+        client.chat.completions.create(**asked, response_format=FORMAT, seed=seed, max_tokens=200)
+        .choices[0]
+        .finish_reason
+        for seed in range(12)
+    }
+    assert {"stop", "tool_calls"} <= found
+
+
 BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"response_format": {"type": "jsn"}}, "response_format", "has the type text"),
     ({"response_format": {"type": "json_schema"}}, "response_format", "needs a schema"),

@@ -6,12 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import model_dir
 from prometheus_client.parser import text_string_to_metric_families
 
+from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import Stats
 from linspec.engine.results import Generation, Piece
@@ -213,3 +215,26 @@ def test_plain_decoding_is_estimated_from_the_price_of_drafts() -> None:
     stats.draft_price = 2.0
     assert plain_speed(stats) == (15.0, False)
     assert plain_speed(Stats()) == (0.0, False)
+
+
+def test_preemptions_and_prompts_are_counted_once(watched: Watched) -> None:
+    async def ask() -> None:
+        low = watched.worker.submit([request(priority=0), request(priority=0)])
+        async for _ in low:
+            break
+        high = watched.worker.submit([request(priority=1)])
+        for job in (high, low):
+            async for _ in job:
+                pass
+
+    def request(priority: int) -> Request:
+        params = SamplingParams(max_tokens=40, ignore_eos=True)
+        return replace(watched.llm.request(PROMPTS[0], params), priority=priority)
+
+    asyncio.run(ask())
+    watched.worker.stop(1)
+    values = watched.values()
+    assert values["num_preemptions_total"] == 1
+    assert values["generation_tokens_total"] == 120
+    length = len(watched.llm.encode(PROMPTS[0]))
+    assert values["prompt_tokens_total"] == values["prefix_cache_queries_total"] == 3 * length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -76,7 +77,8 @@ HISTORY: list[dict[str, Any]] = [
 
 
 def use(template: str) -> ToolUse:
-    tokenizer = tiny_tokenizer()
+    # the tiny one is shared by all tests
+    tokenizer = copy.copy(tiny_tokenizer())
     tokenizer.chat_template = template
     return ToolUse(TextEncoder(tokenizer, len(tokenizer)))
 
@@ -202,7 +204,7 @@ def test_a_template_that_knows_tools_gets_them_and_another_is_told_in_words() ->
     assert text.count("<|system|>") == 1 and text.startswith(
         "<|system|>Be short.\n\nYou have access"
     )
-    assert "Says what the weather is." in text and "<tool_response>\nrain\n</tool_response>" in text
+    assert "Says what the weather is." in text and "Result of the tool: rain" in text
     assert read(text.split("<|assistant|>")[1], [])[1] == [("get_weather", {"city": "Bo"})]
     assert "You have access" not in plain.text(HISTORY, ())
     assert plain.text(HISTORY[1:2], TOOLS).startswith("<|system|>You have access")

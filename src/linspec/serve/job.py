@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from linspec.decoding.outcome import Outcome
 from linspec.decoding.request import Request
-from linspec.engine.results import Collector, Piece
+from linspec.engine.results import Collector, Generation, Piece
 from linspec.engine.streams import Stream
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Job:
             token and ended, in seconds of the worker's clock; None before.
         error: what broke all of them; a sequence that failed alone has its error in its last piece.
         cancelled: whether the caller wanted no more.
-        reasons: why each sequence ended that did, such as 'stop'; `left` of them did not.
+        finished: the outputs that came to their end; `left` of them did not.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Job:
         self.ended: float | None = None
         self.error: BaseException | None = None
         self.cancelled = False
-        self.reasons: list[str] = []
+        self.finished: list[Generation] = []
         # what the worker's thread alone knows: the engine's stream, and what collects open sequences
         self.stream: Stream | None = None
         self._open: dict[tuple[int, int], Collector] = {}
@@ -125,7 +125,7 @@ class Job:
         if piece.done is None:
             return False
         del self._open[place]
-        self.reasons.append(piece.done.finish_reason)
+        self.finished.append(piece.done)
         self.left -= 1
         return True
 

@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from linspec.decoding.outcome import Outcome
-from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.sequence import UNPLACED
 
 if TYPE_CHECKING:
     from linspec.serve.worker import Job, Stepped, Worker
@@ -61,7 +61,7 @@ GAUGES = {
     "num_requests_running": "Sequences that have a slot.",
     "num_requests_waiting": "Sequences that wait for one.",
     "max_num_seqs": "Slots.",
-    "kv_cache_usage_perc": "Share of the slots that are taken; 1 is all.",
+    "kv_cache_usage_perc": "Share of the memory of states that is taken, of the slots without a limit.",
     "state_bytes": "Memory of the states of running sequences.",
 }
 REFUSED = "requests_refused"
@@ -114,27 +114,33 @@ class _Live(Collector):
 
 
 def _now(worker: Worker) -> dict[str, float]:
-    running = worker.running
+    running, used = worker.running, state_bytes(worker)
+    memory = worker.llm.engine.scheduler.memory
     return {
         "num_requests_running": running,
         "num_requests_waiting": worker.waiting,
         "max_num_seqs": worker.slots,
-        "kv_cache_usage_perc": running / worker.slots,
-        "state_bytes": state_bytes(worker),
+        "kv_cache_usage_perc": running / worker.slots if memory is None else used / memory.limit,
+        "state_bytes": used,
     }
 
 
 def state_bytes(worker: Worker) -> int:
     """Memory of the states of running sequences."""
     engine = worker.llm.engine
-    return sum(engine.state.bytes(each.slot) for each in list(engine.scheduler.running))
+    # who is pre-empted meanwhile has no slot
+    slots = [each.slot for each in list(engine.scheduler.running)]
+    return sum(engine.state.bytes(slot) for slot in slots if slot != UNPLACED)
 
 
 class _OpenJob:
-    """What is known of a job that has not ended: when each sequence got its last token, and how many."""
+    """What is known of a job that has not ended.
+
+    last: when each sequence got tokens, and how often it was pre-empted until then. tokens: of all of them.
+    """
 
     def __init__(self) -> None:
-        self.last: dict[int, float] = {}
+        self.last: dict[int, tuple[float, int]] = {}
         self.tokens = 0
 
 
@@ -192,15 +198,13 @@ class ModelMetrics:
         job.tokens += count
         self._counters["generation_tokens"].inc(count)
         self._counters["rounds"].inc()
-        before = job.last.get(sequence.number)
-        job.last[sequence.number] = now
+        before, preempted = job.last.get(sequence.number, (None, 0))
+        job.last[sequence.number] = now, sequence.preempted
+        self._counters["num_preemptions"].inc(sequence.preempted - preempted)
         if before is None:
-            self._prompt(sequence)
+            self._counters["prompt_tokens"].inc(sequence.prompt_tokens)
         else:
             self._times["inter_token_latency_seconds"].observe(now - before)
-
-    def _prompt(self, sequence: RunningSequence) -> None:
-        self._counters["prompt_tokens"].inc(sequence.prompt_tokens)
 
     def _drafts(self, outcome: Outcome, drafted: int, accepted: int) -> None:
         name = outcome.drafter
@@ -213,8 +217,10 @@ class ModelMetrics:
     def ended(self, job: Job) -> None:
         """Times of a whole job, and why its outputs ended."""
         known = self._open.pop(job.number, None) or _OpenJob()
-        for reason in job.reasons:
-            self._count("request_success", 1, reason)
+        for output in job.finished:
+            self._count("request_success", 1, output.finish_reason)
+            self._counters["prefix_cache_queries"].inc(output.prompt_tokens)
+            self._counters["prefix_cache_hits"].inc(output.cached_tokens)
         if job.left:
             self._count("request_success", job.left, "abort" if job.cancelled else "error")
         if job.ended is None:

@@ -206,8 +206,9 @@ class ToolUse:
         """
         if choice.needed:
             return Grammar.cfg("\n".join(["start: calls", *self._rules(choice)]))
-        tagged = self.form.first.startswith("<")
-        if answer is None or answer.kind != JSON_SCHEMA or not choice.tools or not tagged:
+        if answer is None or answer.kind != JSON_SCHEMA or not choice.tools:
+            return answer
+        if not self.form.first.startswith("<"):
             return answer
         plain = f"answer: {_json_of(json.loads(answer.text))}"
         return Grammar.cfg("\n".join(["start: calls | answer", plain, *self._rules(choice)]))
@@ -246,7 +247,7 @@ def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message for a template that knows neither calls nor their results."""
     content = message.get("content") or ""
     if message.get("role") == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+        return {"role": "user", "content": f"Result of the tool: {content}"}
     if not message.get("tool_calls"):
         return {**message, "content": content}
     calls = [
@@ -288,8 +289,8 @@ def _told(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[dic
     described = json.dumps([tool.to_json()["function"] for tool in tools], ensure_ascii=False)
     said = (
         f"You have access to the following tools:\n<tools>{described}</tools>\n\nTo call tools, answer with "
-        f"a list of calls in exactly this form and nothing else:\n{example}\n\nResults come back between "
-        "<tool_response> and </tool_response>. If no tool is of use, answer in plain text."
+        f"a list of calls in exactly this form and nothing else:\n{example}\n\nIf no tool is of use, or when "
+        "you have the result of one, answer in plain text."
     )
     if messages and messages[0].get("role") in ("system", "developer"):
         first = {**messages[0], "content": f"{messages[0]['content']}\n\n{said}"}

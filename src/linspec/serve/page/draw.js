@@ -46,14 +46,15 @@ export function append(element, round) {
   element.append(...parts.slice(0, own).map(written), ...lost, ...parts.slice(own).map(written));
 }
 
-/** Rounds that follow one another become one where that shows the same. */
+/** Rounds as they are kept: those without drafts are one text. */
 export function packed(rounds) {
   const found = [];
-  for (const { parts, text, drafter, rejected } of rounds) {
+  for (const { parts = [], text, drafter, rejected = [] } of rounds) {
+    const drafted = rejected.length > 0 || parts.some((part) => part.drafter);
     const last = found.at(-1);
-    if (!parts && last && !last.parts) last.text += text;
-    else if (parts?.length === 0 && !rejected?.length) continue;
-    else found.push(parts ? { parts, drafter, rejected } : { text });
+    if (drafted) found.push({ parts, drafter, rejected });
+    else if (last && !last.parts) last.text += text;
+    else found.push({ text });
   }
   return found;
 }
