@@ -60,6 +60,23 @@ def test_two_hundred_clients_at_a_small_queue_are_served_or_told_when(
     assert quiet(worker)
 
 
+@pytest.mark.slow
+def test_a_thousand_connections_at_once_are_all_answered(narrow: tuple[str, Worker]) -> None:
+    address, worker = narrow
+
+    async def ask(web: httpx.AsyncClient) -> int:
+        return (await web.post("/v1/completions", json=SHORT)).status_code
+
+    async def all_of_them() -> Counter[int]:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as web:
+            return Counter(await asyncio.gather(*(ask(web) for _ in range(1000))))
+
+    found = asyncio.run(all_of_them())
+    assert set(found) <= {200, 429} and sum(found.values()) == 1000
+    assert found[200] >= 8 and quiet(worker)
+
+
 def test_more_outputs_than_there_is_ever_room_for_is_a_400(narrow: tuple[str, Worker]) -> None:
     got = httpx.post(f"{narrow[0]}/v1/completions", json={**LONG, "n": 9})
     assert got.status_code == 400

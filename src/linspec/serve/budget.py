@@ -22,8 +22,8 @@ class MemoryBudget:
     """Bytes of a model and of its sequences.
 
     length: tokens of the longest sequence. state: bytes of one such sequence; kv: those of them that are in
-    caches that grow. available: what there is for states, by the settings or what the machine has left; None
-    if it does not say.
+    caches that grow. available: what there is for states, by the settings or by what the machine has left;
+    None if it does not say.
     """
 
     slots: int
