@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 
@@ -125,15 +125,6 @@ class Eagle(Drafter):
     def finished(self, sequence: RunningSequence) -> None:
         self._held.forget(sequence.slot)
         self._read.pop(sequence.slot, None)
-
-    def paused(self, sequence: RunningSequence) -> Any:
-        """The entries: the target's states that they were made of are not handed out again."""
-        copy = self.state.snapshot(sequence.slot)
-        return self._records.pop(sequence.slot, _Record()), copy
-
-    def resumed(self, sequence: RunningSequence, kept: Any) -> None:
-        self._records[sequence.slot], copy = kept
-        self.state.restore(sequence.slot, copy)
 
     def passed(self, sequence: RunningSequence) -> None:
         self._held.keep(sequence)
