@@ -66,9 +66,9 @@ class MemoryBudget:
         total = self.slots * self.state
         said = (
             f"weights {_size(self.weights)}, drafters {_size(self.drafters)}, prefix cache up to "
-            f"{_size(self.prefixes)}; {self.slots} slots of {_size(self.state)} at {self.length:,} tokens "
-            f"are {_size(total)} (KV caches {_size(self.slots * self.kv)}); {self.concurrency} such sequences "
-            f"at once, {self.queue} wait"
+            f"{_size(self.prefixes)}; {self.slots} slots of {_size(self.state)} at {self.length:,} "
+            f"tokens are {_size(total)} (KV caches {_size(self.slots * self.kv)}); "
+            f"{self.concurrency} such sequences at once, {self.queue} wait"
         )
         if self.concurrency < self.slots:
             said += f"; {_size(self.available or 0)} are there for states"
