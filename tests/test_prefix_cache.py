@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from block_drafters import make_net
 from block_drafters import make_target as block_target
 from drafters.test_eagle import Lucky, random_net
 from guests import paged_state, soft_prompt
-from helpers import MIXER_NAMES, VOCAB, assert_same_bytes, random_tokens, tiny_model
+from helpers import MIXER_NAMES, assert_same_bytes, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import DRAFTERS, SLOTS
@@ -150,6 +149,35 @@ def test_requests_that_are_dropped_leave_a_sound_cache(mixer: str, seed: int) ->
         cached.abort(handle)
         check_books(cache_of(cached))
         assert output(ask(cached, prompt)) == output(ask(plain, prompt))
+
+
+@pytest.mark.parametrize("drafter", [None, "lookup", "eagle"])
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+@settings(max_examples=4)
+@given(seed=st.integers(0, 2**20))
+def test_sequences_that_leave_their_slots_keep_sound_states(
+    mixer: str, drafter: str | None, seed: int
+) -> None:
+    rng, model, asked = random.Random(seed), model_of(mixer), prompts(seed, 6)
+    plain = engine_of(model, budget=None)
+    longest = plain.state.bytes_at(2 * max(map(len, asked)))
+    made = KINDS[drafter](model) if drafter else None
+    cached = engine_of(model, made, state_bytes=longest, prefill_tokens=rng.choice([64, 100]))
+    params = SamplingParams(max_tokens=20)
+    for _ in range(2):
+        waiting, done = list(range(len(asked))), {}
+        handles = {}
+        while waiting or cached.busy:
+            if waiting and rng.random() < 0.6:
+                which = waiting.pop()
+                request = Request(tuple(asked[which]), params, priority=rng.randint(0, 2))
+                handles[cached.add(request)] = which
+            for outcome in cached.step():
+                assert outcome.error is None
+                if outcome.finished:
+                    done[handles[outcome.sequence.request]] = output(outcome.sequence)
+        assert [done[i] for i in range(6)] == [output(ask(plain, each, params)) for each in asked]
+        check_books(cache_of(cached))
 
 
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
@@ -362,9 +390,8 @@ def test_options_are_checked(stride: Any) -> None:
 
 def test_pieces_end_where_a_state_is_to_be_kept() -> None:
     sequence = RunningSequence(1, None, [1] * 200, 200, stops=(64, 128, 300))  # type: ignore[arg-type]
-    ends = []
+    ends: list[int] = []
     while sequence.unread:
         sequence.prefilled += sequence.unread
         ends.append(sequence.prefilled)
-    assert ends == [64, 128, 200] and all(a < b for a, b in pairwise(ends))
-    assert VOCAB
+    assert ends == [64, 128, 200]

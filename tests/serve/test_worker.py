@@ -60,6 +60,17 @@ def any_params(rng: random.Random) -> SamplingParams:
     )
 
 
+def test_nobody_is_served_what_another_ones_prompt_has_left() -> None:
+    llm = LLM(model_dir("softmax"), prefix_cache="10MB")
+    with Worker(llm, queue_limit=9) as worker:
+        found = []
+        for tenant in ("", "a", "a", "b", ""):
+            asked = llm.request("the end of it " * 9, SamplingParams(max_tokens=3))
+            (answer,) = asyncio.run(read(worker.submit([asked], tenant=tenant)))
+            found.append(answer.cached_tokens > 0)
+    assert found == [False, False, True, False, True]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_callers_gets_what_each_gets_alone(worker: Worker, seed: int) -> None:
     rng = random.Random(seed)

@@ -63,6 +63,9 @@ def serve(
         finally:
             for worker in workers.values():
                 worker.stop(0)
+                if (cache := worker.llm.engine.prefix_cache) is not None:
+                    # for the next start
+                    cache.flush()
 
 
 def named_models(models: Sequence[str]) -> dict[str, str]:
