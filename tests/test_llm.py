@@ -13,6 +13,7 @@ from helpers import full_logits
 from linspec.decoding.sampling import SamplingParams
 from linspec.errors import CheckpointError, ConfigError, ContextOverflow, DrafterError, InputError
 from linspec.llm import LLM
+from linspec.utils.sizes import bytes_of
 
 PROMPTS = ["ab cd end", "def f(x):", "é", "the end " * 4, "abcd" * 9]
 
@@ -271,3 +272,42 @@ def test_closed_streams_give_their_slots_back(plain: LLM) -> None:
         stream.close()
         assert sorted(plain.engine.scheduler.free) == [0, 1, 2]
         assert not any(plain.engine.state.staged(slot) for slot in range(3))
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_the_next_turn_of_a_text_is_read_from_its_end(mixer: str, tmp_path: Path) -> None:
+    llm, plain = make(mixer, prefix_cache="20MB", prefix_store=tmp_path / "store"), make(mixer)
+    params, prompt = SamplingParams(max_tokens=9), "def f(x): return the end " * 3
+    first = llm.generate(prompt, params)[0]
+    assert first.cached_tokens == 0 and "cached_tokens" not in first.to_json()
+    turn = [*llm.encode(prompt), *first.token_ids, *llm.encode("the end")]
+    again = llm.generate(turn, params)[0]
+    assert again.cached_tokens == first.prompt_tokens + len(first.token_ids) - 1
+    assert again.to_json()["cached_tokens"] == again.cached_tokens
+    assert again.token_ids == plain.generate(turn, params)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"prefix_cache": 0}, r"prefix_cache must be a number of bytes above 0.*got 0"),
+        ({"prefix_cache": "much"}, "prefix_cache must be a number of bytes .*'much'"),
+        ({"prefix_cache": True}, "prefix_cache must be a number of bytes"),
+        ({"prefix_cache": "1.2.3MB"}, "prefix_cache must be a number of bytes"),
+        (
+            {"prefix_store": "here"},
+            "prefix_store keeps what leaves the memory.*give prefix_cache too",
+        ),
+    ],
+)
+def test_a_prefix_cache_has_a_size(settings: dict[str, object], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        make(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("512MB", 512 * 10**6), ("2GiB", 2**31), ("1.5 KB", 1500), ("77", 77), (5, 5), ("3B", 3)],
+)
+def test_sizes_in_bytes(text: object, expected: int) -> None:
+    assert bytes_of("size", text) == expected

@@ -34,6 +34,7 @@ from linspec.engine.encoding import (
 )
 from linspec.engine.engine import Engine
 from linspec.engine.grammar import Grammars
+from linspec.engine.prefix_cache import PrefixOptions
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
 from linspec.engine.streams import EngineStreams
@@ -45,7 +46,7 @@ from linspec.policies import check_policy, make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
 from linspec.utils.messages import shown
-from linspec.utils.sizes import check_bytes, check_positive, check_size
+from linspec.utils.sizes import bytes_of, check_bytes, check_positive, check_size
 from linspec.verifiers import make_verifier
 from linspec.verifiers.base import Verifier
 
@@ -81,6 +82,10 @@ class LLM:
             another dtype than float32, it is what the model computes in. 'float32', 'float16', 'bfloat16';
             'int8' needs about a quarter of the memory of float32.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
+        prefix_cache: memory for the states of earlier prompts and outputs, so that what a prompt begins with
+            is not read again: bytes, or a text such as '512MB'. None keeps nothing.
+        prefix_store: a directory for states that leave that memory; `engine.prefix_cache.flush()` writes the
+            others there. It holds the texts too.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
@@ -110,6 +115,8 @@ class LLM:
         quantize: int | None = None,
         kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
+        prefix_cache: int | str | None = None,
+        prefix_store: str | Path | None = None,
         loop: str = "auto",
         kv: str | None = None,
     ) -> None:
@@ -124,6 +131,7 @@ class LLM:
             check_positive("tbt_ms", tbt_ms)
         if state_bytes is not None:
             check_bytes("state_bytes", state_bytes)
+        prefixes = _prefixes(prefix_cache, prefix_store)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
         computed = pick_dtype("float32" if dtype is None else dtype, source, place)
@@ -161,6 +169,7 @@ class LLM:
             max_model_len=max_model_len,
             loop=_loop(loop, self.model),
             grammars=self.grammars,
+            prefix_cache=prefixes,
         )
         self.streams = EngineStreams(self.engine)
 
@@ -339,6 +348,18 @@ def _no_model(given: object) -> WrongType:
         f"a model is a name, a path or a loaded model of linspec's, got {shown(repr(given))}; see "
         "linspec.load"
     )
+
+
+def _prefixes(size: int | str | None, store: str | Path | None) -> PrefixOptions | None:
+    if size is not None:
+        place = None if store is None else Path(store)
+        return PrefixOptions(bytes=bytes_of("prefix_cache", size), store=place)
+    if store is not None:
+        raise ConfigError(
+            "prefix_store keeps what leaves the memory of a prefix cache, and there is none; give "
+            "prefix_cache too, such as prefix_cache='512MB'"
+        )
+    return None
 
 
 def _loop(loop: object, model: CausalModel) -> str:

@@ -176,6 +176,21 @@ def test_the_largest_slices_are_found_where_nothing_is_known_of_them() -> None:
     assert server.steps[-5][1] in (best, best - PIECE)
 
 
+def test_a_machine_that_was_slow_for_a_while_reads_as_much_as_before() -> None:
+    """Large slices looked too dear then, and nobody would have tried them again."""
+    server = Server(MACHINES["bound by memory"], 150.0)
+    busy(server)
+    server.submit(99, 10**6)
+    sizes = []
+    for factor in (1.0, 4.0, 1.0):
+        server.machine = lambda nodes, factor=factor: factor * MACHINES["bound by memory"](nodes)  # type: ignore[misc]
+        for _ in range(400):
+            server.step()
+        sizes.append(sum(tokens for _, tokens in server.steps[-100:]) / 100)
+    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[2] > 0.8 * sizes[0]
+
+
 @pytest.mark.parametrize("budget", [64, 128, 512])
 def test_every_step_reads_as_much_as_it_may(budget: int) -> None:
     """Sarathi-Serve's invariants B and C, for prompts of all lengths that come at any time."""

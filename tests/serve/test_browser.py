@@ -12,6 +12,7 @@ import pytest
 from api_server import running
 
 from linspec.llm import LLM
+from linspec.serve.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -163,6 +164,20 @@ def test_a_server_that_refuses_is_quoted(browser: Any, address: str) -> None:
         page.press("#ask", "Enter")
         page.wait_for_selector(".turn.wrong")
         assert "1000" in page.inner_text(".turn.wrong")
+
+
+def test_a_key_is_asked_for_and_then_enough(browser: Any) -> None:
+    llm = LLM("embedded-aug", drafter="suffix", max_batch=2)
+    with running({"embedded-aug": llm}, Settings.read(port=0, api_key="a-long-key")) as (found, _):
+        page = browser.new_page()
+        page.goto(found)
+        page.wait_for_selector("#reach:has-text('key')")
+        page.fill("[name=key]", "a-long-key")
+        page.wait_for_selector("figure output:not(:empty)", state="attached")
+        assert page.inner_text("#reach") == ""
+        ask(page, PROMPT, tokens=10)
+        assert "a-long-key" not in page.evaluate("JSON.stringify(localStorage)")
+        page.close()
 
 
 def test_what_a_model_writes_stays_text(browser: Any, address: str) -> None:

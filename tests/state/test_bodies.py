@@ -148,6 +148,24 @@ def test_a_history_of_rounds_equals_plain_lists(name: str, rounds: int, seed: in
         history.reference.check()
 
 
+@torch.inference_mode()
+def test_sums_depended_on_the_pieces_in_which_tokens_came() -> None:
+    whole, cut = History("grouped", 9), History("grouped", 9)
+    whole.stage(0, [5 * MAX_STAGED], long=True)
+    whole.commit_path(0, list(range(5 * MAX_STAGED)))
+    entries = whole.reference.committed[0]
+    for first in range(0, len(entries), MAX_STAGED):
+        piece = entries[first : first + MAX_STAGED]
+        for layer in range(LAYERS):
+            k, v = (torch.stack([e[which][layer] for e in piece], 1)[None] for which in (0, 1))
+            cut.body.stage(layer, 0, [len(piece)], k, v)
+        cut.body.record(0, chain_shape(len(piece)))
+        cut.body.commit(0, range(len(piece)))
+    for layer in range(LAYERS):
+        found, expected = (each.body.read_sums(layer, slice(0, 1)) for each in (cut, whole))
+        assert torch.equal(found, expected)
+
+
 @every_body
 @torch.inference_mode()
 def test_a_long_chain_reads_back_at_once(name: str) -> None:

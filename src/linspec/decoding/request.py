@@ -19,9 +19,11 @@ class Request:
         embeddings: [T, D], used instead of the embeddings of the tokens, for input that is no token: an
             image, speech, a trained prompt. The tokens then matter only for penalties and n-gram drafts.
         priority: requests of a higher number run first, and take the places of those of lower ones.
+        tenant: whom the request is for. Nothing that is kept of one tenant's prompts serves another tenant.
     """
 
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     embeddings: torch.Tensor | None = None
     priority: int = 0
+    tenant: str = ""

@@ -105,6 +105,9 @@ class RunningSequence:
         priority: of the request.
         preempted: how often it had to leave its slot to others before its end.
         parked: what it takes along while it has left its slot; None while it runs or has not begun.
+        tenant: whom the request is for, see `Request`.
+        cached_tokens: tokens of the prompt that a prefix cache had, so that no step read them.
+        stops: where pieces of the prompt have to end, ascending: a prefix cache keeps the states there.
     """
 
     number: int
@@ -124,6 +127,9 @@ class RunningSequence:
     priority: int = 0
     preempted: int = 0
     parked: Any = None
+    tenant: str = ""
+    cached_tokens: int = 0
+    stops: tuple[int, ...] = ()
 
     def append_hidden(self, states: Mapping[int, torch.Tensor]) -> None:
         """Add the states [P, D] of a further piece of the prompt, by layer."""
@@ -152,6 +158,12 @@ class RunningSequence:
     def prefilling(self) -> bool:
         """True until the whole prompt is committed."""
         return self.prefilled < self.prompt_length
+
+    @property
+    def unread(self) -> int:
+        """Prompt tokens that one step may read: up to the next of `stops`, or all that are left."""
+        ahead = (stop for stop in self.stops if stop > self.prefilled)
+        return min(next(ahead, self.prompt_length), self.prompt_length) - self.prefilled
 
     @property
     def emitted(self) -> int:

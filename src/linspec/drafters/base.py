@@ -152,7 +152,11 @@ class Drafter(ABC):
         """
 
     def started(self, sequence: RunningSequence) -> None:
-        """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet."""
+        """A request has its slot. `sequence.tokens` is its prompt; the target has read nothing of it yet.
+
+        A prefix cache may then give the slot the first `sequence.cached_tokens` tokens: no step reads these,
+        so `sequence.hidden` will have states of the later ones only, of one token at least.
+        """
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         """Learn from a verified tree with drafts; called before `sequence.tokens` grows.

@@ -21,13 +21,17 @@ from linspec.utils.sizes import check_positive, check_size
 PIECE = 64
 # where the target leaves less than a piece: the fewest tokens that are still added up in the same order
 LEAST = 16
+# sizes that the curve has
+_MEASURED = (LEAST, 2 * LEAST, PIECE)
 # share of the target that is planned for: the rest is for what no curve knows
 _AIM = 0.9
 # steps that may pass without any prompt token while prompts wait
 _PATIENCE = 2
-# a size that took longer than known is believed at once, one that took less little by little; a hiccup
-# counts at most so many times what was known
-_SLOWER, _QUICKER, _SPIKE = 0.5, 0.15, 2.0
+# how fast new seconds are believed, and how many times what was known they count at most: other programs
+# take the cores now and then, which says nothing about the next step
+_RATE, _SPIKE = 0.25, 2.0
+# how fast a size that is too dear to be tried is forgotten, where smaller ones say that it may be cheaper
+_FADE = 0.02
 
 
 class StepTimes:
@@ -38,14 +42,17 @@ class StepTimes:
 
     def __init__(self, curve: Callable[[float], float]) -> None:
         self._curve = curve
-        # how many times the curve's seconds a step without prompt tokens takes, with trees and drafts
-        self._slow = 1.0
+        # what a step without prompt tokens takes beside the curve's seconds: drafts, trees, Python
+        self._rest = 0.0
         # seconds that so many prompt tokens were seen to add; sizes double
         self._seen: dict[int, float] = {}
+        # how many times as much as the curve says the sizes that it has were seen to add
+        self._off = 1.0
 
     def decoding(self, sequences: int) -> float:
         """Seconds of a step in which so many sequences decode."""
-        return self._slow * self._curve(sequences) if sequences else 0.0
+        curve = self._curve(sequences)
+        return max(curve + self._rest, 0.1 * curve) if sequences else 0.0
 
     def reading(self, tokens: int) -> float:
         """Seconds that so many prompt tokens add: straight lines between the sizes that are known."""
@@ -57,11 +64,11 @@ class StepTimes:
         return self._scaled(seconds, size, tokens)
 
     def _points(self) -> list[tuple[int, float]]:
-        guessed = {
-            size: self._slow * max(self._curve(size) - self._curve(1), 0.0)
-            for size in (LEAST, 2 * LEAST, PIECE)
-        }
+        guessed = {size: self._off * self._by_curve(size) for size in _MEASURED}
         return [(0, 0.0), *sorted((guessed | self._seen).items())]
+
+    def _by_curve(self, tokens: int) -> float:
+        return max(self._curve(tokens) - self._curve(1), 1e-9)
 
     def _scaled(self, added: float, tokens: int, size: int) -> float:
         """What `size` tokens add at most where `tokens` add so much.
@@ -74,23 +81,31 @@ class StepTimes:
     def observe(self, sequences: int, tokens: int, seconds: float) -> None:
         """Learn from a step in which `sequences` decoded and `tokens` prompt tokens were read."""
         if not tokens:
-            known = self.decoding(sequences)
-            self._slow *= _blend(known, seconds) / known
+            self._rest = _blend(self.decoding(sequences), seconds) - self._curve(sequences)
             return
         # alone, prompt tokens pay for reading the weights too
         added = max(seconds - self.decoding(max(1, sequences)), 0.0)
         size = LEAST * 2 ** max(0, round(log2(tokens / LEAST)))
         seen = self._scaled(added, tokens, size)
+        if size in _MEASURED:
+            self._off = _blend(self._off, seen / self._by_curve(size))
         if size in self._seen:
             self._seen[size] = _blend(self._seen[size], seen)
         else:
             # only that it is no hiccup is known of this size
             self._seen[size] = min(seen, _SPIKE * (self.reading(size) + self.decoding(1)))
+        self._fade(size)
+
+    def _fade(self, size: int) -> None:
+        """Larger sizes than the one that was seen: at most what it says of them, little by little."""
+        for larger in [each for each in self._seen if each > size]:
+            most = self._scaled(self._seen[size], size, larger)
+            self._seen[larger] -= _FADE * max(0.0, self._seen[larger] - most)
 
 
 def _blend(known: float, seen: float) -> float:
     seen = min(seen, _SPIKE * known or seen)
-    return known + (_SLOWER if seen > known else _QUICKER) * (seen - known)
+    return known + _RATE * (seen - known)
 
 
 class TokenBudget:
@@ -162,6 +177,6 @@ class TokenBudget:
 def _up_to(sequence: RunningSequence, most: int, unit: int) -> int:
     """At most `most` further tokens of a prompt: all of them, or as many as end at a multiple of `unit`."""
     begin = sequence.prefilled
-    if sequence.prompt_length - begin <= most:
-        return sequence.prompt_length - begin
+    if sequence.unread <= most:
+        return sequence.unread
     return max(0, (begin + most) // unit * unit - begin)

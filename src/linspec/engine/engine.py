@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,8 @@ from linspec.engine.budget import StepTimes, TokenBudget
 from linspec.engine.limits import Limits
 from linspec.engine.loops import LOOPS, LoopContext
 from linspec.engine.preemption import Parked, StateMemory
+from linspec.engine.prefix_cache import PrefixCache, PrefixOptions
+from linspec.engine.prefix_store import model_key
 from linspec.engine.rounds import Rounds
 from linspec.engine.scheduler import Batch, Scheduler
 from linspec.errors import StateError, WrongType
@@ -51,7 +53,8 @@ class Engine:
     'int8'. max_model_len: most tokens of a prompt and its output. loop: NAME or NAME:key=value,… of a
     generation loop. tbt_ms: milliseconds of a step in which sequences decode and prompts are read; None reads
     `prefill_tokens` in every step. state_bytes: most bytes of the states of running sequences, None for no
-    limit. `clock` returns seconds; tests pass their own. grammars: makes rules of grammars.
+    limit. prefix_cache: keep states of texts for prompts that begin with them; None keeps nothing. `clock`
+    returns seconds; tests pass their own. grammars: makes rules of grammars.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Engine:
         loop: str = "autoregressive",
         tbt_ms: float | None = None,
         state_bytes: int | None = None,
+        prefix_cache: PrefixOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
         grammars: GrammarRules | None = None,
     ) -> None:
@@ -86,6 +90,12 @@ class Engine:
         self.limits = Limits(model, self.state, max_model_len, memory)
         self.scheduler = Scheduler(slots, budget, memory)
         self.rounds = Rounds(self.loop, model.config.vocab_size)
+        self.prefix_cache: PrefixCache | None = None
+        # another loop may make of a slot what its tokens do not say
+        if prefix_cache is not None and self.loop.reads_in_order:
+            stored = prefix_cache.store is not None
+            key = model_key(model, self.state, kv_cache_dtype) if stored else None
+            self.prefix_cache = PrefixCache(self.state, prefix_cache, key)
         self._requests = self._sequences = 0
         # handles that no request has yet
         self._reserved: set[int] = set()
@@ -177,6 +187,7 @@ class Engine:
             index=index,
             embeddings=request.embeddings,
             priority=request.priority,
+            tenant=request.tenant,
         )
 
     @property
@@ -214,7 +225,7 @@ class Engine:
                     self._driver = self._inside = (os.getpid(), threading.get_ident())
                     return self._step()
                 except BaseException:
-                    self.cancel()
+                    self._interrupted()
                     owed = False
                     raise
                 finally:
@@ -222,8 +233,15 @@ class Engine:
         except BaseException:
             # an interrupt may also come while the lock is given back: what was found is lost then
             if owed:
-                self.cancel()
+                self._interrupted()
             raise
+
+    def _interrupted(self) -> None:
+        """Drop all that a step which may have stopped anywhere has touched."""
+        self.cancel()
+        if self.prefix_cache is not None:
+            with self._lock:
+                self.prefix_cache.clear()
 
     def _step(self) -> list[Outcome]:
         outcomes = self._admit()
@@ -232,6 +250,7 @@ class Engine:
             # torch's threads would wait on the cores that the kernels' own threads need
             with nullcontext() if self.model.native is None else torch_on_one_thread():
                 found = self._round(batch)
+            self._keep_prompts(batch, found)
             outcomes += [self._closed(outcome) for outcome in found]
         return outcomes
 
@@ -247,6 +266,15 @@ class Engine:
             tokens = sum(count for _, count in batch.prefilling)
             budget.times.observe(len(batch.decoding), tokens, self.clock() - began)
         return found
+
+    def _keep_prompts(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
+        """Let the prefix cache keep prompts as far as this step has read them."""
+        if self.prefix_cache is None:
+            return
+        failed = {outcome.sequence for outcome in outcomes if outcome.error is not None}
+        for sequence, _ in batch.prefilling:
+            if sequence not in failed:
+                self.prefix_cache.passed(sequence)
 
     def abort(self, handle: int) -> None:
         """Drop what waits and runs of the request of `handle`; one that has ended is dropped already.
@@ -270,8 +298,15 @@ class Engine:
         leave its slot to others does not come back.
         """
         with self._lock:
-            running = self.scheduler.withdraw(lambda each: each is sequence)
-            return self._retire(sequence) if running else None
+            if not self.scheduler.withdraw(lambda each: each is sequence):
+                return None
+            self._keep(sequence)
+            return self._retire(sequence)
+
+    def _keep(self, sequence: RunningSequence) -> None:
+        """Let the prefix cache keep a sequence that has ended well."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.keep(sequence)
 
     def check_process(self) -> None:
         """Raise StateError or ConfigError in a forked process that has not all that this engine needs."""
@@ -304,6 +339,8 @@ class Engine:
         parked = sequence.parked
         if parked is None:
             self.loop.started(sequence)
+            if self.prefix_cache is not None:
+                self.prefix_cache.begin(sequence)
             return
         self.state.restore(sequence.slot, parked.state)
         self.loop.resumed(sequence, parked.loop)
@@ -323,6 +360,8 @@ class Engine:
 
     def _closed(self, outcome: Outcome) -> Outcome:
         """Free what a finished sequence held; a plug-in that cannot let go of it has failed it."""
+        if outcome.finished and outcome.error is None:
+            self._keep(outcome.sequence)
         error = self._retire(outcome.sequence) if outcome.finished else None
         if error is None or outcome.error is not None:
             return outcome

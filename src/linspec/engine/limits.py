@@ -67,6 +67,7 @@ class Limits:
                 "linear mixers have no such limit"
             )
         self._check_embeddings(request)
+        check_instance("tenant of a Request", request.tenant, str)
         self.state.check_room(size)
         params = self._within_memory(self._within(request.params, size, name), size, name)
         return replace(request, params=params)

@@ -71,6 +71,8 @@ class Generation:
             "prefill_seconds": stats.prefill_seconds,
             "decode_seconds": stats.decode_seconds,
         }
+        if self.cached_tokens:
+            found["cached_tokens"] = self.cached_tokens
         if stats.decision:
             found["decision"] = stats.decision
         if self.logprobs is not None:
@@ -206,6 +208,7 @@ class Collector:
             prompt_logprobs=None
             if params.prompt_logprobs is None
             else tuple(sequence.prompt_logprobs),
+            cached_tokens=sequence.cached_tokens,
         )
 
 

@@ -59,8 +59,14 @@ class GroupedState(BufferState):
         return max(0, held // self.spec.group + 1 - self.spec.span) * self.spec.group
 
     def _let_go(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self.spec.sum_width:
-            self.sums[layer, slot] = self.folds[layer](self.sums[layer, slot], keys, values)
+        if not self.spec.sum_width:
+            return
+        # group by group: a sum over several groups at once has other last bits, and what a slot remembers
+        # would depend on the pieces in which its tokens came
+        sums, group = self.sums[layer, slot], self.spec.group
+        for closing in zip(keys.split(group, 1), values.split(group, 1), strict=True):
+            sums = self.folds[layer](sums, *closing)
+        self.sums[layer, slot] = sums
 
     # ---- sums
 

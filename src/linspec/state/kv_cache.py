@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -20,6 +21,8 @@ from linspec.state.registry import STATES
 class KVCache(BufferState):
     """Nothing ever leaves, so committed entries can be overwritten, and long chains are staged in place."""
 
+    grows: ClassVar[bool] = True
+
     def _resting(self) -> int:
         return MAX_STAGED
 
@@ -27,6 +30,25 @@ class KVCache(BufferState):
         self._ensure(self._next(slot) + new)
         self.long[slot] = []
         return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
+
+    @torch.inference_mode()
+    def rows(self, slot: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of the entries of positions start..stop: keys [L, Hkv, C, K], values [L, Hkv, C, V]."""
+        history = self.spec.conv_history
+        keys = self.keys[:, slot, :, start:stop]
+        return keys.clone(), self.values[:, slot, :, history + start : history + stop].clone()
+
+    @torch.inference_mode()
+    def put_rows(self, slot: int, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Make `slot` the sequence whose entries are these `rows`, one piece behind the other."""
+        self.reset(slot)
+        self._ensure(sum(keys.shape[2] for keys, _ in pieces))
+        for keys, values in pieces:
+            at = self.lengths[slot]
+            self.keys[:, slot, :, at : at + keys.shape[2]] = keys
+            first = self.spec.conv_history + at
+            self.values[:, slot, :, first : first + keys.shape[2]] = values
+            self.lengths[slot] += keys.shape[2]
 
     def missing_bytes(self, length: int) -> int:
         missing = 0

@@ -6,11 +6,16 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from linspec.decoding.tree import Shape
 from linspec.errors import StateError
 from linspec.state.contract import LayerState, Makers, StateMaker, StateOptions
 from linspec.state.memory import check_growth
 from linspec.state.slots import NOTHING_STAGED
+
+# of each state that grows: entries of neighbouring positions, keys and values [L, Hkv, C, .]
+Rows = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +201,40 @@ class SequenceStates:
             part.check(piece)
         for part, piece in zip(self.parts, copy, strict=True):
             part.restore(slot, piece)
+        self._forget(slot)
+
+    @property
+    def only_grows(self) -> bool:
+        """Whether the state of a text has in it the state of each beginning of the text."""
+        return all(part.grows for part in self.parts)
+
+    def whole(self, slot: int, length: int) -> bool:
+        """Whether all layers have committed `length` tokens in `slot`; steps may have skipped some."""
+        return all(part.lengths[slot] == length for part in self._counted)
+
+    def rows(self, slot: int, start: int, stop: int) -> Rows:
+        """What `slot` holds of positions start..stop one by one, copied: see `rest`."""
+        return tuple(part.rows(slot, start, stop) for part in self.parts if part.grows)
+
+    def rest(self, slot: int) -> list[Any]:
+        """A copy of what `slot` holds beside its rows: sums, open groups, windows."""
+        return [part.snapshot(slot) for part in self.parts if not part.grows]
+
+    def rebuild(self, slot: int, rows: Sequence[Rows], rest: Sequence[Any]) -> None:
+        """Make `slot` the sequence whose `rows` these are, one piece behind the other, and whose `rest`.
+
+        Raises StateError, and changes nothing, if the rest is of another model.
+        """
+        others = [part for part in self.parts if not part.grows]
+        if len(others) != len(rest):
+            raise StateError(f"a rest of {len(rest)} parts does not fit {len(others)}")
+        for part, piece in zip(others, rest, strict=True):
+            part.check(piece)
+        for part, piece in zip(others, rest, strict=True):
+            part.restore(slot, piece)
+        growing = [part for part in self.parts if part.grows]
+        for part, pieces in zip(growing, zip(*rows, strict=True), strict=bool(rows)):
+            part.put_rows(slot, pieces)
         self._forget(slot)
 
     def fork(self, source: int, target: int) -> None:

@@ -49,6 +49,9 @@ class SlotStates:
     """
 
     counts_tokens = True
+    # whether it keeps every position one by one, so that what it holds of a text begins with what it holds of
+    # each beginning of it: then it has `rows` and `put_rows`
+    grows: ClassVar[bool] = False
     entries: EntryFormat = FLOATS
     # whether buffers are as compiled kernels expect them
     contiguous: ClassVar[bool] = False

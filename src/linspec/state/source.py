@@ -23,6 +23,7 @@ class SourceCache(KVCache):
     """`lengths` count the tokens of the sources. All nodes of all token trees share the entries."""
 
     counts_tokens = False
+    grows = False
     contiguous = False
 
     def fill(self, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:

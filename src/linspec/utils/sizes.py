@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from linspec.errors import ConfigError, WrongType
@@ -51,6 +53,28 @@ def check_size(name: str, value: object, *, least: int = 1) -> None:
 def check_bytes(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a whole number of bytes above 0; memory ends beyond all sizes."""
     check_size(name, min(value, 1) if type(value) is int else value)
+
+
+_UNITS = {"B": 1}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)}
+
+
+def bytes_of(name: str, value: object) -> int:
+    """A number of bytes, or a text such as '512MB' or '1.5 GiB'; raises ConfigError for anything else."""
+    number: object = value
+    if isinstance(value, str) and (
+        found := re.fullmatch(r"([\d.]+)\s*([KMGT]?i?B)?", value.strip())
+    ):
+        unit = found[2] or "B"
+        with suppress(ValueError, KeyError, OverflowError):
+            number = int(float(found[1]) * _UNITS[unit])
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ConfigError(
+            f"{name} must be a number of bytes above 0, such as 500000000, '512MB' or '2GiB', got "
+            f"{quoted(value)}"
+        )
+    return number
 
 
 def check_positive(name: str, value: object, *, zero: bool = False) -> None:

@@ -56,6 +56,7 @@ class Autoregressive(GenerationLoop):
     """Rounds of drafts; without a drafter every round is one plain step."""
 
     preempts = True
+    reads_in_order = True
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         super().__init__(context, options)
@@ -140,8 +141,9 @@ class Autoregressive(GenerationLoop):
 
     def _verified(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Outcome:
         accepted = self.verifier.accept(tree, output.logits[: len(tree)], sequence.sampler)
-        path = accepted.path
-        self.target.state.commit(sequence.slot, path)
+        path, (tokens, finished) = accepted.path, self._ending(sequence, tree, accepted)
+        # the state ends where the output does, as it would without drafts
+        self.target.state.commit(sequence.slot, path[: len(tokens)])
         sequence.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
             expected = self.drafter.score(sequence, tree)
@@ -157,7 +159,7 @@ class Autoregressive(GenerationLoop):
         # nearly always the first nodes, of which a view is enough
         kept = slice(len(path)) if path[-1] == len(path) - 1 else list(path)
         sequence.hidden = {n: output.hidden[n][kept] for n in self.kept}
-        return self._extended(sequence, tree, accepted)
+        return self._extended(sequence, tree, accepted, tokens, finished)
 
     def _check_tokens(self, sequence: RunningSequence, end: tuple[int, list[int]]) -> None:
         """Raise DrafterError if the drafter wrote to the tokens that ended so before."""
@@ -172,21 +174,31 @@ class Autoregressive(GenerationLoop):
             return []
         tree = root_only(sequence.root)
         accepted = self.verifier.accept(tree, output.logits[-1:], sequence.sampler)
-        return [self._extended(sequence, tree, accepted)]
+        return [self._extended(sequence, tree, accepted, *self._ending(sequence, tree, accepted))]
 
-    def _extended(self, sequence: RunningSequence, tree: TokenTree, accepted: Accepted) -> Outcome:
-        """Append the round's tokens, up to the end of the sequence or the request's limit."""
-        tokens, finished = accepted.emitted(tree)[: sequence.remaining], None
+    def _ending(
+        self, sequence: RunningSequence, tree: TokenTree, accepted: Accepted
+    ) -> tuple[tuple[int, ...], str | None]:
+        """The round's tokens, up to the end of the sequence or the request's limit, and that end."""
+        tokens = accepted.emitted(tree)[: sequence.remaining]
         ends = [i for i, token in enumerate(tokens) if token in sequence.sampler.ends]
         if ends:
-            tokens, finished = tokens[: ends[0] + 1], "stop"
+            return tokens[: ends[0] + 1], "stop"
+        limit = self.limit
+        last = limit and len(sequence.tokens) + len(tokens) > limit
+        return tokens, "length" if last or sequence.remaining <= len(tokens) else None
+
+    def _extended(
+        self,
+        sequence: RunningSequence,
+        tree: TokenTree,
+        accepted: Accepted,
+        tokens: tuple[int, ...],
+        finished: str | None,
+    ) -> Outcome:
+        """Append what `_ending` says of the round."""
         sequence.tokens += tokens
         sequence.sampler.observe(tokens)
-        limit = self.limit
-        if finished is None and (
-            sequence.remaining <= 0 or (limit and len(sequence.tokens) > limit)
-        ):
-            finished = "length"
         if len(tree) == 1 or self.drafter is None:
             return Outcome(sequence, tokens, accepted, finished)
         judged, author = tree.without_proposals(), self.drafter.author(sequence)

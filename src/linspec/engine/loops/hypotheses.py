@@ -28,6 +28,9 @@ class HypothesisLoop(GenerationLoop):
     cuts the output and ends no hypothesis earlier.
     """
 
+    # the prompt alone: hypotheses have slots of their own
+    reads_in_order = True
+
     def __init__(self, context: LoopContext, options: Any, width: int) -> None:
         super().__init__(context, options)
         self.clock = context.clock
