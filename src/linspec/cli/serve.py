@@ -11,7 +11,7 @@ import typer
 from linspec.cli.checks import check_serve_extra, real, whole
 from linspec.cli.console import guarded, importing, quiet_stdout, say
 from linspec.cli.groups import grouped
-from linspec.cli.options import Decoding, given
+from linspec.cli.options import Decoding, DrafterName, given
 
 Count = whole()
 
@@ -56,6 +56,18 @@ class Serving:
     state_mib: Annotated[
         int | None,
         typer.Option(callback=Count, help="MiB of the states of running sequences."),
+    ] = None
+    prefix_mib: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(0),
+            help="MiB for states of earlier prompts and answers; 0 keeps none.",
+            show_default="256",
+        ),
+    ] = None
+    prefix_store: Annotated[
+        Path | None,
+        typer.Option(help="A directory for those that leave this memory; it holds texts too."),
     ] = None
     max_model_len: Annotated[
         int | None,
@@ -104,11 +116,18 @@ class Serving:
         return {name: value for name, value in found.items() if value != []}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drafting(Decoding):
+    """What decodes, drafts included: the policy leaves them out where they do not pay."""
+
+    drafter: DrafterName = "auto"
+
+
 @grouped
 @guarded("the server has ended")
 def serve(
     serving: Serving,
-    decoding: Decoding,
+    decoding: Drafting,
     models: Annotated[
         list[str] | None,
         typer.Argument(

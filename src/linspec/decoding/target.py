@@ -65,6 +65,8 @@ class Target:
             for each in inputs:
                 self.state.drop(each.slot)
             raise
+        if len(inputs) == 1:
+            return [NodeOutput(output.logits, {FINAL: output.hidden, **output.layers})]
         found: dict[int, NodeOutput] = {}
         for place, i in enumerate(order):
             part = output.slices[place]

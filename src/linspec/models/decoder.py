@@ -261,7 +261,8 @@ class Decoder(nn.Module):
         if native is not None:
             inner = sorted(path.wanted)
             hidden, logits, found = native.run(inputs, shapes, positions, wanted, state, inner)
-            path.found.update(zip(inner, found, strict=True))
+            if inner:
+                path.found.update(zip(inner, found.unbind(), strict=True))
         else:
             x, ropes = self._enter_nodes(inputs, positions)
             dense_groups = dense_groups_of(inputs, shapes)

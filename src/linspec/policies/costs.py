@@ -40,12 +40,26 @@ class CostCurve:
     seconds: Mapping[int, float]
 
     def __call__(self, nodes: float) -> float:
+        # asked in every round
+        if nodes in self._known:
+            return self._known[nodes]
+        found = self._between(nodes)
+        if isinstance(nodes, int):
+            self._known[nodes] = found
+        return found
+
+    def _between(self, nodes: float) -> float:
         points = self._points
         if len(points) == 1:
             return points[0][1]
         right = min(max(bisect_left(points, (nodes, 0.0)), 1), len(points) - 1)
         (a, low), (b, high) = points[right - 1], points[right]
         return max(low + (high - low) / (b - a) * (nodes - a), 1e-9)
+
+    @cached_property
+    def _known(self) -> dict[float, float]:
+        """What was asked of whole numbers of nodes."""
+        return {}
 
     @cached_property
     def _points(self) -> list[tuple[int, float]]:

@@ -24,8 +24,8 @@ from linspec.policies.planner import affordable, sizes_up_to
 
 _FORGET = 0.98
 _FIRST_NODES = 4
-# how often the size to ask for is chosen anew
-_REPLAN_ROUNDS = 8
+# how often the size to ask for is chosen anew, and how often where nothing was drafted meanwhile
+_REPLAN_ROUNDS, _IDLE_ROUNDS = 8, 64
 # rounds' worth of the assumption that drafting pays
 _HOPE = 6.0
 
@@ -67,7 +67,7 @@ class SpecDecPP(Policy):
             Exploration(),
         )
         self._trees: dict[int, TokenTree] = {}
-        self._size, self._age = 0, _REPLAN_ROUNDS
+        self._size, self._age, self._news = 0, _REPLAN_ROUNDS, True
         # tokens and plain rounds' time of a round; what a round with drafts brings beyond a plain one
         self._tokens, self._rounds = _Mean(1.0), _Mean(1.0)
         self._surplus = _Mean(0.5, _HOPE)
@@ -92,8 +92,8 @@ class SpecDecPP(Policy):
         if self.costs.wants_plain():
             return [NO_DRAFTS] * len(sequences)
         self._age += 1
-        if self._age >= _REPLAN_ROUNDS:
-            self._age, self._size = 0, self._best_size(drafter)
+        if self._age >= (_REPLAN_ROUNDS if self._news else _IDLE_ROUNDS):
+            self._age, self._news, self._size = 0, False, self._best_size(drafter)
         # where asking costs next to nothing, `keep` alone decides
         if self._size and (drafter.model_free or self._surplus.value > 0):
             sizes = [self._size] * len(sequences)
@@ -123,11 +123,13 @@ class SpecDecPP(Policy):
 
     def _attempts(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[int]:
         """A small tree for one sequence now and then, while drafting does not pay."""
-        small = sizes_up_to(min(drafter.max_nodes, _FIRST_NODES))
-        size = affordable(small, len(sequences), self.costs, self.exploration.credit)
+        sizes = [0] * len(sequences)
         due = (i for i, each in enumerate(sequences) if self.exploration.due(each.slot, True))
-        first = next(due, None) if size else None
-        return [size if i == first else 0 for i in range(len(sequences))]
+        first = next(due, None)
+        if first is not None:
+            small = sizes_up_to(min(drafter.max_nodes, _FIRST_NODES))
+            sizes[first] = affordable(small, len(sequences), self.costs, self.exploration.credit)
+        return sizes
 
     def keep(self, sequence: RunningSequence, tree: TokenTree) -> int:
         """The first nodes that bring most beyond what their seconds would bring elsewhere."""
@@ -172,11 +174,13 @@ class SpecDecPP(Policy):
         if self._doubted is not None and self.costs.contradicts:
             self._doubted()
             self._doubted = None
-        plain = self.costs.round(count)
         # a verifier that judges every draw keeps them all, and nobody is asked
-        kept = times.nodes - count
-        spent = self.costs.round(times.nodes) / plain
+        kept, spent = times.nodes - count, 1.0
+        if kept or self._drafted:
+            plain = self.costs.round(count)
+            spent = self.costs.round(times.nodes) / plain
         if self._drafted:
+            self._news = True
             spent += self.costs.drafting(max(1, self._asked // count)) / plain
             self._share.add(kept / self._asked)
             self._surplus.add(self._accepted / count - (spent - 1))

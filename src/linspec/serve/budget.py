@@ -22,7 +22,7 @@ class MemoryBudget:
     """Bytes of a model and of its sequences.
 
     length: tokens of the longest sequence. state: bytes of one such sequence; kv: those of them that are in
-    caches that grow. available: what there is for states, by the settings or by what the machine has left;
+    caches that grow. prefixes: most bytes of states of earlier texts. available: what there is for states, by the settings or by what the machine has left;
     None if it does not say.
     """
 
@@ -33,6 +33,7 @@ class MemoryBudget:
     kv: int
     weights: int
     drafters: int
+    prefixes: int
     available: int | None
 
     @classmethod
@@ -49,6 +50,7 @@ class MemoryBudget:
             kv=sum(part.bytes_at(length) for part in growing),
             weights=weight_bytes(worker.llm.model),
             drafters=_drafter_bytes(engine.drafter),
+            prefixes=engine.prefix_cache.options.bytes if engine.prefix_cache else 0,
             available=available_bytes() if limit is None else limit,
         )
 
@@ -63,9 +65,10 @@ class MemoryBudget:
         """For people."""
         total = self.slots * self.state
         said = (
-            f"weights {_size(self.weights)}, drafters {_size(self.drafters)}; {self.slots} slots of "
-            f"{_size(self.state)} at {self.length:,} tokens are {_size(total)} (KV caches "
-            f"{_size(self.slots * self.kv)}); {self.concurrency} such sequences at once, {self.queue} wait"
+            f"weights {_size(self.weights)}, drafters {_size(self.drafters)}, prefix cache up to "
+            f"{_size(self.prefixes)}; {self.slots} slots of {_size(self.state)} at {self.length:,} tokens "
+            f"are {_size(total)} (KV caches {_size(self.slots * self.kv)}); {self.concurrency} such sequences "
+            f"at once, {self.queue} wait"
         )
         if self.concurrency < self.slots:
             said += f"; {_size(self.available or 0)} are there for states"

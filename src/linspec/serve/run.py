@@ -136,6 +136,8 @@ def _engine_options(settings: Settings) -> dict[str, Any]:
         "max_model_len": settings.max_model_len,
         "tbt_ms": settings.tbt_ms,
         "state_bytes": None if mib is None else mib * 2**20,
+        "prefix_cache": settings.prefix_mib * 2**20 or None,
+        "prefix_store": settings.prefix_store,
     }
 
 

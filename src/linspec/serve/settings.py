@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     state_mib: Count | None = Field(
         None, description="MiB of the states of running sequences; the others wait."
     )
+    prefix_mib: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        256, description="MiB for states of earlier prompts and answers; 0 keeps none."
+    )
+    prefix_store: Path | None = Field(
+        None, description="A directory for those that leave this memory; it holds texts too."
+    )
     max_model_len: Count | None = Field(None, description="Tokens of a prompt and its output.")
     max_prompt_tokens: Count | None = Field(None, description="Tokens of a prompt.")
     max_tokens: Count = Field(4096, description="Output tokens that a request may ask for.")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import TracebackType
@@ -85,12 +86,15 @@ class Worker:
         name: str = "",
         show_drafts: bool = False,
     ) -> Job:
-        """Queue `requests`; never waits for a step. show_drafts: as in `LLM.stream`.
+        """Queue `requests`; never waits for a step.
+
+        tenant: whose they are; nobody else gets what is kept of them. show_drafts: as in `LLM.stream`.
 
         Raises what `Engine.add` raises, QueueFull where there is no room now, ConfigError for more sequences
         than there ever is room for, and WorkerStopped.
         """
-        checked = [self.llm.engine.check(request) for request in requests]
+        owned = (replace(request, tenant=tenant) for request in requests)
+        checked = [self.llm.engine.check(request) for request in owned]
         collectors = [self.llm.collectors(at, each) for at, each in enumerate(checked)]
         for collector in chain.from_iterable(collectors) if show_drafts else ():
             collector.show_drafts()

@@ -156,10 +156,16 @@ class Autoregressive(GenerationLoop):
             self._check_tokens(sequence, end)
         elif self.drafter is not None:
             self.drafter.passed(sequence)
+        sequence.hidden = self._kept_of(output, path)
+        return self._extended(sequence, tree, accepted, tokens, finished)
+
+    def _kept_of(self, output: NodeOutput, path: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The hidden states of the accepted nodes, by layer."""
+        if len(path) == len(output.logits):
+            return {n: output.hidden[n] for n in self.kept}
         # nearly always the first nodes, of which a view is enough
         kept = slice(len(path)) if path[-1] == len(path) - 1 else list(path)
-        sequence.hidden = {n: output.hidden[n][kept] for n in self.kept}
-        return self._extended(sequence, tree, accepted, tokens, finished)
+        return {n: output.hidden[n][kept] for n in self.kept}
 
     def _check_tokens(self, sequence: RunningSequence, end: tuple[int, list[int]]) -> None:
         """Raise DrafterError if the drafter wrote to the tokens that ended so before."""
