@@ -103,6 +103,7 @@ def test_bench_drafters(data: Path) -> None:
     assert drafted["low"] <= drafted["times_plain"] <= drafted["high"]
     shares = [drafted[name] for name in ("drafting", "verifying", "rest")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-3) and min(shares) > 0
+    assert plain["oracle"] is None and 1.0 <= drafted["oracle"] <= drafted["tokens_per_round"]
     assert found["settings"]["policy"] == "3" and found["skipped"] == []
     # without names: every registered one that can be made
     everyone = run_json(*verb)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.machine import machine
+from linspec.bench.oracle import oracle
 from linspec.bench.prompts import BenchPrompt, held_out_prompts, read_prompts
 from linspec.bench.runs import Measured, Mode, Run, Watched, run_of, speed_up
 from linspec.checkpoints.hub import load_tokenizer, resolve
@@ -30,6 +31,7 @@ from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
 from linspec.policies import make_policy
+from linspec.policies.costs import CostCurve, load_or_measure
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
@@ -48,7 +50,8 @@ class DrafterRow:
     token. acceptance[d]: share of the drafts at depth d + 1, behind an accepted parent, that were accepted
     too. drafting, verifying, rest: shares of the rounds' time. lossy: the verifier may change outputs.
     agreement: share of the tokens of plain greedy answers that came before the first difference; None where
-    tokens are sampled.
+    tokens are sampled. oracle: times plain of the best choice of a tree in each round by one who knows what
+    is accepted, see `bench/oracle.py`; None for plain decoding and for several prompts at once.
     """
 
     drafter: str
@@ -67,6 +70,7 @@ class DrafterRow:
     rest: float
     lossy: bool = False
     agreement: float | None = None
+    oracle: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,9 @@ def bench_drafters(
         "kv_cache_dtype": modes[0].llm.kv_cache_dtype,
         "device": device,
     }
-    return DrafterSpeeds(machine(), settings, tuple(_rows(measured, lossy, greedy)), tuple(skipped))
+    curve = load_or_measure(loaded) if batch == 1 else None
+    rows = tuple(_rows(measured, lossy, greedy, curve))
+    return DrafterSpeeds(machine(), settings, rows, tuple(skipped))
 
 
 def _make(
@@ -230,7 +236,9 @@ def _check_outputs(llm: LLM, group: Sequence[BenchPrompt], runs: Mapping[str, Ru
                 )
 
 
-def _rows(measured: Sequence[Measured], lossy: bool, greedy: bool) -> list[DrafterRow]:
+def _rows(
+    measured: Sequence[Measured], lossy: bool, greedy: bool, curve: CostCurve | None
+) -> list[DrafterRow]:
     """All prompts first, then family by family."""
     families = dict.fromkeys(each.family for each in measured)
     names = list(measured[0].runs)
@@ -240,13 +248,20 @@ def _rows(measured: Sequence[Measured], lossy: bool, greedy: bool) -> list[Draft
     if len(families) == 1:
         del parts[ALL]
     return [
-        _row(name, family, part, lossy and name not in (PLAIN, PLAIN_AGAIN), greedy)
+        _row(name, family, part, lossy and name not in (PLAIN, PLAIN_AGAIN), greedy, curve)
         for family, part in parts.items()
         for name in names
     ]
 
 
-def _row(name: str, family: str, part: Sequence[Measured], lossy: bool, greedy: bool) -> DrafterRow:
+def _row(
+    name: str,
+    family: str,
+    part: Sequence[Measured],
+    lossy: bool,
+    greedy: bool,
+    curve: CostCurve | None,
+) -> DrafterRow:
     runs = [each.runs[name] for each in part]
     plain = [(each.runs[PLAIN], each.runs[PLAIN_AGAIN]) for each in part]
     times, low, high = speed_up(runs, plain)
@@ -255,6 +270,7 @@ def _row(name: str, family: str, part: Sequence[Measured], lossy: bool, greedy: 
     shares = [sum(run.parts[i] for run in runs) for i in range(3)]
     drafting, verifying, rest = (round(share / (sum(shares) or 1.0), 4) for share in shares)
     rounds = sum(run.rounds for run in runs)
+    judged = [each for run in runs for each in run.judged]
     return DrafterRow(
         drafter=name,
         family=family,
@@ -272,6 +288,7 @@ def _row(name: str, family: str, part: Sequence[Measured], lossy: bool, greedy: 
         rest=rest,
         lossy=lossy,
         agreement=_agreement([each.runs[PLAIN] for each in part], runs) if greedy else None,
+        oracle=round(oracle(judged, curve), 3) if judged and curve is not None else None,
     )
 
 

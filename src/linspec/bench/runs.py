@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from linspec.bench.oracle import Judged
 from linspec.bench.prompts import BenchPrompt
 from linspec.decoding.sampling import SamplingParams
 from linspec.decoding.sequence import RunningSequence, Stats
@@ -20,9 +21,9 @@ _RESAMPLES = 1000
 
 
 class Watched(Policy):
-    """Another policy, whose round times are added up on the way.
+    """Another policy, whose rounds are written down on the way.
 
-    parts: seconds of drafting, of steps and of the rest since `take`.
+    parts: seconds of drafting, of steps and of the rest since `take`. judged: the rounds since then.
     """
 
     name = "watched"
@@ -30,10 +31,13 @@ class Watched(Policy):
     def __init__(self, inner: Policy) -> None:
         self.inner = inner
         self.parts = (0.0, 0.0, 0.0)
+        self.judged: list[Judged] = []
+        self._accepted = 0
 
-    def take(self) -> tuple[float, float, float]:
-        """The seconds so far, which then begin anew."""
-        taken, self.parts = self.parts, (0.0, 0.0, 0.0)
+    def take(self) -> tuple[tuple[float, float, float], tuple[Judged, ...]]:
+        """The seconds and the rounds so far, which then begin anew."""
+        taken = self.parts, tuple(self.judged)
+        self.parts, self.judged = (0.0, 0.0, 0.0), []
         return taken
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
@@ -45,11 +49,16 @@ class Watched(Policy):
     def observe(
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
     ) -> None:
+        self._accepted += accepted
         self.inner.observe(sequence, drafted, accepted, expected)
 
     def observe_round(self, times: RoundTimes) -> None:
         draft, step, rest = self.parts
         self.parts = (draft + times.draft, step + times.step, rest + times.rest)
+        self.judged.append(
+            Judged(self._accepted, times.drafts, times.draft, times.step, times.nodes)
+        )
+        self._accepted = 0
         self.inner.observe_round(times)
 
     def release(self, slot: int) -> None:
@@ -70,7 +79,7 @@ class Run:
     """What one mode did with one group of prompts.
 
     seconds: of decoding, until the last answer of the group ended; whole: with reading the prompts. parts:
-    seconds of drafting, verifying and the rest.
+    seconds of drafting, verifying and the rest. judged: its rounds, where they were watched.
     """
 
     outputs: tuple[tuple[int, ...], ...]
@@ -81,6 +90,7 @@ class Run:
     tried: list[int]
     hits: list[int]
     parts: tuple[float, float, float]
+    judged: tuple[Judged, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -104,6 +114,7 @@ def run_of(mode: Mode, group: Sequence[BenchPrompt], params: SamplingParams) -> 
     results = mode.llm.generate([list(text.ids) for text in group], params)
     whole = time.perf_counter() - began
     stats = [result.stats for result in results]
+    parts, judged = mode.watch.take() if mode.watch is not None else ((0.0, 0.0, 0.0), ())
     return Run(
         outputs=tuple(result.token_ids for result in results),
         seconds=max(each.decode_seconds for each in stats),
@@ -112,7 +123,8 @@ def run_of(mode: Mode, group: Sequence[BenchPrompt], params: SamplingParams) -> 
         accepted=sum(each.accepted for each in stats),
         tried=_summed(stats, "tried"),
         hits=_summed(stats, "hits"),
-        parts=mode.watch.take() if mode.watch is not None else (0.0, 0.0, 0.0),
+        parts=parts,
+        judged=judged,
     )
 
 

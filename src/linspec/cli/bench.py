@@ -36,7 +36,15 @@ from linspec.cli.options import (
 from linspec.errors import ConfigError
 
 # for people
-_COLUMNS = ("drafter", "tokens/s", "× plain (95%)", "per round", "by depth", "draft, verify, rest")
+_COLUMNS = (
+    "drafter",
+    "tokens/s",
+    "× plain (95%)",
+    "oracle",
+    "per round",
+    "by depth",
+    "draft, verify, rest",
+)
 _DEPTHS = 4
 
 
@@ -252,6 +260,7 @@ def _drafter_line(row: dict[str, Any]) -> list[object]:
         row["drafter"] + (" (lossy)" if row["lossy"] else ""),
         f"{row['tokens_per_s']:.1f}",
         f"{row['times_plain']:.2f} ({row['low']:.2f}…{row['high']:.2f})",
+        "" if row["oracle"] is None else f"{row['oracle']:.2f}",
         f"{row['tokens_per_round']:.2f}",
         " ".join(f"{share:.2f}" for share in row["acceptance"][:_DEPTHS]),
         parts if row["verifying"] else "",

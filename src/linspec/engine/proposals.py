@@ -37,6 +37,9 @@ class Proposals:
                 trees[i] = budget
             elif budget.nodes:
                 asked.append((i, budget))
+        # nearly all rounds of a drafter that does not pay end here
+        if not asked:
+            return trees
         ends = [tokens_end(sequences[i]) for i, _ in asked]
         proposed = isolated([(sequences[i], budget) for i, budget in asked], self._drafted)
         for (i, _), end, tree in zip(asked, ends, proposed, strict=True):
