@@ -22,10 +22,12 @@ from linspec import DRAFTERS, Request, SamplingParams
 from linspec.checkpoints.hub import save_model
 from linspec.decoding.sequence import RunningSequence
 from linspec.drafters import DrafterContext, make_drafter
+from linspec.drafters.acceptance_head import AcceptanceConfig, AcceptanceHead
 from linspec.drafters.base import Drafter
 from linspec.drafters.block import Block
 from linspec.drafters.draft_model import DraftModel, Student
 from linspec.drafters.first import First, FirstOptions
+from linspec.drafters.specdec_head import SpecDecHead
 from linspec.engine.engine import Engine
 from linspec.models.decoder import Decoder
 from linspec.policies.fixed import Fixed
@@ -44,6 +46,18 @@ def decoder(layers: int = 3) -> Decoder:
 def other(model: Decoder, kind: type[DraftModel], mixer: str) -> Drafter:
     draft = randomise(Decoder(tiny_config(mixer_config(mixer))), 7).double()
     return kind(draft, model.config, SLOTS)
+
+
+def headed(model: Decoder) -> Drafter:
+    draft = randomise(Decoder(tiny_config(mixer_config("aug"))), 7).double()
+    shape = AcceptanceConfig(
+        width=draft.config.width,
+        vocab_size=draft.config.vocab_size,
+        draft="",
+        draft_fingerprint="",
+    )
+    head = randomise(AcceptanceHead(shape), 2)
+    return SpecDecHead(draft, model.config, SLOTS, head)
 
 
 def universal(model: Decoder) -> Drafter:
@@ -70,6 +84,7 @@ MADE: dict[str, Callable[[Decoder], Drafter]] = {
     "block": lambda model: Block(make_net(model)),
     "draft-model": lambda model: other(model, DraftModel, "softmax"),
     "student": lambda model: other(model, Student, "aug"),
+    "specdec-head": headed,
     "first": lambda model: First(
         DrafterContext(model, slots=SLOTS), FirstOptions(), random_routers(model)
     ),

@@ -170,6 +170,7 @@ def matches(grammar: Grammar, text: str) -> bool:
 
 def test_the_drafters_here_are_all_that_need_no_training_and_few_layers() -> None:
     trained = {"block", "chimera", "eagle", "first", "hidden-transfer", "lud", "student"}
+    trained |= {"specdec-head"}
     rest = {"mixed", "self-window", "swift"}
     known = {*FOUND, *MADE} | trained | rest
     assert {name for name in DRAFTERS.names() if not name.startswith("test")} <= known

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from linspec.cli.checks import named, whole
+from linspec.cli.checks import named, real, whole
 from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written, say
 from linspec.cli.groups import grouped
-from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training
+from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training, given
+from linspec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from linspec.train.answers import AnswersConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,48 @@ class DrafterTraining(Training):
         "lr": "the kind's",
         "seed": "0",
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnAnswers:
+    """Which prompts the model answers first, to learn from its answers in place of the texts."""
+
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train on the model's own answers to the prompts of this file (JSON lines with turns or "
+            "prompt), made first and kept.",
+        ),
+    ] = None
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(),
+            help="Most tokens of an answer; without --prompts, prompts are cut from the texts.",
+            show_default="128",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            callback=real(least=0), help="Of answers; 0 takes the likeliest.", show_default="0"
+        ),
+    ] = None
+
+    def to_library(self, texts: Texts, seed: int | None) -> AnswersConfig | None:
+        """As `train_drafter` takes them; None where the texts themselves are learned."""
+        from linspec.train.answers import AnswersConfig
+
+        if self.prompts is None and self.answer_tokens is None:
+            if self.temperature is not None:
+                raise ConfigError(
+                    "--temperature is that of the model's own answers; give --prompts or --answer-tokens too"
+                )
+            return None
+        if self.prompts is not None and texts.data:
+            raise ConfigError("prompts come from --prompts or from --data; give one of the two")
+        asked = {"tokens": self.answer_tokens, "temperature": self.temperature, "seed": seed}
+        return AnswersConfig(prompts=self.prompts, **given(asked))
 
 
 @grouped
@@ -74,6 +120,7 @@ def pretrain(
 def train_drafter(
     model: Model,
     texts: Texts,
+    answers: OwnAnswers,
     training: DrafterTraining,
     run: Run,
     kind: Annotated[
@@ -98,6 +145,7 @@ def train_drafter(
 
     place_on("cpu", run.threads)
     config = DrafterConfig(**training.given())
+    own = answers.to_library(texts, training.seed)
     with quiet_stdout():
         written = library(
             model,
@@ -105,6 +153,7 @@ def train_drafter(
             kind=kind,
             **texts.to_library(),
             config=config,
+            answers=own,
             resume=run.resume,
             overwrite=run.overwrite,
         )

@@ -282,15 +282,22 @@ class ChainDrafter(Drafter):
 
     def expected(self, budget: Budget) -> float:
         """The mean number of accepted draft tokens, from decayed counts for each depth."""
-        total, reach, rate = 0.0, 1.0, PRIOR_RATE
-        for depth in range(budget.chain):
+        total, reach = 0.0, 1.0
+        for rate in self.rates(budget.chain):
+            reach *= rate
+            total += reach
+        return total
+
+    def rates(self, depths: int) -> list[float]:
+        """By depth, how often a draft was accepted once its parent was."""
+        rate, found = PRIOR_RATE, []
+        for depth in range(depths):
             known = depth < len(self._tried)
             tried, hits = (self._tried[depth], self._hits[depth]) if known else (0.0, 0.0)
             # what is known little of is like the depth above it
             rate = (hits + rate * PRIOR_COUNT) / (tried + PRIOR_COUNT)
-            reach *= rate
-            total += reach
-        return total
+            found.append(rate)
+        return found
 
     def observe(self, sequence: RunningSequence, tree: TokenTree, path: Sequence[int]) -> None:
         """Count the depths that were tried and accepted."""

@@ -85,13 +85,8 @@ class DraftModel(ChainDrafter):
     def build(cls, context: DrafterContext, options: DraftModelOptions | StudentOptions) -> Self:
         """With a model from disk, whose tokenizer has to be the target's."""
         target = context.decoder(cls.name)
-        folder = options.path or cls._without_path(context)
-        tokenizer = context.tokenizer
-        if tokenizer is None and context.source is not None:
-            tokenizer = load_text_tokenizer(context.source)
-        if tokenizer is not None:
-            check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
-        return cls(ready_model(folder, target), target.config, context.slots)
+        model = matching_model(options.path or cls._without_path(context), context, cls.name)
+        return cls(model, target.config, context.slots)
 
     @classmethod
     def _without_path(cls, context: DrafterContext) -> str:
@@ -116,8 +111,8 @@ class DraftModel(ChainDrafter):
             if not live:
                 break
             inputs = [StepInput(sequences[i].slot, [drafts[i][-1]], [depth - 1]) for i in live]
-            logits = self.model.step(inputs, self.state).logits
-            for i, scores in zip(live, logits, strict=True):
+            output = self.model.step(inputs, self.state)
+            for i, scores in zip(live, output.logits, strict=True):
                 try:
                     token, distribution = self._pick(
                         sequences[i], scores, drafts[i][1:], generators[i]
@@ -129,10 +124,25 @@ class DraftModel(ChainDrafter):
                 drafts[i].append(token)
                 if distribution is not None:
                     distributions[i][depth] = distribution
+            for i in self.ended(live, drafts, output.hidden):
+                if i in order:
+                    order.remove(i)
         return [
             chain(tokens, distribution)
             for tokens, distribution in zip(drafts, distributions, strict=True)
         ]
+
+    def ended(
+        self, live: Sequence[int], drafts: Sequence[Sequence[int]], hidden: torch.Tensor
+    ) -> Sequence[int]:
+        """Which of the `live` sequences get no further draft, by the states that the newest came from.
+
+        Args:
+            live: numbers of sequences in this round.
+            drafts: by such a number, the root and its drafts, one more than were fed.
+            hidden: [P, D] final states at the tokens fed last, in the order of `live`.
+        """
+        return ()
 
     def _catch_up(self, sequences: Sequence[RunningSequence]) -> None:
         """Commit what the target has decided since the last draft, all but the root."""
@@ -242,6 +252,16 @@ class Student(DraftModel):
                 if context.source == resolve(teacher):
                     return student
         return super()._without_path(context)
+
+
+def matching_model(folder: str, context: DrafterContext, name: str) -> Decoder:
+    """The model in `folder`, ready to draft for the target, whose tokenizer it has to have."""
+    tokenizer = context.tokenizer
+    if tokenizer is None and context.source is not None:
+        tokenizer = load_text_tokenizer(context.source)
+    if tokenizer is not None:
+        check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
+    return ready_model(folder, context.decoder(name))
 
 
 def ready_model(folder: str, target: Decoder) -> Decoder:

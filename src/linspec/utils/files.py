@@ -38,7 +38,7 @@ def replace_dir(target: Path) -> Iterator[Path]:
     was. Whether `target` may be replaced is decided elsewhere (see `linspec.utils.places`). Raises
     CheckpointError when the disk refuses.
     """
-    with _disk_errors(target):
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         tidy(target)
         aside, held = _make_aside(target, folder=True)
@@ -57,7 +57,7 @@ def replace_file(target: Path) -> Iterator[IO[bytes]]:
 
     Raises CheckpointError when the disk refuses; `target` then stays as it was.
     """
-    with _disk_errors(target):
+    with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         tidy(target)
         aside, held = _make_aside(target, folder=False)
@@ -77,7 +77,8 @@ def replace_text(target: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Inside, what the disk refuses is a CheckpointError about `target`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -205,7 +206,7 @@ def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
 
     wait: wait until it is free instead. A directory that this call makes and that stays empty is removed.
     """
-    with _disk_errors(directory):
+    with disk_errors(directory):
         made = not directory.exists()
         path = directory / LOCK_FILE
         lock = _hold(directory, wait)

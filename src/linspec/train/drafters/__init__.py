@@ -12,6 +12,7 @@ from linspec.train.drafters import (
     medusa,
     medusa2,
     ppd,
+    specdec_head,
 )
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import predicted, train_drafter
@@ -30,5 +31,6 @@ __all__ = [
     "medusa2",
     "ppd",
     "predicted",
+    "specdec_head",
     "train_drafter",
 ]

@@ -18,13 +18,24 @@ from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer,
 from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.saved import CONFIG_FILE, save_drafter
 from linspec.drafters.trained import TrainedDrafter
+from linspec.engine.encoding import TextEncoder
 from linspec.errors import ConfigError, DrafterError
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.train.answers import (
+    AnswersConfig,
+    Tokens,
+    answers_key,
+    kept_answers,
+    prompts_of,
+    streams_of,
+)
 from linspec.train.data import (
     Sources,
     Windows,
     check_sources,
     end_of_text,
+    load_documents,
     tokenize,
     train_and_heldout,
 )
@@ -47,6 +58,7 @@ def train_drafter(
     data: Sources = ("stdlib",),
     field: str = "text",
     config: DrafterConfig | None = None,
+    answers: AnswersConfig | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -62,6 +74,7 @@ def train_drafter(
         data: files, folders, 'stdlib' or data sets; see the page on use.
         field: the entry of a `.jsonl` line that holds the text.
         config: tokens and rates; None for the defaults of DrafterConfig.
+        answers: learn from the model's own answers, made first, to prompts of a file or from `data`.
         resume: continue a run from its last saved state.
         overwrite: replace a drafter that this function wrote to `out` before.
 
@@ -72,6 +85,7 @@ def train_drafter(
         TrainingError: the loss is not finite, or there is nothing to resume.
     """
     check_instance("config", config, DrafterConfig, none=True)
+    check_instance("answers", answers, AnswersConfig, none=True)
     check_instance("field", field, str)
     config = config or DrafterConfig()
     training = TRAININGS.build(kind)
@@ -85,12 +99,22 @@ def train_drafter(
     place.check(resume=resume)
     target, tokenizer = load_model(model), load_tokenizer(model)
     check_tokenizer(tokenizer, target.config)
-    plan = _plan(training, target, data, field, config)
+    plan, prompts = _plan(training, target, data, field, config), list[Tokens]()
+    if answers is not None:
+        encoder = TextEncoder(tokenizer, len(tokenizer))
+        prompts = _prompts(answers, encoder, data, field, config, target.config)
+        plan["answers"] = _answers_plan(answers, prompts, plan["target"])
     accelerator = make_accelerator()
     with training_run(place, plan, record, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             eos = end_of_text(tokenizer, target.config)
-            train, heldout = (tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field))
+            if answers is None:
+                train, heldout = (
+                    tokenize(t, tokenizer, eos) for t in train_and_heldout(data, field)
+                )
+            else:
+                made = _answers(model, prompts, answers, plan, folder, accelerator)
+                train, heldout = streams_of(prompts, made, eos)
             check_length(min(len(train), len(heldout)) - 1, training.ahead, training.name)
             target.to(accelerator.device).requires_grad_(False)
             target, drafter, log = _train(
@@ -121,6 +145,46 @@ def _plan(
         "field": field,
         "config": config.to_json(),
     }
+
+
+def _prompts(
+    answers: AnswersConfig,
+    encoder: TextEncoder,
+    data: Sequence[str | Path],
+    field: str,
+    config: DrafterConfig,
+    target: DecoderConfig,
+) -> list[Tokens]:
+    """What the model is to answer: a file whole, or of texts as much as training reads once."""
+    limit = target.position_limit
+    if answers.prompts is not None:
+        return prompts_of(answers, encoder, limit=limit)
+    most = -(-config.tokens // (answers.prompt_tokens + answers.tokens))
+    texts = load_documents(data, "all", field)
+    return prompts_of(answers, encoder, texts=texts, most=most, limit=limit)
+
+
+def _answers_plan(answers: AnswersConfig, prompts: Sequence[Tokens], target: str) -> dict[str, Any]:
+    """What decides the answers, in plain JSON types."""
+    source = None if answers.prompts is None else str(answers.prompts)
+    key = answers_key(target, prompts, answers)
+    return {"prompts": source, "count": len(prompts), **answers.to_json(), "key": key}
+
+
+def _answers(
+    model: str | Path,
+    prompts: Sequence[Tokens],
+    answers: AnswersConfig,
+    plan: dict[str, Any],
+    folder: Path,
+    accelerator: Accelerator,
+) -> list[Tokens]:
+    """The answers, which one process makes and all read."""
+    key, device = plan["answers"]["key"], accelerator.device.type
+    if accelerator.is_main_process:
+        kept_answers(model, prompts, answers, key, folder, device=device)
+    accelerator.wait_for_everyone()
+    return kept_answers(model, prompts, answers, key, folder, device=device)
 
 
 def _save(
