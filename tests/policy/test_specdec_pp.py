@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from world import SIZES, Cell, Confident, Oracle, run
+from stories import Confident
+from world import SIZES, Cell, Oracle, run
 
 from linspec.decoding.tree import TokenTree, chain
 from linspec.policies.base import RoundTimes
