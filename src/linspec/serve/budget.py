@@ -22,8 +22,8 @@ class MemoryBudget:
     """Bytes of a model and of its sequences.
 
     length: tokens of the longest sequence. state: bytes of one such sequence; kv: those of them that are in
-    caches that grow. prefixes: most bytes of states of earlier texts. available: what there is for states, by the settings or by what the machine has left;
-    None if it does not say.
+    caches that grow. prefixes: most bytes of states of earlier texts. available: what there is for states, by
+    the settings or by what the machine has left; None if it does not say.
     """
 
     slots: int
@@ -67,8 +67,8 @@ class MemoryBudget:
         said = (
             f"weights {_size(self.weights)}, drafters {_size(self.drafters)}, prefix cache up to "
             f"{_size(self.prefixes)}; {self.slots} slots of {_size(self.state)} at {self.length:,} tokens "
-            f"are {_size(total)} (KV caches {_size(self.slots * self.kv)}); {self.concurrency} such sequences "
-            f"at once, {self.queue} wait"
+            f"are {_size(total)} (KV caches {_size(self.slots * self.kv)}); {self.concurrency} such "
+            f"sequences at once, {self.queue} wait"
         )
         if self.concurrency < self.slots:
             said += f"; {_size(self.available or 0)} are there for states"
