@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -190,6 +191,15 @@ def test_an_address_in_use_is_named_before_a_model_is_loaded() -> None:
         port = first.getsockname()[1]
         found = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(port)])
     assert found.exit_code == 1 and "take another --port" in found.output
+
+
+def test_the_body_of_an_answer_does_not_wait_for_the_client_to_confirm_its_head() -> None:
+    with listening("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()[:2]):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_without_its_extra_the_command_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

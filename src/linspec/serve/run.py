@@ -92,6 +92,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise ConfigError(f"there is no address {shown(host)}: {error}") from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # connections inherit it: else the body of an answer waits 40 ms until the client confirms its head
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             listener.bind(place)
         except OSError as error:
