@@ -264,7 +264,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], places: str) -> str:
     """Of all that a slot would be given: a disk that forgets a bit must not change an answer."""
     found = zlib.crc32(places.encode())
     for _, tensor in sorted(tensors.items()):
-        found = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy(), found)
+        found = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
 
 
