@@ -506,6 +506,12 @@ def test_unknown_paths_and_methods(web: httpx.Client) -> None:
     assert web.get("/v1/models/none").status_code == 404
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_balancer_that_asks_for_the_head_alone_is_answered(web: httpx.Client, path: str) -> None:
+    got = web.head(path)
+    assert got.status_code == 200 and not got.content
+
+
 def test_a_megabyte_of_prompt_is_a_400_with_both_numbers(web: httpx.Client) -> None:
     got = web.post("/v1/completions", json={"model": "narrow", "prompt": "ab cd " * 170_000})
     assert got.status_code == 400
