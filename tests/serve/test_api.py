@@ -457,10 +457,59 @@ def test_what_is_no_json_is_a_400(web: httpx.Client, content: bytes) -> None:
         assert got.json()["error"]["type"] == "invalid_request_error"
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+# of a field that takes several forms, the error is about the one that was sent
+FORMS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": []}, "^prompt: List should have at least 1 item"),
+    ("/v1/completions", {"prompt": [[]]}, "^prompt.0: List should have at least 1 item"),
+    ("/v1/completions", {"prompt": ["a", ""]}, "^prompt.1: String should have at least 1"),
+    ("/v1/completions", {"prompt": "a", "stop": ["x"] * 65}, "^stop: List should have at most 64"),
+    ("/v1/completions", {"prompt": "a", "stop": ["x", ""]}, "^stop.1: String should have at least"),
+    ("/v1/completions", {"prompt": 5}, "^prompt: Input should be a valid string"),
+    ("/v1/completions", {"prompt": "a", "suffix": "b"}, "^suffix is not served"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [IMAGE]}]},
+        r"^messages.0.content.0.type: Input should be 'text', got 'image_url'",
+    ),
+    ("/v1/responses", {"input": []}, "^input: List should have at least 1 item"),
+    (
+        "/v1/responses",
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "^input.0.content.0.type: Input should be 'input_text'.*got 'input_image'",
+    ),
+    ("/v1/responses", {"input": "a", "previous_response_id": "x"}, "response_id is not served"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "said"), FORMS)
+def test_an_error_is_about_the_form_that_was_sent(
+    web: httpx.Client, path: str, body: Any, said: str
+) -> None:
+    got = web.post(path, json={"model": "talker", **body})
+    assert got.status_code == 400
+    assert re.search(said, got.json()["error"]["message"]), got.text
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_json_without_its_header_is_told_of_the_header(web: httpx.Client, kind: str | None) -> None:
+    headers = {} if kind is None else {"content-type": kind}
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/embeddings"):
+        got = web.post(path, content=b'{"model": "talker", "prompt": "a"}', headers=headers)
+        assert got.status_code == 400
+        assert "'Content-Type: application/json'" in got.json()["error"]["message"]
+
+
 def test_unknown_paths_and_methods(web: httpx.Client) -> None:
     assert "nothing at /v2" in web.get("/v2").json()["error"]["message"]
     assert web.get("/v1/completions").status_code == 405
     assert web.get("/v1/models/none").status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_a_balancer_that_asks_for_the_head_alone_is_answered(web: httpx.Client, path: str) -> None:
+    got = web.head(path)
+    assert got.status_code == 200 and not got.content
 
 
 def test_a_megabyte_of_prompt_is_a_400_with_both_numbers(web: httpx.Client) -> None:

@@ -208,3 +208,17 @@ def test_what_is_not_finished_in_time_ends_with_an_error(tmp_path: Path) -> None
     printed = served.end()
     assert "shutting_down" in text and text.endswith("data: [DONE]"), printed
     assert served.process.returncode == 0, printed
+
+
+def test_the_next_server_on_a_prefix_store_reads_no_prompt_again(tmp_path: Path) -> None:
+    asked = {"prompt": "ab cd " * 20, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    model, store = f"mine={talker('softmax')}", tmp_path / "store"
+    cached = []
+    for _ in range(2):
+        served = Served(model, "--prefix-store", store, cache=tmp_path)
+        got = httpx.post(f"{served.address}/v1/completions", json=asked, timeout=60).json()
+        cached.append(got["usage"]["prompt_tokens_details"]["cached_tokens"])
+        served.process.send_signal(signal.SIGTERM)
+        printed = served.end()
+        assert served.process.returncode == 0, printed
+    assert cached[0] == 0 and cached[1] > 0

@@ -33,6 +33,11 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         (None, {"guided_choice": ["a", "b"]}, Grammar.choice(["a", "b"])),
         (None, {"guided_grammar": "start: A"}, Grammar.cfg("start: A")),
         (None, {"structured_outputs": {"regex": "a+"}}, Grammar.regex("a+")),
+        (
+            None,
+            {"structured_outputs": {"regex": "a+", "json": None, "disable_fallback": False}},
+            Grammar.regex("a+"),
+        ),
     ],
 )
 def test_forms_and_fields_are_grammars(
@@ -52,6 +57,7 @@ def test_forms_and_fields_are_grammars(
         (None, {"guided_regex": 3}, "is a text, got 3"),
         (None, {"guided_regex": "a", "guided_json": SCHEMA}, "guided_json and guided_regex"),
         (None, {"structured_outputs": {"structural_tag": "x"}}, "structured_outputs has one of"),
+        (None, {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "whitespace_pa"),
         ({"type": "json_object"}, {"guided_regex": "a"}, "a response_format or a guided field"),
     ],
 )

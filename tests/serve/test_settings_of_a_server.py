@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -19,9 +20,11 @@ from linspec.cli import app
 from linspec.cli.serve import Serving
 from linspec.errors import ConfigError
 from linspec.llm import LLM
+from linspec.serve.embedder import Embedder
 from linspec.serve.keys import Keys
-from linspec.serve.run import listening, named_models
+from linspec.serve.run import listening, named_models, serve
 from linspec.serve.settings import Settings
+from linspec.serve.worker import Worker
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,7 @@ def test_flags_go_before_the_environment_and_that_before_the_file(
         ('host = "::"', "needs a key"),
         ('tls_cert = "a.pem"', "belong together"),
         ("max_batch = 0", "max_batch"),
+        ('prefix_mib = 0\nprefix_store = "here"', "--prefix-mib, which is 0; raise that"),
     ],
 )
 def test_what_a_file_has_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
@@ -190,6 +194,30 @@ def test_an_address_in_use_is_named_before_a_model_is_loaded() -> None:
         port = first.getsockname()[1]
         found = CliRunner().invoke(app, ["serve", "no-such-model", "--port", str(port)])
     assert found.exit_code == 1 and "take another --port" in found.output
+
+
+def test_an_address_that_was_taken_while_models_were_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with listening("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+
+        def loaded(*_: object) -> tuple[dict[str, Worker], dict[str, Embedder]]:
+            first.listen()
+            return {}, {}
+
+        monkeypatch.setattr("linspec.serve.run.loaded", loaded)
+        with pytest.raises(ConfigError, match="take another --port"):
+            serve(["a"], Settings.read(port=port))
+
+
+def test_the_body_of_an_answer_does_not_wait_for_the_client_to_confirm_its_head() -> None:
+    with listening("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()[:2]):
+            accepted, _ = listener.accept()
+            with accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_without_its_extra_the_command_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import logging
 import queue
 import re
 import threading
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -32,7 +33,7 @@ from linspec.state.slots import StateSnapshot
 from linspec.utils.files import is_leftover, replace_file
 
 _log = logging.getLogger("linspec")
-_FORMAT = "1"
+_FORMAT = "2"
 _NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.safetensors")
 # texts that wait to be written; more are forgotten, so that a slow disk takes no memory and no time
 _WAITING = 8
@@ -255,7 +256,16 @@ def _packed(seed: str, tokens: array[int], rows: Sequence[Rows], rest: list[Any]
             if getattr(copy, name) is not None:
                 tensors[f"rest.{part}.{name}"] = getattr(copy, name)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return save(kept, {"format": _FORMAT, "seed": seed, "places": json.dumps(places)})
+    about = {"format": _FORMAT, "seed": seed, "places": json.dumps(places)}
+    return save(kept, about | {"sum": _checksum(kept, about["places"])})
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], places: str) -> str:
+    """Of all that a slot would be given: a disk that forgets a bit must not change an answer."""
+    found = zlib.crc32(places.encode())
+    for _, tensor in sorted(tensors.items()):
+        found = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
 def _unpacked(
@@ -270,6 +280,8 @@ def _unpacked(
     whole = shared == len(mine) or (states.only_grows and shared)
     if metadata.get("format") != _FORMAT or not whole:
         raise ValueError("it holds another text or is of another version")
+    if metadata["sum"] != _checksum(found, metadata["places"]):
+        raise ValueError("it is not what was written: its checksum differs")
     growing = [part for part in states.parts if part.grows]
     others = [part for part in states.parts if not part.grows]
     rows = tuple(

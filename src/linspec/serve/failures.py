@@ -26,6 +26,9 @@ from linspec.utils.messages import shown
 
 _log = logging.getLogger("linspec.serve")
 _WRONG = "invalid_request_error"
+_UNTYPED = (
+    "the body is read as JSON where its header says so; send 'Content-Type: application/json'"
+)
 # the type of an error by its status
 _TYPES = {
     401: "authentication_error",
@@ -155,19 +158,38 @@ def install(app: FastAPI) -> None:
 
 def _of_validation(errors: Sequence[Any]) -> Failure:
     """The first thing that is wrong with a body, as a 400."""
-    first = errors[0]
-    place = ".".join(str(part) for part in first["loc"][1:] if _is_name(part))
+    first = _telling(errors)
+    place = shown(_place(first))
     if first["type"] == "json_invalid":
         return Failure(400, f"the body is not valid JSON: {_reason(first)}", code="invalid_json")
     if first["type"] == "extra_forbidden":
-        message = f"{shown(place)} is not known here; leave it out, or see /docs"
-        return Failure(400, message, code="unknown_parameter", param=shown(place))
+        message = f"{place} is not known here; leave it out, or see /docs"
+        return Failure(400, message, code="unknown_parameter", param=place)
+    if first["type"] == "none_required":
+        message = f"{place} is not served; leave it out, or see /docs"
+        return Failure(400, message, code="unsupported_parameter", param=place)
     if first["type"] == "missing":
-        what = shown(place) if place else "a JSON body"
-        return Failure(400, f"{what} is missing; see /docs", code="missing_parameter", param=place)
+        message = f"{place or 'a JSON body'} is missing; see /docs"
+        return Failure(400, message, code="missing_parameter", param=place or None)
+    if not place and isinstance(first.get("input"), bytes):
+        return Failure(400, _UNTYPED, code="invalid_content_type")
     got = shown(repr(first.get("input")))
-    message = f"{shown(place) or 'the body'}: {first['msg']}, got {got}; see /docs"
-    return Failure(400, message, code="invalid_value", param=shown(place) or None)
+    message = f"{place or 'the body'}: {first['msg']}, got {got}; see /docs"
+    return Failure(400, message, code="invalid_value", param=place or None)
+
+
+def _telling(errors: Sequence[Any]) -> Any:
+    """The first error; of one for each form that a field may have, that of the form which was meant."""
+    first = _place(errors[0])
+    about = [each for each in errors if f"{_place(each)}.".startswith(f"{first}.")] or errors[:1]
+    deepest = max(_place(each).count(".") for each in about)
+    inner = [each for each in about if _place(each).count(".") == deepest]
+    # a form of another type was not meant
+    return next((each for each in inner if not each["type"].endswith("_type")), inner[0])
+
+
+def _place(error: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in error["loc"][1:] if _is_name(part))
 
 
 def _is_name(part: object) -> bool:

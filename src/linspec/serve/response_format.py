@@ -82,6 +82,12 @@ def guided_grammar(fields: Mapping[str, Any]) -> Grammar | None:
             raise ConfigError(
                 f"structured_outputs has one of {', '.join(_STRUCTURED)}, got {shown(repr(structured))}"
             )
+        # clients write all fields, those that they do not use as null or false
+        other = [name for name in structured if name not in _STRUCTURED and structured[name]]
+        if other:
+            raise ConfigError(
+                f"structured_outputs knows {', '.join(_STRUCTURED)}, got {shown(other[0])} too; leave it out"
+            )
         found |= {
             f"guided_{name}": structured[name]
             for name in _STRUCTURED

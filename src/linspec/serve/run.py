@@ -59,7 +59,10 @@ def serve(
             server.once_up = lambda: say(
                 f"serving {', '.join(named)} at {address}/v1 ({address}/docs); Ctrl-C ends it"
             )
+            _listen(listener, settings)
             server.run(sockets=[listener])
+            if not server.force_exit:
+                _keep_prefixes(workers)
         finally:
             for worker in workers.values():
                 worker.stop(0)
@@ -95,14 +98,35 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise ConfigError(f"there is no address {shown(host)}: {error}") from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # connections inherit it: else the body of an answer waits 40 ms until the client confirms its head
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             listener.bind(place)
         except OSError as error:
-            raise ConfigError(
-                f"cannot listen at {host} port {port}: {error.strerror}; take another --port, or 0 for any "
-                "free one"
-            ) from error
+            raise _taken(host, port, error) from error
         yield listener
+
+
+def _listen(listener: socket.socket, settings: Settings) -> None:
+    """Only now can clients come; another server may have bound the address too, while models were loaded."""
+    try:
+        listener.listen()
+    except OSError as error:
+        raise _taken(settings.host, settings.port, error) from error
+
+
+def _taken(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen at {host} port {port}: {error.strerror}; take another --port, or 0 for any free one"
+    )
+
+
+def _keep_prefixes(workers: Mapping[str, Worker]) -> None:
+    """Move what prefix caches have in memory to their stores, for the next process."""
+    for worker in workers.values():
+        worker.stop(0)
+        if worker.llm.engine.prefix_cache is not None:
+            worker.llm.engine.prefix_cache.flush()
 
 
 def loaded(

@@ -104,6 +104,11 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key belong together; give both")
+        if self.prefix_store is not None and not self.prefix_mib:
+            raise ValueError(
+                "--prefix-store keeps what leaves the memory of --prefix-mib, which is 0; raise that, or "
+                "leave out the store"
+            )
         if not self.keyed and not is_loopback(self.host):
             raise ValueError(
                 f"{self.host} can be reached by others, so it needs a key: set {PREFIX}API_KEY or give "

@@ -55,6 +55,7 @@ def _cards(served: Served) -> list[ModelCard]:
     return texts + vectors
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=_UNFIT)
 async def health(served: Serving) -> Health:
     """Whether all models work: for who restarts the server."""
@@ -63,6 +64,7 @@ async def health(served: Serving) -> Health:
     return Health(status="ok")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=_UNFIT)
 async def ready(served: Serving) -> Health:
     """Whether requests are taken: for who sends them here."""
