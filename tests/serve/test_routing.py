@@ -15,8 +15,10 @@ NAMES = st.sets(st.text("abcdef", min_size=1, max_size=4), min_size=1, max_size=
 KEYS = st.text(max_size=20)
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "text"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "text"]), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -121,8 +123,14 @@ def test_prompts_that_begin_alike_belong_together(start: str, end: str) -> None:
 @given(st.sampled_from([CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings", "/"]), JSON, JSON)
 def test_any_body_has_an_opening_or_none(path: str, body: Any, content: Any) -> None:
     fields = ("messages", "prompt", "input", "instructions")
-    for data in (body, {field: content for field in fields}, dict.fromkeys(fields, [content])):
+    for data in (body, dict.fromkeys(fields, content), {key: [content] for key in fields}):
         found = opening(path, json.dumps(data).encode())
         assert found is None or len(found) < CHARACTERS * 3
-    for broken in (b"", b"{", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}"):
+    for broken in (
+        b"",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ):
         assert opening(path, broken) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from ray import serve
@@ -30,6 +29,7 @@ from linspec.serve.app import make_app
 from linspec.serve.asgi_call import called
 from linspec.serve.failures import Failure
 from linspec.serve.fleet import Asked, ReplicaLost
+from linspec.serve.ray_found import enter, hushed
 from linspec.serve.ray_router import PrefixRouter
 from linspec.serve.run import loaded
 from linspec.serve.settings import Settings
@@ -58,9 +58,9 @@ class Replica:
         folder: str,
         generation: int,
     ) -> None:
-        # paths of models are those of whoever gave them; another generation is another replica
-        with suppress(OSError):
-            os.chdir(folder)
+        # for Ray, what has another generation is another replica
+        del generation
+        enter(folder)
         self.told: list[str] = []
         made = Settings.model_construct(**settings)
         self._workers, embedders = loaded(named, made, options, self.told.append)
@@ -118,6 +118,7 @@ class RayFleet:
                 request_router_kwargs={"roomy": max(settings.max_batch // 2, 1)},
             ),
         )
+        hushed("ray.serve")
         serve.start(proxy_location="Disabled")
         try:
             self._handle = self._deploy()
@@ -185,8 +186,3 @@ class RayFleet:
     def stop(self) -> None:
         """See Fleet."""
         serve.delete(self.name)
-        # Serve may run what others have started
-        if not serve.status().applications:
-            serve.shutdown()
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from linspec.errors import ConfigError
 
@@ -32,8 +32,7 @@ def ray_running() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name in ("ray", "ray.serve", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hushed("ray")
     more = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, configure_logging=False, **more)
@@ -45,6 +44,17 @@ def ray_running() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def hushed(name: str) -> None:
+    """Let a part of Ray, which is imported already, log errors alone."""
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def enter(folder: str) -> None:
+    """Read relative paths, in a process of Ray's, as whoever gave them does; other machines may not."""
+    with suppress(OSError):
+        os.chdir(folder)
 
 
 def cpus_of_each(replicas: int) -> float:

@@ -11,7 +11,7 @@ from linspec.serve.routing import ranked
 
 
 class PrefixRouter(RequestRouter):
-    """Sends requests that begin alike to one replica; roomy: requests that a home takes whatever others have."""
+    """Sends requests that begin alike to one replica; roomy: requests that it takes whatever others have."""
 
     def initialize_state(self, roomy: int = 1, **more: Any) -> None:
         """Called once by Ray, with the arguments of the deployment."""

@@ -34,6 +34,8 @@ _log = logging.getLogger("linspec.serve")
 # a request that kills whoever answers it must not kill all
 ATTEMPTS = 4
 _PAUSE = 0.1
+# how much later than replicas, which say it better, the front ends what takes too long
+_GRACE_SECONDS = 5
 # bodies that take longer to read are read beside the streams of others
 _LARGE = 2**16
 # of one connection, or told anew
@@ -62,7 +64,7 @@ def make_front(fleet: Fleet, settings: Settings) -> ASGIApp:
     async def metrics() -> Response:
         return Response(merged(await fleet.metrics()), media_type=CONTENT_TYPE)
 
-    app.mount("/", Relay(fleet))
+    app.mount("/", Relay(fleet, settings.request_seconds + _GRACE_SECONDS))
     app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
     if settings.cors_origins:
         app.add_middleware(
@@ -76,15 +78,15 @@ def make_front(fleet: Fleet, settings: Settings) -> ASGIApp:
 
 
 class Relay:
-    """Passes requests on to `fleet`."""
+    """Passes requests on to `fleet`; after `seconds`, an answer must have begun."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, seconds: float) -> None:
+        self.fleet, self.seconds = fleet, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, until it is answered or its client leaves."""
         asked = await _asked(scope, receive)
-        answering = asyncio.ensure_future(self._answer(asked, send))
+        answering = asyncio.ensure_future(self._in_time(asked, send))
         leaving = asyncio.ensure_future(_gone(receive))
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -95,9 +97,19 @@ class Relay:
                 each.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _answer(self, asked: Asked, send: Send) -> None:
+    async def _in_time(self, asked: Asked, send: Send) -> None:
+        limit = asyncio.timeout(self.seconds)
+        try:
+            async with limit:
+                await self._answer(_Answer(send, asked, limit))
+        except TimeoutError:
+            raise Failure(
+                504, "no replica has answered in time; ask later", code="timeout"
+            ) from None
+
+    async def _answer(self, answer: _Answer) -> None:
+        asked = answer.asked
         for attempt in range(1, ATTEMPTS + 1):
-            answer = _Answer(send, asked)
             try:
                 async with aclosing(self.fleet.answer(asked)) as messages:
                     async for message in messages:
@@ -122,45 +134,44 @@ def _lost(asked: Asked, what: str) -> Failure:
 
 
 class _Answer:
-    """What a client gets of one attempt: whole events of a stream, and anything else when it is complete."""
+    """What a client gets: whole events of a stream, and anything else when it is complete.
 
-    def __init__(self, send: Send, asked: Asked) -> None:
-        self._send, self._asked = send, asked
-        self._start: Message = {}
-        self._held = b""
-        self._streams = self.begun = False
+    begun: whether the client has some of it, after which no time limit holds.
+    """
+
+    def __init__(self, send: Send, asked: Asked, limit: asyncio.Timeout) -> None:
+        self._send, self.asked, self._limit = send, asked, limit
+        self.begun = False
 
     async def take(self, message: Message) -> None:
-        """The next message of the replica."""
+        """The next message of a replica."""
         if message["type"] == "http.response.start":
             headers = [each for each in message["headers"] if each[0].lower() not in _OWN_HEADERS]
-            self._start = {**message, "headers": headers}
+            self._start, self._held = {**message, "headers": headers}, b""
             kinds = (value for name, value in headers if name.lower() == b"content-type")
             self._streams = any(kind.startswith(b"text/event-stream") for kind in kinds)
         elif message["type"] == "http.response.body":
             self._held += message.get("body", b"")
-            more = message.get("more_body", False)
+            if not message.get("more_body", False):
+                await self._pass_on(len(self._held), more=False)
             # events that are torn would be read as broken ones
-            whole = self._held.rfind(b"\n\n") + 2 if self._streams else 0
-            await self._pass_on(whole if more and whole > 1 else 0 if more else None, more)
+            elif self._streams and (end := self._held.rfind(b"\n\n")) >= 0:
+                await self._pass_on(end + 2, more=True)
 
-    async def _pass_on(self, size: int | None, more: bool) -> None:
-        """The first `size` bytes of what is held; None stands for all."""
-        if size == 0:
-            return
-        part, self._held = self._held[:size], b"" if size is None else self._held[size:]
+    async def _pass_on(self, size: int, *, more: bool) -> None:
+        part, self._held = self._held[:size], self._held[size:]
         if not self.begun:
             self.begun = True
+            self._limit.reschedule(None)
             await self._send(self._start)
         await self._send({"type": "http.response.body", "body": part, "more_body": more})
 
     async def end_with(self, failure: Failure) -> None:
         """End a stream that has begun, with an error as its last event."""
-        body = failure.body()
-        if self._asked.path == "/v1/responses":
-            text = f"event: error\ndata: {json_text({'type': 'error', **body['error']})}\n\n"
+        if self.asked.path == "/v1/responses":
+            text = f"event: error\ndata: {json_text(failure.event())}\n\n"
         else:
-            text = f"data: {json_text(body)}\n\ndata: [DONE]\n\n"
+            text = f"data: {json_text(failure.body())}\n\ndata: [DONE]\n\n"
         await self._send({"type": "http.response.body", "body": text.encode(), "more_body": False})
 
 

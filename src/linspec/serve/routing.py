@@ -58,7 +58,7 @@ def opening(path: str, body: bytes, tenant: str = "") -> str | None:
     if not isinstance(data, dict):
         return None
     text = _of_path(path, data)
-    return None if text is None else f"{tenant}\0{data.get('model')}\0{text}"
+    return f"{tenant}\0{data.get('model')}\0{text}" if text else None
 
 
 def _of_path(path: str, data: Mapping[str, Any]) -> str | None:
