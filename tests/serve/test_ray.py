@@ -18,6 +18,7 @@ import pytest
 from api_server import talker
 from fronts import front
 
+from linspec.errors import ConfigError
 from linspec.serve.settings import Settings
 
 pytestmark = [
@@ -131,7 +132,7 @@ def check(got: list[Got], expected: list[Got]) -> int:
         broken += 1
         assert each.request_id and each.request_id in each.error["message"]
         assert each.error["code"] == "replica_lost" and each.error["type"] == "service_unavailable"
-        assert each.text and whole.text.startswith(each.text)
+        assert whole.text.startswith(each.text)
     return broken
 
 
@@ -191,3 +192,14 @@ def running_of(two: Running) -> list[str]:
     found = [line for line in lines if line.startswith("linspec:num_requests_running{")]
     assert len(found) == 2
     return found
+
+
+def test_what_a_replica_cannot_load_is_said_as_it_is_without_ray(two: Running) -> None:
+    from linspec.serve.ray_fleet import RayFleet
+
+    settings = Settings.read(ray=True)
+    options = {"drafter": "medusa:nowhere"}
+    with pytest.raises(ConfigError, match="do not start: no drafter of kind 'medusa' in nowhere"):
+        RayFleet({"tiny": str(talker())}, settings, options, cpus=0)
+    # the others go on
+    assert httpx.get(f"{two.address}/ready").status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -45,6 +46,8 @@ _LOST = (
 # of the front alone: replicas cannot be reached but through it
 _FRONT_ONLY = {"api_key", "key_file", "tls_cert", "tls_key", "cors_origins", "host", "port"}
 _HEALTH_SECONDS = 5.0
+# what is wrong with a model is so again
+_TRIES = 2
 
 
 class Replica:
@@ -112,6 +115,7 @@ class RayFleet:
             max_queued_requests=max(settings.queue_limit, 1),
             graceful_shutdown_timeout_s=settings.shutdown_seconds,
             graceful_shutdown_wait_loop_s=0.1,
+            max_constructor_retry_count=_TRIES,
             health_check_period_s=_HEALTH_SECONDS,
             request_router_config=RequestRouterConfig(
                 request_router_class=PrefixRouter,
@@ -132,8 +136,12 @@ class RayFleet:
         try:
             return serve.run(bound, name=self.name, route_prefix=None)
         except RuntimeError as error:
-            told = self._status().message or str(error)
-            raise ConfigError(f"the replicas do not start: {told}") from error
+            raise ConfigError(f"the replicas do not start: {self._reason() or error}") from error
+
+    def _reason(self) -> str:
+        """What a replica raised that did not start: the last line of a traceback."""
+        lines = self._status().deployments["replica"].message.strip().splitlines()
+        return re.sub(r"^linspec\.errors\.\w+: ", "", lines[-1].strip()) if lines else ""
 
     def _status(self) -> Any:
         return serve.status().applications[self.name]
