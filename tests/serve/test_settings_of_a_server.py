@@ -240,3 +240,19 @@ def test_the_openapi_page_has_all_endpoints_and_their_errors(guarded: str) -> No
         assert {"200", "400", "401", "404", "413", "429", "503"} <= set(answers)
         # what breaks a schema is a 400 here
         assert "422" not in answers
+
+
+@pytest.mark.parametrize("verb", ["serve", "batch"])
+def test_without_ray_the_extra_is_named(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    source = tmp_path / "in"
+    source.write_text('{"prompt": "x"}\n')
+    given = {
+        "serve": ["serve", str(talker()), "--port", "0"],
+        "batch": ["batch", str(source), str(tmp_path / "out"), "--model", str(talker())],
+    }[verb]
+    for more, said in ((["--replicas", "2"], "--ray"), (["--ray"], "linspec[serve,ray]")):
+        result = CliRunner().invoke(app, given + more)
+        assert result.exit_code == 1 and said in result.output

@@ -11,6 +11,7 @@ from linspec.cli.checks import check_serve_extra, whole
 from linspec.cli.console import guarded, importing, print_json, quiet_stdout, say
 from linspec.cli.groups import grouped
 from linspec.cli.options import Decoding, Json, MaxTokens
+from linspec.errors import ConfigError
 
 _AGAIN = "every answer so far is kept; give the same command again to go on"
 
@@ -33,9 +34,19 @@ def batch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin again where answers are there.")
     ] = False,
+    replicas: Annotated[
+        int, typer.Option(callback=whole(), help="Copies of the model; more than one with --ray.")
+    ] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On Ray Data, on the cluster of RAY_ADDRESS or here.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer every line of a file once; a run that was ended goes on where it was."""
+    if replicas > 1 and not ray:
+        raise ConfigError(
+            f"{replicas} replicas need Ray to run on; give --ray too, or leave --replicas out"
+        )
     with importing():
         from linspec.serve.batch import open_batch
 
@@ -48,7 +59,12 @@ def batch(
             with importing():
                 check_serve_extra()
                 from linspec.serve.batch_model import answer_with
-            answer_with(work, model, **{**decoding.to_library(), "max_batch": max_batch})
+                from linspec.serve.ray_batch import answer_on_ray
+            given = {**decoding.to_library(), "max_batch": max_batch}
+            if ray:
+                answer_on_ray(work, model, replicas=replicas, **given)
+            else:
+                answer_with(work, model, **given)
         summary = work.summary.to_json()
     if as_json:
         print_json({"out": str(target), **summary})

@@ -109,6 +109,16 @@ class Serving:
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts", help="Write prompts into the log.")
     ] = None
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            callback=Count, help="Copies of the models behind one front.", show_default="1"
+        ),
+    ] = None
+    ray: Annotated[
+        bool | None,
+        typer.Option("--ray", help="Run them on Ray Serve, on the cluster of RAY_ADDRESS or here."),
+    ] = None
 
     def to_library(self) -> dict[str, Any]:
         """Those that were given."""

@@ -204,10 +204,10 @@ async def _lines(events: AsyncIterator[Any], named: bool) -> AsyncIterator[dict[
             line = {"data": json_text(event)}
             yield line | {"event": event["type"]} if named else line
     except Exception as error:
-        body = failure_of(error).body()
+        failure = failure_of(error)
         if named:
-            yield {"event": "error", "data": json_text({"type": "error", **body["error"]})}
+            yield {"event": "error", "data": json_text(failure.event())}
         else:
-            yield {"data": json_text(body)}
+            yield {"data": json_text(failure.body())}
     if not named:
         yield {"data": "[DONE]"}

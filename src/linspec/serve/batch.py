@@ -137,25 +137,30 @@ class Batch:
     async def _work(self, lines: Iterator[Line], ask: Ask, progress: Progress | None) -> None:
         """One of several that take the next line each."""
         for line in lines:
-            self._enter(refused(line) if line.fault else await self._answer(line, ask))
+            self.enter(await answer(line, ask))
             if progress is not None:
                 failures = f"{self.summary.failed} failed" if self.summary.failed else ""
                 progress.update(len(self.answers.done), failures)
 
-    async def _answer(self, line: Line, ask: Ask) -> dict[str, Any]:
-        assert line.body is not None
-        while (reply := await ask(line.url, line.body)).status == _NO_ROOM:
-            await asyncio.sleep(_PAUSE)
-        if reply.status == _STOPPING:
-            raise InputError(f"the model answers no more, from line {line.number} on: {reply.body}")
-        return answered(line, reply.status, reply.body, reply.request_id)
-
-    def _enter(self, record: dict[str, Any]) -> None:
+    def enter(self, record: Mapping[str, Any]) -> None:
+        """Write the answer of a line, which had none."""
         self.answers.add(record)
         usage, summary = usage_of(record), self.summary
         summary.failed += failed(record)
         summary.prompt_tokens += usage.get("prompt_tokens") or 0
         summary.completion_tokens += usage.get("completion_tokens") or 0
+
+
+async def answer(line: Line, ask: Ask) -> dict[str, Any]:
+    """What is written about a line; raises InputError where the server stops before it is answered."""
+    if line.fault:
+        return refused(line)
+    assert line.body is not None
+    while (reply := await ask(line.url, line.body)).status == _NO_ROOM:
+        await asyncio.sleep(_PAUSE)
+    if reply.status == _STOPPING:
+        raise InputError(f"the model answers no more, from line {line.number} on: {reply.body}")
+    return answered(line, reply.status, reply.body, reply.request_id)
 
 
 @asynccontextmanager

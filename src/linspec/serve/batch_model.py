@@ -16,19 +16,28 @@ _SECONDS = 1e9
 _BYTES = 2**31 - 1
 
 
+def batch_settings(max_batch: int) -> Settings:
+    """Those of the server that answers; the settings of a server that listens are none of a batch."""
+    return Settings.model_construct(
+        max_batch=max_batch, request_seconds=_SECONDS, max_body_bytes=_BYTES, max_tokens=_BYTES
+    )
+
+
+def batch_worker(model: str, settings: Settings, at_once: int, **options: Any) -> Worker:
+    """A worker for `at_once` lines, of `model` as it is loaded with `options`; see `LLM`."""
+    llm = LLM(model, max_batch=settings.max_batch, **options)
+    return Worker(llm, queue_limit=settings.queue_limit + at_once)
+
+
 def answer_with(batch: Batch, model: str, *, max_batch: int = 8, **options: Any) -> None:
     """Answer the open lines of `batch` with `model`, which is loaded with `options`; see `LLM`.
 
     Raises what `LLM` and `Batch.run` raise; what is answered until then is on disk.
     """
-    # the settings of a server are none of a batch: the environment may have some
-    settings = Settings.model_construct(
-        max_batch=max_batch, request_seconds=_SECONDS, max_body_bytes=_BYTES, max_tokens=_BYTES
-    )
+    settings = batch_settings(max_batch)
     # the next lines are read while those before them are answered
     at_once = 2 * max_batch
-    llm = LLM(model, max_batch=max_batch, **options)
-    with Worker(llm, queue_limit=settings.queue_limit + at_once) as worker:
+    with batch_worker(model, settings, at_once, **options) as worker:
         asyncio.run(_answer(batch, worker, settings, at_once))
 
 

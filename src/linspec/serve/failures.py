@@ -82,6 +82,10 @@ class Failure(Exception):
             }
         }
 
+    def event(self) -> dict[str, Any]:
+        """The same as an event of a stream whose events have types."""
+        return {**self.body()["error"], "type": "error"}
+
     def response(self) -> Response:
         """The whole answer."""
         return json_response(self.body(), self.status, self.headers)

@@ -35,9 +35,11 @@ class Front:
             await self.app(scope, receive, send)
             return
         visit = _Visit(scope)
-        scope.setdefault("state", {})["request_id"] = visit.number
+        state = scope.setdefault("state", {})
+        state["request_id"] = visit.number
         try:
-            scope["state"]["tenant"] = self._tenant(scope)
+            # the doors in front of several replicas know it already
+            state.setdefault("tenant", self._tenant(scope))
             body = _Body(scope, receive, self.max_body_bytes)
             await self.app(scope, body.receive, visit.sending(send))
         except Exception as error:

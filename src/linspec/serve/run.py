@@ -51,10 +51,15 @@ def serve(
     named = named_models(models or settings.models)
     # before anything is loaded: an address in use is the commonest fault
     with listening(settings.host, settings.port) as listener:
+        if settings.ray:
+            from linspec.serve.replicas import serve_replicas
+
+            serve_replicas(named, settings, options or {}, listener, say)
+            return
         workers, embedders = loaded(named, settings, options or {}, say)
         try:
             app = make_app(workers, settings, embedders)
-            address = _address(listener, settings)
+            address = address_of(listener, settings)
             server = Server(server_config(app, settings), list(workers.values()), settings)
             server.once_up = lambda: say(
                 f"serving {', '.join(named)} at {address}/v1 ({address}/docs); Ctrl-C ends it"
@@ -201,6 +206,9 @@ def server_config(app: Any, settings: Settings) -> uvicorn.Config:
         app,
         log_config=None,
         access_log=False,
+        # what else is installed, such as Ray, must not change how requests are read
+        loop="asyncio",
+        http="h11",
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + _GRACE_SECONDS,
@@ -216,7 +224,8 @@ def _check_readable(file: Path) -> None:
         raise ConfigError(f"cannot read {because(error)}") from error
 
 
-def _address(listener: socket.socket, settings: Settings) -> str:
+def address_of(listener: socket.socket, settings: Settings) -> str:
+    """The URL of a server that listens there."""
     scheme = "http" if settings.tls_cert is None else "https"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{scheme}://{host}:{listener.getsockname()[1]}"

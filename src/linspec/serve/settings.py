@@ -66,6 +66,8 @@ class Settings(BaseSettings):
         30.0, description="Time for running requests at the end."
     )
     log_prompts: bool = Field(False, description="Write prompts into the log.")
+    replicas: Count = Field(1, description="Copies of the models, behind one front; with --ray.")
+    ray: bool = Field(False, description="Run them on Ray Serve.")
 
     @classmethod
     def settings_customise_sources(
@@ -113,6 +115,10 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{self.host} can be reached by others, so it needs a key: set {PREFIX}API_KEY or give "
                 "--key-file, or listen at 127.0.0.1"
+            )
+        if self.replicas > 1 and not self.ray:
+            raise ValueError(
+                f"{self.replicas} replicas need Ray to run on; give --ray too, or leave --replicas out"
             )
         return self
 
