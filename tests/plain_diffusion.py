@@ -115,23 +115,30 @@ class PlainModel:
     def heads_of(self, x: torch.Tensor, name: str, layer: int, count: int) -> torch.Tensor:
         return self.linear(x, name, layer).unflatten(-1, (count, -1)).transpose(1, 2)
 
-    def turned(self, x: torch.Tensor) -> torch.Tensor:
+    def turned(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
         half = x.shape[-1] // 2
         steps = torch.arange(half, dtype=torch.float64) / half
-        at = torch.arange(x.shape[2], dtype=torch.float64)
-        angle = (at[:, None] * self.config["rope_theta"] ** -steps).to(x)
+        angle = (torch.tensor(rows)[:, None] * self.config["rope_theta"] ** -steps).to(x)
         cos, sin = (torch.cat((part, part), -1) for part in (angle.cos(), angle.sin()))
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """[T, vocab] as the output layer gives them."""
-        x = F.embedding(torch.tensor([ids]), self.tensor("embed"))
+        return self.rows_of(ids, list(range(len(ids))), {})
+
+    def rows_of(self, ids: list[int], rows: list[int], kept: dict[int, Any]) -> torch.Tensor:
+        """[R, vocab] of some rows. kept: keys and values of all positions by layer, put right at `rows`."""
+        x = F.embedding(torch.tensor([[ids[row] for row in rows]]), self.tensor("embed"))
         for layer in range(self.layers):
             y = self.normed(x, "mixer_norm", layer)
-            q = self.turned(self.heads_of(y, "q", layer, self.heads))
-            k = self.turned(self.heads_of(y, "k", layer, self.kv_heads))
+            q = self.turned(self.heads_of(y, "q", layer, self.heads), rows)
+            k = self.turned(self.heads_of(y, "k", layer, self.kv_heads), rows)
             v = self.heads_of(y, "v", layer, self.kv_heads)
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (k, v))
+            # what is not computed yet is never read: the first rows of a text are all
+            shape = (*k.shape[:2], len(ids), k.shape[3])
+            keys, values = kept.setdefault(layer, (k.new_zeros(shape), v.new_zeros(shape)))
+            keys[:, :, rows], values[:, :, rows] = k, v
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (keys, values))
             weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
             x = x + self.linear((weights @ v).transpose(1, 2).flatten(2), "o", layer)
             y = self.normed(x, "mlp_norm", layer)
