@@ -19,7 +19,7 @@ FLOORS = (
     "mixers",
     "models",
     "checkpoints",
-    "drafters verifiers policies",
+    "drafters verifiers policies diffusion",
     "engine llm",
     "train evaluate bench report",
     "serve integrations",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS
 from linspec.drafters import DRAFTERS
 from linspec.engine.loops import LOOPS
 from linspec.mixers import MIXERS, Mixer
@@ -30,6 +31,10 @@ def catalogue(us: Mapping[str, float] | None = None) -> dict[str, list[dict[str,
         "policies": POLICIES,
         "caches": STATES,
         "loops": LOOPS,
+        "diffusion blocks": BLOCKS,
+        "diffusion commits": COMMITS,
+        "diffusion stops": STOPS,
+        "diffusion caches": CACHES,
         "trainings": TRAININGS,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}

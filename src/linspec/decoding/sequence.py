@@ -21,7 +21,8 @@ class Stats:
     tokens_per_round counts accepted drafts plus the bonus token, averaged over rounds; plain decoding
     is 1.0. `tried[d]` rounds had a draft at depth d + 1 whose parent was accepted, `hits[d]` of them
     accepted one. `policy` decided about drafts, `draft_rounds` had some, and the latest of these cost
-    `draft_price` plain rounds, as far as the policy knows.
+    `draft_price` plain rounds, as far as the policy knows. A round of masked diffusion is one forward, and
+    `computed` counts positions times layers of these.
     """
 
     rounds: int = 0
@@ -34,6 +35,7 @@ class Stats:
     policy: str = ""
     draft_rounds: int = 0
     draft_price: float | None = None
+    computed: int = 0
 
     @property
     def decision(self) -> str:
@@ -60,6 +62,12 @@ class Stats:
     def acceptance(self) -> list[float]:
         """Share of tried drafts that were accepted, by depth."""
         return [hit / tried for hit, tried in zip(self.hits, self.tried, strict=True)]
+
+    def count_forward(self, decided: int, computed: int) -> None:
+        """Enter one forward of masked diffusion: tokens it decided, positions × layers it computed."""
+        self.rounds += 1
+        self.accepted += decided - 1
+        self.computed += computed
 
     def count(self, tree: TokenTree, path: Sequence[int]) -> None:
         """Enter one round."""

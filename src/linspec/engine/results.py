@@ -73,6 +73,8 @@ class Generation:
         }
         if self.cached_tokens:
             found["cached_tokens"] = self.cached_tokens
+        if stats.computed:
+            found["computed"] = stats.computed
         if stats.decision:
             found["decision"] = stats.decision
         if self.logprobs is not None:

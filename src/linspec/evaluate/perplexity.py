@@ -105,8 +105,9 @@ def evaluate_source(
 def _check_kind(model: str | Path) -> None:
     kind = of_config(load_any_config(model))
     if kind.measure != MEASURE:
+        way = f"`{kind.measure}` measures it" if kind.measure else "ask it by `linspec generate`"
         raise ConfigError(
-            f"{model} is a model of type {kind.name!r}, which has no perplexity; `{kind.measure}` measures it"
+            f"{model} is a model of type {kind.name!r}, which has no perplexity; {way}"
         )
 
 

@@ -17,9 +17,11 @@ from linspec.models.bert import Bert
 from linspec.models.block import Block
 from linspec.models.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.encoder import Encoder
 from linspec.models.flash import Flash
 from linspec.models.flash_config import FlashConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.t5 import T5
 
 Model = Decoder | Bert | T5
@@ -34,7 +36,8 @@ class ModelType:
 
     name: the key of its configuration in linspec's own format. loader: the function of
     `checkpoints.hub` that reads it. stack: the module that is linearized. loop: the generation loop
-    by which it writes text, None for one that writes none. measure: the verb that measures its quality.
+    by which it writes text, None for one that writes none. measure: the verb that measures its quality,
+    None where there is none.
     parts: how many pieces a window of training text is cut into, one for each stack that it runs through.
     blocks: those with a mixer, in the order of the configuration's `mixers`. run: a batch through all blocks,
     without an output. predict: see `Predict`.
@@ -47,7 +50,7 @@ class ModelType:
     architecture: str
     loader: str
     loop: str | None
-    measure: str
+    measure: str | None
     parts: int = 1
     blocks: Callable[[Any], list[Block]]
     run: Callable[[Any, torch.Tensor], object]
@@ -81,7 +84,7 @@ _DECODER: dict[str, Any] = {
 MODEL_TYPES = {
     each.name: each
     for each in (
-        # a FLASH model is a decoder too: the narrower type comes first
+        # these are decoders too: the narrower types come first
         ModelType(
             name="flash",
             config=FlashConfig,
@@ -89,6 +92,19 @@ MODEL_TYPES = {
             stack=Flash,
             architecture="LinspecFlash",
             **_DECODER,
+        ),
+        ModelType(
+            name="diffusion",
+            config=DiffusionConfig,
+            model=MaskedDiffusion,
+            stack=MaskedDiffusion,
+            architecture="LinspecMaskedDiffusion",
+            loader="load_model",
+            loop="masked-diffusion",
+            measure=None,
+            blocks=_layers,
+            run=lambda model, batch: model.hidden(batch),
+            predict=None,
         ),
         ModelType(
             name="decoder",

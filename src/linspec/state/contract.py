@@ -129,6 +129,10 @@ class LayerState(Protocol):
         """Raise StateError unless the entries at these committed positions can be replaced."""
         ...
 
+    def hold(self, slot: int, length: int) -> None:
+        """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read."""
+        ...
+
     def bytes(self, slot: int) -> int:
         """Bytes that the committed part of `slot` needs."""
         ...

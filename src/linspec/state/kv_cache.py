@@ -50,6 +50,11 @@ class KVCache(BufferState):
             self.values[:, slot, :, first : first + keys.shape[2]] = values
             self.lengths[slot] += keys.shape[2]
 
+    def hold(self, slot: int, length: int) -> None:
+        self.reset(slot)
+        self._ensure(length)
+        self.lengths[slot] = length
+
     def missing_bytes(self, length: int) -> int:
         missing = 0
         for entries in (self.keys, self.values):

@@ -180,6 +180,15 @@ class SequenceStates:
         for part in self._counted:
             part.check_overwrite(slot, positions)
 
+    def hold(self, slot: int, length: int) -> None:
+        """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read.
+
+        Raises StateError if a layer cannot replace its entries.
+        """
+        self.reset(slot)
+        for part in self._counted:
+            part.hold(slot, length)
+
     # ---- slots
 
     def reset(self, slot: int) -> None:

@@ -125,6 +125,10 @@ class SlotStates:
         """Replace the entries at committed positions; here none can be."""
         self.check_overwrite(slot, positions)
 
+    def hold(self, slot: int, length: int) -> None:
+        """Let `slot` hold `length` committed positions that are all overwritten first; here none can be."""
+        self.check_overwrite(slot, range(length))
+
     def check(self, copy: Any) -> None:
         """Raise StateError if `copy` is a snapshot of another kind of state."""
         mine = (self.spec, self.entries.name, self.layers)

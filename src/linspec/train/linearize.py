@@ -29,7 +29,7 @@ from linspec.checkpoints.hub import (
     resolve,
     save_model,
 )
-from linspec.errors import CheckpointError, ConfigError
+from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.model_types import of_config
@@ -102,7 +102,13 @@ def linearize(
     asked = LinearizeRecipe.of(recipe, **options)
     place = output_place(out, source, asked.sources, overwrite)
     place.check(resume=resume)
-    if of_config(load_any_config(source)).predict is None:
+    model = of_config(load_any_config(source))
+    if model.predict is None and model.loop is not None:
+        raise UnsupportedModel(
+            f"{source} is a model of type {model.name!r}, which cannot be linearized: no transfer between "
+            "mixers that see both ways and write text is known here. Linearize a decoder"
+        )
+    if model.predict is None:
         return train_encoder(source, place, asked, resume=resume)
     teacher, tokenizer = load_causal_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)

@@ -54,7 +54,8 @@ class Family:
     prefix: what checkpoints saved without the head lack; bare: whether a configuration is saved so.
     more: rules that depend on the configuration. ignored: ends of names that may be left out.
     renamed: ends of names in old checkpoints, and now. adapt: corrects a configuration by the names
-    of the tensors found, where config.json leaves something open.
+    of the tensors found, where config.json leaves something open. settings: makes a configuration of what
+    config.json says, of a family that transformers does not know; None asks transformers.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     bare: Callable[[Any], bool] = lambda config: False
     adapt: Callable[[Any, Collection[str]], ModelConfig] = lambda config, names: config
+    settings: Callable[..., PreTrainedConfig] | None = None
 
     def on_disk(self, tensors: Mapping[str, torch.Tensor], config: ModelConfig) -> Tensors:
         """Our state dict as this family saves it."""

@@ -10,10 +10,12 @@ from typing import Any
 # each module registers its families
 from linspec.checkpoints.families import (  # noqa: F401
     bert,
+    dream,
     gemma,
     gpt2,
     gpt_neox,
     granite,
+    llada,
     llama,
     olmo2,
     phi3,
@@ -44,14 +46,11 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
             "the checkpoint is quantized; linspec reads float weights only. Use the original "
             "checkpoint, or dequantize it with transformers and save it again"
         )
-    # the table of all configurations, for which linspec's own directories need not wait
-    from transformers import AutoConfig
-
     # a copy: transformers completes nested settings in place
     fields = {key: deepcopy(data[key]) for key in data if key not in ("model_type", "auto_map")}
     try:
         check_given(data)
-        hf = AutoConfig.for_model(family.name, **fields)
+        hf = _settings(family, fields)
         # it belongs to the file, not to the model, so transformers keeps it out of the settings
         hf.architectures = data.get("architectures")
         return family.read(hf)
@@ -62,6 +61,16 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"config.json is not a sound {family.name} config: {_reason(error)}"
         ) from error
+
+
+def _settings(family: Family, fields: Mapping[str, Any]) -> Any:
+    """What config.json says, with the defaults of the family."""
+    if family.settings is not None:
+        return family.settings(**fields)
+    # the table of all configurations, for which linspec's own directories need not wait
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family.name, **fields)
 
 
 def _reason(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linspec.checkpoints.families.base import Rule, activation_here, activation_there, read_ids
 from linspec.checkpoints.families.ropes import read_rope, write_rope
@@ -14,6 +14,7 @@ from linspec.models.config import DecoderConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+C = TypeVar("C", bound=DecoderConfig)
 LAYER_TYPES = {"softmax": "full_attention", "window": "sliding_attention"}
 # where configurations keep what is not called the same in all families
 NAMES = {"norm_eps": "rms_norm_eps", "activation": "hidden_act"}
@@ -26,6 +27,11 @@ def read_decoder(
 
     names: their names of `norm_eps` and `activation`.
     """
+    return read_as(DecoderConfig, hf, names, **own)
+
+
+def read_as(kind: type[C], hf: PreTrainedConfig, names: Mapping[str, str] = NAMES, **own: Any) -> C:
+    """`read_decoder` for a configuration of another `kind`."""
     heads = hf.num_attention_heads
     shared = {
         "vocab_size": hf.vocab_size,
@@ -46,7 +52,7 @@ def read_decoder(
     }
     if "rope" not in own:
         shared["rope"] = read_rope(hf)
-    return DecoderConfig(**shared | own)
+    return kind(**shared | own)
 
 
 def write_decoder(config: DecoderConfig, names: Mapping[str, str] = NAMES) -> dict[str, Any]:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from linspec.engine.loops import autoregressive, beam, dsbd, mirror
+from linspec.engine.loops import autoregressive, beam, dsbd, masked_diffusion, mirror
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 
-__all__ = ["LOOPS", "GenerationLoop", "LoopContext", "autoregressive", "beam", "dsbd", "mirror"]
+__all__ = [
+    "LOOPS",
+    "GenerationLoop",
+    "LoopContext",
+    "autoregressive",
+    "beam",
+    "dsbd",
+    "masked_diffusion",
+    "mirror",
+]

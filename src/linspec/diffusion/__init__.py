@@ -1,0 +1,45 @@
+"""The policies of masked diffusion: what a block is, what is committed, when to stop, what is computed again.
+
+One registry for each of these slots; `engine/loops/masked_diffusion.py` asks them in every round.
+"""
+
+from __future__ import annotations
+
+from linspec.diffusion import blocks, caches, prophet, stops
+from linspec.diffusion.base import (
+    BLOCKS,
+    CACHES,
+    COMMITS,
+    STOPS,
+    BlockPolicy,
+    CachePolicy,
+    CommitPolicy,
+    StopPolicy,
+)
+from linspec.diffusion.candidates import Candidates
+from linspec.diffusion.canvas import Canvas
+from linspec.diffusion.commits import entropy, factor, local_leap, static, threshold
+from linspec.diffusion.predictions import Predictions
+
+__all__ = [
+    "BLOCKS",
+    "CACHES",
+    "COMMITS",
+    "STOPS",
+    "BlockPolicy",
+    "CachePolicy",
+    "Candidates",
+    "Canvas",
+    "CommitPolicy",
+    "Predictions",
+    "StopPolicy",
+    "blocks",
+    "caches",
+    "entropy",
+    "factor",
+    "local_leap",
+    "prophet",
+    "static",
+    "stops",
+    "threshold",
+]

@@ -1,0 +1,95 @@
+"""The slots of masked diffusion, each a registry of policies that are made like a Drafter.
+
+A policy keeps nothing of a sequence: whatever it needs is in the canvas, so sequences of a batch and repeated
+rounds change nothing for each other.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from linspec.diffusion.candidates import Candidates
+from linspec.diffusion.canvas import Canvas
+from linspec.diffusion.predictions import Predictions
+from linspec.utils.registry import Registry
+
+T = TypeVar("T")
+_AND = re.compile(r"\+(?=[A-Za-z_][\w-]*=)")
+
+
+class Slot(ABC):
+    """What the policies of all slots have.
+
+    Attributes:
+        name: under which it is registered.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = options
+
+
+class BlockPolicy(Slot):
+    """How long the next block is."""
+
+    @abstractmethod
+    def length(self, canvas: Canvas, predictions: Predictions) -> int:
+        """Positions of the block at `canvas.start`, 1 or more; asked once, after its first forward.
+
+        The canvas may have fewer left; then the block ends with it.
+        """
+
+
+class CommitPolicy(Slot):
+    """Which tokens of a block are decided in a round."""
+
+    @abstractmethod
+    def commit(self, candidates: Candidates) -> Tensor:
+        """[M] booleans, true for at least one candidate."""
+
+
+class StopPolicy(Slot):
+    """When there is no need to go on as planned."""
+
+    def fills(self, canvas: Canvas, predictions: Predictions) -> bool:
+        """Whether everything undecided now takes its likeliest token; asked after every forward."""
+        return False
+
+    def ends(self, block: Sequence[int], ends: frozenset[int]) -> bool:
+        """Whether nothing behind a full block of these tokens is computed; `ends` end an output."""
+        return False
+
+
+class CachePolicy(Slot):
+    """Which positions a forward computes; the others keep the keys and values that they have."""
+
+    @abstractmethod
+    def rows(self, canvas: Canvas) -> Sequence[int]:
+        """Different positions of the canvas; the loop adds those that it reads logits from.
+
+        Before the first forward of a sequence none of them has anything to keep.
+        """
+
+
+def _registry(axis: str, base: type[Any]) -> Registry[Any]:
+    return Registry(f"diffusion {axis} policy", f"linspec.diffusion_{axis}s", base=base)
+
+
+BLOCKS: Registry[BlockPolicy] = _registry("block", BlockPolicy)
+COMMITS: Registry[CommitPolicy] = _registry("commit", CommitPolicy)
+STOPS: Registry[StopPolicy] = _registry("stop", StopPolicy)
+CACHES: Registry[CachePolicy] = _registry("cache", CachePolicy)
+
+
+def build(registry: Registry[T], spec: str) -> T:
+    """The policy of NAME, NAME:VALUE or NAME:key=value+key=value.
+
+    It stands inside the spec of a loop, where a comma ends it, so a plus takes the place of the comma.
+    """
+    return registry.build(_AND.sub(",", spec))

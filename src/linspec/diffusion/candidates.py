@@ -1,0 +1,74 @@
+"""The tokens that a round could commit, and how sure the model is of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from linspec.utils.sizes import check_choice
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A token for each undecided position of the block, ascending.
+
+    Attributes:
+        positions: [M].
+        tokens: [M], the likeliest ones, or those that were drawn.
+        logits: [M, vocab], as the model gave them.
+        step: forwards that the block has had before.
+        uniforms: so many numbers from [0, 1) of the request's own.
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    logits: Tensor
+    step: int
+    uniforms: Callable[[int], Tensor]
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[M, vocab], without temperature."""
+        return self.logits.softmax(-1)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """[M]: the probability of each token."""
+        return self.probabilities.gather(-1, self.tokens[:, None])[:, 0]
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """[M]: by how much the likeliest token is likelier than the next one."""
+        best = self.probabilities.topk(2).values
+        return best[:, 0] - best[:, 1]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[M]: of the distribution of each position, in nats."""
+        return torch.special.entr(self.probabilities).sum(-1)
+
+
+# what is committed first: the position with the highest number
+ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
+    "confidence": lambda candidates: candidates.confidence,
+    "margin": lambda candidates: candidates.margin,
+    "entropy": lambda candidates: -candidates.entropy,
+    "random": lambda candidates: candidates.uniforms(len(candidates.positions)),
+    "left": lambda candidates: -candidates.positions,
+}
+
+
+def check_order(name: str, order: str) -> None:
+    """Raise ConfigError unless `order` is one of ORDERS."""
+    check_choice(name, order, tuple(ORDERS))
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """[M], true at the `count` highest scores; among equal ones the first."""
+    chosen = torch.zeros(len(scores), dtype=torch.bool)
+    chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen

@@ -1,0 +1,239 @@
+"""Masked diffusion: the output begins as masks, and every round is a forward that decides some of them.
+
+    LLM("path/to/llada", loop="masked-diffusion:block=fixed:32,commit=threshold:0.9,cache=dual")
+
+What a block is, what a round decides, when to stop and what a forward computes again are policies of
+`linspec.diffusion`. The state of a sequence holds the whole canvas; a forward overwrites the keys and values
+of the positions that it computes, and sees those of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linspec.decoding.outcome import Outcome
+from linspec.decoding.request import Request
+from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.step import StepInput
+from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
+from linspec.diffusion.base import build
+from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
+from linspec.engine.loops.canvas_requests import check_request, room
+from linspec.engine.scheduler import Batch
+from linspec.errors import ConfigError
+from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.utils.isolation import isolated
+from linspec.utils.options import option
+from linspec.verifiers.base import check_finite
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionOptions:
+    """A policy for each slot; their own options are joined by plus signs."""
+
+    block: str = option("how long blocks are, a spec such as fixed:32", default="fixed")
+    commit: str = option(
+        "what a round decides, a spec such as threshold:0.9 or local-leap:sure=0.9+near=0.75",
+        default="threshold",
+    )
+    stop: str = option("when to end before the last block, a spec", default="end-of-text")
+    cache: str = option("which positions are computed again, a spec such as dual", default="none")
+
+
+@dataclass(slots=True)
+class Denoising:
+    """A sequence on its way. held: tokens up to an end that was reached, while later blocks are computed."""
+
+    sequence: RunningSequence
+    canvas: Canvas
+    held: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What one sequence has in a step: the positions that are computed."""
+
+    of: Denoising
+    rows: list[int]
+
+    @property
+    def given(self) -> StepInput:
+        """Tokens and masks, which see all positions."""
+        tokens = [self.of.canvas.tokens[row] for row in self.rows]
+        return StepInput(self.of.sequence.slot, tokens, overwrite=self.rows, causal=False)
+
+
+@LOOPS.register(
+    "masked-diffusion",
+    summary="fill the masks of a diffusion model, block by block",
+    paper="Nie et al. 2025 (LLaDA), arXiv 2502.09992; Wu et al. 2025 (Fast-dLLM), arXiv 2505.22618",
+    options=DiffusionOptions,
+)
+class MaskedDiffusionLoop(GenerationLoop):
+    """One forward a round for each sequence, on a canvas of its own; blocks go out when they are full."""
+
+    def __init__(self, context: LoopContext, options: DiffusionOptions) -> None:
+        super().__init__(context, options)
+        model = context.target.model
+        if not isinstance(model, MaskedDiffusion):
+            raise ConfigError(
+                f"loop 'masked-diffusion' fills the masks of a diffusion model, such as LLaDA or Dream; a "
+                f"{type(model).__name__} has none. Use the loop 'auto'"
+            )
+        if context.drafter is not None:
+            raise ConfigError(
+                "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. "
+                "Leave the drafter out"
+            )
+        self.config = model.config
+        self.block = build(BLOCKS, options.block)
+        self.commit = build(COMMITS, options.commit)
+        self.stop = build(STOPS, options.stop)
+        self.cache = build(CACHES, options.cache)
+        self.running: dict[int, Denoising] = {}
+
+    def check_request(self, request: Request) -> None:
+        check_request(request, self.config)
+
+    def started(self, sequence: RunningSequence) -> None:
+        count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
+        canvas = Canvas(sequence.tokens, count, self.config.mask_id)
+        self.target.state.hold(sequence.slot, len(canvas))
+        # the prompt is a part of the canvas, which every first forward reads
+        sequence.prefilled = sequence.prompt_length
+        # rounds in which nothing goes out: at most one for each token
+        self.patience = max(self.patience, len(canvas))
+        self.running[sequence.slot] = Denoising(sequence, canvas)
+
+    def finished(self, sequence: RunningSequence) -> None:
+        self.running.pop(sequence.slot, None)
+
+    def round(self, batch: Batch) -> list[Outcome]:
+        began = time.perf_counter()
+        forwards = [self._forward(self.running[each.slot]) for each in batch.decoding]
+        outcomes = []
+        for forward, logits in zip(forwards, isolated(forwards, self._step), strict=True):
+            outcomes += self._judged(forward, logits)
+        for sequence in batch.decoding:
+            sequence.stats.decode_seconds += time.perf_counter() - began
+        return outcomes
+
+    def _forward(self, denoising: Denoising) -> Forward:
+        """What the cache policy wants computed, and what the logits of open positions stand at."""
+        canvas = denoising.canvas
+        read = (position - self.config.logit_shift for position in canvas.open)
+        return Forward(denoising, sorted({*self.cache.rows(canvas), *read}))
+
+    def _step(self, forwards: Sequence[Forward]) -> list[Tensor]:
+        return [each.logits for each in self.target.step([each.given for each in forwards])]
+
+    def _judged(self, forward: Forward, logits: Tensor | Exception) -> list[Outcome]:
+        """What a forward has brought its sequence: full blocks, nothing yet, or an error."""
+        sequence = forward.of.sequence
+        try:
+            if isinstance(logits, Exception):
+                raise logits
+            check_finite(logits)
+            before = forward.of.canvas.decided
+            self._denoise(forward.of, self._predictions(forward, logits))
+            decided = forward.of.canvas.decided - before
+            sequence.stats.count_forward(decided, len(forward.rows) * self.config.layers)
+            return self._emitted(forward.of)
+        except Exception as error:
+            return [Outcome.failure(sequence, error)]
+
+    def _predictions(self, forward: Forward, logits: Tensor) -> Predictions:
+        return Predictions(forward.rows, logits, self.config.logit_shift, self.config.mask_id)
+
+    def _denoise(self, denoising: Denoising, predictions: Predictions) -> None:
+        """Decide some of the canvas by what a forward has said of it."""
+        canvas = denoising.canvas
+        if canvas.end is None:
+            canvas.end = self._end(canvas, self.block.length(canvas, predictions))
+        if self.stop.fills(canvas, predictions):
+            canvas.end = len(canvas)
+            positions = canvas.open
+            self._decide(canvas, positions, predictions.logits(positions).argmax(-1).tolist())
+            return
+        candidates = self._candidates(denoising, predictions)
+        chosen = self._chosen(candidates)
+        tokens = candidates.tokens[chosen].tolist()
+        self._decide(canvas, candidates.positions[chosen].tolist(), tokens)
+        canvas.step += 1
+
+    def _end(self, canvas: Canvas, length: int) -> int:
+        if type(length) is not int or length < 1:
+            raise ConfigError(
+                f"diffusion block policy {self.block.name!r} answered {length!r}; a block has 1 position "
+                "or more"
+            )
+        return min(canvas.start + length, len(canvas))
+
+    def _candidates(self, denoising: Denoising, predictions: Predictions) -> Candidates:
+        """A token for every open position, with the clean logits: temperature changes no confidence."""
+        positions, sampler = denoising.canvas.open, denoising.sequence.sampler
+        logits = predictions.logits(positions)
+        if sampler.plain:
+            tokens = logits.argmax(-1)
+        else:
+            pairs = zip(positions, logits, strict=True)
+            tokens = torch.tensor([self._token(denoising, *pair) for pair in pairs])
+
+        def uniforms(count: int) -> Tensor:
+            return torch.tensor([sampler.uniform() for _ in range(count)], dtype=torch.float64)
+
+        at, step = torch.tensor(positions), denoising.canvas.step
+        return Candidates(at, tokens, logits, step, uniforms)
+
+    def _token(self, denoising: Denoising, position: int, logits: Tensor) -> int:
+        """A token by the rules of the request, drawn by one number.
+
+        The published samplers take the argmax of the logits and T times Gumbel noise: the same distribution,
+        softmax(logits / T), for a number a token of the vocabulary.
+        """
+        sequence = denoising.sequence
+        before = denoising.canvas.tokens[len(sequence.tokens) : position]
+        if sequence.sampler.greedy:
+            return int(sequence.sampler.scores(logits, before).argmax())
+        return sequence.sampler.draw(sequence.sampler.probabilities(logits, before))
+
+    def _chosen(self, candidates: Candidates) -> Tensor:
+        chosen = self.commit.commit(candidates)
+        fits = isinstance(chosen, Tensor) and chosen.shape == candidates.positions.shape
+        if not fits or chosen.dtype != torch.bool or not chosen.any():
+            raise ConfigError(
+                f"diffusion commit policy {self.commit.name!r} must answer with a boolean for each of "
+                f"{len(candidates.positions)} candidates, one of them true"
+            )
+        return chosen
+
+    def _decide(self, canvas: Canvas, positions: Sequence[int], tokens: Sequence[int]) -> None:
+        for position, token in zip(positions, tokens, strict=True):
+            canvas.decide(position, token)
+
+    def _emitted(self, denoising: Denoising) -> list[Outcome]:
+        """A full block goes out, up to an end in it; what stands behind an end never does."""
+        canvas, sequence = denoising.canvas, denoising.sequence
+        if not canvas.full:
+            return []
+        ends, block = sequence.sampler.ends, canvas.next_block()
+        if denoising.held is None and not ends.isdisjoint(block):
+            first = next(i for i, token in enumerate(block) if token in ends)
+            denoising.held = tuple(block[: first + 1])
+        last = canvas.start == len(canvas)
+        if denoising.held is None:
+            return [_extended(sequence, tuple(block), "length" if last else None)]
+        if last or self.stop.ends(block, ends):
+            return [_extended(sequence, denoising.held, "stop")]
+        return []
+
+
+def _extended(sequence: RunningSequence, tokens: tuple[int, ...], finished: str | None) -> Outcome:
+    sequence.tokens += tokens
+    sequence.sampler.observe(tokens)
+    return Outcome(sequence, tokens, None, finished)

@@ -1,0 +1,73 @@
+"""Masked-diffusion language models (Nie et al. 2025, arXiv 2502.09992; Ye et al. 2025, arXiv 2508.15487).
+
+A decoder without its causal mask: all tokens see each other, and at a masked position the logits say which
+token it hides. There is no input for the time: how much is masked, the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
+from linspec.errors import ConfigError
+from linspec.mixers.base import Rope
+from linspec.models.block import Block
+from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.padding import from_left, to_left
+from linspec.state.sequence_states import SequenceStates
+
+
+class MaskedDiffusion(Decoder):
+    """Token ids with masks in, logits out. A step computes positions again, in place of their entries."""
+
+    config: DiffusionConfig
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, T, vocab] of ids [B, T], as the output layer gives them; `mask` is true at real tokens.
+
+        Rows may be padded at either end; logits at padding mean nothing.
+        """
+        if mask is None:
+            return self.head(self.hidden(ids))
+        ids, shifts = to_left(ids, mask)
+        real = torch.arange(ids.shape[1], device=ids.device) < mask.sum(1, keepdim=True)
+
+        def among_real(block: Block, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+            x = x + block.mixer(block.mixer_norm(x), rope, real)
+            return x + block.mlp(block.mlp_norm(x))
+
+        return self.head(from_left(self.hidden(ids, among_real), shifts))
+
+    def predicted(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, T, vocab] of the token that stands at each position itself.
+
+        With a logit shift nothing is said of the first one: its logits are those of its own row.
+        """
+        logits = self.forward(ids, mask)
+        if not self.config.logit_shift:
+            return logits
+        return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+
+    @torch.inference_mode()
+    def step(
+        self,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        *,
+        layers: Collection[int] | None = None,
+        want: Want = LOGITS,
+    ) -> StepOutput:
+        """As a decoder's, for tokens that overwrite and see all positions.
+
+        Raises ConfigError for others: a token that is staged would not see what stands behind it.
+        """
+        for each in inputs:
+            if each.overwrite is None or each.causal:
+                raise ConfigError(
+                    f"slot {each.slot} was fed tokens that see only what stands before them, which a "
+                    "masked-diffusion model does not compute; decode it with the loop 'masked-diffusion'"
+                )
+        return super().step(inputs, state, layers=layers, want=want)
