@@ -5,13 +5,13 @@
         print(row.family, row.drafter, row.times_plain, row.tokens_per_round)
 
 Modes take turns on each group of prompts, plain decoding first and last; every second group goes through them
-backwards. A drafter whose greedy output is not that of plain decoding gets no row, unless the verifier is one
-that is registered as lossy: then its row says so, and how far the outputs agree.
+backwards. A drafter whose greedy output is not that of plain decoding gets no row, unless the verifier or the
+generation loop is one that is registered as lossy: then its row says so, and how far the outputs agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -48,7 +48,7 @@ class DrafterRow:
     of its two runs) over those of the drafter; low and high: its 95% interval, by resampling prompts.
     whole_times_plain: the same with reading the prompts. tokens_per_round: accepted drafts plus the bonus
     token. acceptance[d]: share of the drafts at depth d + 1, behind an accepted parent, that were accepted
-    too. drafting, verifying, rest: shares of the rounds' time. lossy: the verifier may change outputs.
+    too. drafting, verifying, rest: shares of the rounds' time. lossy: verifier or loop may change outputs.
     agreement: share of the tokens of plain greedy answers that came before the first difference; None where
     tokens are sampled. oracle: times plain of the best choice of a tree in each round by one who knows what
     is accepted, see `bench/oracle.py`; None for plain decoding and for several prompts at once.
@@ -98,6 +98,7 @@ def bench_drafters(
     batch: int = 1,
     policy: str | int = "auto",
     verifier: str = "lossless",
+    loops: Sequence[str] = (),
     data: Sources = ("stdlib",),
     quantize: int | None = None,
     kv: str = "auto",
@@ -108,8 +109,8 @@ def bench_drafters(
 
     Args:
         model: a model's name, directory or GGUF file.
-        drafters: specs; where none are given, every registered drafter that can be made for this model
-            without being told more.
+        drafters: specs; where none are given, and no loops, every registered drafter that can be made for
+            this model without being told more.
         prompts: a file of prompts, see `bench/prompts.py`; None takes pieces of held-out text of `data`.
         per_family: prompts of each family.
         tokens: most tokens of an answer, which also ends where the model ends it.
@@ -117,6 +118,8 @@ def bench_drafters(
         batch: prompts that are answered at once.
         policy: 'auto', or a number of draft tokens for every round.
         verifier: of all drafters. The rows of a lossy one are marked.
+        loops: specs of generation loops that decode without a drafter, such as 'first:DIR'. The rows of
+            those that are registered as lossy are marked.
 
     Raises:
         ConfigError: a size is out of its range, or nothing can draft.
@@ -132,13 +135,14 @@ def bench_drafters(
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
     loaded = load_for(model, quantize, device=device)
     rule = make_verifier(verifier)
-    made, skipped = _make(drafters, DrafterContext(loaded, tokenizer, source, batch))
+    context = DrafterContext(loaded, tokenizer, source, batch)
+    made, skipped = ({}, []) if loops and not drafters else _make(drafters, context)
     common = {"tokenizer": tokenizer, "max_batch": batch, "kv_cache_dtype": kv}
-    modes = _modes(loaded, made, policy, rule, **common)
+    modes = _modes(loaded, made, loops, policy, rule, **common)
     if texts is None:
         texts = held_out_prompts(modes[0].llm, data, per_family, tokens)
     params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed)
-    lossy = not getattr(rule, "lossless", False)
+    lossy = {mode.name for mode in modes if _is_lossy(mode, rule)}
     measured = _measure(modes, texts, params, batch, lossy)
     greedy = temperature == 0.0
     settings = {
@@ -179,18 +183,26 @@ def _make(
 def _modes(
     model: Decoder,
     drafters: Mapping[str, Drafter],
+    loops: Sequence[str],
     policy: str | int,
     verifier: Verifier,
     **common: Any,
 ) -> list[Mode]:
-    """Every drafter, between plain decoding and plain decoding again; common: for all of them."""
+    """Every drafter and loop, between plain decoding and plain decoding again; common: for all of them."""
     plain = LLM(model, **common)
     modes = [Mode(PLAIN, plain)]
     for name, drafter in drafters.items():
         watch = Watched(make_policy(policy, model))
         llm = LLM(model, drafter=drafter, policy=watch, verifier=verifier, **common)
         modes.append(Mode(name, llm, watch))
+    modes += [Mode(f"loop {spec}", LLM(model, loop=spec, **common)) for spec in loops]
     return [*modes, Mode(PLAIN_AGAIN, plain)]
+
+
+def _is_lossy(mode: Mode, verifier: Verifier) -> bool:
+    """Whether a mode may decode something else than the model does."""
+    exact = mode.watch is None or getattr(verifier, "lossless", False)
+    return not (exact and mode.llm.engine.loop.lossless)
 
 
 def _measure(
@@ -198,7 +210,7 @@ def _measure(
     texts: Sequence[BenchPrompt],
     params: SamplingParams,
     batch: int,
-    lossy: bool,
+    lossy: Container[str],
 ) -> list[Measured]:
     """Every mode on every group of prompts of one family, in turns."""
     families = list(dict.fromkeys(text.family for text in texts))
@@ -213,8 +225,9 @@ def _measure(
         for done, group in enumerate(groups):
             order = modes if done % 2 == 0 else modes[::-1]
             runs = {mode.name: run_of(mode, group, params) for mode in order}
-            if params.temperature == 0.0 and not lossy:
-                _check_outputs(modes[0].llm, group, runs)
+            if params.temperature == 0.0:
+                exact = {name: run for name, run in runs.items() if name not in lossy}
+                _check_outputs(modes[0].llm, group, exact)
             found.append(Measured(group[0].family, runs))
             progress.update(done + 1, group[0].family)
     return found
@@ -237,7 +250,7 @@ def _check_outputs(llm: LLM, group: Sequence[BenchPrompt], runs: Mapping[str, Ru
 
 
 def _rows(
-    measured: Sequence[Measured], lossy: bool, greedy: bool, curve: CostCurve | None
+    measured: Sequence[Measured], lossy: Container[str], greedy: bool, curve: CostCurve | None
 ) -> list[DrafterRow]:
     """All prompts first, then family by family."""
     families = dict.fromkeys(each.family for each in measured)
@@ -248,7 +261,7 @@ def _rows(
     if len(families) == 1:
         del parts[ALL]
     return [
-        _row(name, family, part, lossy and name not in (PLAIN, PLAIN_AGAIN), greedy, curve)
+        _row(name, family, part, name in lossy, greedy, curve)
         for family, part in parts.items()
         for name in names
     ]

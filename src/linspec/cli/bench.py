@@ -120,6 +120,13 @@ def drafters(
     ] = 1,
     policy: PolicyName = "auto",
     verifier: VerifierName = "lossless",
+    loop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A generation loop to compare too, such as first:DIR; repeatable.",
+            show_default="none",
+        ),
+    ] = None,
     data: Data = None,
     loading: Loading,
     as_json: Json = False,
@@ -127,7 +134,7 @@ def drafters(
     """Compare every drafter on a model and the same prompts: speed beside plain decoding, acceptance.
 
     Modes take turns prompt by prompt; plain decoding runs first and last. A drafter that changes the greedy
-    output is an error, but with a lossy verifier, whose rows say how far outputs agree.
+    output is an error, but with a lossy verifier or loop, whose rows say how far outputs agree.
     """
     from linspec.bench.drafters import bench_drafters
 
@@ -143,6 +150,7 @@ def drafters(
             batch=batch,
             policy=policy,
             verifier=verifier,
+            loops=loop or (),
             data=data or ["stdlib"],
             **options,
         ).to_json()
@@ -157,9 +165,10 @@ def drafters(
         print_table("× plain, by family", *_by_family(found["rows"], families[1:]))
     for row in whole:
         if row["lossy"] and row["agreement"] is not None:
+            judged = "" if row["drafter"].startswith("loop ") else f" with verifier {verifier}"
             say(
-                f"{row['drafter']} is lossy with verifier {verifier}: {row['agreement']:.0%} of the tokens "
-                "of plain decoding came before the first difference"
+                f"{row['drafter']} is lossy{judged}: {row['agreement']:.0%} of the tokens of plain decoding "
+                "came before the first difference"
             )
     for each in found["skipped"]:
         say(f"left out {each['drafter']}: {each['reason']}")

@@ -1,7 +1,8 @@
 """FiRST (Jain et al. 2024): from the prompt, routers tell which layers its draft does without.
 
 The layers are chosen once for a sequence, by its prompt alone. The paper decodes without them, which changes
-the output; here they are left out of drafts only, and the whole target verifies.
+the output: that is the generation loop `first`. Here they are left out of drafts only, and the whole target
+verifies.
 """
 
 from __future__ import annotations
@@ -13,18 +14,14 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.drafters.base import DRAFTERS, DrafterContext
 from linspec.drafters.found import find_drafter, is_at_hand, path_option
+from linspec.drafters.routed_forms import RoutedForms
 from linspec.drafters.routers import Routers
 from linspec.drafters.saved import load_drafter, plain_files
 from linspec.drafters.self_bits import check_drafting
 from linspec.drafters.self_draft import SelfDraft
-from linspec.errors import DrafterError
 from linspec.models.decoder import Decoder
-from linspec.models.own_forms import skipping
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
-
-# forms without other layers that are kept for further prompts
-_FORMS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +63,7 @@ class First(SelfDraft):
         self.routers = routers or load_drafter(
             find_drafter(self.name, options.path, context), target, Routers
         )
-        if self.skip is not None and self.skip > target.config.layers - 2:
-            raise DrafterError(
-                f"drafter {self.name!r} cannot leave out {self.skip} layers of {target.config.layers}: the "
-                "first and the last are kept; lower skip"
-            )
-        self._forms: dict[frozenset[int], Decoder] = {}
-        # of each sequence, by its number
-        self._skipped: dict[int, frozenset[int]] = {}
+        self._forms = RoutedForms(target, self.routers, self.skip, f"drafter {self.name!r}")
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
@@ -81,8 +71,8 @@ class First(SelfDraft):
 
     def attached(self, target: Target) -> None:
         super().attached(target)
-        self._forms.clear()
-        self._skipped.clear()
+        assert isinstance(target.model, Decoder), "checked when this was made"
+        self._forms = RoutedForms(target.model, self.routers, self.skip, f"drafter {self.name!r}")
 
     def make(self, model: Decoder) -> Decoder:
         # a prompt that needs every layer
@@ -92,27 +82,15 @@ class First(SelfDraft):
         return bool(self.skipped(sequence))
 
     def form_of(self, sequence: RunningSequence) -> Decoder:
-        skipped = self.skipped(sequence)
-        if skipped not in self._forms:
-            assert self.target is not None and isinstance(self.target.model, Decoder)
-            if len(self._forms) >= _FORMS:
-                del self._forms[next(iter(self._forms))]
-            self._forms[skipped] = skipping(self.target.model, skipped, skipped)
-        return self._forms[skipped]
+        return self._forms.of(sequence)
 
     def skipped(self, sequence: RunningSequence) -> frozenset[int]:
         """The layers that the drafts of a sequence do without."""
-        found = self._skipped.get(sequence.number)
-        if found is None:
-            assert self.target is not None and isinstance(self.target.model, Decoder)
-            prompt = sequence.tokens[: sequence.prompt_length]
-            found = self.routers.skipped(self.routers.needed(self.target.model, prompt), self.skip)
-            self._skipped[sequence.number] = found
-        return found
+        return self._forms.skipped(sequence)
 
     def started(self, sequence: RunningSequence) -> None:
         # another engine may have left a sequence of this number without a word
-        self._skipped.pop(sequence.number, None)
+        self._forms.forget(sequence)
 
     def finished(self, sequence: RunningSequence) -> None:
-        self._skipped.pop(sequence.number, None)
+        self._forms.forget(sequence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linspec.engine.loops import autoregressive, beam, dsbd, masked_diffusion, mirror
+from linspec.engine.loops import autoregressive, beam, dsbd, first, masked_diffusion, mirror
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "autoregressive",
     "beam",
     "dsbd",
+    "first",
     "masked_diffusion",
     "mirror",
 ]

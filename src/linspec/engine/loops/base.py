@@ -53,12 +53,15 @@ class GenerationLoop(ABC):
         reads_in_order: whether the slot of a sequence always holds the first tokens of `sequence.tokens`,
             each read causally and never overwritten. Only then a prefix cache keeps what a slot holds, and
             gives a slot what another one held.
+        lossless: whether outputs are what the rule of the loop makes of the whole model; not so where layers
+            are left out.
     """
 
     name: ClassVar[str]
     patience: int = 1000
     preempts: ClassVar[bool] = False
     reads_in_order: ClassVar[bool] = False
+    lossless: ClassVar[bool] = True
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         self.target = context.target
