@@ -311,6 +311,31 @@ def test_what_is_said_of_whole_drafts_comes_true(
     assert np.mean(said) == pytest.approx(np.mean(found), abs=0.05)
 
 
+def test_fewer_drafts_are_made_for_nothing_than_with_any_constant_length(
+    learned: tuple[AcceptanceHead, Any], draft_dir: Path, tiny_teacher: Callable[..., Decoder]
+) -> None:
+    """At no more steps of the target, under 0.9 times what a constant length discards (here about a half)."""
+    target, rng = tiny_teacher(), np.random.default_rng(0)
+    prompts = [rng.integers(0, 290, 6).tolist() for _ in range(48)]
+    params = [
+        SamplingParams(max_tokens=24, temperature=1.0, seed=seed, ignore_eos=True)
+        for seed in range(48)
+    ]
+
+    def spent(options: SpecDecHeadOptions) -> tuple[int, int]:
+        """Steps of the target, and drafts that were not accepted."""
+        drafter = SpecDecHead(load_model(draft_dir), target.config, 16, learned[0], options)
+        rows = decode(target, prompts, params, drafter, policy=Fixed(20), slots=16)
+        stats = [row.stats for row in rows]
+        return sum(each.rounds for each in stats), sum(
+            each.drafted - each.accepted for each in stats
+        )
+
+    steps, discarded = spent(SpecDecHeadOptions(threshold=0.5))
+    constants = [spent(SpecDecHeadOptions(least=n, most=n)) for n in (4, 6)]
+    assert all(steps <= 1.02 * each and discarded <= 0.9 * lost for each, lost in constants)
+
+
 def test_calibration_takes_back_what_a_weight_does() -> None:
     """Chances that a weight of 6 has made too low by log 6 are found again."""
     generator = torch.Generator().manual_seed(0)
