@@ -6,7 +6,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from api_server import quiet, running, talker
 
 from linspec.decoding.sampling import SamplingParams
 from linspec.llm import LLM
+from linspec.serve import failures
 from linspec.serve.worker import Worker
 
 HELLO: Any = [{"role": "user", "content": "ab cd"}]
@@ -489,6 +490,45 @@ def test_an_error_is_about_the_form_that_was_sent(
     got = web.post(path, json={"model": "talker", **body})
     assert got.status_code == 400
     assert re.search(said, got.json()["error"]["message"]), got.text
+
+
+MANY = 100_000
+FLOODS: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/completions", {"prompt": [{}] * MANY}),
+    ("/v1/completions", {"prompt": "a", "stop": [5] * MANY}),
+    ("/v1/completions", {"prompt": "a", "bad_words": [5] * MANY}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {f"x{i}": 1 for i in range(MANY)}}),
+    ("/v1/completions", {"prompt": "a", "metadata": {f"x{i}": 1 for i in range(MANY)}}),
+    ("/v1/completions", {"prompt": "a", **{f"x{i}": 1 for i in range(MANY)}}),
+    ("/v1/chat/completions", {"messages": [0] * MANY}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [0] * MANY}]}),
+    ("/v1/responses", {"input": [0] * MANY}),
+    ("/v1/embeddings", {"input": [{}] * MANY}),
+    ("/tokenize", {"messages": [0] * MANY}),
+    ("/detokenize", {"tokens": ["a"] * MANY}),
+    # right, and far too many
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * MANY}),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [{"name": "a"}] * MANY}),
+    ("/v1/completions", {"prompt": "a", "bad_words": ["a"] * MANY}),
+    ("/v1/completions", {"prompt": "a", "stop_token_ids": [5] * MANY}),
+    ("/v1/completions", {"prompt": "a", "guided_choice": ["a"] * MANY}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), FLOODS)
+def test_a_body_that_is_wrong_everywhere_holds_nobody_up(
+    web: httpx.Client, path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def counted(errors: Sequence[Any]) -> failures.Failure:
+        counts.append(len(errors))
+        return told(errors)
+
+    told = failures._of_validation
+    monkeypatch.setattr(failures, "_of_validation", counted)
+    assert web.post(path, json=body).status_code == 400
+    assert counts and counts[0] <= 200
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])

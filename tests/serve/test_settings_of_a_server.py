@@ -113,6 +113,13 @@ def test_a_file_without_hashed_keys_is_refused_and_not_shown(tmp_path: Path, tex
     assert "sk-plain" not in str(caught.value)
 
 
+def test_no_key_of_a_file_is_lost_to_the_single_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text(f"default:{hashed('the key of the file')}\n")
+    with pytest.raises(ConfigError, match="names a key 'default'"):
+        Keys.read(file, "a-long-enough-key")
+
+
 def test_short_and_missing_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 8"):
         Keys.read(None, "short")

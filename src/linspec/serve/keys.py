@@ -40,6 +40,11 @@ class Keys:
                     f"a key has at least {_SHORTEST} characters, this one {len(key)}; take "
                     "`openssl rand -hex 24`"
                 )
+            if "default" in found:
+                raise ConfigError(
+                    f"{shown(file)} names a key 'default', as the single key is called; rename it there, or "
+                    "leave out the single key"
+                )
             found["default"] = hashlib.sha256(key.encode()).hexdigest()
         return cls(found)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,9 +53,8 @@ def read_tools(given: Any) -> tuple[Tool, ...]:
     if isinstance(given, str | Mapping) or not isinstance(given, Sequence):
         raise ConfigError(f"tools are a list, got {shown(repr(given))}")
     tools = tuple(_tool(each) for each in given)
-    names = [tool.name for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(tool.name for tool in tools).items():
+        if count > 1:
             raise ConfigError(f"two tools are named {name!r}; give each a name of its own")
     return tools
 

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 from linspec.decoding.sampling import SamplingParams
 
 # a bias from here on bans a token, as OpenAI's API has it
 _BAN = -100.0
-Text = Annotated[str, Field(min_length=1)]
+# a mapping is checked in parts of so many entries
+_PART = 64
+# most turns, words and tools of a request: each costs the server more than its bytes
+_MOST = 4096
+
+
+def _in_parts(given: Any, check: Callable[[Any], dict[Any, Any]]) -> dict[Any, Any]:
+    """Check a mapping until a part of it is wrong: as `fail_fast`, which is for lists."""
+    if not isinstance(given, dict) or len(given) <= _PART:
+        return check(given)
+    entries = list(given.items())
+    found: dict[Any, Any] = {}
+    for at in range(0, len(entries), _PART):
+        found |= check(dict(entries[at : at + _PART]))
+    return found
+
+
+# An answer tells of one error. All that eight megabytes can have take minutes and gigabytes to write down.
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+K = TypeVar("K")
+T = TypeVar("T")
+Several = Annotated[list[T], Field(fail_fast=True, max_length=_MOST)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
+Mapped = Annotated[dict[K, T], WrapValidator(_in_parts)]
+Text = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
@@ -21,6 +45,16 @@ class Asked(BaseModel):
     """A request's body: what is unknown or of the wrong type is refused, never ignored or converted."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        """Of unknown fields the first one: see `Several`."""
+        if not isinstance(given, dict) or len(given) <= len(cls.model_fields):
+            return given
+        known = {name: each for name, each in given.items() if name in cls.model_fields}
+        unknown = next(name for name in given if name not in cls.model_fields)
+        return known | {unknown: given[unknown]}
 
 
 class Given(BaseModel):
@@ -45,7 +79,7 @@ class Labels(Asked):
     """Fields of OpenAI's API that describe a request and change nothing here."""
 
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Mapped[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -60,7 +94,7 @@ class Constraints(Asked):
     )
     guided_json: dict[str, Any] | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = None
-    guided_choice: list[Text] | None = None
+    guided_choice: Several[Text] | None = None
     guided_grammar: Text | None = Field(default=None, description="Lark's form, or GBNF.")
     structured_outputs: dict[str, Any] | None = Field(
         default=None, description="One of json, regex, choice and grammar."
@@ -77,16 +111,16 @@ class Sampling(Asked):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    logit_bias: dict[TokenId, Bias] | None = Field(None, description="-100 bans a token.")
+    logit_bias: Mapped[TokenId, Bias] | None = Field(None, description="-100 bans a token.")
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=64)] | None = None
-    stop_token_ids: list[Id] | None = None
+    stop: Text | Annotated[Several[Text], Field(max_length=64)] | None = None
+    stop_token_ids: Several[Id] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    bad_words: list[Text] | None = None
+    bad_words: Several[Text] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

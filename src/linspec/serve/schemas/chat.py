@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from linspec.serve.schemas.base import Asked, Constraints, Given, Labels, Sampling, Usage
+from linspec.serve.schemas.base import Asked, Constraints, Given, Labels, Sampling, Several, Usage
 
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -22,9 +22,9 @@ class Message(Asked):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Several[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Several[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     refusal: None = None
 
@@ -47,15 +47,15 @@ class ChatRequest(Sampling, Labels, Constraints):
     """A conversation whose next turn the model writes."""
 
     model: str | None = Field(None, description="May be left out where one model is served.")
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Several[Message], Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
     max_tokens: MaxTokens | None = Field(None, description="The old name.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Several[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Several[Literal["text"]] | None = None
     chat_template: str | None = Field(None, description="Not served: templates are programs.")
 
 

@@ -6,9 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from linspec.serve.schemas.base import Constraints, Given, Id, Labels, Sampling, Text, Usage
+from linspec.serve.schemas.base import (
+    Constraints,
+    Given,
+    Ids,
+    Labels,
+    Sampling,
+    Several,
+    Text,
+    Usage,
+)
 
-Tokens = Annotated[list[Id], Field(min_length=1)]
+Tokens = Annotated[Ids, Field(min_length=1)]
 
 
 class CompletionRequest(Sampling, Labels, Constraints):
@@ -17,9 +26,9 @@ class CompletionRequest(Sampling, Labels, Constraints):
     model: str | None = Field(None, description="May be left out where one model is served.")
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=1024)]
+        | Annotated[Several[Text], Field(min_length=1, max_length=1024)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=1024)]
+        | Annotated[Several[Tokens], Field(min_length=1, max_length=1024)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         None, description="16 if it is left out; 0 only with echo."

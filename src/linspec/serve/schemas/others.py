@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from linspec.serve.schemas.base import Asked, Given, Id, Labels
+from linspec.serve.schemas.base import Asked, Given, Ids, Labels, Several
 from linspec.serve.schemas.chat import Message
 from linspec.serve.schemas.completions import Tokens
 
@@ -17,9 +17,11 @@ class EmbeddingRequest(Labels):
     model: str | None = Field(None, description="May be left out where one encoder is served.")
     input: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | Annotated[
+            Several[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=2048)
+        ]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1, max_length=2048)]
+        | Annotated[Several[Tokens], Field(min_length=1, max_length=2048)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
@@ -74,7 +76,7 @@ class TokenizeRequest(Asked):
 
     model: str | None = None
     prompt: str | None = Field(None, description="Give this or messages.")
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[Several[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -91,7 +93,7 @@ class DetokenizeRequest(Asked):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[Id]
+    tokens: Ids
 
 
 class DetokenizedText(Given):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from linspec.serve.schemas.base import Asked, Given, Labels, Speculation
+from linspec.serve.schemas.base import Asked, Given, Labels, Several, Speculation
 
 
 class InputPart(Asked):
@@ -14,8 +14,8 @@ class InputPart(Asked):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: list[dict[str, Any]] | None = None
-    logprobs: list[dict[str, Any]] | None = None
+    annotations: Several[dict[str, Any]] | None = None
+    logprobs: Several[dict[str, Any]] | None = None
 
 
 class InputMessage(Asked):
@@ -23,7 +23,7 @@ class InputMessage(Asked):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputPart]
+    content: str | Several[InputPart]
     id: str | None = None
     status: str | None = None
 
@@ -46,14 +46,16 @@ class ResponseRequest(Labels):
     """What a model answers to."""
 
     model: str | None = Field(None, description="May be left out where one model is served.")
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[InputMessage], Field(min_length=1)]
+    input: (
+        Annotated[str, Field(min_length=1)] | Annotated[Several[InputMessage], Field(min_length=1)]
+    )
     instructions: str | None = Field(None, description="A first message of the system.")
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     text: TextFormat | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Several[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
