@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +46,13 @@ class Running:
                 found.append(each.pid)
         return sorted(found)
 
-    def wait_for_two(self, but: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def wait_for_two(self, but: Collection[int] = ()) -> None:
         """Until two replicas answer that are none of `but`."""
         until = time.monotonic() + 90
-        while len(set(self.pids()) - but) != 2 or len(asyncio.run(self.fleet.metrics())) != 2:
+        while (
+            len(set(self.pids()).difference(but)) != 2
+            or len(asyncio.run(self.fleet.metrics())) != 2
+        ):
             assert time.monotonic() < until, "the replicas did not come back"
             time.sleep(0.3)
 

@@ -110,6 +110,9 @@ def test_a_client_gets_all_of_one_answer_or_an_error_that_names_its_request(
         seen = next(each for each in lives if each >= 2) - 1
         sent = b"".join(EVENTS[:seen])
         assert reply.content.startswith(sent)
+        if seen == len(EVENTS):
+            assert reply.content == sent
+            return
         event, done, end = reply.content.removeprefix(sent).split(b"\n\n")
         assert (done, end) == (b"data: [DONE]", b"")
         error = json.loads(event.removeprefix(b"data: "))["error"]
@@ -124,6 +127,22 @@ def test_named_events_end_with_a_named_one() -> None:
     assert json.loads(data.removeprefix(b"data: "))["type"] == "error"
 
 
+@pytest.mark.parametrize(
+    ("path", "last"),
+    [
+        ("/v1/completions", b"data: [DONE]\n\n"),
+        ("/v1/responses", b'event: response.completed\ndata: {"a": 1}\n\n'),
+    ],
+)
+def test_a_stream_that_was_complete_when_its_replica_died_got_an_error_behind_its_end(
+    path: str, last: bytes
+) -> None:
+    # one part may hold several events
+    for parts in ([*EVENTS[:2], last], [b"".join(EVENTS[:2]) + last]):
+        reply = asyncio.run(ask(Mortal(parts, [len(parts) + 1], True), path))
+        assert reply.content == b"".join(parts)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=8), st.integers(0, 9))
 def test_no_event_is_torn_wherever_a_replica_dies(cuts: list[int], lives: int) -> None:
@@ -135,6 +154,7 @@ def test_no_event_is_torn_wherever_a_replica_dies(cuts: list[int], lives: int) -
     *events, end = reply.content.split(b"\n\n")
     assert end == b"" and events[-1] == b"data: [DONE]"
     assert all(each.startswith(b"data: ") and each[-1:] in b"}]" for each in events)
+    assert events.count(b"data: [DONE]") == 1
 
 
 def test_a_client_that_leaves_ends_the_answer() -> None:

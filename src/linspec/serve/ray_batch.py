@@ -100,13 +100,16 @@ def _records(
         return
     ray.data.DataContext.get_current().enable_progress_bars = False
     hushed("ray.data")
-    asked = ray.data.from_items(
-        [{"line": line} for line in lines], override_num_blocks=-(-len(lines) // size)
-    )
+    # few lines are shared out too
+    size = min(size, -(-len(lines) // replicas))
+    tasks = -(-len(lines) // size)
+    asked = ray.data.from_items([{"line": line} for line in lines], override_num_blocks=tasks)
     answers = asked.map_batches(
         Answerer,
         fn_constructor_args=given,
-        compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=_TASKS),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(replicas, tasks), max_tasks_in_flight_per_actor=_TASKS
+        ),
         batch_size=size,
         num_cpus=cpus_of_each(replicas),
         max_concurrency=_TASKS,

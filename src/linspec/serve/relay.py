@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -133,6 +134,10 @@ def _lost(asked: Asked, what: str) -> Failure:
     )
 
 
+# events behind which nothing comes
+_LAST = re.compile(rb"data: \[DONE\]|event: (?:error|response\.(?:completed|incomplete|failed))\n")
+
+
 class _Answer:
     """What a client gets: whole events of a stream, and anything else when it is complete.
 
@@ -141,7 +146,7 @@ class _Answer:
 
     def __init__(self, send: Send, asked: Asked, limit: asyncio.Timeout) -> None:
         self._send, self.asked, self._limit = send, asked, limit
-        self.begun = False
+        self.begun = self._complete = False
 
     async def take(self, message: Message) -> None:
         """The next message of a replica."""
@@ -156,6 +161,8 @@ class _Answer:
                 await self._pass_on(len(self._held), more=False)
             # events that are torn would be read as broken ones
             elif self._streams and (end := self._held.rfind(b"\n\n")) >= 0:
+                last = self._held[:end].rpartition(b"\n\n")[2]
+                self._complete = _LAST.match(last) is not None
                 await self._pass_on(end + 2, more=True)
 
     async def _pass_on(self, size: int, *, more: bool) -> None:
@@ -167,8 +174,10 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": part, "more_body": more})
 
     async def end_with(self, failure: Failure) -> None:
-        """End a stream that has begun, with an error as its last event."""
-        if self.asked.path == "/v1/responses":
+        """End a stream that has begun: with an error as its last event, unless it had its last one."""
+        if self._complete:
+            text = ""
+        elif self.asked.path == "/v1/responses":
             text = f"event: error\ndata: {json_text(failure.event())}\n\n"
         else:
             text = f"data: {json_text(failure.body())}\n\ndata: [DONE]\n\n"
