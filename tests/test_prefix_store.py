@@ -182,6 +182,8 @@ def test_a_full_disk_loses_the_entry_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr("linspec.utils.files._make_aside", full)
         tokens = kept(model, tmp_path, prompt)
+    # once, though there were two texts: a log must not fill as well
+    assert caplog.text.count("was not added") == 1
     assert tokens[len(prompt) :] == output(ask(engine_of(model, None), prompt))
     assert "No space left on device" in caplog.text and not files(tmp_path)
     # when there is space again

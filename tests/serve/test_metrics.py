@@ -163,7 +163,8 @@ def test_seconds_add_up_and_idle_ones_are_empty(watched: Watched) -> None:
     assert len(model["seconds"]) == KEPT
     assert [second["tokens"] for second in model["seconds"][-5:]] == [30, 0, 0, 7, 0]
     busy = model["seconds"][-5]
-    assert 1 <= busy["running"] <= 2 and 0 <= busy["waiting"] <= 2 and busy["process_bytes"] > 10**6
+    # how many waited depends on how many the worker found in its mail at once
+    assert 1 <= busy["running"] <= 2 and busy["waiting"] <= 3 and busy["process_bytes"] > 10**6
     assert busy["prompt_tokens"] > 0 and busy["rounds"] <= busy["tokens"]
     assert sum(busy["accepted"].values()) <= busy["drafted"]
     assert (model["slots"], model["running"], model["chat"]) == (2, 0, False)

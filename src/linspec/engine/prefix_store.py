@@ -67,6 +67,7 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._queue: queue.Queue[tuple[str, Callable[[], bytes]]] = queue.Queue(_WAITING)
         self._writer: threading.Thread | None = None
+        self._failing = False
         self._scan()
 
     def _scan(self) -> None:
@@ -197,9 +198,17 @@ class PrefixStore:
             try:
                 self._write(name, pack())
             except Exception as error:
-                _log.warning("a text was not added to the prefix store: %s", error)
+                # a full disk stays full: a line for each text would fill the log too
+                if not self._failing:
+                    _log.warning(
+                        "a text was not added to the prefix store: %s; until one is, this is not said again",
+                        error,
+                    )
+                self._failing = True
                 with self._lock:
                     self._forget(name)
+            else:
+                self._failing = False
             finally:
                 self._queue.task_done()
 
