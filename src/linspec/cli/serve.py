@@ -50,7 +50,9 @@ class Serving:
     tbt_ms: Annotated[
         float | None,
         typer.Option(
-            callback=real(above=0), help="Milliseconds a stream may wait while prompts are read."
+            callback=real(least=0),
+            help="Milliseconds that a stream may wait while prompts are read; 0 is no limit.",
+            show_default="50",
         ),
     ] = None
     state_mib: Annotated[

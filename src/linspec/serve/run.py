@@ -166,7 +166,7 @@ def _engine_options(settings: Settings) -> dict[str, Any]:
     return {
         "max_batch": settings.max_batch,
         "max_model_len": settings.max_model_len,
-        "tbt_ms": settings.tbt_ms,
+        "tbt_ms": settings.tbt_ms or None,
         "state_bytes": None if mib is None else mib * 2**20,
         "prefix_cache": settings.prefix_mib * 2**20 or None,
         "prefix_store": settings.prefix_store,

@@ -42,8 +42,9 @@ class Settings(BaseSettings):
     queue_limit: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         128, description="Sequences that may wait."
     )
-    tbt_ms: Seconds | None = Field(
-        None, description="Milliseconds that a stream may wait while prompts are read."
+    tbt_ms: Annotated[float, Field(ge=0, le=10**6)] = Field(
+        50.0,
+        description="Milliseconds that a stream may wait while prompts are read; 0 is no limit.",
     )
     state_mib: Count | None = Field(
         None, description="MiB of the states of running sequences; the others wait."
