@@ -19,7 +19,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +100,14 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with code {process.returncode}; see its log")
-        with (
-            contextlib.suppress(OSError),
-            urllib.request.urlopen(f"{address}/v1/models", timeout=5),
-        ):
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except urllib.error.HTTPError:
+            # it listens, and has no such page
             return
-        time.sleep(0.5)
+        except OSError:
+            time.sleep(0.5)
     raise RuntimeError(f"the server did not answer within {_PATIENCE:.0f} s")
 
 
@@ -113,16 +117,19 @@ def serving(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for contender in contenders(given):
         try:
             with running(contender, given.log) as address:
+                left = deque(questions)
                 for clients in given.clients:
                     load = Workload(requests=given.requests * clients, clients=clients)
                     found = bench_serving(
                         address,
-                        questions,
+                        list(left),
                         load,
                         model=contender.model,
                         max_tokens=given.tokens,
                     )
                     yield {"server": contender.name, "clients": clients, **found.to_json()}
+                    # no server is to know a prompt from before
+                    left.rotate(-load.requests)
         except RuntimeError as error:
             yield {"server": contender.name, "error": str(error)}
 
@@ -131,7 +138,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("file", type=Path, help="a GGUF file")
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines, as Spec-Bench's")
-    parser.add_argument("--per-family", type=int, default=4)
+    parser.add_argument("--per-family", type=int, default=20)
     parser.add_argument(
         "--clients",
         type=lambda text: [int(each) for each in text.split(",")],
