@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import scratch, tiny_tokenizer
+from helpers import randomise
 from plain_diffusion import CONFIGS, MASK, PlainModel, write
+from transformers import PreTrainedTokenizerFast
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.hub import load_model
+from linspec.checkpoints.hub import load_diffusion, save_model
 from linspec.diffusion.canvas import Canvas
+from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 
 PROMPTS = [[5, 9, 14], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 40, 30, 20]]
 WHOLE = SamplingParams(max_tokens=13, ignore_eos=True)
@@ -31,9 +36,35 @@ def source(name: str) -> tuple[Any, PlainModel]:
 
 def make(name: str = "llada", spec: str = "", **settings: Any) -> LLM:
     """In float64, so that no near tie depends on the order of sums."""
-    model = load_model(source(name)[0], dtype=torch.float64)
+    model = load_diffusion(source(name)[0], dtype=torch.float64)
     loop = f"masked-diffusion:{spec}" if spec else "auto"
     return LLM(model, tokenizer=tiny_tokenizer(), loop=loop, **settings)
+
+
+@cache
+def talker() -> Path:
+    """A directory with a tokenizer and a template, in float32; the mask token ends the vocabulary."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, eos_token="<|eos|>"
+    )
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }}{% endfor %}"
+    config = DiffusionConfig(
+        vocab_size=len(tokenizer) + 1,
+        mask_id=len(tokenizer),
+        family="Dream",
+        logit_shift=1,
+        qkv_bias=True,
+        eos_ids=(0,),
+        bos_id=0,
+        width=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        mlp_width=48,
+    )
+    model = randomise(MaskedDiffusion(config), 0).float()
+    return save_model(model, tokenizer, scratch("diffusion-talker") / "m")
 
 
 @contextmanager

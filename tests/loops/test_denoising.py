@@ -12,7 +12,7 @@ from plain_denoising import Trace, denoise
 from plain_diffusion import CONFIGS, EOS, MASK, VOCAB
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.hub import load_model
+from linspec.checkpoints.hub import load_diffusion
 from linspec.errors import ConfigError, ContextOverflow, InputError
 
 # what the spec of a commit policy is to the plain loop
@@ -249,13 +249,13 @@ def test_models_and_loops_that_do_not_fit_say_so() -> None:
         LLM(model_dir("softmax"), loop="masked-diffusion")
     with pytest.raises(ConfigError, match="takes no drafter"):
         make(drafter="prompt-lookup", policy=3)
-    llm = LLM(load_model(source("llada")[0]), tokenizer=tiny_tokenizer(), loop="autoregressive")
+    llm = LLM(load_diffusion(source("llada")[0]), tokenizer=tiny_tokenizer(), loop="autoregressive")
     with pytest.raises(ConfigError, match="decode it with the loop 'masked-diffusion'"):
         llm.generate([PROMPTS[0]], WHOLE)
 
 
 @pytest.mark.parametrize("kv", ["int8", "bfloat16"])
 def test_caches_of_fewer_bits_hold_a_canvas_too(kv: str) -> None:
-    llm = LLM(load_model(source("dream")[0]), tokenizer=tiny_tokenizer(), kv_cache_dtype=kv)
+    llm = LLM(load_diffusion(source("dream")[0]), tokenizer=tiny_tokenizer(), kv_cache_dtype=kv)
     for each in llm.generate(PROMPTS, WHOLE):
         assert len(each.token_ids) == 13 and MASK not in each.token_ids

@@ -22,6 +22,7 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
 from linspec.diffusion.base import build
+from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.canvas_requests import check_request, room
 from linspec.engine.scheduler import Batch
@@ -85,11 +86,7 @@ class MaskedDiffusionLoop(GenerationLoop):
                 f"loop 'masked-diffusion' fills the masks of a diffusion model, such as LLaDA or Dream; a "
                 f"{type(model).__name__} has none. Use the loop 'auto'"
             )
-        if context.drafter is not None:
-            raise ConfigError(
-                "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. "
-                "Leave the drafter out"
-            )
+        check_drafter_fits(model, context.drafter)
         self.config = model.config
         self.block = build(BLOCKS, options.block)
         self.commit = build(COMMITS, options.commit)
@@ -231,6 +228,15 @@ class MaskedDiffusionLoop(GenerationLoop):
         if last or self.stop.ends(block, ends):
             return [_extended(sequence, denoising.held, "stop")]
         return []
+
+
+def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
+    """Raise ConfigError for a drafter beside a masked-diffusion model."""
+    if drafter is not None and isinstance(model, MaskedDiffusion):
+        raise ConfigError(
+            "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. Leave "
+            "the drafter out"
+        )
 
 
 def _extended(sequence: RunningSequence, tokens: tuple[int, ...], finished: str | None) -> Outcome:
