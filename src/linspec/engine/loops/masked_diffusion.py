@@ -29,6 +29,7 @@ from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.utils.isolation import isolated
+from linspec.utils.messages import shown
 from linspec.utils.options import option
 from linspec.verifiers.base import check_finite
 
@@ -112,19 +113,41 @@ class MaskedDiffusionLoop(GenerationLoop):
 
     def round(self, batch: Batch) -> list[Outcome]:
         began = time.perf_counter()
-        forwards = [self._forward(self.running[each.slot]) for each in batch.decoding]
-        outcomes = []
+        forwards, outcomes = self._forwards(batch.decoding)
         for forward, logits in zip(forwards, isolated(forwards, self._step), strict=True):
             outcomes += self._judged(forward, logits)
         for sequence in batch.decoding:
             sequence.stats.decode_seconds += time.perf_counter() - began
         return outcomes
 
+    def _forwards(
+        self, sequences: Sequence[RunningSequence]
+    ) -> tuple[list[Forward], list[Outcome]]:
+        """What the sequences have in the step, and the failures of those that have nothing."""
+        forwards, failures = [], []
+        for sequence in sequences:
+            try:
+                forwards.append(self._forward(self.running[sequence.slot]))
+            except Exception as error:
+                failures.append(Outcome.failure(sequence, error))
+        return forwards, failures
+
     def _forward(self, denoising: Denoising) -> Forward:
         """What the cache policy wants computed, and what the logits of open positions stand at."""
-        canvas = denoising.canvas
+        canvas, rows = denoising.canvas, self.cache.rows(denoising.canvas)
+        if not set(rows) <= set(range(len(canvas))):
+            raise self._broken(
+                rows, f"rows are positions of the canvas, from 0 to {len(canvas) - 1}"
+            )
+        if canvas.new and len(set(rows)) < len(canvas):
+            raise self._broken(rows, "a forward computes everything before anything is kept")
         read = (position - self.config.logit_shift for position in canvas.open)
-        return Forward(denoising, sorted({*self.cache.rows(canvas), *read}))
+        return Forward(denoising, sorted({*rows, *read}))
+
+    def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
+        return ConfigError(
+            f"diffusion cache policy {self.cache.name!r} answered {shown(repr(rows))}: {rule}"
+        )
 
     def _step(self, forwards: Sequence[Forward]) -> list[Tensor]:
         return [each.logits for each in self.target.step([each.given for each in forwards])]
