@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from linspec.checkpoints.dtype import cache_kind, pick_dtype
-from linspec.checkpoints.hub import load_causal_model, resolve
+from linspec.checkpoints.hub import load_causal_model, load_decoder, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.decoding.protocols import CausalModel
@@ -34,6 +34,7 @@ from linspec.engine.encoding import (
 )
 from linspec.engine.engine import Engine
 from linspec.engine.grammar import Grammars
+from linspec.engine.loops.masked_diffusion import check_drafter_fits
 from linspec.engine.prefix_cache import PrefixOptions
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
@@ -140,7 +141,7 @@ class LLM:
             self.model: CausalModel = (
                 load_causal_model(model, keep_blocks=dtype in (None, "auto"), **options)
                 if quantize is None
-                else load_for(model, quantize, **options)
+                else load_for(model, quantize, read=load_decoder, **options)
             )
             tokenizer = load_text_tokenizer(model) if tokenizer is None else tokenizer
         elif isinstance(model, nn.Module) and hasattr(model, "new_state"):
@@ -155,6 +156,7 @@ class LLM:
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         self.grammars = Grammars(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
+        check_drafter_fits(self.model, made)
         self.model.to_inference()
         self.engine = Engine(
             self.model,

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import model_dir, scratch, tiny_tokenizer
+from checkpoints import model_dir, tiny_tokenizer
+from denoisers import PROMPTS, WHOLE, decided, make, source, tokens
 from plain_denoising import Trace, denoise
-from plain_diffusion import CONFIGS, EOS, MASK, VOCAB, PlainModel, write
+from plain_diffusion import CONFIGS, EOS, MASK, VOCAB
 
 from linspec import LLM, SamplingParams
-from linspec.checkpoints.hub import load_model
-from linspec.diffusion.canvas import Canvas
+from linspec.checkpoints.hub import load_diffusion
 from linspec.errors import ConfigError, ContextOverflow, InputError
 
-PROMPTS = [[5, 9, 14], [7], [3, 4, 5, 6, 7, 8, 9, 10, 11], [50, 40, 30, 20]]
 # what the spec of a commit policy is to the plain loop
 COMMITS: dict[str, tuple[str, float]] = {
     "static": ("static", 0),
@@ -28,39 +24,6 @@ COMMITS: dict[str, tuple[str, float]] = {
     "entropy:2.0": ("entropy", 2.0),
 }
 CACHES = ("none", "prefix", "dual")
-WHOLE = SamplingParams(max_tokens=13, ignore_eos=True)
-
-
-@cache
-def source(name: str) -> tuple[Any, PlainModel]:
-    """A directory of random weights, and the same in plain torch, in float64."""
-    folder = scratch("diffusion") / name
-    plain = write(folder, CONFIGS[name])
-    plain.tensors = {key: tensor.double() for key, tensor in plain.tensors.items()}
-    return folder, plain
-
-
-def make(name: str = "llada", spec: str = "", **settings: Any) -> LLM:
-    """In float64, so that no near tie depends on the order of sums."""
-    model = load_model(source(name)[0], dtype=torch.float64)
-    loop = f"masked-diffusion:{spec}" if spec else "auto"
-    return LLM(model, tokenizer=tiny_tokenizer(), loop=loop, **settings)
-
-
-@contextmanager
-def decided(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
-    """Positions and tokens in the order in which they are decided."""
-    found: list[tuple[int, int]] = []
-    plain = Canvas.decide
-
-    def decide(self: Canvas, position: int, token: int) -> None:
-        assert self.tokens[position] == MASK and position >= self.prompt_length
-        found.append((position, token))
-        plain(self, position, token)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Canvas, "decide", decide)
-        yield found
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -106,11 +69,6 @@ def test_company_changes_nothing(name: str, cache: str) -> None:
         assert [e.token_ids for e in together] == [e.token_ids for e in alone]
         assert [e.stats.rounds for e in together] == [e.stats.rounds for e in alone]
     assert [len(each.token_ids) for each in alone] == [13, 6, 20, 1]
-
-
-def tokens(name: str, spec: str, params: SamplingParams = WHOLE) -> tuple[list[Any], list[int]]:
-    found = make(name, spec).generate(PROMPTS, params)
-    return [each.token_ids for each in found], [each.stats.rounds for each in found]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -292,13 +250,13 @@ def test_models_and_loops_that_do_not_fit_say_so() -> None:
         LLM(model_dir("softmax"), loop="masked-diffusion")
     with pytest.raises(ConfigError, match="takes no drafter"):
         make(drafter="prompt-lookup", policy=3)
-    llm = LLM(load_model(source("llada")[0]), tokenizer=tiny_tokenizer(), loop="autoregressive")
+    llm = LLM(load_diffusion(source("llada")[0]), tokenizer=tiny_tokenizer(), loop="autoregressive")
     with pytest.raises(ConfigError, match="decode it with the loop 'masked-diffusion'"):
         llm.generate([PROMPTS[0]], WHOLE)
 
 
 @pytest.mark.parametrize("kv", ["int8", "bfloat16"])
 def test_caches_of_fewer_bits_hold_a_canvas_too(kv: str) -> None:
-    llm = LLM(load_model(source("dream")[0]), tokenizer=tiny_tokenizer(), kv_cache_dtype=kv)
+    llm = LLM(load_diffusion(source("dream")[0]), tokenizer=tiny_tokenizer(), kv_cache_dtype=kv)
     for each in llm.generate(PROMPTS, WHOLE):
         assert len(each.token_ids) == 13 and MASK not in each.token_ids

@@ -11,7 +11,16 @@ import torch
 from plain_diffusion import CONFIGS, DREAM, LLADA, MASK, VOCAB, write
 from typer.testing import CliRunner
 
-from linspec.checkpoints.hub import load_model, save_model
+from linspec.checkpoints.hub import (
+    load_any,
+    load_causal_model,
+    load_config,
+    load_decoder,
+    load_diffusion,
+    load_model,
+    save_model,
+)
+from linspec.checkpoints.load_quantized import load_for, load_plain
 from linspec.cli import app
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
@@ -40,7 +49,7 @@ def ids(count: int, seed: int = 0) -> list[int]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_those_of_plain_torch(tmp_path: Path, name: str) -> None:
     plain = write(tmp_path / "m", VARIANTS[name])
-    model = load_model(tmp_path / "m")
+    model = load_diffusion(tmp_path / "m")
     assert isinstance(model, MaskedDiffusion) and loop_of(model) == "masked-diffusion"
     for count in (1, 7, 90):
         given = ids(count)
@@ -57,8 +66,8 @@ def test_logits_are_those_of_plain_torch(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_saved_is_what_was_loaded(tmp_path: Path, name: str) -> None:
     write(tmp_path / "m", VARIANTS[name])
-    model = load_model(tmp_path / "m")
-    again = load_model(save_model(model, None, tmp_path / "again"))
+    model = load_diffusion(tmp_path / "m")
+    again = load_diffusion(save_model(model, None, tmp_path / "again"))
     said = json.loads((tmp_path / "again" / "config.json").read_text())
     assert said["model_type"] == VARIANTS[name]["model_type"]
     assert again.config == model.config
@@ -73,7 +82,7 @@ def test_what_no_ordinary_format_says_is_saved_as_our_own(tmp_path: Path) -> Non
     )
     torch.manual_seed(0)
     model = MaskedDiffusion(config).eval()
-    again = load_model(save_model(model, None, tmp_path / "m"))
+    again = load_diffusion(save_model(model, None, tmp_path / "m"))
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "linspec"
     assert isinstance(again, MaskedDiffusion) and again.config == config
     given = torch.tensor([[1, 2, 19, 19]])
@@ -112,15 +121,28 @@ def test_what_cannot_be_computed_is_refused_by_name(
     write(tmp_path / "m", LLADA if config["model_type"] == "llada" else DREAM)
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=message):
-        load_model(tmp_path / "m")
+        load_diffusion(tmp_path / "m")
 
 
-def test_what_needs_causal_tokens_says_why_not(tmp_path: Path) -> None:
-    write(tmp_path / "m", LLADA)
-    with pytest.raises(UnsupportedModel, match="type 'diffusion'.*linearized"):
-        linearize(tmp_path / "m", tmp_path / "out")
+def test_what_needs_the_next_token_says_why_not(tmp_path: Path) -> None:
+    source = tmp_path / "m"
+    write(source, LLADA)
+    with pytest.raises(UnsupportedModel, match="type 'diffusion'.*cannot be linearized"):
+        linearize(source, tmp_path / "out")
     with pytest.raises(ConfigError, match="type 'diffusion', which has no perplexity"):
-        evaluate_source(tmp_path / "m")
-    model = load_model(tmp_path / "m").to_inference()
+        evaluate_source(source)
+    for load in (load_model, load_config, load_plain, lambda given: load_for(given, None)):
+        with pytest.raises(UnsupportedModel, match="wants kind 'decoder'. Use load_diffusion"):
+            load(source)
+    model = load_diffusion(source).to_inference()
     with pytest.raises(ConfigError, match="loop 'masked-diffusion'"):
         model.step([StepInput(0, [1, 2])], model.new_state())
+
+
+def test_whatever_writes_loads_it(tmp_path: Path) -> None:
+    write(tmp_path / "m", DREAM)
+    for load in (load_causal_model, load_decoder, load_any):
+        assert isinstance(load(tmp_path / "m"), MaskedDiffusion)
+    for bits in (8, 4):
+        small = load_for(tmp_path / "m", bits, read=load_decoder)
+        assert isinstance(small, MaskedDiffusion) and small.is_inference

@@ -20,6 +20,7 @@ from linspec.drafters.saved import CONFIG_FILE
 from linspec.errors import CheckpointError, ConfigError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.skeleton import without_memory
 from linspec.models.step_plan import why_not
 from linspec.utils.border import read_json
@@ -46,7 +47,9 @@ def info(source: str | Path) -> dict[str, Any]:
             facts["weights_mb"]["in_memory"] = round(kept / 1e6, 3)
         reason = _why_not(config)
         facts["step"] = "one call into C" if reason is None else f"layer by layer: {reason}"
-    return facts | {"drafters": drafters_at_hand(folder)}
+    # what fills masks takes no drafter
+    at_hand = [] if isinstance(config, DiffusionConfig) else drafters_at_hand(folder)
+    return facts | {"drafters": at_hand}
 
 
 def drafters_at_hand(folder: Path) -> list[str]:
@@ -89,6 +92,8 @@ def _memory(read: ConfigFile, config: DecoderConfig, on_disk: float) -> dict[str
 
 def _why_not(config: DecoderConfig) -> str | None:
     """Every reason why a step is no single call, asked of a small model with the same kinds of layers."""
+    if isinstance(config, DiffusionConfig):
+        config = replace(config, mask_id=0)
     ropes = config.layer_ropes or ("",) * config.layers
     mixers, ropes = zip(*dict.fromkeys(zip(config.mixers, ropes, strict=True)), strict=True)
     small = replace(

@@ -50,8 +50,9 @@ from linspec.kernels.device import pick_device
 from linspec.models.bert import Bert
 from linspec.models.config import DecoderConfig, ModelConfig, Seq2SeqConfig
 from linspec.models.decoder import Decoder
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.memory import check_memory
-from linspec.models.model_types import MODEL_TYPES, M, Model, ModelType
+from linspec.models.model_types import MODEL_TYPES, M, Model
 from linspec.models.skeleton import without_memory
 from linspec.models.t5 import T5
 from linspec.utils.places import Place, as_path
@@ -65,8 +66,8 @@ _log = logging.getLogger("linspec")
 def load_config(source: str | Path) -> DecoderConfig:
     """The configuration of a decoder's directory, without its weights."""
     read = read_config_file(resolve(source))
-    if not isinstance(read.config, DecoderConfig):
-        raise _wrong_kind(read, MODEL_TYPES["decoder"])
+    _check_kind(read, Decoder)
+    assert isinstance(read.config, DecoderConfig)
     return read.config
 
 
@@ -112,6 +113,20 @@ def load_seq2seq(
     return _load(read_config_file(resolve(source)), T5, dtype, device)
 
 
+def load_diffusion(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> MaskedDiffusion:
+    """The masked-diffusion model in `source`, in evaluation mode; raises like `load_model`."""
+    return _load(read_config_file(resolve(source)), MaskedDiffusion, dtype, device)
+
+
+def load_decoder(source: str | Path, **options: Any) -> Decoder:
+    """The decoder in `source`, causal or not; arguments and errors are those of `load_model`."""
+    if read_config_file(resolve(source)).kind.model is MaskedDiffusion:
+        return load_diffusion(source, **options)
+    return load_model(source, **options)
+
+
 def load_causal_model(
     source: str | Path,
     *,
@@ -127,6 +142,8 @@ def load_causal_model(
         )
     if read.kind.model is T5:
         return _load(read, T5, dtype, device)
+    if read.kind.model is MaskedDiffusion:
+        return _load(read, MaskedDiffusion, dtype, device)
     return _load(read, Decoder, dtype, device, keep_blocks)
 
 
@@ -158,8 +175,7 @@ def _load(
     """The model that was described, if it is one of those that are wanted."""
     if not isinstance(device, torch.device):
         device = pick_device(device)
-    if not issubclass(read.kind.model, wanted):
-        raise _wrong_kind(read, next(kind for kind in MODEL_TYPES.values() if kind.model is wanted))
+    _check_kind(read, wanted)
     kept = keep_blocks and torch.device(device).type == "cpu"
     if read.delta is not None and isinstance(read.config, DecoderConfig):
         delta = parse_delta(read.delta, read.folder / "config.json")
@@ -220,9 +236,13 @@ def _with_own_head(
     return replace(config, decoder=decoder) if isinstance(config, Seq2SeqConfig) else decoder
 
 
-def _wrong_kind(read: ConfigFile, wanted: ModelType) -> UnsupportedModel:
-    kind = read.kind
-    return UnsupportedModel(
+def _check_kind(read: ConfigFile, model: type[M]) -> None:
+    """Raise UnsupportedModel for a model of another kind than the one whose class is wanted."""
+    kind, wanted = read.kind, next(each for each in MODEL_TYPES.values() if each.model is model)
+    # several kinds have one loader, whose callers need nothing more of them
+    if kind.loader == wanted.loader:
+        return
+    raise UnsupportedModel(
         f"{read.folder} holds a model of kind {kind.name!r} (family {read.config.family}), which "
         f"{wanted.loader} does not read: it wants kind {wanted.name!r}. Use {kind.loader}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from linspec.models.linear import Quantizer
 from linspec.quantization.codes import check_bits
 
 
-def load_plain(source: str | Path) -> Decoder:
-    """The model in `source`; raises ConfigError if it is quantized already."""
-    model = load_model(source)
+def load_plain(source: str | Path, read: Callable[..., Decoder] = load_model) -> Decoder:
+    """The model in `source`, as `read` loads it; raises ConfigError if it is quantized already."""
+    model = read(source)
     if model.is_inference:
         raise ConfigError(
             f"{source} is quantized already; quantize the model that it was made from"
@@ -31,17 +31,24 @@ def load_plain(source: str | Path) -> Decoder:
     return model
 
 
-def load_for(source: str | Path, bits: int | None, **options: Any) -> Decoder:
+def load_for(
+    source: str | Path,
+    bits: int | None,
+    *,
+    read: Callable[..., Decoder] = load_model,
+    **options: Any,
+) -> Decoder:
     """The model in `source`, with weights of `bits` bits; None leaves them as they are stored.
 
+    read: loads it; `load_decoder` for one that need not predict the next token.
     No text is looked at: `quantize` makes better 4-bit weights. Raises what `quantize` raises.
     """
     if bits is None:
-        return load_model(source, keep_blocks=True, **options)
+        return read(source, keep_blocks=True, **options)
     check_bits(bits)
     if torch.device(options.get("device", "cpu")).type != "cpu":
         raise ConfigError("quantized weights are for the CPU; leave out --device or --quantize")
-    return quantize_model(load_plain(source), bits, {})
+    return quantize_model(load_plain(source, read), bits, {})
 
 
 def quantize_model(

@@ -31,6 +31,11 @@ class Canvas:
         return len(self.tokens)
 
     @property
+    def new(self) -> bool:
+        """Whether no forward has seen it."""
+        return self.step == 0 and self.start == self.prompt_length
+
+    @property
     def open(self) -> list[int]:
         """What the next forward may decide: undecided positions of the block, or all if it has no end."""
         return sorted(p for p in self.undecided if self.end is None or p < self.end)

@@ -22,12 +22,14 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
 from linspec.diffusion.base import build
+from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.canvas_requests import check_request, room
 from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.utils.isolation import isolated
+from linspec.utils.messages import shown
 from linspec.utils.options import option
 from linspec.verifiers.base import check_finite
 
@@ -85,11 +87,7 @@ class MaskedDiffusionLoop(GenerationLoop):
                 f"loop 'masked-diffusion' fills the masks of a diffusion model, such as LLaDA or Dream; a "
                 f"{type(model).__name__} has none. Use the loop 'auto'"
             )
-        if context.drafter is not None:
-            raise ConfigError(
-                "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. "
-                "Leave the drafter out"
-            )
+        check_drafter_fits(model, context.drafter)
         self.config = model.config
         self.block = build(BLOCKS, options.block)
         self.commit = build(COMMITS, options.commit)
@@ -115,19 +113,41 @@ class MaskedDiffusionLoop(GenerationLoop):
 
     def round(self, batch: Batch) -> list[Outcome]:
         began = time.perf_counter()
-        forwards = [self._forward(self.running[each.slot]) for each in batch.decoding]
-        outcomes = []
+        forwards, outcomes = self._forwards(batch.decoding)
         for forward, logits in zip(forwards, isolated(forwards, self._step), strict=True):
             outcomes += self._judged(forward, logits)
         for sequence in batch.decoding:
             sequence.stats.decode_seconds += time.perf_counter() - began
         return outcomes
 
+    def _forwards(
+        self, sequences: Sequence[RunningSequence]
+    ) -> tuple[list[Forward], list[Outcome]]:
+        """What the sequences have in the step, and the failures of those that have nothing."""
+        forwards, failures = [], []
+        for sequence in sequences:
+            try:
+                forwards.append(self._forward(self.running[sequence.slot]))
+            except Exception as error:
+                failures.append(Outcome.failure(sequence, error))
+        return forwards, failures
+
     def _forward(self, denoising: Denoising) -> Forward:
         """What the cache policy wants computed, and what the logits of open positions stand at."""
-        canvas = denoising.canvas
+        canvas, rows = denoising.canvas, self.cache.rows(denoising.canvas)
+        if not set(rows) <= set(range(len(canvas))):
+            raise self._broken(
+                rows, f"rows are positions of the canvas, from 0 to {len(canvas) - 1}"
+            )
+        if canvas.new and len(set(rows)) < len(canvas):
+            raise self._broken(rows, "a forward computes everything before anything is kept")
         read = (position - self.config.logit_shift for position in canvas.open)
-        return Forward(denoising, sorted({*self.cache.rows(canvas), *read}))
+        return Forward(denoising, sorted({*rows, *read}))
+
+    def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
+        return ConfigError(
+            f"diffusion cache policy {self.cache.name!r} answered {shown(repr(rows))}: {rule}"
+        )
 
     def _step(self, forwards: Sequence[Forward]) -> list[Tensor]:
         return [each.logits for each in self.target.step([each.given for each in forwards])]
@@ -231,6 +251,15 @@ class MaskedDiffusionLoop(GenerationLoop):
         if last or self.stop.ends(block, ends):
             return [_extended(sequence, denoising.held, "stop")]
         return []
+
+
+def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
+    """Raise ConfigError for a drafter beside a masked-diffusion model."""
+    if drafter is not None and isinstance(model, MaskedDiffusion):
+        raise ConfigError(
+            "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. Leave "
+            "the drafter out"
+        )
 
 
 def _extended(sequence: RunningSequence, tokens: tuple[int, ...], finished: str | None) -> Outcome:

@@ -1,0 +1,80 @@
+"""What policies cost and lose on tasks with one right answer, by a model that is trained for them here."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+
+import diffusion_tasks as tasks
+import pytest
+import torch
+from checkpoints import tiny_tokenizer
+
+from linspec import LLM, SamplingParams
+from linspec.models.masked_diffusion import MaskedDiffusion
+
+pytestmark = pytest.mark.slow
+PROMPTS = 200
+
+
+@dataclass(frozen=True)
+class Measured:
+    """right: percent of answers; computed: positions × layers."""
+
+    answers: list[tuple[int, ...]]
+    right: float
+    forwards: int
+    computed: int
+
+
+@cache
+def model() -> MaskedDiffusion:
+    return tasks.trained(400)
+
+
+@cache
+def measured(spec: str) -> Measured:
+    prompts, answers = tasks.draw(PROMPTS, torch.Generator().manual_seed(99))
+    # every block is computed unless the spec says when to stop
+    loop = f"masked-diffusion:{spec}" + ("" if "stop=" in spec else ",stop=never")
+    llm = LLM(deepcopy(model()), tokenizer=tiny_tokenizer(), loop=loop, max_batch=32)
+    params = SamplingParams(max_tokens=tasks.ANSWER, ignore_eos=True)
+    found = llm.generate([row.tolist() for row in prompts], params)
+    texts = [each.token_ids for each in found]
+    right = sum(text == tuple(row.tolist()) for text, row in zip(texts, answers, strict=True))
+    stats = [each.stats for each in found]
+    forwards, computed = sum(e.rounds for e in stats), sum(e.computed for e in stats)
+    return Measured(texts, 100 * right / PROMPTS, forwards, computed)
+
+
+def test_a_threshold_needs_a_third_of_the_forwards() -> None:
+    static = measured("commit=static")
+    assert static.right >= 90 and static.forwards == PROMPTS * tasks.ANSWER
+    for commit in ("threshold:0.9", "factor:0.5", "entropy:0.3"):
+        found = measured(f"commit={commit}")
+        assert found.forwards <= 0.35 * static.forwards
+        assert found.right >= 0.98 * static.right
+
+
+def test_caches_compute_half_and_lose_little() -> None:
+    none = measured("commit=static,block=fixed:4")
+    for cached, most in (("dual", 0.5), ("prefix", 0.6)):
+        found = measured(f"commit=static,block=fixed:4,cache={cached}")
+        assert found.forwards == none.forwards and found.computed <= most * none.computed
+        assert found.right >= none.right - 2
+
+
+def test_local_leap_needs_no_more_forwards_than_its_threshold() -> None:
+    strict, leapt = measured("commit=threshold:0.9"), measured("commit=local-leap")
+    assert leapt.forwards < strict.forwards <= 0.3 * measured("commit=static").forwards
+    assert leapt.right >= strict.right - 1
+
+
+@pytest.mark.parametrize("over", ["mean", "least"])
+def test_prophet_stops_early_with_the_same_answers(over: str) -> None:
+    static, found = measured("commit=static"), measured(f"commit=static,stop=prophet:over={over}")
+    assert found.forwards <= 0.6 * static.forwards
+    assert found.right >= static.right - 1
+    same = sum(a == b for a, b in zip(found.answers, static.answers, strict=True))
+    assert same >= 0.97 * PROMPTS
