@@ -173,7 +173,9 @@ def test_the_drafters_here_are_all_that_need_no_training_and_few_layers() -> Non
     trained |= {"specdec-head"}
     rest = {"mixed", "self-window", "swift"}
     known = {*FOUND, *MADE} | trained | rest
-    assert {name for name in DRAFTERS.names() if not name.startswith("test")} <= known
+    # other tests register drafters of their own
+    ours = {name for name in DRAFTERS.names() if DRAFTERS[name].__module__.startswith("linspec.")}
+    assert ours <= known
 
 
 @pytest.mark.parametrize("verifier", ["block", "typical", "trusting:threshold=0.3"])
