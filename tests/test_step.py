@@ -120,6 +120,16 @@ def test_only_the_last_logits_on_request() -> None:
         assert_close(model.head(out.hidden), out.logits)
 
 
+def test_logits_of_some_tokens_on_request() -> None:
+    model = tiny_model("aug")
+    given = [(0, [1, 2, 3, 4]), (1, [5, 6])]
+    all_of_them = model.step([StepInput(*each) for each in given], model.new_state(2))
+    inputs = [StepInput(0, given[0][1], logits_of=(1, 3)), StepInput(1, given[1][1])]
+    out = model.step(inputs, model.new_state(2))
+    assert out.slices == [slice(0, 2), slice(2, 4)]
+    assert_close(out.logits, all_of_them.logits[[1, 3, 4, 5]])
+
+
 # ---- prefill
 
 

@@ -57,6 +57,22 @@ def assert_counts(result: Any, expected: Trace) -> None:
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
+def test_a_longer_output_goes_on_behind_what_is_decided(name: str, cache: str) -> None:
+    llm = make(name, f"block=fixed:3,commit=threshold:0.3,cache={cache},masks=8", max_batch=2)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    for prompt, found in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
+        text, forwards = prompt, 0
+        for count in (8, 8, 4):
+            trace = denoise(
+                source(name)[1], text, count, block=3, rule="threshold", number=0.3, cache=cache
+            )
+            text, forwards = trace.tokens, forwards + len(trace.forwards)
+        assert [*prompt, *found.token_ids] == text
+        assert found.stats.rounds == forwards and found.finish_reason == "length"
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_company_changes_nothing(name: str, cache: str) -> None:
     spec = f"block=fixed:4,commit=threshold:0.3,cache={cache}"
     asked = [
@@ -215,7 +231,8 @@ def test_the_output_ends_where_the_positions_do() -> None:
         ("block=fixed:0", "length must be 1 or more"),
         ("cache=dual:every=0", "every must be 1 or more"),
         ("stop=prophet:over=most", "over must be one of mean, least"),
-        ("steps=4", "has no option 'steps'; known: block, commit, stop, cache"),
+        ("masks=0", "masks must be 1 or more"),
+        ("steps=4", "has no option 'steps'; known: block, commit, stop, cache, masks"),
     ],
 )
 def test_what_a_spec_may_not_say_is_named(spec: str, message: str) -> None:

@@ -25,6 +25,7 @@ class StepInput:
         parents: for each token the number of its parent among the staged nodes of the slot (those of
             earlier steps come first), or -1 for the last committed token. None is a chain.
         all_logits: False asks for the logits of the last token only.
+        logits_of: numbers of the tokens whose logits are wanted, ascending; None goes by `all_logits`.
         embeddings: [N, D], used instead of the embeddings of the tokens.
         ephemeral: which of the nodes are never committed; None for none of them.
         overwrite: committed positions whose entries the tokens replace at once; they are computed again
@@ -40,6 +41,7 @@ class StepInput:
     ephemeral: Sequence[bool] | None = None
     overwrite: Sequence[int] | None = None
     causal: bool = True
+    logits_of: Sequence[int] | None = None
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

@@ -73,7 +73,7 @@ class CachePolicy(Slot):
     def rows(self, canvas: Canvas) -> Sequence[int]:
         """Different positions of the canvas; the loop adds those that it reads logits from.
 
-        Before the first forward of a sequence none of them has anything to keep.
+        Of a canvas that is `new` nothing is kept: all of its positions have to be computed.
         """
 
 

@@ -17,23 +17,20 @@ class Canvas:
         start: the first position of the current block.
         end: the position behind it; None until the first forward of the block has said how long it is.
         step: forwards that the current block has had.
+        new: whether no forward has seen all of its positions: at first, and when it has grown.
     """
 
     def __init__(self, prompt: Sequence[int], count: int, mask_id: int) -> None:
-        """count: positions of the output."""
-        self.tokens = [*prompt, *[mask_id] * count]
+        """count: masks behind the prompt."""
+        self.tokens, self.mask_id = list(prompt), mask_id
         self.prompt_length = self.start = len(prompt)
-        self.undecided = set(range(len(prompt), len(self.tokens)))
+        self.undecided: set[int] = set()
+        self.grow(count)
         self.end: int | None = None
         self.step = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
-
-    @property
-    def new(self) -> bool:
-        """Whether no forward has seen it."""
-        return self.step == 0 and self.start == self.prompt_length
 
     @property
     def open(self) -> list[int]:
@@ -49,6 +46,12 @@ class Canvas:
     def decided(self) -> int:
         """Positions of the output that are decided."""
         return len(self) - self.prompt_length - len(self.undecided)
+
+    def grow(self, count: int) -> None:
+        """Lay out `count` more masks."""
+        self.undecided |= {*range(len(self), len(self) + count)}
+        self.tokens += [self.mask_id] * count
+        self.new = True
 
     def decide(self, position: int, token: int) -> None:
         """Put a token in the place of a mask."""

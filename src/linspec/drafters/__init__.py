@@ -26,6 +26,7 @@ from linspec.drafters import (
 )
 from linspec.drafters.base import DRAFTERS, ChainDrafter, Drafter, DrafterContext
 from linspec.errors import WrongType
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.utils.messages import shown
 
 __all__ = [
@@ -60,8 +61,8 @@ __all__ = [
 def make_drafter(drafter: str | Drafter, context: DrafterContext) -> Drafter | None:
     """The drafter that NAME or NAME:key=value,… stands for, or several of these with + between them.
 
-    None for 'none'. The target stays as it is. Raises ConfigError for unknown names and settings,
-    DrafterError for a misfit.
+    None for 'none', and for 'auto' beside a masked-diffusion model. The target stays as it is. Raises
+    ConfigError for unknown names and settings, DrafterError for a misfit.
     """
     if isinstance(drafter, Drafter):
         return drafter
@@ -69,4 +70,7 @@ def make_drafter(drafter: str | Drafter, context: DrafterContext) -> Drafter | N
         raise WrongType(
             f"a drafter is a name or a Drafter, got {shown(repr(drafter))}; use 'none' for plain decoding"
         )
-    return None if drafter == "none" else DRAFTERS.build(drafter, context)
+    # what fills masks has no drafter that could be the best
+    if drafter == "none" or (drafter == "auto" and isinstance(context.target, MaskedDiffusion)):
+        return None
+    return DRAFTERS.build(drafter, context)

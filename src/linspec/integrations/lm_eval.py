@@ -80,8 +80,10 @@ class LinspecLM(TemplateLM):
             check_size("max_length", max_length, least=2)
         slots = 8 if batch_size == "auto" else int(batch_size)
         self.llm = LLM(model, max_batch=min(slots, max_batch_size or slots), **options)
-        if not isinstance(self.llm.model, Decoder):
-            raise ConfigError(f"{model} is no decoder; lm-eval asks for one that continues text")
+        if not isinstance(self.llm.model, Decoder) or not self.llm.model.config.causal:
+            raise ConfigError(
+                f"{model} is no causal decoder; lm-eval asks for one that continues text"
+            )
         self.decoder, self.tokenizer = self.llm.model, self.llm.tokenizer
         self.max_length = min(max_length or 2**31, self.decoder.config.max_positions)
 

@@ -332,11 +332,19 @@ def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
     first = 0
     for step_input in inputs:
         count = len(step_input.tokens)
-        keep = range(first if step_input.all_logits else first + count - 1, first + count)
+        keep = [first + at for at in _with_logits(step_input)]
         slices.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
     return slices, wanted
+
+
+def _with_logits(step_input: StepInput) -> Sequence[int]:
+    """The numbers of the tokens of an input whose logits are wanted."""
+    if step_input.logits_of is not None:
+        return step_input.logits_of
+    count = len(step_input.tokens)
+    return range(count) if step_input.all_logits else (count - 1,)
 
 
 def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:

@@ -31,6 +31,7 @@ from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.utils.isolation import isolated
 from linspec.utils.messages import shown
 from linspec.utils.options import option
+from linspec.utils.sizes import check_size
 from linspec.verifiers.base import check_finite
 
 
@@ -45,29 +46,49 @@ class DiffusionOptions:
     )
     stop: str = option("when to end before the last block, a spec", default="end-of-text")
     cache: str = option("which positions are computed again, a spec such as dual", default="none")
+    masks: int = option(
+        "most masks that are laid out at once; a longer output gets more when these are decided",
+        default=256,
+    )
+
+    def __post_init__(self) -> None:
+        check_size("masks", self.masks)
 
 
 @dataclass(slots=True)
 class Denoising:
-    """A sequence on its way. held: tokens up to an end that was reached, while later blocks are computed."""
+    """A sequence on its way.
+
+    later: masks that are not laid out yet. held: tokens up to an end that was reached, while later blocks are
+    computed.
+    """
 
     sequence: RunningSequence
     canvas: Canvas
+    later: int
     held: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What one sequence has in a step: the positions that are computed."""
+    """What one sequence has in a step: the positions that are computed, and those that have logits."""
 
     of: Denoising
     rows: list[int]
+    read: list[int]
 
     @property
     def given(self) -> StepInput:
         """Tokens and masks, which see all positions."""
         tokens = [self.of.canvas.tokens[row] for row in self.rows]
-        return StepInput(self.of.sequence.slot, tokens, overwrite=self.rows, causal=False)
+        first = len(self.rows) - len(self.read)
+        return StepInput(
+            self.of.sequence.slot,
+            tokens,
+            overwrite=self.rows,
+            causal=False,
+            logits_of=range(first, len(self.rows)),
+        )
 
 
 @LOOPS.register(
@@ -87,12 +108,13 @@ class MaskedDiffusionLoop(GenerationLoop):
                 f"loop 'masked-diffusion' fills the masks of a diffusion model, such as LLaDA or Dream; a "
                 f"{type(model).__name__} has none. Use the loop 'auto'"
             )
-        check_drafter_fits(model, context.drafter)
+        check_fits(model, context.drafter)
         self.config = model.config
         self.block = build(BLOCKS, options.block)
         self.commit = build(COMMITS, options.commit)
         self.stop = build(STOPS, options.stop)
         self.cache = build(CACHES, options.cache)
+        self.masks = options.masks
         self.running: dict[int, Denoising] = {}
 
     def check_request(self, request: Request) -> None:
@@ -100,13 +122,14 @@ class MaskedDiffusionLoop(GenerationLoop):
 
     def started(self, sequence: RunningSequence) -> None:
         count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
-        canvas = Canvas(sequence.tokens, count, self.config.mask_id)
+        now = min(count, self.masks)
+        canvas = Canvas(sequence.tokens, now, self.config.mask_id)
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
         sequence.prefilled = sequence.prompt_length
         # rounds in which nothing goes out: at most one for each token
-        self.patience = max(self.patience, len(canvas))
-        self.running[sequence.slot] = Denoising(sequence, canvas)
+        self.patience = max(self.patience, count)
+        self.running[sequence.slot] = Denoising(sequence, canvas, count - now)
 
     def finished(self, sequence: RunningSequence) -> None:
         self.running.pop(sequence.slot, None)
@@ -141,8 +164,10 @@ class MaskedDiffusionLoop(GenerationLoop):
             )
         if canvas.new and len(set(rows)) < len(canvas):
             raise self._broken(rows, "a forward computes everything before anything is kept")
-        read = (position - self.config.logit_shift for position in canvas.open)
-        return Forward(denoising, sorted({*rows, *read}))
+        shift = self.config.logit_shift
+        rows = sorted({*rows, *(position - shift for position in canvas.open)})
+        # what stands before the block is decided
+        return Forward(denoising, rows, [row for row in rows if row >= canvas.start - shift])
 
     def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
         return ConfigError(
@@ -160,6 +185,7 @@ class MaskedDiffusionLoop(GenerationLoop):
                 raise logits
             check_finite(logits)
             before = forward.of.canvas.decided
+            forward.of.canvas.new = False
             self._denoise(forward.of, self._predictions(forward, logits))
             decided = forward.of.canvas.decided - before
             sequence.stats.count_forward(decided, len(forward.rows) * self.config.layers)
@@ -168,7 +194,7 @@ class MaskedDiffusionLoop(GenerationLoop):
             return [Outcome.failure(sequence, error)]
 
     def _predictions(self, forward: Forward, logits: Tensor) -> Predictions:
-        return Predictions(forward.rows, logits, self.config.logit_shift, self.config.mask_id)
+        return Predictions(forward.read, logits, self.config.logit_shift, self.config.mask_id)
 
     def _denoise(self, denoising: Denoising, predictions: Predictions) -> None:
         """Decide some of the canvas by what a forward has said of it."""
@@ -245,17 +271,34 @@ class MaskedDiffusionLoop(GenerationLoop):
         if denoising.held is None and not ends.isdisjoint(block):
             first = next(i for i, token in enumerate(block) if token in ends)
             denoising.held = tuple(block[: first + 1])
-        last = canvas.start == len(canvas)
+        if denoising.held is not None and self.stop.ends(block, ends):
+            return [_extended(sequence, denoising.held, "stop")]
+        last = canvas.start == len(canvas) and not self._grown(denoising)
         if denoising.held is None:
             return [_extended(sequence, tuple(block), "length" if last else None)]
-        if last or self.stop.ends(block, ends):
-            return [_extended(sequence, denoising.held, "stop")]
-        return []
+        return [_extended(sequence, denoising.held, "stop")] if last else []
+
+    def _grown(self, denoising: Denoising) -> bool:
+        """Lay out more masks behind a canvas that is decided; False if there are none to come."""
+        count = min(denoising.later, self.masks)
+        if count == 0:
+            return False
+        denoising.later -= count
+        denoising.canvas.grow(count)
+        self.target.state.hold(denoising.sequence.slot, len(denoising.canvas))
+        return True
 
 
-def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
-    """Raise ConfigError for a drafter beside a masked-diffusion model."""
-    if drafter is not None and isinstance(model, MaskedDiffusion):
+def check_fits(model: object, drafter: Drafter | None, tbt_ms: float | None = None) -> None:
+    """Raise ConfigError for settings of an engine that mean nothing beside a masked-diffusion model."""
+    if not isinstance(model, MaskedDiffusion):
+        return
+    if tbt_ms is not None:
+        raise ConfigError(
+            f"tbt_ms bounds the pieces in which prompts are read, got {tbt_ms}; a masked-diffusion model "
+            "reads its whole text in every first forward of a block. Leave it out"
+        )
+    if drafter is not None:
         raise ConfigError(
             "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. Leave "
             "the drafter out"
