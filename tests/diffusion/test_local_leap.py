@@ -9,8 +9,10 @@ from torch import Tensor
 
 from linspec import SamplingParams
 from linspec.diffusion.candidates import Candidates
+from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.commits.local_leap import LocalLeap, LocalLeapOptions
 from linspec.diffusion.commits.threshold import Threshold, ThresholdOptions
+from linspec.diffusion.predictions import Predictions
 
 
 def candidates(seed: int) -> Candidates:
@@ -20,7 +22,9 @@ def candidates(seed: int) -> Candidates:
     positions = torch.randperm(32, generator=draw)[:count].sort().values + 40
     sure = 0.5 + 0.5 * torch.rand(count, generator=draw, dtype=torch.float64)
     logits = torch.stack((sure, 1 - sure), -1).log()
-    return Candidates(positions, torch.zeros(count, dtype=torch.long), logits, 0, torch.zeros)
+    tokens, canvas = torch.zeros(count, dtype=torch.long), Canvas([0] * 40, 32, mask_id=2)
+    predictions = Predictions(positions.tolist(), logits, shift=0, mask_id=1)
+    return Candidates(positions, tokens, logits, torch.zeros, canvas, predictions)
 
 
 def by_anchor(given: Candidates, options: LocalLeapOptions) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 from denoisers import PROMPTS, WHOLE, decided, make, tokens
+from plain_diffusion import EOS
+
+from linspec import SamplingParams
 
 STATIC = "block=fixed:5,commit=static"
 
@@ -50,3 +53,13 @@ def test_it_looks_only_when_all_that_is_left_was_computed() -> None:
     # a dual cache computes everything at the start of a block alone: 1, 6, 11
     for each in make("llada", f"{asked},cache=dual").generate(PROMPTS, WHOLE):
         assert each.stats.rounds in (1, 6, 11, 12, 13)
+
+
+def test_what_fills_the_rest_keeps_the_rules_of_the_request() -> None:
+    llm = make(spec=spec(-1e9))
+    asked = {"max_tokens": 13, "allowed_token_ids": (3, 4, EOS), "min_tokens": 9}
+    for heat in (0.0, 1.0):
+        params = SamplingParams(**asked, temperature=heat, seed=1)
+        for each in llm.generate(PROMPTS, params):
+            assert set(each.token_ids) <= {3, 4, EOS} and EOS not in each.token_ids[:9]
+            assert each.stats.rounds == 1

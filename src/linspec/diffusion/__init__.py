@@ -1,6 +1,6 @@
 """The policies of masked diffusion: what a block is, what is committed, when to stop, what is computed again.
 
-One registry for each of these slots; `engine/loops/masked_diffusion.py` asks them in every round.
+One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks them in every round.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The slots of masked diffusion, each a registry of policies that are made like a Drafter.
+"""The four kinds of policies of masked diffusion, each a registry; they are made like a Drafter.
 
 A policy keeps nothing of a sequence: whatever it needs is in the canvas, so sequences of a batch and repeated
 rounds change nothing for each other.
@@ -22,8 +22,8 @@ T = TypeVar("T")
 _AND = re.compile(r"\+(?=[A-Za-z_][\w-]*=)")
 
 
-class Slot(ABC):
-    """What the policies of all slots have.
+class DiffusionPolicy(ABC):
+    """What all kinds have.
 
     Attributes:
         name: under which it is registered.
@@ -35,7 +35,7 @@ class Slot(ABC):
         self.options = options
 
 
-class BlockPolicy(Slot):
+class BlockPolicy(DiffusionPolicy):
     """How long the next block is."""
 
     @abstractmethod
@@ -46,7 +46,7 @@ class BlockPolicy(Slot):
         """
 
 
-class CommitPolicy(Slot):
+class CommitPolicy(DiffusionPolicy):
     """Which tokens of a block are decided in a round."""
 
     @abstractmethod
@@ -54,19 +54,19 @@ class CommitPolicy(Slot):
         """[M] booleans, true for at least one candidate."""
 
 
-class StopPolicy(Slot):
+class StopPolicy(DiffusionPolicy):
     """When there is no need to go on as planned."""
 
     def fills(self, canvas: Canvas, predictions: Predictions) -> bool:
-        """Whether everything undecided now takes its likeliest token; asked after every forward."""
+        """Whether everything undecided is decided now; asked after every forward."""
         return False
 
     def ends(self, block: Sequence[int], ends: frozenset[int]) -> bool:
-        """Whether nothing behind a full block of these tokens is computed; `ends` end an output."""
+        """Whether nothing behind a full block is computed; asked once the text has ended, by one of `ends`."""
         return False
 
 
-class CachePolicy(Slot):
+class CachePolicy(DiffusionPolicy):
     """Which positions a forward computes; the others keep the keys and values that they have."""
 
     @abstractmethod

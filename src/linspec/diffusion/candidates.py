@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from linspec.diffusion.canvas import Canvas
+from linspec.diffusion.predictions import Predictions
 from linspec.utils.sizes import check_choice
 
 
@@ -20,15 +22,17 @@ class Candidates:
         positions: [M].
         tokens: [M], the likeliest ones, or those that were drawn.
         logits: [M, vocab], as the model gave them.
-        step: forwards that the block has had before.
         uniforms: so many numbers from [0, 1) of the request's own.
+        canvas: which they are for.
+        predictions: what the forward says of other positions too.
     """
 
     positions: Tensor
     tokens: Tensor
     logits: Tensor
-    step: int
     uniforms: Callable[[int], Tensor]
+    canvas: Canvas
+    predictions: Predictions
 
     @cached_property
     def probabilities(self) -> Tensor:

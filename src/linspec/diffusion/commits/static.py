@@ -42,5 +42,5 @@ class Static(CommitPolicy):
 
     def commit(self, candidates: Candidates) -> Tensor:
         left = len(candidates.positions)
-        steps = left if self.options.steps is None else self.options.steps - candidates.step
+        steps = left if self.options.steps is None else self.options.steps - candidates.canvas.step
         return highest(ORDERS[self.options.order](candidates), -(-left // max(1, steps)))

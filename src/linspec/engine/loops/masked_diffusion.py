@@ -37,7 +37,7 @@ from linspec.verifiers.base import check_finite
 
 @dataclass(frozen=True, slots=True)
 class DiffusionOptions:
-    """A policy for each slot; their own options are joined by plus signs."""
+    """A policy of each kind; their own options are joined by plus signs."""
 
     block: str = option("how long blocks are, a spec such as fixed:32", default="fixed")
     commit: str = option(
@@ -201,15 +201,14 @@ class MaskedDiffusionLoop(GenerationLoop):
         canvas = denoising.canvas
         if canvas.end is None:
             canvas.end = self._end(canvas, self.block.length(canvas, predictions))
-        if self.stop.fills(canvas, predictions):
+        fills = self.stop.fills(canvas, predictions)
+        if fills:
             canvas.end = len(canvas)
-            positions = canvas.open
-            self._decide(canvas, positions, predictions.logits(positions).argmax(-1).tolist())
-            return
         candidates = self._candidates(denoising, predictions)
-        chosen = self._chosen(candidates)
-        tokens = candidates.tokens[chosen].tolist()
-        self._decide(canvas, candidates.positions[chosen].tolist(), tokens)
+        chosen = torch.ones_like(candidates.positions).bool() if fills else self._chosen(candidates)
+        decided = zip(candidates.positions[chosen], candidates.tokens[chosen], strict=True)
+        for position, token in decided:
+            canvas.decide(int(position), int(token))
         canvas.step += 1
 
     def _end(self, canvas: Canvas, length: int) -> int:
@@ -233,8 +232,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         def uniforms(count: int) -> Tensor:
             return torch.tensor([sampler.uniform() for _ in range(count)], dtype=torch.float64)
 
-        at, step = torch.tensor(positions), denoising.canvas.step
-        return Candidates(at, tokens, logits, step, uniforms)
+        at = torch.tensor(positions)
+        return Candidates(at, tokens, logits, uniforms, denoising.canvas, predictions)
 
     def _token(self, denoising: Denoising, position: int, logits: Tensor) -> int:
         """A token by the rules of the request, drawn by one number.
@@ -257,10 +256,6 @@ class MaskedDiffusionLoop(GenerationLoop):
                 f"{len(candidates.positions)} candidates, one of them true"
             )
         return chosen
-
-    def _decide(self, canvas: Canvas, positions: Sequence[int], tokens: Sequence[int]) -> None:
-        for position, token in zip(positions, tokens, strict=True):
-            canvas.decide(position, token)
 
     def _emitted(self, denoising: Denoising) -> list[Outcome]:
         """A full block goes out, up to an end in it; what stands behind an end never does."""
