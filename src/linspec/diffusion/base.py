@@ -62,7 +62,7 @@ class StopPolicy(DiffusionPolicy):
         return False
 
     def ends(self, block: Sequence[int], ends: frozenset[int]) -> bool:
-        """Whether nothing behind a full block is computed; asked once the text has ended, by one of `ends`."""
+        """Whether nothing behind a full block is computed; asked once one of `ends` ended the text."""
         return False
 
 
