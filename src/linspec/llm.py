@@ -34,7 +34,7 @@ from linspec.engine.encoding import (
 )
 from linspec.engine.engine import Engine
 from linspec.engine.grammar import Grammars
-from linspec.engine.loops.masked_diffusion import check_fits
+from linspec.engine.loops.masked_diffusion import check_drafter_fits
 from linspec.engine.prefix_cache import PrefixOptions
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
@@ -156,7 +156,7 @@ class LLM:
         self.encoder = TextEncoder(tokenizer, self.model.config.vocab_size)
         self.grammars = Grammars(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
-        check_fits(self.model, made, tbt_ms)
+        check_drafter_fits(self.model, made)
         self.model.to_inference()
         self.engine = Engine(
             self.model,

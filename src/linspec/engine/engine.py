@@ -78,14 +78,14 @@ class Engine:
         self.model, self.drafter, self.grammars, self.clock = model, drafter, grammars, clock
         check_size("max_batch", slots)
         budget = TokenBudget(prefill_tokens, tbt_ms)
-        if tbt_ms is not None:
-            budget.times = StepTimes(load_or_measure(model))
         self.state = model.new_state(slots, kv_cache_dtype)
         target = Target(model, self.state)
         if drafter is not None:
             check_drafter(drafter, len(self.state.layers))
             drafter.attached(target)
         self.loop = LOOPS.build(loop, LoopContext(target, verifier, drafter, policy, clock))
+        if tbt_ms is not None and self.loop.takes_pieces:
+            budget.times = StepTimes(load_or_measure(model))
         memory = self._memory(state_bytes)
         self.limits = Limits(model, self.state, max_model_len, memory)
         self.scheduler = Scheduler(slots, budget, memory)

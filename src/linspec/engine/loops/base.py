@@ -50,6 +50,7 @@ class GenerationLoop(ABC):
         name: under which it is registered.
         patience: rounds in a row that may bring no sequence any further; the next one is an error.
         preempts: whether a sequence may leave its slot before its end.
+        takes_pieces: whether prompts come in the pieces of the scheduler.
         reads_in_order: whether the slot of a sequence always holds the first tokens of `sequence.tokens`,
             each read causally and never overwritten. Only then a prefix cache keeps what a slot holds, and
             gives a slot what another one held.
@@ -60,6 +61,7 @@ class GenerationLoop(ABC):
     name: ClassVar[str]
     patience: int = 1000
     preempts: ClassVar[bool] = False
+    takes_pieces: ClassVar[bool] = True
     reads_in_order: ClassVar[bool] = False
     lossless: ClassVar[bool] = True
 

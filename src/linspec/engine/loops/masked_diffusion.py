@@ -100,6 +100,8 @@ class Forward:
 class MaskedDiffusionLoop(GenerationLoop):
     """One forward a round for each sequence, on a canvas of its own; blocks go out when they are full."""
 
+    takes_pieces = False
+
     def __init__(self, context: LoopContext, options: DiffusionOptions) -> None:
         super().__init__(context, options)
         model = context.target.model
@@ -108,7 +110,7 @@ class MaskedDiffusionLoop(GenerationLoop):
                 f"loop 'masked-diffusion' fills the masks of a diffusion model, such as LLaDA or Dream; a "
                 f"{type(model).__name__} has none. Use the loop 'auto'"
             )
-        check_fits(model, context.drafter)
+        check_drafter_fits(model, context.drafter)
         self.config = model.config
         self.block = build(BLOCKS, options.block)
         self.commit = build(COMMITS, options.commit)
@@ -284,16 +286,9 @@ class MaskedDiffusionLoop(GenerationLoop):
         return True
 
 
-def check_fits(model: object, drafter: Drafter | None, tbt_ms: float | None = None) -> None:
-    """Raise ConfigError for settings of an engine that mean nothing beside a masked-diffusion model."""
-    if not isinstance(model, MaskedDiffusion):
-        return
-    if tbt_ms is not None:
-        raise ConfigError(
-            f"tbt_ms bounds the pieces in which prompts are read, got {tbt_ms}; a masked-diffusion model "
-            "reads its whole text in every first forward of a block. Leave it out"
-        )
-    if drafter is not None:
+def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
+    """Raise ConfigError for a drafter beside a masked-diffusion model."""
+    if drafter is not None and isinstance(model, MaskedDiffusion):
         raise ConfigError(
             "loop 'masked-diffusion' takes no drafter: it decides several tokens a round by itself. Leave "
             "the drafter out"
