@@ -183,7 +183,7 @@ def test_bench_kernels() -> None:
     assert found["settings"]["formats"] == ["int8"]
     one, *more = found["steps"]
     assert (one["nodes"], one["times_one"]) == (1, 1.0)
-    assert all(row["times_one"] >= 1 and row["format"] == "int8" for row in more)
+    assert all(row["times_one"] > 0 and row["format"] == "int8" for row in more)
     everything = sum(row["layers"] for row in found["linears"] if row["nodes"] == 1)
     assert everything == 2 * 4 + 1, "q-k-v, o, gate-up and down of two layers, and the head"
     assert all(row["seconds"] > 0 and row["of_roof"] >= 0 for row in found["linears"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # a shell starts what runs in its background without it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         guarded("give the same command again to go on")(main)()
     except typer.Exit as end:

@@ -215,7 +215,7 @@ def test_killed_in_the_middle_again_and_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_loses_no_answer_and_says_how_to_go_on(tmp_path: Path) -> None:
-    source = write(tmp_path / "in", [{"prompt": str(n)} for n in range(20_000)])
+    source = write(tmp_path / "in", [{"prompt": str(n)} for n in range(2000)])
     target = tmp_path / "out"
     with subprocess.Popen(
         [sys.executable, WRITER, str(source), str(target)],
@@ -233,7 +233,7 @@ def test_an_interrupt_loses_no_answer_and_says_how_to_go_on(tmp_path: Path) -> N
         "interrupted: give the same command again to go on",
     )
     begun = records(target)
-    assert 0 < len(begun) < 20_000 and target.read_bytes().endswith(b"\n")
+    assert 0 < len(begun) < 2000 and target.read_bytes().endswith(b"\n")
 
 
 def test_foreign_files_are_left_as_they_are(tmp_path: Path) -> None:
