@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+pytest.importorskip("prometheus_client", reason="the server needs the extra serve")
+
 from linspec.serve.metrics import PREFIX, metric_names
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

@@ -34,6 +34,8 @@ from linspec.models.decoder import Decoder
 from linspec.policies.fixed import Fixed
 from linspec.verifiers import LosslessVerifier
 
+pytest.importorskip("llguidance", reason="grammars need the extra serve")
+
 VOCAB = len(tiny_tokenizer())
 RATES = [[0.5, 0.2, 0.1], [0.4, 0.2]]
 SCHEMA = {
