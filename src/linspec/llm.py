@@ -135,19 +135,9 @@ class LLM:
         prefixes = _prefixes(prefix_cache, prefix_store)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
-        computed = pick_dtype("float32" if dtype is None else dtype, source, place)
-        if isinstance(model, str | Path):
-            options: dict[str, Any] = {"dtype": computed, "device": place}
-            self.model: CausalModel = (
-                load_causal_model(model, keep_blocks=dtype in (None, "auto"), **options)
-                if quantize is None
-                else load_for(model, quantize, read=load_decoder, **options)
-            )
-            tokenizer = load_text_tokenizer(model) if tokenizer is None else tokenizer
-        elif isinstance(model, nn.Module) and hasattr(model, "new_state"):
-            self.model = model
-        else:
-            raise _no_model(model)
+        self.model = _loaded(model, dtype, quantize, source, place)
+        if tokenizer is None and isinstance(model, str | Path):
+            tokenizer = load_text_tokenizer(model)
         if tokenizer is None:
             raise ConfigError("a loaded model needs its tokenizer: LLM(model, tokenizer=...)")
         check_held(kv_cache_dtype, self.model.dtype)
@@ -343,6 +333,25 @@ class LLM:
             Collector((index, i), self.tokenizer, request, each, continues=continues)
             for i, each in enumerate(request.params.sequences())
         ]
+
+
+def _loaded(
+    model: str | Path | CausalModel,
+    dtype: str | torch.dtype | None,
+    quantize: int | None,
+    source: Path | None,
+    place: str,
+) -> CausalModel:
+    """The model that `LLM` was given, read from `source` where it is a name or a path."""
+    computed = pick_dtype("float32" if dtype is None else dtype, source, place)
+    if isinstance(model, str | Path):
+        options: dict[str, Any] = {"dtype": computed, "device": place}
+        if quantize is not None:
+            return load_for(model, quantize, read=load_decoder, **options)
+        return load_causal_model(model, keep_blocks=dtype in (None, "auto"), **options)
+    if isinstance(model, nn.Module) and hasattr(model, "new_state"):
+        return model
+    raise _no_model(model)
 
 
 def _no_model(given: object) -> WrongType:

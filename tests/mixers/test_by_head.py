@@ -58,6 +58,22 @@ def test_other_heads_may_have_another_mixer(others: str, exact: tuple[int, ...])
     assert_close(*nodes_and_full(model_of(mixed, mixed)))
 
 
+@pytest.mark.parametrize("others", ["grouped", "aug", "gla", "gdn", "hedgehog", "relu", "local"])
+@torch.no_grad()
+def test_other_heads_compute_in_the_kernels_what_they_do_without(others: str) -> None:
+    """Float32 in its inference form, as it is served: pieces of a prompt against the full form."""
+    mixed = beside_exact(mixer_config(others), (1,))
+    model = model_of(mixed, mixed).float().eval()
+    prompt = random_tokens(3 * GROUP + 2)
+    whole = model(torch.tensor([prompt]))[0]
+    state = model.to_inference().new_state()
+    found = []
+    for piece in (prompt[: GROUP + 1], prompt[GROUP + 1 :]):
+        found.append(model.step([StepInput(0, piece, all_logits=True)], state).logits)
+        state.commit(0, range(len(piece)))
+    torch.testing.assert_close(torch.cat(found), whole, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("others", ["by-head", "nonsense"])
 def test_other_heads_need_a_mixer_that_has_heads_to_itself(others: str) -> None:
     with pytest.raises(LinspecError, match=others):

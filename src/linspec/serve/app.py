@@ -13,13 +13,12 @@ from functools import partial
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.cors import CORSMiddleware
 
 import linspec
 from linspec.serve import failures
 from linspec.serve.embedder import Embedder
 from linspec.serve.endpoints import about, chat, completions, embeddings, responses, tokens
-from linspec.serve.front import Front
+from linspec.serve.front import put_front
 from linspec.serve.keys import Keys
 from linspec.serve.seeing import seeing, watched
 from linspec.serve.served import Served
@@ -51,15 +50,7 @@ def make_app(
     for module in _ENDPOINTS:
         app.include_router(module.router)
     app.include_router(seeing(*watched(models)))
-    app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+    put_front(app, keys, settings)
     return app
 
 

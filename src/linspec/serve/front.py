@@ -11,16 +11,32 @@ import time
 import uuid
 from typing import Any
 
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linspec.serve.failures import Failure, failure_of
 from linspec.serve.keys import Keys
+from linspec.serve.settings import Settings
 
 _log = logging.getLogger("linspec.serve.access")
 _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # what needs no key: a page holds no secrets, and what watches a server has none
 OPEN = frozenset(("/", "/health", "/ready"))
 OPEN_FOLDER = "/page/"
+
+
+def put_front(app: FastAPI, keys: Keys, settings: Settings) -> None:
+    """Put `app` behind its doors, and let pages of the origins that the settings name ask it."""
+    app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
 
 
 class Front:

@@ -17,13 +17,12 @@ from dataclasses import replace
 from fastapi import FastAPI
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linspec.serve import failures
 from linspec.serve.failures import Failure, json_text
 from linspec.serve.fleet import Asked, Fleet, ReplicaLost
-from linspec.serve.front import Front
+from linspec.serve.front import put_front
 from linspec.serve.keys import Keys
 from linspec.serve.merging import merged
 from linspec.serve.metrics import CONTENT_TYPE
@@ -66,15 +65,7 @@ def make_front(fleet: Fleet, settings: Settings) -> ASGIApp:
         return Response(merged(await fleet.metrics()), media_type=CONTENT_TYPE)
 
     app.mount("/", Relay(fleet, settings.request_seconds + _GRACE_SECONDS))
-    app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+    put_front(app, keys, settings)
     return app
 
 
