@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from linspec.checkpoints.hub import load_config, load_model, load_tokenizer
+from linspec.decoding.sampling import SamplingParams
 from linspec.errors import CheckpointError, ConfigError, TrainingError
+from linspec.llm import LLM
+from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
 from linspec.train import pretrain as module
 from linspec.train.loop import TrainConfig
 from linspec.train.pretrain import RECIPES, Recipe, context_at, pretrain
@@ -104,6 +108,27 @@ def test_the_recall_recipe_keeps_the_shape_of_its_base() -> None:
     recipe = RECIPES["recall"]()
     assert recipe.model == replace(load_config(recipe.base), max_positions=4096)
     assert recipe.stages[-1][1] == recipe.model.max_positions
+
+
+def test_an_autoregressive_base_becomes_a_diffusion_model_with_a_mask_of_its_own(
+    tmp_path: Path, tiny_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pretrain(tmp_path / "base", recipe="tiny", steps=1)
+    known = RECIPES["embedded-diffusion"]()
+    assert known.model.vocab_size == load_config(known.base).vocab_size + 1
+    shape = {each.name: getattr(load_config(base), each.name) for each in fields(DecoderConfig)}
+    filling = replace(
+        tiny_recipe,
+        base=str(base),
+        model=DiffusionConfig(**shape | {"vocab_size": 291}, mask_id=290, logit_shift=1),
+    )
+    monkeypatch.setattr(module, "RECIPES", {"filling": lambda: filling})
+    out = pretrain(tmp_path / "m", recipe="filling")
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
+    assert load_tokenizer(out).mask_token_id == 290
+    answer = LLM(out).generate("the old", SamplingParams(max_tokens=8))[0]
+    assert len(answer.token_ids) <= 8 and "<|mask|>" not in answer.text
 
 
 def test_output_in_use(tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def pretrain(
     out: Out,
     run: Run,
     recipe: Annotated[
-        str, typer.Option(help="embedded, recall, flash-aug or flash-quadratic.")
+        str,
+        typer.Option(help="embedded, recall, embedded-diffusion, flash-aug or flash-quadratic."),
     ] = "embedded",
     data: Annotated[
         list[str] | None,
@@ -98,7 +99,7 @@ def pretrain(
     compile: Compile = "auto",
     as_json: Json = False,
 ) -> None:
-    """Train a small softmax model: from nothing, or the embedded one on, to recall from far above."""
+    """Train a small model: from nothing, or the embedded one on, to recall or to fill masks."""
     from linspec.train import pretrain as library
 
     place_on("cpu", run.threads)

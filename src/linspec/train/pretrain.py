@@ -1,14 +1,14 @@
 """Train the small teachers: `linspec pretrain --recipe embedded`.
 
 `embedded` and the FLASH recipes start from nothing; `recall` trains the embedded teacher on, on texts
-that ask for what stood up to 4,096 tokens above.
+that ask for what stood up to 4,096 tokens above; `embedded-diffusion` turns it into a masked-diffusion model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,11 @@ from transformers import PreTrainedTokenizerBase
 from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, resolve, save_model
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
+from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.flash_config import FlashConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import of_config
+from linspec.train.compiled import LossFn
 from linspec.train.corpora import known_sources
 from linspec.train.data import (
     Sources,
@@ -34,10 +37,11 @@ from linspec.train.data import (
     train_and_heldout,
 )
 from linspec.train.loop import TrainConfig, Trainer, log_lines
+from linspec.train.masked_tokens import MaskedWindows, masked_loss
 from linspec.train.objective import Predictor, next_tokens
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
-from linspec.train.tokenizer import train_tokenizer
+from linspec.train.tokenizer import MASK, train_tokenizer
 from linspec.utils.files import replace_dir
 from linspec.utils.format_version import stamped
 from linspec.utils.messages import did_you_mean, shown
@@ -130,9 +134,36 @@ def _recall() -> Recipe:
     )
 
 
+def _embedded_diffusion() -> Recipe:
+    """The embedded teacher without its causal mask, its logits one position ahead (Dream's way)."""
+    base = "embedded-softmax"
+    known = load_config(base)
+    return Recipe(
+        model=DiffusionConfig(
+            **{each.name: getattr(known, each.name) for each in fields(known) if each.init}
+            | {"vocab_size": known.vocab_size + 1},
+            mask_id=known.vocab_size,
+            logit_shift=1,
+        ),
+        train=TrainConfig(
+            steps=1500,
+            lr=2e-3,
+            muon_lr=4e-3,
+            warmup=50,
+            decay=0.6,
+            weight_decay=0.1,
+            betas=(0.9, 0.95),
+            seed=3,
+        ),
+        base=base,
+        stages=((0.85, 512), (0.15, 1024)),
+    )
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "embedded": _embedded,
     "recall": _recall,
+    "embedded-diffusion": _embedded_diffusion,
     "flash-aug": lambda: _flash("aug", 32),
     "flash-quadratic": lambda: _flash("quadratic", 0),
 }
@@ -182,7 +213,8 @@ def pretrain(
 
     Args:
         out: a directory that is new or empty.
-        recipe: 'embedded', 'recall', 'flash-aug' or 'flash-quadratic': shape, text and rates.
+        recipe: 'embedded', 'recall', 'embedded-diffusion', 'flash-aug' or 'flash-quadratic': shape, text,
+            rates.
         data: files, folders or 'stdlib'; empty for those of the recipe. The held-out documents are not
             trained on.
         resume: continue a run from its last saved state.
@@ -271,15 +303,19 @@ class _Run:
         model = _model(recipe).to(self.accelerator.device)
         stream = tokenize(documents, tokenizer, end_of_text(tokenizer, recipe.model))
         context, process = recipe.stages[-1][1], self.accelerator.process_index
-        windows = with_recall(
+        texts = with_recall(
             Windows(stream, context, recipe.train.seed, process=process),
             tokenizer,
             recipe.sources,
             recipe.recall_share,
         )
+        loss: LossFn = partial(next_token_loss, model)
+        windows: Windows | MaskedWindows = texts
+        if isinstance(model, MaskedDiffusion):
+            loss, windows = partial(masked_loss, model), MaskedWindows(texts)
         trainer = Trainer(
             model,
-            partial(next_token_loss, model),
+            loss,
             partial(self._batch, windows),
             recipe.train,
             self.folder / "pretrain",
@@ -292,7 +328,7 @@ class _Run:
             files = {RECORD: json.dumps(record, indent=2) + "\n", "log.jsonl": log_lines(log)}
             save_model(model, tokenizer, self.place, dtype, extra_files=files)
 
-    def _batch(self, windows: Windows, step: int) -> torch.Tensor:
+    def _batch(self, windows: Windows | MaskedWindows, step: int) -> torch.Tensor:
         context = context_at(step, self.recipe)
         return windows.batch(step, self.recipe.tokens_per_step // context, context)
 
@@ -302,10 +338,21 @@ def _model(plan: Recipe) -> Predictor:
     kind: Callable[..., Any] = of_config(plan.model).model
     model: Predictor = kind(plan.model)
     if plan.base:
-        model.load_state_dict(load_model(plan.base).state_dict())
+        weights = load_model(plan.base).state_dict()
+        model.load_state_dict(_with_mask(weights, plan.model.vocab_size))
     else:
         initialize(model, plan.model.layers, torch.Generator().manual_seed(plan.train.seed))
     return model
+
+
+def _with_mask(weights: dict[str, torch.Tensor], vocab: int) -> dict[str, torch.Tensor]:
+    """Weights with tables of `vocab` tokens: what is new (the mask) starts as the mean of all tokens."""
+    tables = {name: w for name, w in weights.items() if name in ("embed.weight", "head.weight")}
+    grown = {
+        name: torch.cat((table, table.mean(0, keepdim=True).expand(vocab - len(table), -1)))
+        for name, table in tables.items()
+    }
+    return weights | grown
 
 
 def _tokenizer(
@@ -313,7 +360,10 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The run's tokenizer: trained once, then kept beside the state so that resuming reads it."""
     if recipe.base:
-        return load_tokenizer(recipe.base)
+        tokenizer = load_tokenizer(recipe.base)
+        if isinstance(recipe.model, DiffusionConfig):
+            tokenizer.add_special_tokens({"mask_token": MASK})
+        return tokenizer
     kept = folder / "tokenizer"
     if kept.exists():
         return load_tokenizer(kept)
