@@ -1,4 +1,4 @@
-"""LLaDA and Dream as plain torch functions over the tensors of their checkpoints, and tiny random ones.
+"""LLaDA, Dream and SDAR as plain torch functions over the tensors of their checkpoints, and tiny random ones.
 
 Nothing of linspec is in here: what linspec loads and decodes is held against this file.
 """
@@ -66,6 +66,29 @@ DREAM: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_sliding_window": False,
 }
+SDAR: dict[str, Any] = {
+    "model_type": "sdar",
+    "architectures": ["SDARForCausalLM"],
+    "hidden_size": 32,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 96,
+    "mask_token_id": MASK,
+    "block_size": 4,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+    "hidden_act": "silu",
+    "rms_norm_eps": 2e-6,
+    "rope_theta": 700.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
 CONFIGS = {"llada": LLADA, "dream": DREAM}
 # what the layers are called: (LLaDA, Dream)
 _OUTER = {
@@ -92,7 +115,8 @@ class PlainModel:
     def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         self.config, self.tensors = config, tensors
         self.llada = config["model_type"] == "llada"
-        self.shift = not self.llada
+        self.shift = config["model_type"] == "Dream"
+        self.block: int | None = config.get("block_size")
         said = ("d_model", "n_heads", "n_kv_heads", "n_layers")
         named = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
         self.width, self.heads, self.kv_heads, self.layers = (
@@ -109,11 +133,15 @@ class PlainModel:
         return F.linear(x, self.tensor(name, layer), self.tensor(name, layer, "bias"))
 
     def normed(self, x: torch.Tensor, name: str, layer: int | None = None) -> torch.Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
-        return x * scale * self.tensor(name, layer)
+        return self.scaled(x) * self.tensor(name, layer)
 
     def heads_of(self, x: torch.Tensor, name: str, layer: int, count: int) -> torch.Tensor:
-        return self.linear(x, name, layer).unflatten(-1, (count, -1)).transpose(1, 2)
+        found = self.linear(x, name, layer).unflatten(-1, (count, -1)).transpose(1, 2)
+        norm = self.tensors.get(f"model.layers.{layer}.self_attn.{name}_norm.weight")
+        return found if norm is None else self.scaled(found) * norm
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + self.config["rms_norm_eps"]).rsqrt()
 
     def turned(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
         half = x.shape[-1] // 2
@@ -139,7 +167,11 @@ class PlainModel:
             keys, values = kept.setdefault(layer, (k.new_zeros(shape), v.new_zeros(shape)))
             keys[:, :, rows], values[:, :, rows] = k, v
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, 1) for t in (keys, values))
-            weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+            if self.block is not None:
+                own = torch.tensor(rows)[:, None] // self.block
+                scores = scores.masked_fill(torch.arange(len(ids)) // self.block > own, -torch.inf)
+            weights = scores.softmax(-1)
             x = x + self.linear((weights @ v).transpose(1, 2).flatten(2), "o", layer)
             y = self.normed(x, "mlp_norm", layer)
             gated = F.silu(self.linear(y, "gate", layer)) * self.linear(y, "up", layer)
@@ -159,8 +191,9 @@ def make_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
     draw, llada = torch.Generator().manual_seed(seed), config["model_type"] == "llada"
     plain = PlainModel(config, {})
     mlp = config["mlp_hidden_size" if llada else "intermediate_size"]
-    kv_width = plain.width // plain.heads * plain.kv_heads
-    rows = {"q": plain.width, "k": kv_width, "v": kv_width, "o": plain.width}
+    head_width = config.get("head_dim", plain.width // plain.heads)
+    inner, kv_width = head_width * plain.heads, head_width * plain.kv_heads
+    rows = {"q": inner, "k": kv_width, "v": kv_width, "o": plain.width}
     rows |= {"gate": mlp, "up": mlp, "down": plain.width}
     found: dict[str, torch.Tensor] = {}
 
@@ -181,16 +214,20 @@ def make_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tenso
             if name not in rows:
                 add(f"{path}.weight", (plain.width,), 1.0)
                 continue
-            add(f"{path}.weight", (rows[name], mlp if name == "down" else plain.width))
+            columns = {"down": mlp, "o": inner}.get(name, plain.width)
+            add(f"{path}.weight", (rows[name], columns))
             if biased(config, name):
                 add(f"{path}.bias", (rows[name],))
+        if config["model_type"] == "sdar":
+            for name in "qk":
+                add(f"{stack}.{layer}.self_attn.{name}_norm.weight", (head_width,), 1.0)
     return found
 
 
 def biased(config: dict[str, Any], name: str) -> bool:
     if config["model_type"] == "llada":
         return config["include_bias"] or (name in "qkv" and config["include_qkv_bias"])
-    return name in "qkv"
+    return name in "qkv" and config["model_type"] == "Dream"
 
 
 def write(folder: Path, config: dict[str, Any], seed: int = 0) -> PlainModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_diffusion import CONFIGS, DREAM, LLADA, MASK, VOCAB, write
+from plain_diffusion import CONFIGS, DREAM, LLADA, MASK, SDAR, VOCAB, write
 from typer.testing import CliRunner
 
 from linspec.checkpoints.hub import (
@@ -35,6 +35,8 @@ VARIANTS = {
     "llada-tied": LLADA | {"weight_tying": True, "n_kv_heads": None, "multi_query_attention": True},
     "llada-biased": LLADA | {"include_qkv_bias": True, "mlp_hidden_size": None},
     "dream": DREAM,
+    "sdar": SDAR,
+    "sdar-tied": SDAR | {"tie_word_embeddings": True, "block_size": 7},
     "dream-tied": DREAM | {"tie_word_embeddings": True, "num_key_value_heads": 4},
 }
 VARIANTS["llada-tied"] |= {"n_kv_heads": 1}
@@ -111,6 +113,8 @@ def test_info_says_what_it_is(tmp_path: Path) -> None:
         ({k: LLADA[k] for k in LLADA if k != "mask_token_id"}, CheckpointError, "mask_token_id"),
         (LLADA | {"mask_token_id": VOCAB}, CheckpointError, "mask_id must be .* from 0 to 60"),
         (DREAM | {"use_sliding_window": True, "sliding_window": 4}, UnsupportedModel, "sliding"),
+        (SDAR | {"block_size": 0}, CheckpointError, "block_length"),
+        (SDAR | {"use_sliding_window": True, "sliding_window": 4}, UnsupportedModel, "sliding"),
         (DREAM | {"mask_token_id": "x"}, CheckpointError, "mask"),
     ],
     ids=str,
@@ -118,7 +122,8 @@ def test_info_says_what_it_is(tmp_path: Path) -> None:
 def test_what_cannot_be_computed_is_refused_by_name(
     tmp_path: Path, config: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    write(tmp_path / "m", LLADA if config["model_type"] == "llada" else DREAM)
+    known = {"llada": LLADA, "Dream": DREAM, "sdar": SDAR}
+    write(tmp_path / "m", known[config["model_type"]])
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=message):
         load_diffusion(tmp_path / "m")

@@ -97,7 +97,7 @@ class MixerContract:
         """As `mix` without causality, for encoders: every token sees every real token.
 
         real [B, T] is true at real tokens, which come first in each sequence; k and v are zero elsewhere.
-        None means that all are real.
+        None means that all are real. Softmax takes [B, T, T] too: which keys each query sees.
         """
         raise NotImplementedError
 

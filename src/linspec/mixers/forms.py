@@ -41,7 +41,7 @@ def full_both(
     mixer: Mixer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
 ) -> torch.Tensor:
     """`mix_all` plus the centred convolution."""
-    if real is not None:
+    if real is not None and real.ndim == 2:
         k, v = (t.masked_fill(~real[:, None, :, None], 0.0) for t in (k, v))
     o = mixer.mix_all(q, k, v, real)
     if mixer.mixer.taps:

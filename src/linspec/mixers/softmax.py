@@ -101,7 +101,8 @@ class Softmax(Mixer):
     def mix_all(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> torch.Tensor:
-        return self.over(q, k, v, None if real is None else real[:, None, None])
+        mask = None if real is None else real[:, None] if real.ndim == 3 else real[:, None, None]
+        return self.over(q, k, v, mask)
 
     def over(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None

@@ -8,6 +8,7 @@ from typing import Any
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig
 from linspec.utils.messages import quoted
+from linspec.utils.sizes import check_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,11 +16,14 @@ class DiffusionConfig(DecoderConfig):
     """A decoder without its causal mask.
 
     mask_id: the token that stands where nothing is decided yet. logit_shift: how many positions ahead of a
-    token its logits stand: 0, or 1 for a model that was made from an autoregressive one.
+    token its logits stand: 0, or 1 for a model that was made from an autoregressive one. block_length: of a
+    block-diffusion model, whose tokens see their own block of so many positions and those before it (Arriola
+    et al. 2025, arXiv 2503.09573); None for one that sees the whole text.
     """
 
     mask_id: int
     logit_shift: int = 0
+    block_length: int | None = None
 
     def __post_init__(self) -> None:
         DecoderConfig.__post_init__(self)
@@ -31,6 +35,18 @@ class DiffusionConfig(DecoderConfig):
                     f"{name} must be a whole number from 0 to {most}, got {quoted(value)}"
                 )
 
+        if self.block_length is not None:
+            self._check_blocks()
+
+    def _check_blocks(self) -> None:
+        check_size("block_length", self.block_length)
+        others = sorted({mixer.name for mixer in self.mixers} - {"softmax"})
+        if others or self.logit_shift:
+            raise ConfigError(
+                f"a model with block_length has softmax mixers and logit_shift 0, got mixers {others} and "
+                f"logit_shift {self.logit_shift}; leave block_length out"
+            )
+
     @property
     def causal(self) -> bool:
         """Every token sees every other one."""
@@ -39,4 +55,5 @@ class DiffusionConfig(DecoderConfig):
     def facts(self) -> dict[str, Any]:
         """What `linspec info MODEL` says of the shape and of how it writes."""
         how = {"decodes_by": "masked diffusion", "mask_id": self.mask_id}
-        return DecoderConfig.facts(self) | how | {"logit_shift": self.logit_shift}
+        blocks = {} if self.block_length is None else {"block_length": self.block_length}
+        return DecoderConfig.facts(self) | how | {"logit_shift": self.logit_shift} | blocks

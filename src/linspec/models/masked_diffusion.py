@@ -1,7 +1,8 @@
 """Masked-diffusion language models (Nie et al. 2025, arXiv 2502.09992; Ye et al. 2025, arXiv 2508.15487).
 
-A decoder without its causal mask: all tokens see each other, and at a masked position the logits say which
-token it hides. There is no input for the time: how much is masked, the model sees.
+A decoder without its causal mask: all tokens see each other, or all of their block and of those before it
+(`block_length`), and at a masked position the logits say which token it hides. There is no input for the
+time: how much is masked, the model sees.
 """
 
 from __future__ import annotations
@@ -31,15 +32,29 @@ class MaskedDiffusion(Decoder):
         Rows may be padded at either end; logits at padding mean nothing.
         """
         if mask is None:
-            return self.head(self.hidden(ids))
+            seen = self._earlier_blocks(ids)
+            return self.head(self.hidden(ids) if seen is None else self._hidden(ids, seen))
         ids, shifts = to_left(ids, mask)
         real = torch.arange(ids.shape[1], device=ids.device) < mask.sum(1, keepdim=True)
+        seen = self._earlier_blocks(ids)
+        hidden = self._hidden(ids, real if seen is None else seen & real[:, None])
+        return self.head(from_left(hidden, shifts))
 
-        def among_real(block: Block, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-            x = x + block.mixer(block.mixer_norm(x), rope, real)
+    def _hidden(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """`hidden` of tokens that see those that `seen`, [B, T] or [B, T, T], is true at."""
+
+        def among_seen(block: Block, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+            x = x + block.mixer(block.mixer_norm(x), rope, seen)
             return x + block.mlp(block.mlp_norm(x))
 
-        return self.head(from_left(self.hidden(ids, among_real), shifts))
+        return self.hidden(ids, among_seen)
+
+    def _earlier_blocks(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """[1, T, T], true where a query sees a key; None if all see all."""
+        if self.config.block_length is None:
+            return None
+        blocks = torch.arange(ids.shape[1], device=ids.device) // self.config.block_length
+        return (blocks[:, None] >= blocks)[None]
 
     def predicted(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, vocab] of the token that stands at each position itself.
@@ -64,6 +79,10 @@ class MaskedDiffusion(Decoder):
 
         Raises ConfigError for others: a token that is staged would not see what stands behind it.
         """
+        if self.config.block_length is not None:
+            raise ConfigError(
+                "a block-diffusion model has no inference form yet; use its forward, or another model"
+            )
         for each in inputs:
             if each.overwrite is None or each.causal:
                 raise ConfigError(

@@ -19,6 +19,7 @@ from linspec.checkpoints.families import (  # noqa: F401
     llama,
     olmo2,
     phi3,
+    sdar,
     smollm3,
     stablelm,
     starcoder2,
