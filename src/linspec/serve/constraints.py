@@ -31,17 +31,6 @@ def constrained(asked: Constraints) -> dict[str, Any]:
     return {} if grammar is None else {"grammar": grammar}
 
 
-def check_tools(tools: list[dict[str, Any]] | None, choice: Any) -> None:
-    """Raise Failure 400 where a request has tools and its endpoint serves none."""
-    if tools and choice != "none":
-        raise Failure(
-            400,
-            "tools are not served here; ask /v1/chat/completions, or leave them out",
-            code="unsupported_parameter",
-            param="tools",
-        )
-
-
 @dataclass(frozen=True)
 class Tooled:
     """A conversation whose answer may call tools."""

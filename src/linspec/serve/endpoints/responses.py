@@ -16,18 +16,18 @@ from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation
 from linspec.llm import LLM
 from linspec.serve.answering import Answer, answered, output_tokens
-from linspec.serve.constraints import check_tools, constrained
+from linspec.serve.constraints import Tooled, constrained
 from linspec.serve.failures import RESPONSES, json_response
+from linspec.serve.response_items import Items
 from linspec.serve.schemas.base import Constraints
 from linspec.serve.schemas.responses import (
     Incomplete,
     InputDetails,
     OutputDetails,
-    OutputMessage,
-    OutputText,
     ResponseAnswer,
     ResponseRequest,
     ResponseUsage,
+    as_turns,
 )
 from linspec.serve.served import Served, Serving
 from linspec.serve.shapes import new_id, usage_of
@@ -46,8 +46,11 @@ async def responses(asked: ResponseRequest, http: HttpRequest, served: Serving) 
     answer = await answered(served, http, worker, form.requests)
     if asked.stream:
         return answer.streamed(_events(answer, form), named=True)
-    outputs = await answer.whole()
-    return json_response(form.answer(outputs[0][0]).model_dump())
+    ((output,),) = await answer.whole()
+    items = form.items()
+    items.push(output.text)
+    items.finish(output.finish_reason)
+    return json_response(form.answer(output, items).model_dump())
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,15 @@ class _Form:
 
     asked: ResponseRequest
     params: SamplingParams
+    tooled: Tooled
     name: str
     id: str
-    item: str
     created: int
 
     @classmethod
     def of(cls, asked: ResponseRequest, served: Served, name: str) -> _Form:
-        """Raises Failure for what is not served."""
-        check_tools(asked.tools, asked.tool_choice)
+        """Raises Failure or ConfigError for what does not go together."""
+        tooled = Tooled.of(asked.tools, asked.tool_choice, several=asked.parallel_tool_calls)
         form = None if asked.text is None else asked.text.format
         params = SamplingParams(
             temperature=served.settings.temperature
@@ -74,25 +77,26 @@ class _Form:
             max_tokens=output_tokens(served.settings, asked.max_output_tokens),
             **constrained(Constraints(response_format=form)),
         )
-        return cls(asked, params, name, new_id("resp_"), new_id("msg_"), int(time.time()))
+        return cls(asked, params, tooled, name, new_id("resp_"), int(time.time()))
 
     def requests(self, llm: LLM) -> list[Request]:
         """As the engine takes them; also renders the template."""
         asked = self.asked
-        messages = [] if asked.instructions is None else [("system", asked.instructions)]
-        turns = [{"role": role, "content": text} for role, text in messages]
+        told = [] if asked.instructions is None else [asked.instructions]
+        turns: list[Any] = [{"role": "system", "content": text} for text in told]
         if isinstance(asked.input, str):
             turns.append({"role": "user", "content": asked.input})
         else:
-            turns += [each.to_template() for each in asked.input]
-        return [llm.request(llm.encoder.chat(turns), self.params)]
+            turns += as_turns(asked.input)
+        return [self.tooled.request(llm, turns, self.params)]
 
-    def message(self, text: str, status: Any) -> OutputMessage:
-        """The turn that is written."""
-        return OutputMessage(id=self.item, status=status, content=[OutputText(text=text)])
+    def items(self) -> Items:
+        """What the answer is made of, as it comes."""
+        return Items(self.tooled.turn())
 
-    def answer(self, done: Generation | None = None) -> ResponseAnswer:
+    def answer(self, done: Generation | None = None, items: Items | None = None) -> ResponseAnswer:
         """The whole answer, or what stands before it."""
+        asked = self.asked
         cut = done is not None and done.finish_reason == "length"
         status: Any = "in_progress" if done is None else "incomplete" if cut else "completed"
         return ResponseAnswer(
@@ -100,13 +104,16 @@ class _Form:
             created_at=self.created,
             status=status,
             model=self.name,
-            output=[] if done is None else [self.message(done.text, status)],
+            output=[] if items is None else items.output,
             usage=None if done is None else _usage(done),
             incomplete_details=Incomplete(reason="max_output_tokens") if cut else None,
-            instructions=self.asked.instructions,
-            max_output_tokens=self.asked.max_output_tokens,
-            metadata=self.asked.metadata or {},
+            instructions=asked.instructions,
+            max_output_tokens=asked.max_output_tokens,
+            metadata=asked.metadata or {},
+            parallel_tool_calls=asked.parallel_tool_calls is not False,
             temperature=self.params.temperature,
+            tool_choice=asked.tool_choice or "auto",
+            tools=asked.tools or [],
             top_p=self.params.top_p,
         )
 
@@ -129,21 +136,17 @@ async def _events(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     def event(kind: str, **more: Any) -> dict[str, Any]:
         return {"type": f"response.{kind}", "sequence_number": next(numbers), **more}
 
-    place = {"item_id": form.item, "output_index": 0, "content_index": 0}
     begun = form.answer().model_dump()
     yield event("created", response=begun)
     yield event("in_progress", response=begun)
-    empty = form.message("", "in_progress").model_dump() | {"content": []}
-    yield event("output_item.added", output_index=0, item=empty)
-    yield event("content_part.added", **place, part=OutputText(text="").model_dump())
+    items = form.items()
     done: Generation | None = None
     async for piece in answer.pieces():
-        if piece.text:
-            yield event("output_text.delta", **place, delta=piece.text, logprobs=[])
+        for kind, more in items.push(piece.text):
+            yield event(kind, **more)
         done = piece.done or done
     assert done is not None, "the last piece has it, or pieces() raises"
-    whole = form.answer(done)
-    yield event("output_text.done", **place, text=done.text, logprobs=[])
-    yield event("content_part.done", **place, part=OutputText(text=done.text).model_dump())
-    yield event("output_item.done", output_index=0, item=whole.output[0].model_dump())
+    for kind, more in items.finish(done.finish_reason):
+        yield event(kind, **more)
+    whole = form.answer(done, items)
     yield event(whole.status, response=whole.model_dump())

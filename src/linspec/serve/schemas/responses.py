@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from linspec.serve.schemas.base import Asked, Given, Labels, Several, Speculation
 
@@ -29,10 +30,78 @@ class InputMessage(Asked):
 
     def to_template(self) -> dict[str, Any]:
         """As chat templates read it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": _text(self.content)}
+
+
+class FunctionCall(Asked):
+    """A call of a tool that an earlier answer had."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates read it: a turn of the assistant's."""
+        function = {"name": self.name, "arguments": self.arguments}
+        call = {"id": self.call_id, "type": "function", "function": function}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+class FunctionCallOutput(Asked):
+    """What came of it."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | Several[InputPart]
+    id: str | None = None
+    status: str | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """As chat templates read it."""
+        return {"role": "tool", "tool_call_id": self.call_id, "content": _text(self.output)}
+
+
+def _text(content: str | Iterable[InputPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+_KINDS = ("message", "function_call", "function_call_output")
+
+
+def _kind(given: Any) -> str | None:
+    """Which form an input has: a message need not say that it is one."""
+    if not isinstance(given, Mapping):
+        return None
+    kind = given.get("type", "message")
+    return f"a {kind}" if isinstance(kind, str) and kind in _KINDS else None
+
+
+# the space keeps a tag out of the place that an error names
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("a message")]
+    | Annotated[FunctionCall, Tag("a function_call")]
+    | Annotated[FunctionCallOutput, Tag("a function_call_output")],
+    Discriminator(
+        _kind,
+        custom_error_type="input_item",
+        custom_error_message=f"an input is an object whose type is one of {', '.join(_KINDS)}",
+    ),
+]
+
+
+def as_turns(items: Iterable[InputMessage | FunctionCall | FunctionCallOutput]) -> list[Any]:
+    """The turns of a conversation: what the assistant says and calls in a row is one."""
+    turns: list[dict[str, Any]] = []
+    for turn in (each.to_template() for each in items):
+        if "tool_calls" in turn and turns and turns[-1]["role"] == "assistant":
+            turns[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
+        else:
+            turns.append(turn)
+    return turns
 
 
 class TextFormat(Asked):
@@ -46,9 +115,7 @@ class ResponseRequest(Labels):
     """What a model answers to."""
 
     model: str | None = Field(None, description="May be left out where one model is served.")
-    input: (
-        Annotated[str, Field(min_length=1)] | Annotated[Several[InputMessage], Field(min_length=1)]
-    )
+    input: Annotated[str, Field(min_length=1)] | Annotated[Several[InputItem], Field(min_length=1)]
     instructions: str | None = Field(None, description="A first message of the system.")
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -80,6 +147,17 @@ class OutputMessage(Given):
     status: Literal["in_progress", "completed", "incomplete"]
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
+
+
+class OutputCall(Given):
+    """A call of a tool, for the caller to run."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Literal["in_progress", "completed", "incomplete"]
 
 
 class InputDetails(Given):
@@ -120,19 +198,19 @@ class ResponseAnswer(Given):
     created_at: int
     status: Literal["in_progress", "completed", "incomplete"]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     usage: ResponseUsage | None = None
     error: None = None
     incomplete_details: Incomplete | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool = False
+    parallel_tool_calls: bool = True
     previous_response_id: None = None
     store: bool = False
     temperature: float | None = None
     text: dict[str, Any] = Field(default={"format": {"type": "text"}})
-    tool_choice: str = "none"
+    tool_choice: str | dict[str, Any] = "auto"
     tools: list[dict[str, Any]] = Field(default=[])
     top_p: float | None = None
     truncation: Literal["disabled"] = "disabled"
