@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from linspec.checkpoints.hub import save_model
 from linspec.llm import LLM
 from linspec.serve.app import make_app
-from linspec.serve.run import Server, listening, server_config
+from linspec.serve.run import Server, address_of, listening, server_config
 from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
 
@@ -53,7 +53,7 @@ def running(
             while not server.started:
                 assert thread.is_alive(), "the server did not start"
                 time.sleep(0.005)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", workers
+            yield address_of(listener, settings), workers
         finally:
             server.should_exit = True
             for worker in workers.values():
