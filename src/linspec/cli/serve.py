@@ -90,6 +90,14 @@ class Serving:
         int | None,
         typer.Option(callback=Count, help="Bytes of a request.", show_default="8388608"),
     ] = None
+    body_seconds: Annotated[
+        float | None,
+        typer.Option(
+            callback=real(above=0),
+            help="Longest time in which a request arrives.",
+            show_default="60",
+        ),
+    ] = None
     temperature: Annotated[
         float | None,
         typer.Option(

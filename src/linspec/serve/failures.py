@@ -33,6 +33,7 @@ _UNTYPED = (
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     499: "client_closed_request",
     500: "server_error",
@@ -44,7 +45,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request breaks a rule."},
     401: {"model": ErrorAnswer, "description": "No key, or an unknown one."},
     404: {"model": ErrorAnswer, "description": "No such model."},
-    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    408: {"model": ErrorAnswer, "description": "The body took too long to arrive."},
+    413: {"model": ErrorAnswer, "description": "The body is too large, or has too many values."},
     429: {"model": ErrorAnswer, "description": "The queue is full; see Retry-After."},
     500: {"model": ErrorAnswer, "description": "A fault of the server."},
     503: {"model": ErrorAnswer, "description": "The server shuts down, or has no memory left."},

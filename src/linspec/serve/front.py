@@ -1,4 +1,4 @@
-"""What every request passes first: an id, a line in the log, a key, and a limit on its size.
+"""What every request passes first: an id, a line in the log, a key, and limits of its body.
 
 Plain ASGI: frameworks' middlewares hold streams back and hide clients that leave.
 """
@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from linspec.serve.body import Body, header
 from linspec.serve.failures import Failure, failure_of
 from linspec.serve.keys import Keys
 from linspec.serve.settings import Settings
@@ -28,7 +29,7 @@ OPEN_FOLDER = "/page/"
 
 def put_front(app: FastAPI, keys: Keys, settings: Settings) -> None:
     """Put `app` behind its doors, and let pages of the origins that the settings name ask it."""
-    app.add_middleware(Front, keys=keys, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Front, keys=keys, settings=settings)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -42,8 +43,9 @@ def put_front(app: FastAPI, keys: Keys, settings: Settings) -> None:
 class Front:
     """An app behind its doors."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, max_body_bytes: int) -> None:
-        self.app, self.keys, self.max_body_bytes = app, keys, max_body_bytes
+    def __init__(self, app: ASGIApp, *, keys: Keys, settings: Settings) -> None:
+        self.app, self.keys = app, keys
+        self._most, self._seconds = settings.max_body_bytes, settings.body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -56,7 +58,7 @@ class Front:
         try:
             # the doors in front of several replicas know it already
             state.setdefault("tenant", self._tenant(scope))
-            body = _Body(scope, receive, self.max_body_bytes)
+            body = Body(scope, receive, self._most, self._seconds)
             await self.app(scope, body.receive, visit.sending(send))
         except Exception as error:
             failure = failure_of(error)
@@ -72,11 +74,11 @@ class Front:
         path = scope["path"]
         if not self.keys or path in OPEN or path.startswith(OPEN_FOLDER):
             return ""
-        header = _header(scope, b"authorization")
-        name = self.keys.name_of(header.decode("latin-1")) if header else None
+        shown = header(scope, b"authorization")
+        name = self.keys.name_of(shown.decode("latin-1")) if shown else None
         # a browser asks first whether it may send the key
         if name is None and scope["method"] != "OPTIONS":
-            said = "unknown key" if header else "no key"
+            said = "unknown key" if shown else "no key"
             raise Failure(
                 401,
                 f"{said}; send the header 'Authorization: Bearer KEY'",
@@ -90,7 +92,7 @@ class _Visit:
     """A request, as the log has it: no text of prompts."""
 
     def __init__(self, scope: Scope) -> None:
-        given = _header(scope, b"x-request-id")
+        given = header(scope, b"x-request-id")
         # what a client wrote goes into a log: only plain ids do
         self.number = given.decode() if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         self.scope, self.status, self.began = scope, 0, time.perf_counter()
@@ -120,34 +122,3 @@ class _Visit:
             "tenant": self.scope.get("state", {}).get("tenant", ""),
         }
         _log.info("request", extra={"facts": facts})
-
-
-class _Body:
-    """A body that is refused as soon as it is too large."""
-
-    def __init__(self, scope: Scope, receive: Receive, most: int) -> None:
-        self._receive, self._most, self._seen = receive, most, 0
-        told = _header(scope, b"content-length")
-        if told.isdigit() and (len(told) > 18 or int(told) > most):
-            self._refuse(told.decode()[:20])
-
-    async def receive(self) -> Message:
-        """The next part."""
-        message = await self._receive()
-        if message["type"] == "http.request":
-            self._seen += len(message.get("body", b""))
-            if self._seen > self._most:
-                self._refuse(f"more than {self._most}")
-        return message
-
-    def _refuse(self, size: str) -> None:
-        raise Failure(
-            413,
-            f"the body has {size} bytes, this server takes {self._most}; send less, or raise "
-            "--max-body-bytes",
-            code="body_too_large",
-        )
-
-
-def _header(scope: Scope, name: bytes) -> bytes:
-    return next((value for key, value in scope["headers"] if key == name), b"")

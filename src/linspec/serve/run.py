@@ -21,10 +21,12 @@ from linspec.llm import LLM
 from linspec.models.config import EncoderConfig
 from linspec.serve.app import make_app
 from linspec.serve.budget import MemoryBudget
+from linspec.serve.connection import limited
 from linspec.serve.embedder import Embedder
 from linspec.serve.settings import Settings
+from linspec.serve.tls import check_tls
 from linspec.serve.worker import Worker
-from linspec.utils.messages import because, shown
+from linspec.utils.messages import shown
 
 # how much longer than the requests' last seconds the server waits for their answers to be read
 _GRACE_SECONDS = 5
@@ -45,11 +47,12 @@ def serve(
         say: gets lines for people.
 
     Raises:
-        ConfigError: no models, two of one name, an address that cannot be listened at.
+        ConfigError: no models, two of one name, an address that cannot be listened at, no such certificate.
         LinspecError: a model cannot be loaded.
     """
     named = named_models(models or settings.models)
     # before anything is loaded: an address in use is the commonest fault
+    check_tls(settings.tls_cert, settings.tls_key)
     with listening(settings.host, settings.port) as listener:
         if settings.ray:
             from linspec.serve.replicas import serve_replicas
@@ -198,30 +201,20 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: Any, settings: Settings) -> uvicorn.Config:
-    """How uvicorn runs `app`; raises ConfigError for files of TLS that cannot be read."""
-    for file in (settings.tls_cert, settings.tls_key):
-        if file is not None:
-            _check_readable(file)
+    """How uvicorn runs `app`."""
     return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         # what else is installed, such as Ray, must not change how requests are read
         loop="asyncio",
-        http="h11",
+        http=limited(head_seconds=settings.body_seconds, answer_seconds=settings.request_seconds),
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=int(settings.shutdown_seconds) + _GRACE_SECONDS,
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-
-
-def _check_readable(file: Path) -> None:
-    try:
-        file.open("rb").close()
-    except OSError as error:
-        raise ConfigError(f"cannot read {because(error)}") from error
 
 
 def address_of(listener: socket.socket, settings: Settings) -> str:

@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     max_prompt_tokens: Count | None = Field(None, description="Tokens of a prompt.")
     max_tokens: Count = Field(4096, description="Output tokens that a request may ask for.")
     max_body_bytes: Count = Field(8 * 2**20, description="Bytes of a request.")
+    body_seconds: Seconds = Field(60.0, description="Longest time in which a request arrives.")
     temperature: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="Of requests that name none."
     )

@@ -11,6 +11,7 @@ import errno
 import shlex
 import sys
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import NoReturn
 
 _LONGEST = 80
@@ -65,7 +66,7 @@ def now_called(command: str) -> NoReturn:
 
 def shown(value: object) -> str:
     """A value as a message shows it: on one line, with a long one cut."""
-    text = value if isinstance(value, str) else _text(value)
+    text = str(value) if isinstance(value, str | PurePath) else _text(value)
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text)} characters)"
 

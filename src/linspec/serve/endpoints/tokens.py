@@ -45,6 +45,9 @@ def _tokens(llm: LLM, asked: TokenizeRequest) -> list[int]:
 async def detokenize(asked: DetokenizeRequest, served: Serving) -> Any:
     """The text of token ids."""
     llm = served.worker(asked.model)[1].llm
-    ids = token_ids(asked.tokens, llm.model.config.vocab_size)
-    text = await run_in_threadpool(llm.tokenizer.decode, ids)
-    return json_response({"prompt": text})
+    return json_response({"prompt": await run_in_threadpool(_text, llm, asked.tokens)})
+
+
+def _text(llm: LLM, ids: list[int]) -> str:
+    text: str = llm.tokenizer.decode(token_ids(ids, llm.model.config.vocab_size))
+    return text
