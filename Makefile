@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data,docs,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,data,docs,serve,otel]'
 	touch $@ $(BUILT)
 
 # kernels that changed after the installation, such as by a `git pull`

@@ -119,6 +119,10 @@ class Serving:
     log_prompts: Annotated[
         bool | None, typer.Option("--log-prompts", help="Write prompts into the log.")
     ] = None
+    otel: Annotated[
+        bool | None,
+        typer.Option("--otel", help="Send spans of requests to OTEL_EXPORTER_OTLP_ENDPOINT."),
+    ] = None
     replicas: Annotated[
         int | None,
         typer.Option(

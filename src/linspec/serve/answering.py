@@ -121,6 +121,7 @@ def _submitted(
         requests,
         tenant=http.state.tenant,
         name=http.state.request_id,
+        trace=http.headers.get("traceparent", ""),
         show_drafts=show_drafts,
     )
 

@@ -23,6 +23,7 @@ from linspec.serve.keys import Keys
 from linspec.serve.seeing import seeing, watched
 from linspec.serve.served import Served
 from linspec.serve.settings import Settings
+from linspec.serve.tracing import Tracing, tracing_of
 from linspec.serve.worker import Worker
 
 _ENDPOINTS = (completions, chat, responses, embeddings, about, tokens)
@@ -33,9 +34,16 @@ def make_app(
     settings: Settings,
     embedders: Mapping[str, Embedder] | None = None,
 ) -> FastAPI:
-    """An app that serves `models` by name, and stops them when it ends; raises ConfigError for bad keys."""
+    """An app that serves `models` by name, and stops them when it ends.
+
+    Raises ConfigError for bad keys, and for spans without their packages.
+    """
     secret = None if settings.api_key is None else settings.api_key.get_secret_value()
     keys = Keys.read(settings.key_file, secret)
+    tracing = tracing_of(settings)
+    if tracing is not None:
+        for name, worker in models.items():
+            worker.observe(tracing.watch(name, worker.clock))
     served = Served(models, settings, int(time.time()), embedders or {})
     # streams end when their requests do: the workers see to it that they do in time
     AppStatus.enable_automatic_graceful_drain = False
@@ -43,7 +51,7 @@ def make_app(
         title="linspec",
         version=linspec.__version__,
         description="OpenAI's API, by linspec.",
-        lifespan=partial(_lifespan, served),
+        lifespan=partial(_lifespan, served, tracing),
     )
     app.state.served = served
     failures.install(app)
@@ -55,7 +63,9 @@ def make_app(
 
 
 @asynccontextmanager
-async def _lifespan(served: Served, app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(served: Served, tracing: Tracing | None, app: FastAPI) -> AsyncIterator[None]:
     yield
     for worker in served.workers.values():
         await run_in_threadpool(worker.stop, served.settings.shutdown_seconds)
+    if tracing is not None:
+        await run_in_threadpool(tracing.end)

@@ -31,6 +31,7 @@ class Job:
         requests: as the engine gets them.
         tenant: whose requests they are; '' for everybody's.
         name: what logs and pages call them, such as the id of an HTTP request.
+        trace: the caller's span, as W3C's traceparent; '' without one.
         queued, started, first, ended: when they were submitted, got the first slot, emitted the first
             token and ended, in seconds of the worker's clock; None before.
         error: what broke all of them; a sequence that failed alone has its error in its last piece.
@@ -45,11 +46,12 @@ class Job:
         *,
         tenant: str = "",
         name: str = "",
+        trace: str = "",
     ) -> None:
         self.number = next(_numbers)
         self.worker, self.collectors = worker, collectors
         self.requests: tuple[Request, ...] = tuple(each[0].request for each in collectors)
-        self.tenant, self.name = tenant, name
+        self.tenant, self.name, self.trace = tenant, name, trace
         self.queued: float = worker.clock()
         self.started: float | None = None
         self.first: float | None = None

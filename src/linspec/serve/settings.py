@@ -68,6 +68,7 @@ class Settings(BaseSettings):
         30.0, description="Time for running requests at the end."
     )
     log_prompts: bool = Field(False, description="Write prompts into the log.")
+    otel: bool = Field(False, description="Send spans of requests by OpenTelemetry's protocol.")
     replicas: Count = Field(1, description="Copies of the models, behind one front; with --ray.")
     ray: bool = Field(False, description="Run them on Ray Serve.")
 

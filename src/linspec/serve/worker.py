@@ -84,11 +84,13 @@ class Worker:
         *,
         tenant: str = "",
         name: str = "",
+        trace: str = "",
         show_drafts: bool = False,
     ) -> Job:
         """Queue `requests`; never waits for a step.
 
-        tenant: whose they are; nobody else gets what is kept of them. show_drafts: as in `LLM.stream`.
+        tenant: whose they are; nobody else gets what is kept of them. trace: see Job. show_drafts: as in
+            `LLM.stream`.
 
         Raises what `Engine.add` raises, QueueFull where there is no room now, ConfigError for more sequences
         than there ever is room for, and WorkerStopped.
@@ -98,7 +100,7 @@ class Worker:
         collectors = [self.llm.collectors(at, each) for at, each in enumerate(checked)]
         for collector in chain.from_iterable(collectors) if show_drafts else ():
             collector.show_drafts()
-        job = Job(self, collectors, tenant=tenant, name=name)
+        job = Job(self, collectors, tenant=tenant, name=name, trace=trace)
         with self._changed:
             self._check_room(job.sequences)
             self._sequences += job.sequences
