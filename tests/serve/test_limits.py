@@ -204,6 +204,62 @@ def test_a_compressed_body_is_a_400(address: str) -> None:
     assert httpx.post(f"{address}/tokenize", content=body, headers=headers).status_code == 400
 
 
+def test_a_text_of_megabytes_lets_others_in_while_it_is_split(address: str) -> None:
+    """The library holds all threads while it encodes one text, and none while it encodes a list."""
+    gaps, over = [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.monotonic()
+        while not over.wait(0.005):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    begun = time.monotonic()
+    got = httpx.post(f"{address}/tokenize", json={"prompt": "ab " * 400_000}, timeout=120)
+    over.set()
+    ticking.join()
+    assert got.status_code == 200
+    assert max(gaps) < (time.monotonic() - begun) / 2
+
+
+NESTED: dict[str, Any] = {}
+for _ in range(200):
+    NESTED = {"properties": {"a": NESTED}}
+TOOL = {"type": "function", "name": "a"}
+FREE: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/responses", {"input": "a", "tools": [{**TOOL, "x": float("nan")}]}, "JSON has no form"),
+    ("/v1/responses", {"input": "a", "tools": [{**TOOL, "x": [float("inf")]}]}, "JSON has no form"),
+    ("/v1/responses", {"input": "a", "tools": [{**TOOL, "parameters": NESTED}]}, "100 deep"),
+    ("/v1/responses", {"input": "a", "background": 0}, "no boolean"),
+    ("/v1/completions", {"prompt": "a", "guided_json": {"const": float("nan")}}, "JSON has no"),
+    ("/v1/completions", {"prompt": ["a"] * 1024, "n": 128}, "131072 outputs"),
+    ("/v1/completions", {"prompt": "a", "guided_choice": ["x" * 200] * 1000}, "characters"),
+    (
+        "/v1/responses",
+        {
+            "input": "a",
+            "tool_choice": "required",
+            "tools": [
+                {**TOOL, "name": f"a{i}", "parameters": {"enum": ["x" * 99]}} for i in range(2000)
+            ],
+        },
+        "characters, this server reads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "said"), FREE)
+def test_what_a_server_could_choke_on_is_a_400(
+    address: str, path: str, body: dict[str, Any], said: str
+) -> None:
+    headers = {"content-type": "application/json"}
+    got = httpx.post(f"{address}{path}", content=json.dumps(body), headers=headers, timeout=20)
+    assert got.status_code == 400, got.text
+    assert said in got.json()["error"]["message"]
+
+
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.integers() | st.text('a\\",[{', max_size=6),
     lambda inner: (

@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes of the OpenAPI page, right and wrong ones: every answer is one that the page has."""
+"""Requests that schemathesis makes of the OpenAPI page, right and wrong: each answer is one that it has."""
 
 from __future__ import annotations
 

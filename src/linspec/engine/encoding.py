@@ -136,7 +136,8 @@ class TextEncoder:
             ) from error
         options = {} if special else {"add_special_tokens": False}
         try:
-            ids: list[int] = self.tokenizer(text, **options)["input_ids"]
+            # as a list of one: only while it encodes a batch does the library let other threads run
+            ids: list[int] = self.tokenizer([text], **options)["input_ids"][0]
         # the tokenizers library raises bare Exception for what its file cannot encode
         except Exception as error:
             raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from linspec.decoding.request import Request
-from linspec.decoding.sampling import SamplingParams
+from linspec.decoding.sampling import Grammar, SamplingParams
 from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.serve.failures import Failure
@@ -18,6 +18,8 @@ from linspec.serve.schemas.base import GUIDED, Constraints
 from linspec.serve.tool_calls import ToolTurn
 from linspec.serve.tools import Choice, ToolUse, read_tools
 
+# characters: a grammar of a megabyte is read for ten seconds, in which nothing else runs
+LONGEST_GRAMMAR = 2**17
 # what a template knows of tools is found out once
 _USES: WeakKeyDictionary[LLM, ToolUse] = WeakKeyDictionary()
 
@@ -28,7 +30,19 @@ def constrained(asked: Constraints) -> dict[str, Any]:
     named = [name for name, value in fields.items() if value is not None]
     with _about(named[0] if named else "response_format"):
         grammar = answer_grammar(asked.response_format, fields)
-    return {} if grammar is None else {"grammar": grammar}
+    return {} if grammar is None else {"grammar": _bounded(grammar)}
+
+
+def _bounded(grammar: Grammar) -> Grammar:
+    """Raises Failure 400 for one that would hold the whole process up while the library reads it."""
+    if len(grammar.text) > LONGEST_GRAMMAR:
+        raise Failure(
+            400,
+            f"the tools, the schema or the grammar come to {len(grammar.text)} characters, this server reads "
+            f"{LONGEST_GRAMMAR}; ask for less at once",
+            code="invalid_value",
+        )
+    return grammar
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Tooled:
             return llm.request(llm.encoder.chat(messages), params)
         use = _USES.setdefault(llm, ToolUse(llm.encoder))
         grammar = use.grammar(self.choice, params.grammar)
+        if grammar is not None:
+            _bounded(grammar)
         prompt = use.prompt(messages, self.choice.tools)
         return llm.request(prompt, replace(params, grammar=grammar))
 

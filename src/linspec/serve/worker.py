@@ -95,6 +95,7 @@ class Worker:
         Raises what `Engine.add` raises, QueueFull where there is no room now, ConfigError for more sequences
         than there ever is room for, and WorkerStopped.
         """
+        self._check_fits(sum(request.params.n for request in requests))
         owned = (replace(request, tenant=tenant) for request in requests)
         checked = [self.llm.engine.check(request) for request in owned]
         collectors = [self.llm.collectors(at, each) for at, each in enumerate(checked)]
@@ -112,11 +113,6 @@ class Worker:
         if not self.ready:
             raise WorkerStopped("the server is shutting down and takes no more requests")
         most = self.slots + self.queue_limit
-        if new > most:
-            raise ConfigError(
-                f"the request asks for {new} outputs at once, this server has room for {most} ({self.slots} "
-                f"slots, a queue of {self.queue_limit}); ask for fewer, or raise --queue-limit"
-            )
         if self._sequences + new > most:
             self.refused += 1
             wait = self._wait_for(self._sequences + new - most)
@@ -124,6 +120,15 @@ class Worker:
                 f"the queue is full: {self._sequences} outputs run or wait, and there is room for {most}; "
                 f"try again in {wait} s",
                 wait,
+            )
+
+    def _check_fits(self, new: int) -> None:
+        """Before anything is made for so many outputs: is there ever room for them?"""
+        most = self.slots + self.queue_limit
+        if new > most:
+            raise ConfigError(
+                f"the request asks for {new} outputs at once, this server has room for {most} ({self.slots} "
+                f"slots, a queue of {self.queue_limit}); ask for fewer, or raise --queue-limit"
             )
 
     def _wait_for(self, places: int) -> int:

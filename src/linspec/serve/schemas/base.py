@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 
 from linspec.decoding.sampling import SamplingParams
 
@@ -14,6 +14,8 @@ from linspec.decoding.sampling import SamplingParams
 _BAN = -100.0
 # a mapping is checked in parts of so many entries
 _PART = 64
+# how deep JSON of no declared form may be nested
+_DEEPEST = 100
 # most turns, words and tools of a request: each costs the server more than its bytes
 _MOST = 4096
 
@@ -39,6 +41,26 @@ Mapped = Annotated[dict[K, T], WrapValidator(_in_parts)]
 Text = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """JSON of no declared form, which is written again somewhere: no NaN, and not too deep for that."""
+    layer: list[Any] = [given]
+    for _ in range(_DEEPEST):
+        if any(isinstance(each, float) and not math.isfinite(each) for each in layer):
+            raise ValueError("has a number that JSON has no form for")
+        layer = [
+            inner
+            for each in layer
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not layer:
+            return given
+    raise ValueError(f"is nested more than {_DEEPEST} deep")
+
+
+Free = Annotated[dict[str, Any], AfterValidator(_plain)]
 
 
 class Asked(BaseModel):
@@ -89,14 +111,14 @@ class Labels(Asked):
 class Constraints(Asked):
     """What the output has to look like; see `serve.constraints`."""
 
-    response_format: dict[str, Any] | None = Field(
+    response_format: Free | None = Field(
         default=None, description="text, json_object or json_schema; also regex and grammar."
     )
-    guided_json: dict[str, Any] | Text | None = Field(default=None, description="A JSON schema.")
+    guided_json: Free | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = None
     guided_choice: Several[Text] | None = None
     guided_grammar: Text | None = Field(default=None, description="Lark's form, or GBNF.")
-    structured_outputs: dict[str, Any] | None = Field(
+    structured_outputs: Free | None = Field(
         default=None, description="One of json, regex, choice and grammar."
     )
 

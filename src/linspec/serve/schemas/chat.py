@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from linspec.serve.schemas.base import Asked, Constraints, Given, Labels, Sampling, Several, Usage
+from linspec.serve.schemas.base import (
+    Asked,
+    Constraints,
+    Free,
+    Given,
+    Labels,
+    Sampling,
+    Several,
+    Usage,
+)
 
 MaxTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
@@ -24,7 +33,7 @@ class Message(Asked):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Several[TextPart] | None = None
     name: str | None = None
-    tool_calls: Several[dict[str, Any]] | None = None
+    tool_calls: Several[Free] | None = None
     tool_call_id: str | None = None
     refusal: None = None
 
@@ -52,8 +61,8 @@ class ChatRequest(Sampling, Labels, Constraints):
     max_tokens: MaxTokens | None = Field(None, description="The old name.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Several[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Several[Free] | None = None
+    tool_choice: str | Free | None = None
     parallel_tool_calls: bool | None = None
     modalities: Several[Literal["text"]] | None = None
     chat_template: str | None = Field(None, description="Not served: templates are programs.")

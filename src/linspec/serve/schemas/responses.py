@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from linspec.serve.schemas.base import Asked, Given, Labels, Several, Speculation
+from linspec.serve.schemas.base import Asked, Free, Given, Labels, Several, Speculation
 
 
 class InputPart(Asked):
@@ -104,10 +104,17 @@ def as_turns(items: Iterable[InputMessage | FunctionCall | FunctionCallOutput]) 
     return turns
 
 
+def _truly(given: Any) -> Any:
+    """0 is equal to False, and no boolean."""
+    if not isinstance(given, bool):
+        raise ValueError("is no boolean")
+    return given
+
+
 class TextFormat(Asked):
     """How the text is to look."""
 
-    format: dict[str, Any] | None = None
+    format: Free | None = None
     verbosity: str | None = None
 
 
@@ -122,12 +129,12 @@ class ResponseRequest(Labels):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stream: bool | None = None
     text: TextFormat | None = None
-    tools: Several[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Several[Free] | None = None
+    tool_choice: str | Free | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     previous_response_id: None = Field(None, description="Nothing is stored: send the turns.")
-    background: Literal[False] | None = None
+    background: Annotated[Literal[False], BeforeValidator(_truly)] | None = None
 
 
 class OutputText(Given):
