@@ -81,10 +81,19 @@ def test_a_needed_tool_is_called_whole_and_streamed(client: openai.OpenAI, choic
     )
 
 
-def test_a_call_that_is_cut_is_incomplete(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_output_tokens": 60}
-    found = client.responses.create(model="talker", input="ab", **asked)
+@pytest.mark.parametrize("tokens", [1, 10, 30, 48])
+def test_an_answer_that_is_cut_is_incomplete_wherever_it_is(
+    client: openai.OpenAI, tokens: int
+) -> None:
+    found = client.responses.create(
+        model="talker",
+        input="ab",
+        tools=TOOLS[:1],
+        tool_choice="required",
+        max_output_tokens=tokens,
+    )
     assert found.status == found.output[-1].status == "incomplete"
+    assert found.output[-1].type == ("function_call" if tokens == 48 else "message")
     assert found.incomplete_details.reason == "max_output_tokens"
 
 
