@@ -68,6 +68,18 @@ def one_pass(name: str, rank: int, size: int, group: Any) -> dict[str, float]:
     }
 
 
+def of_several_dtypes(rank: int, group: Any) -> list[list[torch.Tensor]]:
+    """The messages of all, numbered, and the gradients of this one where rank r takes r + 1 times each."""
+    own = [
+        torch.full((count,), rank, dtype=dtype, requires_grad=True)
+        for count, dtype in ((3, torch.bfloat16), (1, torch.float32), (5, torch.float64))
+    ]
+    anchor, messages = ProcessExchange(group)(torch.zeros(1), own)
+    total = sum((rank + 1) * x.sum().double() for message in messages for x in message)
+    (total + anchor.sum()).backward()
+    return [[x.detach() for x in each] for each in (*messages, [x.grad for x in own])]
+
+
 def in_one(loss: torch.Tensor, slopes: Iterable[torch.Tensor | None]) -> torch.Tensor:
     found = (each.flatten() for each in slopes if each is not None)
     return torch.cat((loss.detach()[None], *found))
@@ -157,6 +169,7 @@ def prove(rank: int, out: Path) -> None:
         group = dist.new_group(range(size))
         if rank < size:
             found |= {(name, size): one_pass(name, rank, size, group) for name in NAMES[size]}
+    found["dtypes"] = of_several_dtypes(rank, dist.group.WORLD)
     found["four"] = train(out / "four", 4)
     found["pairs"] = train(out / "pairs", 2)
     train(out / "half", 4, stop=HALF)

@@ -67,6 +67,15 @@ def test_a_layer_takes_one_exchange_each_way(proofs: Proofs, size: int, name: st
         assert each["bytes"] == each["bytes back"] == found[0]["bytes"] > 0
 
 
+def test_messages_arrive_in_their_dtypes(proofs: Proofs) -> None:
+    dtypes = torch.bfloat16, torch.float32, torch.float64
+    for found in proofs[1]:
+        *messages, slopes = found["dtypes"]
+        for number, message in [*enumerate(messages), (1 + 2 + 3 + 4, slopes)]:
+            assert tuple(x.dtype for x in message) == dtypes
+            assert all(bool((x == number).all()) for x in message)
+
+
 @pytest.mark.parametrize("run", ["four", "resumed"])
 def test_a_run_of_processes_is_the_run_of_one(proofs: Proofs, tmp_path: Path, run: str) -> None:
     check_runs(train(tmp_path / "one", 1, (0,)), [each[run] for each in proofs[1]])

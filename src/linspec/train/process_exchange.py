@@ -82,7 +82,9 @@ class _Exchange(torch.autograd.Function):
 
 def _packed(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """All of them as bytes: their dtypes differ, and a gather has one."""
-    return torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
+    # copies: one number that autograd expanded counts as contiguous, with a stride that has no bytes
+    whole = (x.flatten().clone(memory_format=torch.contiguous_format) for x in tensors)
+    return torch.cat([x.view(torch.uint8) for x in whole])
 
 
 def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
