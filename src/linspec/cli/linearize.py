@@ -18,7 +18,7 @@ from linspec.cli.console import (
     report_written,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Json, Model, Out, RecallShare, Run, Texts, Training, given
+from linspec.cli.options import Json, Model, Out, RecallShare, Run, Shards, Texts, Training, given
 from linspec.errors import ConfigError
 
 MixerName = Annotated[
@@ -168,6 +168,7 @@ def linearize(
     kl_weight: KlWeight = None,
     recall_share: RecallShare = None,
     lora_rank: LoraRank = None,
+    sequence_parallel: Shards = None,
     as_json: Json = False,
 ) -> None:
     """Replace a checkpoint's softmax attention by linear mixers and train it back to quality.
@@ -178,7 +179,7 @@ def linearize(
     """
     place_on("cpu", run.threads)
     if exact_heads is not None:
-        _check_unasked(mixing, transfer_share, kl_weight, lora_rank)
+        _check_unasked(mixing, transfer_share, kl_weight, lora_rank, sequence_parallel)
         sizes = {
             "gate_steps": gate_steps,
             "recall_share": recall_share,
@@ -194,14 +195,15 @@ def linearize(
     from linspec.train.linearize import linearize as library
     from linspec.train.linearize_recipe import LinearizeRecipe
 
-    shares = {
+    further = {
         "transfer_share": transfer_share,
         "kl_weight": kl_weight,
         "recall_share": recall_share,
         "lora_rank": lora_rank,
+        "sequence_parallel": sequence_parallel,
     }
     recipe = LinearizeRecipe.of(
-        **mixing.given(), **texts.to_library(), **training.given(), **given(shares)
+        **mixing.given(), **texts.to_library(), **training.given(), **given(further)
     )
     with quiet_stdout():
         library(source, out, recipe, resume=run.resume, overwrite=run.overwrite)
@@ -213,8 +215,8 @@ def _check_unasked(mixing: Mixing, *shares: float | None) -> None:
     if mixing != Mixing(window=mixing.window) or any(share is not None for share in shares):
         raise ConfigError(
             "--exact-heads says which mixers all layers get and how they are trained; of the options "
-            "of mixers only --window goes with it. Leave out the others, --transfer-share, --kl-weight and "
-            "--lora-rank, or leave out --exact-heads"
+            "of mixers only --window goes with it. Leave out the others, --transfer-share, --kl-weight, "
+            "--lora-rank and --sequence-parallel, or leave out --exact-heads"
         )
 
 

@@ -109,6 +109,15 @@ Compile = Annotated[
         help="Compile the training step: auto (where it pays), on or off. The result is the same."
     ),
 ]
+Shards = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-parallel",
+        callback=whole(),
+        help="So many processes share each window, started by torchrun. The result is the same.",
+        show_default="1",
+    ),
+]
 Order = Annotated[int | None, typer.Option("--seed", callback=whole(0), help="Order of the data.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last saved state in the output.")

@@ -12,7 +12,7 @@ from linspec.cli.checks import named, real, whole
 from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written, say
 from linspec.cli.groups import grouped
-from linspec.cli.options import Compile, Json, Model, Out, Run, Texts, Training, given
+from linspec.cli.options import Compile, Json, Model, Out, Run, Shards, Texts, Training, given
 from linspec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def pretrain(
         typer.Option(callback=whole(), help="Optimizer steps.", show_default="the recipe's"),
     ] = None,
     compile: Compile = "auto",
+    sequence_parallel: Shards = None,
     as_json: Json = False,
 ) -> None:
     """Train a small model: from nothing, or the embedded one on, to recall or to fill masks."""
@@ -112,6 +113,7 @@ def pretrain(
             steps=steps,
             overwrite=run.overwrite,
             compile=compile,
+            sequence_parallel=sequence_parallel or 1,
         )
     report_written(out, as_json)
 

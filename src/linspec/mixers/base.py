@@ -25,6 +25,7 @@ from linspec.mixers.options import LinearOptions
 from linspec.mixers.projections import HeadProjections
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
+from linspec.mixers.shards import Shard, full_of_shard
 from linspec.state.contract import EntryState
 from linspec.utils.messages import quoted
 from linspec.utils.registry import Registry
@@ -48,6 +49,7 @@ class Mixer(HeadProjections, MixerContract):
         taps: of the convolution [H, W], where the mixer has one.
         padded_taps: what the nodes of a step need of them, once the weights are final.
         relative: the relative position bias, where the mixer and the backbone have one.
+        shard: the part of a sequence that the full form computes, None for all of it; see `on_shard`.
 
     Raises:
         ConfigError: a size is set that this mixer does not have, or it does not fit the backbone.
@@ -60,6 +62,7 @@ class Mixer(HeadProjections, MixerContract):
         self.config, self.mixer = config, mixer
         self.padded_taps: torch.Tensor | None = None
         self.relative: RelativeBias | None = None
+        self.shard: Shard | None = None
         if self.biased and config.relative is not None:
             self.relative = RelativeBias(config.relative, self.heads, causal=config.causal)
         if mixer.taps:
@@ -103,8 +106,14 @@ class Mixer(HeadProjections, MixerContract):
         """
         features = self.to_features(*self.split_heads(x), rope)
         q, k, v = (t.transpose(1, 2) for t in features)
-        o = full(self, q, k, v) if self.config.causal else full_both(self, q, k, v, real)
+        o = self.mix_causal(q, k, v) if self.config.causal else full_both(self, q, k, v, real)
         return self.o(o.transpose(1, 2).flatten(2))
+
+    def mix_causal(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The full form of a decoder between `to_features` and the output projection: [B, H, T, V]."""
+        if self.shard is None:
+            return full(self, q, k, v)
+        return full_of_shard(self, q, k, v, self.shard)
 
     def step(
         self,

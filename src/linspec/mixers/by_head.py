@@ -12,8 +12,8 @@ from torch import nn
 from linspec.errors import ConfigError
 from linspec.kernels.step_plan import PartPlan
 from linspec.mixers.base import MIXERS, Features, Mixer, Rope
+from linspec.mixers.carry import Carry
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.forms import full
 from linspec.mixers.options import SinkOptions
 from linspec.mixers.softmax import Softmax
 from linspec.state.contract import Makers
@@ -111,6 +111,9 @@ class ByHead(Mixer):
     def part_plans(self) -> tuple[PartPlan, ...]:
         return tuple(PartPlan(heads, part.attention_plan()) for part, heads in self.shares)
 
+    def part_carries(self) -> tuple[Carry | None, ...]:
+        return tuple(each for part, _ in self.shares for each in part.part_carries())
+
     # ---- the forms
 
     def forward(
@@ -119,7 +122,7 @@ class ByHead(Mixer):
         outputs = []
         for part, packed in self._shared_out(x, rope):
             q, k, v = (t.transpose(1, 2) for t in packed)
-            outputs.append(full(part, q, k, v).transpose(1, 2))
+            outputs.append(part.mix_causal(q, k, v).transpose(1, 2))
         return self.o(self._joined(outputs).flatten(2))
 
     def step(

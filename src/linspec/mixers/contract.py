@@ -13,6 +13,7 @@ import torch
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan, SummedPlan
+from linspec.mixers.carry import Carry
 from linspec.state.contract import LayerState, Makers, StateOptions
 from linspec.state.entries import EntrySpec
 
@@ -109,14 +110,32 @@ class MixerContract:
         """
         raise NotImplementedError
 
+    def carry(self) -> Carry | None:
+        """What a shard of a sequence takes over from those before it, where processes share the sequence.
+
+        None: that is not known, and each process needs all of it.
+        """
+        return None
+
+    def part_carries(self) -> tuple[Carry | None, ...]:
+        """`carry` of the parts that its heads are divided among; None too where it is not the mixer's own."""
+        return (self.carry() if self._own("carry", "mix", "fold", "forward") else None,)
+
     @classmethod
     def bidirectional(cls) -> bool:
         """Whether there is a form for encoders: one that is as much the mixer's own as its causal form."""
-        owners = [
-            next(place for place, kind in enumerate(cls.__mro__) if name in kind.__dict__)
-            for name in ("mix_all", "mix")
-        ]
-        return owners[0] <= owners[1] and cls.mix_all is not MixerContract.mix_all
+        return cls._own("mix_all", "mix") and cls.mix_all is not MixerContract.mix_all
+
+    @classmethod
+    def _own(cls, name: str, *beside: str) -> bool:
+        """Whether no class further down changes one of the methods `beside` and leaves `name` as it was."""
+        owner = {
+            each: place
+            for place, kind in reversed(list(enumerate(cls.__mro__)))
+            for each in (name, *beside)
+            if each in kind.__dict__
+        }
+        return all(owner[name] <= owner.get(each, owner[name]) for each in beside)
 
     def state_makers(self) -> Makers:
         """Who makes the state: the mixer, or the parts that its heads are divided among."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from linspec.mixers.carry import Carry
 from linspec.mixers.linear import LinearMixer
 from linspec.mixers.ops.decayed import Decayed, Writes, plain_writes
 from linspec.mixers.ops.exact import Exact
@@ -61,6 +62,10 @@ class DecayingMixer(LinearMixer):
             through_state=not self.arranged,
             writes=self.writes(),
         )
+
+    def carry(self) -> Carry:
+        # read through the state, no token is read by itself
+        return super().carry() if self.arranged else Carry(older=self.summed)
 
     def summed_keys(self, k: torch.Tensor) -> torch.Tensor:
         return self.feature_map(k[..., : self.head_width])

@@ -17,6 +17,7 @@ from torch import nn
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.arranged import arranged_exact
+from linspec.mixers.carry import Carry
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import join
@@ -122,6 +123,9 @@ class LinearMixer(ClosingMixer):
     def state_spec(self) -> GroupedSpec:
         spec = super().state_spec()
         return spec if self.summed is not None else replace(spec, sum_width=0)
+
+    def carry(self) -> Carry:
+        return Carry(self.mixer.group, self.mixer.span, self.summed)
 
     def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         assert self.summed is not None, "nothing is folded where nothing is summed"

@@ -10,6 +10,7 @@ from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.kernels.step_plan import SummedPlan
 from linspec.mixers.base import MIXERS
+from linspec.mixers.carry import Carry
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, shifted, split, windows
@@ -79,6 +80,22 @@ class Linformer(ClosingMixer):
         """Sums after groups have closed: their rows behind those that were there, the oldest forgotten."""
         groups = (split(rows.to(sums.dtype), self.mixer.group) for rows in (keys, values))
         return torch.cat((sums, self.compress(*groups).flatten(1, 2)), dim=1)[:, -sums.shape[1] :]
+
+    # ---- shards of a sequence
+
+    def carry(self) -> Carry:
+        return Carry(self.mixer.group, self.mixer.span, self)
+
+    def summary(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The rows of the newest groups, behind rows that are not there."""
+        rows = self.compress(*(split(x, self.mixer.group) for x in (k, v))).flatten(2, 3)
+        return F.pad(rows, (0, 0, self.sum_width(), 0))[:, :, rows.shape[2] :]
+
+    def joined(self, sums: torch.Tensor | None, summary: torch.Tensor, tokens: int) -> torch.Tensor:
+        if sums is None:
+            return summary
+        new = min(self.sum_width(), tokens // self.mixer.group * self.rows)
+        return torch.cat((sums[:, :, new:], summary[:, :, self.sum_width() - new :]), dim=2)
 
     # ---- step form
 

@@ -11,6 +11,7 @@ import torch
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Mixer
+from linspec.mixers.carry import Carry
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Exact, softmax_attention, softmax_weights
 from linspec.mixers.options import CacheOptions
@@ -55,6 +56,9 @@ class Softmax(Mixer):
 
     def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
         return new_cache(self.state_spec(), len(layers), slots, options)
+
+    def carry(self) -> Carry:
+        return Carry(span=None)
 
     def attention_plan(self) -> AttentionPlan | None:
         return AttentionPlan(bias=self.planned_bias()) if type(self) is Softmax else None

@@ -11,6 +11,7 @@ from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
+from linspec.mixers.carry import Carry
 from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, windows
@@ -62,6 +63,19 @@ class Streaming(ClosingMixer):
         count = self.mixer.sinks
         first = pack_rows(keys[:, :count], values[:, :count]).to(sums.dtype)
         return torch.where(unpack_rows(sums)[2], sums, first)
+
+    # ---- shards of a sequence
+
+    def carry(self) -> Carry:
+        return Carry(self.mixer.group, self.mixer.span, self if self.mixer.sinks else None)
+
+    def summary(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The first rows of a shard, which are sinks if it is the first one."""
+        count = self.mixer.sinks
+        return pack_rows(k[:, :, :count], v[:, :, :count])
+
+    def joined(self, sums: torch.Tensor | None, summary: torch.Tensor, tokens: int) -> torch.Tensor:
+        return summary if sums is None else sums
 
     # ---- step form
 

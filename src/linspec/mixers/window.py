@@ -10,6 +10,7 @@ import torch
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
+from linspec.mixers.carry import Carry
 from linspec.mixers.options import WindowOptions
 from linspec.mixers.softmax import Softmax
 from linspec.state.contract import LayerState, StateOptions
@@ -41,6 +42,9 @@ class Window(Softmax):
         return WindowCache(
             self.state_spec(), len(layers), slots, options, entries=entry_format(options)
         )
+
+    def carry(self) -> Carry:
+        return Carry(span=self.mixer.window)
 
     def attention_plan(self) -> AttentionPlan | None:
         if type(self) is not Window:

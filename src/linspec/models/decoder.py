@@ -17,6 +17,7 @@ from linspec.mixers.base import Rope
 from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
+from linspec.mixers.shards import Shard
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.cache import keeps_cache, new_states
@@ -54,6 +55,8 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         self.head = make_head(config)
         self.tie()
+        # the part of a sequence that the full form computes, None for all of it; see `on_shard`
+        self.shard: Shard | None = None
         self.is_inference = False
         self.native: OneCall | None = None
         # fingerprint of the plain weights, kept when these are gone
@@ -75,11 +78,13 @@ class Decoder(nn.Module):
         return cast("list[Block]", list(self.blocks))
 
     def hidden(self, ids: torch.Tensor, through: Through = Block.__call__) -> torch.Tensor:
-        """Final normalized hidden states [B, T, D] of ids [B, T] at positions 0..T-1.
+        """Final normalized hidden states [B, T, D] of ids [B, T] at positions 0..T-1, or those of its shard.
 
         through: runs one block on its input; a caller can look at it, or recompute it later.
         """
-        x, ropes = self.enter(ids, torch.arange(ids.shape[1], device=ids.device))
+        first = self.shard.start if self.shard is not None else 0
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)
+        x, ropes = self.enter(ids, positions)
         for block, rope in zip(self.layers, ropes, strict=True):
             x = through(block, x, rope)
         return self.leave(x)

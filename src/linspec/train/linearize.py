@@ -44,6 +44,7 @@ from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
+from linspec.train.sequence_parallel import SequenceParallel, check_processes, shard_unit
 from linspec.train.span_search import search_spans
 from linspec.train.student import (
     DEFAULT_EXACT_TOKENS,
@@ -115,6 +116,7 @@ def linearize(
     task = _Task.of(teacher, asked)
     plan = task.to_json(source)
     accelerator = make_accelerator()
+    check_processes(accelerator, task.config.sequence_parallel)
     with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             windows = _windows(tokenizer, task, accelerator)
@@ -173,7 +175,9 @@ class _Task:
         longest = getattr(model, "max_positions", context)
         check_reach([self.mixers[layer] for layer in changed], longest, self.recipe.exact_tokens)
         check_taps((self.mixers[layer] for layer in changed), context // parts)
-        check_mixers(self.teacher, self.mixers)
+        student = check_mixers(self.teacher, self.mixers)
+        if self.config.sequence_parallel > 1:
+            shard_unit([self.teacher, student])
         kept = self.recipe.softmax_layers
         if kept >= max(1, len(changed)):
             raise ConfigError(
@@ -286,7 +290,8 @@ def _windows(tokenizer: PreTrainedTokenizerBase, task: _Task, accelerator: Accel
     recipe, config = task.recipe, task.config
     texts, _ = train_and_heldout(recipe.data, recipe.field)
     stream = tokenize(texts, tokenizer, end_of_text(tokenizer, task.teacher.config))
-    windows = Windows(stream, config.context, config.seed, process=accelerator.process_index)
+    reader = accelerator.process_index // config.sequence_parallel
+    windows = Windows(stream, config.context, config.seed, process=reader)
     return with_recall(windows, tokenizer, recipe.sources, config.recall_share)
 
 
@@ -308,6 +313,9 @@ class _Stages:
         self.windows, self.config, self.folder = windows, config, folder
         self.accelerator, self.resume = accelerator, resume
         self.changed = changed_layers(teacher.config, student.config)
+        self.sequence = SequenceParallel(
+            accelerator, config.sequence_parallel, (self.teacher, self.student)
+        )
 
     def run(self) -> dict[str, list[dict[str, float]]]:
         """Both stages; returns the log of each."""
@@ -321,7 +329,8 @@ class _Stages:
         return logs
 
     def _transfer(self, steps: int) -> list[dict[str, float]]:
-        with Transfer(self.teacher, self.student, self.changed) as transfer:
+        mean = self.sequence.mean
+        with Transfer(self.teacher, self.student, self.changed, mean) as transfer:
             train = self.config.stage(steps, transfer=True)
             return self._train("transfer", transfer.parameters(), transfer.loss, train)
 
@@ -346,12 +355,13 @@ class _Stages:
     ) -> list[dict[str, float]]:
         trainer = Trainer(
             module,
-            loss,
+            self.sequence.loss(loss),
             partial(self._batch, offset=0 if stage == "transfer" else self.config.steps),
             train,
             self.folder / stage,
             label=stage,
             accelerator=self.accelerator,
+            sequence_parallel=self.sequence.parts,
         )
         return trainer.run(resume=self.resume and trainer.has_state)
 

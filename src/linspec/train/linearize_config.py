@@ -9,6 +9,7 @@ from typing import Any
 from linspec.mixers.config import MixerConfig
 from linspec.train.compiled import check_choice, check_precision
 from linspec.train.loop import TrainConfig
+from linspec.train.sequence_parallel import uncompiled
 from linspec.utils.sizes import check_positive, check_share, check_sizes
 
 # measured in docs/results/core.md
@@ -29,6 +30,8 @@ class LinearizeConfig:
     kl_weight: of KL(teacher ‖ student) beside the cross-entropy. lora_rank: 0 trains all weights,
     else adapters of this rank. recall_share: of the windows, how many are texts that ask for what
     stood above (see `RecallWindows`), for a teacher that was trained on such. compile: see TrainConfig.
+    sequence_parallel: so many processes share each window (see `SequenceParallel`); decoders only, and steps
+    are not compiled.
     """
 
     tokens: int = 2_200_000
@@ -48,10 +51,12 @@ class LinearizeConfig:
     save_every: float = 120.0
     seed: int = 0
     recall_share: float = 0.0
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         check_choice(self.compile)
-        check_sizes(self, "tokens context batch_tokens")
+        check_sizes(self, "tokens context batch_tokens sequence_parallel")
+        uncompiled(self.compile, self.sequence_parallel)
         check_precision(self.precision)
         check_sizes(self, "warmup lora_rank lora_alpha seed", least=0)
         for name in ("lr", "transfer_lr", "muon_lr", "mixer_lr_factor"):
@@ -66,8 +71,8 @@ class LinearizeConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types: what decides the result; without a recall_share of 0, as before there was one."""
         kept = asdict(self)
-        # a compiled run is the same run
-        del kept["compile"]
+        # a compiled run is the same run, and so is one that several processes share
+        del kept["compile"], kept["sequence_parallel"]
         return {k: v for k, v in kept.items() if k != "recall_share" or v}
 
     def chosen(self) -> dict[str, Any]:
@@ -112,7 +117,7 @@ class LinearizeConfig:
             warmup=self.warmup,
             lr_factors=tuple((name, self.mixer_lr_factor) for name in FROM_NOTHING),
             precision=self.precision,
-            compile=self.compile,
+            compile=uncompiled(self.compile, self.sequence_parallel),
             save_every=self.save_every,
             seed=self.seed,
         )

@@ -173,7 +173,7 @@ class Trainer:
     """Runs `loss_fn(batch_fn(step))` for every step and keeps a resumable state in `folder`.
 
     With several processes `batch_fn` gives each its own windows; gradients are averaged and the
-    main process writes.
+    main process writes. sequence_parallel: so many processes share each window.
     """
 
     def __init__(
@@ -186,9 +186,12 @@ class Trainer:
         *,
         label: str,
         accelerator: Accelerator | None = None,
+        sequence_parallel: int = 1,
     ) -> None:
         self.config, self.folder, self.label = config, Path(folder), label
         self.accelerator = accelerator or make_accelerator()
+        # of how many processes the windows differ
+        self.readers = self.accelerator.num_processes // sequence_parallel
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self.named:
             raise TrainingError(f"{label}: nothing to train, every weight is frozen")
@@ -277,7 +280,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return value, batch[:, 1:].numel() * self.accelerator.num_processes
+        return value, batch[:, 1:].numel() * self.readers
 
     def _finite(self, loss: torch.Tensor) -> float:
         """The loss, averaged over the processes so that all of them stop together."""

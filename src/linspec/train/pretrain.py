@@ -41,11 +41,18 @@ from linspec.train.masked_tokens import MaskedWindows, masked_loss
 from linspec.train.objective import Predictor, next_tokens
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
+from linspec.train.sequence_parallel import (
+    SequenceParallel,
+    check_processes,
+    shard_unit,
+    uncompiled,
+)
 from linspec.train.tokenizer import MASK, train_tokenizer
 from linspec.utils.files import replace_dir
 from linspec.utils.format_version import stamped
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.places import Place, as_path
+from linspec.utils.sizes import check_size
 
 KIND, RECORD = "pretrain", "pretrain.json"
 
@@ -206,6 +213,7 @@ def pretrain(
     steps: int | None = None,
     compile: str = "auto",
     overwrite: bool = False,
+    sequence_parallel: int = 1,
 ) -> Path:
     """Train a small model from random weights; returns its directory.
 
@@ -221,9 +229,11 @@ def pretrain(
         steps: optimizer steps; None for those of the recipe.
         compile: 'on', 'off' or 'auto': whether steps are compiled. The result is the same.
         overwrite: replace a model that this function wrote to `out` before.
+        sequence_parallel: so many processes share each window; the result is the same up to rounding.
 
     Raises:
-        ConfigError: the recipe is unknown, or `out` may not be written.
+        ConfigError: the recipe is unknown or cannot be shared among these processes, or `out` may not be
+            written.
         CheckpointError: the disk refuses, or another process writes to `out`.
         TrainingError: the loss is not finite, there is nothing to resume, or the run was started with other
             settings.
@@ -241,16 +251,22 @@ def pretrain(
     place = Place(as_path(out), KIND, inputs=base, holders=data, overwrite=overwrite)
     place.check(resume=resume)
     plan = {"recipe": asdict(wanted), "data": [str(each) for each in data]}
-    # a compiled run is the same run: it is not part of the plan
+    # not part of the plan: a compiled run is the same run, and so is one that several processes share
+    check_size("sequence_parallel", sequence_parallel)
+    if sequence_parallel > 1:
+        with torch.device("meta"):
+            shard_unit([_shaped(wanted)])
+    compile = uncompiled(compile, sequence_parallel)
     wanted = replace(wanted, train=replace(wanted.train, compile=compile))
     accelerator = make_accelerator()
+    check_processes(accelerator, sequence_parallel)
     with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:
         if folder is not None:
             if data:
                 wanted = replace(wanted, sources=_files(data, folder))
             documents, _ = train_and_heldout(wanted.sources)
             tokenizer = _tokenizer(documents, wanted, folder, accelerator)
-            run = _Run(wanted, plan, place, folder, accelerator, resume)
+            run = _Run(wanted, plan, place, folder, accelerator, resume, sequence_parallel)
             run.train(documents, tokenizer, torch.bfloat16)
     return place.path
 
@@ -294,6 +310,7 @@ class _Run:
     folder: Path
     accelerator: Accelerator
     resume: bool
+    sequence_parallel: int = 1
 
     def train(
         self, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
@@ -302,9 +319,9 @@ class _Run:
         recipe = self.recipe
         model = _model(recipe).to(self.accelerator.device)
         stream = tokenize(documents, tokenizer, end_of_text(tokenizer, recipe.model))
-        context, process = recipe.stages[-1][1], self.accelerator.process_index
+        sequence = SequenceParallel(self.accelerator, self.sequence_parallel, [model])
         texts = with_recall(
-            Windows(stream, context, recipe.train.seed, process=process),
+            Windows(stream, recipe.stages[-1][1], recipe.train.seed, process=sequence.index),
             tokenizer,
             recipe.sources,
             recipe.recall_share,
@@ -315,12 +332,13 @@ class _Run:
             loss, windows = partial(masked_loss, model), MaskedWindows(texts)
         trainer = Trainer(
             model,
-            loss,
+            sequence.loss(loss),
             partial(self._batch, windows),
             recipe.train,
             self.folder / "pretrain",
             label="pretrain",
             accelerator=self.accelerator,
+            sequence_parallel=sequence.parts,
         )
         log = trainer.run(resume=self.resume and trainer.has_state)
         if self.accelerator.is_main_process:
@@ -333,10 +351,16 @@ class _Run:
         return windows.batch(step, self.recipe.tokens_per_step // context, context)
 
 
-def _model(plan: Recipe) -> Predictor:
-    """The recipe's model with the weights that it starts from."""
+def _shaped(plan: Recipe) -> Predictor:
+    """A model of the recipe's shape."""
     kind: Callable[..., Any] = of_config(plan.model).model
     model: Predictor = kind(plan.model)
+    return model
+
+
+def _model(plan: Recipe) -> Predictor:
+    """The recipe's model with the weights that it starts from."""
+    model = _shaped(plan)
     if plan.base:
         weights = load_model(plan.base).state_dict()
         model.load_state_dict(_with_mask(weights, plan.model.vocab_size))

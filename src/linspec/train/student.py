@@ -117,10 +117,10 @@ def check_softmax(config: StackConfig | Seq2SeqConfig) -> None:
         )
 
 
-def check_mixers(teacher: Predictor, mixers: tuple[MixerConfig, ...]) -> None:
-    """Raise ConfigError if a student of `teacher` cannot have these mixers."""
+def check_mixers(teacher: P, mixers: tuple[MixerConfig, ...]) -> P:
+    """A student of `teacher` without weights; raises ConfigError if it cannot have these mixers."""
     with torch.device("meta"):
-        _make_student(teacher, mixers)
+        return _make_student(teacher, mixers)
 
 
 def check_taps(mixers: Iterable[MixerConfig], length: int) -> None:

@@ -6,7 +6,7 @@ the same time and no gradient passes through the stack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,19 +14,26 @@ import torch
 from torch import nn
 
 from linspec.mixers import Mixer
+from linspec.mixers.ops.features import same
 from linspec.models.block import Block
 from linspec.models.model_types import type_of
 from linspec.train.objective import Stack, blocks_of
+
+Mean = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Transfer:
     """The loss of the transfer stage; a context manager, because it puts hooks on the teacher's blocks.
 
-    layers: those whose mixers are trained. Only they get gradients.
+    layers: those whose mixers are trained. Only they get gradients. mean: what becomes of a mean over the
+    tokens at hand where other processes have more of the window.
     """
 
-    def __init__(self, teacher: Stack, student: Stack, layers: Sequence[int]) -> None:
+    def __init__(
+        self, teacher: Stack, student: Stack, layers: Sequence[int], mean: Mean = same
+    ) -> None:
         self.teacher, self.student, self.layers = teacher, student, tuple(layers)
+        self.mean = mean
         self._seen: dict[int, tuple[tuple[Any, ...], torch.Tensor]] = {}
 
     def __enter__(self) -> Self:
@@ -70,7 +77,7 @@ class Transfer:
         real = inputs[2] if len(inputs) > 2 else None
         if real is not None:
             given, wanted = given[real], wanted[real]
-        return relative_error(given.float(), wanted.float())
+        return relative_error(given.float(), wanted.float(), self.mean)
 
     def parameters(self) -> nn.ModuleDict:
         """The mixers in training, as one module."""
@@ -87,6 +94,6 @@ def block_of(model: Stack, layer: int) -> Block:
     return blocks_of(model)[layer]
 
 
-def relative_error(given: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def relative_error(given: torch.Tensor, wanted: torch.Tensor, mean: Mean = same) -> torch.Tensor:
     """Mean squared error over mean square: 0 is perfect, 1 is no better than silence."""
-    return (given - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
+    return (given - wanted).square().mean() / mean(wanted.square().mean()).clamp_min(1e-12)

@@ -73,6 +73,29 @@ class Decayed:
         """The state after entries of keys [Hkv, C, K + E] and values [Hkv, C, V] have closed."""
         return self._chunks(keys[None], values[None], sums[None], self.chunk).states[0, :, -1]
 
+    def summary(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The state after a shard of entries as M and A, side by side: A S + M, S being the state before it.
+
+        A is what is left of each channel [B, Hkv, K, 1], or, where tokens correct the state, a matrix.
+        """
+        start = v.new_zeros(*v.shape[:2], self.width, v.shape[-1])
+        if self.writes is not plain_writes:
+            # who writes nothing still corrects: the state A comes of the identity and values of zero
+            same = torch.eye(self.width, dtype=v.dtype, device=v.device)
+            start = torch.cat((start, same.expand(*v.shape[:2], -1, -1)), dim=-1)
+            return self._chunks(k, F.pad(v, (0, self.width)), start, self.chunk).states[:, :, -1]
+        chunks = self._chunks(k, v, start, self.chunk)
+        left = chunks.decay[..., -1, :].sum(2).exp()[..., None].expand(-1, -1, self.width, -1)
+        return torch.cat((chunks.states[:, :, -1], left), dim=-1)
+
+    def joined(self, sums: torch.Tensor | None, summary: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The state after a shard, from that before it."""
+        columns = 1 if self.writes is plain_writes else self.width
+        added, left = summary.split((summary.shape[-1] - columns, columns), dim=-1)
+        if sums is None:
+            return added
+        return added + (left * sums if self.writes is plain_writes else left @ sums)
+
     def nodes(
         self,
         q: torch.Tensor,

@@ -32,6 +32,14 @@ class Summed:
         """Sums [Hkv, S, Z] after entries of keys [Hkv, C, K'] and values [Hkv, C, V'] have closed."""
         return add_products(sums, self.keys(keys), values)
 
+    def summary(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Sums over closed groups: k [B, Hkv, T, K'] and v [B, Hkv, T, V'] -> [B, Hkv, S, V']."""
+        return group_sums(self.keys(k), v)
+
+    def joined(self, sums: torch.Tensor | None, summary: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The sums after a shard, from those before it."""
+        return summary if sums is None else sums + summary
+
     def nodes(
         self,
         q: torch.Tensor,
