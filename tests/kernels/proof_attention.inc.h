@@ -147,7 +147,7 @@ static void exact_attention(const ls_mixer *m, const double *q, int node, int he
     double weights[BASE + NODES], most = -INFINITY, total = 0;
     int rows[BASE + NODES], count = 0, kv = head / (QUERY_HEADS / KV);
     for (int i = 0; i < m->committed; i++) rows[count++] = i;
-    for (int i = 0; i < NODES; i++)
+    for (int i = 0; i < m->staged; i++)
         if (m->ancestors[node] >> i & 1) rows[count++] = m->committed + i;
     int first = m->window && count > m->window ? count - (int)m->window : 0;
     for (int i = first; i < count; i++) {
@@ -183,9 +183,13 @@ static void meets(const ls_mixer *m, const float *q, double *to) {
     free(codes);
 }
 
+/* Nodes that overwrite see all rows, none of them staged: see `near_double`. */
+enum { OVERWRITES = STYLES };
+
 static void near_double(int kind, int width, int squared_relu, int window, float cap, int style) {
-    case_of c = make_case(kind, width, squared_relu, 0, window, 0, style);
+    case_of c = make_case(kind, width, squared_relu, 0, window, 0, style == OVERWRITES ? RANDOM : style);
     c.m.score_cap = cap;
+    if (style == OVERWRITES) c.m.committed += NODES, c.m.staged = 0, c.m.ancestors = NULL;
     float *out = attended(ls_current(), &c.m, c.q);
     double *q = need(sizeof *q * (size_t)width), *exact = need(sizeof *exact * (size_t)width);
     int far = 0;
@@ -226,6 +230,22 @@ static void nodes_apart(int kind, int width, int window) {
     free_case(&c);
 }
 
+/* Nodes that overwrite get the bits of plain C, and those that the last of them would get behind all others. */
+static void overwriting(int kind, int width) {
+    case_of c = make_case(kind, width, 0, 0, 0, 0, RANDOM);
+    size_t each = (size_t)(QUERY_HEADS * width), last = (NODES - 1) * each;
+    uint64_t one = 1;
+    ls_mixer all = c.m, behind = c.m;
+    all.committed += NODES, all.staged = 0, all.ancestors = NULL;
+    behind.committed += NODES - 1, behind.staged = behind.nodes = 1, behind.ancestors = &one;
+    float *out[3] = {attended(plain, &all, c.q), attended(ls_current(), &all, c.q),
+                     attended(ls_current(), &behind, c.q + last)};
+    expect(!memcmp(out[0], out[1], NODES * each * sizeof **out), "nodes that overwrite", kind, width, 0, 0);
+    expect(!memcmp(out[1] + last, out[2], each * sizeof **out), "the last row", kind, width, 0, 0);
+    free(out[0]), free(out[1]), free(out[2]);
+    free_case(&c);
+}
+
 /* A NaN in a row or in a query reaches those that see it, and nobody else. */
 static void nan_stays(int kind, int width) {
     case_of c = make_case(kind, width, 0, 0, 0, 0, RANDOM);
@@ -262,6 +282,8 @@ static void kinds_of_rows(int width) {
         near_double(kind, width, 0, 9, 0.5f, RANDOM);
         for (int sinks = 3; kind != LS_INT8 && sinks < 200; sinks += 130)
             for (int apart = 0; apart < 2; apart++) sinks_and_cap(kind, width, apart, sinks);
+        near_double(kind, width, 0, 0, 0, OVERWRITES);
+        overwriting(kind, width);
         nodes_apart(kind, width, 0);
         nodes_apart(kind, width, 70);
         nan_stays(kind, width);

@@ -72,6 +72,19 @@ def test_rows_are_stored_as_torch_rounds_them(isa: str, kind: str) -> None:
     assert torch.equal(one.values[0].to(KINDS[kind]), other.values[0])
 
 
+def test_rows_of_one_kind_were_read_as_those_of_another_that_had_lain_there(
+    library: ctypes.CDLL,
+) -> None:
+    model, first, second = decoder(), *(decoder().new_state(1, kind) for kind in KINDS)
+    model.step([StepInput(0, IDS[:50])], first)
+    for part, old in zip(second.parts, first.parts, strict=True):
+        part.keys, part.values = (t.view(torch.float16) for t in (old.keys, old.values))
+    found = model.step([StepInput(0, IDS[:50])], second).logits
+    assert torch.equal(
+        found, model.step([StepInput(0, IDS[:50])], model.new_state(1, "float16")).logits
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_and_a_prompt_get_the_bits_of_plain_decoding(isa: str, kind: str) -> None:
     model = decoder()

@@ -11,6 +11,9 @@ from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
 MAX_STAGED = 64
+# what an input is, each computed in a way of its own: nodes of a tree, a chain that is longer than that,
+# tokens that overwrite and see all positions, or only those before them
+TREE, CHAIN, OVERWRITING, OVERWRITING_CAUSAL = range(4)
 # in place of a layer's number: the normalized states that the output layer reads
 FINAL = -1
 
@@ -42,6 +45,13 @@ class StepInput:
     overwrite: Sequence[int] | None = None
     causal: bool = True
     logits_of: Sequence[int] | None = None
+
+    @property
+    def kind(self) -> int:
+        """TREE, CHAIN, OVERWRITING or OVERWRITING_CAUSAL."""
+        if self.overwrite is not None:
+            return OVERWRITING_CAUSAL if self.causal else OVERWRITING
+        return CHAIN if len(self.tokens) > MAX_STAGED else TREE
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

@@ -77,6 +77,11 @@ class AttentionPlan:
     sinks: int = 0
     bias: torch.Tensor | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether what a row weighs is the same wherever the node stands that reads it."""
+        return self.bias is None and not (self.window or self.group or self.sinks)
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SummedPlan:
@@ -244,7 +249,8 @@ class NewNodes:
     """The new nodes of one slot in a step.
 
     shape: of all that the slot has staged then, the new nodes last. committed: its rows in the state
-    of each kind. embeddings: float32 [N, D] in place of those of the tokens, None for these.
+    of each kind. embeddings: float32 [N, D] in place of those of the tokens, None for these. overwrite:
+    committed rows that the new nodes replace; nothing is staged then, and each sees all committed rows.
     """
 
     slot: int
@@ -253,3 +259,4 @@ class NewNodes:
     shape: Shape
     committed: Sequence[int]
     embeddings: torch.Tensor | None = None
+    overwrite: Sequence[int] | None = None

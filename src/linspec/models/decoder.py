@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import LOGITS, MAX_STAGED, StepInput, StepOutput, Want
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape
-from linspec.errors import ContextOverflow
+from linspec.errors import ConfigError, ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import Rope
 from linspec.mixers.norms import make_norm
@@ -30,6 +30,7 @@ from linspec.models.padding import from_left, to_left
 from linspec.models.step_plan import OneCall, one_call
 from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
 from linspec.state.sequence_states import SequenceStates
+from linspec.utils.messages import shown
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -234,19 +235,33 @@ class Decoder(nn.Module):
         layers: those that the nodes go through, None for all; the states of the others stay as they are.
         want: layers whose hidden states are handed out too.
         """
-        whole = layers is None and all(each.overwrite is None for each in inputs)
-        native = self.native if whole and state.in_kernels else None
-        long = [len(step_input.tokens) > MAX_STAGED for step_input in inputs]
-        if native is None or all(long) or not any(long):
-            return self._step(inputs, state, native, LayerPath(layers, want.inner))
-        # the one-call step takes trees only, and it must take all of them: a tree that shared a step with
-        # a prompt would be rounded in another way than one that did not
-        parts = [[i for i, each in enumerate(long) if each is kind] for kind in (False, True)]
+        native = self.native if layers is None and state.in_kernels else None
+        if native is None:
+            return self._step(inputs, state, None, LayerPath(layers, want.inner))
+        kinds = [each.kind for each in inputs]
+        if len(set(kinds)) == 1:
+            return self._step_alike(kinds[0], inputs, state, native, want)
+        # the one-call step takes inputs of one kind only, and it must take all of them: a tree that shared a
+        # step with a prompt would be rounded in another way than one that did not
+        self._positions(inputs, staged_shapes(inputs, state), state)
+        parts = [[i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))]
         outputs = [
-            self._step([inputs[i] for i in part], state, native, LayerPath(layers, want.inner))
+            self._step_alike(kinds[part[0]], [inputs[i] for i in part], state, native, want)
             for part in parts
         ]
         return _interleaved(parts, outputs)
+
+    def _step_alike(
+        self,
+        kind: int,
+        inputs: Sequence[StepInput],
+        state: SequenceStates,
+        native: OneCall,
+        want: Want,
+    ) -> StepOutput:
+        """Inputs of one kind through all layers, in one call where it takes them."""
+        call = native if kind in native.kinds else None
+        return self._step(inputs, state, call, LayerPath(None, want.inner))
 
     def _step(
         self,
@@ -292,7 +307,7 @@ class Decoder(nn.Module):
     def _wanted_of(self, x: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
         """`leave` for the `wanted` of packed nodes [M, D]."""
         if len(wanted) < len(x):
-            x = x[torch.tensor(wanted, device=x.device)]
+            x = x[torch.tensor(wanted, dtype=torch.long, device=x.device)]
         return self.leave(x)
 
     def run(
@@ -346,9 +361,14 @@ def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
 
 def _with_logits(step_input: StepInput) -> Sequence[int]:
     """The numbers of the tokens of an input whose logits are wanted."""
-    if step_input.logits_of is not None:
-        return step_input.logits_of
-    count = len(step_input.tokens)
+    chosen, count = step_input.logits_of, len(step_input.tokens)
+    if chosen is not None:
+        if not all(0 <= at < count for at in chosen):
+            raise ConfigError(
+                f"slot {step_input.slot} was asked for the logits of tokens {shown(repr(list(chosen)))} of "
+                f"{count}; they count from 0 to {count - 1}"
+            )
+        return chosen
     return range(count) if step_input.all_logits else (count - 1,)
 
 

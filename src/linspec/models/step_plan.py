@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from linspec.decoding.step import MAX_STAGED, StepInput
+from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.cpu.step import CpuStep, Stepped
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
+from linspec.kernels.cpu.step import why_not_over as why_not_over_on_cpu
 from linspec.kernels.step_plan import (
     LayerPlan,
     LinearPlan,
@@ -51,6 +52,7 @@ _TOLD = """
     positions rope relative layer_ropes local_rope scaled_scores score_factor score_cap
     residual residual_scale embedding_scale logit_scale logit_cap
     max_positions tied_embeddings pad_id bos_id eos_ids
+    mask_id logit_shift
     """
 TOLD = frozenset(_TOLD.split())
 
@@ -70,7 +72,10 @@ def why_not(model: Decoder) -> str | None:
         return f"{names} has no plan for a step in one call"
     names = ", ".join(untold(model.config))
     settings = f"no plan for a step in one call has this model's {names}" if names else None
-    reasons = (settings, why_not_on_cpu(step_plan(model)))
+    plan = step_plan(model)
+    # tokens that see each other both ways overwrite
+    over = None if model.config.causal else why_not_over_on_cpu(plan)
+    reasons = (settings, why_not_on_cpu(plan), over)
     return "; ".join(reason for reason in reasons if reason) or None
 
 
@@ -184,6 +189,10 @@ class OneCall:
 
     def __init__(self, kernel: CpuStep) -> None:
         self.kernel = kernel
+        # of inputs that it takes
+        self.kinds = {TREE, CHAIN}
+        if why_not_over_on_cpu(kernel.plan) is None:
+            self.kinds.add(OVERWRITING)
         self._placed: tuple[Any, ...] = ()
 
     def run(
@@ -200,23 +209,33 @@ class OneCall:
         With them [layers, M, D] that each of `layers` puts out, in ascending order.
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input.
-        Inputs are all trees or all longer chains. Keys and values are staged in `state`, which must
-        have room; recording them is the caller's.
+        Inputs are of one of the `kinds`. Keys and values are staged in `state`, which must have room;
+        recording them is the caller's.
         """
         nodes = [
-            NewNodes(each.slot, each.tokens, at, shape, _committed(state, each.slot), _given(each))
+            NewNodes(
+                each.slot,
+                each.tokens,
+                at,
+                shape,
+                _committed(state, each.slot),
+                _given(each),
+                each.overwrite,
+            )
             for each, shape, at in zip(inputs, shapes, positions, strict=True)
         ]
-        if len(nodes[0].tokens) > MAX_STAGED:
+        kind = inputs[0].kind
+        if kind == CHAIN:
             return self._run_chains(nodes, outputs, state, layers)
         self.place(state)
-        return self.kernel.run(nodes, outputs, layers)
+        run = self.kernel.run_over if kind == OVERWRITING else self.kernel.run
+        return run(nodes, outputs, layers)
 
     def place(self, state: SequenceStates) -> None:
         """Tell the kernel where the buffers of a state are now."""
-        # sizes too: a new state may lie where an old one was
+        # sizes and kinds too: a new state may lie where an old one was
         placed = tuple(
-            (rows.data_ptr(), rows.shape)
+            (rows.data_ptr(), rows.shape, rows.dtype)
             for part in state.parts
             for rows in (part.keys, part.values, part.sums)
         )

@@ -18,6 +18,7 @@ from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError, StateError
 from linspec.state.contract import EntryState
 from linspec.state.sequence_states import SequenceStates
+from linspec.utils.messages import shown
 
 
 @dataclass
@@ -155,6 +156,11 @@ def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
 def _overwritten(step_input: StepInput, positions: Sequence[int], state: SequenceStates) -> Shape:
     """The shape of a step that stages nothing; raises StateError where it cannot overwrite."""
     slot, count = step_input.slot, len(step_input.tokens)
+    if any(type(position) is not int for position in positions):
+        raise ConfigError(
+            f"slot {slot} was fed tokens to overwrite positions {shown(repr(list(positions)))}; they must be "
+            "whole numbers"
+        )
     if len(set(positions)) != count or len(positions) != count:
         raise ConfigError(
             f"slot {slot} was fed {count} tokens to overwrite positions {list(positions)}; give each token "

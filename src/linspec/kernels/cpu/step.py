@@ -5,7 +5,8 @@
     hidden, logits, layers = step.run(nodes, outputs)
 
 It computes the nodes of token trees, up to 64 staged ones a slot, or a longer chain of one slot
-(`run_chain`), which the C side sees as pieces of 64. A node gets the same bits whatever else is in the
+(`run_chain`), which the C side sees as pieces of 64. Nodes that overwrite (`run_over`) come in such pieces
+too. A node gets the same bits whatever else is in the
 step and whether its ancestors are staged or committed, except where a group of a linear mixer closes
 in between.
 """
@@ -13,22 +14,27 @@ in between.
 from __future__ import annotations
 
 import ctypes
-from array import array
 from collections.abc import Sequence
-from ctypes import POINTER, c_int32, c_int64, c_uint64, c_void_p, pointer
+from ctypes import POINTER, c_int32, c_int64, c_void_p, pointer
 from typing import Any
 
 import torch
 
-from linspec.decoding.tree import chain_shape
-from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.blocks import part_structs
+from linspec.kernels.cpu.inputs import (
+    chain_pieces,
+    given,
+    ints,
+    overwriting_pieces,
+    packed,
+    staged_inputs,
+    token_ids,
+)
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import linear_struct
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.structs import (
     MAX_HEAD_WIDTH,
-    MAX_NODES,
     BatchStruct,
     DecoderStruct,
     InputStruct,
@@ -49,6 +55,7 @@ from linspec.kernels.step_plan import (
     INT8,
     MAPS,
     WEIGHTS,
+    AttentionPlan,
     LayerPlan,
     LinearPlan,
     NewNodes,
@@ -57,7 +64,6 @@ from linspec.kernels.step_plan import (
     StepPlan,
     SummedPlan,
 )
-from linspec.utils.messages import shown
 
 # hidden states, logits, and the states of the layers that were asked for [layers, M, D]
 Stepped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -90,6 +96,22 @@ def why_not(plan: StepPlan) -> str | None:
         f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def why_not_over(plan: StepPlan) -> str | None:
+    """Why no nodes of this decoder can overwrite in one call; None if they can."""
+    others = {layer.mixer for layer in plan.layers if not _sees_all(layer)}
+    if not others:
+        return None
+    return f"mixers {', '.join(sorted(others))} see no later tokens in the one-call step"
+
+
+def _sees_all(layer: LayerPlan) -> bool:
+    """Whether all rows of a slot weigh alike, wherever a node stands among them."""
+    plain = (
+        isinstance(each.attention, AttentionPlan) and each.attention.plain for each in layer.parts
+    )
+    return layer.conv_weights is None and all(plain)
 
 
 def _dtype(plan: StepPlan) -> torch.dtype:
@@ -142,25 +164,27 @@ class CpuStep:
 
     def batch(self, nodes: Sequence[NewNodes]) -> BatchStruct:
         """New nodes of several slots as the C side reads them, without outputs."""
-        table = (InputStruct * len(nodes))()
-        tokens: list[int] = []
-        positions: list[int] = []
-        for entry, new in zip(table, nodes, strict=True):
-            bits = new.shape.ancestor_bits
-            entry.slot, entry.first = new.slot, len(tokens)
-            entry.nodes, entry.staged = len(new.tokens), len(bits)
-            entry.committed = _ints(new.committed)
-            entry.ancestors = (c_uint64 * len(bits))(*bits)
-            tokens += new.tokens
-            positions += new.positions
-        return self._batch(nodes, tokens, positions, table)
+        return self._batch(nodes, *packed(nodes), staged_inputs(nodes))
 
     def run_chain(
         self, new: NewNodes, outputs: Sequence[int], layers: Sequence[int] = ()
     ) -> Stepped:
         """As `run` for one chain of any length from the last committed token, such as a prompt."""
-        batch = self._batch([new], new.tokens, new.positions, _pieces(new))
+        batch = self._batch([new], new.tokens, new.positions, chain_pieces(new))
         batch.chained = True
+        return self._run(batch, outputs, layers)
+
+    def run_over(
+        self, nodes: Sequence[NewNodes], outputs: Sequence[int], layers: Sequence[int] = ()
+    ) -> Stepped:
+        """As `run` for nodes that overwrite, any number of a slot; only if `why_not_over` has no reason.
+
+        All their keys and values are in place before one of them reads.
+        """
+        inputs = overwriting_pieces(nodes)
+        batch = self._batch(nodes, *packed(nodes), inputs)
+        # the pieces of a slot read what the others write; what is whole can share out long caches instead
+        batch.chained = len(inputs) > len(nodes)
         return self._run(batch, outputs, layers)
 
     def _batch(
@@ -175,9 +199,9 @@ class CpuStep:
         return BatchStruct(
             rows=len(tokens),
             inputs=len(inputs),
-            tokens=_tokens(tokens, self.plan.tokens),
-            positions=_ints(positions),
-            given=_given(nodes, self.plan.width),
+            tokens=token_ids(tokens, self.plan.tokens),
+            positions=ints(positions),
+            given=given(nodes, self.plan.width),
             cosines=cosines,
             sines=sines,
             input=inputs,
@@ -188,9 +212,9 @@ class CpuStep:
         hidden = torch.empty(len(outputs), plan.width)
         logits = torch.empty(len(outputs), plan.vocabulary)
         states = torch.empty(len(layers), batch.rows, plan.width)
-        batch.outputs, batch.output_rows = len(outputs), _ints(outputs)
+        batch.outputs, batch.output_rows = len(outputs), ints(outputs)
         batch.hidden, batch.logits = hidden.data_ptr(), logits.data_ptr()
-        batch.layers, batch.layer_numbers = len(layers), _ints(layers)
+        batch.layers, batch.layer_numbers = len(layers), ints(layers)
         batch.layer_states = states.data_ptr()
         space = self._space.at_least(self._workspace(self.decoder, batch))
         self._call(self.decoder, batch, space, native_threads())
@@ -240,7 +264,7 @@ def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> D
         score_factor=plan.score_scale * plan.head_width**0.5,
         embedding=ctypes.addressof(table),
         position_rows=_address(plan.position_rows),
-        turned=_ints([2 * len(rotary.frequencies) for rotary in plan.rotaries]),
+        turned=ints([2 * len(rotary.frequencies) for rotary in plan.rotaries]),
         final_norm=_norm(plan.final_norm),
         token_norm=_norm(plan.token_norm),
         head=_linear(plan.head),
@@ -273,8 +297,8 @@ def _describe(
         for number, part in enumerate(layer.parts)
         for place, head in enumerate(part.heads)
     }
-    entry.part_of = _ints([at[head][0] for head in range(len(at))])
-    entry.place = _ints([at[head][1] for head in range(len(at))])
+    entry.part_of = ints([at[head][0] for head in range(len(at))])
+    entry.place = ints([at[head][1] for head in range(len(at))])
 
 
 def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
@@ -348,54 +372,3 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
-
-
-def _pieces(new: NewNodes) -> ctypes.Array[InputStruct]:
-    """A chain in pieces, each of which finds those before it among the committed rows of its slot."""
-    count = len(new.tokens)
-    table = (InputStruct * -(-count // MAX_NODES))()
-    for entry, first in zip(table, range(0, count, MAX_NODES), strict=True):
-        nodes = min(MAX_NODES, count - first)
-        entry.slot, entry.first, entry.nodes, entry.staged = new.slot, first, nodes, nodes
-        entry.committed = _ints([rows + first for rows in new.committed])
-        entry.ancestors = (c_uint64 * nodes)(*chain_shape(nodes).ancestor_bits)
-    return table
-
-
-def _given(nodes: Sequence[NewNodes], width: int) -> ctypes.Array[c_void_p] | None:
-    """For each new node the address of its embedding, null where it is that of its token."""
-    if all(new.embeddings is None for new in nodes):
-        return None
-    rows: list[int | None] = []
-    for new in nodes:
-        if new.embeddings is None:
-            rows += [None] * len(new.tokens)
-            continue
-        # the C side reads them unseen
-        if new.embeddings.shape != (len(new.tokens), width):
-            raise InputError(
-                f"embeddings {list(new.embeddings.shape)} for {len(new.tokens)} tokens of a model of width "
-                f"{width}; they must be [{len(new.tokens)}, {width}]"
-            )
-        rows += [row.data_ptr() for row in new.embeddings]
-    return (c_void_p * len(rows))(*rows)
-
-
-def _tokens(ids: Sequence[int], vocabulary: int) -> ctypes.Array[c_int32]:
-    """Token ids, each a row of the embeddings: the C side reads it unseen."""
-    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise InputError(
-            f"token ids from {shown(min(ids))} to {shown(max(ids))} are not all in 0..{vocabulary - 1}, "
-            "which this model has"
-        )
-    return _ints(ids)
-
-
-def _ints(numbers: Sequence[int]) -> ctypes.Array[c_int32]:
-    try:
-        # ctypes would cut off high bits
-        return (c_int32 * len(numbers)).from_buffer(array("i", numbers))
-    except OverflowError as error:
-        raise StateError(
-            "a text is longer than the 2^31 tokens that the kernels can count; shorten it"
-        ) from error

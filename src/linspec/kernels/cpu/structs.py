@@ -268,6 +268,11 @@ class DecoderStruct(Struct):
     Field("int32_t", "nodes staged", "new nodes; staged rows after this step, the new ones last"),
     Field("const int32_t *", "committed", "rows in each kind of state"),
     Field("const uint64_t *", "ancestors", "[staged]: bit i says that staged row i is seen"),
+    Field(
+        "const int32_t *",
+        "overwritten",
+        "[nodes]: committed rows that they replace, seeing all of them; null: they are staged",
+    ),
 )
 class InputStruct(Struct):
     """The new nodes of one slot."""
@@ -276,7 +281,7 @@ class InputStruct(Struct):
 @declared(
     "ls_batch",
     Field("int32_t", "rows inputs outputs", "new nodes, slots that they are of, logits asked for"),
-    Field("int32_t", "chained", "inputs are pieces of one prompt, each behind the one before"),
+    Field("int32_t", "chained", "inputs are pieces, which read what others of their slot write"),
     Field("const int32_t *", "tokens positions", "[rows]; positions are rows of the tables"),
     Field(
         "const float *const *",

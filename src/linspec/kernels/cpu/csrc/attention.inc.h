@@ -106,7 +106,7 @@ static void begin_block(block *b, int from, int seeing) {
     int left = m->committed - from;
     b->from = from;
     b->shared = left < 0 ? 0 : left < BLOCK ? left : BLOCK;
-    b->any_own = left < BLOCK;
+    b->any_own = left < BLOCK && m->staged;
     read_rows(m, b->keys, b->values, from, b->shared, seeing <= 3 * LS_QUERIES, b->space, &b->rows);
     /* once for all blocks that have staged rows */
     if (b->any_own && !b->staged.count)

@@ -60,7 +60,7 @@ typedef struct {
     int32_t value_bytes;              /* of a row of values */
     int32_t sinks;                    /* first rows of the text, which every node sees */
     const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
-    const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen */
+    const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen; null: nothing is staged */
 } ls_mixer;
 
 static inline size_t ls_query_count(const ls_mixer *m) {

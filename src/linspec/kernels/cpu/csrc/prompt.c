@@ -1,4 +1,5 @@
-/* Mixers over a prompt: the inputs of the step are one sequence, cut into pieces of up to LS_MAX_NODES.
+/* Mixers over a prompt: the inputs of the step are one sequence, cut into pieces of up to LS_MAX_NODES. Long
+ * runs of nodes that overwrite come in such pieces too, of several slots; nothing closes between those.
  *
  * All pieces stage their rows before one of them reads, so that a piece finds those before it among
  * its committed rows. What closes between them is summed up in `partials`, one set of sums for each piece

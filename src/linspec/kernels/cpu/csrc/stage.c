@@ -75,10 +75,11 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     ls_mixer m = ls_mixer_of(d, l, in, head);
     int width = d->head_width, repeats = d->heads / d->kv_heads;
     int64_t at = (int64_t)in->slot * p->kv_heads + l->place[head];
-    int64_t row = m.committed + in->staged - in->nodes;
-    char *keys = p->keys + at * p->key_stride + row * p->row_bytes;
-    char *values = p->values + at * p->value_stride + (p->conv_history + row) * p->value_bytes;
-    for (int n = 0; n < in->nodes; n++, keys += p->row_bytes, values += p->value_bytes) {
+    char *keys = p->keys + at * p->key_stride;
+    char *values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->value_bytes;
+    for (int n = 0; n < in->nodes; n++) {
+        int64_t row = in->overwritten ? in->overwritten[n] : (int64_t)m.committed + in->staged - in->nodes + n;
+        char *key = keys + row * p->row_bytes, *value = values + row * p->value_bytes;
         float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
         float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;
         for (int r = head * repeats; r < (head + 1) * repeats; r++) {
@@ -89,10 +90,10 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
         if (m.form && m.form->gates) ls_current()->gates(&m, k, gates);
         feature(s, l, p, in->first + n, k);
         if (m.form) {
-            store_summed(&m, k, gates, v, keys, values);
+            store_summed(&m, k, gates, v, key, value);
         } else {
-            store_row(&m, k, keys);
-            store_row(&m, v, values);
+            store_row(&m, k, key);
+            store_row(&m, v, value);
         }
     }
 }

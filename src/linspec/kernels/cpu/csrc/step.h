@@ -19,7 +19,7 @@ LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int
 ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input *in, int head);
 /* stage.c: norm of x, whose weights begin `at` floats behind those of n */
 void ls_apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int width, float *y);
-/* Stage the keys and values of one input in one kv head, and turn its queries into features. */
+/* Stage the keys and values of one input in one kv head, or put them where they belong, and turn its queries into features. */
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head);
 
 /* floats between the projections of one row and the next, and to the first query of a kv head */

@@ -152,12 +152,13 @@ typedef struct {
     int32_t nodes, staged;                   /* new nodes; staged rows after this step, the new ones last */
     const int32_t *committed;                /* rows in each kind of state */
     const uint64_t *ancestors;               /* [staged]: bit i says that staged row i is seen */
+    const int32_t *overwritten;              /* [nodes]: committed rows that they replace, seeing all of them; null: they are staged */
 } ls_step_input;
 
 /* What one step is to compute, and where the results go. */
 typedef struct {
     int32_t rows, inputs, outputs;           /* new nodes, slots that they are of, logits asked for */
-    int32_t chained;                         /* inputs are pieces of one prompt, each behind the one before */
+    int32_t chained;                         /* inputs are pieces, which read what others of their slot write */
     const int32_t *tokens, *positions;       /* [rows]; positions are rows of the tables */
     const float *const *given;               /* [rows]: in place of embeddings; null for none, or of a row */
     const int32_t *output_rows;              /* [outputs] */
@@ -240,7 +241,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    965636291, \
+    1291786584, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -295,6 +296,7 @@ typedef struct {
     sizeof(ls_step_input), offsetof(ls_step_input, slot), offsetof(ls_step_input, first), \
         offsetof(ls_step_input, nodes), offsetof(ls_step_input, staged), \
         offsetof(ls_step_input, committed), offsetof(ls_step_input, ancestors), \
+        offsetof(ls_step_input, overwritten), \
     sizeof(ls_batch), offsetof(ls_batch, rows), offsetof(ls_batch, inputs), \
         offsetof(ls_batch, outputs), offsetof(ls_batch, chained), offsetof(ls_batch, tokens), \
         offsetof(ls_batch, positions), offsetof(ls_batch, given), \

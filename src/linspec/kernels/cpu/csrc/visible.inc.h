@@ -1,13 +1,14 @@
 /* Which rows a node sees. Part of every isa_*.c. */
 
-/* the rows that a node sees: how many, the first of them, which staged rows are its ancestors */
+/* The rows that a node sees: how many, the first of them, which staged rows are its ancestors. Nodes that
+ * overwrite have none of their own: they see what is committed, before and behind them. */
 typedef struct {
     int32_t count, first;
     uint8_t ancestors[LS_MAX_NODES];
 } visible_rows;
 
 static void find_visible(const ls_mixer *m, int node, visible_rows *v) {
-    uint64_t seen = m->ancestors[m->staged - m->nodes + node];
+    uint64_t seen = m->ancestors ? m->ancestors[m->staged - m->nodes + node] : 0;
     v->count = m->committed;
     for (; seen; seen &= seen - 1)
         v->ancestors[v->count++ - m->committed] = (uint8_t)__builtin_ctzll(seen);

@@ -1,0 +1,119 @@
+"""What a step is to compute, as the C side reads it: nodes of trees, a chain, nodes that overwrite."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Iterator, Sequence
+from ctypes import c_int32, c_uint64, c_void_p
+
+from linspec.decoding.tree import chain_shape
+from linspec.errors import InputError, StateError
+from linspec.kernels.cpu.structs import MAX_NODES, InputStruct
+from linspec.kernels.step_plan import NewNodes
+from linspec.utils.messages import shown
+
+
+def packed(nodes: Sequence[NewNodes]) -> tuple[list[int], list[int]]:
+    """Tokens and positions of all new nodes."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for new in nodes:
+        tokens += new.tokens
+        positions += new.positions
+    return tokens, positions
+
+
+def staged_inputs(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
+    """Nodes of trees, one for each slot."""
+    table, first = (InputStruct * len(nodes))(), 0
+    for entry, new in zip(table, nodes, strict=True):
+        bits = new.shape.ancestor_bits
+        entry.slot, entry.first = new.slot, first
+        entry.nodes, entry.staged = len(new.tokens), len(bits)
+        entry.committed = ints(new.committed)
+        entry.ancestors = (c_uint64 * len(bits))(*bits)
+        first += len(new.tokens)
+    return table
+
+
+def overwriting_pieces(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
+    """Nodes that overwrite, in pieces: nothing is staged, and each sees all committed rows of its slot."""
+    pieces = [(new, part) for new in nodes for part in _cut(_overwritten(new))]
+    table, first = (InputStruct * len(pieces))(), 0
+    for entry, (new, part) in zip(table, pieces, strict=True):
+        entry.slot, entry.first, entry.nodes = new.slot, first, len(part)
+        entry.committed, entry.overwritten = ints(new.committed), ints(part)
+        first += len(part)
+    return table
+
+
+def _cut(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Parts of like sizes, none too large: a small one would read a whole cache for few rows."""
+    parts = -(-len(rows) // MAX_NODES)
+    for part in range(parts):
+        yield rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+
+
+def _overwritten(new: NewNodes) -> Sequence[int]:
+    """The rows that are overwritten, each once: the C side writes to them unseen."""
+    rows, held = new.overwrite, min(new.committed)
+    assert rows is not None, "the caller knows that the nodes overwrite"
+    counts = {len(rows), len(set(rows)), len(new.tokens), len(new.positions)}
+    if len(counts) > 1 or not 0 <= min(rows) <= max(rows) < held or min(new.positions) < 0:
+        raise StateError(
+            f"{len(new.tokens)} nodes at positions {shown(repr(list(new.positions)))} cannot overwrite rows "
+            f"{shown(repr(list(rows)))} of slot {new.slot}, which has {held}; give each a row of its own"
+        )
+    return rows
+
+
+def chain_pieces(new: NewNodes) -> ctypes.Array[InputStruct]:
+    """A chain in pieces, each of which finds those before it among the committed rows of its slot."""
+    count = len(new.tokens)
+    table = (InputStruct * -(-count // MAX_NODES))()
+    for entry, first in zip(table, range(0, count, MAX_NODES), strict=True):
+        nodes = min(MAX_NODES, count - first)
+        entry.slot, entry.first, entry.nodes, entry.staged = new.slot, first, nodes, nodes
+        entry.committed = ints([rows + first for rows in new.committed])
+        entry.ancestors = (c_uint64 * nodes)(*chain_shape(nodes).ancestor_bits)
+    return table
+
+
+def given(nodes: Sequence[NewNodes], width: int) -> ctypes.Array[c_void_p] | None:
+    """For each new node the address of its embedding, null where it is that of its token."""
+    if all(new.embeddings is None for new in nodes):
+        return None
+    rows: list[int | None] = []
+    for new in nodes:
+        if new.embeddings is None:
+            rows += [None] * len(new.tokens)
+            continue
+        # the C side reads them unseen
+        if new.embeddings.shape != (len(new.tokens), width):
+            raise InputError(
+                f"embeddings {list(new.embeddings.shape)} for {len(new.tokens)} tokens of a model of width "
+                f"{width}; they must be [{len(new.tokens)}, {width}]"
+            )
+        rows += [row.data_ptr() for row in new.embeddings]
+    return (c_void_p * len(rows))(*rows)
+
+
+def token_ids(ids: Sequence[int], vocabulary: int) -> ctypes.Array[c_int32]:
+    """Token ids, each a row of the embeddings: the C side reads it unseen."""
+    if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(
+            f"token ids from {shown(min(ids))} to {shown(max(ids))} are not all in 0..{vocabulary - 1}, "
+            "which this model has"
+        )
+    return ints(ids)
+
+
+def ints(numbers: Sequence[int]) -> ctypes.Array[c_int32]:
+    try:
+        # ctypes would cut off high bits
+        return (c_int32 * len(numbers)).from_buffer(array("i", numbers))
+    except OverflowError as error:
+        raise StateError(
+            "a text is longer than the 2^31 tokens that the kernels can count; shorten it"
+        ) from error
