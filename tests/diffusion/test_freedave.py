@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from plain_diffusion import CONFIGS, EOS, MASK, VOCAB
 
 from linspec import LLM, SamplingParams
 from linspec.checkpoints.hub import load_diffusion
+from linspec.diffusion.caches import DualCache
 from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.freedave import FreeDave, FreeDaveOptions, FreeDavePlus
 from linspec.diffusion.predictions import Predictions
@@ -116,6 +118,45 @@ def test_any_policies_decide_what_they_do_without_drafts(
         assert_same(monkeypatch, name, spec, "freedave:5")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_drafts_see_what_the_canvases_before_them_have_computed(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def rows(self: DualCache, canvas: Canvas) -> list[int]:
+        """All rows at times, else those that change between one forward and the next."""
+        return [*range(len(canvas))] if canvas.step % 3 == 0 else canvas.open
+
+    monkeypatch.setattr(DualCache, "rows", rows)
+    spec = "block=fixed:none,commit=static,cache=dual"
+    assert assert_same(monkeypatch, name, spec, "freedave:6") > 0
+
+
+def test_a_cache_that_does_not_go_by_the_canvas_alone_loses_drafts_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rows(self: DualCache, canvas: Canvas) -> list[int]:
+        """As a policy that forwards tell what to compute: the true canvas knows, no draft does."""
+        told = canvas is self.options.true
+        return [*range(len(canvas))] if told or canvas.step == 0 else canvas.open
+
+    plain = MaskedDiffusionLoop._forward
+
+    def forward(self: Any, denoising: Denoising) -> Any:
+        object.__setattr__(self.cache, "options", SimpleNamespace(true=denoising.canvas))
+        return plain(self, denoising)
+
+    monkeypatch.setattr(DualCache, "rows", rows)
+    monkeypatch.setattr(MaskedDiffusionLoop, "_forward", forward)
+    spec = "block=fixed:none,commit=static,cache=dual"
+    (found,), (result,) = run(
+        monkeypatch, "llada", f"{spec},verify=freedave:4", prompts=PROMPTS[:1]
+    )
+    (expected,), _ = run(
+        monkeypatch, "llada", "block=fixed:none,commit=static", prompts=PROMPTS[:1]
+    )
+    assert found == expected and result.stats.rounds == 19
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -210,7 +251,7 @@ def test_what_drafts_compute_is_counted() -> None:
 def test_caches_of_fewer_bits_keep_branches_exactly(kv: str) -> None:
     def answers(verify: str) -> list[tuple[int, ...]]:
         loop = f"masked-diffusion:block=fixed:8,commit=static,cache=dual,verify={verify}"
-        model = load_diffusion(source("dream")[0])
+        model = load_diffusion(source("dream")[0], dtype=torch.float64)
         llm = LLM(model, tokenizer=tiny_tokenizer(), kv_cache_dtype=kv, loop=loop)
         return [each.token_ids for each in llm.generate(PROMPTS, LONG)]
 
