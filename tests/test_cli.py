@@ -255,7 +255,7 @@ def test_info() -> None:
 def test_list() -> None:
     found = run_json("list")
     axes = {"mixers", "drafters", "verifiers", "policies", "loops", "caches", "trainings"}
-    axes |= {f"diffusion {slot}" for slot in ("blocks", "commits", "stops", "caches")}
+    axes |= {f"diffusion {slot}" for slot in ("blocks", "commits", "stops", "caches", "verifies")}
     assert set(found) == axes
     for entries in found.values():
         assert all({"name", "paper", "summary"} <= set(entry) for entry in entries)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from denoisers import PROMPTS, WHOLE, make, tokens
 
-from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS
+from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, VERIFIES
 from linspec.diffusion.blocks import FixedBlocks
 from linspec.diffusion.caches import DualCache
 from linspec.diffusion.commits.static import Static
+from linspec.diffusion.freedave import FreeDave
 from linspec.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "diffusion.md"
@@ -43,7 +44,7 @@ def test_the_worked_example_goes_from_left_to_right(example: str, name: str) -> 
 
 def test_the_page_names_every_policy() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for registry in (BLOCKS, COMMITS, STOPS, CACHES):
+    for registry in (BLOCKS, COMMITS, STOPS, CACHES, VERIFIES):
         assert all(f"`{entry.name}`" in page for entry in registry)
 
 
@@ -57,6 +58,10 @@ def test_the_page_names_every_policy() -> None:
         (Static, "commit", None, "commit policy 'static' must answer"),
         (DualCache, "rows", [4, 99], "cache policy 'dual' answered .*99"),
         (DualCache, "rows", range(3, 4), "cache policy 'dual' answered .* before anything is kept"),
+        (FreeDave, "ahead", -1, "verify policy 'freedave' answered -1; a canvas has 0 drafts"),
+        (FreeDave, "ahead", None, "verify policy 'freedave' answered None; a canvas"),
+        (FreeDave, "follows", 4, "'freedave' answered 4; it goes on with one of 3 drafts"),
+        (FreeDave, "follows", True, "'freedave' answered True; it goes on with one of 3"),
     ],
     ids=str,
 )
@@ -64,7 +69,7 @@ def test_an_answer_that_breaks_a_rule_names_the_policy(
     monkeypatch: pytest.MonkeyPatch, policy: Any, method: str, answer: Any, message: str
 ) -> None:
     monkeypatch.setattr(policy, method, lambda *given: answer)
-    llm = make(spec="block=fixed:5,commit=static,cache=dual")
+    llm = make(spec="block=fixed:5,commit=static,cache=dual,verify=freedave")
     (failed,) = llm.generate([PROMPTS[0]], WHOLE, return_errors=True)
     assert isinstance(failed.error, ConfigError)
     assert re.search(message, str(failed.error)), failed.error

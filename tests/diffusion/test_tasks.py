@@ -78,3 +78,21 @@ def test_prophet_stops_early_with_the_same_answers(over: str) -> None:
     assert found.right >= static.right - 1
     same = sum(a == b for a, b in zip(found.answers, static.answers, strict=True))
     assert same >= 0.97 * PROMPTS
+
+
+@pytest.mark.parametrize(("drafts", "least"), [(4, 1.8), (8, 2.5)])
+def test_freedave_decides_several_tokens_a_forward_and_the_same_ones(
+    drafts: int, least: float
+) -> None:
+    static = measured("commit=static")
+    found = measured(f"commit=static,verify=freedave:{drafts}")
+    assert found.answers == static.answers
+    assert least * found.forwards <= PROMPTS * tasks.ANSWER
+    # drafts cost work, which the forwards that they save give back in part
+    assert static.computed <= found.computed <= 2 * static.computed
+
+
+def test_freedave_plus_loses_little_beside_its_threshold() -> None:
+    strict = measured("commit=threshold:0.99")
+    found = measured("commit=threshold:0.99,verify=freedave-plus:4")
+    assert found.forwards <= strict.forwards and found.right >= strict.right - 1

@@ -232,7 +232,7 @@ def test_the_output_ends_where_the_positions_do() -> None:
         ("cache=dual:every=0", "every must be 1 or more"),
         ("stop=prophet:over=most", "over must be one of mean, least"),
         ("masks=0", "masks must be 1 or more"),
-        ("steps=4", "has no option 'steps'; known: block, commit, stop, cache, masks"),
+        ("steps=4", "has no option 'steps'; known: block, commit, stop, cache, verify, masks"),
     ],
 )
 def test_what_a_spec_may_not_say_is_named(spec: str, message: str) -> None:

@@ -175,6 +175,99 @@ def test_what_cannot_be_overwritten_changes_nothing(
     assert_same_bytes(state.snapshot(0), before)
 
 
+# ---- branches
+
+
+# of each branch: what it overwrites, not all of it what the one before it does
+BRANCHES = [range(9), [2, 3, 7], [3, 8], [0, 1, 2, 3, 4]]
+
+
+def branch_inputs(slot: int = 0) -> list[StepInput]:
+    return [
+        StepInput(slot, random_tokens(len(at), seed=n), overwrite=at, causal=False, branch=n)
+        for n, at in enumerate(BRANCHES)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "atol"),
+    [
+        ("float", torch.float64, 1e-10),
+        ("float", torch.float32, 1e-5),
+        ("int8", torch.float64, 1e-10),
+    ],
+)
+@pytest.mark.parametrize("layers", [("softmax", "softmax"), (mixer_config("softmax", TAPS),) * 2])
+def test_branches_are_steps_one_after_the_other(
+    layers: tuple[Any, ...], kind: str, dtype: torch.dtype, atol: float
+) -> None:
+    model, other = tiny_model(*layers, dtype=dtype), StepInput(1, [1, 2], [-1, -1])
+    for kept in range(len(BRANCHES)):
+        state, alone = model.new_state(2, kind), model.new_state(2, kind)
+        for slot in (0, 1):
+            feed(model, state, TEXT, slot)
+            feed(model, alone, TEXT, slot)
+        found = model.step([*branch_inputs(), other], state)
+        assert state.branches(0) == 3 and state.branches(1) == 0
+        held = []
+        for each, place in zip(branch_inputs(), found.slices, strict=False):
+            expected = model.step([replace(each, branch=0)], alone).logits
+            assert_close(found.logits[place], expected, atol)
+            held.append(alone.snapshot(0))
+        assert_close(found.logits[found.slices[-1]], model.step([other], alone).logits, atol)
+        # what branches overwrite is seen by none but later ones, until one is kept
+        assert_kept(state.snapshot(0), held[0], atol)
+        state.keep_branch(0, kept)
+        assert_kept(state.snapshot(0), held[kept], atol)
+        assert state.branches(0) == 0 and len(state.staged(1)) == 2
+
+
+def assert_kept(found: list[Any], expected: list[Any], atol: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert_close((a.keys, a.values), (b.keys, b.values), atol)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (branch_inputs()[1:], "branch 1 of slot 0 follows no branch 0"),
+        ([branch_inputs()[0], branch_inputs()[2]], "branch 2 of slot 0 follows no branch 1"),
+        ([branch_inputs(1)[0], branch_inputs()[1]], "branch 1 of slot 0 follows no branch 0"),
+        ([branch_inputs()[0], StepInput(0, [1], branch=1)], "each with `overwrite`"),
+        ([StepInput(0, [1]), branch_inputs()[1]], "each with `overwrite`"),
+        (branch_inputs()[:1] * 2, "are not different slots"),
+    ],
+    ids=["no first", "a gap", "another slot", "staged", "behind staged", "twice"],
+)
+def test_branches_that_do_not_follow_each_other_are_refused(
+    inputs: list[StepInput], message: str
+) -> None:
+    model = tiny_model("softmax")
+    state = prefilled(model, TEXT, TEXT)
+    before = state.snapshot(0)
+    with pytest.raises(ConfigError, match=message):
+        model.step(inputs, state)
+    assert_same_bytes(state.snapshot(0), before)
+
+
+def test_branches_are_settled_before_the_next_step() -> None:
+    model = tiny_model("softmax")
+    state = prefilled(model, TEXT)
+    model.step(branch_inputs(), state)
+    for given in (StepInput(0, [1]), branch_inputs()[0]):
+        with pytest.raises(StateError, match="slot 0 has 3 branches; keep one of them"):
+            model.step([given], state)
+    with pytest.raises(StateError, match="no branch 4; its last step had branches 0 to 3"):
+        state.keep_branch(0, 4)
+    state.drop(0)
+    assert state.branches(0) == 0
+    feed(model, state, [1])
+    state = model.new_state(1, "guest-paged:block=3")
+    feed(model, state, TEXT)
+    with pytest.raises(StateError, match="keeps no branches of a slot; use a cache that does"):
+        model.step(branch_inputs(), state)
+
+
 # ---- kinds of caches
 
 

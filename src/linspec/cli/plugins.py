@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS
+from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, VERIFIES
 from linspec.drafters import DRAFTERS
 from linspec.engine.loops import LOOPS
 from linspec.mixers import MIXERS, Mixer
@@ -35,6 +35,7 @@ def catalogue(us: Mapping[str, float] | None = None) -> dict[str, list[dict[str,
         "diffusion commits": COMMITS,
         "diffusion stops": STOPS,
         "diffusion caches": CACHES,
+        "diffusion verifies": VERIFIES,
         "trainings": TRAININGS,
     }
     found = {axis: [_facts(entry) for entry in registry] for axis, registry in axes.items()}

@@ -34,6 +34,9 @@ class StepInput:
         overwrite: committed positions whose entries the tokens replace at once; they are computed again
             with all entries in place, and nothing is staged.
         causal: False lets tokens that overwrite see later positions too.
+        branch: 0 overwrites what the slot holds. Branch n overwrites what branch n - 1 left, in a copy of
+            its own: the inputs of the branches of a slot follow each other in one step, and
+            `state.keep_branch` says afterwards which of them the slot goes on with.
     """
 
     slot: int
@@ -45,6 +48,7 @@ class StepInput:
     overwrite: Sequence[int] | None = None
     causal: bool = True
     logits_of: Sequence[int] | None = None
+    branch: int = 0
 
     @property
     def kind(self) -> int:

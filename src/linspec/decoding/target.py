@@ -49,7 +49,7 @@ class Target:
         If a step raises, nothing is staged.
 
         Args:
-            inputs: new tokens of different slots, in any order.
+            inputs: new tokens of different slots, in any order; branches of a slot from 0 on.
             layers: compute only these layers; None computes all.
             want: hidden states that are needed beside the logits.
         """

@@ -1,20 +1,23 @@
-"""The policies of masked diffusion: what a block is, what is committed, when to stop, what is computed again.
+"""The policies of masked diffusion: what a block is, what is committed, when to stop, what is computed again,
+which drafts are judged along.
 
 One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks them in every round.
 """
 
 from __future__ import annotations
 
-from linspec.diffusion import blocks, caches, prophet, stops
+from linspec.diffusion import blocks, caches, freedave, prophet, stops
 from linspec.diffusion.base import (
     BLOCKS,
     CACHES,
     COMMITS,
     STOPS,
+    VERIFIES,
     BlockPolicy,
     CachePolicy,
     CommitPolicy,
     StopPolicy,
+    VerifyPolicy,
 )
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
@@ -26,6 +29,7 @@ __all__ = [
     "CACHES",
     "COMMITS",
     "STOPS",
+    "VERIFIES",
     "BlockPolicy",
     "CachePolicy",
     "Candidates",
@@ -33,10 +37,12 @@ __all__ = [
     "CommitPolicy",
     "Predictions",
     "StopPolicy",
+    "VerifyPolicy",
     "blocks",
     "caches",
     "entropy",
     "factor",
+    "freedave",
     "local_leap",
     "prophet",
     "static",

@@ -1,4 +1,4 @@
-"""The four kinds of policies of masked diffusion, each a registry; they are made like a Drafter.
+"""The five kinds of policies of masked diffusion, each a registry; they are made like a Drafter.
 
 A policy keeps nothing of a sequence: whatever it needs is in the canvas, so sequences of a batch and repeated
 rounds change nothing for each other.
@@ -77,6 +77,26 @@ class CachePolicy(DiffusionPolicy):
         """
 
 
+class VerifyPolicy(DiffusionPolicy):
+    """Which coming canvases a forward computes along, and which of them the text goes on with."""
+
+    def ahead(self, canvas: Canvas) -> int:
+        """How many drafts are computed along with a canvas, at most; 0 for none.
+
+        Draft n is what the canvas will be after n more rounds if the next forwards say what the last one
+        said; drafts end with the block.
+        """
+        return 0
+
+    def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
+        """Which draft the text goes on with, counted from 1; 0 for none of them.
+
+        canvas: what the forward made of the canvas before the first draft. What the forward said of the
+        draft is then asked, as if it were the next forward.
+        """
+        return 0
+
+
 def _registry(axis: str, base: type[Any]) -> Registry[Any]:
     return Registry(f"diffusion {axis} policy", f"linspec.diffusion_{axis}s", base=base)
 
@@ -85,6 +105,9 @@ BLOCKS: Registry[BlockPolicy] = _registry("block", BlockPolicy)
 COMMITS: Registry[CommitPolicy] = _registry("commit", CommitPolicy)
 STOPS: Registry[StopPolicy] = _registry("stop", StopPolicy)
 CACHES: Registry[CachePolicy] = _registry("cache", CachePolicy)
+VERIFIES: Registry[VerifyPolicy] = Registry(
+    "diffusion verify policy", "linspec.diffusion_verifies", base=VerifyPolicy
+)
 
 
 def build(registry: Registry[T], spec: str) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -54,6 +54,27 @@ class Candidates:
     def entropy(self) -> Tensor:
         """[M]: of the distribution of each position, in nats."""
         return torch.special.entr(self.probabilities).sum(-1)
+
+    def where(self, chosen: Tensor) -> dict[int, int]:
+        """The tokens at the positions that are chosen."""
+        pairs = self.positions[chosen].tolist(), self.tokens[chosen].tolist()
+        return dict(zip(*pairs, strict=True))
+
+    def still_open(self, canvas: Canvas, uniforms: Callable[[int], Tensor]) -> Candidates:
+        """Those that are undecided on a later canvas; what is known of them is not computed again."""
+        left = torch.tensor([p in canvas.undecided for p in self.positions.tolist()])
+        found = replace(
+            self,
+            positions=self.positions[left],
+            tokens=self.tokens[left],
+            logits=self.logits[left],
+            uniforms=uniforms,
+            canvas=canvas,
+        )
+        for name in ("confidence", "margin", "entropy"):
+            if name in self.__dict__:
+                found.__dict__[name] = self.__dict__[name][left]
+        return found
 
 
 # what is committed first: the position with the highest number

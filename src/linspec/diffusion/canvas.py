@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 
 class Canvas:
@@ -57,6 +58,15 @@ class Canvas:
         """Put a token in the place of a mask."""
         self.undecided.remove(position)
         self.tokens[position] = token
+
+    def after(self, decisions: Mapping[int, int]) -> Canvas:
+        """A copy that is a forward further: these tokens stand at these positions."""
+        found = copy.copy(self)
+        found.tokens, found.undecided = list(self.tokens), set(self.undecided)
+        for position, token in decisions.items():
+            found.decide(position, token)
+        found.step += 1
+        return found
 
     def next_block(self) -> list[int]:
         """Go on behind a full block; returns its tokens."""

@@ -59,12 +59,8 @@ def step_nodes(
     layer: int,
 ) -> torch.Tensor:
     """A few nodes a slot, any tree: one masked product over the entries of each slot."""
-    if dense_group.overwrite is None:
-        state.stage(layer, dense_group.start, dense_group.lengths, k, v)
-    else:
-        state.overwrite(layer, dense_group.start, dense_group.overwrite, k[0], v[0])
     tree_mask, slots = dense_group.tree_mask(state), dense_group.slots
-    keys, values = state.read(layer, slots, tree_mask.width)
+    keys, values = _entries(k, v, dense_group, state, layer)
     sums, before = state.read_sums(layer, slots), state.spec.conv_history
     q = state.entries.queries(q).unflatten(1, (mixer.kv_heads, mixer.repeats))
     o = mixer.attend(q, keys, values[:, :, before:], tree_mask, sums)
@@ -75,6 +71,20 @@ def step_nodes(
         values = values[..., : mixer.head_width]
         o = o + convolve_nodes(values, tree_mask, padded, before, final=final)
     return o.flatten(1, 2)
+
+
+def _entries(
+    k: torch.Tensor, v: torch.Tensor, dense_group: DenseGroup, state: EntryState, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that the nodes of a step may attend to, their own k and v among them."""
+    slot, over = dense_group.start, dense_group.overwrite
+    if over is not None and dense_group.branch:
+        return state.overwrite_branch(layer, slot, dense_group.branch, over, k[0], v[0])
+    if over is None:
+        state.stage(layer, slot, dense_group.lengths, k, v)
+    else:
+        state.overwrite(layer, slot, over, k[0], v[0])
+    return state.read(layer, dense_group.slots, dense_group.tree_mask(state).width)
 
 
 def step_long(

@@ -292,6 +292,8 @@ class Decoder(nn.Module):
             if step_input.overwrite is None:
                 ephemeral = step_input.ephemeral
                 state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
+            elif step_input.branch:
+                state.record_branch(step_input.slot, step_input.branch)
         nodes = node_slices(inputs) if path.found else []
         return StepOutput(hidden, logits, slices, path.found, nodes)
 

@@ -129,6 +129,10 @@ class LayerState(Protocol):
         """Raise StateError unless the entries at these committed positions can be replaced."""
         ...
 
+    def keep_branch(self, slot: int, branch: int) -> None:
+        """Make `slot` what its branch of this number holds, 0 for itself, and forget the branches."""
+        ...
+
     def hold(self, slot: int, length: int) -> None:
         """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read."""
         ...
@@ -191,4 +195,19 @@ class EntryState(LayerState, Protocol):
         self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Replace the entries at committed positions by k, v [Hkv, N, .]; see `check_overwrite`."""
+        ...
+
+    def overwrite_branch(
+        self,
+        layer: int,
+        slot: int,
+        branch: int,
+        positions: Sequence[int],
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `overwrite` of what branch number `branch - 1` holds (0: the slot), in a copy of it.
+
+        Returns the entries of the branch, as `read` does those of a slot.
+        """
         ...

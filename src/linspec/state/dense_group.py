@@ -26,7 +26,8 @@ class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
     lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last. overwrite:
-    positions whose entries the tokens of one slot replace instead of being staged; causal: see StepInput.
+    positions whose entries the tokens of one slot replace instead of being staged; causal, branch: see
+    StepInput.
     """
 
     start: int
@@ -58,6 +59,7 @@ class DenseGroup:
     first: int = 0  # of this dense_group's nodes in the packed matrix
     overwrite: Sequence[int] | None = None
     causal: bool = True
+    branch: int = 0
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[M, H, K] -> this dense_group's [R, N, H, K], zero where a row has fewer nodes."""
@@ -90,7 +92,9 @@ class DenseGroup:
 def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
     """Shapes of what each slot has staged after a step; raises ConfigError on a malformed input."""
     slots = [step_input.slot for step_input in inputs]
-    if len(set(slots)) < len(slots) or not all(0 <= slot < state.slots for slot in slots):
+    _check_branches(inputs)
+    different = len({(each.slot, each.branch) for each in inputs}) == len(inputs)
+    if not different or not all(0 <= slot < state.slots for slot in slots):
         raise ConfigError(f"slots {slots} are not different slots of a state of {state.slots}")
     return [_shape(step_input, state) for step_input in inputs]
 
@@ -106,12 +110,25 @@ def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> lis
         # what overwrites is alone: its mask is of its own
         alone = over is not None or (last is not None and last.overwrite is not None)
         if last is None or alone or last.long != long or last.slots.stop != step_input.slot:
-            last = DenseGroup(step_input.slot, [], [], long, first, over, step_input.causal)
+            form = over, step_input.causal, step_input.branch
+            last = DenseGroup(step_input.slot, [], [], long, first, *form)
             dense_groups.append(last)
         last.lengths.append(count)
         last.shapes.append(shape)
         first += count
     return dense_groups
+
+
+def _check_branches(inputs: Sequence[StepInput]) -> None:
+    """Raise ConfigError for a branch that does not follow the one before it, or that stages nodes."""
+    for i, each in enumerate(inputs):
+        before = inputs[i - 1] if i else each
+        follows = (before.slot, before.branch) == (each.slot, each.branch - 1)
+        if each.branch and not (follows and None not in (before.overwrite, each.overwrite)):
+            raise ConfigError(
+                f"branch {each.branch} of slot {each.slot} follows no branch {each.branch - 1}; give the "
+                "branches of a slot one behind the other, from 0 on, each with `overwrite`"
+            )
 
 
 def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
@@ -123,6 +140,10 @@ def _shape(step_input: StepInput, state: SequenceStates) -> Shape:
         raise StateError(
             f"slot {step_input.slot} has staged a chain of {len(staged)} tokens; commit it before "
             "staging more"
+        )
+    if branches := state.branches(step_input.slot):
+        raise StateError(
+            f"slot {step_input.slot} has {branches} branches; keep one of them before its next step"
         )
     if step_input.overwrite is not None:
         return _overwritten(step_input, step_input.overwrite, state)

@@ -9,7 +9,10 @@ import torch
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
+from linspec.state.branches import Branch
 from linspec.state.buffer import BufferState
+from linspec.state.contract import StateOptions
+from linspec.state.entries import EntryFormat, EntrySpec
 from linspec.state.registry import STATES
 
 
@@ -22,6 +25,18 @@ class KVCache(BufferState):
     """Nothing ever leaves, so committed entries can be overwritten, and long chains are staged in place."""
 
     grows: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        spec: EntrySpec,
+        layers: int,
+        slots: int,
+        options: StateOptions,
+        entries: EntryFormat | None = None,
+    ) -> None:
+        super().__init__(spec, layers, slots, options, entries)
+        # of a slot: what it holds, then its branches
+        self.branches: dict[int, list[Branch]] = {}
 
     def _resting(self) -> int:
         return MAX_STAGED
@@ -80,3 +95,48 @@ class KVCache(BufferState):
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
         self.values[layer, slot].index_copy_(1, at + history, self.entries.encode(v))
+
+    def drop(self, slot: int) -> None:
+        super().drop(slot)
+        self.branches.pop(slot, None)
+
+    @torch.inference_mode()
+    def overwrite_branch(
+        self,
+        layer: int,
+        slot: int,
+        branch: int,
+        positions: Sequence[int],
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `overwrite` behind branch number `branch - 1`, in a copy; returns what `read` would of it."""
+        before, mine = self._branches(slot, branch, positions)
+        history = self.spec.conv_history
+        at = torch.tensor(positions, dtype=torch.long, device=self.device)
+        keys = mine.keys[layer].copy_(before.keys[layer])
+        values = mine.values[layer].copy_(before.values[layer])
+        keys.index_copy_(1, at, self.entries.encode(k))
+        values.index_copy_(1, at + history, self.entries.encode(v))
+        return self._decoded(keys[None], values[None])
+
+    def _branches(self, slot: int, branch: int, positions: Sequence[int]) -> tuple[Branch, Branch]:
+        """A branch, made where there is none, and the one before it."""
+        found = self.branches.setdefault(slot, [])
+        if not found:
+            held = self.lengths[slot]
+            values = self.values[:, slot, :, : self.spec.conv_history + held]
+            found.append(Branch(self.keys[:, slot, :, :held], values, frozenset()))
+        if len(found) == branch:
+            found.append(found[-1].follow(positions))
+        return found[branch - 1], found[branch]
+
+    @torch.inference_mode()
+    def keep_branch(self, slot: int, branch: int) -> None:
+        """Overwrite what branch number `branch` has, and forget all of them."""
+        if branch:
+            kept, history = self.branches[slot][branch], self.spec.conv_history
+            at = torch.tensor(sorted(kept.positions), dtype=torch.long, device=self.device)
+            self.keys[:, slot].index_copy_(2, at, kept.keys[:, :, at])
+            self.values[:, slot].index_copy_(2, at + history, kept.values[:, :, at + history])
+        self.branches.pop(slot, None)

@@ -49,6 +49,8 @@ class SequenceStates:
         # staged nodes that are never committed, and states that a step of some layers left torn
         self._ephemeral: dict[int, frozenset[int]] = {}
         self._ran: dict[int, frozenset[int]] = {}
+        # the last branch of slots that have some
+        self._branches: dict[int, int] = {}
 
     def empty(self, slots: int) -> Self:
         """An empty state of the same model for `slots` sequences."""
@@ -168,6 +170,7 @@ class SequenceStates:
         self._staged[slot] = NOTHING_STAGED
         self._ephemeral.pop(slot, None)
         self._ran.pop(slot, None)
+        self._branches.pop(slot, None)
 
     def drop(self, slot: int) -> None:
         """Forget what `slot` has staged."""
@@ -179,6 +182,27 @@ class SequenceStates:
         """Raise StateError unless every layer can replace its entries at these committed positions."""
         for part in self._counted:
             part.check_overwrite(slot, positions)
+
+    def branches(self, slot: int) -> int:
+        """How many branches the last step of `slot` had beside what it holds, until one is kept."""
+        return self._branches.get(slot, 0)
+
+    def record_branch(self, slot: int, branch: int) -> None:
+        """Note a branch after every layer has overwritten its entries."""
+        self._branches[slot] = branch
+
+    def keep_branch(self, slot: int, branch: int) -> None:
+        """Make `slot` what its branch of this number holds, 0 for itself, and forget the branches.
+
+        Raises StateError, and changes nothing, if there is no such branch.
+        """
+        if not 0 <= branch <= self.branches(slot):
+            raise StateError(
+                f"slot {slot} has no branch {branch}; its last step had branches 0 to {self.branches(slot)}"
+            )
+        for part in self._counted:
+            part.keep_branch(slot, branch)
+        self._branches.pop(slot, None)
 
     def hold(self, slot: int, length: int) -> None:
         """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read.

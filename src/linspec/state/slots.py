@@ -125,6 +125,24 @@ class SlotStates:
         """Replace the entries at committed positions; here none can be."""
         self.check_overwrite(slot, positions)
 
+    def overwrite_branch(
+        self,
+        layer: int,
+        slot: int,
+        branch: int,
+        positions: Sequence[int],
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `overwrite`, in a copy; here there is none."""
+        self.check_overwrite(slot, positions)
+        raise StateError(
+            f"a {type(self).__name__} keeps no branches of a slot; use a cache that does, such as 'float'"
+        )
+
+    def keep_branch(self, slot: int, branch: int) -> None:
+        """Make `slot` what one of its branches holds, and forget these; here there is none."""
+
     def hold(self, slot: int, length: int) -> None:
         """Let `slot` hold `length` committed positions that are all overwritten first; here none can be."""
         self.check_overwrite(slot, range(length))

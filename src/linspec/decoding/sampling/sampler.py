@@ -114,6 +114,12 @@ class Sampler:
         """
         return [float(number) for number in copy.deepcopy(self._generator).random(count)]
 
+    def ahead(self) -> Sampler:
+        """The same request, for drafts: it draws the numbers that come next, and leaves them to come."""
+        found = copy.copy(self)
+        found._generator = copy.deepcopy(self._generator)
+        return found
+
     def observe(self, tokens: Sequence[int]) -> None:
         """Add emitted tokens to the history."""
         self._check_ids("the prompt or the output", tokens)

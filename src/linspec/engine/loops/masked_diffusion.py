@@ -2,9 +2,10 @@
 
     LLM("path/to/llada", loop="masked-diffusion:block=fixed:32,commit=threshold:0.9,cache=dual")
 
-What a block is, what a round decides, when to stop and what a forward computes again are policies of
-`linspec.diffusion`. The state of a sequence holds the whole canvas; a forward overwrites the keys and values
-of the positions that it computes, and sees those of all.
+What a block is, what a round decides, when to stop, what a forward computes again and which drafts it judges
+along are policies of `linspec.diffusion`. The state of a sequence holds the whole canvas; a forward
+overwrites the keys and values of the positions that it computes, and sees those of all; drafts do so in
+copies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -19,11 +21,22 @@ from torch import Tensor
 from linspec.decoding.outcome import Outcome
 from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
-from linspec.decoding.step import StepInput
-from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
+from linspec.diffusion import (
+    BLOCKS,
+    CACHES,
+    COMMITS,
+    STOPS,
+    VERIFIES,
+    Candidates,
+    Canvas,
+    Predictions,
+)
 from linspec.diffusion.base import build
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
+from linspec.engine.loops.canvas_candidates import candidates_of
+from linspec.engine.loops.canvas_drafts import drafted, followed
+from linspec.engine.loops.canvas_forward import Denoising, Forward, Reading
 from linspec.engine.loops.canvas_requests import check_request, room
 from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
@@ -46,6 +59,9 @@ class DiffusionOptions:
     )
     stop: str = option("when to end before the last block, a spec", default="end-of-text")
     cache: str = option("which positions are computed again, a spec such as dual", default="none")
+    verify: str = option(
+        "which coming rounds a forward computes along, a spec such as freedave:4", default="none"
+    )
     masks: int = option(
         "most masks that are laid out at once; a longer output gets more when these are decided",
         default=256,
@@ -53,42 +69,6 @@ class DiffusionOptions:
 
     def __post_init__(self) -> None:
         check_size("masks", self.masks)
-
-
-@dataclass(slots=True)
-class Denoising:
-    """A sequence on its way.
-
-    later: masks that are not laid out yet. held: tokens up to an end that was reached, while later blocks are
-    computed.
-    """
-
-    sequence: RunningSequence
-    canvas: Canvas
-    later: int
-    held: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """What one sequence has in a step: the positions that are computed, and those that have logits."""
-
-    of: Denoising
-    rows: list[int]
-    read: list[int]
-
-    @property
-    def given(self) -> StepInput:
-        """Tokens and masks, which see all positions."""
-        tokens = [self.of.canvas.tokens[row] for row in self.rows]
-        first = len(self.rows) - len(self.read)
-        return StepInput(
-            self.of.sequence.slot,
-            tokens,
-            overwrite=self.rows,
-            causal=False,
-            logits_of=range(first, len(self.rows)),
-        )
 
 
 @LOOPS.register(
@@ -116,6 +96,7 @@ class MaskedDiffusionLoop(GenerationLoop):
         self.commit = build(COMMITS, options.commit)
         self.stop = build(STOPS, options.stop)
         self.cache = build(CACHES, options.cache)
+        self.verify = build(VERIFIES, options.verify)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
 
@@ -158,8 +139,12 @@ class MaskedDiffusionLoop(GenerationLoop):
         return forwards, failures
 
     def _forward(self, denoising: Denoising) -> Forward:
+        canvases = (denoising.canvas, *denoising.drafts)
+        return Forward(denoising, [self._reading(canvas) for canvas in canvases])
+
+    def _reading(self, canvas: Canvas) -> Reading:
         """What the cache policy wants computed, and what the logits of open positions stand at."""
-        canvas, rows = denoising.canvas, self.cache.rows(denoising.canvas)
+        rows = self.cache.rows(canvas)
         if not set(rows) <= set(range(len(canvas))):
             raise self._broken(
                 rows, f"rows are positions of the canvas, from 0 to {len(canvas) - 1}"
@@ -169,49 +154,70 @@ class MaskedDiffusionLoop(GenerationLoop):
         shift = self.config.logit_shift
         rows = sorted({*rows, *(position - shift for position in canvas.open)})
         # what stands before the block is decided
-        return Forward(denoising, rows, [row for row in rows if row >= canvas.start - shift])
+        return Reading(canvas, rows, [row for row in rows if row >= canvas.start - shift])
 
     def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
         return ConfigError(
             f"diffusion cache policy {self.cache.name!r} answered {shown(repr(rows))}: {rule}"
         )
 
-    def _step(self, forwards: Sequence[Forward]) -> list[Tensor]:
-        return [each.logits for each in self.target.step([each.given for each in forwards])]
+    def _step(self, forwards: Sequence[Forward]) -> list[list[Tensor]]:
+        """The logits of each reading of each forward."""
+        outputs = iter(self.target.step([given for each in forwards for given in each.given]))
+        return [
+            [each.logits for each in islice(outputs, len(forward.readings))] for forward in forwards
+        ]
 
-    def _judged(self, forward: Forward, logits: Tensor | Exception) -> list[Outcome]:
+    def _judged(self, forward: Forward, logits: list[Tensor] | Exception) -> list[Outcome]:
         """What a forward has brought its sequence: full blocks, nothing yet, or an error."""
         sequence = forward.of.sequence
         try:
             if isinstance(logits, Exception):
                 raise logits
-            check_finite(logits)
             before = forward.of.canvas.decided
             forward.of.canvas.new = False
-            self._denoise(forward.of, self._predictions(forward, logits))
+            self._advance(forward, logits)
             decided = forward.of.canvas.decided - before
-            sequence.stats.count_forward(decided, len(forward.rows) * self.config.layers)
+            sequence.stats.count_forward(decided, forward.positions * self.config.layers)
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
 
-    def _predictions(self, forward: Forward, logits: Tensor) -> Predictions:
-        return Predictions(forward.read, logits, self.config.logit_shift, self.config.mask_id)
+    def _advance(self, forward: Forward, logits: Sequence[Tensor]) -> None:
+        """The rounds that a forward is: that of the canvas, and those of drafts that it goes on to."""
+        denoising, readings, at = forward.of, forward.readings, 0
+        while True:
+            check_finite(logits[at])
+            predictions = self._predictions(readings[at], logits[at])
+            candidates = self._denoise(denoising, predictions)
+            drafts = [each.canvas for each in readings[at + 1 :]]
+            more = followed(self.verify, denoising, drafts)
+            # what the cache policy goes by may have come out otherwise than the draft had it
+            if not more or self._reading(denoising.canvas).rows != readings[at + more].rows:
+                break
+            at += more
+        if len(readings) > 1:
+            self.target.state.keep_branch(denoising.sequence.slot, at)
+        denoising.drafts = drafted(self.verify, denoising, candidates, self._chosen)
 
-    def _denoise(self, denoising: Denoising, predictions: Predictions) -> None:
-        """Decide some of the canvas by what a forward has said of it."""
+    def _predictions(self, reading: Reading, logits: Tensor) -> Predictions:
+        return Predictions(reading.read, logits, self.config.logit_shift, self.config.mask_id)
+
+    def _denoise(self, denoising: Denoising, predictions: Predictions) -> Candidates:
+        """Decide some of the canvas by what a forward has said of it; returns what could be decided."""
         canvas = denoising.canvas
         if canvas.end is None:
             canvas.end = self._end(canvas, self.block.length(canvas, predictions))
         fills = self.stop.fills(canvas, predictions)
         if fills:
             canvas.end = len(canvas)
-        candidates = self._candidates(denoising, predictions)
+        sequence = denoising.sequence
+        candidates = candidates_of(canvas, sequence, sequence.sampler, predictions)
         chosen = torch.ones_like(candidates.positions).bool() if fills else self._chosen(candidates)
-        decided = zip(candidates.positions[chosen], candidates.tokens[chosen], strict=True)
-        for position, token in decided:
-            canvas.decide(int(position), int(token))
+        for position, token in candidates.where(chosen).items():
+            canvas.decide(position, token)
         canvas.step += 1
+        return candidates
 
     def _end(self, canvas: Canvas, length: int) -> int:
         if type(length) is not int or length < 1:
@@ -220,34 +226,6 @@ class MaskedDiffusionLoop(GenerationLoop):
                 "or more"
             )
         return min(canvas.start + length, len(canvas))
-
-    def _candidates(self, denoising: Denoising, predictions: Predictions) -> Candidates:
-        """A token for every open position, with the clean logits: temperature changes no confidence."""
-        positions, sampler = denoising.canvas.open, denoising.sequence.sampler
-        logits = predictions.logits(positions)
-        if sampler.plain:
-            tokens = logits.argmax(-1)
-        else:
-            pairs = zip(positions, logits, strict=True)
-            tokens = torch.tensor([self._token(denoising, *pair) for pair in pairs])
-
-        def uniforms(count: int) -> Tensor:
-            return torch.tensor([sampler.uniform() for _ in range(count)], dtype=torch.float64)
-
-        at = torch.tensor(positions)
-        return Candidates(at, tokens, logits, uniforms, denoising.canvas, predictions)
-
-    def _token(self, denoising: Denoising, position: int, logits: Tensor) -> int:
-        """A token by the rules of the request, drawn by one number.
-
-        The published samplers take the argmax of the logits and T times Gumbel noise: the same distribution,
-        softmax(logits / T), for a number a token of the vocabulary.
-        """
-        sequence = denoising.sequence
-        before = denoising.canvas.tokens[len(sequence.tokens) : position]
-        if sequence.sampler.greedy:
-            return int(sequence.sampler.scores(logits, before).argmax())
-        return sequence.sampler.draw(sequence.sampler.probabilities(logits, before))
 
     def _chosen(self, candidates: Candidates) -> Tensor:
         chosen = self.commit.commit(candidates)

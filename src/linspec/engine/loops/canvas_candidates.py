@@ -1,0 +1,47 @@
+"""The tokens that a round of masked diffusion could decide, by the rules and the numbers of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from linspec.decoding.sampling import Sampler
+from linspec.decoding.sequence import RunningSequence
+from linspec.diffusion import Candidates, Canvas, Predictions
+
+
+def candidates_of(
+    canvas: Canvas, sequence: RunningSequence, sampler: Sampler, predictions: Predictions
+) -> Candidates:
+    """A token for every open position, with the clean logits: temperature changes no confidence."""
+    positions = canvas.open
+    logits = predictions.logits(positions)
+    if sampler.plain:
+        tokens = logits.argmax(-1)
+    else:
+        begun, pairs = len(sequence.tokens), zip(positions, logits, strict=True)
+        tokens = torch.tensor(
+            [_token(sampler, canvas.tokens[begun:at], scores) for at, scores in pairs]
+        )
+    at, uniforms = torch.tensor(positions), uniforms_of(sampler)
+    return Candidates(at, tokens, logits, uniforms, canvas, predictions)
+
+
+def uniforms_of(sampler: Sampler) -> Callable[[int], Tensor]:
+    """So many numbers of the request's own."""
+    return lambda count: torch.tensor(
+        [sampler.uniform() for _ in range(count)], dtype=torch.float64
+    )
+
+
+def _token(sampler: Sampler, before: Sequence[int], logits: Tensor) -> int:
+    """A token behind those `before` it by the rules of the request, drawn by one number.
+
+    The published samplers take the argmax of the logits and T times Gumbel noise: the same distribution,
+    softmax(logits / T), for a number a token of the vocabulary.
+    """
+    if sampler.greedy:
+        return int(sampler.scores(logits, before).argmax())
+    return sampler.draw(sampler.probabilities(logits, before))

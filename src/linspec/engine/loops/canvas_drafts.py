@@ -1,0 +1,64 @@
+"""Drafts of coming canvases: which are made after a round, and which of them the next forward confirms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from linspec.diffusion import Candidates, Canvas, VerifyPolicy
+from linspec.engine.loops.canvas_candidates import candidates_of, uniforms_of
+from linspec.engine.loops.canvas_forward import Denoising
+from linspec.errors import ConfigError
+
+
+def followed(verify: VerifyPolicy, denoising: Denoising, drafts: Sequence[Canvas]) -> int:
+    """How many drafts further the forward says what comes next; the canvas becomes that draft."""
+    canvas = denoising.canvas
+    if not drafts or canvas.full:
+        return 0
+    more = verify.follows(canvas, drafts)
+    if type(more) is not int or not 0 <= more <= len(drafts):
+        raise ConfigError(
+            f"diffusion verify policy {verify.name!r} answered {more!r}; it goes on with one of "
+            f"{len(drafts)} drafts, from 1 on, or with none, 0"
+        )
+    if more and drafts[more - 1].tokens != canvas.tokens:
+        denoising.canvas = drafts[more - 1]
+    return more
+
+
+def drafted(
+    verify: VerifyPolicy,
+    denoising: Denoising,
+    candidates: Candidates,
+    chosen: Callable[[Candidates], Tensor],
+) -> list[Canvas]:
+    """What the canvas will be after the next rounds of its block, if forwards go on to say the same.
+
+    candidates: of the last round. chosen: which of some a round decides.
+    """
+    canvas, found = denoising.canvas, list[Canvas]()
+    count = 0 if canvas.full else _count(verify, canvas)
+    sequence = denoising.sequence
+    # drafts draw the numbers that their rounds will draw
+    sampler = sequence.sampler.ahead() if count else sequence.sampler
+    while len(found) < count:
+        if sampler.greedy:
+            candidates = candidates.still_open(canvas, uniforms_of(sampler))
+        else:
+            candidates = candidates_of(canvas, sequence, sampler, candidates.predictions)
+        canvas = canvas.after(candidates.where(chosen(candidates)))
+        if canvas.full:
+            break
+        found.append(canvas)
+    return found
+
+
+def _count(verify: VerifyPolicy, canvas: Canvas) -> int:
+    count = verify.ahead(canvas)
+    if type(count) is not int or count < 0:
+        raise ConfigError(
+            f"diffusion verify policy {verify.name!r} answered {count!r}; a canvas has 0 drafts or more"
+        )
+    return count
