@@ -53,6 +53,18 @@ class CommitPolicy(DiffusionPolicy):
     def commit(self, candidates: Candidates) -> Tensor:
         """[M] booleans, true for at least one candidate."""
 
+    @property
+    def knows_ahead(self) -> bool:
+        """Whether it can say before a forward what that will decide."""
+        return False
+
+    def ahead(self, canvas: Canvas) -> Sequence[int]:
+        """The open positions that the next forward decides, if that is known now; else none.
+
+        Where a cache policy goes by them, the forward may say nothing of other positions.
+        """
+        return ()
+
 
 class StopPolicy(DiffusionPolicy):
     """When there is no need to go on as planned."""
@@ -67,7 +79,14 @@ class StopPolicy(DiffusionPolicy):
 
 
 class CachePolicy(DiffusionPolicy):
-    """Which positions a forward computes; the others keep the keys and values that they have."""
+    """Which positions a forward computes; the others keep the keys and values that they have.
+
+    Attributes:
+        goes_ahead: whether it computes what `canvas.ahead` names, not all that is open. The commit policy
+            must know this.
+    """
+
+    goes_ahead: ClassVar[bool] = False
 
     @abstractmethod
     def rows(self, canvas: Canvas) -> Sequence[int]:

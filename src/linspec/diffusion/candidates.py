@@ -55,15 +55,37 @@ class Candidates:
         """[M]: of the distribution of each position, in nats."""
         return torch.special.entr(self.probabilities).sum(-1)
 
+    @cached_property
+    def lots(self) -> Tensor:
+        """[M]: a random number of each position, drawn once: the order of what is left stays as it is."""
+        lots, places = self.canvas.lots, self.positions.tolist()
+        new = [position for position in places if position not in lots]
+        lots.update(zip(new, self.uniforms(len(new)).tolist(), strict=True))
+        return torch.tensor([lots[position] for position in places], dtype=torch.float64)
+
 
 # what is committed first: the position with the highest number
 ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
     "confidence": lambda candidates: candidates.confidence,
     "margin": lambda candidates: candidates.margin,
     "entropy": lambda candidates: -candidates.entropy,
-    "random": lambda candidates: candidates.uniforms(len(candidates.positions)),
+    "random": lambda candidates: candidates.lots,
     "left": lambda candidates: -candidates.positions,
 }
+
+
+# orders that are known before a forward, by the canvas
+KNOWN_ORDERS = ("left", "random")
+
+
+def known_order(order: str, canvas: Canvas) -> list[int]:
+    """What is open, in one of KNOWN_ORDERS; empty before all of it has a lot."""
+    if order == "left":
+        return canvas.open
+    if not canvas.lots.keys() >= set(canvas.open):
+        return []
+    # `highest` takes the first of equal ones, and so does a stable sort
+    return sorted(canvas.open, key=canvas.lots.__getitem__, reverse=True)
 
 
 def check_order(name: str, order: str) -> None:

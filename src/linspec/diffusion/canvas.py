@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -18,16 +19,25 @@ class Canvas:
         end: the position behind it; None until the first forward of the block has said how long it is.
         step: forwards that the current block has had.
         new: whether no forward has seen all of its positions: at first, and when it has grown.
+        logit_shift: how many positions ahead of a token its logits stand.
+        ahead: what the next forward decides, where the commit policy knows it before; else empty.
+        lots: a random number of each position that has been in a random order.
     """
 
-    def __init__(self, prompt: Sequence[int], count: int, mask_id: int) -> None:
+    def __init__(
+        self, prompt: Sequence[int], count: int, mask_id: int, logit_shift: int = 0
+    ) -> None:
         """count: masks behind the prompt."""
-        self.tokens, self.mask_id = list(prompt), mask_id
+        self.tokens, self.mask_id, self.logit_shift = list(prompt), mask_id, logit_shift
         self.prompt_length = self.start = len(prompt)
         self.undecided: set[int] = set()
         self.grow(count)
         self.end: int | None = None
         self.step = 0
+        self.ahead: Sequence[int] = ()
+        self.lots: dict[int, float] = {}
+        self._steps_before = 0
+        self._decided_by: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -47,6 +57,22 @@ class Canvas:
         """Positions of the output that are decided."""
         return len(self) - self.prompt_length - len(self.undecided)
 
+    @property
+    def forwards(self) -> int:
+        """Forwards that all blocks have had."""
+        return self._steps_before + self.step
+
+    @property
+    def fresh(self) -> list[int]:
+        """What the last forward decided: no forward has computed these positions as words yet."""
+        return [p for p in range(self.prompt_length, len(self)) if self.age(p) == 1]
+
+    def age(self, position: int) -> float:
+        """Forwards since a position was decided: 0 for a mask, 1 for what is fresh, inf for the prompt."""
+        if position in self.undecided:
+            return 0
+        return self.forwards - self._decided_by.get(position, -math.inf)
+
     def grow(self, count: int) -> None:
         """Lay out `count` more masks."""
         self.undecided |= {*range(len(self), len(self) + count)}
@@ -57,10 +83,12 @@ class Canvas:
         """Put a token in the place of a mask."""
         self.undecided.remove(position)
         self.tokens[position] = token
+        self._decided_by[position] = self.forwards
 
     def next_block(self) -> list[int]:
         """Go on behind a full block; returns its tokens."""
         assert self.full and self.end is not None, "the block has masks"
         done = self.tokens[self.start : self.end]
+        self._steps_before += self.step
         self.start, self.end, self.step = self.end, None, 0
         return done

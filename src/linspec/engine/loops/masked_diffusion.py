@@ -21,7 +21,7 @@ from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
-from linspec.diffusion.base import build
+from linspec.diffusion.base import CachePolicy, CommitPolicy, build
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.canvas_requests import check_request, room
@@ -116,6 +116,7 @@ class MaskedDiffusionLoop(GenerationLoop):
         self.commit = build(COMMITS, options.commit)
         self.stop = build(STOPS, options.stop)
         self.cache = build(CACHES, options.cache)
+        check_fit(self.commit, self.cache)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
 
@@ -125,7 +126,7 @@ class MaskedDiffusionLoop(GenerationLoop):
     def started(self, sequence: RunningSequence) -> None:
         count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
         now = min(count, self.masks)
-        canvas = Canvas(sequence.tokens, now, self.config.mask_id)
+        canvas = Canvas(sequence.tokens, now, self.config.mask_id, self.config.logit_shift)
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
         sequence.prefilled = sequence.prompt_length
@@ -159,7 +160,9 @@ class MaskedDiffusionLoop(GenerationLoop):
 
     def _forward(self, denoising: Denoising) -> Forward:
         """What the cache policy wants computed, and what the logits of open positions stand at."""
-        canvas, rows = denoising.canvas, self.cache.rows(denoising.canvas)
+        canvas = denoising.canvas
+        canvas.ahead = self._ahead(canvas)
+        rows = self.cache.rows(canvas)
         if not set(rows) <= set(range(len(canvas))):
             raise self._broken(
                 rows, f"rows are positions of the canvas, from 0 to {len(canvas) - 1}"
@@ -167,9 +170,19 @@ class MaskedDiffusionLoop(GenerationLoop):
         if canvas.new and len(set(rows)) < len(canvas):
             raise self._broken(rows, "a forward computes everything before anything is kept")
         shift = self.config.logit_shift
-        rows = sorted({*rows, *(position - shift for position in canvas.open)})
+        asked = canvas.ahead if self.cache.goes_ahead and canvas.ahead else canvas.open
+        rows = sorted({*rows, *(position - shift for position in asked)})
         # what stands before the block is decided
         return Forward(denoising, rows, [row for row in rows if row >= canvas.start - shift])
+
+    def _ahead(self, canvas: Canvas) -> Sequence[int]:
+        ahead = self.commit.ahead(canvas)
+        if not set(ahead) <= set(canvas.open):
+            raise ConfigError(
+                f"diffusion commit policy {self.commit.name!r} will decide {shown(repr(ahead))} next; only "
+                "open positions can be decided"
+            )
+        return ahead
 
     def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
         return ConfigError(
@@ -206,7 +219,9 @@ class MaskedDiffusionLoop(GenerationLoop):
         fills = self.stop.fills(canvas, predictions)
         if fills:
             canvas.end = len(canvas)
-        candidates = self._candidates(denoising, predictions)
+        # all that is open, unless the cache policy computes less than that
+        positions = canvas.open if fills else predictions.among(canvas.open)
+        candidates = self._candidates(denoising, positions, predictions)
         chosen = torch.ones_like(candidates.positions).bool() if fills else self._chosen(candidates)
         decided = zip(candidates.positions[chosen], candidates.tokens[chosen], strict=True)
         for position, token in decided:
@@ -221,9 +236,11 @@ class MaskedDiffusionLoop(GenerationLoop):
             )
         return min(canvas.start + length, len(canvas))
 
-    def _candidates(self, denoising: Denoising, predictions: Predictions) -> Candidates:
-        """A token for every open position, with the clean logits: temperature changes no confidence."""
-        positions, sampler = denoising.canvas.open, denoising.sequence.sampler
+    def _candidates(
+        self, denoising: Denoising, positions: list[int], predictions: Predictions
+    ) -> Candidates:
+        """A token for each position, with the clean logits: temperature changes no confidence."""
+        sampler = denoising.sequence.sampler
         logits = predictions.logits(positions)
         if sampler.plain:
             tokens = logits.argmax(-1)
@@ -284,6 +301,16 @@ class MaskedDiffusionLoop(GenerationLoop):
         denoising.canvas.grow(count)
         self.target.state.hold(denoising.sequence.slot, len(denoising.canvas))
         return True
+
+
+def check_fit(commit: CommitPolicy, cache: CachePolicy) -> None:
+    """Raise ConfigError for a cache policy that needs to know what the commit policy does not."""
+    if cache.goes_ahead and not commit.knows_ahead:
+        raise ConfigError(
+            f"cache policy {cache.name!r} computes little beside what the next forward decides, which "
+            f"commit policy {commit.name!r} does not know before; use commit=static:order=random or "
+            "order=left, or cache=dkv"
+        )
 
 
 def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
