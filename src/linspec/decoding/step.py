@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -13,6 +14,26 @@ from linspec.decoding.tree import TokenTree
 MAX_STAGED = 64
 # in place of a layer's number: the normalized states that the output layer reads
 FINAL = -1
+
+
+# from states [R, D] that go into a layer, and the positions of these: how they attend to all positions of
+# their slot [H, R, T], each row a distribution
+Look = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+class Watch(Protocol):
+    """Looks at a step between two layers, for one input that overwrites and sees all positions."""
+
+    def before(self, layer: int, x: torch.Tensor, look: Look) -> torch.Tensor | None:
+        """x [N, D] goes into a layer, whose entries are as they were before the step.
+
+        Returns None, or what goes into it of all positions of the slot, [T, D]: all are computed from here.
+        """
+        ...
+
+    def after(self, layer: int, look: Look) -> None:
+        """The layer has its new entries."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +52,7 @@ class StepInput:
         overwrite: committed positions whose entries the tokens replace at once; they are computed again
             with all entries in place, and nothing is staged.
         causal: False lets tokens that overwrite see later positions too.
+        watch: looks at the states of tokens that overwrite, and may have all positions computed.
     """
 
     slot: int
@@ -42,6 +64,7 @@ class StepInput:
     overwrite: Sequence[int] | None = None
     causal: bool = True
     logits_of: Sequence[int] | None = None
+    watch: Watch | None = None
 
     @classmethod
     def tree(cls, slot: int, tree: TokenTree) -> StepInput:

@@ -5,7 +5,7 @@ One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks th
 
 from __future__ import annotations
 
-from linspec.diffusion import blocks, caches, dkv, prophet, stops
+from linspec.diffusion import blocks, caches, dkv, elastic, prophet, stops
 from linspec.diffusion.base import (
     BLOCKS,
     CACHES,
@@ -36,6 +36,7 @@ __all__ = [
     "blocks",
     "caches",
     "dkv",
+    "elastic",
     "entropy",
     "factor",
     "local_leap",

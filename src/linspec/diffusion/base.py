@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from linspec.decoding.step import Watch
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.predictions import Predictions
@@ -44,6 +45,14 @@ class BlockPolicy(DiffusionPolicy):
 
         The canvas may have fewer left; then the block ends with it.
         """
+
+    @property
+    def window(self) -> int | None:
+        """Most masks that are open at once, the first ones of the block; None for all of them.
+
+        With a window text goes out as far as it is decided, before the block is full.
+        """
+        return None
 
 
 class CommitPolicy(DiffusionPolicy):
@@ -78,6 +87,15 @@ class StopPolicy(DiffusionPolicy):
         return False
 
 
+class CountedWatch(Watch, Protocol):
+    """A watch that counts."""
+
+    @property
+    def computed(self) -> int:
+        """Positions × layers that the forward computed."""
+        ...
+
+
 class CachePolicy(DiffusionPolicy):
     """Which positions a forward computes; the others keep the keys and values that they have.
 
@@ -94,6 +112,13 @@ class CachePolicy(DiffusionPolicy):
 
         Of a canvas that is `new` nothing is kept: all of its positions have to be computed.
         """
+
+    def watch(self, canvas: Canvas, rows: Sequence[int]) -> CountedWatch | None:
+        """What looks at the forward of these rows between its layers; most policies have no such thing.
+
+        What it keeps for the next forward belongs into `canvas.kept`.
+        """
+        return None
 
 
 def _registry(axis: str, base: type[Any]) -> Registry[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 class Canvas:
@@ -22,6 +23,8 @@ class Canvas:
         logit_shift: how many positions ahead of a token its logits stand.
         ahead: what the next forward decides, where the commit policy knows it before; else empty.
         lots: a random number of each position that has been in a random order.
+        window: most masks that are open at once, the first ones of the block; None for all.
+        kept: what the cache policy keeps of the sequence, which is dropped with it.
     """
 
     def __init__(
@@ -36,6 +39,8 @@ class Canvas:
         self.step = 0
         self.ahead: Sequence[int] = ()
         self.lots: dict[int, float] = {}
+        self.window: int | None = None
+        self.kept: Any = None
         self._steps_before = 0
         self._decided_by: dict[int, int] = {}
 
@@ -45,7 +50,8 @@ class Canvas:
     @property
     def open(self) -> list[int]:
         """What the next forward may decide: undecided positions of the block, or all if it has no end."""
-        return sorted(p for p in self.undecided if self.end is None or p < self.end)
+        masks = sorted(p for p in self.undecided if self.end is None or p < self.end)
+        return masks[: self.window]
 
     @property
     def full(self) -> bool:
@@ -92,3 +98,12 @@ class Canvas:
         self._steps_before += self.step
         self.start, self.end, self.step = self.end, None, 0
         return done
+
+    def leave(self) -> list[int]:
+        """Go on behind a full block, or with a window behind all that is decided; returns the tokens."""
+        if self.full:
+            return self.next_block()
+        if self.window is None:
+            return []
+        start, self.start = self.start, self.open[0]
+        return self.tokens[start : self.start]

@@ -105,9 +105,9 @@ class Decoder(nn.Module):
             x = x * self.config.embedding_scale
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
-        return x, self._ropes(positions, x.dtype)
+        return x, self.ropes(positions, x.dtype)
 
-    def _ropes(self, positions: torch.Tensor, dtype: torch.dtype) -> list[Rope]:
+    def ropes(self, positions: torch.Tensor, dtype: torch.dtype) -> list[Rope]:
         """The rotation of `positions` in each layer."""
         if self.config.positions != "rope":
             return [None] * self.config.layers

@@ -21,7 +21,7 @@ from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
-from linspec.diffusion.base import CachePolicy, CommitPolicy, build
+from linspec.diffusion.base import CachePolicy, CommitPolicy, CountedWatch, build
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.canvas_requests import check_request, room
@@ -76,6 +76,7 @@ class Forward:
     of: Denoising
     rows: list[int]
     read: list[int]
+    watch: CountedWatch | None
 
     @property
     def given(self) -> StepInput:
@@ -88,7 +89,12 @@ class Forward:
             overwrite=self.rows,
             causal=False,
             logits_of=range(first, len(self.rows)),
+            watch=self.watch,
         )
+
+    def computed(self, layers: int) -> int:
+        """Positions × layers, once the step has run."""
+        return len(self.rows) * layers if self.watch is None else self.watch.computed
 
 
 @LOOPS.register(
@@ -127,6 +133,7 @@ class MaskedDiffusionLoop(GenerationLoop):
         count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
         now = min(count, self.masks)
         canvas = Canvas(sequence.tokens, now, self.config.mask_id, self.config.logit_shift)
+        canvas.window = self.block.window
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
         sequence.prefilled = sequence.prompt_length
@@ -173,7 +180,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         asked = canvas.ahead if self.cache.goes_ahead and canvas.ahead else canvas.open
         rows = sorted({*rows, *(position - shift for position in asked)})
         # what stands before the block is decided
-        return Forward(denoising, rows, [row for row in rows if row >= canvas.start - shift])
+        read = [row for row in rows if row >= canvas.start - shift]
+        return Forward(denoising, rows, read, self.cache.watch(canvas, rows))
 
     def _ahead(self, canvas: Canvas) -> Sequence[int]:
         ahead = self.commit.ahead(canvas)
@@ -203,7 +211,7 @@ class MaskedDiffusionLoop(GenerationLoop):
             forward.of.canvas.new = False
             self._denoise(forward.of, self._predictions(forward, logits))
             decided = forward.of.canvas.decided - before
-            sequence.stats.count_forward(decided, len(forward.rows) * self.config.layers)
+            sequence.stats.count_forward(decided, forward.computed(self.config.layers))
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
@@ -279,9 +287,9 @@ class MaskedDiffusionLoop(GenerationLoop):
     def _emitted(self, denoising: Denoising) -> list[Outcome]:
         """A full block goes out, up to an end in it; what stands behind an end never does."""
         canvas, sequence = denoising.canvas, denoising.sequence
-        if not canvas.full:
+        ends, block = sequence.sampler.ends, canvas.leave()
+        if not block:
             return []
-        ends, block = sequence.sampler.ends, canvas.next_block()
         if denoising.held is None and not ends.isdisjoint(block):
             first = next(i for i, token in enumerate(block) if token in ends)
             denoising.held = tuple(block[: first + 1])
