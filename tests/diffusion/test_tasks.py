@@ -96,3 +96,31 @@ def test_freedave_plus_loses_little_beside_its_threshold() -> None:
     strict = measured("commit=threshold:0.99")
     found = measured("commit=threshold:0.99,verify=freedave-plus:4")
     assert found.forwards <= strict.forwards and found.right >= strict.right - 1
+
+
+def agreement(found: Measured, other: Measured) -> float:
+    pairs = zip(found.answers, other.answers, strict=True)
+    return sum(a == b for x, y in pairs for a, b in zip(x, y, strict=True)) / (
+        PROMPTS * tasks.ANSWER
+    )
+
+
+def test_delayed_caches_compute_half_and_say_the_same() -> None:
+    for commit in ("commit=static", "commit=static:order=left"):
+        none, found = measured(commit), measured(f"{commit},cache=dkv")
+        assert found.forwards == none.forwards and found.computed <= 0.5 * none.computed
+        assert agreement(found, none) >= 0.95 and found.right >= none.right - 1
+    greedy = measured("commit=static:order=left,cache=dkv-greedy:4")
+    assert greedy.computed <= 0.5 * none.computed
+
+
+def test_elastic_refreshes_where_attention_drifts() -> None:
+    none = measured("commit=static,block=sliding:4")
+    found = [
+        measured(f"commit=static,block=sliding:4,cache=elastic:{gamma}")
+        for gamma in (0.7, 0.8, 0.9, 0.95)
+    ]
+    computed = [each.computed for each in found]
+    assert computed == sorted(computed) and computed[-1] <= 0.55 * none.computed
+    for each in found:
+        assert agreement(each, none) >= 0.95 and each.right >= none.right - 1

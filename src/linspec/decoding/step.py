@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,26 @@ MAX_STAGED = 64
 TREE, CHAIN, OVERWRITING, OVERWRITING_CAUSAL = range(4)
 # in place of a layer's number: the normalized states that the output layer reads
 FINAL = -1
+
+
+# from states [R, D] that go into a layer, and the positions of these: how they attend to all positions of
+# their slot [H, R, T], each row a distribution
+Look = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+class Watch(Protocol):
+    """Looks at a step between two layers, for one input that overwrites and sees all positions."""
+
+    def before(self, layer: int, x: torch.Tensor, look: Look) -> torch.Tensor | None:
+        """x [N, D] goes into a layer, whose entries are as they were before the step.
+
+        Returns None, or what goes into it of all positions of the slot, [T, D]: all are computed from here.
+        """
+        ...
+
+    def after(self, layer: int, look: Look) -> None:
+        """The layer has its new entries."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +58,7 @@ class StepInput:
         branch: 0 overwrites what the slot holds. Branch n overwrites what branch n - 1 left, in a copy of
             its own: the inputs of the branches of a slot follow each other in one step, and
             `state.keep_branch` says afterwards which of them the slot goes on with.
+        watch: looks at the states of tokens that overwrite, and may have all positions computed.
     """
 
     slot: int
@@ -49,6 +71,7 @@ class StepInput:
     causal: bool = True
     logits_of: Sequence[int] | None = None
     branch: int = 0
+    watch: Watch | None = None
 
     @property
     def kind(self) -> int:

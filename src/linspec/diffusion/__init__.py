@@ -6,7 +6,7 @@ One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks th
 
 from __future__ import annotations
 
-from linspec.diffusion import blocks, caches, freedave, prophet, stops
+from linspec.diffusion import blocks, caches, dkv, elastic, freedave, prophet, stops
 from linspec.diffusion.base import (
     BLOCKS,
     CACHES,
@@ -40,6 +40,8 @@ __all__ = [
     "VerifyPolicy",
     "blocks",
     "caches",
+    "dkv",
+    "elastic",
     "entropy",
     "factor",
     "freedave",

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from linspec.decoding.step import Watch
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.predictions import Predictions
@@ -45,6 +46,14 @@ class BlockPolicy(DiffusionPolicy):
         The canvas may have fewer left; then the block ends with it.
         """
 
+    @property
+    def window(self) -> int | None:
+        """Most masks that are open at once, the first ones of the block; None for all of them.
+
+        With a window text goes out as far as it is decided, before the block is full.
+        """
+        return None
+
 
 class CommitPolicy(DiffusionPolicy):
     """Which tokens of a block are decided in a round."""
@@ -52,6 +61,18 @@ class CommitPolicy(DiffusionPolicy):
     @abstractmethod
     def commit(self, candidates: Candidates) -> Tensor:
         """[M] booleans, true for at least one candidate."""
+
+    @property
+    def knows_ahead(self) -> bool:
+        """Whether it can say before a forward what that will decide."""
+        return False
+
+    def ahead(self, canvas: Canvas) -> Sequence[int]:
+        """The open positions that the next forward decides, if that is known now; else none.
+
+        Where a cache policy goes by them, the forward may say nothing of other positions.
+        """
+        return ()
 
 
 class StopPolicy(DiffusionPolicy):
@@ -66,8 +87,24 @@ class StopPolicy(DiffusionPolicy):
         return False
 
 
+class CountedWatch(Watch, Protocol):
+    """A watch that counts."""
+
+    @property
+    def computed(self) -> int:
+        """Positions × layers that the forward computed."""
+        ...
+
+
 class CachePolicy(DiffusionPolicy):
-    """Which positions a forward computes; the others keep the keys and values that they have."""
+    """Which positions a forward computes; the others keep the keys and values that they have.
+
+    Attributes:
+        goes_ahead: whether it computes what `canvas.ahead` names, not all that is open. The commit policy
+            must know this.
+    """
+
+    goes_ahead: ClassVar[bool] = False
 
     @abstractmethod
     def rows(self, canvas: Canvas) -> Sequence[int]:
@@ -76,9 +113,22 @@ class CachePolicy(DiffusionPolicy):
         Of a canvas that is `new` nothing is kept: all of its positions have to be computed.
         """
 
+    def watch(self, canvas: Canvas, rows: Sequence[int]) -> CountedWatch | None:
+        """What looks at the forward of these rows between its layers; most policies have no such thing.
+
+        What it keeps for the next forward belongs into `canvas.kept`.
+        """
+        return None
+
 
 class VerifyPolicy(DiffusionPolicy):
-    """Which coming canvases a forward computes along, and which of them the text goes on with."""
+    """Which coming canvases a forward computes along, and which of them the text goes on with.
+
+    Attributes:
+        drafts: whether it ever has any computed.
+    """
+
+    drafts: ClassVar[bool] = True
 
     def ahead(self, canvas: Canvas) -> int:
         """How many drafts are computed along with a canvas, at most; 0 for none.

@@ -1,4 +1,4 @@
-"""Blocks of one length."""
+"""Blocks of one length, and one block in which a window slides."""
 
 from __future__ import annotations
 
@@ -37,3 +37,32 @@ class FixedBlocks(BlockPolicy):
 
     def length(self, canvas: Canvas, predictions: Predictions) -> int:
         return self.options.length or len(canvas) - canvas.start
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingOptions:
+    """How wide."""
+
+    window: int = option("masks that can be decided next", default=16, short=True)
+
+    def __post_init__(self) -> None:
+        check_size("window", self.window)
+
+
+@BLOCKS.register(
+    "sliding",
+    summary="a window over the first masks, which moves on with every token",
+    paper="Wu et al. 2025 (Elastic-Cache), arXiv 2510.14973",
+    options=SlidingOptions,
+)
+class Sliding(BlockPolicy):
+    """The whole output is one block, of which the first masks are open."""
+
+    options: SlidingOptions
+
+    def length(self, canvas: Canvas, predictions: Predictions) -> int:
+        return len(canvas) - canvas.start
+
+    @property
+    def window(self) -> int:
+        return self.options.window

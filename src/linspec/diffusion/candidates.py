@@ -55,6 +55,14 @@ class Candidates:
         """[M]: of the distribution of each position, in nats."""
         return torch.special.entr(self.probabilities).sum(-1)
 
+    @cached_property
+    def lots(self) -> Tensor:
+        """[M]: a random number of each position, drawn once: the order of what is left stays as it is."""
+        lots, places = self.canvas.lots, self.positions.tolist()
+        new = [position for position in places if position not in lots]
+        lots.update(zip(new, self.uniforms(len(new)).tolist(), strict=True))
+        return torch.tensor([lots[position] for position in places], dtype=torch.float64)
+
     def where(self, chosen: Tensor) -> dict[int, int]:
         """The tokens at the positions that are chosen."""
         pairs = self.positions[chosen].tolist(), self.tokens[chosen].tolist()
@@ -82,7 +90,7 @@ ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
     "confidence": lambda candidates: candidates.confidence,
     "margin": lambda candidates: candidates.margin,
     "entropy": lambda candidates: -candidates.entropy,
-    "random": lambda candidates: candidates.uniforms(len(candidates.positions)),
+    "random": lambda candidates: candidates.lots,
     "left": lambda candidates: -candidates.positions,
 }
 

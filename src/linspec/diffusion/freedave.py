@@ -17,9 +17,12 @@ _PAPER = "Wu and Zhang 2025 (FreeDave), arXiv 2510.00294"
     "none",
     summary="a forward computes one canvas, that of the text",
     paper="Nie et al. 2025 (LLaDA), arXiv 2502.09992",
+    lossless="yes",
 )
 class NoDrafts(VerifyPolicy):
     """Nothing is drafted."""
+
+    drafts = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class FreeDaveOptions:
     summary="up to d rounds a forward, each checked; same output and order as without",
     paper=_PAPER,
     options=FreeDaveOptions,
+    lossless="yes",
 )
 class FreeDave(VerifyPolicy):
     """A draft counts if it is what the forward made of the canvas before it, token for token."""

@@ -24,6 +24,10 @@ class Predictions:
         """Whether the forward computed what is asked about all of these."""
         return self._rows.keys() >= set(positions)
 
+    def among(self, positions: Sequence[int]) -> list[int]:
+        """Those of `positions` that the forward says something about."""
+        return [position for position in positions if position in self._rows]
+
     def logits(self, positions: Sequence[int]) -> torch.Tensor:
         """[P, vocab] in float64; raises ConfigError for a position that was not computed."""
         missing = sorted(set(positions) - self._rows.keys())

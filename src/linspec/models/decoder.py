@@ -111,9 +111,9 @@ class Decoder(nn.Module):
             x = x * self.config.embedding_scale
         if self.config.positions == "learned":
             x = x + self.embed_positions(positions)
-        return x, self._ropes(positions, x.dtype)
+        return x, self.ropes(positions, x.dtype)
 
-    def _ropes(self, positions: torch.Tensor, dtype: torch.dtype) -> list[Rope]:
+    def ropes(self, positions: torch.Tensor, dtype: torch.dtype) -> list[Rope]:
         """The rotation of `positions` in each layer."""
         if self.config.positions != "rope":
             return [None] * self.config.layers
@@ -236,7 +236,8 @@ class Decoder(nn.Module):
         want: layers whose hidden states are handed out too.
         """
         native = self.native if layers is None and state.in_kernels else None
-        if native is None:
+        # branches see what those before them left, layer by layer
+        if native is None or any(each.branch for each in inputs):
             return self._step(inputs, state, None, LayerPath(layers, want.inner))
         kinds = [each.kind for each in inputs]
         if len(set(kinds)) == 1:

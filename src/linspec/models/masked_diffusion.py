@@ -17,7 +17,10 @@ from linspec.mixers.base import Rope
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.layer_path import LayerPath
 from linspec.models.padding import from_left, to_left
+from linspec.models.watched import run_watched
+from linspec.state.dense_group import DenseGroup
 from linspec.state.sequence_states import SequenceStates
 
 
@@ -89,4 +92,19 @@ class MaskedDiffusion(Decoder):
                     f"slot {each.slot} was fed tokens that see only what stands before them, which a "
                     "masked-diffusion model does not compute; decode it with the loop 'masked-diffusion'"
                 )
+        if any(each.watch is not None for each in inputs):
+            # nothing can look between the layers of a step in one call
+            return self._step(inputs, state, None, LayerPath(layers, want.inner))
         return super().step(inputs, state, layers=layers, want=want)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        ropes: Sequence[Rope],
+        dense_groups: list[DenseGroup],
+        state: SequenceStates,
+        path: LayerPath,
+    ) -> torch.Tensor:
+        if all(group.watch is None for group in dense_groups):
+            return super().run(x, ropes, dense_groups, state, path)
+        return run_watched(self, x, dense_groups, state, path)

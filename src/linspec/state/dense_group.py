@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from linspec.decoding.step import MAX_STAGED, StepInput
+from linspec.decoding.step import MAX_STAGED, StepInput, Watch
 from linspec.decoding.tree import Shape, chain_shape, shape_of
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError, StateError
@@ -26,7 +26,7 @@ class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
     lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last. overwrite:
-    positions whose entries the tokens of one slot replace instead of being staged; causal, branch: see
+    positions whose entries the tokens of one slot replace instead of being staged; causal, branch, watch: see
     StepInput.
     """
 
@@ -60,6 +60,7 @@ class DenseGroup:
     overwrite: Sequence[int] | None = None
     causal: bool = True
     branch: int = 0
+    watch: Watch | None = None
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[M, H, K] -> this dense_group's [R, N, H, K], zero where a row has fewer nodes."""
@@ -110,7 +111,7 @@ def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> lis
         # what overwrites is alone: its mask is of its own
         alone = over is not None or (last is not None and last.overwrite is not None)
         if last is None or alone or last.long != long or last.slots.stop != step_input.slot:
-            form = over, step_input.causal, step_input.branch
+            form = over, step_input.causal, step_input.branch, step_input.watch
             last = DenseGroup(step_input.slot, [], [], long, first, *form)
             dense_groups.append(last)
         last.lengths.append(count)

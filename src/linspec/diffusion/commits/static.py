@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from linspec.diffusion.base import COMMITS, CommitPolicy
-from linspec.diffusion.candidates import ORDERS, Candidates, check_order, highest
+from linspec.diffusion.candidates import (
+    KNOWN_ORDERS,
+    ORDERS,
+    Candidates,
+    check_order,
+    highest,
+    known_order,
+)
+from linspec.diffusion.canvas import Canvas
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 
@@ -41,6 +50,19 @@ class Static(CommitPolicy):
     options: StaticOptions
 
     def commit(self, candidates: Candidates) -> Tensor:
-        left = len(candidates.positions)
-        steps = left if self.options.steps is None else self.options.steps - candidates.canvas.step
-        return highest(ORDERS[self.options.order](candidates), -(-left // max(1, steps)))
+        return highest(ORDERS[self.options.order](candidates), self._share(candidates.canvas))
+
+    @property
+    def knows_ahead(self) -> bool:
+        return self.options.order in KNOWN_ORDERS
+
+    def ahead(self, canvas: Canvas) -> Sequence[int]:
+        if canvas.end is None or not self.knows_ahead:
+            return ()
+        return known_order(self.options.order, canvas)[: self._share(canvas)]
+
+    def _share(self, canvas: Canvas) -> int:
+        """How many tokens this forward of the block decides."""
+        left = len(canvas.open)
+        steps = left if self.options.steps is None else self.options.steps - canvas.step
+        return -(-left // max(1, steps))

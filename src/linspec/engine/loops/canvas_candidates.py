@@ -13,17 +13,26 @@ from linspec.diffusion import Candidates, Canvas, Predictions
 
 
 def candidates_of(
-    canvas: Canvas, sequence: RunningSequence, sampler: Sampler, predictions: Predictions
+    canvas: Canvas,
+    sequence: RunningSequence,
+    sampler: Sampler,
+    predictions: Predictions,
+    positions: Sequence[int],
+    given: Sequence[int] | None = None,
 ) -> Candidates:
-    """A token for every open position, with the clean logits: temperature changes no confidence."""
-    positions = canvas.open
+    """A token for each position, with the clean logits: temperature changes no confidence.
+
+    given: the tokens; None takes what the forward proposes.
+    """
     logits = predictions.logits(positions)
-    if sampler.plain:
+    if given is not None:
+        tokens = torch.tensor(given)
+    elif sampler.plain:
         tokens = logits.argmax(-1)
     else:
         begun, pairs = len(sequence.tokens), zip(positions, logits, strict=True)
         tokens = torch.tensor(
-            [_token(sampler, canvas.tokens[begun:at], scores) for at, scores in pairs]
+            [token_of(sampler, canvas.tokens[begun:at], scores) for at, scores in pairs]
         )
     at, uniforms = torch.tensor(positions), uniforms_of(sampler)
     return Candidates(at, tokens, logits, uniforms, canvas, predictions)
@@ -36,7 +45,7 @@ def uniforms_of(sampler: Sampler) -> Callable[[int], Tensor]:
     )
 
 
-def _token(sampler: Sampler, before: Sequence[int], logits: Tensor) -> int:
+def token_of(sampler: Sampler, before: Sequence[int], logits: Tensor) -> int:
     """A token behind those `before` it by the rules of the request, drawn by one number.
 
     The published samplers take the argmax of the logits and T times Gumbel noise: the same distribution,

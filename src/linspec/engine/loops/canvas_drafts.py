@@ -15,7 +15,7 @@ from linspec.errors import ConfigError
 def followed(verify: VerifyPolicy, denoising: Denoising, drafts: Sequence[Canvas]) -> int:
     """How many drafts further the forward says what comes next; the canvas becomes that draft."""
     canvas = denoising.canvas
-    if not drafts or canvas.full:
+    if not drafts or canvas.full or len(drafts[0]) != len(canvas):
         return 0
     more = verify.follows(canvas, drafts)
     if type(more) is not int or not 0 <= more <= len(drafts):
@@ -31,7 +31,7 @@ def followed(verify: VerifyPolicy, denoising: Denoising, drafts: Sequence[Canvas
 def drafted(
     verify: VerifyPolicy,
     denoising: Denoising,
-    candidates: Candidates,
+    candidates: Candidates | None,
     chosen: Callable[[Candidates], Tensor],
 ) -> list[Canvas]:
     """What the canvas will be after the next rounds of its block, if forwards go on to say the same.
@@ -39,7 +39,9 @@ def drafted(
     candidates: of the last round. chosen: which of some a round decides.
     """
     canvas, found = denoising.canvas, list[Canvas]()
-    count = 0 if canvas.full else _count(verify, canvas)
+    if candidates is None or canvas.full:
+        return found
+    count = _count(verify, canvas)
     sequence = denoising.sequence
     # drafts draw the numbers that their rounds will draw
     sampler = sequence.sampler.ahead() if count else sequence.sampler
@@ -47,7 +49,8 @@ def drafted(
         if sampler.greedy:
             candidates = candidates.still_open(canvas, uniforms_of(sampler))
         else:
-            candidates = candidates_of(canvas, sequence, sampler, candidates.predictions)
+            said = candidates.predictions
+            candidates = candidates_of(canvas, sequence, sampler, said, said.among(canvas.open))
         canvas = canvas.after(candidates.where(chosen(candidates)))
         if canvas.full:
             break

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import Canvas
+from linspec.diffusion.base import CountedWatch
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class Reading:
     canvas: Canvas
     rows: list[int]
     read: list[int]
+    watch: CountedWatch | None
 
     def given(self, slot: int, branch: int) -> StepInput:
         """Tokens and masks, which see all positions."""
@@ -43,7 +45,12 @@ class Reading:
             causal=False,
             logits_of=range(first, len(self.rows)),
             branch=branch,
+            watch=self.watch,
         )
+
+    def computed(self, layers: int) -> int:
+        """Positions × layers, once the step has run."""
+        return len(self.rows) * layers if self.watch is None else self.watch.computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,6 @@ class Forward:
         slot = self.of.sequence.slot
         return [each.given(slot, branch) for branch, each in enumerate(self.readings)]
 
-    @property
-    def positions(self) -> int:
-        """How many are computed, all branches together."""
-        return sum(len(each.rows) for each in self.readings)
+    def computed(self, layers: int) -> int:
+        """Positions × layers of all branches together, once the step has run."""
+        return sum(each.computed(layers) for each in self.readings)

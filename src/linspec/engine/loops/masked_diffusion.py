@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
 from torch import Tensor
 
 from linspec.decoding.outcome import Outcome
@@ -27,17 +26,23 @@ from linspec.diffusion import (
     COMMITS,
     STOPS,
     VERIFIES,
-    Candidates,
     Canvas,
     Predictions,
 )
-from linspec.diffusion.base import build
+from linspec.diffusion.base import (
+    BlockPolicy,
+    CachePolicy,
+    CommitPolicy,
+    VerifyPolicy,
+    build,
+)
+from linspec.diffusion.canvas import EDITS
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
-from linspec.engine.loops.canvas_candidates import candidates_of
 from linspec.engine.loops.canvas_drafts import drafted, followed
 from linspec.engine.loops.canvas_forward import Denoising, Forward, Reading
 from linspec.engine.loops.canvas_requests import check_request, room
+from linspec.engine.loops.canvas_rounds import CanvasRounds
 from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
 from linspec.models.masked_diffusion import MaskedDiffusion
@@ -97,6 +102,10 @@ class MaskedDiffusionLoop(GenerationLoop):
         self.stop = build(STOPS, options.stop)
         self.cache = build(CACHES, options.cache)
         self.verify = build(VERIFIES, options.verify)
+        check_fit(self.block, self.commit, self.cache, self.verify)
+        for policy in (self.block, self.commit, self.stop, self.cache, self.verify):
+            policy.attached(context.target)
+        self.rounds = CanvasRounds(self.block, self.commit, self.stop)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
 
@@ -106,12 +115,13 @@ class MaskedDiffusionLoop(GenerationLoop):
     def started(self, sequence: RunningSequence) -> None:
         count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
         now = min(count, self.masks)
-        canvas = Canvas(sequence.tokens, now, self.config.mask_id)
+        canvas = Canvas(sequence.tokens, now, self.config.mask_id, self.config.logit_shift)
+        canvas.window = self.block.window
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
         sequence.prefilled = sequence.prompt_length
-        # rounds in which nothing goes out: at most one for each token
-        self.patience = max(self.patience, count)
+        # rounds in which nothing goes out: at most one for each token and each time that it is replaced
+        self.patience = max(self.patience, count * (1 + EDITS) + 1)
         self.running[sequence.slot] = Denoising(sequence, canvas, count - now)
 
     def finished(self, sequence: RunningSequence) -> None:
@@ -143,7 +153,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         return Forward(denoising, [self._reading(canvas) for canvas in canvases])
 
     def _reading(self, canvas: Canvas) -> Reading:
-        """What the cache policy wants computed, and what the logits of open positions stand at."""
+        """What the cache policy wants computed, and what the logits that are asked for stand at."""
+        canvas.ahead = self._ahead(canvas)
         rows = self.cache.rows(canvas)
         if not set(rows) <= set(range(len(canvas))):
             raise self._broken(
@@ -152,9 +163,25 @@ class MaskedDiffusionLoop(GenerationLoop):
         if canvas.new and len(set(rows)) < len(canvas):
             raise self._broken(rows, "a forward computes everything before anything is kept")
         shift = self.config.logit_shift
-        rows = sorted({*rows, *(position - shift for position in canvas.open)})
+        rows = sorted({*rows, *(position - shift for position in self._asked(canvas))})
         # what stands before the block is decided
-        return Reading(canvas, rows, [row for row in rows if row >= canvas.start - shift])
+        read = [row for row in rows if row >= canvas.start - shift]
+        return Reading(canvas, rows, read, self.cache.watch(canvas, rows))
+
+    def _ahead(self, canvas: Canvas) -> Sequence[int]:
+        ahead = self.commit.ahead(canvas)
+        if not set(ahead) <= set(canvas.open):
+            raise ConfigError(
+                f"diffusion commit policy {self.commit.name!r} will decide {shown(repr(ahead))} next; only "
+                "open positions can be decided"
+            )
+        return ahead
+
+    def _asked(self, canvas: Canvas) -> Sequence[int]:
+        """The positions whose tokens the round asks about."""
+        if self.commit.whole or self.commit.edits:
+            return canvas.block
+        return canvas.ahead if self.cache.goes_ahead and canvas.ahead else canvas.open
 
     def _broken(self, rows: Sequence[int], rule: str) -> ConfigError:
         return ConfigError(
@@ -178,7 +205,7 @@ class MaskedDiffusionLoop(GenerationLoop):
             forward.of.canvas.new = False
             self._advance(forward, logits)
             decided = forward.of.canvas.decided - before
-            sequence.stats.count_forward(decided, forward.positions * self.config.layers)
+            sequence.stats.count_forward(decided, forward.computed(self.config.layers))
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
@@ -186,10 +213,10 @@ class MaskedDiffusionLoop(GenerationLoop):
     def _advance(self, forward: Forward, logits: Sequence[Tensor]) -> None:
         """The rounds that a forward is: that of the canvas, and those of drafts that it goes on to."""
         denoising, readings, at = forward.of, forward.readings, 0
+        length, slot = len(denoising.canvas), denoising.sequence.slot
         while True:
             check_finite(logits[at])
-            predictions = self._predictions(readings[at], logits[at])
-            candidates = self._denoise(denoising, predictions)
+            candidates = self.rounds.round(denoising, self._predictions(readings[at], logits[at]))
             drafts = [each.canvas for each in readings[at + 1 :]]
             more = followed(self.verify, denoising, drafts)
             # what the cache policy goes by may have come out otherwise than the draft had it
@@ -197,52 +224,22 @@ class MaskedDiffusionLoop(GenerationLoop):
                 break
             at += more
         if len(readings) > 1:
-            self.target.state.keep_branch(denoising.sequence.slot, at)
-        denoising.drafts = drafted(self.verify, denoising, candidates, self._chosen)
+            self.target.state.keep_branch(slot, at)
+        if len(denoising.canvas) < length:
+            self.target.state.shorten(slot, len(denoising.canvas))
+        denoising.drafts = drafted(self.verify, denoising, candidates, self.rounds.chosen)
 
     def _predictions(self, reading: Reading, logits: Tensor) -> Predictions:
         return Predictions(reading.read, logits, self.config.logit_shift, self.config.mask_id)
 
-    def _denoise(self, denoising: Denoising, predictions: Predictions) -> Candidates:
-        """Decide some of the canvas by what a forward has said of it; returns what could be decided."""
-        canvas = denoising.canvas
-        if canvas.end is None:
-            canvas.end = self._end(canvas, self.block.length(canvas, predictions))
-        fills = self.stop.fills(canvas, predictions)
-        if fills:
-            canvas.end = len(canvas)
-        sequence = denoising.sequence
-        candidates = candidates_of(canvas, sequence, sequence.sampler, predictions)
-        chosen = torch.ones_like(candidates.positions).bool() if fills else self._chosen(candidates)
-        for position, token in candidates.where(chosen).items():
-            canvas.decide(position, token)
-        canvas.step += 1
-        return candidates
-
-    def _end(self, canvas: Canvas, length: int) -> int:
-        if type(length) is not int or length < 1:
-            raise ConfigError(
-                f"diffusion block policy {self.block.name!r} answered {length!r}; a block has 1 position "
-                "or more"
-            )
-        return min(canvas.start + length, len(canvas))
-
-    def _chosen(self, candidates: Candidates) -> Tensor:
-        chosen = self.commit.commit(candidates)
-        fits = isinstance(chosen, Tensor) and chosen.shape == candidates.positions.shape
-        if not fits or chosen.dtype != torch.bool or not chosen.any():
-            raise ConfigError(
-                f"diffusion commit policy {self.commit.name!r} must answer with a boolean for each of "
-                f"{len(candidates.positions)} candidates, one of them true"
-            )
-        return chosen
-
     def _emitted(self, denoising: Denoising) -> list[Outcome]:
         """A full block goes out, up to an end in it; what stands behind an end never does."""
         canvas, sequence = denoising.canvas, denoising.sequence
-        if not canvas.full:
+        if canvas.full and self.commit.edits and canvas.changed and canvas.editable:
             return []
-        ends, block = sequence.sampler.ends, canvas.next_block()
+        ends, block = sequence.sampler.ends, canvas.leave()
+        if not block:
+            return []
         if denoising.held is None and not ends.isdisjoint(block):
             first = next(i for i, token in enumerate(block) if token in ends)
             denoising.held = tuple(block[: first + 1])
@@ -262,6 +259,27 @@ class MaskedDiffusionLoop(GenerationLoop):
         denoising.canvas.grow(count)
         self.target.state.hold(denoising.sequence.slot, len(denoising.canvas))
         return True
+
+
+def check_fit(
+    block: BlockPolicy, commit: CommitPolicy, cache: CachePolicy, verify: VerifyPolicy
+) -> None:
+    """Raise ConfigError for policies that one needs to know more of than the other says."""
+    if cache.goes_ahead and not commit.knows_ahead:
+        raise ConfigError(
+            f"cache policy {cache.name!r} computes little beside what the next forward decides, which "
+            f"commit policy {commit.name!r} does not know before; use commit=static:order=random or "
+            "order=left, or cache=dkv"
+        )
+    if not verify.drafts:
+        return
+    watches = type(cache).watch is not CachePolicy.watch
+    if watches or cache.goes_ahead or block.window is not None:
+        name = "block=" + block.name if block.window is not None else "cache=" + cache.name
+        raise ConfigError(
+            f"verify={verify.name} computes drafts of whole blocks along, which {name} has no place for; use "
+            "block=fixed and one of cache=none, prefix, dual and dkv, or leave verify out"
+        )
 
 
 def check_drafter_fits(model: object, drafter: Drafter | None) -> None:
