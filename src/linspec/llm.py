@@ -161,6 +161,8 @@ class LLM:
             max_model_len=max_model_len,
             loop=_loop(loop, self.model),
             grammars=self.grammars,
+            tokenizer=tokenizer,
+            source=source,
             prefix_cache=prefixes,
         )
         self.streams = EngineStreams(self.engine)

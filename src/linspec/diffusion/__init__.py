@@ -5,7 +5,7 @@ One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks th
 
 from __future__ import annotations
 
-from linspec.diffusion import blocks, caches, prophet, stops
+from linspec.diffusion import ada_block, blocks, caches, prophet, stops
 from linspec.diffusion.base import (
     BLOCKS,
     CACHES,
@@ -18,7 +18,7 @@ from linspec.diffusion.base import (
 )
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
-from linspec.diffusion.commits import entropy, factor, local_leap, static, threshold
+from linspec.diffusion.commits import draft_and_edit, entropy, factor, local_leap, static, threshold
 from linspec.diffusion.predictions import Predictions
 
 __all__ = [
@@ -33,8 +33,10 @@ __all__ = [
     "CommitPolicy",
     "Predictions",
     "StopPolicy",
+    "ada_block",
     "blocks",
     "caches",
+    "draft_and_edit",
     "entropy",
     "factor",
     "local_leap",

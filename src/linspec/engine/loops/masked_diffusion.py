@@ -22,6 +22,7 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, Candidates, Canvas, Predictions
 from linspec.diffusion.base import build
+from linspec.diffusion.canvas import EDITS
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.canvas_requests import check_request, room
@@ -116,6 +117,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         self.commit = build(COMMITS, options.commit)
         self.stop = build(STOPS, options.stop)
         self.cache = build(CACHES, options.cache)
+        for policy in (self.block, self.commit, self.stop, self.cache):
+            policy.attached(context.target)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
 
@@ -129,8 +132,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
         sequence.prefilled = sequence.prompt_length
-        # rounds in which nothing goes out: at most one for each token
-        self.patience = max(self.patience, count)
+        # rounds in which nothing goes out: at most one for each token and each time that it is replaced
+        self.patience = max(self.patience, count * (1 + EDITS) + 1)
         self.running[sequence.slot] = Denoising(sequence, canvas, count - now)
 
     def finished(self, sequence: RunningSequence) -> None:
@@ -167,7 +170,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         if canvas.new and len(set(rows)) < len(canvas):
             raise self._broken(rows, "a forward computes everything before anything is kept")
         shift = self.config.logit_shift
-        rows = sorted({*rows, *(position - shift for position in canvas.open)})
+        asked = canvas.block if self.commit.whole or self.commit.edits else canvas.open
+        rows = sorted({*rows, *(position - shift for position in asked)})
         # what stands before the block is decided
         return Forward(denoising, rows, [row for row in rows if row >= canvas.start - shift])
 
@@ -188,9 +192,11 @@ class MaskedDiffusionLoop(GenerationLoop):
             check_finite(logits)
             before = forward.of.canvas.decided
             forward.of.canvas.new = False
-            self._denoise(forward.of, self._predictions(forward, logits))
+            predictions = self._predictions(forward, logits)
+            self._denoise(forward.of, predictions)
             decided = forward.of.canvas.decided - before
             sequence.stats.count_forward(decided, len(forward.rows) * self.config.layers)
+            self._cut(forward.of, predictions)
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
@@ -203,15 +209,54 @@ class MaskedDiffusionLoop(GenerationLoop):
         canvas = denoising.canvas
         if canvas.end is None:
             canvas.end = self._end(canvas, self.block.length(canvas, predictions))
+        editable = canvas.editable if self.commit.edits else []
+        canvas.changed = False
+        if canvas.undecided:
+            self._decide(denoising, predictions)
+        if editable:
+            self._edit(denoising, editable, predictions)
+        canvas.step += 1
+
+    def _decide(self, denoising: Denoising, predictions: Predictions) -> None:
+        """Put tokens in the place of some masks; of a full block none are left."""
+        canvas = denoising.canvas
         fills = self.stop.fills(canvas, predictions)
         if fills:
             canvas.end = len(canvas)
-        candidates = self._candidates(denoising, predictions)
+        if canvas.full:
+            return
+        candidates = self._candidates(denoising, canvas.open, predictions)
         chosen = torch.ones_like(candidates.positions).bool() if fills else self._chosen(candidates)
         decided = zip(candidates.positions[chosen], candidates.tokens[chosen], strict=True)
         for position, token in decided:
             canvas.decide(int(position), int(token))
-        canvas.step += 1
+
+    def _edit(self, denoising: Denoising, positions: list[int], predictions: Predictions) -> None:
+        """Replace decided tokens of the block, where the policy wants it and the model has another one."""
+        canvas = denoising.canvas
+        now = [canvas.tokens[position] for position in positions]
+        decided = self._candidates(denoising, positions, predictions, now)
+        chosen = self._sound(self.commit.edit(decided), decided)
+        for place in chosen.nonzero()[:, 0].tolist():
+            token = self._token(denoising, positions[place], decided.logits[place])
+            if token != now[place]:
+                canvas.replace(positions[place], token)
+
+    def _cut(self, denoising: Denoising, predictions: Predictions) -> None:
+        """Leave out what stands behind the end of the text, where the stop policy foresees one."""
+        canvas, sampler = denoising.canvas, denoising.sequence.sampler
+        length = self.stop.cuts(canvas, predictions, sampler.ends)
+        if type(length) is not int or not canvas.start < length <= len(canvas):
+            raise ConfigError(
+                f"diffusion stop policy {self.stop.name!r} keeps {shown(repr(length))} positions; it must "
+                f"keep more than {canvas.start}, and there are {len(canvas)}"
+            )
+        # nothing ends a text before these
+        least = canvas.prompt_length + sampler.params.min_tokens + 1
+        length = min(max(length, least), len(canvas))
+        if length < len(canvas):
+            denoising.later += canvas.cut(length)
+            self.target.state.shorten(denoising.sequence.slot, length)
 
     def _end(self, canvas: Canvas, length: int) -> int:
         if type(length) is not int or length < 1:
@@ -221,11 +266,22 @@ class MaskedDiffusionLoop(GenerationLoop):
             )
         return min(canvas.start + length, len(canvas))
 
-    def _candidates(self, denoising: Denoising, predictions: Predictions) -> Candidates:
-        """A token for every open position, with the clean logits: temperature changes no confidence."""
-        positions, sampler = denoising.canvas.open, denoising.sequence.sampler
+    def _candidates(
+        self,
+        denoising: Denoising,
+        positions: list[int],
+        predictions: Predictions,
+        given: list[int] | None = None,
+    ) -> Candidates:
+        """A token for each position, with the clean logits: temperature changes no confidence.
+
+        given: the tokens; None takes what this forward proposes.
+        """
+        sampler = denoising.sequence.sampler
         logits = predictions.logits(positions)
-        if sampler.plain:
+        if given is not None:
+            tokens = torch.tensor(given)
+        elif sampler.plain:
             tokens = logits.argmax(-1)
         else:
             pairs = zip(positions, logits, strict=True)
@@ -250,19 +306,29 @@ class MaskedDiffusionLoop(GenerationLoop):
         return sequence.sampler.draw(sequence.sampler.probabilities(logits, before))
 
     def _chosen(self, candidates: Candidates) -> Tensor:
-        chosen = self.commit.commit(candidates)
-        fits = isinstance(chosen, Tensor) and chosen.shape == candidates.positions.shape
-        if not fits or chosen.dtype != torch.bool or not chosen.any():
-            raise ConfigError(
-                f"diffusion commit policy {self.commit.name!r} must answer with a boolean for each of "
-                f"{len(candidates.positions)} candidates, one of them true"
-            )
+        chosen = self._sound(self.commit.commit(candidates), candidates)
+        if not chosen.any():
+            raise self._no_answer(candidates)
         return chosen
+
+    def _sound(self, chosen: object, candidates: Candidates) -> Tensor:
+        """An answer of the commit policy, if it is one."""
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
+            raise self._no_answer(candidates)
+        if chosen.shape != candidates.positions.shape:
+            raise self._no_answer(candidates)
+        return chosen
+
+    def _no_answer(self, candidates: Candidates) -> ConfigError:
+        return ConfigError(
+            f"diffusion commit policy {self.commit.name!r} must answer with a boolean for each of "
+            f"{len(candidates.positions)} candidates, one of them true where something is to be decided"
+        )
 
     def _emitted(self, denoising: Denoising) -> list[Outcome]:
         """A full block goes out, up to an end in it; what stands behind an end never does."""
         canvas, sequence = denoising.canvas, denoising.sequence
-        if not canvas.full:
+        if not canvas.full or (self.commit.edits and canvas.changed and canvas.editable):
             return []
         ends, block = sequence.sampler.ends, canvas.next_block()
         if denoising.held is None and not ends.isdisjoint(block):
