@@ -9,10 +9,12 @@ from functools import cache
 import diffusion_tasks as tasks
 import pytest
 import torch
-from checkpoints import tiny_tokenizer
+from checkpoints import scratch, tiny_tokenizer
 
 from linspec import LLM, SamplingParams
+from linspec.diffusion.filters import save_filter
 from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.train.commit_filter import FilterConfig, TrainedFilter, train_filter
 
 pytestmark = pytest.mark.slow
 PROMPTS = 200
@@ -78,3 +80,25 @@ def test_prophet_stops_early_with_the_same_answers(over: str) -> None:
     assert found.right >= static.right - 1
     same = sum(a == b for a, b in zip(found.answers, static.answers, strict=True))
     assert same >= 0.97 * PROMPTS
+
+
+@cache
+def filtered() -> tuple[TrainedFilter, str]:
+    """A filter trained on other prompts than those that measure, and the policy that uses it."""
+    prompts, _ = tasks.draw(400, torch.Generator().manual_seed(5))
+    config = FilterConfig(block=tasks.ANSWER, tokens=tasks.ANSWER)
+    trained = train_filter(deepcopy(model()), prompts.tolist(), config, tokenizer=tiny_tokenizer())
+    folder = save_filter(trained.filter, model(), scratch("learn2pd") / "f")
+    return trained, f"commit=learn2pd:path={folder}"
+
+
+def test_a_trained_filter_knows_what_is_final() -> None:
+    trained, spec = filtered()
+    assert trained.precision is not None and trained.precision >= 0.97
+    assert trained.auc is not None and trained.auc >= 0.95
+    static, found = measured("commit=static"), measured(spec)
+    assert found.right >= static.right - 1
+    assert found.forwards <= 0.4 * static.forwards
+    assert found.forwards <= 1.05 * measured("commit=threshold:0.9").forwards
+    fewest = static.forwards * trained.fewest / trained.static
+    assert (static.forwards - found.forwards) / (static.forwards - fewest) >= 0.6

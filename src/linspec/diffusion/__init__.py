@@ -18,7 +18,15 @@ from linspec.diffusion.base import (
 )
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
-from linspec.diffusion.commits import draft_and_edit, entropy, factor, local_leap, static, threshold
+from linspec.diffusion.commits import (
+    draft_and_edit,
+    entropy,
+    factor,
+    learn2pd,
+    local_leap,
+    static,
+    threshold,
+)
 from linspec.diffusion.predictions import Predictions
 
 __all__ = [
@@ -39,6 +47,7 @@ __all__ = [
     "draft_and_edit",
     "entropy",
     "factor",
+    "learn2pd",
     "local_leap",
     "prophet",
     "static",

@@ -35,6 +35,9 @@ from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 from linspec.verifiers.base import check_finite
 
+# what `policy="auto"` takes for a diffusion model; docs/diffusion.md says why
+AUTO = "block=fixed:32,commit=threshold:0.9,cache=dual"
+
 
 @dataclass(frozen=True, slots=True)
 class DiffusionOptions:
