@@ -61,12 +61,18 @@ def loss_of(
     return (nats * masked * weights).sum(1) / answers.shape[1]
 
 
-def trained(steps: int, seed: int = 0, batch: int = 96, length: int = ANSWER) -> MaskedDiffusion:
-    """By the published loss: each answer is masked by a share of its own, whose inverse weighs it."""
+def trained(
+    steps: int, seed: int = 0, batch: int = 96, lengths: tuple[int, int] = (ANSWER, ANSWER)
+) -> MaskedDiffusion:
+    """By the published loss: each answer is masked by a share of its own, whose inverse weighs it.
+
+    lengths: the least and the most positions of an answer, the same for a batch.
+    """
     model, generator = untrained(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
+        length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=generator))
         prompts, answers = draw(batch, generator, length)
         share = _LEAST + (1 - _LEAST) * torch.rand(batch, 1, generator=generator)
         masked = torch.rand(answers.shape, generator=generator) < share

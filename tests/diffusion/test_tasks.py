@@ -110,3 +110,20 @@ def test_drafts_that_are_edited_need_fewer_forwards_than_a_high_threshold() -> N
     strict = measured("commit=threshold:0.9", SHORT)
     found = measured("commit=draft-and-edit", SHORT)
     assert found.forwards <= 0.8 * strict.forwards and found.right >= strict.right - 1
+
+
+def test_a_foreseen_end_computes_less_than_half_of_a_long_output() -> None:
+    # what is cut must look like an output to the model: it was trained on all lengths
+    made, length = tasks.trained(260, batch=64, lengths=(7, 24)), 24
+    prompts, answers = tasks.draw(PROMPTS, torch.Generator().manual_seed(99), length)
+    wanted = [tuple(row[: tasks.COUNT + 1].tolist()) for row in answers]
+    found = []
+    for stop in ("end-of-text", "foreseen-end"):
+        loop = f"masked-diffusion:commit=static,stop={stop}"
+        llm = LLM(deepcopy(made), tokenizer=tiny_tokenizer(), loop=loop, max_batch=32)
+        results = llm.generate(prompts.tolist(), SamplingParams(max_tokens=length))
+        right = sum(e.token_ids == text for e, text in zip(results, wanted, strict=True))
+        found.append((sum(each.stats.computed for each in results), right))
+    (whole, before), (cut, after) = found
+    assert before >= 0.5 * PROMPTS and after >= 0.9 * before
+    assert cut <= 0.5 * whole
