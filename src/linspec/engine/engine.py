@@ -56,8 +56,7 @@ class Engine:
     generation loop. tbt_ms: milliseconds of a step in which sequences decode and prompts are read; None reads
     `prefill_tokens` in every step. state_bytes: most bytes of the states of running sequences, None for no
     limit. prefix_cache: keep states of texts for prompts that begin with them; None keeps nothing. `clock`
-    returns seconds; tests pass their own. grammars: makes rules of grammars. tokenizer, source: of the
-    model, see `Target`.
+    returns seconds. grammars: makes rules of grammars. tokenizer, source: of the model, see `Target`.
     """
 
     def __init__(
