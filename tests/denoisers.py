@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import scratch, tiny_tokenizer
 from helpers import randomise
+from plain_denoising import Trace
 from plain_diffusion import CONFIGS, MASK, PlainModel, write
 from transformers import PreTrainedTokenizerFast
 
@@ -87,3 +88,24 @@ def tokens(name: str, spec: str, params: SamplingParams = WHOLE) -> tuple[list[A
     """Outputs and forwards of all prompts."""
     found = make(name, spec).generate(PROMPTS, params)
     return [each.token_ids for each in found], [each.stats.rounds for each in found]
+
+
+def assert_traced(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    spec: str,
+    plain: Callable[[list[int]], Trace],
+    params: SamplingParams = WHOLE,
+) -> None:
+    """Each prompt alone is decided in the order of the plain loop, and counted as it counts."""
+    llm = make(name, spec, max_batch=1)
+    for prompt in PROMPTS[:3]:
+        expected = plain(prompt)
+        with decided(monkeypatch) as found:
+            (result,) = llm.generate([prompt], params)
+        assert list(result.token_ids) == expected.tokens[len(prompt) :]
+        assert found == [each for forward in expected.forwards for each in forward]
+        stats, forwards = result.stats, len(expected.forwards)
+        assert (stats.rounds, stats.computed) == (forwards, expected.computed)
+        assert stats.tokens_per_round == pytest.approx(len(found) / forwards)
+        assert result.to_json()["computed"] == expected.computed

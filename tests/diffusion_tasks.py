@@ -18,13 +18,15 @@ TASKS = (COPY, SORT)
 _LEAST = 1e-3
 
 
-def draw(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts [N, 8] and their answers [N, 8]."""
+def draw(
+    count: int, generator: torch.Generator, length: int = ANSWER
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts [N, 8] and their answers [N, length]."""
     letters = torch.randint(0, LETTERS, (count, COUNT), generator=generator)
     task = torch.tensor(TASKS)[torch.randint(0, len(TASKS), (count, 1), generator=generator)]
     answers = torch.where(task == SORT, letters.sort(1).values, letters)
     prompts = torch.cat((task, letters, torch.full_like(task, EQUALS)), 1)
-    return prompts, F.pad(answers, (0, ANSWER - COUNT), value=END)
+    return prompts, F.pad(answers, (0, length - COUNT), value=END)
 
 
 def untrained(seed: int = 0, width: int = 64) -> MaskedDiffusion:
@@ -59,13 +61,19 @@ def loss_of(
     return (nats * masked * weights).sum(1) / answers.shape[1]
 
 
-def trained(steps: int, seed: int = 0, batch: int = 96) -> MaskedDiffusion:
-    """By the published loss: each answer is masked by a share of its own, whose inverse weighs it."""
+def trained(
+    steps: int, seed: int = 0, batch: int = 96, lengths: tuple[int, int] = (ANSWER, ANSWER)
+) -> MaskedDiffusion:
+    """By the published loss: each answer is masked by a share of its own, whose inverse weighs it.
+
+    lengths: the least and the most positions of an answer, the same for a batch.
+    """
     model, generator = untrained(seed), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     for _ in range(steps):
-        prompts, answers = draw(batch, generator)
+        length = int(torch.randint(lengths[0], lengths[1] + 1, (), generator=generator))
+        prompts, answers = draw(batch, generator, length)
         share = _LEAST + (1 - _LEAST) * torch.rand(batch, 1, generator=generator)
         masked = torch.rand(answers.shape, generator=generator) < share
         loss = loss_of(model, prompts, answers, masked, 1 / share).mean()

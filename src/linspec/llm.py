@@ -34,6 +34,7 @@ from linspec.engine.encoding import (
 )
 from linspec.engine.engine import Engine
 from linspec.engine.grammar import Grammars
+from linspec.engine.loops.choice import check_policy, choose_loop
 from linspec.engine.loops.masked_diffusion import check_drafter_fits
 from linspec.engine.prefix_cache import PrefixOptions
 from linspec.engine.prompts import Prompt, as_prompts
@@ -42,8 +43,7 @@ from linspec.engine.streams import EngineStreams
 from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
-from linspec.models.model_types import loop_of
-from linspec.policies import check_policy, make_policy
+from linspec.policies import make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
 from linspec.utils.messages import shown
@@ -65,7 +65,8 @@ class LLM:
         tokenizer: needed with a loaded model; None takes that of the directory.
         drafter: 'none', a spec of `linspec list` such as 'prompt-lookup:max_ngram=3', or a Drafter.
         verifier: 'lossless', 'block', 'greedy', 'typical' (lossy), a spec or a Verifier.
-        policy: 'auto', a fixed number of draft nodes, a spec or a Policy.
+        policy: 'auto', a fixed number of draft nodes, a spec or a Policy; for a diffusion model what its loop
+            reads, such as 'commit=threshold:0.9,cache=dual'.
         max_batch: most sequences that run at once.
         prefill_tokens: most prompt tokens of one step.
         tbt_ms: milliseconds between two tokens that the others may wait for while a prompt is read: it is
@@ -147,6 +148,7 @@ class LLM:
         self.grammars = Grammars(tokenizer, self.model.config.vocab_size)
         made = make_drafter(drafter, DrafterContext(self.model, tokenizer, source, max_batch))
         check_drafter_fits(self.model, made)
+        decoded_by = choose_loop(loop, policy, self.model)
         self.model.to_inference()
         self.engine = Engine(
             self.model,
@@ -159,8 +161,10 @@ class LLM:
             state_bytes=state_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=max_model_len,
-            loop=_loop(loop, self.model),
+            loop=decoded_by,
             grammars=self.grammars,
+            tokenizer=tokenizer,
+            source=source,
             prefix_cache=prefixes,
         )
         self.streams = EngineStreams(self.engine)
@@ -371,12 +375,3 @@ def _prefixes(size: int | str | None, store: str | Path | None) -> PrefixOptions
             "prefix_cache too, such as prefix_cache='512MB'"
         )
     return None
-
-
-def _loop(loop: object, model: CausalModel) -> str:
-    """The spec of a generation loop; 'auto' and None are that of the type of the model."""
-    if loop is None or loop == "auto":
-        return loop_of(model)
-    if not isinstance(loop, str):
-        raise WrongType(f"a loop is a spec of `linspec list`, got {shown(repr(loop))}")
-    return loop

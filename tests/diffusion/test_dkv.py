@@ -162,12 +162,13 @@ def test_a_refresh_gives_the_logits_of_no_cache(name: str) -> None:
     loop: Any = llm.engine.loop
     step, wholes, stale = loop._step, 0, 0
 
-    def checked(forwards: Sequence[Any]) -> list[torch.Tensor]:
+    def checked(forwards: Sequence[Any]) -> list[list[torch.Tensor]]:
         nonlocal wholes, stale
         found = step(forwards)
         (forward,) = forwards
-        fresh = source(name)[1].logits(forward.of.canvas.tokens)[forward.read]
-        error = float((found[0] - fresh).abs().max())
+        (reading,), ((logits,),) = forward.readings, found
+        fresh = source(name)[1].logits(forward.of.canvas.tokens)[reading.read]
+        error = float((logits - fresh).abs().max())
         if forward.of.canvas.step in (0, 1, 4, 8, 12):
             assert error < 1e-5
             wholes += 1
@@ -188,10 +189,11 @@ def likeness(name: str, spec: str) -> tuple[float, float]:
     loop: Any = llm.engine.loop
     step, alike, same = loop._step, list[torch.Tensor](), list[bool]()
 
-    def looked(forwards: Sequence[Any]) -> list[torch.Tensor]:
-        (forward,), (logits,) = forwards, step(forwards)
+    def looked(forwards: Sequence[Any]) -> list[list[torch.Tensor]]:
+        (forward,), ((logits,),) = forwards, step(forwards)
+        (reading,) = forward.readings
         canvas, shift = forward.of.canvas, forward.of.canvas.logit_shift
-        kept = sorted({*range(canvas.prompt_length, len(canvas))} - {*forward.rows})
+        kept = sorted({*range(canvas.prompt_length, len(canvas))} - {*reading.rows})
         fresh: dict[int, Any] = {}
         expected = source(name)[1].rows_of(canvas.tokens, list(range(len(canvas))), fresh)
         (cache,) = loop.target.state.parts
@@ -199,9 +201,9 @@ def likeness(name: str, spec: str) -> tuple[float, float]:
             held = cache.keys[layer, 0][:, kept]
             alike.append(torch.cosine_similarity(held, keys[0][:, kept], dim=-1).flatten())
         for row in (p - shift for p in canvas.open):
-            mine = logits[forward.read.index(row)]
+            mine = logits[reading.read.index(row)]
             same.append(bool(mine.argmax() == expected[row].argmax()))
-        return [logits]
+        return [[logits]]
 
     loop._step = looked
     llm.generate([[3 + seed, 9] for seed in range(6)], WHOLE)

@@ -20,6 +20,7 @@ from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.freedave import FreeDave, FreeDaveOptions, FreeDavePlus
 from linspec.diffusion.predictions import Predictions
 from linspec.engine.loops.canvas_forward import Denoising, Reading
+from linspec.engine.loops.canvas_rounds import CanvasRounds
 from linspec.engine.loops.masked_diffusion import MaskedDiffusionLoop
 from linspec.errors import ConfigError
 
@@ -33,7 +34,7 @@ Rounds = list[list[tuple[int, int]]]
 def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Rounds]]:
     """By the number of a sequence, what each of its rounds decided."""
     found: dict[int, Rounds] = {}
-    plain = MaskedDiffusionLoop._denoise
+    plain = CanvasRounds.round
 
     def denoise(self: Any, denoising: Denoising, predictions: Any) -> Any:
         canvas, before = denoising.canvas, set(denoising.canvas.undecided)
@@ -43,7 +44,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Rounds]]:
         return result
 
     with monkeypatch.context() as patched:
-        patched.setattr(MaskedDiffusionLoop, "_denoise", denoise)
+        patched.setattr(CanvasRounds, "round", denoise)
         yield found
 
 

@@ -9,10 +9,12 @@ from functools import cache
 import diffusion_tasks as tasks
 import pytest
 import torch
-from checkpoints import tiny_tokenizer
+from checkpoints import scratch, tiny_tokenizer
 
 from linspec import LLM, SamplingParams
+from linspec.diffusion.filters import save_filter
 from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.train.commit_filter import FilterConfig, train_filter
 
 pytestmark = pytest.mark.slow
 PROMPTS = 200
@@ -28,17 +30,22 @@ class Measured:
     computed: int
 
 
-@cache
-def model() -> MaskedDiffusion:
-    return tasks.trained(400)
+LONG = 400
+# a model that has learned half of it: what its forwards say changes on the way
+SHORT = 120
 
 
 @cache
-def measured(spec: str) -> Measured:
+def model(steps: int = LONG) -> MaskedDiffusion:
+    return tasks.trained(steps)
+
+
+@cache
+def measured(spec: str, steps: int = LONG) -> Measured:
     prompts, answers = tasks.draw(PROMPTS, torch.Generator().manual_seed(99))
     # every block is computed unless the spec says when to stop
     loop = f"masked-diffusion:{spec}" + ("" if "stop=" in spec else ",stop=never")
-    llm = LLM(deepcopy(model()), tokenizer=tiny_tokenizer(), loop=loop, max_batch=32)
+    llm = LLM(deepcopy(model(steps)), tokenizer=tiny_tokenizer(), loop=loop, max_batch=32)
     params = SamplingParams(max_tokens=tasks.ANSWER, ignore_eos=True)
     found = llm.generate([row.tolist() for row in prompts], params)
     texts = [each.token_ids for each in found]
@@ -124,3 +131,45 @@ def test_elastic_refreshes_where_attention_drifts() -> None:
     assert computed == sorted(computed) and computed[-1] <= 0.55 * none.computed
     for each in found:
         assert agreement(each, none) >= 0.95 and each.right >= none.right - 1
+
+
+def test_a_trained_filter_knows_what_is_final() -> None:
+    prompts, _ = tasks.draw(400, torch.Generator().manual_seed(5))
+    config = FilterConfig(block=tasks.ANSWER, tokens=tasks.ANSWER)
+    trained = train_filter(
+        deepcopy(model(SHORT)), prompts.tolist(), config, tokenizer=tiny_tokenizer()
+    )
+    # of prompts that it was not trained on
+    assert trained.precision is not None and trained.precision >= 0.97
+    assert trained.auc is not None and trained.auc >= 0.85
+    folder = save_filter(trained.filter, model(SHORT), scratch("learn2pd") / "f")
+    static = measured("commit=static", SHORT)
+    found = measured(f"commit=learn2pd:path={folder}", SHORT)
+    assert found.right >= static.right - 1
+    assert found.forwards <= 0.4 * static.forwards
+    assert found.forwards <= 1.05 * measured("commit=threshold:0.9", SHORT).forwards
+    fewest = static.forwards * trained.fewest / trained.static
+    assert static.forwards - found.forwards >= 0.6 * (static.forwards - fewest)
+
+
+def test_drafts_that_are_edited_need_fewer_forwards_than_a_high_threshold() -> None:
+    strict = measured("commit=threshold:0.9", SHORT)
+    found = measured("commit=draft-and-edit", SHORT)
+    assert found.forwards <= 0.8 * strict.forwards and found.right >= strict.right - 1
+
+
+def test_a_foreseen_end_computes_less_than_half_of_a_long_output() -> None:
+    # what is cut must look like an output to the model: it was trained on all lengths
+    made, length = tasks.trained(260, batch=64, lengths=(7, 24)), 24
+    prompts, answers = tasks.draw(PROMPTS, torch.Generator().manual_seed(99), length)
+    wanted = [tuple(row[: tasks.COUNT + 1].tolist()) for row in answers]
+    found = []
+    for stop in ("end-of-text", "foreseen-end"):
+        loop = f"masked-diffusion:commit=static,stop={stop}"
+        llm = LLM(deepcopy(made), tokenizer=tiny_tokenizer(), loop=loop, max_batch=32)
+        results = llm.generate(prompts.tolist(), SamplingParams(max_tokens=length))
+        right = sum(e.token_ids == text for e, text in zip(results, wanted, strict=True))
+        found.append((sum(each.stats.computed for each in results), right))
+    (whole, before), (cut, after) = found
+    assert before >= 0.5 * PROMPTS and after >= 0.9 * before
+    assert cut <= 0.5 * whole

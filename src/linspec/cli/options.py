@@ -79,7 +79,12 @@ Seed = Annotated[
         callback=whole(0, 2**64 - 1), help="Equal seeds, equal text.", show_default="random"
     ),
 ]
-PolicyName = Annotated[str, typer.Option(help="auto, or a number of draft tokens, 0..63.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        help="auto, or a number of draft tokens, 0..63; of a diffusion model commit=…,cache=….",
+    ),
+]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
 VerifierName = Annotated[
     str, typer.Option(help="lossless, block, greedy; lossy: typical, trusting.")

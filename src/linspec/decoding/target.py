@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +32,13 @@ class Target:
         model: the model in its inference form.
         state: the state of all slots.
         tokenizer: of the model; None if the caller gave none.
+        source: the directory of the model; None for a model that was given in memory.
     """
 
     model: CausalModel
     state: Any
     tokenizer: Any = None
+    source: Path | None = None
 
     def step(
         self,

@@ -6,7 +6,16 @@ One registry for each of these kinds; `engine/loops/masked_diffusion.py` asks th
 
 from __future__ import annotations
 
-from linspec.diffusion import blocks, caches, dkv, elastic, freedave, prophet, stops
+from linspec.diffusion import (
+    ada_block,
+    blocks,
+    caches,
+    dkv,
+    elastic,
+    freedave,
+    prophet,
+    stops,
+)
 from linspec.diffusion.base import (
     BLOCKS,
     CACHES,
@@ -21,7 +30,15 @@ from linspec.diffusion.base import (
 )
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
-from linspec.diffusion.commits import entropy, factor, local_leap, static, threshold
+from linspec.diffusion.commits import (
+    draft_and_edit,
+    entropy,
+    factor,
+    learn2pd,
+    local_leap,
+    static,
+    threshold,
+)
 from linspec.diffusion.predictions import Predictions
 
 __all__ = [
@@ -38,13 +55,16 @@ __all__ = [
     "Predictions",
     "StopPolicy",
     "VerifyPolicy",
+    "ada_block",
     "blocks",
     "caches",
     "dkv",
+    "draft_and_edit",
     "elastic",
     "entropy",
     "factor",
     "freedave",
+    "learn2pd",
     "local_leap",
     "prophet",
     "static",

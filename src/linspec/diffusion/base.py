@@ -11,9 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from linspec.decoding.step import Watch
+from linspec.decoding.target import Target
 from linspec.diffusion.candidates import Candidates
 from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.predictions import Predictions
@@ -34,6 +36,9 @@ class DiffusionPolicy(ABC):
 
     def __init__(self, options: Any = None) -> None:
         self.options = options
+
+    def attached(self, target: Target) -> None:
+        """The model that is decoded, with its tokenizer; told once, before any sequence starts."""
 
 
 class BlockPolicy(DiffusionPolicy):
@@ -56,7 +61,16 @@ class BlockPolicy(DiffusionPolicy):
 
 
 class CommitPolicy(DiffusionPolicy):
-    """Which tokens of a block are decided in a round."""
+    """Which tokens of a block are decided in a round.
+
+    Attributes:
+        whole: whether it reads what a forward says of decided positions of the block too.
+        edits: whether it replaces decided tokens of the block. A full block then goes out when a forward has
+            changed nothing, or when nothing may change any more.
+    """
+
+    whole: bool = False
+    edits: bool = False
 
     @abstractmethod
     def commit(self, candidates: Candidates) -> Tensor:
@@ -74,6 +88,13 @@ class CommitPolicy(DiffusionPolicy):
         """
         return ()
 
+    def edit(self, decided: Candidates) -> Tensor:
+        """[M] booleans, true for what is to be replaced by the token that this forward proposes.
+
+        decided: tokens that stand in the block and may change. Asked in every forward if the policy `edits`.
+        """
+        return torch.zeros_like(decided.positions).bool()
+
 
 class StopPolicy(DiffusionPolicy):
     """When there is no need to go on as planned."""
@@ -81,6 +102,13 @@ class StopPolicy(DiffusionPolicy):
     def fills(self, canvas: Canvas, predictions: Predictions) -> bool:
         """Whether everything undecided is decided now; asked after every forward."""
         return False
+
+    def cuts(self, canvas: Canvas, predictions: Predictions, ends: frozenset[int]) -> int:
+        """How many positions of the canvas are kept; asked after every forward, once it has decided.
+
+        Masks that were cut come back behind a canvas that is full without an end.
+        """
+        return len(canvas)
 
     def ends(self, block: Sequence[int], ends: frozenset[int]) -> bool:
         """Whether nothing behind a full block is computed; asked once one of `ends` ended the text."""

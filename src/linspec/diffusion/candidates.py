@@ -95,6 +95,20 @@ ORDERS: dict[str, Callable[[Candidates], Tensor]] = {
 }
 
 
+# orders that are known before a forward, by the canvas
+KNOWN_ORDERS = ("left", "random")
+
+
+def known_order(order: str, canvas: Canvas) -> list[int]:
+    """What is open, in one of KNOWN_ORDERS; empty before all of it has a lot."""
+    if order == "left":
+        return canvas.open
+    if not canvas.lots.keys() >= set(canvas.open):
+        return []
+    # `highest` takes the first of equal ones, and so does a stable sort
+    return sorted(canvas.open, key=canvas.lots.__getitem__, reverse=True)
+
+
 def check_order(name: str, order: str) -> None:
     """Raise ConfigError unless `order` is one of ORDERS."""
     check_choice(name, order, tuple(ORDERS))

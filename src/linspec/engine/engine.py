@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from linspec.decoding.outcome import FAILED, Outcome
 from linspec.decoding.protocols import CausalModel
@@ -54,7 +56,7 @@ class Engine:
     generation loop. tbt_ms: milliseconds of a step in which sequences decode and prompts are read; None reads
     `prefill_tokens` in every step. state_bytes: most bytes of the states of running sequences, None for no
     limit. prefix_cache: keep states of texts for prompts that begin with them; None keeps nothing. `clock`
-    returns seconds; tests pass their own. grammars: makes rules of grammars.
+    returns seconds. grammars: makes rules of grammars. tokenizer, source: of the model, see `Target`.
     """
 
     def __init__(
@@ -74,12 +76,14 @@ class Engine:
         prefix_cache: PrefixOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
         grammars: GrammarRules | None = None,
+        tokenizer: Any = None,
+        source: Path | None = None,
     ) -> None:
         self.model, self.drafter, self.grammars, self.clock = model, drafter, grammars, clock
         check_size("max_batch", slots)
         budget = TokenBudget(prefill_tokens, tbt_ms)
         self.state = model.new_state(slots, kv_cache_dtype)
-        target = Target(model, self.state)
+        target = Target(model, self.state, tokenizer, source)
         if drafter is not None:
             check_drafter(drafter, len(self.state.layers))
             drafter.attached(target)

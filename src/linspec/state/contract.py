@@ -137,6 +137,10 @@ class LayerState(Protocol):
         """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read."""
         ...
 
+    def shorten(self, slot: int, length: int) -> None:
+        """Keep only the first `length` positions of a slot that `hold` made."""
+        ...
+
     def bytes(self, slot: int) -> int:
         """Bytes that the committed part of `slot` needs."""
         ...

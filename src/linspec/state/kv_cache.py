@@ -70,6 +70,14 @@ class KVCache(BufferState):
         self._ensure(length)
         self.lengths[slot] = length
 
+    @torch.inference_mode()
+    def shorten(self, slot: int, length: int) -> None:
+        end, history = self.lengths[slot], self.spec.conv_history
+        self.lengths[slot] = length
+        # as after `reset`: nothing that a zero weight keeps alive
+        self.keys[:, slot, :, length:end] = 0
+        self.values[:, slot, :, history + length : history + end] = 0
+
     def missing_bytes(self, length: int) -> int:
         missing = 0
         for entries in (self.keys, self.values):

@@ -213,6 +213,11 @@ class SequenceStates:
         for part in self._counted:
             part.hold(slot, length)
 
+    def shorten(self, slot: int, length: int) -> None:
+        """Keep only the first `length` positions of a slot that `hold` made."""
+        for part in self._counted:
+            part.shorten(slot, length)
+
     # ---- slots
 
     def reset(self, slot: int) -> None:

@@ -147,6 +147,10 @@ class SlotStates:
         """Let `slot` hold `length` committed positions that are all overwritten first; here none can be."""
         self.check_overwrite(slot, range(length))
 
+    def shorten(self, slot: int, length: int) -> None:
+        """Keep only the first `length` positions of a slot that `hold` made; here there is none."""
+        self.check_overwrite(slot, range(length))
+
     def check(self, copy: Any) -> None:
         """Raise StateError if `copy` is a snapshot of another kind of state."""
         mine = (self.spec, self.entries.name, self.layers)

@@ -33,8 +33,22 @@ class CanvasRounds:
         if editable:
             self._edit(denoising, editable, predictions)
         canvas.step += 1
-        self._cut(denoising, predictions)
         return candidates
+
+    def cut(self, denoising: Denoising, predictions: Predictions) -> None:
+        """Leave out what stands behind the end of the text, where the stop policy foresees one."""
+        canvas, sampler = denoising.canvas, denoising.sequence.sampler
+        length = self.stop.cuts(canvas, predictions, sampler.ends)
+        if type(length) is not int or not canvas.start < length <= len(canvas):
+            raise ConfigError(
+                f"diffusion stop policy {self.stop.name!r} keeps {shown(repr(length))} positions; it must "
+                f"keep more than {canvas.start}, and there are {len(canvas)}"
+            )
+        # nothing ends a text before these
+        least = canvas.prompt_length + sampler.params.min_tokens + 1
+        length = min(max(length, least), len(canvas))
+        if length < len(canvas):
+            denoising.later += canvas.cut(length)
 
     def chosen(self, candidates: Candidates) -> Tensor:
         """[M] booleans, true for what a round decides: one at least."""
@@ -75,21 +89,6 @@ class CanvasRounds:
             )
             if token != now[place]:
                 canvas.replace(at, token)
-
-    def _cut(self, denoising: Denoising, predictions: Predictions) -> None:
-        """Leave out what stands behind the end of the text, where the stop policy foresees one."""
-        canvas, sampler = denoising.canvas, denoising.sequence.sampler
-        length = self.stop.cuts(canvas, predictions, sampler.ends)
-        if type(length) is not int or not canvas.start < length <= len(canvas):
-            raise ConfigError(
-                f"diffusion stop policy {self.stop.name!r} keeps {shown(repr(length))} positions; it must "
-                f"keep more than {canvas.start}, and there are {len(canvas)}"
-            )
-        # nothing ends a text before these
-        least = canvas.prompt_length + sampler.params.min_tokens + 1
-        length = min(max(length, least), len(canvas))
-        if length < len(canvas):
-            denoising.later += canvas.cut(length)
 
     def _end(self, canvas: Canvas, length: int) -> int:
         if type(length) is not int or length < 1:

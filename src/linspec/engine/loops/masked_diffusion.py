@@ -52,6 +52,9 @@ from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 from linspec.verifiers.base import check_finite
 
+# what `policy="auto"` takes for a diffusion model; docs/diffusion.md says why
+AUTO = "block=fixed:32,commit=threshold:0.9,cache=dual"
+
 
 @dataclass(frozen=True, slots=True)
 class DiffusionOptions:
@@ -201,33 +204,39 @@ class MaskedDiffusionLoop(GenerationLoop):
         try:
             if isinstance(logits, Exception):
                 raise logits
-            before = forward.of.canvas.decided
             forward.of.canvas.new = False
-            self._advance(forward, logits)
-            decided = forward.of.canvas.decided - before
+            decided = self._advance(forward, logits)
             sequence.stats.count_forward(decided, forward.computed(self.config.layers))
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
 
-    def _advance(self, forward: Forward, logits: Sequence[Tensor]) -> None:
-        """The rounds that a forward is: that of the canvas, and those of drafts that it goes on to."""
+    def _advance(self, forward: Forward, logits: Sequence[Tensor]) -> int:
+        """The rounds that a forward is: that of the canvas, and those of drafts that it goes on to.
+
+        Returns how many tokens they have decided.
+        """
         denoising, readings, at = forward.of, forward.readings, 0
-        length, slot = len(denoising.canvas), denoising.sequence.slot
+        length, before = len(denoising.canvas), denoising.canvas.decided
         while True:
             check_finite(logits[at])
-            candidates = self.rounds.round(denoising, self._predictions(readings[at], logits[at]))
+            predictions = self._predictions(readings[at], logits[at])
+            candidates = self.rounds.round(denoising, predictions)
+            decided = denoising.canvas.decided - before
+            self.rounds.cut(denoising, predictions)
             drafts = [each.canvas for each in readings[at + 1 :]]
             more = followed(self.verify, denoising, drafts)
             # what the cache policy goes by may have come out otherwise than the draft had it
             if not more or self._reading(denoising.canvas).rows != readings[at + more].rows:
                 break
             at += more
+        slot = denoising.sequence.slot
         if len(readings) > 1:
             self.target.state.keep_branch(slot, at)
         if len(denoising.canvas) < length:
             self.target.state.shorten(slot, len(denoising.canvas))
         denoising.drafts = drafted(self.verify, denoising, candidates, self.rounds.chosen)
+        return decided
 
     def _predictions(self, reading: Reading, logits: Tensor) -> Predictions:
         return Predictions(reading.read, logits, self.config.logit_shift, self.config.mask_id)
