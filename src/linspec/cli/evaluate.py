@@ -56,10 +56,20 @@ def perplexity(
     limit_bytes: LimitBytes = None,
     context: Window = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(2), help="Masks of a window, for a diffusion model.", show_default="4"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of these masks.")] = 0,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
+    """Bits per byte and perplexity on text; 'stdlib' means its held-out files.
+
+    Of a masked-diffusion model it is an upper bound, by random masks, with its standard error.
+    """
     from linspec.evaluate.perplexity import evaluate_source
 
     _show(
@@ -70,6 +80,8 @@ def perplexity(
         limit_bytes=limit_bytes,
         context=context,
         bf16=bf16,
+        samples=samples,
+        seed=seed,
         **loading.to_library(),
     )
 
