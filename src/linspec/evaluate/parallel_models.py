@@ -16,6 +16,7 @@ from linspec.evaluate.parallel_tasks import TASKS, Items, Question, ask
 from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.state.sequence_states import SequenceStates
+from linspec.train.pretrain import initialize
 from linspec.utils.progress import Progress
 
 LENGTHS = (3, 4, 5, 6)
@@ -105,8 +106,9 @@ def train_task_model(
 
     Of an answer any number of tokens is masked, each number equally often, and its inverse weighs them.
     """
-    torch.manual_seed(seed)
-    model = MaskedDiffusion(task_config())
+    config = task_config()
+    model = MaskedDiffusion(config)
+    initialize(model, config.layers, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     draws = _batches(batch, seed, tasks, lengths)
