@@ -25,13 +25,14 @@ from linspec.models.masked_diffusion import MaskedDiffusion
 TEXTS = ["abcd the end of cd", "x", "the end abcd abcd " * 6]
 
 
-def model(logit_shift: int = 0) -> MaskedDiffusion:
+def model(logit_shift: int = 0, block_length: int | None = None) -> MaskedDiffusion:
     vocabulary = len(tiny_tokenizer())
     shape = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 8, "mlp_width": 16}
     config = DiffusionConfig(
         vocab_size=vocabulary + 1,
         mask_id=vocabulary,
         logit_shift=logit_shift,
+        block_length=block_length,
         eos_ids=(0,),
         **shape,
     )
@@ -63,6 +64,23 @@ def test_random_masks_find_what_all_masks_say(shift: int) -> None:
     assert found.bits_per_byte == pytest.approx(exact, rel=0.02)
     assert abs(found.bits_per_byte - exact) < 4 * found.standard_error
     assert found.standard_error < 0.02 * exact
+
+
+@torch.inference_mode()
+def test_blocks_of_one_token_leave_nothing_to_chance() -> None:
+    """A block-diffusion model sees the blocks before one as they are."""
+    given, tokenizer = model(block_length=1), tiny_tokenizer()
+    [window] = cut(
+        tokenizer, given.config, ["q7zw"], context=32, stride=16, limit_bytes=None
+    ).windows
+    nats = 0.0
+    for at in range(1, len(window.ids)):
+        seen = torch.tensor([[*window.ids[:at], given.config.mask_id]])
+        nats -= float(given.predicted(seen)[0, at].log_softmax(-1)[window.ids[at]])
+    found = masked_bound(given, tokenizer, ["q7zw"], context=32)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / 4, rel=1e-6)
+    assert found.standard_error == pytest.approx(0, abs=1e-12)
+    assert found.tokens == 4
 
 
 def test_neither_rows_nor_padding_change_it_but_seeds_do() -> None:

@@ -10,7 +10,7 @@ the cross entropy of the masked ones counts L / k times. Its mean over masks is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +85,10 @@ def masked_bound(
         limit_bytes=limit_bytes,
     )
     generator = torch.Generator().manual_seed(seed)
-    masked = [(each, _mask(each, generator)) for each in text.windows for _ in range(samples)]
+    windows = text.windows
+    if model.config.block_length is not None:
+        windows = [part for each in windows for part in _blocks(each, model.config.block_length)]
+    masked = [(each, _mask(each, generator)) for each in windows for _ in range(samples)]
     rows = rows or max(1, min(_BATCH_TOKENS, _LOGITS // model.config.vocab_size) // context)
     nats = _nats(model, masked, rows, bf16).view(-1, samples)
     total, variance = float(nats.mean(1).sum()), float((nats.var(1) / samples).sum())
@@ -100,6 +103,15 @@ def masked_bound(
         samples=samples,
         seed=seed,
     )
+
+
+def _blocks(window: Window, length: int) -> Iterator[Window]:
+    """The scored tokens of a window block by block, as a block-diffusion model fills them."""
+    at = len(window.ids) - window.scored
+    while at < len(window.ids):
+        end = min((at // length + 1) * length, len(window.ids))
+        yield Window(window.ids[:end], end - at)
+        at = end
 
 
 def _mask(window: Window, generator: torch.Generator) -> list[int]:
