@@ -41,6 +41,7 @@ VERBS = (
     "eval positions",
     "eval continuations",
     "eval embeddings",
+    "eval parallel-bench",
     "verify",
     "bench speed",
     "bench drafters",

@@ -62,6 +62,9 @@ def test_what_does_not_go_with_it_is_refused_by_name(tmp_path: Path) -> None:
         ("convert", str(talker()), str(tmp_path / "m.gguf")),
         ("linearize", str(talker()), "--out", str(tmp_path / "l")),
         ("eval", "recall", str(talker())),
+        ("eval", "repeats", str(talker())),
+        ("eval", "positions", str(talker())),
+        ("eval", "continuations", str(talker())),
     ):
         result = CliRunner().invoke(app, list(verb))
         assert result.exit_code == 1, result.output

@@ -24,7 +24,7 @@ from linspec.checkpoints.load_quantized import load_for, load_plain
 from linspec.cli import app
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
-from linspec.evaluate.perplexity import evaluate_source
+from linspec.evaluate.perplexity import evaluate
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.masked_diffusion import MaskedDiffusion
@@ -136,8 +136,8 @@ def test_what_needs_the_next_token_says_why_not(tmp_path: Path) -> None:
     write(source, LLADA)
     with pytest.raises(UnsupportedModel, match="type 'diffusion'.*cannot be linearized"):
         linearize(source, tmp_path / "out")
-    with pytest.raises(ConfigError, match="type 'diffusion', which has no perplexity"):
-        evaluate_source(source)
+    with pytest.raises(ConfigError, match="`masked_bound` bounds its bits per byte"):
+        evaluate(load_diffusion(source), None, ["text"])
     for load in (load_model, load_config, load_plain, lambda given: load_for(given, None)):
         with pytest.raises(UnsupportedModel, match="wants kind 'decoder'. Use load_diffusion"):
             load(source)

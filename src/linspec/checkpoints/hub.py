@@ -120,11 +120,12 @@ def load_diffusion(
     return _load(read_config_file(resolve(source)), MaskedDiffusion, dtype, device)
 
 
-def load_decoder(source: str | Path, **options: Any) -> Decoder:
+def load_decoder(source: str | Path, *, keep_blocks: bool = False, **options: Any) -> Decoder:
     """The decoder in `source`, causal or not; arguments and errors are those of `load_model`."""
     if read_config_file(resolve(source)).kind.model is MaskedDiffusion:
+        # no file has it in blocks
         return load_diffusion(source, **options)
-    return load_model(source, **options)
+    return load_model(source, keep_blocks=keep_blocks, **options)
 
 
 def load_causal_model(

@@ -58,6 +58,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (evaluate.continuations, "eval continuations", "path/to/t5 --data texts/"),
     (evaluate.embeddings, "eval embeddings", "path/to/bert student --data texts/"),
     (evaluate.task, "eval task", "smollm2 arc_easy --limit 100"),
+    (evaluate.parallel_bench, "eval parallel-bench", "tiny --tasks copy,shuffle --lengths 4"),
     (verify.verify, "verify", "embedded-aug --drafter medusa"),
     (bench.speed, "bench speed", "embedded-aug --contexts 128,2048,8192 --drafter medusa"),
     (bench.drafters, "bench drafters", "embedded-aug --per-family 8"),

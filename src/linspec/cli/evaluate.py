@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from linspec.cli.checks import whole
+from linspec.cli.checks import real, whole
 from linspec.cli.console import (
     guarded,
     numbers,
@@ -17,6 +17,7 @@ from linspec.cli.console import (
     print_json,
     print_measured,
     quiet_stdout,
+    words,
 )
 from linspec.cli.groups import grouped
 from linspec.cli.options import Computing, DrafterName, Json, Loading, Model, Texts, Threads
@@ -56,10 +57,20 @@ def perplexity(
     limit_bytes: LimitBytes = None,
     context: Window = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            callback=whole(2), help="Masks of a window, for a diffusion model.", show_default="4"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of these masks.")] = 0,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Bits per byte and perplexity on text; 'stdlib' means its held-out files."""
+    """Bits per byte and perplexity on text; 'stdlib' means its held-out files.
+
+    Of a masked-diffusion model it is an upper bound, by random masks, with its standard error.
+    """
     from linspec.evaluate.perplexity import evaluate_source
 
     _show(
@@ -70,6 +81,8 @@ def perplexity(
         limit_bytes=limit_bytes,
         context=context,
         bf16=bf16,
+        samples=samples,
+        seed=seed,
         **loading.to_library(),
     )
 
@@ -267,6 +280,59 @@ def task(
             device=options["device"],
         )
     print_json(found) if as_json else print_measured(found, "tasks")
+
+
+@grouped
+@guarded()
+def parallel_bench(
+    model: Annotated[
+        str,
+        typer.Argument(help="A diffusion model that writes text; tiny trains a small one first."),
+    ] = "tiny",
+    *,
+    tasks: Annotated[
+        str, typer.Option(help="Names by commas.", show_default="all waiting lines")
+    ] = "",
+    lengths: Annotated[str, typer.Option(help="Items of a line, by commas.")] = "3,4,6",
+    per_forward: Annotated[
+        str, typer.Option(help="Tokens that are decided at a time, by commas; 0 is all.")
+    ] = "1,2,0",
+    loop: Annotated[
+        list[str] | None,
+        typer.Option(help="Policies to judge too, such as commit=threshold:0.9; repeatable."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(callback=whole(), help="Questions of a task and length.")
+    ] = 100,
+    temperature: Annotated[
+        float, typer.Option(callback=real(least=0), help="1 draws tokens; 0 takes the likeliest.")
+    ] = 1.0,
+    steps: Annotated[
+        int, typer.Option(callback=whole(), help="Of training the tiny model.")
+    ] = 3000,
+    seed: Annotated[int, typer.Option(callback=whole(0), help="Of questions and training.")] = 0,
+    computing: Computing,
+    as_json: Json = False,
+) -> None:
+    """What a diffusion model loses by deciding several tokens at once, beside what a perfect one would."""
+    from linspec.evaluate.parallel_bench import parallel_bench as library
+    from linspec.evaluate.parallel_tasks import TASKS
+
+    _show(
+        library,
+        as_json,
+        "cells",
+        model=model,
+        tasks=words(tasks) or tuple(TASKS),
+        lengths=numbers(lengths, "--lengths"),
+        per_forward=numbers(per_forward, "--per-forward"),
+        loops=loop or (),
+        samples=samples,
+        temperature=temperature,
+        steps=steps,
+        seed=seed,
+        **computing.to_library(),
+    )
 
 
 def _show(measure: Callable[..., Any], as_json: bool, rows: str = "", **options: Any) -> None:

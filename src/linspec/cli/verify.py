@@ -1,4 +1,4 @@
-"""The verb `verify`: whether a drafter changes nothing, and whether files are whole."""
+"""The verb `verify`: whether a drafter or a policy changes nothing, and whether files are whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from linspec.cli.checks import whole
 from linspec.cli.console import guarded, place_on, print_facts, print_json, quiet_stdout
 from linspec.cli.options import Data, Device, DrafterName, Json, Kv, Model, Quantize, Threads
+from linspec.errors import ConfigError
 
 
 @guarded()
@@ -23,6 +24,13 @@ def verify(
         int, typer.Option(callback=whole(0), help="Samples for the test of the distribution.")
     ] = 2000,
     policy: Annotated[str, typer.Option(help="Number of draft tokens, or auto.")] = "12",
+    loop: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a diffusion model: a spec such as masked-diffusion:verify=freedave.",
+            show_default="all that is lossless",
+        ),
+    ] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of the prompts.")] = 0,
     quantize: Quantize = None,
@@ -36,8 +44,9 @@ def verify(
 ) -> None:
     """Check that a drafter changes nothing: greedy token for token, samples by a chi-square test.
 
-    Exits with 1 when greedy output differs by more than near ties (logits closer than 1e-4), and with
-    --files when a file of the model or of a drafter in it is damaged.
+    Of a diffusion model: that policies give the tokens of static decoding, also with seeds; --drafter,
+    --policy and --draws do not count there. Exits with 1 when output differs by more than near ties (logits
+    closer than 1e-4), and with --files when a file of the model or of a drafter in it is damaged.
     """
     if files:
         from linspec.evaluate.files import verify_files
@@ -47,25 +56,43 @@ def verify(
         _show(found, as_json)
         return
     from linspec.evaluate.lossless import verify as library
+    from linspec.evaluate.lossless_denoising import verify_denoising, writes_by_masks
 
-    place = place_on(device, threads)
+    shared: dict[str, Any] = {
+        "prompts": prompts,
+        "tokens": tokens,
+        "data": data or ["stdlib"],
+        "device": place_on(device, threads),
+        "seed": seed,
+        "quantize": quantize,
+        "kv": kv,
+    }
     with quiet_stdout():
-        report = library(
-            model,
-            drafter,
-            prompts=prompts,
-            tokens=tokens,
-            draws=draws,
-            policy=policy,
-            data=data or ["stdlib"],
-            device=place,
-            seed=seed,
-            quantize=quantize,
-            kv=kv,
-        )
-    _show(report.to_json(), as_json)
-    if not report.lossless_greedy:
+        if writes_by_masks(model):
+            _check_no_drafter(drafter)
+            denoised = verify_denoising(model, loop, **shared)
+            report, lossless = denoised.to_json(), denoised.lossless
+        else:
+            _check_no_loop(loop)
+            drafted = library(model, drafter, draws=draws, policy=policy, **shared)
+            report, lossless = drafted.to_json(), drafted.lossless_greedy
+    _show(report, as_json)
+    if not lossless:
         raise typer.Exit(1)
+
+
+def _check_no_drafter(drafter: str) -> None:
+    if drafter not in ("none", "auto"):
+        raise ConfigError(
+            f"a diffusion model takes no drafter, got {drafter!r}; --loop says which policies are compared"
+        )
+
+
+def _check_no_loop(loop: str | None) -> None:
+    if loop is not None:
+        raise ConfigError(
+            f"--loop {loop} is compared for a diffusion model; this one is verified with --drafter"
+        )
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:

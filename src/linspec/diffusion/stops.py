@@ -16,6 +16,7 @@ from linspec.utils.options import option
     "never",
     summary="compute every block, also behind the end of the text",
     paper="Nie et al. 2025 (LLaDA), arXiv 2502.09992",
+    lossless="yes",
 )
 class NeverStop(StopPolicy):
     """The published sampler: the same output as `end-of-text`, for more forwards."""
@@ -25,6 +26,7 @@ class NeverStop(StopPolicy):
     "end-of-text",
     summary="end with the block in which the text ends",
     paper="Wu et al. 2025 (Fast-dLLM), arXiv 2505.22618",
+    lossless="yes",
 )
 class EndOfText(StopPolicy):
     """Later blocks cannot change what is decided, so nothing of the output is lost."""

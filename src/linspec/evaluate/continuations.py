@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from linspec.checkpoints.hub import check_tokenizer, load_seq2seq, load_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
-from linspec.evaluate.perplexity import Score, held_out_documents, limited
+from linspec.evaluate.perplexity import Score, held_out_documents
+from linspec.evaluate.windows import limited
 from linspec.models.t5 import T5
 from linspec.train.data import Sources, check_sources
 from linspec.utils.messages import now_called

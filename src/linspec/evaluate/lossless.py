@@ -24,6 +24,7 @@ from linspec.drafters.base import Drafter
 from linspec.errors import ConfigError, InputError
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.native_linear import rounds_inputs
 from linspec.policies.base import Policy
 from linspec.train.data import Sources, check_sources
@@ -124,6 +125,7 @@ def verify(
         quantize=quantize,
         kv_cache_dtype=kv,
     )
+    _check_causal(fast.model)
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)
     alone = partial(LLM, fast.model, tokenizer=fast.tokenizer, max_batch=1, kv_cache_dtype=kv)
     plain, single = alone(), alone(drafter=_only(fast), policy=policy)
@@ -144,6 +146,14 @@ def verify(
         ties=ties,
         tokens_per_round=tau,
     )
+
+
+def _check_causal(model: object) -> None:
+    if isinstance(model, MaskedDiffusion):
+        raise ConfigError(
+            "a masked-diffusion model has no next token to draft; `verify_denoising` holds its policies "
+            "against static decoding"
+        )
 
 
 def _only(llm: LLM) -> str | Drafter:

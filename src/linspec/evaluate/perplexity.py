@@ -10,7 +10,7 @@ Softmax and linear models are measured by the same protocol, so that their figur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,27 @@ import torch
 import torch.nn.functional as F
 
 from linspec.checkpoints.dtype import cache_kind
-from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_tokenizer
+from linspec.checkpoints.hub import (
+    check_tokenizer,
+    load_any_config,
+    load_decoder,
+    load_tokenizer,
+)
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
-from linspec.errors import ConfigError, InputError, NotFinite
+from linspec.errors import ConfigError, NotFinite
+from linspec.evaluate.masked_bound import (
+    SAMPLES,
+    Bound,
+    check_no_cache,
+    check_samples,
+    masked_bound,
+)
+from linspec.evaluate.windows import Window, cut, pick_context
 from linspec.models.decoder import Decoder
-from linspec.models.model_types import of_config
-from linspec.train.data import Sources, Split, check_sources, end_of_text, load_documents
+from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.models.model_types import ModelType, of_config
+from linspec.train.data import Sources, Split, check_sources, load_documents
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
 
@@ -52,14 +66,6 @@ class Score:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Inputs and targets are neighbours in `ids`; the last `scored` targets count."""
-
-    ids: Sequence[int]
-    scored: int
-
-
 # of the models whose perplexity is measured here
 MEASURE = "linspec eval perplexity"
 
@@ -81,34 +87,44 @@ def evaluate_source(
     limit_bytes: int | None = None,
     context: int | None = None,
     bf16: bool = False,
+    samples: int | None = None,
+    seed: int = 0,
     device: str = "cpu",
     quantize: int | None = None,
     kv: str = "auto",
-) -> Score:
+) -> Score | Bound:
     """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
 
-    Raises ConfigError for a model that does not predict text token by token.
+    Of a masked-diffusion model it is a bound, by `samples` masks of each window; see `masked_bound`. Raises
+    ConfigError for a model that predicts no text of its own.
     """
     data = check_sources(data)
-    _check_kind(model)
-    decoder = load_for(model, quantize, device=device)
+    kind = _kind_of(model)
+    if kind.model is MaskedDiffusion:
+        check_no_cache(kv)
+    else:
+        check_samples(samples, str(model))
+    decoder = load_for(model, quantize, read=load_decoder, device=device)
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
     documents = held_out_documents(data, field)
+    sizes: dict[str, Any] = {"context": context, "limit_bytes": limit_bytes, "bf16": bf16}
+    if isinstance(decoder, MaskedDiffusion):
+        draws = SAMPLES if samples is None else samples
+        return masked_bound(decoder, tokenizer, documents, samples=draws, seed=seed, **sizes)
     # the full form in bfloat16 has no cache
     kv = "float" if bf16 and kv == "auto" else cache_kind(kv, decoder)
-    return evaluate(
-        decoder, tokenizer, documents, context=context, limit_bytes=limit_bytes, bf16=bf16, kv=kv
-    )
+    return evaluate(decoder, tokenizer, documents, kv=kv, **sizes)
 
 
-def _check_kind(model: str | Path) -> None:
+def _kind_of(model: str | Path) -> ModelType:
     kind = of_config(load_any_config(model))
     if kind.measure != MEASURE:
         way = f"`{kind.measure}` measures it" if kind.measure else "ask it by `linspec generate`"
         raise ConfigError(
             f"{model} is a model of type {kind.name!r}, which has no perplexity; {way}"
         )
+    return kind
 
 
 @torch.inference_mode()
@@ -136,77 +152,32 @@ def evaluate(
     the step form. label: what progress is called. Raises ConfigError for impossible sizes and
     InputError when there is nothing to predict.
     """
-    context = model.config.max_positions if context is None else context
-    check_size("context", context)
+    if isinstance(model, MaskedDiffusion):
+        raise ConfigError(
+            "a masked-diffusion model predicts no next token; `masked_bound` bounds its bits per byte"
+        )
+    context = pick_context(model.config, context)
     stride = max(1, context // 2) if stride is None else stride
-    _check_sizes(model, context, stride, limit_bytes)
-    texts = list(limited(documents, limit_bytes))
-    first = end_of_text(tokenizer, model.config)
-    encoded = _encode(tokenizer, texts)
-    tokens, size = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
-    if not tokens:
-        raise InputError("there is no text to evaluate on; give a file that is not empty")
-    windows = [w for ids in encoded if ids for w in _windows([first, *ids], context, stride)]
-    # equal lengths side by side: little padding
-    windows.sort(key=lambda window: len(window.ids), reverse=True)
-    nats = _nats(model, windows, rows or max(1, _BATCH_TOKENS // context), bf16, kv, label)
-    per_token = nats / tokens
-    perplexity = math.exp(per_token) if per_token < 700 else math.inf
-    return Score(nats / math.log(2) / size, perplexity, tokens, size)
-
-
-def _check_sizes(model: Decoder, context: int, stride: int, limit_bytes: int | None) -> None:
-    limit = model.config.position_limit
     check_size("stride", stride)
-    if limit_bytes is not None:
-        check_size("limit_bytes", limit_bytes)
-    if limit is not None and context > limit:
-        raise ConfigError(f"context must be at most this model's {limit} positions, got {context}")
-    if not 1 <= stride <= context:
+    if stride > context:
         raise ConfigError(f"stride must be from 1 to the context of {context}, got {stride}")
-
-
-def limited(documents: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Documents until `limit` bytes are reached."""
-    left = math.inf if limit is None else limit
-    for text in documents:
-        if left <= 0:
-            return
-        content = text.encode()
-        if len(content) > left:
-            # a character that the cut goes through is left out
-            text = content[: int(left)].decode("utf-8", errors="ignore")
-        left -= len(content)
-        yield text
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    try:
-        found: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-    # the tokenizers library raises bare Exception for what its file cannot encode
-    except Exception as error:
-        raise InputError(
-            f"this tokenizer cannot encode the text: {error}; copy the tokenizer's files again"
-        ) from error
-    return found
-
-
-def _windows(ids: Sequence[int], context: int, stride: int) -> Iterator[_Window]:
-    """Windows of a sequence; its first token is given, every other one is scored once."""
-    done = 1
-    for start in range(0, len(ids), stride):
-        end = min(start + context + 1, len(ids))
-        if end > done:
-            yield _Window(ids[start:end], end - done)
-            done = end
+    text = cut(
+        tokenizer,
+        model.config,
+        documents,
+        context=context,
+        stride=stride,
+        limit_bytes=limit_bytes,
+    )
+    rows = rows or max(1, _BATCH_TOKENS // context)
+    nats = _nats(model, text.windows, rows, bf16, kv, label)
+    per_token = nats / text.tokens
+    perplexity = math.exp(per_token) if per_token < 700 else math.inf
+    return Score(nats / math.log(2) / text.bytes, perplexity, text.tokens, text.bytes)
 
 
 def _nats(
-    model: Decoder, windows: Sequence[_Window], rows: int, bf16: bool, kv: str, label: str
+    model: Decoder, windows: Sequence[Window], rows: int, bf16: bool, kv: str, label: str
 ) -> float:
     """Negative log-likelihood of all scored tokens."""
     total, done, tokens = 0.0, 0, sum(window.scored for window in windows)
@@ -223,7 +194,7 @@ def _nats(
     return total
 
 
-def _batch_nats(model: Decoder, batch: Sequence[_Window], device: torch.device, kv: str) -> float:
+def _batch_nats(model: Decoder, batch: Sequence[Window], device: torch.device, kv: str) -> float:
     longest = max(len(window.ids) for window in batch) - 1
     # causal: what stands behind a window cannot change its logits
     ids = torch.tensor(

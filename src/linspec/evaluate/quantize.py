@@ -22,7 +22,8 @@ from linspec.checkpoints.hub import check_tokenizer, load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_plain, quantize_model
 from linspec.checkpoints.quantized import save_quantized
 from linspec.evaluate.drafters import find_companions, save_companion
-from linspec.evaluate.perplexity import evaluate, held_out_documents, limited
+from linspec.evaluate.perplexity import evaluate, held_out_documents
+from linspec.evaluate.windows import limited
 from linspec.models.decoder import Decoder
 from linspec.quantization.calibration import input_statistics
 from linspec.quantization.codes import check_bits
