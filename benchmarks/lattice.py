@@ -32,11 +32,9 @@ ONLY_WITH: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("stop", "never", "commit", ("static",)),
     ("stop", "never", "cache", ("none",)),
     ("stop", "never", "verify", ("none",)),
-    # these are made for each other, and drafts are of whole blocks
-    ("cache", "elastic", "block", ("sliding",)),
+    # a window is no block of a cache, and drafts are of whole blocks
     ("block", "sliding", "cache", ("none", "elastic")),
     ("block", "sliding", "verify", ("none",)),
-    ("verify", "freedave-plus", "commit", ("threshold", "factor", "entropy", "local-leap")),
     ("cache", "elastic", "verify", ("none",)),
 )
 
