@@ -21,6 +21,7 @@ from linspec.utils.messages import did_you_mean, shown
 EMBEDDED = {
     "embedded-softmax": "softmax",
     "embedded-aug": "aug",
+    "embedded-diffusion": "diffusion",
     "smollm2-aug": "smollm2-aug",
     "smollm2-aug-22": "smollm2-aug-22",
 }
