@@ -13,7 +13,7 @@ import torch
 from checkpoints import scratch, tiny_tokenizer
 from helpers import randomise
 from plain_denoising import Trace
-from plain_diffusion import CONFIGS, MASK, PlainModel, write
+from plain_diffusion import BLOCK_CONFIGS, CONFIGS, MASK, PlainModel, write
 from transformers import PreTrainedTokenizerFast
 
 from linspec import LLM, SamplingParams
@@ -30,7 +30,7 @@ WHOLE = SamplingParams(max_tokens=13, ignore_eos=True)
 def source(name: str) -> tuple[Any, PlainModel]:
     """A directory of random weights, and the same in plain torch, in float64."""
     folder = scratch("diffusion") / name
-    plain = write(folder, CONFIGS[name])
+    plain = write(folder, {**CONFIGS, **BLOCK_CONFIGS}[name])
     plain.tensors = {key: tensor.double() for key, tensor in plain.tensors.items()}
     return folder, plain
 

@@ -90,6 +90,7 @@ SDAR: dict[str, Any] = {
     "use_sliding_window": False,
 }
 CONFIGS = {"llada": LLADA, "dream": DREAM}
+BLOCK_CONFIGS = {"sdar": SDAR}
 # what the layers are called: (LLaDA, Dream)
 _OUTER = {
     "embed": ("model.transformer.wte", "model.embed_tokens"),

@@ -58,6 +58,8 @@ class StepInput:
         branch: 0 overwrites what the slot holds. Branch n overwrites what branch n - 1 left, in a copy of
             its own: the inputs of the branches of a slot follow each other in one step, and
             `state.keep_branch` says afterwards which of them the slot goes on with.
+        blocks: tokens that overwrite see their own block of so many positions, and those before it; None for
+            what `causal` says.
         watch: looks at the states of tokens that overwrite, and may have all positions computed.
     """
 
@@ -71,6 +73,7 @@ class StepInput:
     causal: bool = True
     logits_of: Sequence[int] | None = None
     branch: int = 0
+    blocks: int | None = None
     watch: Watch | None = None
 
     @property

@@ -125,20 +125,28 @@ class TreeMask:
 class OverwriteMask(TreeMask):
     """Which held positions the tokens of one slot attend to that replace entries at `positions`.
 
-    causal: no token sees a later position; else each sees all that are held.
+    causal: no token sees a later position; else each sees all that are held, or with `blocks` those up to the
+    end of its own block of so many positions.
     """
 
     def __init__(
-        self, positions: Sequence[int], held: int, *, causal: bool, device: torch.device
+        self,
+        positions: Sequence[int],
+        held: int,
+        *,
+        causal: bool,
+        blocks: int | None,
+        device: torch.device,
     ) -> None:
         self.rows, self.device, self.tree = [], device, None
         self.width, self.deepest, self.plain = held, max(positions), False
         self._memo = {}
-        self._positions, self._causal = positions, causal
+        # no token of a block sees beyond its end: causal ones are blocks of one position
+        self._positions, self._blocks = positions, 1 if causal else blocks
 
     @cached_property
     def _ragged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         offsets = torch.tensor([list(self._positions)], device=self.device)
         columns = torch.arange(self.width, device=self.device)[None]
-        seen = columns[:, None] <= offsets[:, :, None]
-        return offsets, columns, seen if self._causal else torch.ones_like(seen)
+        length = self.width if self._blocks is None else self._blocks
+        return offsets, columns, columns[:, None] // length <= offsets[:, :, None] // length

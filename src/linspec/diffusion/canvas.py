@@ -27,6 +27,7 @@ class Canvas:
         step: forwards that the current block has had.
         changed: whether the last forward decided or replaced something.
         new: whether no forward has seen all of its positions: at first, and when it has grown.
+        unit: of a block-diffusion model, how many positions its blocks have, counted from position 0.
         logit_shift: how many positions ahead of a token its logits stand.
         ahead: what the next forward decides, where the commit policy knows it before; else empty.
         lots: a random number of each position that has been in a random order.
@@ -35,9 +36,15 @@ class Canvas:
     """
 
     def __init__(
-        self, prompt: Sequence[int], count: int, mask_id: int, logit_shift: int = 0
+        self,
+        prompt: Sequence[int],
+        count: int,
+        mask_id: int,
+        logit_shift: int = 0,
+        unit: int | None = None,
     ) -> None:
-        """count: masks behind the prompt."""
+        """count: masks behind the prompt. unit: positions of a block of a block-diffusion model."""
+        self.unit = unit
         self.tokens, self.mask_id, self.logit_shift = list(prompt), mask_id, logit_shift
         self.prompt_length = self.start = len(prompt)
         self.undecided: set[int] = set()
@@ -58,14 +65,22 @@ class Canvas:
 
     @property
     def open(self) -> list[int]:
-        """What the next forward may decide: undecided positions of the block, or all if it has no end."""
-        masks = sorted(p for p in self.undecided if self.end is None or p < self.end)
+        """What the next forward may decide: undecided positions of the block, or all it may have."""
+        end = self.reach if self.end is None else self.end
+        masks = sorted(p for p in self.undecided if p < end)
         return masks[: self.window]
 
     @property
     def block(self) -> range:
         """Positions of the current block, decided or not; all that follow if it has no end."""
-        return range(self.start, len(self) if self.end is None else self.end)
+        return range(self.start, self.reach if self.end is None else self.end)
+
+    @property
+    def reach(self) -> int:
+        """The position behind all that the current block can see, and so behind its end."""
+        if self.unit is None:
+            return len(self)
+        return min((self.start // self.unit + 1) * self.unit, len(self))
 
     @property
     def editable(self) -> list[int]:

@@ -8,6 +8,7 @@ time: how much is masked, the model sees.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -82,18 +83,17 @@ class MaskedDiffusion(Decoder):
 
         Raises ConfigError for others: a token that is staged would not see what stands behind it.
         """
-        if self.config.block_length is not None:
-            raise ConfigError(
-                "a block-diffusion model has no inference form yet; use its forward, or another model"
-            )
         for each in inputs:
             if each.overwrite is None or each.causal:
                 raise ConfigError(
                     f"slot {each.slot} was fed tokens that see only what stands before them, which a "
                     "masked-diffusion model does not compute; decode it with the loop 'masked-diffusion'"
                 )
-        if any(each.watch is not None for each in inputs):
-            # nothing can look between the layers of a step in one call
+        length = self.config.block_length
+        if length is not None:
+            inputs = [replace(each, blocks=length) for each in inputs]
+        if length is not None or any(each.watch is not None for each in inputs):
+            # nothing can look between the layers of a step in one call, which knows no blocks either
             return self._step(inputs, state, None, LayerPath(layers, want.inner))
         return super().step(inputs, state, layers=layers, want=want)
 

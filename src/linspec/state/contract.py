@@ -167,7 +167,9 @@ class EntryState(LayerState, Protocol):
         """Mask of slots `start`..: `shapes` of what each has staged, of which the last `new` are new."""
         ...
 
-    def overwrite_mask(self, slot: int, positions: Sequence[int], *, causal: bool) -> TreeMask:
+    def overwrite_mask(
+        self, slot: int, positions: Sequence[int], *, causal: bool, blocks: int | None = None
+    ) -> TreeMask:
         """Mask of tokens that replace the entries of `slot` at committed positions."""
         ...
 

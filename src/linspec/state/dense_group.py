@@ -26,8 +26,8 @@ class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
     lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last. overwrite:
-    positions whose entries the tokens of one slot replace instead of being staged; causal, branch, watch: see
-    StepInput.
+    positions whose entries the tokens of one slot replace instead of being staged; causal, branch, blocks, watch:
+    see StepInput.
     """
 
     start: int
@@ -60,6 +60,7 @@ class DenseGroup:
     overwrite: Sequence[int] | None = None
     causal: bool = True
     branch: int = 0
+    blocks: int | None = None
     watch: Watch | None = None
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,9 @@ class DenseGroup:
             if self.overwrite is None:
                 found = state.tree_mask(self.start, self.shapes, self.lengths)
             else:
-                found = state.overwrite_mask(self.start, self.overwrite, causal=self.causal)
+                found = state.overwrite_mask(
+                    self.start, self.overwrite, causal=self.causal, blocks=self.blocks
+                )
             self._tree_masks[id(state)] = found
         return found
 
@@ -111,7 +114,7 @@ def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> lis
         # what overwrites is alone: its mask is of its own
         alone = over is not None or (last is not None and last.overwrite is not None)
         if last is None or alone or last.long != long or last.slots.stop != step_input.slot:
-            form = over, step_input.causal, step_input.branch, step_input.watch
+            form = over, step_input.causal, step_input.branch, step_input.blocks, step_input.watch
             last = DenseGroup(step_input.slot, [], [], long, first, *form)
             dense_groups.append(last)
         last.lengths.append(count)

@@ -90,11 +90,13 @@ class SlotStates:
                     self._tree_masks.popitem(last=False)
         return found
 
-    def overwrite_mask(self, slot: int, positions: Sequence[int], *, causal: bool) -> TreeMask:
+    def overwrite_mask(
+        self, slot: int, positions: Sequence[int], *, causal: bool, blocks: int | None = None
+    ) -> TreeMask:
         """Mask of tokens that replace the entries of `slot` at committed positions."""
         base, held = self.base_positions[slot], self.held(slot)
         places = [position - base for position in positions]
-        return OverwriteMask(places, held, causal=causal, device=self.device)
+        return OverwriteMask(places, held, causal=causal, blocks=blocks, device=self.device)
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
         """What closed groups became; None where nothing is summed."""

@@ -96,7 +96,7 @@ class CanvasRounds:
                 f"diffusion block policy {self.block.name!r} answered {length!r}; a block has 1 position "
                 "or more"
             )
-        return min(canvas.start + length, len(canvas))
+        return min(canvas.start + length, canvas.reach)
 
     def _sound(self, chosen: object, candidates: Candidates) -> Tensor:
         """An answer of the commit policy, if it is one."""

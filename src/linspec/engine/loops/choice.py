@@ -10,7 +10,7 @@ import re
 
 from linspec.decoding.protocols import CausalModel
 from linspec.engine.loops.base import LOOPS
-from linspec.engine.loops.masked_diffusion import AUTO
+from linspec.engine.loops.masked_diffusion import AUTO, AUTO_OF_BLOCKS
 from linspec.errors import ConfigError, WrongType
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import MODEL_TYPES, loop_of
@@ -48,7 +48,9 @@ def choose_loop(loop: object, policy: str | int | Policy, model: CausalModel) ->
     if loop is not None and loop != "auto":
         return loop
     found = loop_of(model)
-    return f"{found}:{AUTO}" if isinstance(model, MaskedDiffusion) else found
+    if not isinstance(model, MaskedDiffusion):
+        return found
+    return f"{found}:{AUTO if model.config.block_length is None else AUTO_OF_BLOCKS}"
 
 
 def _for_loop(policy: object) -> bool:

@@ -36,6 +36,7 @@ from linspec.diffusion.base import (
     VerifyPolicy,
     build,
 )
+from linspec.diffusion.caches import BlockCache
 from linspec.diffusion.canvas import EDITS
 from linspec.drafters.base import Drafter
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
@@ -45,6 +46,7 @@ from linspec.engine.loops.canvas_requests import check_request, room
 from linspec.engine.loops.canvas_rounds import CanvasRounds
 from linspec.engine.scheduler import Batch
 from linspec.errors import ConfigError
+from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.utils.isolation import isolated
 from linspec.utils.messages import shown
@@ -52,8 +54,9 @@ from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 from linspec.verifiers.base import check_finite
 
-# what `policy="auto"` takes for a diffusion model; docs/diffusion.md says why
+# what `policy="auto"` takes for a diffusion model, and for one of blocks; docs/diffusion.md says why
 AUTO = "block=fixed:32,commit=threshold:0.9,cache=dual"
+AUTO_OF_BLOCKS = "block=fixed:32,commit=threshold:0.9,cache=blocks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class MaskedDiffusionLoop(GenerationLoop):
         check_fit(self.block, self.commit, self.cache, self.verify)
         for policy in (self.block, self.commit, self.stop, self.cache, self.verify):
             policy.attached(context.target)
+        check_sees(self.config, self.cache)
         self.rounds = CanvasRounds(self.block, self.commit, self.stop)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
@@ -118,7 +122,9 @@ class MaskedDiffusionLoop(GenerationLoop):
     def started(self, sequence: RunningSequence) -> None:
         count = room(sequence.prompt_length, sequence.params.max_tokens, self.config)
         now = min(count, self.masks)
-        canvas = Canvas(sequence.tokens, now, self.config.mask_id, self.config.logit_shift)
+        config = self.config
+        shape = config.mask_id, config.logit_shift, config.block_length
+        canvas = Canvas(sequence.tokens, now, *shape)
         canvas.window = self.block.window
         self.target.state.hold(sequence.slot, len(canvas))
         # the prompt is a part of the canvas, which every first forward reads
@@ -163,7 +169,7 @@ class MaskedDiffusionLoop(GenerationLoop):
             raise self._broken(
                 rows, f"rows are positions of the canvas, from 0 to {len(canvas) - 1}"
             )
-        if canvas.new and len(set(rows)) < len(canvas):
+        if canvas.new and not set(range(canvas.reach)) <= set(rows):
             raise self._broken(rows, "a forward computes everything before anything is kept")
         shift = self.config.logit_shift
         rows = sorted({*rows, *(position - shift for position in self._asked(canvas))})
@@ -288,6 +294,20 @@ def check_fit(
         raise ConfigError(
             f"verify={verify.name} computes drafts of whole blocks along, which {name} has no place for; use "
             "block=fixed and one of cache=none, prefix, dual and dkv, or leave verify out"
+        )
+
+
+def check_sees(config: DiffusionConfig, cache: CachePolicy) -> None:
+    """Raise ConfigError for a cache policy that goes by what tokens see and the model's do not."""
+    if config.block_length is None and isinstance(cache, BlockCache):
+        raise ConfigError(
+            f"cache policy {cache.name!r} keeps blocks that never see later ones, and this model sees the "
+            "whole text; use cache=dual"
+        )
+    if config.block_length is not None and type(cache).watch is not CachePolicy.watch:
+        raise ConfigError(
+            f"cache policy {cache.name!r} looks at the attention of whole texts, and this model sees no "
+            "later block; use cache=blocks"
         )
 
 
