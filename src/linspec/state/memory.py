@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -30,6 +33,35 @@ def zeros(
             "lower max_batch, the context or the span"
         ) from error
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+# bytes below which zeros are written: the system is asked for whole pages, and takes its time
+_ASKED = 1 << 16
+_DONTNEED = 4
+
+
+def clear(block: torch.Tensor) -> None:
+    """Zero a contiguous part of what `zeros` made, and give its memory back to the system."""
+    first, last = block.data_ptr(), block.data_ptr() + block.nbytes
+    begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+    # elsewhere pages that are given back do not become zeros
+    given = (
+        block.device.type == "cpu"
+        and block.nbytes >= _ASKED
+        and sys.platform == "linux"
+        and not _library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+    )
+    if not given:
+        block.zero_()
+        return
+    size, flat = block.element_size(), block.view(-1)
+    flat[: -(-(begin - first) // size)].zero_()
+    flat[(end - first) // size :].zero_()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def check_new_state(needed: int, positions: int, layers: int, slots: int) -> None:
