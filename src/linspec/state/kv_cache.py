@@ -46,8 +46,8 @@ class KVCache(BufferState):
         # of a slot: what it holds, then its branches
         self.branches: dict[int, list[Branch]] = {}
         self.pool, self.table = PagePool(), PageTable(slots)
-        # whether slots can have pages: only kernels read them
-        self.pages_read = self.in_kernels and self.device.type == "cpu"
+        # whether slots have pages: from when on kernels read them
+        self.pages_read = False
 
     def _resting(self) -> int:
         return MAX_STAGED
@@ -64,6 +64,7 @@ class KVCache(BufferState):
 
     def page_list(self, layer: int, first: int = 0) -> PageList:
         """Where kernels find the pages of the slots from `first` on, in one layer."""
+        self.pages_read = True
         return self.table.seen_from(first, self.keys, self.values, layer)
 
     def pages(self, slot: int, start: int, stop: int) -> list[Page]:

@@ -10,7 +10,7 @@ from linspec.decoding.tree import Shape
 from linspec.errors import StateError
 from linspec.state.contract import LayerState, Makers, StateMaker, StateOptions
 from linspec.state.memory import check_growth
-from linspec.state.pages import Page
+from linspec.state.pages import Page, bytes_of
 from linspec.state.slots import NOTHING_STAGED
 
 # the entries of the same positions in each state that grows
@@ -289,9 +289,11 @@ class SequenceStates:
             part.fork(source, target)
         self._forget(target)
 
-    def bytes(self, slot: int) -> int:
-        """Bytes of the committed state of `slot`."""
-        return sum(part.bytes(slot) for part in self.parts)
+    def bytes(self, *slots: int) -> int:
+        """Bytes of the committed state of `slots`; pages that several of them share count once."""
+        held = [page for slot in slots for page in self.held_pages(slot)]
+        twice = sum(page.bytes for page in held) - bytes_of(held)
+        return sum(part.bytes(slot) for part in self.parts for slot in slots) - twice
 
     def bytes_at(self, length: int, source: int = 0) -> int:
         """Bytes of the committed state of one sequence of `length` tokens that has read so long a source."""
