@@ -1,4 +1,4 @@
-"""A request of several sequences: its prompt is read once, held once, and answered as by requests of their own."""
+"""A request of several sequences: its prompt is read once, held once, and answered as if each were alone."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_n_samples_of_a_prompt_read_it_once_and_hold_it_once(kind: str, cached: 
 
 
 def _most_bytes(engine: Engine, prompt: list[int], n: int) -> int:
-    """Most bytes of a request of n sequences, of which pages and buffers are told by the states themselves."""
+    """Most bytes of a request of n sequences: pages, and what buffers hold."""
     engine.add(Request(tuple(prompt), params_of(n)))
     most = 0
     while engine.busy:
@@ -132,7 +132,7 @@ def _most_bytes(engine: Engine, prompt: list[int], n: int) -> int:
 def test_drafts_and_mixers_change_no_token(mixer: str, drafter: str | None) -> None:
     model, prompt = tiny_model(mixer), random_tokens(3 * PIECE + 20, seed=4)
     made = None if drafter is None else ALL_DRAFTERS[drafter](model)
-    engine, params = engine_of(model, made), params_of(temperature=0.0)
+    engine, params = engine_of(model, made), params_of(temperature=1e-6)
     with counted(engine) as read:
         (sequences,) = run(engine, Request(tuple(prompt), params))
     rest = 1 if engine.state.only_grows else 20
@@ -148,7 +148,7 @@ def test_every_mixer_draws_what_requests_of_their_own_draw(mixer: str, cached: b
     assert outputs(sequences) == apart(model, prompt, params_of())
 
 
-@settings(max_examples=12)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**20), limit=st.sampled_from([None, 2, 3]), cached=st.booleans())
 def test_any_mix_of_requests_in_little_memory_gets_the_tokens_of_each_alone(
     seed: int, limit: int | None, cached: bool
