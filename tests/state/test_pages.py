@@ -29,10 +29,11 @@ SLOT = st.integers(0, SLOTS - 1)
 Entry = tuple[torch.Tensor, torch.Tensor]
 
 
-def make(kind: str) -> Any:
-    """A cache that kernels read."""
+def make(kind: str, *, paged: bool = True) -> Any:
+    """A cache that kernels read, unless it is to have no pages."""
     made = new_cache(EntrySpec(**SIZES), LAYERS, SLOTS, StateOptions(torch.float32, kv_cache=kind))
-    made.page_list(0)
+    if paged:
+        made.page_list(0)
     return made
 
 
@@ -73,11 +74,11 @@ def stacked(held: list[Entry], which: int, like: torch.Tensor) -> torch.Tensor:
 class Histories(RuleBasedStateMachine):
     """Slots that begin, grow, fork, overwrite, roll back and end; snapshots; texts that are kept and go."""
 
-    kind = "float"
+    kind, paged = "float", True
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = make(self.kind)
+        self.body = make(self.kind, paged=self.paged)
         self.slots: list[list[Entry]] = [[] for _ in range(SLOTS)]
         self.copies: list[tuple[Any, list[Entry]]] = []
         self.kept: list[tuple[list[Any], list[Entry]]] = []
@@ -113,6 +114,10 @@ class Histories(RuleBasedStateMachine):
     def end(self, slot: int) -> None:
         self.body.reset(slot)
         self.slots[slot] = []
+
+    @rule()
+    def let_kernels_read(self) -> None:
+        self.body.page_list(0)
 
     @rule(slot=SLOT)
     def unshare(self, slot: int) -> None:
@@ -192,8 +197,9 @@ class Histories(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_history_is_that_of_plain_lists_and_leaves_no_page(kind: str) -> None:
-    machine = type(f"Histories of {kind}", (Histories,), {"kind": kind})
+@pytest.mark.parametrize("paged", [True, False])
+def test_any_history_is_that_of_plain_lists_and_leaves_no_page(kind: str, paged: bool) -> None:
+    machine = type(f"Histories of {kind}", (Histories,), {"kind": kind, "paged": paged})
     machine.TestCase.settings = settings(max_examples=15, stateful_step_count=25)
     machine.TestCase("runTest").runTest()
 

@@ -42,6 +42,7 @@ from linspec.engine.prefix_tree import (
     Node,
     PageUses,
     as_tokens,
+    ends_within,
     match,
     pages_until,
     split,
@@ -242,6 +243,9 @@ class PrefixCache:
         if node.rest is None:
             self._leaving.pop(node, None)
         self.bytes += leaf.bytes + self._uses.add(leaf.pages)
+        for each in ends_within(leaf):
+            self.bytes += self._uses.add(leaf.pages[:1]) - self._uses.remove(each.pages[-1:])
+            each.pages[-1:] = leaf.pages[:1]
         return leaf
 
     def _touch(self, node: Node) -> None:

@@ -130,6 +130,14 @@ def pages_until(node: Node, length: int) -> list[Pages]:
     return [pages for number, pages in sorted(found.items()) if number * PAGE < length]
 
 
+def ends_within(leaf: Node) -> list[Node]:
+    """The nodes above `leaf` that end in its first page: it has all that theirs has, and more."""
+    if not leaf.pages:
+        return []
+    above, first = leaf.path()[:-1], leaf.start - leaf.start % PAGE
+    return [node for node in above if node.end > first]
+
+
 class PageUses:
     """How often pages are held: two edges may have one, which takes memory once."""
 

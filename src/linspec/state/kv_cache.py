@@ -96,19 +96,20 @@ class KVCache(BufferState):
         """Make `slot` the sequence of these pages, and of entries behind them."""
         self.reset(slot)
         self.table.put(slot, pages)
+        self.lengths[slot] = PAGE * len(pages)
         if not self.pages_read:
             self.unshare(slot)
-        at = PAGE * len(pages) - self.table.positions[slot]
-        self._ensure(at + keys.shape[2])
+        at, rest = self._own(slot), keys.shape[2]
+        self._ensure(at + rest)
         self._write(slot, at, keys, values)
-        self.lengths[slot] = PAGE * len(pages) + keys.shape[2]
+        self.lengths[slot] += rest
 
     def unshare(self, slot: int) -> None:
         """Have all entries of `slot` in its buffer, a copy of those in pages."""
         pages = self.table[slot]
         if not pages:
             return
-        first, count = PAGE * len(pages), max(0, self._next(slot))
+        first, count = PAGE * len(pages), self._next(slot)
         keys, values = _copied(self._buffered(slot, 0, count))
         self._ensure(first + count)
         self.table.put(slot, ())
