@@ -122,7 +122,9 @@ class KVCache(BufferState):
         """Let the full pages of `slot` leave its buffer, so that others can have them too."""
         held = self.table[slot]
         gone = self._own(slot) // PAGE * PAGE
-        if not gone or not self.pages_read or self.staged[slot] or slot in self.long:
+        # what is staged, or branches off, lies behind or over entries where they are
+        busy = self.staged[slot] or slot in self.long or slot in self.branches
+        if not gone or not self.pages_read or busy:
             return
         first, length = PAGE * len(held), self.lengths[slot]
         made = [self._page(slot, at, at + PAGE) for at in range(first, first + gone, PAGE)]
