@@ -245,7 +245,7 @@ def test_a_state_that_no_kernel_reads_has_no_pages() -> None:
 def test_what_is_cleared_is_zero_and_nothing_else(count: int) -> None:
     whole = zeros((3 * count,), torch.float32)
     whole.fill_(1.0)
-    clear(whole[count : 2 * count])
+    clear(whole[count : 2 * count][None])
     assert not whole[count : 2 * count].any()
     assert whole[:count].all() and whole[2 * count :].all()
 

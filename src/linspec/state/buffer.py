@@ -257,8 +257,7 @@ class BufferState(SlotStates):
     def _clear(self, slot: int) -> None:
         """Zero the buffer of `slot`, and give its memory back."""
         for entries in (self.keys, self.values):
-            for layer in range(self.layers):
-                clear(entries[layer, slot])
+            clear(entries[:, slot])
 
     @torch.inference_mode()
     def snapshot(self, slot: int) -> Any:

@@ -35,27 +35,30 @@ def zeros(
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
-# bytes below which zeros are written: the system is asked for whole pages, and takes its time
+# bytes below which zeros are written: to ask the system takes its time
 _ASKED = 1 << 16
 _DONTNEED = 4
 
 
-def clear(block: torch.Tensor) -> None:
-    """Zero a contiguous part of what `zeros` made, and give its memory back to the system."""
-    first, last = block.data_ptr(), block.data_ptr() + block.nbytes
-    begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+def clear(parts: torch.Tensor) -> None:
+    """Zero parts [N, ..] of what `zeros` made, each contiguous, and give their memory back to the system."""
     # elsewhere pages that are given back do not become zeros
-    given = (
-        block.device.type == "cpu"
-        and block.nbytes >= _ASKED
-        and sys.platform == "linux"
-        and not _library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
-    )
-    if not given:
-        block.zero_()
+    asked = parts.device.type == "cpu" and sys.platform == "linux"
+    if not asked or parts[0].nbytes < _ASKED:
+        parts.zero_()
         return
-    size, flat = block.element_size(), block.view(-1)
-    flat[: -(-(begin - first) // size)].zero_()
+    for part in parts:
+        _give_back(part.view(-1))
+
+
+def _give_back(flat: torch.Tensor) -> None:
+    """Zero a contiguous part: whole pages of the system by giving them back."""
+    size, first, last = flat.element_size(), flat.data_ptr(), flat.data_ptr() + flat.nbytes
+    begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+    if _library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED):
+        flat.zero_()
+        return
+    flat[: (begin - first) // size].zero_()
     flat[(end - first) // size :].zero_()
 
 
