@@ -114,8 +114,10 @@ class RunningSequence:
         preempted: how often it had to leave its slot to others before its end.
         parked: what it takes along while it has left its slot; None while it runs or has not begun.
         tenant: whom the request is for, see `Request`.
-        cached_tokens: tokens of the prompt that a prefix cache had, so that no step read them.
+        cached_tokens: tokens of the prompt that a prefix cache had, or another sequence of the request: no
+            step read them for this one.
         stops: where pieces of the prompt have to end, ascending: a prefix cache keeps the states there.
+        shared: the prompt that the first sequence of the request reads for all; None where each has its own.
     """
 
     number: int
@@ -138,6 +140,7 @@ class RunningSequence:
     tenant: str = ""
     cached_tokens: int = 0
     stops: tuple[int, ...] = ()
+    shared: Any = None
 
     def append_hidden(self, states: Mapping[int, torch.Tensor]) -> None:
         """Add the states [P, D] of a further piece of the prompt, by layer."""
@@ -161,6 +164,11 @@ class RunningSequence:
     def root(self) -> int:
         """The newest token."""
         return self.tokens[-1]
+
+    @property
+    def held_back(self) -> bool:
+        """True while another sequence reads the prompt of this one."""
+        return self.shared is not None and self.shared.reader is not self and not self.shared.read
 
     @property
     def prefilling(self) -> bool:

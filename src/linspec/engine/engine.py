@@ -37,6 +37,7 @@ from linspec.engine.prefix_cache import PrefixCache, PrefixOptions
 from linspec.engine.prefix_store import model_key
 from linspec.engine.rounds import Rounds
 from linspec.engine.scheduler import Batch, Scheduler
+from linspec.engine.shared_prompts import begin_prompt, keep_prompt, share_prompt
 from linspec.errors import StateError, WrongType
 from linspec.kernels.cpu.threads import check_fork, outlived_fork, torch_on_one_thread
 from linspec.policies.base import Policy
@@ -134,9 +135,11 @@ class Engine:
         handle = self._claimed(self.reserve() if handle is None else handle)
         try:
             with self._lock:
-                self.scheduler.submit(
-                    [self._sequence(request, handle, *each) for each in enumerate(samplers)]
-                )
+                sequences = [self._sequence(request, handle, *each) for each in enumerate(samplers)]
+                # another loop, or an encoder, may make of a slot what its tokens do not say
+                if self.loop.reads_in_order and self.model.continues_prompt:
+                    share_prompt(sequences, self.state)
+                self.scheduler.submit(sequences)
             return handle
         except BaseException:
             self.abort(handle)
@@ -272,13 +275,11 @@ class Engine:
         return found
 
     def _keep_prompts(self, batch: Batch, outcomes: Sequence[Outcome]) -> None:
-        """Let the prefix cache keep prompts as far as this step has read them."""
-        if self.prefix_cache is None:
-            return
+        """Let others have prompts as far as this step has read them."""
         failed = {outcome.sequence for outcome in outcomes if outcome.error is not None}
         for sequence, _ in batch.prefilling:
             if sequence not in failed:
-                self.prefix_cache.passed(sequence)
+                keep_prompt(sequence, self.state, self.prefix_cache)
 
     def abort(self, handle: int) -> None:
         """Drop what waits and runs of the request of `handle`; one that has ended is dropped already.
@@ -343,8 +344,7 @@ class Engine:
         parked = sequence.parked
         if parked is None:
             self.loop.started(sequence)
-            if self.prefix_cache is not None:
-                self.prefix_cache.begin(sequence)
+            begin_prompt(sequence, self.state, self.prefix_cache)
             return
         self.state.restore(sequence.slot, parked.state)
         self.loop.resumed(sequence, parked.loop)
@@ -374,6 +374,8 @@ class Engine:
     def _retire(self, sequence: RunningSequence) -> Exception | None:
         # it has its slot until all have forgotten it, so that nobody gets the slot after an interrupt
         error = self._forget(sequence)
+        if sequence.shared is not None:
+            sequence.shared.left(sequence)
         self.scheduler.retire(sequence)
         return error
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from linspec.decoding.sequence import RunningSequence
+from linspec.decoding.sequence import UNPLACED, RunningSequence
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import ConfigError
+from linspec.state.pages import Page, bytes_of
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.sizes import check_bytes
 
@@ -81,7 +82,19 @@ class StateMemory:
         return not running or self._sum([*running, new], _STEP + _GROWTH) <= self.limit
 
     def _sum(self, sequences: Sequence[RunningSequence], margin: int) -> int:
-        return sum(self._of(each, margin) for each in sequences)
+        held = [page for each in sequences for page in self._pages(each)]
+        # what several share takes memory once
+        twice = sum(page.bytes for page in held) - bytes_of(held)
+        return sum(self._of(each, margin) for each in sequences) - twice
+
+    def _pages(self, sequence: RunningSequence) -> list[Page]:
+        """The pages that a sequence has, or that it begins with."""
+        if sequence.slot != UNPLACED:
+            return self.state.held_pages(sequence.slot)
+        if sequence.shared is not None:
+            return list(sequence.shared.held_pages)
+        parts = sequence.parked.state if sequence.parked is not None else ()
+        return [page for part in parts for page in getattr(part, "pages", ())]
 
     def _of(self, sequence: RunningSequence, margin: int) -> int:
         """Bytes of a sequence that is `margin` tokens longer than now, or has ended by then."""

@@ -7,10 +7,12 @@ A sum over tokens cannot be cut back to an earlier one, so states are kept where
 
 - where a sequence ends, so that a chat that only grows never reads its prompt again;
 - at every `stride` tokens of a prompt, where an idle engine ends a piece anyway;
+- where the last piece of a prompt begins, for who asks the same again;
 - where a prompt leaves a text that is known: two prompts share this beginning, and more will.
 
-Caches that grow hold the entries of every position; texts with a common beginning share these. If a model has
-no other state, a prompt goes on from any token of a known text.
+Caches that grow hold the entries of every position, in pages that texts with a common beginning and the slots
+which go on from them share: nothing is copied for a prompt but what is behind its last full page. If a model
+has no other state, a prompt goes on from any token of a known text.
 
 What is equal, and how much. A prompt that goes on from a border is read in pieces that begin at a multiple of
 PIECE, as prompts are beside other requests. Where the border ends a piece without the cache too, as every
@@ -35,8 +37,18 @@ from pathlib import Path
 from linspec.decoding.sequence import RunningSequence
 from linspec.engine.budget import PIECE
 from linspec.engine.prefix_store import Kept, PrefixStore
-from linspec.engine.prefix_tree import Match, Node, as_tokens, cut, match, split, tensor_bytes
-from linspec.state.sequence_states import Rows, SequenceStates
+from linspec.engine.prefix_tree import (
+    Match,
+    Node,
+    PageUses,
+    as_tokens,
+    ends_within,
+    match,
+    pages_until,
+    split,
+    tensor_bytes,
+)
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.sizes import check_size
 
 _log = logging.getLogger("linspec")
@@ -101,6 +113,7 @@ class PrefixCache:
         self.counters = Counters()
         self.bytes = 0
         self._roots: dict[str, Node] = {}
+        self._uses = PageUses()
         # what can leave, the longest unused first: leaves, and nodes with a rest
         self._leaving: OrderedDict[Node, str] = OrderedDict()
         self.store: PrefixStore | None = None
@@ -147,7 +160,7 @@ class PrefixCache:
     def _restore(self, slot: int, node: Node, length: int) -> bool:
         """Make `slot` the first `length` tokens of the text of `node`; False leaves it empty."""
         try:
-            self.states.rebuild(slot, _rows_until(node, length), node.rest or ())
+            self.states.rebuild(slot, pages_until(node, length), length, node.rest or ())
         except Exception:
             # a cache is a help: the prompt is read as without it
             _log.warning("a cached state could not be used; the prompt is read", exc_info=True)
@@ -160,7 +173,7 @@ class PrefixCache:
         if self.states.only_grows:
             return ()
         last, stride = sequence.prompt_length - 1, self.options.stride
-        borders = {*range(stride, last + 1, stride), shared - shared % PIECE}
+        borders = {*range(stride, last + 1, stride), shared - shared % PIECE, last - last % PIECE}
         return tuple(sorted(border for border in borders if border > sequence.prefilled))
 
     # ---- what is kept
@@ -193,7 +206,7 @@ class PrefixCache:
             return
         rest = None if self.states.only_grows else self.states.rest(slot)
         tokens = as_tokens(sequence.tokens[:length])
-        kept = Kept(tokens, rest, lambda start: self.states.rows(slot, start, length))
+        kept = Kept(tokens, rest, lambda start: self.states.pages(slot, start, length))
         self._insert(sequence.tenant, kept)
         self._shrink()
 
@@ -206,7 +219,7 @@ class PrefixCache:
             if kept.rest is None and found.shared == kept.length:
                 self._touch(found.beyond)
                 return found.beyond
-            node = split(found.beyond, found.shared - node.end)
+            node = self._split(found.beyond, found.shared - node.end)
         if node.end < kept.length:
             node = self._grow(node, kept)
         if kept.rest is not None and node.rest is None:
@@ -217,13 +230,22 @@ class PrefixCache:
             self._leaving.move_to_end(node)
         return node
 
+    def _split(self, node: Node, count: int) -> Node:
+        both, upper = node.pages, split(node, count)
+        self.bytes += self._uses.add(upper.pages) + self._uses.add(node.pages)
+        self.bytes -= self._uses.remove(both)
+        return upper
+
     def _grow(self, node: Node, kept: Kept) -> Node:
         """A leaf behind `node`, which may be no leaf any longer."""
-        leaf = Node(kept.tokens[node.end :], node, kept.rows(node.end), end=kept.length)
+        leaf = Node(kept.tokens[node.end :], node, kept.pages(node.end), end=kept.length)
         node.children[leaf.tokens[0]] = leaf
         if node.rest is None:
             self._leaving.pop(node, None)
-        self.bytes += leaf.bytes
+        self.bytes += leaf.bytes + self._uses.add(leaf.pages)
+        for each in ends_within(leaf):
+            self.bytes += self._uses.add(leaf.pages[:1]) - self._uses.remove(each.pages[-1:])
+            each.pages[-1:] = leaf.pages[:1]
         return leaf
 
     def _touch(self, node: Node) -> None:
@@ -241,10 +263,10 @@ class PrefixCache:
         tenant = self._leaving.pop(node)
         self.counters.evictions += 1
         if self.store is not None and (node.rest is not None or self.states.only_grows):
-            rows = _rows_until(node, node.end)
-            self.store.put(tenant, node.text(), rows, node.rest, wait=wait)
+            pages = pages_until(node, node.end)
+            self.store.put(tenant, node.text(), pages, node.rest, wait=wait)
         if node.children:
-            # those that go on from here need its rows
+            # those that go on from here need its pages
             self.bytes -= tensor_bytes(node.rest)
             node.rest = None
             return
@@ -254,7 +276,7 @@ class PrefixCache:
         """Remove a leaf, and the nodes above it that led to nothing else."""
         while node.parent is not None:
             parent = node.parent
-            self.bytes -= node.bytes
+            self.bytes -= node.bytes + self._uses.remove(node.pages)
             del parent.children[node.tokens[0]]
             useful = parent.rest is not None or self.states.only_grows
             if parent.children or (useful and parent.parent is not None):
@@ -264,7 +286,7 @@ class PrefixCache:
             del self._roots[tenant]
             return
         if not parent.children and parent not in self._leaving:
-            # its rows are as old as those that went on from them
+            # its pages are as old as those that went on from them
             self._leaving[parent] = tenant
             self._leaving.move_to_end(parent, last=False)
 
@@ -272,7 +294,7 @@ class PrefixCache:
         """Forget what is in memory: an interrupt may have left it half changed."""
         self._roots.clear()
         self._leaving.clear()
-        self.bytes = 0
+        self._uses, self.bytes = PageUses(), 0
 
     # ---- the store
 
@@ -303,13 +325,3 @@ def served(sequence: RunningSequence) -> bool:
         and not sequence.source
         and sequence.params.prompt_logprobs is None
     )
-
-
-def _rows_until(node: Node, length: int) -> list[Rows]:
-    """The rows of the first `length` tokens of the text of `node`, edge by edge."""
-    found = []
-    for each in node.path():
-        first = each.end - len(each.tokens)
-        whole = each.end <= length
-        found.append(each.rows if whole else cut(each.rows, 0, length - first))
-    return found

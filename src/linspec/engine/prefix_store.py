@@ -26,9 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from linspec.engine.budget import PIECE
-from linspec.engine.prefix_tree import as_tokens, common, cut
+from linspec.engine.prefix_tree import as_tokens, common
 from linspec.errors import CheckpointError
-from linspec.state.sequence_states import Rows, SequenceStates
+from linspec.kernels.step_plan import PAGE
+from linspec.state.pages import Page
+from linspec.state.sequence_states import Pages, SequenceStates
 from linspec.state.slots import StateSnapshot
 from linspec.utils.files import is_leftover, replace_file
 
@@ -40,11 +42,11 @@ _WAITING = 8
 
 
 class Kept(NamedTuple):
-    """The state of a text: its tokens, what is held beside rows, and its rows from a position on."""
+    """The state of a text: its tokens, what is held beside pages, and its pages from a position on."""
 
     tokens: array[int]
     rest: list[Any] | None
-    rows: Callable[[int], Rows]
+    pages: Callable[[int], list[Pages]]
 
     @property
     def length(self) -> int:
@@ -155,7 +157,7 @@ class PrefixStore:
         self,
         tenant: str,
         tokens: array[int],
-        rows: Sequence[Rows],
+        pages: Sequence[Pages],
         rest: list[Any] | None,
         *,
         wait: bool = False,
@@ -180,7 +182,7 @@ class PrefixStore:
             self._index |= dict.fromkeys(digests, name)
         self._start()
         try:
-            self._queue.put((name, lambda: _packed(seed, tokens, rows, rest)), block=wait)
+            self._queue.put((name, lambda: _packed(seed, tokens, pages, rest)), block=wait)
         except queue.Full:
             with self._lock:
                 self._forget(name)
@@ -252,12 +254,14 @@ def _digests(seed: str, tokens: array[int], lengths: Iterable[int]) -> list[tupl
     return found
 
 
-def _packed(seed: str, tokens: array[int], rows: Sequence[Rows], rest: list[Any] | None) -> bytes:
+def _packed(seed: str, tokens: array[int], pages: Sequence[Pages], rest: list[Any] | None) -> bytes:
     """The content of a file."""
     tensors = {"tokens": torch.tensor(tokens.tolist())}
-    for part, pieces in enumerate(zip(*rows, strict=True)):
-        for name, each in zip(("keys", "values"), zip(*pieces, strict=True), strict=True):
-            tensors[f"rows.{part}.{name}"] = torch.cat(each, dim=2)
+    for part, each in enumerate(zip(*pages, strict=True)):
+        for name in ("keys", "values"):
+            rows = torch.cat([getattr(page, name) for page in each], dim=2)
+            # the last page may go on behind the text
+            tensors[f"rows.{part}.{name}"] = rows[:, :, : len(tokens)]
     places = []
     for part, copy in enumerate(rest or ()):
         places.append([copy.length, copy.base_position])
@@ -309,7 +313,16 @@ def _unpacked(
             raise ValueError(f"it has rows of {keys.shape[2]} tokens, not of {len(mine)}")
         if keys.dtype != state.keys.dtype or values.dtype != state.values.dtype:
             raise ValueError(f"its rows are {keys.dtype}, not {state.keys.dtype}")
-    return Kept(mine[:shared], rest or None, lambda start: cut(rows, start, shared))
+    return Kept(mine[:shared], rest or None, lambda start: _pages_of(rows, start, shared))
+
+
+def _pages_of(
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], start: int, stop: int
+) -> list[Pages]:
+    """Rows of whole texts as pages, from the one with position `start` on to the one ahead of `stop`."""
+    numbers = range(start // PAGE, -(-stop // PAGE))
+    places = [slice(PAGE * number, min(PAGE * (number + 1), stop)) for number in numbers]
+    return [tuple(Page(k[:, :, at], v[:, :, at]) for k, v in rows) for at in places if rows]
 
 
 def model_key(model: Any, states: SequenceStates, kv_cache_dtype: str) -> str:

@@ -1,19 +1,23 @@
 """Texts that share their beginnings, as a radix tree: what is kept of one serves all that go on from it.
 
-An edge holds tokens and the rows that caches which grow have of them, so texts with a common beginning share
-its rows. A node that was the end of a text may hold the rest of a state: sums, open groups, windows.
+An edge holds tokens and the pages that caches which grow have of them, so texts with a common beginning share
+these. Two edges that meet within a page have one each, with their own tokens. A node that ended a text
+may hold the rest of a state: sums, open groups, windows.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from linspec.state.sequence_states import Rows
+from linspec.kernels.step_plan import PAGE
+from linspec.state.pages import Page
+from linspec.state.sequence_states import Pages
 
 _TOKEN_BYTES = 8
 
@@ -30,22 +34,27 @@ class Node:
     Attributes:
         tokens: of the edge.
         parent: None for a root.
-        rows: of the tokens of the edge.
+        pages: those that tokens of the edge are in, with all that is ahead of these in a page.
         rest: of the state of the text that ends here; None if it is not kept.
         end: length of the text that ends here.
     """
 
     tokens: array[int]
     parent: Node | None
-    rows: Rows = ()
+    pages: list[Pages] = field(default_factory=list)
     rest: list[Any] | None = None
     end: int = 0
     children: dict[int, Node] = field(default_factory=dict)
 
     @property
+    def start(self) -> int:
+        """Length of the text ahead of the edge."""
+        return self.end - len(self.tokens)
+
+    @property
     def bytes(self) -> int:
-        """Bytes of the edge and of the rest."""
-        return _TOKEN_BYTES * len(self.tokens) + tensor_bytes(self.rows) + tensor_bytes(self.rest)
+        """Bytes of the tokens of the edge and of the rest."""
+        return _TOKEN_BYTES * len(self.tokens) + tensor_bytes(self.rest)
 
     def path(self) -> list[Node]:
         """The nodes from the root, which is not among them, down to this one."""
@@ -102,18 +111,55 @@ def common(edge: array[int], tokens: array[int], at: int) -> int:
 def split(node: Node, count: int) -> Node:
     """Cut the edge of `node` behind `count` tokens; returns the new node there, which is its parent then."""
     assert node.parent is not None and 0 < count < len(node.tokens), "nothing is cut there"
-    upper = Node(node.tokens[:count], node.parent, cut(node.rows, 0, count))
-    upper.end = node.end - len(node.tokens) + count
-    node.rows, node.tokens = cut(node.rows, count, len(node.tokens)), node.tokens[count:]
+    first, at = node.start // PAGE, node.start + count
+    upper = Node(node.tokens[:count], node.parent, node.pages[: -(-at // PAGE) - first], end=at)
+    node.pages, node.tokens = node.pages[at // PAGE - first :], node.tokens[count:]
     node.parent.children[upper.tokens[0]] = upper
     upper.children[node.tokens[0]] = node
     node.parent = upper
     return upper
 
 
-def cut(rows: Rows, start: int, stop: int) -> Rows:
-    """Copies of some rows: a view would keep the memory of all of them."""
-    return tuple((k[:, :, start:stop].clone(), v[:, :, start:stop].clone()) for k, v in rows)
+def pages_until(node: Node, length: int) -> list[Pages]:
+    """The pages of the first `length` tokens of the text of `node`; none where no cache grows."""
+    found: dict[int, Pages] = {}
+    for each in node.path():
+        if each.start < length:
+            # the later of two edges that meet in a page has all of it
+            found |= enumerate(each.pages, each.start // PAGE)
+    return [pages for number, pages in sorted(found.items()) if number * PAGE < length]
+
+
+def ends_within(leaf: Node) -> list[Node]:
+    """The nodes above `leaf` that end in its first page: it has all that theirs has, and more."""
+    if not leaf.pages:
+        return []
+    above, first = leaf.path()[:-1], leaf.start - leaf.start % PAGE
+    return [node for node in above if node.end > first]
+
+
+class PageUses:
+    """How often pages are held: two edges may have one, which takes memory once."""
+
+    def __init__(self) -> None:
+        self._uses: Counter[Page] = Counter()
+
+    def add(self, pages: Sequence[Pages]) -> int:
+        """Hold these too; returns the bytes of those that were not held."""
+        found = [page for each in pages for page in each]
+        new = sum(page.bytes for page in found if page not in self._uses)
+        self._uses.update(found)
+        return new
+
+    def remove(self, pages: Sequence[Pages]) -> int:
+        """Hold these no longer; returns the bytes of those that nobody holds then."""
+        gone = 0
+        for page in (page for each in pages for page in each):
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                del self._uses[page]
+                gone += page.bytes
+        return gone
 
 
 def tensor_bytes(kept: Any) -> int:

@@ -38,8 +38,9 @@ def _turn(sequence: RunningSequence) -> tuple[int, int]:
 class Scheduler:
     """By priority, then first come, first served, in `slots` places and the memory of states.
 
-    The next one that does not fit lets nobody pass, so that nobody waits for ever. A slot that no sequence
-    in `running` has is free: there is no list of free slots that an interrupt could leave behind.
+    The next one that does not fit lets nobody pass, so that nobody waits for ever; who waits until another
+    has read a prompt lets all pass. A slot that no sequence in `running` has is free: there is no list of
+    free slots that an interrupt could leave behind.
     """
 
     def __init__(
@@ -63,14 +64,18 @@ class Scheduler:
         self.waiting = sorted([*self.waiting, *sequences], key=_turn)
 
     @property
+    def next(self) -> RunningSequence | None:
+        """Who waits and is next; None if nobody can begin."""
+        return next((each for each in self.waiting if not each.held_back), None)
+
+    @property
     def busy(self) -> bool:
         """True while any request runs or waits."""
         return bool(self.running or self.waiting)
 
     def victims(self) -> list[RunningSequence]:
         """The running sequences that have to give up their places now."""
-        first = self.waiting[0] if self.waiting else None
-        return victims(self.running, first, self.slots - len(self.running), self.memory)
+        return victims(self.running, self.next, self.slots - len(self.running), self.memory)
 
     def preempt(self, sequence: RunningSequence, parked: Parked) -> None:
         """Let a running sequence wait, with what it needs to go on."""
@@ -86,16 +91,16 @@ class Scheduler:
         admitted = []
         # the lowest slots: neighbouring slots form one dense group
         for slot in self.free if self.waiting else ():
-            sequence = self.waiting[0]
+            sequence = self.next
+            if sequence is None:
+                break
             if self.memory is not None and not self.memory.admits(self.running, sequence):
                 break
             sequence.slot = slot
             self.running.append(sequence)
             # it waits until it runs: an interrupt between the two loses no sequence
-            del self.waiting[0]
+            self.waiting.remove(sequence)
             admitted.append(sequence)
-            if not self.waiting:
-                break
         return admitted
 
     def next_batch(self) -> Batch:

@@ -19,6 +19,8 @@ from linspec.decoding.tree import Shape
 F32, BF16, INT8, INT4, BLOCKS = range(5)
 # kinds of rows: F32, BF16, INT8, and this one
 F16 = 5
+# positions of a page of a cache: a block of the rows that attention reads at once
+PAGE = 64
 # of MLPs: names that a plan has
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -227,6 +229,20 @@ class StepPlan:
         return table.outputs if isinstance(table, LinearPlan) else len(table)
 
 
+@dataclass(frozen=True, slots=True)
+class PageList:
+    """Where the pages are that the rows of each slot begin with, ahead of those in its buffer.
+
+    lists: address of [slots] addresses of lists of pages. positions: address of [slots] int32, how many rows
+    these have. keys, values: bytes from the beginning of a page to those of the layer, [Hkv, PAGE, .] each.
+    """
+
+    lists: int
+    positions: int
+    keys: int
+    values: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PartBuffers:
     """Where the state of a part of a layer is.
@@ -234,7 +250,7 @@ class PartBuffers:
     kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
     Hkv, conv_history + C, .]: committed rows, then staged rows, floats or (int8) codes and a scale; sums
     [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks, 2 K + 1]: key, value and a 1 of each row
-    that has left.
+    that has left. pages: None where all rows are in the buffers.
     """
 
     kind: int
@@ -242,6 +258,7 @@ class PartBuffers:
     values: torch.Tensor
     sums: torch.Tensor | None
     conv_history: int
+    pages: PageList | None = None
 
 
 @dataclass(slots=True)

@@ -276,6 +276,8 @@ class Decoder(nn.Module):
         for step_input in inputs:
             state.check_layers(step_input.slot, path.layers)
         for step_input in inputs:
+            if native is None or step_input.overwrite is not None:
+                state.unshare(step_input.slot)
             if step_input.overwrite is None:
                 state.reserve(step_input.slot, len(step_input.tokens))
         slices, wanted = _wanted(inputs)

@@ -24,6 +24,7 @@ from linspec.kernels.step_plan import (
     LinearPlan,
     NewNodes,
     NormPlan,
+    PageList,
     PartBuffers,
     RotaryPlan,
     StepPlan,
@@ -239,6 +240,7 @@ class OneCall:
             for part in state.parts
             for rows in (part.keys, part.values, part.sums)
         )
+        placed += tuple(part.page_list(0) for part in state.parts if part.grows)
         if placed != self._placed:
             # known when it is done: a process may be forked half-way
             self._placed = ()
@@ -283,7 +285,8 @@ def _buffers(state: SequenceStates) -> list[list[PartBuffers]]:
 
     def of(part: Any, index: int) -> PartBuffers:
         sums = part.sums[index] if part.sums.numel() else None
-        return _part_buffers(state, part, part.keys[index], part.values[index], sums)
+        pages = part.page_list(index) if part.grows else None
+        return _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
 
     return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
@@ -295,7 +298,8 @@ def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[list[Part
     def of(part: Any, index: int) -> PartBuffers:
         keys, values = rooms[id(part)][index]
         sums = part.sums[index, slot] if part.sums.numel() else None
-        return _part_buffers(state, part, keys[None], values[None], sums)
+        pages = part.page_list(index, slot) if part.grows else None
+        return _part_buffers(state, part, keys[None], values[None], sums, pages)
 
     return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
@@ -306,6 +310,7 @@ def _part_buffers(
     keys: torch.Tensor,
     values: torch.Tensor,
     sums: torch.Tensor | None,
+    pages: PageList | None,
 ) -> PartBuffers:
     return PartBuffers(
         kind=state.parts.index(part),
@@ -313,4 +318,5 @@ def _part_buffers(
         values=values,
         sums=sums,
         conv_history=part.spec.conv_history,
+        pages=pages,
     )

@@ -130,7 +130,7 @@ def state_bytes(worker: Worker) -> int:
     engine = worker.llm.engine
     # who is pre-empted meanwhile has no slot
     slots = [each.slot for each in list(engine.scheduler.running)]
-    return sum(engine.state.bytes(slot) for slot in slots if slot != UNPLACED)
+    return engine.state.bytes(*(slot for slot in slots if slot != UNPLACED))
 
 
 class _OpenJob:

@@ -15,7 +15,7 @@ import torch
 from linspec.decoding.step import MAX_STAGED
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
-from linspec.state.memory import check_new_state, zeros
+from linspec.state.memory import check_new_state, clear, zeros
 from linspec.state.slots import SlotStates, StateSnapshot
 
 
@@ -23,7 +23,7 @@ class BufferState(SlotStates):
     """Base of the states in one buffer a slot; they differ in what happens to entries that leave it.
 
     keys [L, slots, Hkv, C, K], values [L, slots, Hkv, conv_history + C, V]: position p of a slot lies at
-    p - its base position. sums: see GroupedState.
+    p - its base position, but for what lies in pages: see KVCache. sums: see GroupedState.
     """
 
     contiguous = True
@@ -65,6 +65,10 @@ class BufferState(SlotStates):
     def _let_go(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Take note of entries that leave; most states forget them."""
 
+    def _own(self, slot: int) -> int:
+        """Committed positions of `slot` that lie in its buffer."""
+        return self.held(slot)
+
     def _sum_bytes(self) -> int:
         """Bytes of one slot beside its entries."""
         return 0
@@ -85,7 +89,7 @@ class BufferState(SlotStates):
 
     def _next(self, slot: int) -> int:
         """Where the next staged entry of `slot` lies."""
-        return self.lengths[slot] - self.base_positions[slot] + len(self.staged[slot])
+        return self._own(slot) + len(self.staged[slot])
 
     def _ensure(self, positions: int) -> None:
         """Buffers double, so that a cache that grows token by token is copied rarely."""
@@ -97,14 +101,16 @@ class BufferState(SlotStates):
         self.values = self._grown(self.values, more)
 
     def _grown(self, entries: torch.Tensor, more: int) -> torch.Tensor:
-        """A copy with `more` positions a slot; slots without an entry stay zero, and so without memory."""
+        """A copy with `more` positions a slot; what no slot has written stays zero, and so without memory."""
         shape = list(entries.shape)
         shape[3] += more
         grown = zeros(shape, entries.dtype, entries.device)
-        for slot, length in enumerate(self.lengths):
+        for slot in range(len(self.lengths)):
             # a chain is in `long` before its nodes are recorded
-            if length or self.staged[slot] or slot in self.long:
-                grown[:, slot, :, : entries.shape[3]] = entries[:, slot]
+            used = entries.shape[3]
+            if slot not in self.long:
+                used = min(used, self.spec.conv_history + self._next(slot))
+            grown[:, slot, :, :used] = entries[:, slot, :, :used]
         return grown
 
     def stage(
@@ -197,7 +203,7 @@ class BufferState(SlotStates):
     @torch.inference_mode()
     def _gather(self, slot: int, path: Sequence[int]) -> None:
         # ascending, so a node that is copied from was never copied to; most of a short path is in place
-        first = self.held(slot)
+        first = self._own(slot)
         for entries, at in ((self.keys, first), (self.values, self.spec.conv_history + first)):
             for place, node in enumerate(path):
                 if place != node:
@@ -225,7 +231,7 @@ class BufferState(SlotStates):
     @torch.inference_mode()
     def _commit_aside(self, slot: int, count: int) -> None:
         """As `commit` for entries that were staged aside."""
-        held = self.held(slot) + count
+        held = self._own(slot) + count
         gone = self._leaving(held, aside=True)
         self._ensure(held - gone)
         history = self.spec.conv_history
@@ -246,11 +252,15 @@ class BufferState(SlotStates):
         self.drop(slot)
         self.lengths[slot], self.base_positions[slot] = 0, 0
         # entries left behind are multiplied by zero weights, which would keep a NaN alive
+        self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        """Zero the buffer of `slot`, and give its memory back."""
         for entries in (self.keys, self.values):
-            entries[:, slot] = 0
+            clear(entries[:, slot])
 
     @torch.inference_mode()
-    def snapshot(self, slot: int) -> StateSnapshot:
+    def snapshot(self, slot: int) -> Any:
         """A copy of what `slot` has committed."""
         held = self.held(slot)
         return StateSnapshot(

@@ -85,6 +85,10 @@ class LayerState(Protocol):
         """Make room for `new` more staged nodes in `slot`."""
         ...
 
+    def unshare(self, slot: int) -> None:
+        """Have what `slot` shares with others for itself: ahead of steps that are no kernel's."""
+        ...
+
     def missing_bytes(self, length: int) -> int:
         """Bytes that are still to be allocated for a sequence of `length` tokens."""
         ...

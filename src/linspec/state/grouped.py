@@ -11,7 +11,6 @@ import torch
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntrySpec
-from linspec.state.slots import StateSnapshot
 
 # what sums [Hkv, S, Z] become when entries of keys [Hkv, C, K] and values [Hkv, C, V] close
 Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -98,7 +97,7 @@ class GroupedState(BufferState):
             self.sums[:, slot] = 0
 
     @torch.inference_mode()
-    def snapshot(self, slot: int) -> StateSnapshot:
+    def snapshot(self, slot: int) -> Any:
         sums = self.sums[:, slot].clone() if self.spec.sum_width else None
         return replace(super().snapshot(slot), sums=sums)
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
+from linspec.kernels.step_plan import PAGE, PageList
 from linspec.state.branches import Branch
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
+from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
 
 @STATES.register(
     "float",
-    summary="keys and values in the dtype of the model, one buffer a sequence",
-    paper="Vaswani et al. 2017, arXiv 1706.03762",
+    summary="keys and values in the dtype of the model, in pages as far as they are shared",
+    paper="Vaswani et al. 2017, arXiv 1706.03762; Kwon et al. 2023, arXiv 2309.06180",
 )
 class KVCache(BufferState):
-    """Nothing ever leaves, so committed entries can be overwritten, and long chains are staged in place."""
+    """Nothing ever leaves, so committed entries can be overwritten, and long chains are staged in place.
+
+    A slot that nobody shares anything with has all its entries in its buffer. When a copy of it is asked for
+    (fork, snapshot, prefix cache), its full pages leave the buffer, and all who have the copy share them with
+    the slot; its buffer has the entries behind them. Kernels read both. Whoever writes into pages, or reads
+    entries layer by layer, has them back in its buffer first: see `unshare`.
+    """
 
     grows: ClassVar[bool] = True
 
@@ -37,33 +45,132 @@ class KVCache(BufferState):
         super().__init__(spec, layers, slots, options, entries)
         # of a slot: what it holds, then its branches
         self.branches: dict[int, list[Branch]] = {}
+        self.pool, self.table = PagePool(), PageTable(slots)
+        # whether slots have pages: from when on kernels read them
+        self.pages_read = False
 
     def _resting(self) -> int:
         return MAX_STAGED
+
+    def _own(self, slot: int) -> int:
+        return self.lengths[slot] - self.table.positions[slot]
 
     def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         self._ensure(self._next(slot) + new)
         self.long[slot] = []
         return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
 
-    @torch.inference_mode()
-    def rows(self, slot: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of the entries of positions start..stop: keys [L, Hkv, C, K], values [L, Hkv, C, V]."""
-        history = self.spec.conv_history
-        keys = self.keys[:, slot, :, start:stop]
-        return keys.clone(), self.values[:, slot, :, history + start : history + stop].clone()
+    # ---- pages
+
+    def page_list(self, layer: int, first: int = 0) -> PageList:
+        """Where kernels find the pages of the slots from `first` on, in one layer."""
+        self.pages_read = True
+        return self.table.seen_from(first, self.keys, self.values, layer)
+
+    def pages(self, slot: int, start: int, stop: int) -> list[Page]:
+        """The pages that positions start..stop of `slot` are in, from that of `start` on.
+
+        The last one may have fewer positions than PAGE, but has those before `stop`.
+        """
+        self._share(slot)
+        held, found = self.table[slot], []
+        for number in range(start // PAGE, -(-stop // PAGE)):
+            first = PAGE * number
+            if number < len(held):
+                found.append(held[number])
+            else:
+                found.append(self._page(slot, first, min(stop, first + PAGE)))
+        return found
+
+    def put_pages(self, slot: int, pages: Sequence[Page], length: int) -> None:
+        """Make `slot` the sequence of `length` positions whose entries are in these pages."""
+        full, rest = divmod(length, PAGE)
+        keys, values = self._buffered(slot, 0, 0)
+        if rest:
+            keys, values = pages[full].keys[:, :, :rest], pages[full].values[:, :, :rest]
+        self._put(slot, pages[:full], keys, values)
+
+    def _put(
+        self, slot: int, pages: Sequence[Page], keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Make `slot` the sequence of these pages, and of entries behind them."""
+        self.reset(slot)
+        self.table.put(slot, pages)
+        self.lengths[slot] = PAGE * len(pages)
+        if not self.pages_read:
+            self.unshare(slot)
+        at, rest = self._own(slot), keys.shape[2]
+        self._ensure(at + rest)
+        self._write(slot, at, keys, values)
+        self.lengths[slot] += rest
+
+    def unshare(self, slot: int) -> None:
+        """Have all entries of `slot` in its buffer, a copy of those in pages."""
+        pages = self.table[slot]
+        if not pages:
+            return
+        first, count = PAGE * len(pages), self._next(slot)
+        keys, values = _copied(self._buffered(slot, 0, count))
+        self._ensure(first + count)
+        self.table.put(slot, ())
+        for number, page in enumerate(pages):
+            self._write(slot, PAGE * number, page.keys, page.values)
+        self._write(slot, first, keys, values)
 
     @torch.inference_mode()
-    def put_rows(self, slot: int, pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Make `slot` the sequence whose entries are these `rows`, one piece behind the other."""
-        self.reset(slot)
-        self._ensure(sum(keys.shape[2] for keys, _ in pieces))
-        for keys, values in pieces:
-            at = self.lengths[slot]
-            self.keys[:, slot, :, at : at + keys.shape[2]] = keys
-            first = self.spec.conv_history + at
-            self.values[:, slot, :, first : first + keys.shape[2]] = values
-            self.lengths[slot] += keys.shape[2]
+    def _share(self, slot: int) -> None:
+        """Let the full pages of `slot` leave its buffer, so that others can have them too."""
+        held = self.table[slot]
+        gone = self._own(slot) // PAGE * PAGE
+        # what is staged, or branches off, lies behind or over entries where they are
+        busy = self.staged[slot] or slot in self.long or slot in self.branches
+        if not gone or not self.pages_read or busy:
+            return
+        first, length = PAGE * len(held), self.lengths[slot]
+        made = [self._page(slot, at, at + PAGE) for at in range(first, first + gone, PAGE)]
+        keys, values = _copied(self._buffered(slot, gone, length - first))
+        self._clear(slot)
+        self.table.put(slot, (*held, *made))
+        self._write(slot, 0, keys, values)
+
+    def _page(self, slot: int, start: int, stop: int) -> Page:
+        """A page of positions start..stop, which are in the buffer."""
+        first = self.table.positions[slot]
+        return self.pool.make(*self._buffered(slot, start - first, stop - first))
+
+    def _buffered(self, slot: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries of the buffer of `slot`."""
+        history = self.spec.conv_history
+        keys = self.keys[:, slot, :, start:stop]
+        return keys, self.values[:, slot, :, history + start : history + stop]
+
+    @torch.inference_mode()
+    def _write(self, slot: int, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write into the buffer of `slot`."""
+        to_keys, to_values = self._buffered(slot, at, at + keys.shape[2])
+        to_keys.copy_(keys)
+        to_values.copy_(values)
+
+    # ---- slots
+
+    @torch.inference_mode()
+    def snapshot(self, slot: int) -> PagedSnapshot:
+        """What `slot` has committed: its pages, which it shares from now on, and a copy of the rest."""
+        self._share(slot)
+        rest = _copied(self._buffered(slot, 0, self._own(slot)))
+        pages, length = self.table[slot], self.lengths[slot]
+        return PagedSnapshot(self.spec, self.entries.name, self.layers, length, pages, *rest)
+
+    def restore(self, slot: int, copy: Any) -> None:
+        self.check(copy)
+        if isinstance(copy, PagedSnapshot):
+            self._put(slot, copy.pages, copy.rest_keys, copy.rest_values)
+        else:
+            super().restore(slot, copy)
+
+    def reset(self, slot: int) -> None:
+        self.table.put(slot, ())
+        super().reset(slot)
 
     def hold(self, slot: int, length: int) -> None:
         self.reset(slot)
@@ -72,11 +179,34 @@ class KVCache(BufferState):
 
     @torch.inference_mode()
     def shorten(self, slot: int, length: int) -> None:
+        self.unshare(slot)
         end, history = self.lengths[slot], self.spec.conv_history
         self.lengths[slot] = length
         # as after `reset`: nothing that a zero weight keeps alive
         self.keys[:, slot, :, length:end] = 0
         self.values[:, slot, :, history + length : history + end] = 0
+
+    # ---- entries
+
+    def stage(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self._unshare_all(range(start, start + len(lengths)))
+        super().stage(layer, start, lengths, k, v)
+
+    def stage_long(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._unshare_all(range(start, start + len(lengths)))
+        return super().stage_long(layer, start, lengths, k, v)
+
+    def read(self, layer: int, slots: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._unshare_all(range(*slots.indices(len(self.lengths))))
+        return super().read(layer, slots, width)
+
+    def _unshare_all(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self.unshare(slot)
 
     def missing_bytes(self, length: int) -> int:
         missing = 0
@@ -99,10 +229,13 @@ class KVCache(BufferState):
     ) -> None:
         """Replace the entries at committed positions by k, v [Hkv, N, .]."""
         self.check_overwrite(slot, positions)
+        self.unshare(slot)
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
         self.values[layer, slot].index_copy_(1, at + history, self.entries.encode(v))
+
+    # ---- branches
 
     def drop(self, slot: int) -> None:
         super().drop(slot)
@@ -148,3 +281,8 @@ class KVCache(BufferState):
             self.keys[:, slot].index_copy_(2, at, kept.keys[:, :, at])
             self.values[:, slot].index_copy_(2, at + history, kept.values[:, :, at + history])
         self.branches.pop(slot, None)
+
+
+def _copied(entries: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = entries
+    return keys.clone(), values.clone()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -30,6 +33,38 @@ def zeros(
             "lower max_batch, the context or the span"
         ) from error
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+# bytes below which zeros are written: to ask the system takes its time
+_ASKED = 1 << 16
+_DONTNEED = 4
+
+
+def clear(parts: torch.Tensor) -> None:
+    """Zero parts [N, ..] of what `zeros` made, each contiguous, and give their memory back to the system."""
+    # elsewhere pages that are given back do not become zeros
+    asked = parts.device.type == "cpu" and sys.platform == "linux"
+    if not asked or parts[0].nbytes < _ASKED:
+        parts.zero_()
+        return
+    for part in parts:
+        _give_back(part.view(-1))
+
+
+def _give_back(flat: torch.Tensor) -> None:
+    """Zero a contiguous part: whole pages of the system by giving them back."""
+    size, first, last = flat.element_size(), flat.data_ptr(), flat.data_ptr() + flat.nbytes
+    begin, end = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, last // mmap.PAGESIZE * mmap.PAGESIZE
+    if _library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED):
+        flat.zero_()
+        return
+    flat[: (begin - first) // size].zero_()
+    flat[(end - first) // size :].zero_()
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def check_new_state(needed: int, positions: int, layers: int, slots: int) -> None:

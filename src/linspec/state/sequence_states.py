@@ -6,16 +6,15 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-
 from linspec.decoding.tree import Shape
 from linspec.errors import StateError
 from linspec.state.contract import LayerState, Makers, StateMaker, StateOptions
 from linspec.state.memory import check_growth
+from linspec.state.pages import Page, bytes_of
 from linspec.state.slots import NOTHING_STAGED
 
-# of each state that grows: entries of neighbouring positions, keys and values [L, Hkv, C, .]
-Rows = tuple[tuple[torch.Tensor, torch.Tensor], ...]
+# the entries of the same positions in each state that grows
+Pages = tuple[Page, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +73,11 @@ class SequenceStates:
         """Make room for `new` more staged nodes in `slot`."""
         for part in self.parts:
             part.reserve(slot, new)
+
+    def unshare(self, slot: int) -> None:
+        """Have what `slot` shares with others for itself: ahead of steps that are no kernel's."""
+        for part in self.parts:
+            part.unshare(slot)
 
     def check_room(self, tokens: int) -> None:
         """Raise StateError if caches cannot grow to a sequence of `tokens` tokens."""
@@ -227,7 +231,7 @@ class SequenceStates:
         self._forget(slot)
 
     def snapshot(self, slot: int) -> list[Any]:
-        """A copy of the committed state of `slot`, for prefix caches, pre-emption and beams."""
+        """What `slot` has committed, for pre-emption and beams: pages that they share, and copies."""
         return [part.snapshot(slot) for part in self.parts]
 
     def restore(self, slot: int, copy: Sequence[Any]) -> None:
@@ -250,16 +254,21 @@ class SequenceStates:
         """Whether all layers have committed `length` tokens in `slot`; steps may have skipped some."""
         return all(part.lengths[slot] == length for part in self._counted)
 
-    def rows(self, slot: int, start: int, stop: int) -> Rows:
-        """What `slot` holds of positions start..stop one by one, copied: see `rest`."""
-        return tuple(part.rows(slot, start, stop) for part in self.parts if part.grows)
+    def pages(self, slot: int, start: int, stop: int) -> list[Pages]:
+        """The pages that have positions start..stop of `slot` one by one: see `rest`, and `KVCache.pages`."""
+        found = [part.pages(slot, start, stop) for part in self.parts if part.grows]
+        return list(zip(*found, strict=True))
+
+    def held_pages(self, slot: int) -> list[Page]:
+        """The pages that `slot` may share with others."""
+        return [page for part in self.parts if part.grows for page in part.table[slot]]
 
     def rest(self, slot: int) -> list[Any]:
-        """A copy of what `slot` holds beside its rows: sums, open groups, windows."""
+        """A copy of what `slot` holds beside its pages: sums, open groups, windows."""
         return [part.snapshot(slot) for part in self.parts if not part.grows]
 
-    def rebuild(self, slot: int, rows: Sequence[Rows], rest: Sequence[Any]) -> None:
-        """Make `slot` the sequence whose `rows` these are, one piece behind the other, and whose `rest`.
+    def rebuild(self, slot: int, pages: Sequence[Pages], length: int, rest: Sequence[Any]) -> None:
+        """Make `slot` the sequence of `length` positions that are in these pages, and of a `rest`.
 
         Raises StateError, and changes nothing, if the rest is of another model.
         """
@@ -270,9 +279,8 @@ class SequenceStates:
             part.check(piece)
         for part, piece in zip(others, rest, strict=True):
             part.restore(slot, piece)
-        growing = [part for part in self.parts if part.grows]
-        for part, pieces in zip(growing, zip(*rows, strict=True), strict=bool(rows)):
-            part.put_rows(slot, pieces)
+        for at, part in enumerate(part for part in self.parts if part.grows):
+            part.put_pages(slot, [each[at] for each in pages], length)
         self._forget(slot)
 
     def fork(self, source: int, target: int) -> None:
@@ -281,9 +289,11 @@ class SequenceStates:
             part.fork(source, target)
         self._forget(target)
 
-    def bytes(self, slot: int) -> int:
-        """Bytes of the committed state of `slot`."""
-        return sum(part.bytes(slot) for part in self.parts)
+    def bytes(self, *slots: int) -> int:
+        """Bytes of the committed state of `slots`; pages that several of them share count once."""
+        held = [page for slot in slots for page in self.held_pages(slot)]
+        twice = sum(page.bytes for page in held) - bytes_of(held)
+        return sum(part.bytes(slot) for part in self.parts for slot in slots) - twice
 
     def bytes_at(self, length: int, source: int = 0) -> int:
         """Bytes of the committed state of one sequence of `length` tokens that has read so long a source."""

@@ -13,6 +13,7 @@ from linspec.decoding.tree_mask import OverwriteMask, TreeMask
 from linspec.errors import StateError
 from linspec.state.contract import StateOptions
 from linspec.state.entries import FLOATS, EntryFormat, EntrySpec
+from linspec.state.pages import PagedSnapshot
 
 NOTHING_STAGED = shape_of(())
 _MASKS_KEPT = 1024
@@ -41,6 +42,11 @@ class StateSnapshot:
     values: torch.Tensor
     sums: torch.Tensor | None = None
 
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.keys)
+
 
 class SlotStates:
     """Base of states that keep entries: everything but where the entries lie.
@@ -50,7 +56,7 @@ class SlotStates:
 
     counts_tokens = True
     # whether it keeps every position one by one, so that what it holds of a text begins with what it holds of
-    # each beginning of it: then it has `rows` and `put_rows`
+    # each beginning of it: then it has `pages` and `put_pages`
     grows: ClassVar[bool] = False
     entries: EntryFormat = FLOATS
     # whether buffers are as compiled kernels expect them
@@ -110,6 +116,9 @@ class SlotStates:
         """Whether `slot` has staged a long chain, which nothing can be staged behind."""
         return False
 
+    def unshare(self, slot: int) -> None:
+        """Have what `slot` shares with others for itself; here nothing is shared."""
+
     def drop(self, slot: int) -> None:
         """Forget what `slot` has staged."""
         self.staged[slot] = NOTHING_STAGED
@@ -156,8 +165,8 @@ class SlotStates:
     def check(self, copy: Any) -> None:
         """Raise StateError if `copy` is a snapshot of another kind of state."""
         mine = (self.spec, self.entries.name, self.layers)
-        fits = isinstance(copy, StateSnapshot) and (copy.spec, copy.entries, len(copy.keys)) == mine
-        if not fits:
+        known = isinstance(copy, StateSnapshot | PagedSnapshot)
+        if not known or (copy.spec, copy.entries, copy.layers) != mine:
             raise StateError(
                 f"a snapshot of {_described(copy)} does not fit a state of {self.layers} layers of "
                 f"{self.spec}, entries {self.entries.name!r}"
@@ -184,6 +193,6 @@ class SlotStates:
 
 
 def _described(copy: Any) -> str:
-    if not isinstance(copy, StateSnapshot):
+    if not isinstance(copy, StateSnapshot | PagedSnapshot):
         return f"type {type(copy).__name__}"
-    return f"{len(copy.keys)} layers of {copy.spec}, entries {copy.entries!r}"
+    return f"{copy.layers} layers of {copy.spec}, entries {copy.entries!r}"

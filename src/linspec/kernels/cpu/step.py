@@ -372,3 +372,9 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
+    entry.pages, entry.paged = None, None
+    if part.pages is not None:
+        assert not (entry.window or entry.group), "pages are read in whole blocks"
+        entry.pages = part.pages.lists
+        entry.paged = ctypes.cast(part.pages.positions, POINTER(c_int32))
+        entry.page_keys, entry.page_values = part.pages.keys, part.pages.values

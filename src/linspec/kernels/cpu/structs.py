@@ -27,13 +27,14 @@ from linspec.kernels.step_plan import (
     INT4,
     INT8,
     MAPS,
+    PAGE,
     WEIGHTS,
 )
 from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 12
+ABI = 13
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -59,6 +60,7 @@ CONSTANTS = (
     *((f"LS_END_{name.upper()}", number, "") for number, name in enumerate(ENDS)),
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
+    ("LS_PAGE", PAGE, "rows of a page"),
 )
 
 
@@ -111,6 +113,7 @@ _TYPES: dict[str, Any] = {
     "const int32_t *": POINTER(c_int32),
     "const uint64_t *": POINTER(c_uint64),
     "const float *const *": POINTER(c_void_p),
+    "const char *const *const *": c_void_p,
 }
 S = TypeVar("S", bound=type[Struct])
 
@@ -203,6 +206,13 @@ class SummedStruct(Struct):
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
     Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, or LS_INT8: codes and a scale"),
     Field("int32_t", "row_bytes value_bytes", "of a row of keys and of values, alike but for sums"),
+    Field(
+        "const char *const *const *",
+        "pages",
+        "[slots]: pages with the first rows of a slot, whose others are in keys and values; or null",
+    ),
+    Field("const int32_t *", "paged", "[slots]: how many rows are in pages"),
+    Field("int64_t", "page_keys page_values", "bytes to [kv_heads][LS_PAGE] rows in a page"),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

@@ -90,7 +90,7 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         float scales[BLOCK], weights[BLOCK];
         int count = m->taps - first < BLOCK ? m->taps - first : BLOCK;
         for (int i = 0; i < count; i++) {
-            const char *row = values + (int64_t)row_at(m, v, v->count - 1 - first - i) * m->row_bytes;
+            const char *row = row_address(m, values, m->page_values, row_at(m, v, v->count - 1 - first - i));
             widen_rows(m, row, 1, 0, space + i * padded);
             scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m) : 1.0f;
         }

@@ -13,7 +13,7 @@
 #define LS_API __attribute__((visibility("default")))
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
-#define LS_BLOCK 64 /* rows whose sums are made together */
+#define LS_BLOCK LS_PAGE /* rows whose sums are made together */
 #define LS_QUERY_FLOATS 34 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
 #define LS_CHUNK 1024 /* exact rows whose sums are made apart: threads share out long caches so */
 
@@ -53,7 +53,10 @@ typedef struct {
     int32_t bias_distances;
     int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16 or LS_INT8; of a row */
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
-    const char *keys, *values;        /* [kv_heads][rows][row_bytes] */
+    const char *keys, *values;        /* [kv_heads][rows][row_bytes]; of pages one kv head, without the first rows: */
+    int32_t paged;                    /* rows that are in pages, ahead of those in keys and values */
+    const char *const *pages;         /* [paged / LS_PAGE] */
+    int64_t page_keys, page_values;   /* bytes from the beginning of a page to its rows */
     const float *sums;                /* [kv_heads][width][width], null without */
     const ls_summed *form;            /* null: attention. The rest is then null, or of its kv head: */
     const float *query_map, *key_map, *query_factors, *gate_map, *gate_scale, *gate_bias;

@@ -8,7 +8,8 @@
  * as well. */
 typedef struct {
     int count, fresh; /* fresh: nobody has read them yet, so who does prefetches the block behind them */
-    const char *ahead; /* the values behind them */
+    const char *ahead;  /* the values behind them */
+    int64_t key_ahead;  /* bytes to the keys behind them */
     const char *keys, *values;
     int64_t key_stride, value_stride;
     int key_kind, value_kind;
@@ -29,13 +30,13 @@ INLINE void widen_parts(const char *at, int kind, int parts, float *to) {
         vl_store(to + LS_LANES * i, load_features(at + LS_LANES * i * feature_bytes(kind), kind));
 }
 
-/* `count` rows as floats, zeros behind each up to whole sixteens; ahead: prefetch as many rows of the next block */
-INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, int ahead,
+/* `count` rows as floats, zeros behind each up to whole sixteens; ahead: bytes to rows that are prefetched, or 0 */
+INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, int64_t ahead,
                        float *to) {
     int size = feature_bytes(kind), whole = m->width & ~15, padded = ls_up16(m->width);
     for (int i = 0; i < count; i++, rows += m->row_bytes, to += padded) {
         int c = 0;
-        if (ahead) prefetch(rows + BLOCK * m->row_bytes, m->row_bytes);
+        if (ahead) prefetch(rows + ahead, m->row_bytes);
         for (; c + 64 <= m->width; c += 64) widen_parts(rows + c * size, kind, 4 * LS_PARTS, to + c);
         for (; c < whole; c += 16) widen_parts(rows + c * size, kind, LS_PARTS, to + c);
         if (whole == m->width) continue;
@@ -45,7 +46,7 @@ INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind,
     }
 }
 
-static void widen_rows(const ls_mixer *m, const char *rows, int count, int ahead, float *to) {
+static void widen_rows(const ls_mixer *m, const char *rows, int count, int64_t ahead, float *to) {
     switch (m->row_kind) {
         case LS_F32: widen_kind(m, rows, count, LS_F32, ahead, to); break;
         case LS_BF16: widen_kind(m, rows, count, LS_BF16, ahead, to); break;
@@ -56,8 +57,8 @@ static void widen_rows(const ls_mixer *m, const char *rows, int count, int ahead
 
 /* Rows for loops over them: where they are, or else as floats in `space`. A few queries widen as they go; more of
  * them shall not do so again and again. */
-INLINE const char *ready(const ls_mixer *m, const char *rows, int count, int few, int ahead, float *space, int *kind,
-                         int64_t *stride) {
+INLINE const char *ready(const ls_mixer *m, const char *rows, int count, int few, int64_t ahead, float *space,
+                         int *kind, int64_t *stride) {
     *kind = m->row_kind;
     *stride = m->row_bytes;
     if (m->width % 16 == 0 && (few || m->row_kind == LS_F32)) return rows;
@@ -120,12 +121,12 @@ INLINE void tile_square(const char *rows, int64_t stride, uint8_t *tile) {
 }
 #endif
 
-/* The codes of `count` rows as [quads][BLOCK][4], as LS_DOT wants them. */
-static void tile_rows(const char *rows, int64_t stride, int count, int quads, uint8_t *tile) {
+/* The codes of `count` rows as [quads][BLOCK][4], as LS_DOT wants them; ahead: bytes to rows that are prefetched. */
+static void tile_rows(const char *rows, int64_t stride, int count, int quads, int64_t ahead, uint8_t *tile) {
     int row = 0, quad = 0;
 #if LS_LANES >= 8
     for (; row + LS_LANES <= count; row += LS_LANES) {
-        prefetch(rows + (BLOCK + row) * stride, LS_LANES * stride);
+        prefetch(rows + row * stride + ahead, LS_LANES * stride);
         for (quad = 0; quad + LS_LANES <= quads; quad += LS_LANES)
             tile_square(rows + row * stride + 4 * quad, stride, tile + (quad * BLOCK + row) * 4);
     }
@@ -142,19 +143,22 @@ static void tile_rows(const char *rows, int64_t stride, int count, int quads, ui
 /* Make `count` rows from `first` on ready for few queries or for many; space: ls_block_floats. */
 static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int few,
                       float *space, row_block *to) {
-    keys += (int64_t)first * m->row_bytes;
-    values += (int64_t)first * m->row_bytes;
+    const char *next = row_address(m, keys, m->page_keys, first + BLOCK);
+    keys = row_address(m, keys, m->page_keys, first);
+    int64_t key_ahead = next - keys;
+    to->ahead = row_address(m, values, m->page_values, first + BLOCK);
+    values = row_address(m, values, m->page_values, first);
     to->count = count;
     to->fresh = 1;
-    to->ahead = values + BLOCK * m->row_bytes;
     to->values = ready(m, values, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
                        &to->value_stride);
     if (m->row_kind != LS_INT8) {
-        to->keys = ready(m, keys, count, few, 1, space, &to->key_kind, &to->key_stride);
+        to->keys = ready(m, keys, count, few, key_ahead, space, &to->key_kind, &to->key_stride);
+        to->key_ahead = to->keys == keys ? key_ahead : BLOCK * to->key_stride;
         return;
     }
     to->codes = (uint8_t *)space;
-    tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, to->codes);
+    tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, key_ahead, to->codes);
     for (int i = 0; i < count; i++) {
         to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);
         to->value_scales[i] = row_scale(values + i * m->row_bytes, m);

@@ -47,7 +47,7 @@ INLINE void score_floats(const row_block *rows, const query *queries, int count,
         for (int k = 0; k < LS_LANES; k++) {
             int row = first + k < rows->count ? first + k : rows->count - 1;
             keys[k] = rows->keys + row * rows->key_stride;
-            if (rows->fresh) prefetch(keys[k] + BLOCK * rows->key_stride, rows->key_stride);
+            if (rows->fresh) prefetch(keys[k] + rows->key_ahead, rows->key_stride);
         }
         for (int k = 0; k < LS_LANES; k += KEYS(count))
             dot_parts(queries, count, keys + k, KEYS(count), width, kind, dots, k);

@@ -79,6 +79,7 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     char *values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->value_bytes;
     for (int n = 0; n < in->nodes; n++) {
         int64_t row = in->overwritten ? in->overwritten[n] : (int64_t)m.committed + in->staged - in->nodes + n;
+        row -= m.paged; /* who overwrites has no pages */
         char *key = keys + row * p->row_bytes, *value = values + row * p->value_bytes;
         float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
         float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;

@@ -49,6 +49,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     int32_t committed = in->committed[p->state];
     /* what forgets its rows sees none before those of the first new node */
     int64_t unseen = f && !sums ? (committed / p->group - (p->span - 1)) * p->group : 0;
+    int32_t paged = p->pages ? p->paged[in->slot] : 0;
     return (ls_mixer){
         .heads = repeats, .kv_heads = 1, .width = d->head_width,
         .committed = committed, .staged = in->staged, .nodes = in->nodes,
@@ -61,6 +62,9 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .row_kind = p->row_kind, .row_bytes = p->row_bytes,
         .keys = p->keys + at * p->key_stride,
         .values = p->values + at * p->value_stride + (int64_t)p->conv_history * p->value_bytes,
+        .paged = paged, .pages = paged ? p->pages[in->slot] : NULL,
+        .page_keys = p->page_keys + place * LS_PAGE * p->row_bytes,
+        .page_values = p->page_values + place * LS_PAGE * p->value_bytes,
         .value_bytes = p->value_bytes, .form = f,
         .query_map = f ? rows_of(f->query_map, place * repeats, matrix) : NULL,
         .key_map = f ? rows_of(f->key_map, place, matrix) : NULL,

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 12                            /* of this table and the functions */
+#define LS_ABI 13                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -49,6 +49,7 @@
 #define LS_END_UNIT 4
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
+#define LS_PAGE 64                           /* rows of a page */
 
 /* Rows of a weight matrix whose blocks have one format. */
 typedef struct {
@@ -103,6 +104,9 @@ typedef struct {
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
     int32_t row_kind;                        /* LS_F32, LS_BF16, LS_F16, or LS_INT8: codes and a scale */
     int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums */
+    const char *const *const *pages;         /* [slots]: pages with the first rows of a slot, whose others are in keys and values; or null */
+    const int32_t *paged;                    /* [slots]: how many rows are in pages */
+    int64_t page_keys, page_values;          /* bytes to [kv_heads][LS_PAGE] rows in a page */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -241,7 +245,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1291786584, \
+    1193405801, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -269,7 +273,9 @@ typedef struct {
         offsetof(ls_mixer_part, sums), offsetof(ls_mixer_part, sum_floats), \
         offsetof(ls_mixer_part, key_stride), offsetof(ls_mixer_part, value_stride), \
         offsetof(ls_mixer_part, row_kind), offsetof(ls_mixer_part, row_bytes), \
-        offsetof(ls_mixer_part, value_bytes), \
+        offsetof(ls_mixer_part, value_bytes), offsetof(ls_mixer_part, pages), \
+        offsetof(ls_mixer_part, paged), offsetof(ls_mixer_part, page_keys), \
+        offsetof(ls_mixer_part, page_values), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \

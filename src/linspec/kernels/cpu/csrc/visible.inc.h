@@ -18,7 +18,15 @@ static void find_visible(const ls_mixer *m, int node, visible_rows *v) {
     v->first = first > 0 ? (int32_t)first : 0;
 }
 
-/* index in the buffer of the row at `position`, which may be negative for values */
+/* index of the row at `position`, which may be negative for values */
 INLINE int row_at(const ls_mixer *m, const visible_rows *v, int position) {
     return position < m->committed ? position : m->committed + v->ancestors[position - m->committed];
+}
+
+/* where a row is: in a page, or in the buffer of its kv head, which has those behind the pages and, with negative
+ * indices, those ahead of all */
+INLINE const char *row_address(const ls_mixer *m, const char *buffer, int64_t in_page, int64_t row) {
+    if (row >= 0 && row < m->paged)
+        return m->pages[row / LS_PAGE] + in_page + row % LS_PAGE * m->row_bytes;
+    return buffer + (row < 0 ? row : row - m->paged) * m->row_bytes;
 }
