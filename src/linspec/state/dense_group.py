@@ -26,8 +26,8 @@ class DenseGroup:
     """Neighbouring slots whose new nodes the mixers see as one dense group.
 
     lengths: new nodes of each slot. shapes: of all that it has staged then, the new nodes last. overwrite:
-    positions whose entries the tokens of one slot replace instead of being staged; causal, branch, blocks, watch:
-    see StepInput.
+    positions whose entries the tokens of one slot replace instead of being staged; causal, branch, blocks
+    and watch: see StepInput.
     """
 
     start: int
