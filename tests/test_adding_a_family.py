@@ -24,7 +24,7 @@ from linspec.models.config import DecoderConfig
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, TABLE = DOCS / "adding-a-family.md", DOCS / "families.md"
 # not decoders, or such as transformers does not know
-OTHERS = {"bert", "t5", "llada", "Dream"}
+OTHERS = {"bert", "t5", "llada", "Dream", "sdar"}
 
 
 @pytest.fixture

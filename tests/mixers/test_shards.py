@@ -104,7 +104,7 @@ def in_shards(
 
 
 def through(model: Decoder, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    ropes = model._ropes(torch.arange(start, start + x.shape[1]), x.dtype)
+    ropes = model.ropes(torch.arange(start, start + x.shape[1]), x.dtype)
     for block, rope in zip(model.layers, ropes, strict=True):
         x = block(x, rope)
     return model.leave(x)

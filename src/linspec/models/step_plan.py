@@ -229,6 +229,11 @@ class OneCall:
         if kind == CHAIN:
             return self._run_chains(nodes, outputs, state, layers)
         self.place(state)
+        if self.kernel.buffers_only:
+            for each in inputs:
+                state.unshare(each.slot)
+            # buffers may have grown
+            self.place(state)
         run = self.kernel.run_over if kind == OVERWRITING else self.kernel.run
         return run(nodes, outputs, layers)
 
@@ -260,6 +265,9 @@ class OneCall:
         for new in nodes:
             rows = range(first, first + len(new.tokens))
             self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
+            if self.kernel.buffers_only:
+                state.unshare(new.slot)
+                self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
             # what is staged aside is the only slot there
             new.slot = 0
             wanted = [row - first for row in outputs if row in rows]

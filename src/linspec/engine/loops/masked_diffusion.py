@@ -112,9 +112,13 @@ class MaskedDiffusionLoop(GenerationLoop):
         for policy in (self.block, self.commit, self.stop, self.cache, self.verify):
             policy.attached(context.target)
         check_sees(self.config, self.cache)
-        self.rounds = CanvasRounds(self.block, self.commit, self.stop)
         self.masks = options.masks
         self.running: dict[int, Denoising] = {}
+
+    @property
+    def rounds(self) -> CanvasRounds:
+        """What a round does, by the policies of now."""
+        return CanvasRounds(self.block, self.commit, self.stop)
 
     def check_request(self, request: Request) -> None:
         check_request(request, self.config)

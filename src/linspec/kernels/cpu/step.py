@@ -137,6 +137,7 @@ class CpuStep:
         self._layers = (LayerStruct * len(plan.layers))()
         # the parts of each layer, whose buffers move
         self._parts = [_parts(layer) for layer in plan.layers]
+        self.buffers_only = False
         for layer, entry, parts in zip(plan.layers, self._layers, self._parts, strict=True):
             _describe(layer, plan.head_width, entry, parts)
         self._tokens = _embedding(plan)
@@ -147,10 +148,16 @@ class CpuStep:
         self._sines = list(self._cosines)
 
     def place(self, buffers: Sequence[Sequence[PartBuffers]]) -> None:
-        """Tell the C side where the state of each part of each layer is, which moves as caches grow."""
+        """Tell the C side where the state of each part of each layer is, which moves as caches grow.
+
+        `buffers_only` then says whether a part reads a paged state by windows or groups, which may begin
+        inside a page: its rows have to be in the buffers.
+        """
+        self.buffers_only = False
         for parts, layer in zip(self._parts, buffers, strict=True):
             for entry, part in zip(parts, layer, strict=True):
                 _place(entry, part)
+                self.buffers_only |= part.pages is not None and not entry.pages
 
     def run(
         self, nodes: Sequence[NewNodes], outputs: Sequence[int], layers: Sequence[int] = ()
@@ -373,8 +380,7 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
     entry.pages, entry.paged = None, None
-    if part.pages is not None:
-        assert not (entry.window or entry.group), "pages are read in whole blocks"
+    if part.pages is not None and not (entry.window or entry.group):
         entry.pages = part.pages.lists
         entry.paged = ctypes.cast(part.pages.positions, POINTER(c_int32))
         entry.page_keys, entry.page_values = part.pages.keys, part.pages.values
