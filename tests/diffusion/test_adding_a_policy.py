@@ -1,4 +1,4 @@
-"""The worked example of docs/diffusion.md, and policies that break their rules."""
+"""The worked example of docs/adding-a-diffusion-policy.md, and policies that break their rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from linspec.diffusion.commits.static import Static
 from linspec.diffusion.freedave import FreeDave
 from linspec.errors import ConfigError
 
-PAGE = Path(__file__).parents[2] / "docs" / "diffusion.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-diffusion-policy.md"
 
 
 @pytest.fixture
