@@ -43,7 +43,7 @@ def test_the_worked_example_goes_from_left_to_right(example: str, name: str) -> 
 
 
 def test_the_page_names_every_policy() -> None:
-    page = PAGE.read_text(encoding="utf-8")
+    page = (PAGE.parent / "diffusion.md").read_text(encoding="utf-8")
     for registry in (BLOCKS, COMMITS, STOPS, CACHES, VERIFIES):
         assert all(f"`{entry.name}`" in page for entry in registry)
 
