@@ -61,14 +61,14 @@ static void free_case(case_of *c) {
     free(c->keys), free(c->values), free(c->sums), free(c->conv_weights), free(c->q);
 }
 
-/* the outputs of all nodes: [nodes][QUERY_HEADS][width] */
+/* the outputs of all nodes: [nodes][heads][width] */
 static float *attended(const ls_ops *ops, const ls_mixer *m, const float *q) {
-    int chunks = ls_chunk_count(m), stride = QUERY_HEADS * m->width;
+    int chunks = ls_chunk_count(m), stride = m->heads * m->width;
     size_t part = ls_partial_floats(m);
     float *partials = need((size_t)chunks * part * sizeof(float));
     float *out = need((size_t)(m->nodes * stride) * sizeof(float));
     void *scratch = need(ls_attend_scratch_bytes(m));
-    for (int head = 0; head < KV; head++) {
+    for (int head = 0; head < m->kv_heads; head++) {
         for (int c = 0; c < chunks; c++)
             ops->attend_chunk(m, head, c, q, stride, partials + (size_t)c * part, scratch);
         ops->combine(m, head, chunks, q, stride, partials, out, stride, scratch);
@@ -123,6 +123,34 @@ static void sinks_that_leave(int width, int sinks) {
     for (int node = 0; node < NODES; node++)
         expect(!memcmp(before + node * each, after + node * each, head), "sinks that left", width, sinks, node, 0);
     free(before), free(after), free(rows);
+    free_case(&c);
+}
+
+static char *copy_of(const char *from, int64_t bytes) { return memcpy(need((size_t)bytes), from, (size_t)bytes); }
+
+/* The first rows in pages, each in memory of its own, give the bits of rows in one buffer. */
+static void rows_in_pages(int kind, int width, int pages) {
+    case_of c = make_case(kind, width, 0, 0, 0, TAPS, RANDOM);
+    c.m.heads /= KV, c.m.kv_heads = 1;
+    int64_t row = c.m.row_bytes, page = LS_PAGE * row, rest = (BASE + NODES) * row - pages * page, ahead = HISTORY * row;
+    float *together = attended(ls_current(), &c.m, c.q);
+    const char **list = need((size_t)pages * sizeof *list);
+    for (int i = 0; i < pages; i++) {
+        char *both = need((size_t)(2 * page));
+        memcpy(both, c.m.keys + i * page, (size_t)page);
+        memcpy(both + page, c.m.values + i * page, (size_t)page);
+        list[i] = both;
+    }
+    char *keys = copy_of(c.m.keys + pages * page, rest), *values = need((size_t)(ahead + rest));
+    memcpy(values, c.m.values - ahead, (size_t)ahead);
+    memcpy(values + ahead, c.m.values + pages * page, (size_t)rest);
+    c.m.paged = pages * LS_PAGE, c.m.pages = list, c.m.page_keys = 0, c.m.page_values = page;
+    c.m.keys = keys, c.m.values = values + ahead;
+    float *apart = attended(ls_current(), &c.m, c.q);
+    size_t bytes = sizeof(float) * (size_t)(NODES * c.m.heads * width);
+    expect(memcmp(together, apart, bytes) == 0, "rows in pages", kind, width, pages, 0);
+    for (int i = 0; i < pages; i++) free((char *)list[i]);
+    free(list), free(keys), free(values), free(together), free(apart);
     free_case(&c);
 }
 
@@ -284,6 +312,7 @@ static void kinds_of_rows(int width) {
             for (int apart = 0; apart < 2; apart++) sinks_and_cap(kind, width, apart, sinks);
         near_double(kind, width, 0, 0, 0, OVERWRITES);
         overwriting(kind, width);
+        for (int pages = 1; pages <= BASE / LS_PAGE; pages += 2) rows_in_pages(kind, width, pages);
         nodes_apart(kind, width, 0);
         nodes_apart(kind, width, 70);
         nan_stays(kind, width);
