@@ -12,6 +12,7 @@ from kernels.test_native_step import DISTANT, MIXERS, TREE, model
 from linspec.decoding.step import StepInput
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
+from linspec.models.own_forms import near_sighted
 from linspec.state.pages import PAGE
 from linspec.state.sequence_states import SequenceStates
 
@@ -122,3 +123,32 @@ def test_layers_one_by_one_read_what_was_in_pages(kind: str) -> None:
     state.drop(0)
     again = made.step([StepInput(slot, [5]) for slot in (0, 1)], state).logits
     assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", [200, 256, 190])
+def test_a_form_that_sees_windows_has_room_for_what_comes_back_from_pages(
+    kind: str, prompt: int
+) -> None:
+    """It reads buffers: its new nodes stand behind all rows there, in a tree and in a long chain."""
+    made = made_of("softmax")
+    near = near_sighted(made, group=16, span=2, sinks=3)
+    assert made.native is not None and near.native is not None
+    ids, found = [index * 31 % 97 for index in range(prompt)], []
+    for share in (True, False):
+        state = made.new_state(2, kind)
+        read(made, state, 0, ids)
+        if share:
+            state.fork(0, 1)
+        assert bool(pages_of(state, 0)) is share
+        outputs = []
+        for new in (StepInput(0, list(range(10)), TREE), StepInput(0, ids[:90])):
+            outputs.append(near.step([new], state).logits)
+            state.drop(0)
+            outputs.append(made.step([StepInput(0, [5])], state).logits)
+            state.drop(0)
+        part = state.parts[0]
+        assert part.keys.shape[3] >= part.lengths[0] + len(TREE)
+        found.append(outputs)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

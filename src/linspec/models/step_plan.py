@@ -232,7 +232,9 @@ class OneCall:
         if self.kernel.buffers_only:
             for each in inputs:
                 state.unshare(each.slot)
-            # buffers may have grown
+                # what came back takes the room that was there for new nodes
+                if each.overwrite is None:
+                    state.reserve(each.slot, len(each.tokens))
             self.place(state)
         run = self.kernel.run_over if kind == OVERWRITING else self.kernel.run
         return run(nodes, outputs, layers)
