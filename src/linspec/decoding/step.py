@@ -77,6 +77,11 @@ class StepInput:
     watch: Watch | None = None
 
     @property
+    def by_layer(self) -> bool:
+        """Whether it asks for what a step in one call cannot do, and so goes layer by layer."""
+        return bool(self.branch) or self.blocks is not None or self.watch is not None
+
+    @property
     def kind(self) -> int:
         """TREE, CHAIN, OVERWRITING or OVERWRITING_CAUSAL."""
         if self.overwrite is not None:

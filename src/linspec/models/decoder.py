@@ -236,8 +236,7 @@ class Decoder(nn.Module):
         want: layers whose hidden states are handed out too.
         """
         native = self.native if layers is None and state.in_kernels else None
-        # branches see what those before them left, layer by layer
-        if native is None or any(each.branch for each in inputs):
+        if native is None or any(each.by_layer for each in inputs):
             return self._step(inputs, state, None, LayerPath(layers, want.inner))
         kinds = [each.kind for each in inputs]
         if len(set(kinds)) == 1:

@@ -92,9 +92,6 @@ class MaskedDiffusion(Decoder):
         length = self.config.block_length
         if length is not None:
             inputs = [replace(each, blocks=length) for each in inputs]
-        if length is not None or any(each.watch is not None for each in inputs):
-            # nothing can look between the layers of a step in one call, which knows no blocks either
-            return self._step(inputs, state, None, LayerPath(layers, want.inner))
         return super().step(inputs, state, layers=layers, want=want)
 
     def run(
