@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import accumulate
 from typing import cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape
-from linspec.errors import ConfigError, ContextOverflow
+from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import Rope
 from linspec.mixers.norms import make_norm
@@ -27,10 +26,10 @@ from linspec.models.layer_path import LayerPath, given_embeddings, node_slices
 from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
+from linspec.models.step_outputs import interleaved, wanted_nodes
 from linspec.models.step_plan import OneCall, one_call
 from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
 from linspec.state.sequence_states import SequenceStates
-from linspec.utils.messages import shown
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
 
@@ -249,7 +248,7 @@ class Decoder(nn.Module):
             self._step_alike(kinds[part[0]], [inputs[i] for i in part], state, native, want)
             for part in parts
         ]
-        return _interleaved(parts, outputs)
+        return interleaved(parts, outputs)
 
     def _step_alike(
         self,
@@ -279,7 +278,7 @@ class Decoder(nn.Module):
                 state.unshare(step_input.slot)
             if step_input.overwrite is None:
                 state.reserve(step_input.slot, len(step_input.tokens))
-        slices, wanted = _wanted(inputs)
+        slices, wanted = wanted_nodes(inputs)
         if native is not None:
             inner = sorted(path.wanted)
             hidden, logits, found = native.run(inputs, shapes, positions, wanted, state, inner)
@@ -347,57 +346,3 @@ class Decoder(nn.Module):
                 )
             positions.append(mine)
         return positions
-
-
-def _wanted(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each input."""
-    slices: list[slice] = []
-    wanted: list[int] = []
-    first = 0
-    for step_input in inputs:
-        count = len(step_input.tokens)
-        keep = [first + at for at in _with_logits(step_input)]
-        slices.append(slice(len(wanted), len(wanted) + len(keep)))
-        wanted += keep
-        first += count
-    return slices, wanted
-
-
-def _with_logits(step_input: StepInput) -> Sequence[int]:
-    """The numbers of the tokens of an input whose logits are wanted."""
-    chosen, count = step_input.logits_of, len(step_input.tokens)
-    if chosen is not None:
-        if not all(0 <= at < count for at in chosen):
-            raise ConfigError(
-                f"slot {step_input.slot} was asked for the logits of tokens {shown(repr(list(chosen)))} of "
-                f"{count}; they count from 0 to {count - 1}"
-            )
-        return chosen
-    return range(count) if step_input.all_logits else (count - 1,)
-
-
-def _interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -> StepOutput:
-    """One output of several, with rows in the order of all inputs."""
-    order = sorted(range(sum(map(len, parts))), key=[i for part in parts for i in part].__getitem__)
-    slices = _shifted([output.slices for output in outputs], [len(o.hidden) for o in outputs])
-    states = {n: torch.cat([o.layers[n] for o in outputs]) for n in outputs[0].layers}
-    nodes = _shifted(
-        [o.nodes for o in outputs], [o.nodes[-1].stop if o.nodes else 0 for o in outputs]
-    )
-    return StepOutput(
-        torch.cat([output.hidden for output in outputs]),
-        torch.cat([output.logits for output in outputs]),
-        [slices[i] for i in order],
-        states,
-        [nodes[i] for i in order] if nodes else [],
-    )
-
-
-def _shifted(slices: Sequence[Sequence[slice]], lengths: Sequence[int]) -> list[slice]:
-    """The slices of several outputs in one that holds these behind each other, each of so many rows."""
-    starts = accumulate(lengths, initial=0)
-    return [
-        slice(first + each.start, first + each.stop)
-        for first, own in zip(starts, slices, strict=False)
-        for each in own
-    ]
