@@ -52,6 +52,8 @@ def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> Mixe
     rows: dict[str, Any] = {"features": 2, "keep": 2} if name == "linformer" else {}
     rows |= {"sinks": SINKS} if name in ("streaming", "by-head") else {}
     rows |= {"exact_heads": (0,)} if name == "by-head" else {}
+    # of a few groups one is chosen, by pages of which it has several
+    rows |= {"options": {"budget": group, "page": group // 2}} if name == "pages" else {}
     return MixerConfig(
         name=name, group=group, kernel=kernel or "own", taps=taps, window=window, **rows
     )

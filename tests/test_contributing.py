@@ -20,9 +20,9 @@ from linspec.decoding.step import StepInput
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS
+from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.train.student import make_mixer
 from linspec.utils.registry import Registry
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"

@@ -23,9 +23,9 @@ from linspec.drafters import DrafterContext, make_drafter
 from linspec.drafters.base import Drafter
 from linspec.drafters.lookup import LookupOptions, PromptLookup
 from linspec.errors import ConfigError, DrafterError, WrongType
+from linspec.mixers.specs import leaves_span, make_mixer
 from linspec.policies import make_policy
 from linspec.policies.fixed import Fixed
-from linspec.train.student import leaves_span, make_mixer
 from linspec.utils.options import option, parse_options, read_spec
 from linspec.utils.registry import Registry
 from linspec.verifiers import LosslessVerifier, TypicalVerifier, make_verifier

@@ -43,6 +43,8 @@ from linspec.engine.streams import EngineStreams
 from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
+from linspec.models.decoder import Decoder
+from linspec.models.sparse import with_sparse_attention
 from linspec.policies import make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -88,6 +90,9 @@ class LLM:
             is not read again: bytes, or a text such as '512MB'. None keeps nothing.
         prefix_store: a directory for states that leave that memory; `engine.prefix_cache.flush()` writes the
             others there. It holds the texts too.
+        attention: sparse attention in the place of softmax, a spec such as 'pages:budget=1024': each token
+            reads the near ones, and what it selects of the others. None reads all. Drafts stay lossless, for
+            the model that reads so.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
@@ -119,6 +124,7 @@ class LLM:
         max_model_len: int | None = None,
         prefix_cache: int | str | None = None,
         prefix_store: str | Path | None = None,
+        attention: str | None = None,
         loop: str = "auto",
         kv: str | None = None,
     ) -> None:
@@ -137,6 +143,8 @@ class LLM:
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
         self.model = _loaded(model, dtype, quantize, source, place)
+        if attention is not None:
+            self.model = _with_attention(self.model, attention)
         if tokenizer is None and isinstance(model, str | Path):
             tokenizer = load_text_tokenizer(model)
         if tokenizer is None:
@@ -356,6 +364,14 @@ def _loaded(
     if isinstance(model, nn.Module) and hasattr(model, "new_state"):
         return model
     raise _no_model(model)
+
+
+def _with_attention(model: CausalModel, spec: str) -> CausalModel:
+    if isinstance(model, Decoder) and model.config.causal:
+        return with_sparse_attention(model, spec)
+    raise ConfigError(
+        f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
+    )
 
 
 def _no_model(given: object) -> WrongType:

@@ -18,8 +18,8 @@ import torch
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig, EncoderConfig
-from linspec.train.student import make_mixer
 from studies.linearized_llm.plan import Size
 from studies.linearized_llm.variants import variant
 

@@ -17,8 +17,8 @@ from linspec.errors import CheckpointError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.local import Local
 from linspec.mixers.options import SpanOptions
+from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
-from linspec.train.student import make_mixer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

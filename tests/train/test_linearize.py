@@ -21,6 +21,7 @@ from linspec.checkpoints.hub import load_config, load_model
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.train import linearize as module
 from linspec.train import loop
@@ -28,7 +29,7 @@ from linspec.train.finetune import add_lora, finetune_loss, merge_lora
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.linearize_heads import linearize_heads
-from linspec.train.student import changed_layers, make_mixer, student_mixers, with_mixers
+from linspec.train.student import changed_layers, student_mixers, with_mixers
 from linspec.train.transfer import Transfer, relative_error
 from linspec.utils.files import exclusive
 

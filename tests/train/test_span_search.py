@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train import span_losses as span_losses_module
 from linspec.train.data import Windows
 from linspec.train.span_losses import SpanLosses
 from linspec.train.span_search import PASSES, SHARE, Costs, choose, search_spans
-from linspec.train.student import by_need, make_mixer
+from linspec.train.student import by_need
 from linspec.utils.progress import Progress
 
 

@@ -85,6 +85,14 @@ PolicyName = Annotated[
         help="auto, or a number of draft tokens, 0..63; of a diffusion model commit=…,cache=….",
     ),
 ]
+AttentionName = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        help="Sparse attention in the place of softmax, such as pages:budget=1024.",
+        show_default="all tokens",
+    ),
+]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
 VerifierName = Annotated[
     str, typer.Option(help="lossless, block, greedy; lossy: typical, trusting.")
@@ -155,6 +163,7 @@ class Decoding:
     policy: PolicyName = "auto"
     verifier: VerifierName = "lossless"
     loop: LoopName = "auto"
+    attention: AttentionName = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -167,6 +176,7 @@ class Decoding:
             "policy": self.policy,
             "verifier": self.verifier,
             "loop": self.loop,
+            "attention": self.attention,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,

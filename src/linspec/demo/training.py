@@ -15,6 +15,7 @@ from linspec.checkpoints.hub import load_config, load_model
 from linspec.demo.budget import Budget, training_speed, training_tokens
 from linspec.demo.work import Work, can_resume
 from linspec.drafters.saved import CONFIG_FILE
+from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.train.drafters import DrafterConfig, train_drafter
 from linspec.train.drafters.medusa import MedusaTraining, MedusaTrainingOptions
@@ -23,7 +24,7 @@ from linspec.train.finetune import finetune_loss
 from linspec.train.linearize import linearize
 from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.linearize_record import RECORD
-from linspec.train.student import make_mixer, spread, student_mixers, with_mixers
+from linspec.train.student import spread, student_mixers, with_mixers
 
 MIXER, STUDENT = "aug", "embedded-aug"
 

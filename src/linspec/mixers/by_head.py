@@ -15,7 +15,7 @@ from linspec.mixers.base import MIXERS, Features, Mixer, Rope
 from linspec.mixers.carry import Carry
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.options import SinkOptions
-from linspec.mixers.softmax import Softmax
+from linspec.mixers.specs import make_mixer
 from linspec.state.contract import Makers
 from linspec.state.dense_group import DenseGroup
 from linspec.state.sequence_states import MixedState
@@ -31,6 +31,7 @@ class ByHeadOptions(SinkOptions):
     """Which mixer the heads get that are not exact, and how much it sees exactly."""
 
     others: str | None = option("mixer of the other heads; None is streaming", default=None)
+    exact: str | None = option("mixer of the exact heads; None is softmax", default=None)
 
 
 def beside_exact(mixer: MixerConfig, exact: tuple[int, ...]) -> MixerConfig:
@@ -70,14 +71,18 @@ class ByHead(Mixer):
                 f"has not; they are 0..{config.kv_heads - 1}"
             )
         others = tuple(head for head in range(config.kv_heads) if head not in exact)
-        plain = MixerConfig(taps=mixer.taps)
-        given = {k: v for k, v in mixer.options.items() if k != "others"}
-        name = mixer.own_options(ByHeadOptions).others or _OTHERS
+        own = mixer.own_options(ByHeadOptions)
+        plain = make_mixer(own.exact or "softmax", taps=mixer.taps)
+        given = {k: v for k, v in mixer.options.items() if k not in ("others", "exact")}
+        name = own.others or _OTHERS
         rest = replace(mixer, name=name, exact_heads=(), options=given)
         # which KV heads each part has
         self.owned: list[tuple[int, ...]] = []
         self.parts = nn.ModuleList()
-        for kind, settings, heads in ((Softmax, plain, exact), (_kind_of(name), rest, others)):
+        for kind, settings, heads in (
+            (_kind_of(plain.name), plain, exact),
+            (_kind_of(name), rest, others),
+        ):
             if heads:
                 self.owned.append(heads)
                 self.parts.append(self._part(kind, settings, len(heads)))
@@ -171,7 +176,5 @@ def _kind_of(name: str) -> type[Mixer]:
     """The class of a mixer that some heads of a layer may have; raises ConfigError for one that cannot."""
     kind = MIXERS.entry(name).value
     if issubclass(kind, ByHead):
-        raise ConfigError(
-            "the other heads of 'by-head' cannot be 'by-head' again; name another mixer"
-        )
+        raise ConfigError("heads of 'by-head' cannot be 'by-head' again; name another mixer")
     return kind

@@ -16,6 +16,8 @@ T = TypeVar("T")
 KERNELS = ("own", "softmax", "relu2")
 # what has a norm of queries and keys of its own: all heads alike, the whole projection, each head
 QK_NORMS = ("head", "whole", "each")
+# mixers whose caches hold every token
+_KEEP_ALL = ("softmax", "pages")
 # settings that came after the first runs and cells were kept
 _LATER = ("sinks", "exact_heads", "options")
 
@@ -65,7 +67,7 @@ class MixerConfig:
     @property
     def grows(self) -> bool:
         """Whether it keeps a cache that grows with the context."""
-        return self.name == "softmax" or bool(self.exact_heads)
+        return self.name in _KEEP_ALL or bool(self.exact_heads)
 
     def recorded(self) -> dict[str, Any]:
         """Its settings as runs and study cells are known by: without later ones that are not used."""

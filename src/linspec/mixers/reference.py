@@ -31,13 +31,14 @@ EPSILON = 1e-6
 class Head:
     """Which head a reference computes, and what it may need of its mixer.
 
-    unrotated [T, K]: keys before the rotary embedding.
+    unrotated [T, K]: keys before the rotary embedding. sharing: queries [T, K] of all heads with these keys.
     """
 
     mixer: Mixer
     query: int
     shared: int
     unrotated: torch.Tensor
+    sharing: tuple[torch.Tensor, ...]
 
     @property
     def config(self) -> MixerConfig:
@@ -72,6 +73,32 @@ def window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> tor
 def streaming(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """Softmax over s within reach of t and over the first `sinks` tokens."""
     return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s < head.config.sinks)
+
+
+def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over s within reach of t, and over the groups before it with the greatest bounds.
+
+    The bound of a group is the greatest, over its pages and the queries that share the keys, of the sum of
+    max(q_i k⁺_i, q_i k⁻_i), with the greatest and least keys of the page.
+    """
+    group, options = head.config.group, head.config.options
+    budget, page = int(options["budget"] or 0), int(options["page"] or 0)
+
+    def bound(t: int, number: int) -> float:
+        starts = range(number * group, (number + 1) * group, page)
+        products = [
+            torch.maximum(each[t] * rows.amax(0), each[t] * rows.amin(0))
+            for each in head.sharing
+            for rows in (k[start : start + page] for start in starts)
+        ]
+        return max(float(each.detach().sum()) for each in products)
+
+    best = [
+        sorted(range(head.first(t) // group), key=lambda number: -bound(t, number))
+        for t in range(len(q))
+    ]
+    chosen = [set(numbers[: budget // group]) for numbers in best]
+    return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s // group in chosen[t])
 
 
 def by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
@@ -289,6 +316,7 @@ REFERENCES: dict[str, Form] = {
     "softmax": softmax,
     "window": window,
     "streaming": streaming,
+    "pages": pages,
     "by-head": by_head,
     "local": local,
     "global": global_,
@@ -318,13 +346,19 @@ def reference(mixer: Mixer, x: torch.Tensor, angles: torch.Tensor | None = None)
     forms = REFERENCES if causal else BIDIRECTIONAL
     if name not in forms:
         raise ConfigError(f"mixer {name!r} has no reference; add one to mixers/reference.py")
-    heads = []
+    heads, repeats = [], mixer.heads // mixer.kv_heads
     for query in range(mixer.heads):
-        shared = query // (mixer.heads // mixer.kv_heads)
-        q, k, v = _project(mixer, x, query, shared)
-        head = Head(mixer=mixer, query=query, shared=shared, unrotated=k)
+        shared = query // repeats
+        group = range(shared * repeats, (shared + 1) * repeats)
+        queries = [_project(mixer, x, each, shared)[0] for each in group]
+        _, unrotated, v = _project(mixer, x, query, shared)
+        k = unrotated
         if angles is not None:
-            q, k = _turn(q, angles), _turn(k, angles)
+            queries, k = [_turn(each, angles) for each in queries], _turn(k, angles)
+        q = queries[query - group[0]]
+        head = Head(
+            mixer=mixer, query=query, shared=shared, unrotated=unrotated, sharing=tuple(queries)
+        )
         o = forms[name](q, k, v, head)
         if mixer.mixer.taps:
             # centred in an encoder: as many taps ahead as behind

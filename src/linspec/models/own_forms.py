@@ -19,8 +19,9 @@ from torch import nn
 
 from linspec.errors import ConfigError
 from linspec.kernels.step_plan import BF16, F32, INT4, INT8
+from linspec.mixers import MIXERS, Mixer
+from linspec.mixers.config import MixerConfig
 from linspec.mixers.softmax import Softmax
-from linspec.mixers.streaming import Streaming
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.decoder import Decoder
 from linspec.models.head import CappedLinear, inference_head
@@ -39,15 +40,25 @@ def near_sighted(model: Decoder, *, group: int, span: int, sinks: int) -> Decode
 
     Raises ConfigError where no layer has such heads, or the sizes do not go together.
     """
-    made, found = _again(model), 0
+    mixer = MixerConfig(name="streaming", group=group, span=span, sinks=sinks)
+    return with_attention(model, mixer)
+
+
+def with_attention(model: Decoder, mixer: MixerConfig) -> Decoder:
+    """`model` with `mixer` in the place of softmax, for all heads that see all tokens.
+
+    The mixer has no weights of its own. Raises ConfigError where no layer has such heads, or where the mixer
+    does not fit the model.
+    """
+    made, found = again(model), 0
     for parent in list(made.modules()):
         for name, part in list(parent.named_children()):
             if sees_all(part):
-                setattr(parent, name, _streaming(part, group, span, sinks))
+                setattr(parent, name, _in_place_of(part, mixer))
                 found += 1
     if not found:
         raise ConfigError("no layer of this model has softmax attention over all tokens")
-    return _ready(made)
+    return ready(made)
 
 
 def sees_all(part: nn.Module) -> bool:
@@ -63,7 +74,7 @@ def skipping(model: Decoder, mixers: Collection[int], mlps: Collection[int]) -> 
     every = set(range(len(model.layers)))
     if every <= set(mixers) and every <= set(mlps):
         raise ConfigError("a model without all of its mixers and MLPs is none; leave out fewer")
-    made = _again(model)
+    made = again(model)
     for layer, block in enumerate(made.layers):
         if not hasattr(block, "mlp"):
             raise ConfigError(f"a {type(block).__name__} has no mixer and MLP that can be left out")
@@ -73,7 +84,7 @@ def skipping(model: Decoder, mixers: Collection[int], mlps: Collection[int]) -> 
             block.mlp = Skipped(block.mlp)  # type: ignore[assignment]
         if isinstance(block, ArrangedBlock):
             _without_norms(block, layer in mixers, layer in mlps)
-    return _ready(made)
+    return ready(made)
 
 
 def _without_norms(block: ArrangedBlock, mixer: bool, mlp: bool) -> None:
@@ -86,12 +97,12 @@ def _without_norms(block: ArrangedBlock, mixer: bool, mlp: bool) -> None:
 
 def rounded(model: Decoder, bits: int) -> Decoder:
     """`model` with a copy of its linear layers, the output layer too, in 8 or 4 bits; on the CPU only."""
-    made, quantizer = _again(model), Quantizer(bits, {})
+    made, quantizer = again(model), Quantizer(bits, {})
     for parent in list(made.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear | PackedLinear | NativeLinear):
                 setattr(parent, name, _rounded(part, quantizer))
-    return _ready(made)
+    return ready(made)
 
 
 def bits_per_weight(model: Decoder) -> float:
@@ -108,7 +119,7 @@ def _block_bits(layer: NativeLinear) -> float:
     return 8.0 * layer.packed.numel() / (layer.out_features * layer.in_features)
 
 
-def _again(model: Decoder) -> Decoder:
+def again(model: Decoder) -> Decoder:
     """`model` in modules of its own around the same layers."""
     made = _module_again(model)
     assert isinstance(made, Decoder)
@@ -130,17 +141,16 @@ def _module_again(module: nn.Module) -> nn.Module:
     return made
 
 
-def _ready(made: Decoder) -> Decoder:
+def ready(made: Decoder) -> Decoder:
     made.native = one_call(made) if made.is_inference else None
     return made
 
 
-def _streaming(softmax: nn.Module, group: int, span: int, sinks: int) -> Streaming:
-    """A near-sighted mixer with the projections of `softmax`."""
+def _in_place_of(softmax: nn.Module, mixer: MixerConfig) -> Mixer:
+    """A mixer with the projections and the convolution of `softmax`."""
     assert isinstance(softmax, Softmax)
-    mixer = replace(softmax.mixer, name="streaming", group=group, span=span, sinks=sinks)
     with without_memory():
-        made = Streaming(softmax.config, mixer)
+        made = MIXERS[mixer.name](softmax.config, replace(mixer, taps=softmax.mixer.taps))
     for name in [*made._modules, *made._parameters]:
         delattr(made, name)
     for name, part in (*softmax._modules.items(), *softmax._parameters.items()):

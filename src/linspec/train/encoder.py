@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from linspec.checkpoints.hub import load_encoder, load_tokenizer, save_model
 from linspec.errors import ConfigError, InputError
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import DEFAULT_GROUP
 from linspec.models.bert import Bert
 from linspec.train.compiled import LossFn
 from linspec.train.data import Sources, train_and_heldout
@@ -31,14 +32,7 @@ from linspec.train.linearize_recipe import LinearizeRecipe
 from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.student import (
-    DEFAULT_GROUP,
-    changed_layers,
-    check_reach,
-    check_taps,
-    spread,
-    student_mixers,
-)
+from linspec.train.student import changed_layers, check_reach, check_taps, spread, student_mixers
 from linspec.train.transfer import Transfer, relative_error
 from linspec.utils.messages import now_called
 from linspec.utils.places import Place

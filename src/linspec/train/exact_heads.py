@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.train.data import Windows
 from linspec.train.gates import GateConfig, Gates, Heads, by_head_mixers, gated_student, train_gates
@@ -27,7 +28,7 @@ from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.low_rank import add_low_rank
 from linspec.train.match_teacher import KlLoss
 from linspec.train.needles import WORDINGS, Needles, NeedleWindows, NeedleWriter, most_keys
-from linspec.train.student import make_mixer, sharing
+from linspec.train.student import sharing
 
 log = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from linspec.checkpoints.hub import (
 )
 from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import DEFAULT_EXACT_TOKENS, leaves_span
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
 from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
@@ -47,13 +48,11 @@ from linspec.train.run import make_accelerator, training_run
 from linspec.train.sequence_parallel import SequenceParallel, check_processes, shard_unit
 from linspec.train.span_search import search_spans
 from linspec.train.student import (
-    DEFAULT_EXACT_TOKENS,
     by_need,
     changed_layers,
     check_mixers,
     check_reach,
     check_taps,
-    leaves_span,
     spread,
     student_mixers,
     with_mixers,

@@ -23,6 +23,7 @@ from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer,
 from linspec.checkpoints.packages import PACKAGES
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import DEFAULT_GROUP, make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.compiled import check_choice, check_precision
@@ -40,7 +41,7 @@ from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
 from linspec.train.low_rank import factors, merge_low_rank
 from linspec.train.run import make_accelerator, training_run
-from linspec.train.student import DEFAULT_GROUP, check_softmax, make_mixer
+from linspec.train.student import check_softmax
 from linspec.utils.border import read_json
 from linspec.utils.files import replace_text
 from linspec.utils.messages import shown

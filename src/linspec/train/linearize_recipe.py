@@ -16,10 +16,10 @@ import torch
 
 from linspec.errors import ConfigError, WrongType
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import DEFAULT_GROUP, leaves_span, make_mixer
 from linspec.train.data import Sources, check_sources
 from linspec.train.encoder_training import EncoderTraining
 from linspec.train.linearize_config import LinearizeConfig
-from linspec.train.student import DEFAULT_GROUP, leaves_span, make_mixer
 from linspec.utils.messages import did_you_mean, shown
 from linspec.utils.sizes import check_instance, check_lengths, check_size
 

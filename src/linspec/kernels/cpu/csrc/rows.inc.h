@@ -124,6 +124,7 @@ INLINE void tile_square(const char *rows, int64_t stride, uint8_t *tile) {
 /* The codes of `count` rows as [quads][BLOCK][4], as LS_DOT wants them; ahead: bytes to rows that are prefetched. */
 static void tile_rows(const char *rows, int64_t stride, int count, int quads, int64_t ahead, uint8_t *tile) {
     int row = 0, quad = 0;
+    (void)ahead; /* narrow sets do not prefetch */
 #if LS_LANES >= 8
     for (; row + LS_LANES <= count; row += LS_LANES) {
         prefetch(rows + row * stride + ahead, LS_LANES * stride);

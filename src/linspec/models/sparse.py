@@ -1,0 +1,53 @@
+"""A decoder whose softmax layers read a part of their cache, by its own choice: what `--attention` names.
+
+    model = with_sparse_attention(load_model("smollm2"), "pages:budget=1024")
+
+Its weights are those of the model, and it is another model all the same: its configuration says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from linspec.errors import ConfigError
+from linspec.mixers.base import MIXERS
+from linspec.mixers.config import MixerConfig
+from linspec.mixers.selecting import Selecting
+from linspec.mixers.specs import make_mixer
+from linspec.models.decoder import Decoder
+from linspec.models.own_forms import with_attention
+from linspec.utils.messages import shown
+
+
+def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
+    """`model` with the mixer of this spec for all heads that see all tokens; the layers' weights are shared.
+
+    Raises ConfigError for a spec that names no sparse attention, and for a model that it does not fit.
+    """
+    mixer = sparse_mixer(spec)
+    made = with_attention(model, mixer)
+    made.config = model.config.with_mixers(
+        tuple(_instead(own, mixer, spec) for own in model.config.mixers)
+    )
+    return made
+
+
+def sparse_mixer(spec: str) -> MixerConfig:
+    """The mixer that `--attention` names; raises ConfigError for an unknown one, or one with weights."""
+    name = MIXERS.read(spec)[0].name
+    names = [each for each in MIXERS.names() if issubclass(MIXERS[each], Selecting)]
+    if name not in names:
+        raise ConfigError(
+            f"attention is one of {', '.join(names)}, with options, got {shown(repr(spec))}; other mixers "
+            "have to be trained (linspec linearize)"
+        )
+    return make_mixer(spec)
+
+
+def _instead(own: MixerConfig, mixer: MixerConfig, spec: str) -> MixerConfig:
+    """The settings of a layer that had those of `own`."""
+    if own.name == "softmax":
+        return replace(mixer, taps=own.taps)
+    if own.exact_heads and not own.options.get("exact"):
+        return replace(own, options={**own.options, "exact": spec})
+    return own
