@@ -16,7 +16,7 @@ int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows);
 void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride, int32_t rows,
                        float *y, int64_t y_stride, void *workspace, int32_t threads);
 int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g);
-int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g);
+int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g, int32_t threads);
 void ls_grow(const ls_decoder *d, const ls_growth *g, void *workspace, int32_t threads);
 void ls_heads_guess(const ls_heads *h, const ls_guess *g, void *workspace, int32_t threads);
 

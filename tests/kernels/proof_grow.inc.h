@@ -63,7 +63,7 @@ static void grow_with(int kind, int normed, int top, int levels) {
                        .slots = slots, .committed = committed, .nodes = nodes, .depths = depths, .ids = ids,
                        .cosines = cosines, .sines = sines, .tokens = tokens, .parents = parents, .shares = shares,
                        .found = found};
-        void *space = aligned_alloc(64, (size_t)(ls_grow_workspace(&d, &g) + 63) / 64 * 64);
+        void *space = aligned_alloc(64, (size_t)(ls_grow_workspace(&d, &g, threads) + 63) / 64 * 64);
         ls_grow(&d, &g, space, threads);
         free(space);
         for (int i = 0; i < SEEDS; i++) {
@@ -74,7 +74,7 @@ static void grow_with(int kind, int normed, int top, int levels) {
             one.sequences = 1, one.slots = slots + i, one.committed = committed + i, one.nodes = nodes + i;
             one.depths = depths + i, one.tokens = tokens1, one.parents = parents1;
             one.shares = shares1, one.found = &alone;
-            space = aligned_alloc(64, (size_t)(ls_grow_workspace(&d, &one) + 63) / 64 * 64);
+            space = aligned_alloc(64, (size_t)(ls_grow_workspace(&d, &one, 1) + 63) / 64 * 64);
             ls_grow(&d, &one, space, 1);
             free(space);
             size_t at = (size_t)i * LS_MAX_NODES, size = (size_t)alone * sizeof(int32_t);

@@ -119,8 +119,9 @@ class BlockCall(CpuStep):
             drafts=drafts,
             sure=ctypes.addressof(sure),
         )
-        space = self._space.at_least(self._draft_space(self._drafter, asked))
-        self._draft(byref(self._drafter), byref(asked), space, native_threads())
+        threads = native_threads()
+        space = self._space.at_least(self._draft_space(self._drafter, asked, threads))
+        self._draft(byref(self._drafter), byref(asked), space, threads)
         del kept
         cut = [slice(i * places, (i + 1) * places) for i in range(len(inputs))]
         return [drafts[part] for part in cut], [sure[part] for part in cut]
@@ -177,6 +178,7 @@ def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_block_draft_workspace.argtypes = [
         POINTER(BlockDrafterStruct),
         POINTER(BlockRoundStruct),
+        c_int32,
     ]
     library.ls_block_draft.restype = None
     library.ls_block_draft.argtypes = [

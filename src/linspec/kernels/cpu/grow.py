@@ -117,8 +117,9 @@ class GrowCall:
             found=found,
         )
         decoder = kernel.decoder
-        space = self._space.at_least(self._workspace(decoder, asked))
-        self._call(byref(decoder), byref(asked), space, native_threads())
+        threads = native_threads()
+        space = self._space.at_least(self._workspace(decoder, asked, threads))
+        self._call(byref(decoder), byref(asked), space, threads)
         ranges = [slice(at * MAX_NODES, at * MAX_NODES + found[at]) for at in range(count)]
         return [Grown(tokens[each], parents[each], shares[each]) for each in ranges]
 
@@ -129,7 +130,7 @@ def _ints(numbers: Sequence[int]) -> ctypes.Array[c_int32]:
 
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_grow_workspace.restype = c_int64
-    library.ls_grow_workspace.argtypes = [POINTER(DecoderStruct), POINTER(GrowthStruct)]
+    library.ls_grow_workspace.argtypes = [POINTER(DecoderStruct), POINTER(GrowthStruct), c_int32]
     library.ls_grow.restype = None
     library.ls_grow.argtypes = [
         POINTER(DecoderStruct),

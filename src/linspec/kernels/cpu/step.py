@@ -223,8 +223,9 @@ class CpuStep:
         batch.hidden, batch.logits = hidden.data_ptr(), logits.data_ptr()
         batch.layers, batch.layer_numbers = len(layers), ints(layers)
         batch.layer_states = states.data_ptr()
-        space = self._space.at_least(self._workspace(self.decoder, batch))
-        self._call(self.decoder, batch, space, native_threads())
+        threads = native_threads()
+        space = self._space.at_least(self._workspace(self.decoder, batch, threads))
+        self._call(self.decoder, batch, space, threads)
         return hidden, logits, states
 
     def turned(self, count: int) -> tuple[Any, Any]:
@@ -245,7 +246,7 @@ class CpuStep:
 
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_step_workspace.restype = c_int64
-    library.ls_step_workspace.argtypes = [POINTER(DecoderStruct), POINTER(BatchStruct)]
+    library.ls_step_workspace.argtypes = [POINTER(DecoderStruct), POINTER(BatchStruct), c_int32]
     library.ls_step.restype = None
     library.ls_step.argtypes = [POINTER(DecoderStruct), POINTER(BatchStruct), c_void_p, c_int32]
     return library.ls_step, library.ls_step_workspace

@@ -12,11 +12,11 @@ typedef struct {
     int64_t ahead_bytes;
 } source;
 
-/* out = out * keep + sum of weights[i] * row i */
+/* out = sum of weights[i] * row i, plus what is there if `add` */
 typedef struct {
     float *out;
     const float *weights;
-    float keep;
+    int add;
 } accumulator;
 
 #define MAX_ACCUMULATORS 4
@@ -31,7 +31,7 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
     UNROLL(count, t)
         UNROLL(parts, c) {
             const float *at = to[t].out + column + LS_LANES * c;
-            sums[t][c] = (n < LS_LANES ? vl_load_part(at, n) : vl_load(at)) * vl_set1(to[t].keep);
+            sums[t][c] = !to[t].add ? vl_set1(0.0f) : n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
         }
     int64_t skipped = s->ahead_bytes * column / s->width, share = s->ahead_bytes * parts * LS_LANES / s->width;
     for (int i = 0; i < s->count; i++) {

@@ -3,8 +3,8 @@
  *
  * A node sees rows in the order of their positions: the committed ones, then its own ancestors among
  * the staged ones. Row i of this order has position i, counted from the slot's base position. Sums
- * over rows are made in blocks of BLOCK rows along this order, and blocks in chunks of LS_CHUNK,
- * whatever the place in the buffer. So a node of a tree gets, to the last bit, what it would have got after its
+ * over rows are made in blocks of BLOCK rows along this order, whatever the place in the buffer, and put together as
+ * merge.inc.h says. So a node of a tree gets, to the last bit, what it would have got after its
  * ancestors had been committed. All nodes that see the same committed rows read them together: a long
  * cache is read once for a whole tree. */
 
@@ -34,15 +34,14 @@ static void add_bias(const ls_mixer *m, const float *bias, int position, int fro
     }
 }
 
-/* Turn the scores of a query, of `count` rows from position `from` on, into weights; returns the factor on what it
- * has summed up. */
-INLINE float to_weights(const ls_mixer *m, const query *q, int from, int count, float *scores) {
+/* Turn the scores of a query, of `count` rows from position `from` on, into weights; returns their softmax. */
+INLINE softmax_state to_weights(const ls_mixer *m, const query *q, int from, int count, float *scores) {
     for (int i = count; i < BLOCK; i++) scores[i] = -__builtin_inff();
     float scale = m->row_kind == LS_INT8 ? q->scale : 1.0f;
     if (m->squared_relu) {
         square(scores);
         if (m->bias) add_bias(m, q->bias, q->visible->count - 1, from, count, scores);
-        return 1.0f;
+        return (softmax_state){0};
     }
     scale = scale * m->score_factor / __builtin_sqrtf((float)m->width);
     if (m->score_cap > 0.0f) {
@@ -54,14 +53,14 @@ INLINE float to_weights(const ls_mixer *m, const query *q, int from, int count, 
         add_bias(m, q->bias, q->visible->count - 1, from, count, scores);
         scale = 1.0f;
     }
-    return softmax_update(scores, scale, q->state);
+    return to_exponentials(scores, scale);
 }
 
-INLINE void add_own_values(const block *b, const query *q, const int32_t *indices, int own, float *weights) {
+INLINE void add_own_values(const block *b, const int32_t *indices, int own, float *weights, float *sum) {
     const row_block *staged = &b->staged;
     for (int i = 0; b->m->row_kind == LS_INT8 && i < own; i++) weights[i] *= staged->value_scales[indices[i]];
     source apart = {staged->values, indices, staged->value_stride, staged->value_kind, own, ls_up16(b->m->width), NULL, 0};
-    accumulator one = {q->out, weights, 1.0f};
+    accumulator one = {sum, weights, 1};
     accumulate(&apart, &one, 1);
 }
 
@@ -71,22 +70,26 @@ INLINE void attend_some(const block *b, const query *queries, int count) {
     float scores[LS_QUERIES][BLOCK], staged[LS_QUERIES][BLOCK], weights[LS_QUERIES][BLOCK];
     int32_t indices[LS_QUERIES][BLOCK];
     int own[LS_QUERIES] = {0};
-    accumulator sums[LS_QUERIES];
+    float sums[LS_QUERIES][LS_MAX_HEAD_WIDTH];
+    softmax_state states[LS_QUERIES];
+    accumulator to[LS_QUERIES];
     score_rows(m, &b->rows, queries, count, scores);
     if (b->any_own) score_rows(m, &b->staged, queries, count, staged);
     for (int j = 0; j < count; j++) {
         if (b->any_own) own[j] = own_rows(b, queries + j, indices[j]);
         for (int i = 0; i < own[j]; i++) scores[j][b->shared + i] = staged[j][indices[j][i]];
-        float keep = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
+        states[j] = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
         for (int i = 0; m->row_kind == LS_INT8 && i < b->shared; i += LS_LANES)
             vl_store(weights[j] + i, vl_load(scores[j] + i) * vl_load(b->rows.value_scales + i));
-        sums[j] = (accumulator){queries[j].out, m->row_kind == LS_INT8 ? weights[j] : scores[j], keep};
+        to[j] = (accumulator){sums[j], m->row_kind == LS_INT8 ? weights[j] : scores[j], 0};
     }
     source together = {b->rows.values, NULL, b->rows.value_stride, b->rows.value_kind, b->shared, ls_up16(m->width),
                        b->rows.fresh ? b->rows.ahead : NULL, m->row_bytes};
-    accumulate(&together, sums, count);
-    for (int j = 0; j < count; j++)
-        if (own[j]) add_own_values(b, queries + j, indices[j], own[j], scores[j] + b->shared);
+    accumulate(&together, to, count);
+    for (int j = 0; j < count; j++) {
+        if (own[j]) add_own_values(b, indices[j], own[j], scores[j] + b->shared, sums[j]);
+        merge_rows(m, queries[j].out, queries[j].state, sums[j], states + j);
+    }
 }
 
 static void attend_queries(const block *b, const query *queries, int count) {
@@ -133,20 +136,16 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
 static void attend_sinks(const ls_mixer *m, block b, query *queries);
 
 /* The queries of a kv head, and behind them what their nodes see; space: what the queries are. */
-static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial,
-                              query *queries, float *space) {
+static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride, query *queries,
+                            float *space) {
     int repeats = m->heads / m->kv_heads, count = m->nodes * repeats;
     int width = ls_up16(m->width), codes = (m->width + 31) & ~31;
     visible_rows *visible = (visible_rows *)(queries + count);
-    softmax_state *states = (softmax_state *)(partial + (size_t)count * width);
     for (int n = 0; n < m->nodes; n++) find_visible(m, n, visible + n);
-    memset(partial, 0, sizeof(float) * (size_t)count * width);
     memset(space, 0, sizeof(float) * (size_t)count * width);
     for (int i = 0; i < count; i++, space += width) {
         const float *from = q + i / repeats * q_stride + (head * repeats + i % repeats) * m->width;
-        states[i] = (softmax_state){-__builtin_inff(), 0.0f};
-        queries[i] = (query){.q = space, .out = partial + (size_t)i * width, .state = states + i,
-                            .visible = visible + i / repeats,
+        queries[i] = (query){.q = space, .visible = visible + i / repeats,
                             .bias = m->bias ? m->bias + (int64_t)(i % repeats) * m->bias_distances : NULL, .codes = (int8_t *)space};
         if (m->row_kind == LS_INT8)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 0, queries[i].codes, &queries[i].offset);
@@ -155,27 +154,40 @@ static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t
     }
 }
 
+/* From here on the queries add up what they read in `partial`. */
+static void begin_partial(const ls_mixer *m, float *partial, query *queries) {
+    empty_partial(m, partial);
+    for (size_t i = 0; i < ls_query_count(m); i++) {
+        queries[i].out = partial + i * (size_t)ls_up16(m->width);
+        queries[i].state = states_of(m, partial) + i;
+    }
+}
+
+/* The block whose rows begin at `begin` behind the first row of each node. */
+static void attend_block(block *b, const query *queries, int begin) {
+    const ls_mixer *m = b->m;
+    int repeats = m->heads / m->kv_heads;
+    for (int n = 0, last; n < m->nodes; n = last) {
+        int first = queries[n * repeats].visible->first;
+        for (last = n + 1; last < m->nodes; last++)
+            if (queries[last * repeats].visible->first != first) break;
+        attend_rows(b, queries + n * repeats, (last - n) * repeats, begin);
+    }
+}
+
 /* see ls_ops */
-static void attend_chunk(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
-                         float *partial, void *scratch) {
-    int repeats = m->heads / m->kv_heads, most = 0;
-    size_t count = ls_query_count(m);
+static void attend_blocks(const ls_mixer *m, int head, int first, int count, int apart, const float *q,
+                          int64_t q_stride, float *partial, void *scratch) {
+    size_t floats = ls_query_count(m) * (size_t)ls_up16(m->width);
     float *space = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    query *queries = (query *)(space + count * (size_t)ls_up16(m->width) + 2 * ls_block_floats(m));
-    prepare_queries(m, head, q, q_stride, partial, queries, space + 2 * ls_block_floats(m));
+    query *queries = (query *)(space + floats + 2 * ls_block_floats(m));
+    prepare_queries(m, head, q, q_stride, queries, space + 2 * ls_block_floats(m));
     block b = {.m = m, .keys = m->keys + head * m->key_stride,
                .values = m->values + head * m->value_stride, .space = space};
-    for (int n = 0; n < m->nodes; n++) {
-        const visible_rows *v = queries[n * repeats].visible;
-        if (v->count - v->first > most) most = v->count - v->first;
+    begin_partial(m, partial, queries);
+    if (m->sinks && first == 0) attend_sinks(m, b, queries);
+    for (int i = first; i < first + count; i++) {
+        if (apart && i > first) begin_partial(m, partial += ls_partial_floats(m), queries);
+        attend_block(&b, queries, i * BLOCK);
     }
-    if (m->sinks && chunk == 0) attend_sinks(m, b, queries);
-    int begin = chunk * LS_CHUNK, end = most < begin + LS_CHUNK ? most : begin + LS_CHUNK;
-    for (; begin < end; begin += BLOCK)
-        for (int n = 0, last; n < m->nodes; n = last) {
-            int first = queries[n * repeats].visible->first;
-            for (last = n + 1; last < m->nodes; last++)
-                if (queries[last * repeats].visible->first != first) break;
-            attend_rows(&b, queries + n * repeats, (last - n) * repeats, begin);
-        }
 }

@@ -19,10 +19,10 @@ typedef struct {
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 /* Bytes of workspace that `ls_block_draft` needs. */
-LS_API int64_t ls_block_draft_workspace(const ls_block_drafter *d, const ls_block_round *r) {
+LS_API int64_t ls_block_draft_workspace(const ls_block_drafter *d, const ls_block_round *r, int32_t threads) {
     size_t packed = larger(ls_packed_bytes(d->fusion->layer, r->context->rows),
                            ls_packed_bytes(d->markov, r->blocks->inputs));
-    return ls_step_workspace(d->decoder, r->context) + ls_step_workspace(d->decoder, r->blocks) +
+    return ls_step_workspace(d->decoder, r->context, threads) + ls_step_workspace(d->decoder, r->blocks, threads) +
            (int64_t)ls_up64(packed);
 }
 
@@ -133,9 +133,9 @@ static void draft_body(void *context, int thread, int threads) {
 /* workspace has `ls_block_draft_workspace` bytes and is 64-byte aligned. */
 LS_API void ls_block_draft(const ls_block_drafter *d, const ls_block_round *r, void *workspace, int32_t threads) {
     char *at = workspace;
-    drafting s = {.d = d, .r = r, .context = ls_run_at(d->decoder, r->context, at)};
-    at += ls_step_workspace(d->decoder, r->context);
-    s.blocks = ls_run_at(d->decoder, r->blocks, at);
-    s.packed = at + ls_step_workspace(d->decoder, r->blocks);
+    drafting s = {.d = d, .r = r, .context = ls_run_at(d->decoder, r->context, at, threads)};
+    at += ls_step_workspace(d->decoder, r->context, threads);
+    s.blocks = ls_run_at(d->decoder, r->blocks, at, threads);
+    s.packed = at + ls_step_workspace(d->decoder, r->blocks, threads);
     ls_parallel(draft_body, &s, threads, LS_SPIN_STEP);
 }

@@ -1,19 +1,5 @@
-/* The end of a mixer: the chunks of a node put together, the sums of closed groups, the convolution.
+/* The end of a mixer: what the rows of a node have given, the sums of closed groups, the convolution.
  * Part of every isa_*.c. */
-
-/* Add a later chunk to the sums of all before it. */
-static void merge_chunk(const ls_mixer *m, float *out, softmax_state *state, const float *more,
-                 const softmax_state *later) {
-    float keep = 1.0f, scale = 1.0f;
-    if (!m->squared_relu) {
-        if (later->sum == 0.0f) return; /* its rows are behind this node */
-        float max = state->max > later->max ? state->max : later->max;
-        keep = vf_exp(vf_set1(state->max - max))[0];
-        scale = vf_exp(vf_set1(later->max - max))[0];
-        *state = (softmax_state){max, state->sum * keep + later->sum * scale};
-    }
-    for (int i = 0; i < m->width; i++) out[i] = out[i] * keep + more[i] * scale;
-}
 
 INLINE vf dot_lanes(const float *a, const float *b, int width) {
     vf sum = vf_set1(0.0f);
@@ -55,7 +41,7 @@ static void fold_rows(const ls_mixer *m, int head, int first, int last, float *s
             for (int t = 0; t < lines; t++) {
                 for (int i = 0; i < count; i++)
                     columns[t][i] = key[(int64_t)i * m->width + line + t] * scales[i];
-                to[t] = (accumulator){sums + (int64_t)(line + t) * m->width, columns[t], 1.0f};
+                to[t] = (accumulator){sums + (int64_t)(line + t) * m->width, columns[t], 1};
             }
             accumulate(&rows, to, lines);
         }
@@ -73,7 +59,7 @@ static void add_closed_sums(const ls_mixer *m, int head, const visible_rows *con
         memcpy(features[t], q[t], sizeof(float) * (size_t)m->width);
         if (!m->squared_relu) normalize(features[t], m->width);
         for (int i = 0; i < m->width; i++) features[t][i] *= m->alpha;
-        to[t] = (accumulator){out[t], features[t], 1.0f};
+        to[t] = (accumulator){out[t], features[t], 1};
     }
     int64_t bytes = m->width * (int64_t)sizeof(float);
     source sums = {m->sums + (int64_t)head * m->width * m->width, NULL, bytes, LS_F32, m->width, m->width, NULL, 0};
@@ -98,27 +84,21 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         for (int r = 0; r < repeats; r++) {
             const float *taps = m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first;
             for (int i = 0; i < count; i++) weights[i] = taps[i] * scales[i];
-            accumulator one = {out + r * m->width, weights, 1.0f};
+            accumulator one = {out + r * m->width, weights, 1};
             accumulate(&rows, &one, 1);
         }
     }
 }
 
-/* One query: its output from its partial sums. */
-static void merge_chunks(const ls_mixer *m, int index, int count, int chunks, float *partials,
-                         float *out) {
-    size_t size = ls_partial_floats(m), width = (size_t)ls_up16(m->width);
-    float *sum = partials + (size_t)index * width;
-    softmax_state *state = (softmax_state *)(partials + (size_t)count * width) + index;
-    for (int c = 1; c < chunks; c++)
-        merge_chunk(m, sum, state, sum + c * size, (softmax_state *)((float *)state + c * size));
+/* One query: its output from its sum over all exact rows. */
+INLINE void end_query(const ls_mixer *m, const float *sum, const softmax_state *state, float *out) {
     float scale = m->squared_relu ? 1.0f : 1.0f / state->sum;
     for (int i = 0; i < m->width; i++) out[i] = sum[i] * scale;
 }
 
 /* see ls_ops */
-static void combine_chunks(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
-                           float *partials, float *out, int64_t out_stride, void *scratch) {
+static void end_attention(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial, float *out,
+                          int64_t out_stride, void *scratch) {
     int repeats = m->heads / m->kv_heads, queries = m->nodes * repeats, pending = 0;
     float *space = scratch;
     visible_rows *visible = (visible_rows *)(space + ls_block_floats(m));
@@ -129,7 +109,7 @@ static void combine_chunks(const ls_mixer *m, int head, int chunks, const float 
     for (int i = 0; i < queries; i++) {
         int n = i / repeats, column = (head * repeats + i % repeats) * m->width;
         float *at = out + n * out_stride + column;
-        merge_chunks(m, i, queries, chunks, partials, at);
+        end_query(m, partial + (size_t)i * ls_up16(m->width), states_of(m, partial) + i, at);
         if (!m->sums) continue;
         seen[pending] = visible + n;
         q_at[pending] = q + n * q_stride + column;

@@ -193,12 +193,12 @@ static uintptr_t cut(growing *s, uintptr_t workspace) {
 }
 
 /* bytes of the largest step that one sequence can be in; those of all are no less than what a common step takes */
-static size_t step_bytes(const ls_decoder *d, const ls_growth *g, int number) {
+static size_t step_bytes(const ls_decoder *d, const ls_growth *g, int number, int threads) {
     uint64_t none[LS_MAX_NODES] = {0};
     ls_step_input in = {.slot = g->slots[number], .nodes = g->top, .staged = LS_MAX_NODES,
                         .committed = g->committed + number, .ancestors = none};
     ls_batch b = {.rows = g->top, .inputs = 1, .outputs = g->top, .input = &in};
-    return (size_t)ls_step_workspace(d, &b);
+    return (size_t)ls_step_workspace(d, &b, threads);
 }
 
 /* ---- entries of tokens that were committed */
@@ -229,7 +229,7 @@ static void catch_up_body(void *context, int thread, int threads) {
 static void catch_up(const growing *s, int threads) {
     const ls_growth *g = s->g;
     ls_batch b = fresh_batch(s);
-    catching_up c = {s, ls_run_at(s->d, &b, s->step)};
+    catching_up c = {s, ls_run_at(s->d, &b, s->step, threads)};
     size_t width = (size_t)s->d->width;
     for (int i = 0; i < b.inputs; i++) s->outputs[i] = b.input[i].first + b.input[i].nodes - 1;
     ls_parallel(catch_up_body, &c, threads, LS_SPIN_STEP);
@@ -244,13 +244,13 @@ static void catch_up(const growing *s, int threads) {
 /* ---- */
 
 /* Bytes of workspace that `ls_grow` needs. */
-LS_API int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g) {
+LS_API int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g, int32_t threads) {
     growing s = {.d = d, .g = g};
     size_t bytes = cut(&s, 0), steps = 0, fresh = 0;
-    for (int i = 0; i < g->sequences; i++) steps += ls_up64(step_bytes(d, g, i));
+    for (int i = 0; i < g->sequences; i++) steps += ls_up64(step_bytes(d, g, i, threads));
     if (g->fresh) {
         ls_batch b = fresh_batch(&s);
-        fresh = ls_up64((size_t)ls_step_workspace(d, &b));
+        fresh = ls_up64((size_t)ls_step_workspace(d, &b, threads));
     }
     return (int64_t)(bytes + (steps > fresh ? steps : fresh));
 }

@@ -15,7 +15,8 @@
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
 #define LS_BLOCK LS_PAGE /* rows whose sums are made together */
 #define LS_QUERY_FLOATS 34 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
-#define LS_CHUNK 1024 /* exact rows whose sums are made apart: threads share out long caches so */
+#define LS_CHUNK 1024 /* rows whose blocks are put together before the next ones, see merge.inc.h */
+#define LS_CHUNK_BLOCKS (LS_CHUNK / LS_BLOCK)
 
 /* Input rows in the order in which tiles read them. codes: for each block [padded / 4][rows of block][4] (int8) or
  * [inputs][rows of block] floats. offsets: what the unsigned weights add too much, negated; for each
@@ -96,17 +97,20 @@ static inline size_t ls_summed_scratch_bytes(const ls_mixer *m) {
     if (m->taps && floats < ls_block_floats(m)) floats = ls_block_floats(m);
     return floats * sizeof(float);
 }
-/* floats of the partial sums of one kv head and chunk */
+/* floats of the partial sums of one kv head, over whichever rows */
 static inline size_t ls_partial_floats(const ls_mixer *m) {
     return ls_query_count(m) * (size_t)(ls_up16(m->width) + 2);
 }
-/* chunks that the exact rows of a node may fill, but for sinks */
-static inline int ls_chunk_count(const ls_mixer *m) {
-    int64_t most = (int64_t)m->committed + m->staged;
-    if (m->window && m->window < most) most = m->window;
-    if (m->group && m->group * m->span < most) most = m->group * m->span;
-    return (int)((most + LS_CHUNK - 1) / LS_CHUNK);
+/* blocks that the exact rows of a node may fill, but for sinks, of `rows` that there are; 0 is no window or group */
+static inline int ls_blocks_within(int64_t rows, int64_t window, int64_t group, int64_t span) {
+    if (window && window < rows) rows = window;
+    if (group && group * span < rows) rows = group * span;
+    return (int)((rows + LS_BLOCK - 1) / LS_BLOCK);
 }
+static inline int ls_block_count(const ls_mixer *m) {
+    return ls_blocks_within((int64_t)m->committed + m->staged, m->window, m->group, m->span);
+}
+static inline int ls_chunk_count(int blocks) { return (blocks + LS_CHUNK_BLOCKS - 1) / LS_CHUNK_BLOCKS; }
 
 /* The end of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,
  * plus what is in y if `add`. Null pointers stand for ones and zeros. */
@@ -152,14 +156,16 @@ typedef struct {
     void (*cap)(float *x, float cap, int width);
     /* x / |x| in place */
     void (*normalize)(float *x, int width);
-    /* The queries of kv head `head` over the rows of a chunk; q [nodes][stride], heads side by side.
-     * partial: a sum [width, rounded up to 16] for every node and query head of the kv head, then for each of these the
-     * state of its softmax, two floats. scratch: ls_attend_scratch_bytes(m). */
-    void (*attend_chunk)(const ls_mixer *m, int head, int chunk, const float *q, int64_t q_stride,
-                         float *partial, void *scratch);
-    /* the partial sums of all chunks put together, plus sums and convolution: out as q */
-    void (*combine)(const ls_mixer *m, int head, int chunks, const float *q, int64_t q_stride,
-                    float *partials, float *out, int64_t out_stride, void *scratch);
+    /* The queries of kv head `head` over `count` blocks of their rows from `first` on, all in one chunk; q
+     * [nodes][stride], heads side by side. partial: their partial sums (merge.inc.h), if `apart` those of each
+     * block, else of all, which are then the first of their chunk. scratch: ls_attend_scratch_bytes(m). */
+    void (*attend)(const ls_mixer *m, int head, int first, int count, int apart, const float *q, int64_t q_stride,
+                   float *partial, void *scratch);
+    /* Put the partial sums of later rows behind those of rows before them. */
+    void (*merge)(const ls_mixer *m, float *partial, float *more);
+    /* from the partial sums of all rows, plus sums and convolution: out as q */
+    void (*end_attention)(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial, float *out,
+                          int64_t out_stride, void *scratch);
     /* x becomes its features in place: LS_MAP_.., of those that need no more than the row */
     void (*map)(int map, float *x, int width);
     /* what stands behind a key, from the key ahead of its rotation */
@@ -204,13 +210,20 @@ int ls_goes_on(int thread, int *threads);
 /* The items 0 .. count - 1 in pieces of `most` at most, each for whichever thread takes it first; which one does
  * changes no result. Between two barriers, on all threads, one set of pieces:
  *     for (ls_pieces p = ls_pieces_of(count, most, thread, threads); ls_take(&p);) p.first .. p.last - 1
- * A thread takes its own share in order, then what is left of others'. */
+ * A thread takes its own share in order, then what is left of others'. Shares are even, or begin at `begins`
+ * [threads + 1], whose last number is the count. */
 typedef struct {
+    const int32_t *begins;
     int count, most, thread, threads;
     int others, first, last; /* whose share is taken now, counted from the thread's own; the piece */
 } ls_pieces;
 static inline ls_pieces ls_pieces_of(int count, int most, int thread, int threads) {
-    return (ls_pieces){count, most, thread, threads, 0, 0, 0};
+    return (ls_pieces){.count = count, .most = most, .thread = thread, .threads = threads};
+}
+static inline ls_pieces ls_pieces_from(const int32_t *begins, int most, int thread, int threads) {
+    ls_pieces p = ls_pieces_of(begins[threads], most, thread, threads);
+    p.begins = begins;
+    return p;
 }
 int ls_take(ls_pieces *p);
 void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid until its next call */

@@ -4,6 +4,7 @@
 #include "accumulate.inc.h"
 #include "rows.inc.h"
 #include "scores.inc.h"
+#include "merge.inc.h"
 #include "attention.inc.h"
 #include "sinks.inc.h"
 #include "combine.inc.h"

@@ -187,8 +187,8 @@ int ls_goes_on(int thread, int *threads) {
 
 /* Take from the share of `owner`: p->most items, or what is left of it. */
 static int take_from(ls_pieces *p, int owner) {
-    int begin = ls_share(p->count, owner, p->threads);
-    int end = ls_share(p->count, owner + 1, p->threads);
+    int begin = p->begins ? p->begins[owner] : ls_share(p->count, owner, p->threads);
+    int end = p->begins ? p->begins[owner + 1] : ls_share(p->count, owner + 1, p->threads);
     atomic_int *items = &taken[owner].items[parity];
     int at = atomic_load_explicit(items, memory_order_relaxed), n;
     do {

@@ -58,22 +58,12 @@ static void close_groups(const ls_run *s, const ls_layer *l, int head) {
 
 /* All that one piece reads in one kv head. */
 static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head) {
-    const ls_ops *ops = ls_current();
     ls_mixer m = piece_of(s, l, piece, head);
     int64_t q_stride = ls_projected_stride(s->d), column = ls_query_column(s->d, head);
     int64_t out_stride = (int64_t)s->d->heads * s->d->head_width, first = s->b->input[piece].first;
     const float *q = s->projected + first * q_stride + column;
     float *out = s->attended + first * out_stride + column;
-    if (m.form) {
-        ops->read_summed(&m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(&m)));
-        return;
-    }
-    int chunks = ls_chunk_count(&m);
-    size_t part = ls_partial_floats(&m), floats = ls_up64(part * (size_t)chunks);
-    float *partials = ls_scratch(floats * sizeof *partials + ls_attend_scratch_bytes(&m));
-    for (int c = 0; c < chunks; c++)
-        ops->attend_chunk(&m, 0, c, q, q_stride, partials + c * part, partials + floats);
-    ops->combine(&m, 0, chunks, q, q_stride, partials, out, out_stride, partials + floats);
+    ls_attend_whole(&m, q, q_stride, out, out_stride);
 }
 
 /* in turns: later pieces have more to read, and so have some heads */

@@ -1,6 +1,6 @@
 /* Scores: the products of queries and keys. Part of every isa_*.c. */
 
-/* the softmax of one query over the rows so far: the largest score, the sum of exponentials */
+/* the softmax of one query over some rows: the largest score, the sum of exponentials; no rows: -infinity and 0 */
 typedef struct {
     float max, sum;
 } softmax_state;
@@ -102,8 +102,8 @@ static void cap_scores(float *scores, float scale, float cap) {
     }
 }
 
-/* scores to softmax weights, in place; returns the factor on what was accumulated before */
-INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
+/* scores to exponentials, in place; returns the softmax over these rows alone */
+INLINE softmax_state to_exponentials(float *scores, float scale) {
     vl most = vl_set1(-__builtin_inff()), total[LS_PARTS];
     for (int i = 0; i < BLOCK; i += LS_LANES) {
         vl s = vl_load(scores + i) * vl_set1(scale);
@@ -111,8 +111,6 @@ INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
         most = vl_max(s, most);
     }
     float max = vl_largest(most);
-    if (!(max > state->max)) max = state->max;
-    vl before = vl_exp(vl_set1(state->max - max));
     UNROLL(LS_PARTS, h) total[h] = vl_set1(0.0f);
     for (int i = 0; i < BLOCK; i += 16)
         UNROLL(LS_PARTS, h) {
@@ -120,9 +118,7 @@ INLINE float softmax_update(float *scores, float scale, softmax_state *state) {
             vl_store(scores + i + h * LS_LANES, e);
             total[h] += e;
         }
-    state->sum = state->sum * before[0] + vl_sum(vl_folded(total));
-    state->max = max;
-    return before[0];
+    return (softmax_state){max, vl_sum(vl_folded(total))};
 }
 
 /* scores to squares of what is positive, in place; -inf weighs nothing either way */

@@ -4,7 +4,7 @@
  * their group is open or within the span they are the first rows of the slot; then they lie in `sink_rows`. Either
  * way they are read in the same order, so that a node gets the same bits. States with sinks keep floats. */
 
-/* `b` as attend_chunk begins with it; its space is free again afterwards */
+/* `b` as attend_blocks begins with it; its space is free again afterwards */
 static void attend_sinks(const ls_mixer *m, block b, query *queries) {
     int repeats = m->heads / m->kv_heads, count = m->nodes * repeats, kept_apart = m->sink_rows != NULL;
     const visible_rows *near = queries->visible;

@@ -77,40 +77,17 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     };
 }
 
-/* the mixer of one kv head of one input, counted through all inputs */
-static ls_mixer item_of(const ls_run *s, const ls_layer *l, int item) {
-    int heads = s->d->kv_heads;
-    return ls_mixer_of(s->d, l, s->b->input + item / heads, item % heads);
-}
-
-/* What threads can take of one kv head: chunks of rows, or all of it. */
-static int item_chunks(const ls_mixer *m) { return m->form ? 1 : ls_chunk_count(m); }
-
-/* floats of the partial sums of one kv head */
-static size_t item_floats(const ls_mixer *m) {
-    return m->form ? 0 : (size_t)ls_chunk_count(m) * ls_partial_floats(m);
-}
-
-/* floats of partial sums of the layer that has most */
-static size_t partial_floats(const ls_decoder *d, const ls_batch *b) {
-    size_t most = 0;
-    if (b->chained) return ls_up64(ls_prompt_floats(d, b));
-    for (int i = 0; i < d->layers; i++) {
-        size_t floats = 0;
-        for (int k = 0; k < b->inputs * d->kv_heads; k++) {
-            ls_mixer m = ls_mixer_of(d, d->layer + i, b->input + k / d->kv_heads, k % d->kv_heads);
-            floats += item_floats(&m);
-        }
-        most = larger(most, floats);
-    }
-    return ls_up64(most);
+/* floats that mixers have for themselves */
+static size_t mixer_floats(const ls_decoder *d, const ls_batch *b, const ls_line *line) {
+    return ls_up64(b->chained ? ls_prompt_floats(d, b) : line->all_floats);
 }
 
 /* Bytes of workspace that a step needs. */
-LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b) {
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b, int32_t threads) {
     int rows = b->rows > b->outputs ? b->rows : b->outputs;
-    size_t floats = row_floats(d) * (size_t)rows + partial_floats(d, b);
-    return (int64_t)(floats * sizeof(float) + packed_bytes(d, rows));
+    ls_line line = ls_line_of(d, b, threads);
+    size_t floats = row_floats(d) * (size_t)rows + mixer_floats(d, b, &line);
+    return (int64_t)(floats * sizeof(float) + ls_line_bytes(&line) + packed_bytes(d, rows));
 }
 
 /* the embedding of one token */
@@ -141,72 +118,6 @@ static void embed(const ls_run *s, int first, int last) {
         if (!d->position_rows) continue;
         const float *place = d->position_rows + (size_t)s->b->positions[row] * d->width;
         for (int i = 0; i < d->width; i++) x[i] += place[i];
-    }
-}
-
-/* where the queries of the first node of an item lie, or its outputs; stride: from a node to the next */
-static float *item_rows(const ls_run *s, int item, float *rows, int64_t stride) {
-    int heads = s->d->kv_heads;
-    return rows + s->b->input[item / heads].first * stride + ls_query_column(s->d, item % heads);
-}
-
-/* One chunk of one kv head of one input, whose partial sums begin at `partials`. Sums are read as a whole. */
-static void attend_one_chunk(const ls_run *s, const ls_mixer *m, int item, int chunk, float *partials) {
-    int64_t stride = ls_projected_stride(s->d), out_stride = (int64_t)s->d->heads * s->d->head_width;
-    const float *q = item_rows(s, item, s->projected, stride);
-    if (m->form) {
-        float *out = item_rows(s, item, s->attended, out_stride);
-        ls_current()->read_summed(m, q, stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(m)));
-        return;
-    }
-    ls_current()->attend_chunk(m, 0, chunk, q, stride, partials + (size_t)chunk * ls_partial_floats(m),
-                               ls_scratch(ls_attend_scratch_bytes(m)));
-}
-
-/* One kv head of one input, once its chunks are done. */
-static void combine(const ls_run *s, const ls_mixer *m, int item, float *partials) {
-    if (m->form) return;
-    int64_t stride = ls_projected_stride(s->d), out_stride = (int64_t)s->d->heads * s->d->head_width;
-    ls_current()->combine(m, 0, ls_chunk_count(m), item_rows(s, item, s->projected, stride), stride, partials,
-                          item_rows(s, item, s->attended, out_stride), out_stride,
-                          ls_scratch(ls_attend_scratch_bytes(m)));
-}
-
-/* The chunks first .. last - 1 of those of all inputs and heads. */
-static void attend_chunks(const ls_run *s, const ls_layer *l, int first, int last) {
-    float *partials = s->partials;
-    for (int i = 0, begin = 0; begin < last; i++) {
-        ls_mixer m = item_of(s, l, i);
-        int end = begin + item_chunks(&m);
-        for (int k = first > begin ? first : begin; k < last && k < end; k++)
-            attend_one_chunk(s, &m, i, k - begin, partials);
-        begin = end;
-        partials += item_floats(&m);
-    }
-}
-
-/* Every mixer of a layer; ends without a barrier. */
-static void mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {
-    int heads = s->d->kv_heads, items = s->b->inputs * heads, chunks = 0;
-    int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
-    for (int i = first; i < last; i++) ls_stage(s, l, i / heads, i % heads);
-    for (int i = 0; i < items; i++) {
-        ls_mixer m = item_of(s, l, i);
-        chunks += item_chunks(&m);
-    }
-    if (chunks > items) {
-        ls_barrier(threads);
-        /* in small pieces: how long a cache is does not matter */
-        for (ls_pieces p = ls_pieces_of(chunks, 1, thread, threads); ls_take(&p);)
-            attend_chunks(s, l, p.first, p.last);
-        ls_barrier(threads);
-    }
-    float *partials = s->partials;
-    for (int i = 0; i < last; i++) {
-        ls_mixer m = item_of(s, l, i);
-        if (i >= first && chunks == items) attend_one_chunk(s, &m, i, 0, partials);
-        if (i >= first) combine(s, &m, i, partials);
-        partials += item_floats(&m);
     }
 }
 
@@ -304,7 +215,7 @@ static int mix(const ls_run *s, const ls_layer *l, int thread, int threads) {
     ls_packed_rows x = pack_mixer_inputs(s, l, thread, threads);
     ls_multiply(l->qkv, &x, s->projected, 0, thread, threads);
     if (l->whole_norms) norm_whole(s, l, thread, threads);
-    b->chained ? ls_mix_prompt(s, l, thread, threads) : mix_inputs(s, l, thread, threads);
+    b->chained ? ls_mix_prompt(s, l, thread, threads) : ls_mix_inputs(s, l, thread, threads);
     ls_barrier(threads);
     x = ls_pack_inputs(s, l->out, NULL, s->attended, b->rows, thread, threads);
     int wait = l->parallel && l->up;
@@ -366,17 +277,19 @@ static void step_body(void *context, int thread, int threads) {
     ls_run_end(s, thread, threads);
 }
 
-ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace) {
-    ls_run s = {.d = d, .b = b, .x = workspace};
+ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int threads) {
+    ls_run s = {.d = d, .b = b, .line = ls_line_of(d, b, threads), .x = workspace};
     s.projected = s.x + ls_up64(d->width) * (size_t)b->rows;
     s.attended = s.projected + ls_up64(projected_width(d)) * (size_t)b->rows;
     s.partials = s.attended + ls_up64(attended_width(d)) * (size_t)b->rows;
-    s.packed = s.partials + partial_floats(d, b);
+    char *line = (char *)(s.partials + mixer_floats(d, b, &s.line));
+    ls_place_line(&s.line, line);
+    s.packed = line + ls_line_bytes(&s.line);
     return s;
 }
 
-/* One step; workspace has `ls_step_workspace` bytes and is 64-byte aligned. */
+/* One step; workspace has `ls_step_workspace` bytes for as many threads and is 64-byte aligned. */
 LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
-    ls_run s = ls_run_at(d, b, workspace);
+    ls_run s = ls_run_at(d, b, workspace, threads);
     ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
 }

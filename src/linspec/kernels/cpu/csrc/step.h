@@ -2,17 +2,18 @@
 #ifndef LINSPEC_STEP_H
 #define LINSPEC_STEP_H
 
-#include "kernels.h"
+#include "lean.h"
 
 typedef struct {
     const ls_decoder *d;
     const ls_batch *b;
     float *x, *projected, *attended; /* residual; outputs of qkv or up; mixer outputs */
-    float *partials;                 /* of the mixers, see ls_ops; of a prompt, see prompt.c */
+    float *partials;                 /* of the mixers, see lean.c; of a prompt, see prompt.c */
+    ls_line line;
     void *packed;
 } ls_run;
 
-LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b);
+LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b, int32_t threads);
 LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads);
 
 /* The mixer of one kv head of a layer over the rows of one input, as if there were no other heads. */
@@ -31,8 +32,8 @@ static inline int64_t ls_query_column(const ls_decoder *d, int head) {
 }
 
 /* step.c, for whoever computes more around the blocks of a decoder. A run in a workspace of
- * `ls_step_workspace` bytes, whose rows `x` the caller fills: */
-ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace);
+ * `ls_step_workspace` bytes for at least as many threads, whose rows `x` the caller fills: */
+ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int threads);
 /* one block, which ends with a barrier; the hidden states that are asked for, and their logits */
 void ls_run_block(const ls_run *s, const ls_layer *l, int thread, int threads);
 void ls_run_end(const ls_run *s, int thread, int threads);
@@ -44,6 +45,9 @@ void ls_multiply(const ls_linear *layer, const ls_packed_rows *x, float *y, int 
 /* fuse.c: fill the rows `x` of a run with what is made of the target's states [rows][read]; `packed` has room for
  * its rows. Ends with a barrier. */
 void ls_fuse(const ls_fusion *f, const ls_run *s, const float *const *states, void *packed, int thread, int threads);
+
+/* lean.c: every mixer of a layer; ends without a barrier */
+void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads);
 
 /* prompt.c: floats of workspace, and every mixer of a layer (which ends without a barrier) */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b);

@@ -146,7 +146,8 @@ INLINE vf vf_erf(vf x) {
      .copy_row = copy_row, .narrow_row = narrow_row,     .epilogue = epilogue,            \
      .rms_norm = rms_norm, .layer_norm = layer_norm,     .normalize = normalize,          \
      .activate = activate, .cap = cap_row,               .map = map_row,                  \
-     .gates = gates_of,    .attend_chunk = attend_chunk, .combine = combine_chunks,       \
+     .gates = gates_of,    .attend = attend_blocks,      .merge = merge_partials,         \
+     .end_attention = end_attention,                                                      \
      .fold = fold_rows,    .read_summed = read_summed,   .fold_summed = fold_summed,      \
      .blocks = block_tile, .quantize_blocks = quantize_blocks}
 
