@@ -15,6 +15,8 @@ const char *ls_isa_at(int32_t i);
 int64_t ls_linear_workspace(const ls_linear *layer, int32_t rows);
 void ls_linear_forward(const ls_linear *layer, const float *x, int64_t x_stride, int32_t rows,
                        float *y, int64_t y_stride, void *workspace, int32_t threads);
+int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b, int32_t threads);
+void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads);
 int64_t ls_heads_workspace(const ls_heads *h, const ls_guess *g);
 int64_t ls_grow_workspace(const ls_decoder *d, const ls_growth *g, int32_t threads);
 void ls_grow(const ls_decoder *d, const ls_growth *g, void *workspace, int32_t threads);
@@ -250,6 +252,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_attention.inc.h"
 #include "proof_blocks.inc.h"
 #include "proof_heads.inc.h"
+#include "proof_lean.inc.h"
 #include "proof_grow.inc.h"
 #include "proof_pool.inc.h"
 #include "proof_summed.inc.h"
@@ -266,6 +269,7 @@ int main(void) {
         mixers();
         blocks();
         all_heads();
+        all_lean();
         all_growth();
         all_summed();
         if (!failures) printf("%s\n", ls_current()->name);

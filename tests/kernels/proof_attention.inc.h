@@ -61,20 +61,38 @@ static void free_case(case_of *c) {
     free(c->keys), free(c->values), free(c->sums), free(c->conv_weights), free(c->q);
 }
 
+/* the blocks `first`.. of a chunk put into `sum`, in pieces of `most` at most; apart: LS_CHUNK_BLOCKS partial sums */
+static void chunk_in_pieces(const ls_ops *ops, const ls_mixer *m, int head, int first, int most, const float *q,
+                            float *sum, float *apart, void *scratch) {
+    int stride = m->heads * m->width, end = first + LS_CHUNK_BLOCKS, count;
+    if (end > ls_block_count(m)) end = ls_block_count(m);
+    for (int at = first; at < end; at += count) {
+        count = end - at < most ? end - at : most;
+        ops->attend(m, head, at, count, at != first, q, stride, at == first ? sum : apart, scratch);
+        for (int i = 0; at != first && i < count; i++) ops->merge(m, sum, apart + (size_t)i * ls_partial_floats(m));
+    }
+}
+
 /* the outputs of all nodes: [nodes][heads][width] */
-static float *attended(const ls_ops *ops, const ls_mixer *m, const float *q) {
-    int chunks = ls_chunk_count(m), stride = m->heads * m->width;
+static float *attended_in_pieces(const ls_ops *ops, const ls_mixer *m, const float *q, int most) {
+    int stride = m->heads * m->width;
     size_t part = ls_partial_floats(m);
-    float *partials = need((size_t)chunks * part * sizeof(float));
-    float *out = need((size_t)(m->nodes * stride) * sizeof(float));
+    float *sum = need(part * sizeof *sum), *chunk = need(part * sizeof *chunk);
+    float *apart = need(LS_CHUNK_BLOCKS * part * sizeof *apart), *out = need((size_t)(m->nodes * stride) * sizeof *out);
     void *scratch = need(ls_attend_scratch_bytes(m));
     for (int head = 0; head < m->kv_heads; head++) {
-        for (int c = 0; c < chunks; c++)
-            ops->attend_chunk(m, head, c, q, stride, partials + (size_t)c * part, scratch);
-        ops->combine(m, head, chunks, q, stride, partials, out, stride, scratch);
+        for (int first = 0; first < ls_block_count(m); first += LS_CHUNK_BLOCKS) {
+            chunk_in_pieces(ops, m, head, first, most, q, first ? chunk : sum, apart, scratch);
+            if (first) ops->merge(m, sum, chunk);
+        }
+        ops->end_attention(m, head, q, stride, sum, out, stride, scratch);
     }
-    free(partials), free(scratch);
+    free(sum), free(chunk), free(apart), free(scratch);
     return out;
+}
+
+static float *attended(const ls_ops *ops, const ls_mixer *m, const float *q) {
+    return attended_in_pieces(ops, m, q, LS_CHUNK_BLOCKS);
 }
 
 /* what a mixer reads, over a chunk of its rows and a little more */
@@ -83,6 +101,12 @@ static void mixer(int kind, int width, int squared_relu, int group, int window, 
     float *out[2] = {attended(plain, &c.m, c.q), attended(ls_current(), &c.m, c.q)};
     size_t bytes = sizeof(float) * (size_t)(NODES * QUERY_HEADS * width);
     expect(memcmp(out[0], out[1], bytes) == 0, "mixer", kind, width, squared_relu, group ? group : window);
+    const int pieces[] = {1, 5, 11};
+    for (int i = 0; i < 3; i++) {
+        float *cut = attended_in_pieces(ls_current(), &c.m, c.q, pieces[i]);
+        expect(memcmp(out[1], cut, bytes) == 0, "mixer in pieces", kind, width, squared_relu, pieces[i]);
+        free(cut);
+    }
     free(out[0]), free(out[1]);
     free_case(&c);
 }
