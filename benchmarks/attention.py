@@ -58,12 +58,12 @@ def speeds(
     """Every kind of cache for every form of heads; one thread, which the caller sees to."""
     for width in widths:
         for group in groups:
-            model = _decoder(width, group)
+            model = _decoder(width, group, context)
             for kind in KINDS:
                 yield _speed(model, kind, context, repeats, clock)
 
 
-def _decoder(width: int, group: int) -> Decoder:
+def _decoder(width: int, group: int, context: int) -> Decoder:
     config = DecoderConfig(
         vocab_size=64,
         width=32,
@@ -72,6 +72,7 @@ def _decoder(width: int, group: int) -> Decoder:
         kv_heads=_KV_HEADS,
         head_width=width,
         mlp_width=32,
+        max_positions=context + 8,
     )
     torch.manual_seed(0)
     return Decoder(config).to_inference()
@@ -100,6 +101,6 @@ def _speed(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(_decoder(64, 1).kernels)
+    print(_decoder(64, 1, 8).kernels)
     for speed in speeds():
         print(speed, flush=True)

@@ -249,7 +249,7 @@ static void near_double(int kind, int width, int squared_relu, int window, float
         meets(&c.m, c.q + i * width, q);
         exact_attention(&c.m, q, i / QUERY_HEADS, i % QUERY_HEADS, exact);
         for (int f = 0; f < width; f++) {
-            double limit = 2e-5 * (1 + fabs(exact[f])) * (squared_relu ? 100 : 1);
+            double limit = (1 + fabs(exact[f])) * (squared_relu ? 2e-3 : kind == LS_F32 ? 2e-6 : 2e-5);
             far += !(fabs(exact[f] - (double)out[i * width + f]) < limit);
         }
     }

@@ -178,7 +178,8 @@ class CpuStep:
     ) -> Stepped:
         """As `run` for one chain of any length from the last committed token, such as a prompt."""
         batch = self._batch([new], new.tokens, new.positions, chain_pieces(new))
-        batch.chained = True
+        # what is one piece can share out long caches instead
+        batch.chained = batch.inputs > 1
         return self._run(batch, outputs, layers)
 
     def run_over(

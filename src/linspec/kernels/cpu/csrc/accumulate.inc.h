@@ -12,11 +12,13 @@ typedef struct {
     int64_t ahead_bytes;
 } source;
 
-/* out = sum of weights[i] * row i, plus what is there if `add` */
+/* BEGIN: out = sum of weights[i] * row i; ADD: the sum begins with what is there; JOIN: out * keep + sum * scale */
+enum { BEGIN, ADD, JOIN };
 typedef struct {
     float *out;
     const float *weights;
-    int add;
+    int how;
+    float keep, scale;
 } accumulator;
 
 #define MAX_ACCUMULATORS 4
@@ -31,7 +33,7 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
     UNROLL(count, t)
         UNROLL(parts, c) {
             const float *at = to[t].out + column + LS_LANES * c;
-            sums[t][c] = !to[t].add ? vl_set1(0.0f) : n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
+            sums[t][c] = to[t].how != ADD ? vl_set1(0.0f) : n < LS_LANES ? vl_load_part(at, n) : vl_load(at);
         }
     int64_t skipped = s->ahead_bytes * column / s->width, share = s->ahead_bytes * parts * LS_LANES / s->width;
     for (int i = 0; i < s->count; i++) {
@@ -48,6 +50,9 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
     UNROLL(count, t)
         UNROLL(parts, c) {
             float *at = to[t].out + column + LS_LANES * c;
+            /* of rows of attention, which are padded */
+            if (to[t].how == JOIN)
+                sums[t][c] = vl_load(at) * vl_set1(to[t].keep) + sums[t][c] * vl_set1(to[t].scale);
             if (n < LS_LANES)
                 vl_store_part(at, sums[t][c], n);
             else

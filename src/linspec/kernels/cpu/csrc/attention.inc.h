@@ -60,7 +60,7 @@ INLINE void add_own_values(const block *b, const int32_t *indices, int own, floa
     const row_block *staged = &b->staged;
     for (int i = 0; b->m->row_kind == LS_INT8 && i < own; i++) weights[i] *= staged->value_scales[indices[i]];
     source apart = {staged->values, indices, staged->value_stride, staged->value_kind, own, ls_up16(b->m->width), NULL, 0};
-    accumulator one = {sum, weights, 1};
+    accumulator one = {sum, weights, ADD, 0, 0};
     accumulate(&apart, &one, 1);
 }
 
@@ -71,24 +71,29 @@ INLINE void attend_some(const block *b, const query *queries, int count) {
     int32_t indices[LS_QUERIES][BLOCK];
     int own[LS_QUERIES] = {0};
     float sums[LS_QUERIES][LS_MAX_HEAD_WIDTH];
-    softmax_state states[LS_QUERIES];
+    joint joints[LS_QUERIES];
     accumulator to[LS_QUERIES];
     score_rows(m, &b->rows, queries, count, scores);
     if (b->any_own) score_rows(m, &b->staged, queries, count, staged);
     for (int j = 0; j < count; j++) {
         if (b->any_own) own[j] = own_rows(b, queries + j, indices[j]);
         for (int i = 0; i < own[j]; i++) scores[j][b->shared + i] = staged[j][indices[j][i]];
-        states[j] = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
+        softmax_state state = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
+        joints[j] = join_states(m, queries[j].state, &state);
         for (int i = 0; m->row_kind == LS_INT8 && i < b->shared; i += LS_LANES)
             vl_store(weights[j] + i, vl_load(scores[j] + i) * vl_load(b->rows.value_scales + i));
-        to[j] = (accumulator){sums[j], m->row_kind == LS_INT8 ? weights[j] : scores[j], 0};
+        to[j] = (accumulator){queries[j].out, m->row_kind == LS_INT8 ? weights[j] : scores[j], joints[j].how,
+                              joints[j].keep, joints[j].scale};
+        /* more rows are to come */
+        if (own[j]) to[j].out = sums[j], to[j].how = BEGIN;
     }
     source together = {b->rows.values, NULL, b->rows.value_stride, b->rows.value_kind, b->shared, ls_up16(m->width),
                        b->rows.fresh ? b->rows.ahead : NULL, m->row_bytes};
     accumulate(&together, to, count);
     for (int j = 0; j < count; j++) {
-        if (own[j]) add_own_values(b, indices[j], own[j], scores[j] + b->shared, sums[j]);
-        merge_rows(m, queries[j].out, queries[j].state, sums[j], states + j);
+        if (!own[j]) continue;
+        add_own_values(b, indices[j], own[j], scores[j] + b->shared, sums[j]);
+        join_rows(m, queries[j].out, sums[j], joints[j]);
     }
 }
 

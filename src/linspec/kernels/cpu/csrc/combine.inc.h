@@ -41,7 +41,7 @@ static void fold_rows(const ls_mixer *m, int head, int first, int last, float *s
             for (int t = 0; t < lines; t++) {
                 for (int i = 0; i < count; i++)
                     columns[t][i] = key[(int64_t)i * m->width + line + t] * scales[i];
-                to[t] = (accumulator){sums + (int64_t)(line + t) * m->width, columns[t], 1};
+                to[t] = (accumulator){sums + (int64_t)(line + t) * m->width, columns[t], ADD, 0, 0};
             }
             accumulate(&rows, to, lines);
         }
@@ -59,7 +59,7 @@ static void add_closed_sums(const ls_mixer *m, int head, const visible_rows *con
         memcpy(features[t], q[t], sizeof(float) * (size_t)m->width);
         if (!m->squared_relu) normalize(features[t], m->width);
         for (int i = 0; i < m->width; i++) features[t][i] *= m->alpha;
-        to[t] = (accumulator){out[t], features[t], 1};
+        to[t] = (accumulator){out[t], features[t], ADD, 0, 0};
     }
     int64_t bytes = m->width * (int64_t)sizeof(float);
     source sums = {m->sums + (int64_t)head * m->width * m->width, NULL, bytes, LS_F32, m->width, m->width, NULL, 0};
@@ -84,7 +84,7 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         for (int r = 0; r < repeats; r++) {
             const float *taps = m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first;
             for (int i = 0; i < count; i++) weights[i] = taps[i] * scales[i];
-            accumulator one = {out + r * m->width, weights, 1};
+            accumulator one = {out + r * m->width, weights, ADD, 0, 0};
             accumulate(&rows, &one, 1);
         }
     }

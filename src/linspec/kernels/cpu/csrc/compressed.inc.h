@@ -19,7 +19,8 @@ static void compress_group(const ls_mixer *m, const char *keys, const char *valu
             accumulator sums[MAX_ACCUMULATORS] = {{0}};
             n = f->kept_rows - row < MAX_ACCUMULATORS ? f->kept_rows - row : MAX_ACCUMULATORS;
             for (int i = 0; i < n; i++)
-                sums[i] = (accumulator){to + (row + i) * columns + part * width, maps[part] + (row + i) * group, 1};
+                sums[i] = (accumulator){to + (row + i) * columns + part * width, maps[part] + (row + i) * group,
+                                        ADD, 0, 0};
             accumulate(from + part, sums, n);
         }
     for (int row = 0; row < f->kept_rows; row++) to[row * columns + 2 * width] = 1.0f;
@@ -52,7 +53,7 @@ static void read_places(const ls_mixer *m, const row_places *rows, const float *
     if (m->score_cap > 0.0f) cap_row(weights, m->score_cap, count);
     softmax_row(weights, 1.0f, count, weights);
     memset(out, 0, sizeof *out * (size_t)m->width);
-    accumulator to = {out, weights, 1};
+    accumulator to = {out, weights, ADD, 0, 0};
     for (int part = 0; part < 3; to.weights += rows->values[part++].count) accumulate(&rows->values[part], &to, 1);
 }
 

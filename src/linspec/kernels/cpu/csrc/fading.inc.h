@@ -59,7 +59,7 @@ static void write_row(const ls_mixer *m, int row, float *sums) {
         return;
     }
     memset(u, 0, sizeof *u * (size_t)width);
-    accumulator to = {u, features, 1};
+    accumulator to = {u, features, ADD, 0, 0};
     source lines = {.rows = sums, .stride = (int64_t)sizeof *sums * width, .kind = LS_F32, .count = width, .width = width};
     accumulate(&lines, &to, 1);
     for (int i = 0; i < width; i++) u[i] = key[width + f->gates - 1] * (value[i] - decays[0] * u[i]);
@@ -86,7 +86,7 @@ static void read_fading(const ls_mixer *m, const float *q, int64_t q_stride, flo
             float *at = out + n * out_stride + r * width;
             query_features(m, r, q + n * q_stride + r * width, features);
             memset(at, 0, sizeof *at * (size_t)width);
-            accumulator to = {at, features, 1};
+            accumulator to = {at, features, ADD, 0, 0};
             source lines = {.rows = sums, .stride = (int64_t)sizeof *sums * width, .kind = LS_F32, .count = width, .width = width};
             accumulate(&lines, &to, 1);
         }

@@ -66,7 +66,7 @@ static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head
     ls_attend_whole(&m, q, q_stride, out, out_stride);
 }
 
-/* in turns: later pieces have more to read, and so have some heads */
+/* in turns */
 static int is_mine(int item, int heads, int thread, int threads) {
     return (item + item / heads) % threads == thread;
 }
@@ -80,6 +80,7 @@ void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads) 
         for (int head = thread; head < heads; head += threads) close_groups(s, l, head);
         ls_barrier(threads);
     }
-    for (int i = 0; i < items; i++)
-        if (is_mine(i, heads, thread, threads)) attend_piece(s, l, i / heads, i % heads);
+    /* the last ones, which have most to read, first */
+    for (ls_pieces p = ls_pieces_of(items, 1, thread, threads); ls_take(&p);)
+        for (int i = items - p.last; i < items - p.first; i++) attend_piece(s, l, i / heads, i % heads);
 }

@@ -243,7 +243,7 @@ static void read_query(const ls_mixer *m, const row_list *rows, const float *q, 
     int columns = m->width + f->ones;
     float *summed = line, *exact = line + columns, *weights = exact + columns;
     memset(line, 0, sizeof *line * 2 * (size_t)columns);
-    accumulator to = {summed, features, 1};
+    accumulator to = {summed, features, ADD, 0, 0};
     source sums = {.rows = m->sums, .stride = (int64_t)sizeof(float) * columns, .kind = LS_F32,
                    .count = m->sums ? f->features : 0, .width = columns};
     accumulate(&sums, &to, 1);
