@@ -259,7 +259,7 @@ def test_caches_of_fewer_bits_keep_branches_exactly(kv: str) -> None:
     assert answers("freedave:4") == answers("none")
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_model_as_it_is_loaded_writes_the_same(bits: int | None) -> None:
     def answers(verify: str) -> list[tuple[int, ...]]:
         loop = f"masked-diffusion:block=fixed:8,commit=static,cache=dual,verify={verify}"
