@@ -294,10 +294,17 @@ class KVCache(BufferState):
         """Copy entries at `positions` of one slot to another, as they are kept."""
         if not positions:
             return
-        at = torch.tensor(sorted(positions), dtype=torch.long, device=self.device)
+        first, last = min(positions), max(positions) + 1
+        # blocks are runs, which are copied as they lie
+        run = last - first == len(positions)
+        ordered = torch.tensor([first] if run else sorted(positions), device=self.device)
         for entries, history in ((self.keys, 0), (self.values, self.spec.conv_history)):
             to, taken = entries[layers, target], entries[layers, source]
-            to.index_copy_(2, at + history, taken.index_select(2, at + history))
+            if run:
+                at = slice(history + first, history + last)
+                to[:, :, at] = taken[:, :, at]
+            else:
+                to.index_copy_(2, ordered + history, taken.index_select(2, ordered + history))
 
     @torch.inference_mode()
     def _forget_places(self, slot: int) -> None:
