@@ -169,8 +169,8 @@ class VerifyPolicy(DiffusionPolicy):
     def tries(self, sure: float) -> bool:
         """Whether a draft is computed along, and those behind it may be.
 
-        sure: how likely the last forward found all tokens that the draft has and the canvas lacks; asked first
-        with a bound on that. The surer, the sooner the answer is yes.
+        sure: how likely the last forward found all tokens that the draft has and the canvas lacks; asked
+        first with a bound on that. The surer, the sooner the answer is yes.
         """
         return True
 

@@ -58,6 +58,8 @@ def carried(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 
     These overwrite other positions, so they find what an earlier one has left.
     """
+    if all(each == rows[0] for each in rows):
+        return [[0] * len(each) for each in rows]
     found: list[list[int]] = []
     behind: dict[int, int] = {}
     for at in reversed(range(len(rows))):

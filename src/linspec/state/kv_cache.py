@@ -297,14 +297,14 @@ class KVCache(BufferState):
         first, last = min(positions), max(positions) + 1
         # blocks are runs, which are copied as they lie
         run = last - first == len(positions)
-        ordered = torch.tensor([first] if run else sorted(positions), device=self.device)
+        at = None if run else torch.tensor(sorted(positions), device=self.device)
         for entries, history in ((self.keys, 0), (self.values, self.spec.conv_history)):
             to, taken = entries[layers, target], entries[layers, source]
-            if run:
-                at = slice(history + first, history + last)
-                to[:, :, at] = taken[:, :, at]
+            if at is None:
+                lie = slice(history + first, history + last)
+                to[:, :, lie] = taken[:, :, lie]
             else:
-                to.index_copy_(2, ordered + history, taken.index_select(2, ordered + history))
+                to.index_copy_(2, at + history, taken.index_select(2, at + history))
 
     @torch.inference_mode()
     def _forget_places(self, slot: int) -> None:

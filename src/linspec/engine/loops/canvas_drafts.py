@@ -50,7 +50,9 @@ def drafted(
     ahead, sure = cache(sequence.sampler.ahead), 1.0
     while len(found) < count:
         if sequence.sampler.greedy:
-            candidates = candidates.still_open(canvas, lambda numbers: uniforms_of(ahead())(numbers))
+            candidates = candidates.still_open(
+                canvas, lambda numbers: uniforms_of(ahead())(numbers)
+            )
         else:
             said = candidates.predictions
             candidates = candidates_of(canvas, sequence, ahead(), said, said.among(canvas.open))

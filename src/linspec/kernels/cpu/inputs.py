@@ -39,10 +39,13 @@ def staged_inputs(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
 
 def overwriting_pieces(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
     """Nodes that overwrite, in pieces: nothing is staged, and each sees all committed rows of its slot."""
-    pieces = [(new, part) for new in nodes for part in _cut(len(_overwritten(new)))]
+    pieces = [
+        (new, rows[part], part)
+        for new, rows in zip(nodes, map(_overwritten, nodes), strict=True)
+        for part in _cut(len(rows))
+    ]
     table, first = (InputStruct * len(pieces))(), 0
-    for entry, (new, part) in zip(table, pieces, strict=True):
-        rows = _overwritten(new)[part]
+    for entry, (new, rows, part) in zip(table, pieces, strict=True):
         entry.slot, entry.first, entry.nodes = new.slot, first, len(rows)
         entry.committed, entry.overwritten = ints(new.committed), ints(rows)
         if new.carried is not None:
