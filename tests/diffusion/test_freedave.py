@@ -259,7 +259,7 @@ def test_caches_of_fewer_bits_keep_branches_exactly(kv: str) -> None:
     assert answers("freedave:4") == answers("none")
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_model_as_it_is_loaded_writes_the_same(bits: int | None) -> None:
     def answers(verify: str) -> list[tuple[int, ...]]:
         loop = f"masked-diffusion:block=fixed:8,commit=static,cache=dual,verify={verify}"
@@ -308,3 +308,32 @@ def test_how_many_drafts_is_checked() -> None:
     for verify in ("freedave:0", "freedave-plus:drafts=0"):
         with pytest.raises(ConfigError, match="drafts must be 1 or more"):
             make(spec=f"verify={verify}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_drafts_that_are_not_likely_are_left_out_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    spec = "block=fixed:8,commit=static,cache=dual"
+    computed, saved = [], []
+    for least in (0, 0.05, 0.3, 1):
+        saved.append(assert_same(monkeypatch, name, spec, f"freedave:drafts=4+least={least}"))
+        _, answers = run(monkeypatch, name, f"{spec},verify=freedave:drafts=4+least={least}")
+        computed.append(sum(each.stats.computed for each in answers))
+    assert saved == sorted(saved, reverse=True) and saved[0] > saved[-1] == 0
+    _, plain = run(monkeypatch, name, spec)
+    assert computed[0] > computed[-1] == sum(each.stats.computed for each in plain)
+
+
+def test_what_is_drawn_is_as_likely_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=19, temperature=0.5, seed=5, ignore_eos=True)
+    spec = "block=fixed:none,commit=static:order=left"
+    most = assert_same(monkeypatch, "llada", spec, "freedave:4", params)
+    some = assert_same(monkeypatch, "llada", spec, "freedave:drafts=4+least=0.2", params)
+    assert most > some >= 0
+
+
+def test_what_is_left_out_is_a_probability() -> None:
+    for least in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match=r"least must be in \[0, 1\]"):
+            make(spec=f"verify=freedave:least={least}")

@@ -55,8 +55,8 @@ class StepInput:
         overwrite: committed positions whose entries the tokens replace at once; they are computed again
             with all entries in place, and nothing is staged.
         causal: False lets tokens that overwrite see later positions too.
-        branch: 0 overwrites what the slot holds. Branch n overwrites what branch n - 1 left, in a copy of
-            its own: the inputs of the branches of a slot follow each other in one step, and
+        branch: 0 overwrites what the slot holds. Branch n overwrites what branch n - 1 left, in a place of
+            its own: the inputs of the branches of a slot follow each other in one step and see alike, and
             `state.keep_branch` says afterwards which of them the slot goes on with.
         blocks: tokens that overwrite see their own block of so many positions, and those before it; None for
             what `causal` says.
@@ -79,7 +79,7 @@ class StepInput:
     @property
     def by_layer(self) -> bool:
         """Whether it asks for what a step in one call cannot do, and so goes layer by layer."""
-        return bool(self.branch) or self.blocks is not None or self.watch is not None
+        return self.blocks is not None or self.watch is not None
 
     @property
     def kind(self) -> int:

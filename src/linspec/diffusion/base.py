@@ -166,6 +166,14 @@ class VerifyPolicy(DiffusionPolicy):
         """
         return 0
 
+    def tries(self, sure: float) -> bool:
+        """Whether a draft is computed along, and those behind it may be.
+
+        sure: how likely the last forward found all tokens that the draft has and the canvas lacks; asked
+        first with a bound on that. The surer, the sooner the answer is yes.
+        """
+        return True
+
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         """Which draft the text goes on with, counted from 1; 0 for none of them.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from linspec.diffusion.base import VERIFIES, VerifyPolicy
 from linspec.diffusion.canvas import Canvas
+from linspec.errors import ConfigError
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 
@@ -34,9 +35,15 @@ class FreeDaveOptions:
         default=4,
         short=True,
     )
+    least: float = option(
+        "probability of all that a draft decides, below which it is not computed; 0 computes all drafts",
+        default=0.0,
+    )
 
     def __post_init__(self) -> None:
         check_size("drafts", self.drafts)
+        if not 0 <= self.least <= 1:
+            raise ConfigError(f"least must be in [0, 1], got {self.least}")
 
 
 @VERIFIES.register(
@@ -53,6 +60,9 @@ class FreeDave(VerifyPolicy):
 
     def ahead(self, canvas: Canvas) -> int:
         return self.options.drafts - 1
+
+    def tries(self, sure: float) -> bool:
+        return sure >= self.options.least
 
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         return int(bool(drafts) and drafts[0].tokens == canvas.tokens)

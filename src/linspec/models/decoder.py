@@ -28,7 +28,7 @@ from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_outputs import interleaved, wanted_nodes
 from linspec.models.step_plan import OneCall, one_call
-from linspec.state.dense_group import DenseGroup, dense_groups_of, staged_shapes
+from linspec.state.dense_group import DenseGroup, dense_groups_of, open_branches, staged_shapes
 from linspec.state.sequence_states import SequenceStates
 
 Through = Callable[[Block, torch.Tensor, Rope], torch.Tensor]
@@ -278,10 +278,13 @@ class Decoder(nn.Module):
                 state.unshare(step_input.slot)
             if step_input.overwrite is None:
                 state.reserve(step_input.slot, len(step_input.tokens))
+        places = open_branches(inputs, state)
         slices, wanted = wanted_nodes(inputs)
         if native is not None:
             inner = sorted(path.wanted)
-            hidden, logits, found = native.run(inputs, shapes, positions, wanted, state, inner)
+            hidden, logits, found = native.run(
+                inputs, shapes, positions, wanted, state, places, inner
+            )
             if inner:
                 path.found.update(zip(inner, found.unbind(), strict=True))
         else:

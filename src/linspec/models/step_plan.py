@@ -7,7 +7,7 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,6 +40,7 @@ from linspec.models.fused_block import BorrowedEmbedding, FusedBlock
 from linspec.models.native_linear import NativeLinear
 from linspec.models.norm import InferenceRMSNorm
 from linspec.models.skipped import whole
+from linspec.state.branches import carried
 from linspec.state.sequence_states import SequenceStates, places_of
 
 if TYPE_CHECKING:
@@ -203,13 +204,15 @@ class OneCall:
         positions: Sequence[Sequence[int]],
         outputs: Sequence[int],
         state: SequenceStates,
+        places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
     ) -> Stepped:
         """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
 
         With them [layers, M, D] that each of `layers` puts out, in ascending order.
 
-        shapes: of all that each slot has staged then; positions: of the new nodes of each input.
+        shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
+        slots of the buffers in which a slot and its branches lie, where it has any.
         Inputs are of one of the `kinds`. Keys and values are staged in `state`, which must have room;
         recording them is the caller's.
         """
@@ -225,6 +228,8 @@ class OneCall:
             )
             for each, shape, at in zip(inputs, shapes, positions, strict=True)
         ]
+        if places:
+            _branch_off(nodes, inputs, places)
         kind = inputs[0].kind
         if kind == CHAIN:
             return self._run_chains(nodes, outputs, state, layers)
@@ -283,6 +288,19 @@ def _given(step_input: StepInput) -> torch.Tensor | None:
     """The embeddings that a caller gave, as kernels read them."""
     given = step_input.embeddings
     return None if given is None else given.float().contiguous()
+
+
+def _branch_off(
+    nodes: Sequence[NewNodes], inputs: Sequence[StepInput], places: Mapping[int, Sequence[int]]
+) -> None:
+    """Let branches go to their places, and what they leave behind them to those of the next ones."""
+    for slot, mine in places.items():
+        some = [new for new, each in zip(nodes, inputs, strict=True) if each.slot == slot]
+        rows = carried([new.overwrite or () for new in some])
+        for at, (new, counts) in enumerate(zip(some, rows, strict=True)):
+            new.slot = mine[at]
+            if any(counts):
+                new.behind, new.carried = mine[at + 1 :], counts
 
 
 def _committed(state: SequenceStates, slot: int) -> list[int]:

@@ -100,18 +100,23 @@ class BufferState(SlotStates):
         self.keys = self._grown(self.keys, more)
         self.values = self._grown(self.values, more)
 
-    def _grown(self, entries: torch.Tensor, more: int) -> torch.Tensor:
-        """A copy with `more` positions a slot; what no slot has written stays zero, and so without memory."""
+    def _grown(self, entries: torch.Tensor, more: int, slots: int = 0) -> torch.Tensor:
+        """A copy with `more` positions a slot and more slots; what none has written stays without memory."""
         shape = list(entries.shape)
+        shape[1] += slots
         shape[3] += more
         grown = zeros(shape, entries.dtype, entries.device)
-        for slot in range(len(self.lengths)):
-            # a chain is in `long` before its nodes are recorded
-            used = entries.shape[3]
-            if slot not in self.long:
-                used = min(used, self.spec.conv_history + self._next(slot))
+        for slot in range(entries.shape[1]):
+            # keys have no history
+            used = min(self._used(slot), entries.shape[3])
             grown[:, slot, :, :used] = entries[:, slot, :, :used]
         return grown
+
+    def _used(self, slot: int) -> int:
+        """How many rows of the buffer of `slot` were written, at most."""
+        # a chain is in `long` before its nodes are recorded
+        written = self.keys.shape[3] if slot in self.long else self._next(slot)
+        return self.spec.conv_history + written
 
     def stage(
         self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor

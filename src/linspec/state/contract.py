@@ -133,6 +133,16 @@ class LayerState(Protocol):
         """Raise StateError unless the entries at these committed positions can be replaced."""
         ...
 
+    def open_branches(
+        self, slot: int, rows: Sequence[Sequence[int]], places: Sequence[int]
+    ) -> None:
+        """Ahead of a step: branch 0, 1 and so on of `slot` overwrite these positions.
+
+        places: slots behind all others that the branches from 1 on have for themselves. There they have what
+        `slot` holds, except where they, or branches before them, overwrite it.
+        """
+        ...
+
     def keep_branch(self, slot: int, branch: int) -> None:
         """Make `slot` what its branch of this number holds, 0 for itself, and forget the branches."""
         ...
@@ -216,7 +226,7 @@ class EntryState(LayerState, Protocol):
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `overwrite` of what branch number `branch - 1` holds (0: the slot), in a copy of it.
+        """As `overwrite` of what branch number `branch - 1` holds (0: the slot), in the place of the branch.
 
         Returns the entries of the branch, as `read` does those of a slot.
         """

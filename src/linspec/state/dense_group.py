@@ -103,6 +103,16 @@ def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Sh
     return [_shape(step_input, state) for step_input in inputs]
 
 
+def open_branches(inputs: Sequence[StepInput], state: SequenceStates) -> dict[int, list[int]]:
+    """Have places for the branches of a step: of each slot that has some, its own and theirs."""
+    rows: dict[int, list[Sequence[int]]] = {}
+    for each in inputs:
+        if each.overwrite is not None:
+            rows.setdefault(each.slot, []).append(each.overwrite)
+    places = {slot: state.open_branches(slot, mine) for slot, mine in rows.items()}
+    return {slot: mine for slot, mine in places.items() if len(mine) > 1}
+
+
 def dense_groups_of(inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> list[DenseGroup]:
     """Group inputs, in order of their slots, and their `staged_shapes`."""
     dense_groups: list[DenseGroup] = []
@@ -132,6 +142,11 @@ def _check_branches(inputs: Sequence[StepInput]) -> None:
             raise ConfigError(
                 f"branch {each.branch} of slot {each.slot} follows no branch {each.branch - 1}; give the "
                 "branches of a slot one behind the other, from 0 on, each with `overwrite`"
+            )
+        if each.branch and each.causal != before.causal:
+            raise ConfigError(
+                f"branches {before.branch} and {each.branch} of slot {each.slot} do not both see later "
+                "positions; give all branches of a slot the same `causal`"
             )
 
 

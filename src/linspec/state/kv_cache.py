@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,11 @@ import torch
 from linspec.decoding.step import MAX_STAGED
 from linspec.errors import StateError
 from linspec.kernels.step_plan import PAGE, PageList
-from linspec.state.branches import Branch
+from linspec.state.branches import Places
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
+from linspec.state.memory import check_growth
 from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
@@ -43,8 +44,9 @@ class KVCache(BufferState):
         entries: EntryFormat | None = None,
     ) -> None:
         super().__init__(spec, layers, slots, options, entries)
-        # of a slot: what it holds, then its branches
-        self.branches: dict[int, list[Branch]] = {}
+        # where branches lie, and what those of an open step have overwritten, each with those before it
+        self.places = Places()
+        self.branches: dict[int, list[frozenset[int]]] = {}
         self.pool, self.table = PagePool(), PageTable(slots)
         # whether slots have pages: from when on kernels read them
         self.pages_read = False
@@ -170,6 +172,7 @@ class KVCache(BufferState):
 
     def reset(self, slot: int) -> None:
         self.table.put(slot, ())
+        self._forget_places(slot)
         super().reset(slot)
 
     def hold(self, slot: int, length: int) -> None:
@@ -180,6 +183,7 @@ class KVCache(BufferState):
     @torch.inference_mode()
     def shorten(self, slot: int, length: int) -> None:
         self.unshare(slot)
+        self._forget_places(slot)
         end, history = self.lengths[slot], self.spec.conv_history
         self.lengths[slot] = length
         # as after `reset`: nothing that a zero weight keeps alive
@@ -230,6 +234,12 @@ class KVCache(BufferState):
         """Replace the entries at committed positions by k, v [Hkv, N, .]."""
         self.check_overwrite(slot, positions)
         self.unshare(slot)
+        self._replace(layer, slot, positions, k, v)
+
+    def _replace(
+        self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write k, v into the buffer of `slot`, which has all its entries."""
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
@@ -241,6 +251,69 @@ class KVCache(BufferState):
         super().drop(slot)
         self.branches.pop(slot, None)
 
+    def open_branches(
+        self, slot: int, rows: Sequence[Sequence[int]], places: Sequence[int]
+    ) -> None:
+        if places:
+            self._open(slot, rows, places)
+        self.places.overwritten(slot, [row for each in rows for row in each])
+
+    @torch.inference_mode()
+    def _open(self, slot: int, rows: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        """Make the places of branches what `slot` holds, but for what the step is to write."""
+        length = self.lengths[slot]
+        self.unshare(slot)
+        self._have_slots(1 + max(numbers), length)
+        places = self.places.give(slot, numbers)
+        written = [frozenset(rows[0])]
+        for place, more in zip(places, rows[1:], strict=True):
+            written.append(written[-1].union(more))
+            self._copy(slot, place.number, place.missing(length, written[-1]))
+            place.held, place.differs = length, set()
+        self.branches[slot] = written
+
+    def _have_slots(self, slots: int, length: int) -> None:
+        """Have room for so many slots, of which the new ones take `length` positions each."""
+        more = slots - self.keys.shape[1]
+        if more <= 0:
+            return
+        check_growth(more * self.bytes_at(length), length)
+        self.keys = self._grown(self.keys, 0, more)
+        self.values = self._grown(self.values, 0, more)
+        self.table.grow(more)
+
+    def _used(self, slot: int) -> int:
+        if slot < len(self.lengths):
+            return super()._used(slot)
+        place = self.places.by_number.get(slot)
+        return 0 if place is None else self.spec.conv_history + place.held
+
+    def _copy(
+        self, source: int, target: int, positions: Collection[int], layers: slice = slice(None)
+    ) -> None:
+        """Copy entries at `positions` of one slot to another, as they are kept."""
+        if not positions:
+            return
+        first, last = min(positions), max(positions) + 1
+        # blocks are runs, which are copied as they lie
+        run = last - first == len(positions)
+        at = None if run else torch.tensor(sorted(positions), device=self.device)
+        for entries, history in ((self.keys, 0), (self.values, self.spec.conv_history)):
+            to, taken = entries[layers, target], entries[layers, source]
+            if at is None:
+                lie = slice(history + first, history + last)
+                to[:, :, lie] = taken[:, :, lie]
+            else:
+                to.index_copy_(2, at + history, taken.index_select(2, at + history))
+
+    @torch.inference_mode()
+    def _forget_places(self, slot: int) -> None:
+        """Nothing that was copied of `slot` is true any more; the memory goes back."""
+        for place in self.places.of(slot):
+            if place.held:
+                self._clear(place.number)
+            place.forget()
+
     @torch.inference_mode()
     def overwrite_branch(
         self,
@@ -251,35 +324,20 @@ class KVCache(BufferState):
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `overwrite` behind branch number `branch - 1`, in a copy; returns what `read` would of it."""
-        before, mine = self._branches(slot, branch, positions)
-        history = self.spec.conv_history
-        at = torch.tensor(positions, dtype=torch.long, device=self.device)
-        keys = mine.keys[layer].copy_(before.keys[layer])
-        values = mine.values[layer].copy_(before.values[layer])
-        keys.index_copy_(1, at, self.entries.encode(k))
-        values.index_copy_(1, at + history, self.entries.encode(v))
-        return self._decoded(keys[None], values[None])
-
-    def _branches(self, slot: int, branch: int, positions: Sequence[int]) -> tuple[Branch, Branch]:
-        """A branch, made where there is none, and the one before it."""
-        found = self.branches.setdefault(slot, [])
-        if not found:
-            held = self.lengths[slot]
-            values = self.values[:, slot, :, : self.spec.conv_history + held]
-            found.append(Branch(self.keys[:, slot, :, :held], values, frozenset()))
-        if len(found) == branch:
-            found.append(found[-1].follow(positions))
-        return found[branch - 1], found[branch]
+        """As `overwrite` behind branch `branch - 1`, in a place of its own; returns what `read` would."""
+        places = [slot, *(place.number for place in self.places.of(slot))]
+        before, mine = places[branch - 1], places[branch]
+        left = self.branches[slot][branch - 1].difference(positions)
+        self._copy(before, mine, left, slice(layer, layer + 1))
+        self._replace(layer, mine, positions, k, v)
+        return self.read(layer, slice(mine, mine + 1), self.lengths[slot])
 
     @torch.inference_mode()
     def keep_branch(self, slot: int, branch: int) -> None:
         """Overwrite what branch number `branch` has, and forget all of them."""
         if branch:
-            kept, history = self.branches[slot][branch], self.spec.conv_history
-            at = torch.tensor(sorted(kept.positions), dtype=torch.long, device=self.device)
-            self.keys[:, slot].index_copy_(2, at, kept.keys[:, :, at])
-            self.values[:, slot].index_copy_(2, at + history, kept.values[:, :, at + history])
+            number = self.places.of(slot)[branch - 1].number
+            self._copy(number, slot, self.branches[slot][branch])
         self.branches.pop(slot, None)
 
 

@@ -93,11 +93,20 @@ class PageTable:
     """The full pages that each slot begins with, as Python and the kernels find them."""
 
     def __init__(self, slots: int) -> None:
-        self._pages: list[tuple[Page, ...]] = [()] * slots
+        self._pages: list[tuple[Page, ...]] = []
+        self.grow(slots)
+
+    def grow(self, slots: int) -> None:
+        """Have `slots` more slots, without pages."""
+        before = self._pages
+        slots += len(before)
+        self._pages = [()] * slots
         # as the kernels read them: how many positions they hold, and where each page is
         self.positions = (c_int32 * slots)()
         self._lists = (c_void_p * slots)()
         self._addresses = [(c_void_p * 0)()] * slots
+        for slot, pages in enumerate(before):
+            self.put(slot, pages)
 
     def __getitem__(self, slot: int) -> tuple[Page, ...]:
         return self._pages[slot]

@@ -48,8 +48,10 @@ class SequenceStates:
         # staged nodes that are never committed, and states that a step of some layers left torn
         self._ephemeral: dict[int, frozenset[int]] = {}
         self._ran: dict[int, frozenset[int]] = {}
-        # the last branch of slots that have some
+        # the last branch of slots that have some, and the slots behind all others that each has for branches
         self._branches: dict[int, int] = {}
+        self._places: dict[int, list[int]] = {}
+        self._taken = slots
 
     def empty(self, slots: int) -> Self:
         """An empty state of the same model for `slots` sequences."""
@@ -190,6 +192,20 @@ class SequenceStates:
     def branches(self, slot: int) -> int:
         """How many branches the last step of `slot` had beside what it holds, until one is kept."""
         return self._branches.get(slot, 0)
+
+    def open_branches(self, slot: int, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Ahead of a step whose inputs overwrite these positions of `slot`, in branch 0, 1 and so on.
+
+        Returns where the branches lie among the slots of the buffers, the slot itself first.
+        """
+        mine = self._places.setdefault(slot, [])
+        while len(mine) < len(rows) - 1:
+            mine.append(self._taken)
+            self._taken += 1
+        places = mine[: len(rows) - 1]
+        for part in self._counted:
+            part.open_branches(slot, rows, places)
+        return [slot, *places]
 
     def record_branch(self, slot: int, branch: int) -> None:
         """Note a branch after every layer has overwritten its entries."""

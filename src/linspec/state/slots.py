@@ -136,6 +136,15 @@ class SlotStates:
         """Replace the entries at committed positions; here none can be."""
         self.check_overwrite(slot, positions)
 
+    def open_branches(
+        self, slot: int, rows: Sequence[Sequence[int]], places: Sequence[int]
+    ) -> None:
+        """Ahead of a step that overwrites `rows` of `slot` in branches at these places; here are none."""
+        if places:
+            raise StateError(
+                f"a {type(self).__name__} keeps no branches of a slot; use a cache that does, such as 'float'"
+            )
+
     def overwrite_branch(
         self,
         layer: int,
@@ -145,11 +154,8 @@ class SlotStates:
         k: torch.Tensor,
         v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `overwrite`, in a copy; here there is none."""
-        self.check_overwrite(slot, positions)
-        raise StateError(
-            f"a {type(self).__name__} keeps no branches of a slot; use a cache that does, such as 'float'"
-        )
+        """As `overwrite`, in a branch; `open_branches` has refused to make any."""
+        raise NotImplementedError
 
     def keep_branch(self, slot: int, branch: int) -> None:
         """Make `slot` what one of its branches holds, and forget these; here there is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -42,20 +43,36 @@ def drafted(
     if candidates is None or canvas.full:
         return found
     count = _count(verify, canvas)
+    if count and not verify.tries(_most_sure(denoising, candidates)):
+        return found
     sequence = denoising.sequence
-    # drafts draw the numbers that their rounds will draw
-    sampler = sequence.sampler.ahead() if count else sequence.sampler
+    # drafts draw the numbers that their rounds will draw, from a copy that many of them never need
+    ahead, sure = cache(sequence.sampler.ahead), 1.0
     while len(found) < count:
-        if sampler.greedy:
-            candidates = candidates.still_open(canvas, uniforms_of(sampler))
+        if sequence.sampler.greedy:
+            candidates = candidates.still_open(
+                canvas, lambda numbers: uniforms_of(ahead())(numbers)
+            )
         else:
             said = candidates.predictions
-            candidates = candidates_of(canvas, sequence, sampler, said, said.among(canvas.open))
-        canvas = canvas.after(candidates.where(chosen(candidates)))
-        if canvas.full:
+            candidates = candidates_of(canvas, sequence, ahead(), said, said.among(canvas.open))
+        taken = chosen(candidates)
+        canvas = canvas.after(candidates.where(taken))
+        sure *= float(candidates.confidence[taken].prod())
+        if canvas.full or not verify.tries(sure):
             break
         found.append(canvas)
     return found
+
+
+def _most_sure(denoising: Denoising, candidates: Candidates) -> float:
+    """A bound on how sure any draft is, which costs less than a draft."""
+    if not denoising.sequence.sampler.greedy:
+        # its tokens are still to be drawn
+        return 1.0
+    left = denoising.canvas.undecided
+    pairs = zip(candidates.positions.tolist(), candidates.confidence.tolist(), strict=True)
+    return max((sure for position, sure in pairs if position in left), default=0.0)
 
 
 def _count(verify: VerifyPolicy, canvas: Canvas) -> int:

@@ -39,20 +39,26 @@ def staged_inputs(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
 
 def overwriting_pieces(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
     """Nodes that overwrite, in pieces: nothing is staged, and each sees all committed rows of its slot."""
-    pieces = [(new, part) for new in nodes for part in _cut(_overwritten(new))]
+    pieces = [
+        (new, rows[part], part)
+        for new, rows in zip(nodes, map(_overwritten, nodes), strict=True)
+        for part in _cut(len(rows))
+    ]
     table, first = (InputStruct * len(pieces))(), 0
-    for entry, (new, part) in zip(table, pieces, strict=True):
-        entry.slot, entry.first, entry.nodes = new.slot, first, len(part)
-        entry.committed, entry.overwritten = ints(new.committed), ints(part)
-        first += len(part)
+    for entry, (new, rows, part) in zip(table, pieces, strict=True):
+        entry.slot, entry.first, entry.nodes = new.slot, first, len(rows)
+        entry.committed, entry.overwritten = ints(new.committed), ints(rows)
+        if new.carried is not None:
+            entry.behind, entry.carried = ints(new.behind), ints(new.carried[part])
+        first += len(rows)
     return table
 
 
-def _cut(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+def _cut(count: int) -> Iterator[slice]:
     """Parts of like sizes, none too large: a small one would read a whole cache for few rows."""
-    parts = -(-len(rows) // MAX_NODES)
+    parts = -(-count // MAX_NODES)
     for part in range(parts):
-        yield rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+        yield slice(part * count // parts, (part + 1) * count // parts)
 
 
 def _overwritten(new: NewNodes) -> Sequence[int]:

@@ -191,8 +191,8 @@ class CpuStep:
         """
         inputs = overwriting_pieces(nodes)
         batch = self._batch(nodes, *packed(nodes), inputs)
-        # the pieces of a slot read what the others write; what is whole can share out long caches instead
-        batch.chained = len(inputs) > len(nodes)
+        # some inputs read what others write; where none do, they can share out long caches instead
+        batch.chained = len(inputs) > len(nodes) or any(new.carried for new in nodes)
         return self._run(batch, outputs, layers)
 
     def _batch(

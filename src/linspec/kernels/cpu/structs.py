@@ -34,7 +34,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 14
+ABI = 15
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -282,6 +282,12 @@ class DecoderStruct(Struct):
         "const int32_t *",
         "overwritten",
         "[nodes]: committed rows that they replace, seeing all of them; null: they are staged",
+    ),
+    Field("const int32_t *", "behind", "slots of the branches behind this one"),
+    Field(
+        "const int32_t *",
+        "carried",
+        "[nodes]: in how many of them the row that a node replaces stands too; null: in none",
     ),
 )
 class InputStruct(Struct):

@@ -96,5 +96,11 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
             store_row(&m, k, key);
             store_row(&m, v, value);
         }
+        /* branches behind this one that leave the row as it is now */
+        for (int b = 0; in->carried && b < in->carried[n]; b++) {
+            int64_t ahead = ((int64_t)in->behind[b] - in->slot) * p->kv_heads;
+            memcpy(key + ahead * p->key_stride, key, (size_t)p->row_bytes);
+            memcpy(value + ahead * p->value_stride, value, (size_t)p->value_bytes);
+        }
     }
 }

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 14                            /* of this table and the functions */
+#define LS_ABI 15                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -157,6 +157,8 @@ typedef struct {
     const int32_t *committed;                /* rows in each kind of state */
     const uint64_t *ancestors;               /* [staged]: bit i says that staged row i is seen */
     const int32_t *overwritten;              /* [nodes]: committed rows that they replace, seeing all of them; null: they are staged */
+    const int32_t *behind;                   /* slots of the branches behind this one */
+    const int32_t *carried;                  /* [nodes]: in how many of them the row that a node replaces stands too; null: in none */
 } ls_step_input;
 
 /* What one step is to compute, and where the results go. */
@@ -245,7 +247,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    2145158725, \
+    1287017034, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -302,7 +304,8 @@ typedef struct {
     sizeof(ls_step_input), offsetof(ls_step_input, slot), offsetof(ls_step_input, first), \
         offsetof(ls_step_input, nodes), offsetof(ls_step_input, staged), \
         offsetof(ls_step_input, committed), offsetof(ls_step_input, ancestors), \
-        offsetof(ls_step_input, overwritten), \
+        offsetof(ls_step_input, overwritten), offsetof(ls_step_input, behind), \
+        offsetof(ls_step_input, carried), \
     sizeof(ls_batch), offsetof(ls_batch, rows), offsetof(ls_batch, inputs), \
         offsetof(ls_batch, outputs), offsetof(ls_batch, chained), offsetof(ls_batch, tokens), \
         offsetof(ls_batch, positions), offsetof(ls_batch, given), \
