@@ -58,6 +58,11 @@ class SpecDiffOptions:
         "tokens that are guessed at once; 0 is what the drafter was trained for", default=0
     )
     top: int = option("most guesses for a place that the tree may hold", default=8)
+    draws: bool = option(
+        "draw drafts where the request samples; false takes the likeliest, and a seed gives what it gives "
+        "without drafts",
+        default=True,
+    )
     cache: str = option(
         "prefix computes each token once; none computes the text again in each round",
         default="prefix",
@@ -72,8 +77,8 @@ class SpecDiffOptions:
             )
         if self.path is not None and self.model is not None:
             raise ConfigError(
-                "a drafter is either a trained one (path) or any diffusion model (model), got both; leave out "
-                "one of them"
+                "a drafter is either a trained one (path) or any diffusion model (model), got both; leave "
+                "one of them out"
             )
 
 
@@ -118,6 +123,9 @@ class SpecDiff(ChainDrafter):
         self.model, self.options = model, options or SpecDiffOptions()
         self.places = self.options.places or len(accuracies) or PLACES
         self.vocab_size = target.vocab_size
+        # a diffusion model of its own was never asked about a token for which there is no mask
+        shift = model.config.logit_shift
+        self.masks_less = shift if accuracies else 0
         self.state = model.new_state(slots, cache_kind("auto", model))
         self._check_state()
         # by slot: tokens that were read before the newest forward, and with it
@@ -184,7 +192,7 @@ class SpecDiff(ChainDrafter):
         config, length = self.model.config, len(sequence.tokens)
         depth = min(self.places, budget.depth)
         if config.position_limit is not None:
-            depth = min(depth, config.position_limit - length + config.logit_shift)
+            depth = min(depth, config.position_limit - length + self.masks_less)
         before, read = self._read.get(sequence.slot, (0, 0))
         # a round that is proposed again is computed again
         first = before if read == length else read
@@ -215,7 +223,7 @@ class SpecDiff(ChainDrafter):
         slot, length = sequence.slot, len(sequence.tokens)
         if not each.first:
             self.state.reset(slot)
-        masks = each.depth - shift
+        masks = each.depth - self.masks_less
         self.state.lengthen(slot, length + masks)
         tokens = [*sequence.tokens[each.first :], *[self.model.config.mask_id] * masks]
         return StepInput(
@@ -223,14 +231,14 @@ class SpecDiff(ChainDrafter):
             tokens,
             overwrite=range(each.first, length + masks),
             causal=False,
-            logits_of=range(length - shift - each.first, len(tokens)),
+            logits_of=range(length - shift - each.first, length - shift - each.first + each.depth),
         )
 
     def _tree(self, each: Asked, logits: torch.Tensor) -> TokenTree:
         """The likeliest combinations of guesses within the budget; or of draws, with what they come from."""
         sequence, generator = each.sequence, self._numbers.of(each.sequence)
-        if sequence.params.grammar is not None:
-            # what it forbids must be left out, and no draw may be
+        if sequence.params.grammar is not None or not self.options.draws:
+            # what a grammar forbids must be left out, and no draw may be
             generator = None
         guesses, rates = list[list[int]](), list[list[float]]()
         sources = list[torch.Tensor]()
