@@ -196,8 +196,11 @@ def p_value(pairs: Sequence[tuple[int, int]]) -> float:
     seconds = TARGET[1 : 1 + SMALL].double().softmax(-1)
     expected = (firsts[:, None] * seconds * len(pairs)).flatten()
     often = expected >= 5
-    kept = [*found.flatten()[often].tolist(), float(found.flatten()[~often].sum())]
-    wanted = [*expected[often].tolist(), float(expected[~often].sum())]
+    groups = [often] if often.all() else [often, ~often]
+    kept, wanted = (
+        [*each.flatten()[often].tolist(), *(float(each.flatten()[at].sum()) for at in groups[1:])]
+        for each in (found, expected)
+    )
     total = sum(wanted)
     return float(chisquare(kept, [each * sum(kept) / total for each in wanted]).pvalue)
 
