@@ -114,18 +114,20 @@ class SpecDiff(ChainDrafter):
         slots: int,
         options: SpecDiffOptions | None = None,
         accuracies: Sequence[Sequence[float]] = (),
+        trained_for: int = 0,
     ) -> None:
+        """accuracies, trained_for: of a `SpecDiffNet`, the latter its places; 0 for any diffusion model."""
         super().__init__()
         if not isinstance(model, MaskedDiffusion):
             raise DrafterError(
                 "drafter 'specdiff' fills masks, and this model has none; use it as 'draft-model'"
             )
         self.model, self.options = model, options or SpecDiffOptions()
-        self.places = self.options.places or len(accuracies) or PLACES
+        self.places = self.options.places or trained_for or PLACES
         self.vocab_size = target.vocab_size
         # a diffusion model of its own was never asked about a token for which there is no mask
         shift = model.config.logit_shift
-        self.masks_less = shift if accuracies else 0
+        self.masks_less = shift if trained_for else 0
         self.state = model.new_state(slots, cache_kind("auto", model))
         self._check_state()
         # by slot: tokens that were read before the newest forward, and with it
@@ -146,8 +148,8 @@ class SpecDiff(ChainDrafter):
             return cls(ready(model, target), target.config, context.slots, options)
         folder = find_drafter(cls.name, options.path, context)
         net = load_drafter(folder, target, SpecDiffNet)
-        model, accuracies = ready(net.model(), target), net.accuracies or [[0.5]] * net.places
-        return cls(model, target.config, context.slots, options, accuracies)
+        model, measured = ready(net.model(), target), (net.accuracies, net.places)
+        return cls(model, target.config, context.slots, options, *measured)
 
     @classmethod
     def at_hand(cls, context: DrafterContext) -> bool:
