@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from checkpoints import model_dir
 from copying import SYMBOLS, copying, periodic
-from helpers import assert_close
+from helpers import assert_close, kill_before
+from safetensors.torch import load_file
+from test_drafter_kinds import deep_teacher
 from test_engine import random_denoiser
+from transformers import PreTrainedTokenizerFast
 
+from linspec.checkpoints.hub import load_model, save_model
 from linspec.drafters.specdiff_net import SpecDiffNet
-from linspec.train.drafters import TRAININGS
+from linspec.errors import ConfigError
+from linspec.train.drafters import TRAININGS, DrafterConfig, train_drafter
 from linspec.train.drafters.specdiff import rounds_of, streak_loss
 from linspec.train.drafters.states import states_of
 
@@ -50,7 +58,38 @@ def test_rounds_cover_a_window_and_are_judged_within_it() -> None:
     assert np.mean(read) == pytest.approx(1.94, abs=0.1)
 
 
-@pytest.mark.parametrize("objective", ["ce-streak", "streak"])
+def test_a_start_with_fewer_tokens_and_an_unknown_objective_are_named() -> None:
+    with pytest.raises(
+        ConfigError, match="objective must be one of ce-streak, streak, ce, got 'x'"
+    ):
+        TRAININGS.build("specdiff:objective=x")
+    training = TRAININGS.build(f"specdiff:model={model_dir('softmax')}")
+    with pytest.raises(ConfigError, match="tokens, the target 4096: both must share one tokenizer"):
+        training.make(load_model("embedded-softmax"), np.zeros(0), 0)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_drafter(
+    tokenizer: PreTrainedTokenizerFast, corpus: Path, tmp_path: Path
+) -> None:
+    model = save_model(deep_teacher(len(tokenizer)), tokenizer, tmp_path / "model")
+    short = DrafterConfig(
+        tokens=8 * 128, context=32, batch_tokens=128, calibration_tokens=256, save_every=0
+    )
+    made = []
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        if name == "killed":
+            with kill_before(5), pytest.raises(RuntimeError, match="killed before"):
+                train_drafter(model, out, kind="specdiff", data=[corpus], config=short)
+        train_drafter(
+            model, out, kind="specdiff", data=[corpus], config=short, resume=name == "killed"
+        )
+        made.append(load_file(out / "drafter.safetensors"))
+    assert {*made[0]} == {*made[1]}
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+
+
+@pytest.mark.parametrize("objective", ["ce-streak", "streak", "ce"])
 def test_calibration_lengthens_streaks(objective: str) -> None:
     """A random denoiser learns to copy what its target copies."""
     target = copying().requires_grad_(False)

@@ -86,10 +86,13 @@ class SpecDiffTraining(DrafterTraining[SpecDiffNet]):
         start = target
         if self.options.model is not None:
             start = load_decoder(resolve(self.options.model), device=str(target.device))
-        options = self.options
-        return SpecDiffNet.starting_from(
-            start, target.config.vocab_size, options.places, options.layers
-        )
+        options, tokens = self.options, target.config.vocab_size
+        if start.config.vocab_size < tokens:
+            raise ConfigError(
+                f"{options.model} has {start.config.vocab_size} tokens, the target {tokens}: both must share "
+                "one tokenizer"
+            )
+        return SpecDiffNet.starting_from(start, tokens, options.places, options.layers)
 
     def loss(self, drafter: SpecDiffNet, states: TargetStates) -> torch.Tensor:
         # the rounds of each text are others, and a graph for each would be compiled
@@ -136,6 +139,8 @@ def rounds_loss(
     with torch.no_grad():
         theirs = states.target.head(states.final[:, judged]).float().softmax(-1)
     distance = -(theirs * log_shares).sum(-1)
+    if options.objective == "ce":
+        return found + options.soft * distance.sum(-1).mean()
     return found + options.soft * weighed(distance, right, options.warm)
 
 
