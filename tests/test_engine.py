@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,10 +27,13 @@ from linspec.drafters.lud import LUD, LUDOptions, Slot, SlotConfig
 from linspec.drafters.medusa import Medusa
 from linspec.drafters.mixed import Mixed
 from linspec.drafters.ppd import PPD, PromptsConfig, PromptTokens
+from linspec.drafters.specdiff import SpecDiff, SpecDiffOptions
 from linspec.drafters.suffix import Suffix
 from linspec.engine.engine import Engine
 from linspec.errors import ContextOverflow, InputError
 from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.policies.base import Policy
 from linspec.policies.fixed import Fixed
 from linspec.verifiers import LosslessVerifier
@@ -95,6 +99,26 @@ def random_slots(model: Decoder) -> LUD:
     return LUD(randomise(Slot(shape), 8).to(model.dtype), LUDOptions(threshold=0.05))
 
 
+def random_denoiser(
+    vocab_size: int = VOCAB, shift: int = 1, seed: int = 11, layers: int = 2, **changes: Any
+) -> MaskedDiffusion:
+    """A masked-diffusion model of the tokens of the tiny ones, and a mask."""
+    shape = {"width": 16, "heads": 2, "kv_heads": 1, "head_width": 8, "mlp_width": 24}
+    config = DiffusionConfig(
+        vocab_size=vocab_size + 1,
+        mask_id=vocab_size,
+        logit_shift=shift,
+        layers=layers,
+        **(shape | changes),
+    )
+    return cast(MaskedDiffusion, randomise(MaskedDiffusion(config), seed))
+
+
+def random_specdiff(model: Decoder, options: SpecDiffOptions | None = None) -> SpecDiff:
+    denoiser = random_denoiser(model.config.vocab_size).to(model.dtype).to_inference()
+    return SpecDiff(denoiser, model.config, SLOTS, options)
+
+
 DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
     "lookup": lambda model: PromptLookup(options=LookupOptions(min_ngram=1)),
     "itself": lambda model: DraftModel(model, model.config, SLOTS),
@@ -109,6 +133,7 @@ DRAFTERS: dict[str, Callable[[Decoder], Drafter]] = {
     "hidden-transfer": random_maps,
     "chimera": random_chimera,
     "lud": random_slots,
+    "specdiff": random_specdiff,
     "random": RandomTrees,
     "suffix": lambda model: Suffix(),
     "aded": lambda model: Aded(),

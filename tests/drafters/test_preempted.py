@@ -13,7 +13,14 @@ from block_drafters import make_net, make_target
 from checkpoints import scratch
 from helpers import mixer_config, random_tokens, randomise, tiny_config
 from test_eagle import random_eagle
-from test_engine import random_chimera, random_heads, random_maps, random_prompts, random_slots
+from test_engine import (
+    random_chimera,
+    random_heads,
+    random_maps,
+    random_prompts,
+    random_slots,
+    random_specdiff,
+)
 from test_first import random_routers
 from test_universal import model_of
 from tokenizer_kinds import tokenizer_of
@@ -81,6 +88,7 @@ MADE: dict[str, Callable[[Decoder], Drafter]] = {
     "ppd": random_prompts,
     "lud": random_slots,
     "eagle": random_eagle,
+    "specdiff": random_specdiff,
     "block": lambda model: Block(make_net(model)),
     "draft-model": lambda model: other(model, DraftModel, "softmax"),
     "student": lambda model: other(model, Student, "aug"),

@@ -240,6 +240,8 @@ def test_what_cannot_be_overwritten_is_refused_by_name(name: str) -> None:
     k, v = torch.zeros(2, 1, 3), torch.zeros(2, 1, 4)
     with pytest.raises(StateError, match="cannot overwrite committed positions"):
         history.body.overwrite(0, 0, [0], k, v)
+    with pytest.raises(StateError, match="cannot overwrite committed positions"):
+        history.body.lengthen(0, 3)
     history.reference.check()
 
 

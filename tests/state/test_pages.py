@@ -137,6 +137,15 @@ class Histories(RuleBasedStateMachine):
         again = self.body.entries.encode(k)[:, :, 0], self.body.entries.encode(v)[:, :, 0]
         self.slots[slot][place] = again
 
+    @rule(slot=SLOT, count=st.integers(1, 70), seed=st.integers(0, 99))
+    def lengthen(self, slot: int, count: int, seed: int) -> None:
+        """Positions that are overwritten before they are read, and some that never are."""
+        length = len(self.slots[slot])
+        self.body.lengthen(slot, length + count)
+        self.body.shorten(slot, length + 1)
+        self.slots[slot].append(entries(self.body, 1, seed)[0])
+        self.overwrite(slot, length, seed)
+
     @rule(slot=SLOT)
     def snapshot(self, slot: int) -> None:
         self.copies.append((self.body.snapshot(slot), list(self.slots[slot])))

@@ -38,6 +38,9 @@ KINDS = [
 # a kind that is not made by its name alone
 NEEDING = {"specdec-head": "draft"}
 
+# kinds whose drafts are drawn where a request samples
+SAMPLED = {"specdec-head", "specdiff"}
+
 TRAINED = [entry.name for entry in DRAFTERS if entry.value.files is not None]
 
 
@@ -86,7 +89,7 @@ def test_a_trained_drafter_is_found_and_changes_nothing(
     found = llm.generate(prompts, params)
     assert [each.token_ids for each in found] == plain
     # its drafts are sampled, and judged by other random numbers than those of plain decoding
-    for seed in () if kind == "specdec-head" else (1, 2):
+    for seed in () if kind in SAMPLED else (1, 2):
         drawn = SamplingParams(max_tokens=12, temperature=1.0, seed=seed)
         one = LLM(model, drafter="none").generate(prompts[:1], drawn)
         assert llm.generate(prompts[:1], drawn)[0].token_ids == one[0].token_ids

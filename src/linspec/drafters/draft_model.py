@@ -25,6 +25,7 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Budget, TokenTree, chain
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
+from linspec.drafters.draws import DraftNumbers
 from linspec.errors import CheckpointError, DrafterError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -78,8 +79,7 @@ class DraftModel(ChainDrafter):
         self.model = model
         self.state = model.new_state(slots, cache_kind("auto", model))
         self._fed: dict[int, int] = {}
-        # of each slot: its generator, and what that was when the sequence had so many tokens
-        self._generators: dict[int, tuple[torch.Generator, int, torch.Tensor]] = {}
+        self._numbers = DraftNumbers()
 
     @classmethod
     def build(cls, context: DrafterContext, options: DraftModelOptions | StudentOptions) -> Self:
@@ -102,7 +102,7 @@ class DraftModel(ChainDrafter):
         # behind this model's own last position there is nothing that it could read or draft
         order = [i for i in order if self._has_room(sequences[i], 0)]
         self._catch_up([sequences[i] for i in order])
-        generators = {i: self._generator(sequences[i]) for i in order}
+        generators = {i: self._numbers.of(sequences[i]) for i in order}
         drafts: list[list[int]] = [[sequence.root] for sequence in sequences]
         distributions: list[dict[int, torch.Tensor]] = [{} for _ in sequences]
         lengths = [budget.chain for budget in budgets]
@@ -170,22 +170,6 @@ class DraftModel(ChainDrafter):
         limit = self.model.config.position_limit
         return limit is None or len(sequence.tokens) + depth <= limit
 
-    def _generator(self, sequence: RunningSequence) -> torch.Generator | None:
-        """What samples the drafts of a sequence; a round that is proposed again samples the same."""
-        if sequence.sampler.greedy:
-            return None
-        found = self._generators.get(sequence.slot)
-        if found is None:
-            # drafts must not share random numbers with the verifier that judges them
-            seed, generator = sequence.params.seed, torch.Generator()
-            generator.manual_seed(seed ^ 0x5EED) if seed is not None else generator.seed()
-            found = generator, -1, generator.get_state()
-        generator, length, state = found
-        if length != len(sequence.tokens):
-            state = generator.get_state()
-            self._generators[sequence.slot] = generator, len(sequence.tokens), state
-        return generator.set_state(state)
-
     def _pick(
         self,
         sequence: RunningSequence,
@@ -207,14 +191,13 @@ class DraftModel(ChainDrafter):
     def paused(self, sequence: RunningSequence) -> Any:
         """Its state and its random numbers, so that the drafts go on as they would have."""
         slot = sequence.slot
-        kept = self._fed.get(slot), self._generators.get(slot), self.state.snapshot(slot)
+        kept = self._fed.get(slot), self._numbers.taken(slot), self.state.snapshot(slot)
         self.finished(sequence)
         return kept
 
     def resumed(self, sequence: RunningSequence, kept: Any) -> None:
-        fed, generator, copy = kept
-        if generator is not None:
-            self._generators[sequence.slot] = generator
+        fed, numbers, copy = kept
+        self._numbers.put(sequence.slot, numbers)
         # without it, all is read again
         if fed:
             self.state.restore(sequence.slot, copy)
@@ -222,7 +205,7 @@ class DraftModel(ChainDrafter):
 
     def finished(self, sequence: RunningSequence) -> None:
         self._fed.pop(sequence.slot, None)
-        self._generators.pop(sequence.slot, None)
+        self._numbers.forget(sequence.slot)
 
 
 @DRAFTERS.register(
@@ -256,12 +239,17 @@ class Student(DraftModel):
 
 def matching_model(folder: str, context: DrafterContext, name: str) -> Decoder:
     """The model in `folder`, ready to draft for the target, whose tokenizer it has to have."""
+    check_tokenizer_of(folder, context)
+    return ready_model(folder, context.decoder(name))
+
+
+def check_tokenizer_of(folder: str, context: DrafterContext) -> None:
+    """Raise DrafterError unless the model in `folder` has the tokenizer of the target."""
     tokenizer = context.tokenizer
     if tokenizer is None and context.source is not None:
         tokenizer = load_text_tokenizer(context.source)
     if tokenizer is not None:
         check_same_tokenizer(tokenizer, load_text_tokenizer(folder), folder)
-    return ready_model(folder, context.decoder(name))
 
 
 def ready_model(folder: str, target: Decoder) -> Decoder:

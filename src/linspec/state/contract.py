@@ -151,6 +151,10 @@ class LayerState(Protocol):
         """Make `slot` a sequence of `length` positions whose entries are overwritten before any is read."""
         ...
 
+    def lengthen(self, slot: int, length: int) -> None:
+        """Add positions behind those of `slot`, up to `length`, that are overwritten before any is read."""
+        ...
+
     def shorten(self, slot: int, length: int) -> None:
         """Keep only the first `length` positions of a slot that `hold` made."""
         ...

@@ -180,6 +180,11 @@ class KVCache(BufferState):
         self._ensure(length)
         self.lengths[slot] = length
 
+    def lengthen(self, slot: int, length: int) -> None:
+        self.unshare(slot)
+        self._ensure(length)
+        self.lengths[slot] = length
+
     @torch.inference_mode()
     def shorten(self, slot: int, length: int) -> None:
         self.unshare(slot)

@@ -233,6 +233,14 @@ class SequenceStates:
         for part in self._counted:
             part.hold(slot, length)
 
+    def lengthen(self, slot: int, length: int) -> None:
+        """Add positions behind those of `slot`, up to `length`, that are overwritten before any is read.
+
+        Raises StateError if a layer cannot replace its entries.
+        """
+        for part in self._counted:
+            part.lengthen(slot, length)
+
     def shorten(self, slot: int, length: int) -> None:
         """Keep only the first `length` positions of a slot that `hold` made."""
         for part in self._counted:

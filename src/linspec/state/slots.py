@@ -164,6 +164,10 @@ class SlotStates:
         """Let `slot` hold `length` committed positions that are all overwritten first; here none can be."""
         self.check_overwrite(slot, range(length))
 
+    def lengthen(self, slot: int, length: int) -> None:
+        """Add positions behind those of `slot` that are all overwritten first; here none can be."""
+        self.check_overwrite(slot, range(self.lengths[slot], length))
+
     def shorten(self, slot: int, length: int) -> None:
         """Keep only the first `length` positions of a slot that `hold` made; here there is none."""
         self.check_overwrite(slot, range(length))

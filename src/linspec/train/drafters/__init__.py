@@ -13,6 +13,7 @@ from linspec.train.drafters import (
     medusa2,
     ppd,
     specdec_head,
+    specdiff,
 )
 from linspec.train.drafters.base import TRAININGS, DrafterConfig, DrafterTraining
 from linspec.train.drafters.run import predicted, train_drafter
@@ -32,5 +33,6 @@ __all__ = [
     "ppd",
     "predicted",
     "specdec_head",
+    "specdiff",
     "train_drafter",
 ]
