@@ -1,8 +1,8 @@
 """A task whose answer is a chain: running sums, each of which is the one before plus a digit of the prompt.
 
-A prompt is eight digits and "=", and the answer their running sums modulo the base. Beside the sum before it a
-place is simple; without, it takes all digits up to there. So a model learns the chain first, and says few places
-of an answer at once.
+A prompt is eight digits and "=", and the answer their running sums modulo the base. Beside the sum before it
+a place is simple; without, it takes all digits up to there. So a model learns the chain first, and says few
+places of an answer at once.
 """
 
 from __future__ import annotations

@@ -240,8 +240,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         train_parallel(source("sdar")[0], tmp_path / "m", PROMPTS, SMALL, **options)
     with pytest.raises(InputError, match="no prompt"):
         train_parallel(source("llada")[0], tmp_path / "m", [], SMALL, **options)
+    config = ParallelConfig(tokens=100_000)
     with pytest.raises(ConfigError, match="masks are more than"):
-        config = ParallelConfig(tokens=100_000)
         train_parallel(source("llada")[0], tmp_path / "m", PROMPTS, config, **options)
     for wrong in ({"block": 0}, {"weight": -1.0}, {"temperature": 0.0}, {"precision": "no"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -1,8 +1,8 @@
 """The loss of dParallel (Chen et al. 2025, arXiv 2509.26488): certainty-forcing distillation.
 
-A masked-diffusion model learns its own answers once more. Half of a span is hidden, and all that stands behind
-it; then the other half. Cross entropy keeps the answers, and where the likeliest token is right already its
-distribution is made sharper: so many tokens become sure in the same forward.
+A masked-diffusion model learns its own answers once more. Half of a span is hidden, and all that stands
+behind it; then the other half. Cross entropy keeps the answers, and where the likeliest token is right
+already its distribution is made sharper: so many tokens become sure in the same forward.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Spans:
 
 
 def _asked(model: MaskedDiffusion, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, vocab], float32, of the hidden tokens of a batch of `Spans`, what these are, and their rows."""
+    """Logits [N, vocab], float32, of what a batch of `Spans` hides, the tokens there, and their rows."""
     hidden, real = batch < 0, batch != model.config.vocab_size
     ids = batch.masked_fill(hidden, model.config.mask_id).masked_fill(~real, 0)
     # few of the positions are asked about, and float32 logits of all would fill the memory
@@ -116,7 +116,7 @@ def _by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 @torch.inference_mode()
 def certainty(model: MaskedDiffusion, batch: Tensor) -> dict[str, float]:
-    """Of the hidden tokens of a batch of `Spans`: nats, the share that is sure, and how many of these are right."""
+    """Of what a batch of `Spans` hides: nats a token, which share is sure, and which is sure and right."""
     logits, wanted, _ = _asked(model, batch)
     sure = entropy(logits) <= SURE
     right = logits.argmax(-1) == wanted

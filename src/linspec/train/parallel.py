@@ -57,9 +57,9 @@ class ParallelConfig:
     """How a model is trained to be sure.
 
     tokens: masks that an answer is written into; what follows its end is filled with ends. block: of the
-    decoder, and of what is hidden; None for whole answers. weight: of the entropy. temperature: at which it is
-    taken. steps, rows: optimizer steps and texts of each. rank: of the change; 0 trains all weights. batch:
-    answers that are made at once, which changes none.
+    decoder, and of what is hidden; None for whole answers. weight: of the entropy. temperature: at which it
+    is taken. steps, rows: optimizer steps and texts of each. rank: of the change; 0 trains all weights.
+    batch: answers that are made at once, which changes none.
     """
 
     tokens: int = 128
@@ -96,7 +96,7 @@ class ParallelConfig:
         return kept
 
     def training(self) -> TrainConfig:
-        """As the training loop takes it; steps are not compiled, since each hides another number of tokens."""
+        """As the training loop takes it. Each step hides another number of tokens, so none is compiled."""
         names = ("steps", "lr", "warmup", "weight_decay", "precision", "save_every", "seed")
         return TrainConfig(compile="off", **{name: getattr(self, name) for name in names})
 
@@ -177,8 +177,8 @@ def _loaded(source: str | Path) -> MaskedDiffusion:
     model = load_diffusion(source)
     if model.config.block_length is not None:
         raise UnsupportedModel(
-            f"{source} is a block-diffusion model, whose blocks never see a later one; training it to be sure "
-            "is known for models that see the whole text"
+            f"{source} is a block-diffusion model, whose blocks never see a later one; training it to be "
+            "sure is known for models that see the whole text"
         )
     return model
 
@@ -191,8 +191,8 @@ def _encoded(
     limit = model.config.position_limit
     if limit is not None and longest + config.tokens > limit:
         raise ConfigError(
-            f"a prompt of {longest} tokens and {config.tokens} masks are more than the {limit} positions of this "
-            "model; ask for fewer tokens, or leave out long prompts"
+            f"a prompt of {longest} tokens and {config.tokens} masks are more than the {limit} positions of "
+            "this model; ask for fewer tokens, or leave out long prompts"
         )
     if not asked:
         raise InputError("there is no prompt to answer; give some")
