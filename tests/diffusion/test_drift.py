@@ -52,7 +52,8 @@ def forwards() -> list[list[tuple[Seen, list[int]]]]:
 
 def attention(q: Tensor, k: Tensor, rows: Any) -> Tensor:
     """[H, rows, T]."""
-    return (q[:, rows] @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+    weights: Tensor = (q[:, rows] @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+    return weights
 
 
 def drifts(tracked: int) -> tuple[Tensor, Tensor]:
