@@ -31,6 +31,7 @@ VERBS = (
     "pretrain",
     "linearize",
     "train-drafter",
+    "train-parallel",
     "generate",
     "chat",
     "quantize",

@@ -101,6 +101,22 @@ def test_what_is_saved_is_what_is_loaded_whatever_the_bits_of_the_model() -> Non
             assert torch.equal(found.state_dict()[name], tensor)
 
 
+def test_a_short_block_has_as_many_weights_as_the_published_one() -> None:
+    for block in (4, 8, 16, 32, 64):
+        made = CommitFilter(block)
+        assert made.inner.weight.numel() == max(1024, block * block)
+
+
+def test_a_filter_that_says_nothing_of_its_width_is_as_wide_as_its_block(tmp_path: Path) -> None:
+    model, old = load_diffusion(source("llada")[0]), CommitFilter(BLOCK, BLOCK)
+    config = save_filter(old, model, tmp_path / "f") / "filter.json"
+    said = json.loads(config.read_text())
+    assert said.pop("width") == BLOCK
+    config.write_text(json.dumps(said))
+    found = load_filter(tmp_path / "f", model).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in old.state_dict().items())
+
+
 def test_a_filter_beside_the_model_needs_no_path() -> None:
     folder = talker() / "learn2pd"
     if not folder.exists():
@@ -135,6 +151,8 @@ def test_a_filter_of_another_model_or_block_is_refused_by_name(tmp_path: Path) -
     ("change", "message"),
     [
         ({"block": 7}, "has shape"),
+        ({"width": 7}, "has shape"),
+        ({"width": 10**6}, "width must be at most 2048"),
         ({"block": "six"}, "block must be a whole number"),
         ({"block": 10**9}, "block must be at most 2048"),
         ({"format_version": "9.0"}, "install a newer"),

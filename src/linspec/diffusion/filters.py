@@ -1,6 +1,6 @@
 """The filter of Learn2PD: from the confidences of a block to which of its predictions are final already.
 
-A directory holds `filter.json` (block length, the fingerprint of the model) and `filter.safetensors`.
+A directory holds `filter.json` (block length, width, the fingerprint of the model) and `filter.safetensors`.
 
     save_filter(CommitFilter(32), model, "model/learn2pd")
     found = load_filter("model/learn2pd", model)
@@ -35,18 +35,24 @@ _CONFIG, _WEIGHTS = "filter.json", "filter.safetensors"
 _TRAIN = "train one: linspec.train.commit_filter.train_filter"
 # far more than the blocks of any model: the weights are its square
 _LONGEST = 2048
+# weights of a layer of the published filter, which knows blocks of 32
+_WEIGHTS_OF_32 = 32 * 32
 
 
 class CommitFilter(nn.Module):
-    """Two layers (Bao et al. 2025, arXiv 2509.25188): confidences [..., block] to logits [..., block]."""
+    """Two layers (Bao et al. 2025, arXiv 2509.25188): confidences [..., block] to logits [..., block].
 
-    def __init__(self, block: int) -> None:
+    As wide inside as a block, as published; but a shorter one than theirs gets no fewer weights.
+    """
+
+    def __init__(self, block: int, width: int | None = None) -> None:
+        """width: None for the usual one."""
         super().__init__()
-        check_size("block", block)
-        if block > _LONGEST:
-            raise ConfigError(f"block must be at most {_LONGEST}, got {block}")
+        _check("block", block)
         self.block = block
-        self.inner, self.outer = nn.Linear(block, block), nn.Linear(block, block)
+        self.width = max(block, _WEIGHTS_OF_32 // block) if width is None else width
+        _check("width", self.width)
+        self.inner, self.outer = nn.Linear(block, self.width), nn.Linear(self.width, block)
 
     def forward(self, confidences: Tensor) -> Tensor:
         """Logits of how likely each prediction is final."""
@@ -63,6 +69,12 @@ class CommitFilter(nn.Module):
         return nn.functional.pad(confidences.float(), (0, self.block - len(confidences)), value=1.0)
 
 
+def _check(name: str, size: int) -> None:
+    check_size(name, size)
+    if size > _LONGEST:
+        raise ConfigError(f"{name} must be at most {_LONGEST}, got {size}")
+
+
 def save_filter(
     trained: CommitFilter,
     model: Decoder,
@@ -76,7 +88,8 @@ def save_filter(
     facts: what filter.json says beside. Raises ConfigError when `out` may not be written.
     """
     place = Place(as_path(out), PLACE, overwrite=overwrite)
-    config = {**(facts or {}), "block": trained.block, "target": fingerprint(model)}
+    sizes = {"block": trained.block, "width": trained.width}
+    config = {**(facts or {}), **sizes, "target": fingerprint(model)}
     with place.held(), place.replaced() as aside:
         save_file(dict(trained.state_dict()), aside / _WEIGHTS)
         write_checksums(aside)
@@ -100,7 +113,8 @@ def load_filter(source: str | Path, model: Decoder) -> CommitFilter:
             f"fingerprint {shown(data.get('target'))}, this model has {ours}; {_TRAIN}"
         )
     try:
-        found = CommitFilter(data.get("block"))  # type: ignore[arg-type]  # checked there
+        # filters were as wide as their block once, and said nothing of it
+        found = CommitFilter(data.get("block"), data.get("width", data.get("block")))  # type: ignore[arg-type]  # checked there
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}; copy the filter again") from error
     found.load_state_dict(_tensors(folder / _WEIGHTS, found))

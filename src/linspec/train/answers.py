@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,21 @@ def make_answers(
         TrainingError: what is at `path` are no answers to these prompts.
         CheckpointError: the model cannot be read, or the disk refuses.
     """
+
+    def make() -> LLM:
+        return LLM(model, drafter="suffix", max_batch=config.batch, device=device)
+
+    return answered(make, prompts, config, path)
+
+
+def answered(
+    make: Callable[[], LLM], prompts: Sequence[Tokens], config: AnswersConfig, path: Path
+) -> list[Tokens]:
+    """As `make_answers`, by a model that is made where an answer is missing."""
     known = _read(path, len(prompts))
     missing = [i for i in range(len(prompts)) if i not in known]
     if missing:
-        llm = LLM(model, drafter="suffix", max_batch=config.batch, device=device)
+        llm = make()
         with Progress("answers of the model", len(prompts), start=len(known)) as progress:
             for i, answer in _answered(llm, prompts, missing, config, path):
                 known[i] = answer
