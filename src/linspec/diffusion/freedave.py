@@ -51,8 +51,12 @@ class FreeDave(VerifyPolicy):
 
     options: FreeDaveOptions
 
-    def ahead(self, canvas: Canvas) -> int:
+    @property
+    def most_drafts(self) -> int:
         return self.options.drafts - 1
+
+    def ahead(self, canvas: Canvas) -> int:
+        return self.most_drafts
 
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         return int(bool(drafts) and drafts[0].tokens == canvas.tokens)
