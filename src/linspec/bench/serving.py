@@ -205,6 +205,8 @@ async def _load(asker: _Asker, questions: Sequence[Question], workload: Workload
         async def client() -> None:
             for question in left:
                 answers.append(await one(question))
+                if workload.seconds is not None and asker.now() >= workload.seconds:
+                    return
 
         await asyncio.gather(*(client() for _ in range(workload.clients or 1)))
         return answers
