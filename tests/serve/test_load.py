@@ -174,7 +174,8 @@ async def under_signal(served: Served, sent: signal.Signals) -> list[tuple[str, 
 
 
 @pytest.mark.parametrize(
-    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "sent",
+    [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
 def test_a_signal_under_load_ends_the_server_when_all_is_answered(
     tmp_path: Path, sent: signal.Signals

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -185,6 +186,22 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._workers, self._settings = workers, settings
         self.once_up: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As SIGTERM does, a terminal that closes ends the server, unless that means something else."""
+        with super().capture_signals():
+            hangup = getattr(signal, "SIGHUP", None)
+            here = threading.current_thread() is threading.main_thread()
+            # nohup ignores it, replicas are replaced by it
+            if hangup is None or not here or signal.getsignal(hangup) is not signal.SIG_DFL:
+                yield
+                return
+            before = signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, before)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
