@@ -156,6 +156,7 @@ def serving(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         _load(given, clients),
                         model=contender.model,
                         max_tokens=given.tokens,
+                        timeout=given.timeout,
                     )
                     yield {"server": contender.name, "clients": clients, **found.to_json()}
                     # no server is to know a prompt from before
@@ -187,6 +188,12 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--llama-python", help="an interpreter that has llama_cpp.server")
     parser.add_argument("--directory", type=Path, help="the model as a Hugging Face directory")
     parser.add_argument("--transformers", default="transformers", help="its command")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="seconds in which a server says nothing: an error",
+    )
     parser.add_argument("--threads", type=int, help="of transformers; all cores by default")
     parser.add_argument("--only", default="", help="servers whose names have this in them")
     parser.add_argument("--log", type=Path, default=Path(os.devnull), help="output of the servers")

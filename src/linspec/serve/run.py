@@ -24,6 +24,7 @@ from linspec.serve.app import make_app
 from linspec.serve.budget import MemoryBudget
 from linspec.serve.connection import limited
 from linspec.serve.embedder import Embedder
+from linspec.serve.keys import Keys
 from linspec.serve.settings import Settings
 from linspec.serve.tls import check_tls
 from linspec.serve.worker import Worker
@@ -48,12 +49,14 @@ def serve(
         say: gets lines for people.
 
     Raises:
-        ConfigError: no models, two of one name, an address that cannot be listened at, no such certificate.
+        ConfigError: no models, two of one name, an address that cannot be listened at, no such certificate,
+            a bad key.
         LinspecError: a model cannot be loaded.
     """
     named = named_models(models or settings.models)
-    # before anything is loaded: an address in use is the commonest fault
+    # before anything is loaded: an address in use, a key that is none
     check_tls(settings.tls_cert, settings.tls_key)
+    Keys.of(settings)
     with listening(settings.host, settings.port) as listener:
         if settings.ray:
             from linspec.serve.replicas import serve_replicas
