@@ -183,7 +183,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=20, help="needles that are asked for")
-    parser.add_argument("--model", help="another model for all ways, such as one with a longer limit")
+    parser.add_argument(
+        "--model", help="another model for all ways, such as one with a longer limit"
+    )
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="running text")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--speed-only", action="store_true")

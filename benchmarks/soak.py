@@ -74,6 +74,7 @@ def soak(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     questions = read_questions(given.prompts, given.per_family)
     command = [sys.executable, "-m", "linspec", "serve", f"model={given.model}"]
     command += ["--max-batch", str(given.clients), "--max-model-len", str(given.context)]
+    command += ["--prefix-mib", str(given.prefix_mib)]
     with running(Contender("linspec", command), given.log) as (address, pid):
         rate = given.rate
         if rate is None:
@@ -111,6 +112,9 @@ def main(words: Sequence[str] | None = None) -> None:
     about.add_argument("--warm-seconds", type=float, default=60.0, help="for the capacity")
     about.add_argument("--tokens", type=int, default=64)
     about.add_argument("--context", type=int, default=4096)
+    about.add_argument(
+        "--prefix-mib", type=int, default=64, help="few: full within the first third"
+    )
     about.add_argument("--log", type=Path, default=Path("/dev/null"), help="output of the server")
     for found in soak(about.parse_args(words)):
         print(json.dumps(found), flush=True)
