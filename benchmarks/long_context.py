@@ -90,8 +90,9 @@ def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int)
         )
         for text in range(texts)
     ]
-    tokens, places = ([getattr(each, name) for each in made] for name in ("tokens", "places"))
-    return Needles(torch.cat(tokens), torch.cat(places))
+    return Needles(
+        torch.cat([each.tokens for each in made]), torch.cat([each.places for each in made])
+    )
 
 
 def quality(llm: LLM, stream: np.ndarray, length: int, items: int) -> dict[str, Any]:
@@ -116,7 +117,9 @@ def bits_at_end(llm: LLM, text: Sequence[int]) -> float:
 
 def speeds(ways: dict[str, LLM], text: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Seconds to the first token, and the times of single steps behind it: all ways in turns."""
-    states, times, first = {}, {name: [] for name in ways}, {}
+    states: dict[str, SequenceStates] = {}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    first: dict[str, float] = {}
     for name, llm in ways.items():
         began = time.perf_counter()
         states[name], _ = read(llm, text, [len(text) - 1])

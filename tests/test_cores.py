@@ -15,6 +15,7 @@ from linspec.bench.machine import info, set_threads
 from linspec.kernels.cpu import threads
 from linspec.utils import cores
 from linspec.utils.cores import cpu_quota, usable_threads
+from linspec.utils.ram import available_bytes
 
 V2 = "40 31 0:41 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "32 31 0:29 {top} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
@@ -77,6 +78,50 @@ def test_both_versions_at_once_and_a_name_with_a_space(tmp_path: Path) -> None:
     files = {"my groups/a/cpu.max": "500000 100000", "cpu,cpuacct/b/cpu.cfs_quota_us": "400000"}
     root = tree(tmp_path, "1:cpu,cpuacct:/b\n0::/a", mounts, files)
     assert cpu_quota(root) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"memory.max": "4194304", "memory.current": "1048576"}, 3072),
+        # what files have that nobody read lately is given back at once
+        (
+            {
+                "memory.max": "4194304",
+                "memory.current": "4194304",
+                "memory.stat": "anon 1\ninactive_file 524288\nactive_file 7",
+            },
+            512,
+        ),
+        ({"memory.max": "max", "memory.current": "1048576"}, 8192),
+        ({"memory.max": "4096", "memory.current": "8192"}, 0),
+        # the machine itself has less
+        ({"memory.max": "1073741824", "memory.current": "0"}, 8192),
+        ({"memory.max": "nonsense"}, 8192),
+        ({}, 8192),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_no_more_memory_than_its_group(
+    version: int, files: dict[str, str], left: int, tmp_path: Path
+) -> None:
+    """A server told of 60 GiB in a container of 4 and was killed when it took five."""
+    names = {
+        "memory.max": "memory.limit_in_bytes",
+        "memory.current": "memory.usage_in_bytes",
+        "memory.stat": "memory.stat",
+    }
+    if version == 1:
+        mounts = V1.format(top="/").replace("cpu,cpuacct", "memory")
+        groups = "4:memory:/a/b\n3:cpu,cpuacct:/elsewhere"
+        given = {f"memory/a/{names[name]}": text for name, text in files.items()}
+        given = {name: text.replace("inactive", "total_inactive") for name, text in given.items()}
+    else:
+        mounts, groups = V2, "0::/a/b"
+        given = {f"a/{name}": text for name, text in files.items()}
+    root = tree(tmp_path, groups, mounts, given)
+    (root / "proc/meminfo").write_text("MemTotal: 16384 kB\nMemAvailable: 8192 kB\n")
+    assert available_bytes(root) == left * 1024
 
 
 def test_no_groups_no_quota(tmp_path: Path) -> None:

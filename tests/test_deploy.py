@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import yaml
 
 pytest.importorskip("prometheus_client", reason="the server needs the extra serve")
 
+from linspec.checkpoints.resolve import resolve
+from linspec.serve.app import make_app
 from linspec.serve.metrics import PREFIX, metric_names
+from linspec.serve.run import server_config
+from linspec.serve.settings import PREFIX as SETTINGS
+from linspec.serve.settings import Settings
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 READY, HEALTH = "/ready", "/health"
@@ -119,3 +126,78 @@ def test_the_unit_is_sound() -> None:
     service = unit["Service"]
     assert service["ExecStart"].startswith("/opt/linspec/bin/linspec serve ")
     assert service["DynamicUser"] == "yes" and service["CPUQuota"].endswith("%")
+
+
+def text(name: str) -> str:
+    return (DEPLOY / name).read_text(encoding="utf-8")
+
+
+SERVERS = ("Dockerfile", "compose.yaml", "kubernetes.yaml", "linspec.service")
+
+
+def test_variables_are_settings_that_there_are_and_the_address_has_its_key() -> None:
+    """A variable that no setting has is read by nobody."""
+    known = {f"{SETTINGS}{name}".upper() for name in Settings.model_fields}
+    for name in SERVERS:
+        assert set(re.findall(rf"{SETTINGS}\w+", text(name))) <= known, name
+    # the image listens where others reach it, which only goes with a key: whoever runs it gives one
+    assert f"{SETTINGS}HOST=0.0.0.0" in text("Dockerfile")
+    assert all(f"{SETTINGS}API_KEY" in text(name) for name in SERVERS)
+
+
+def test_ports_and_paths_are_those_of_the_server() -> None:
+    port = str(Settings.model_fields["port"].default)
+    assert re.findall(rf"{SETTINGS}PORT=(\d+)", text("Dockerfile")) == [port]
+    assert re.findall(r"^EXPOSE (\d+)$", text("Dockerfile"), flags=re.M) == [port]
+    compose, (service, deployment) = documents("compose.yaml")[0], documents("kubernetes.yaml")
+    assert compose["services"]["server"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    (listening,) = container["ports"]
+    assert str(listening["containerPort"]) == port
+    annotations = service["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == port
+    # those that are asked for by name
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    used = {each["port"] for each in probes} | {
+        each["targetPort"] for each in service["spec"]["ports"]
+    }
+    assert used == {listening["name"]}
+    scraped = documents("prometheus.yml")[0]["scrape_configs"][0]
+    asked = {each["path"] for each in probes}
+    asked |= {annotations["prometheus.io/path"], scraped["metrics_path"]}
+    asked |= set(re.findall(rf"http://127.0.0.1:{port}(/\w+)", text("Dockerfile")))
+    assert asked == {READY, HEALTH, "/metrics"}
+    assert asked <= set(make_app({}, Settings.read(None)).openapi()["paths"]) | {"/metrics"}
+
+
+def test_there_is_time_to_finish_running_requests_and_models_are_there() -> None:
+    config = server_config(make_app({}, Settings.read(None)), Settings.read(None))
+    needed = config.timeout_graceful_shutdown
+    assert needed is not None
+    compose, (_, deployment) = documents("compose.yaml")[0], documents("kubernetes.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    given = [
+        int(compose["services"]["server"]["stop_grace_period"].removesuffix("s")),
+        pod["terminationGracePeriodSeconds"],
+        int(re.findall(r"^TimeoutStopSec=(\d+)$", text("linspec.service"), flags=re.M)[0]),
+    ]
+    assert min(given) > needed
+    named = set(re.findall(r"embedded-[a-z]+", "".join(map(text, SERVERS))))
+    assert named and all(resolve(name).is_dir() for name in named)
+    scripts = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    command = scripts["project"]["scripts"]["linspec"].partition(":")
+    assert callable(getattr(importlib.import_module(command[0]), command[2]))
+    assert 'ENTRYPOINT ["linspec", "serve"]' in text("Dockerfile")
+
+
+def test_what_is_written_lies_in_volumes_that_may_be_written() -> None:
+    """A root file system that is read only has a cache of models nowhere else."""
+    image, compose = text("Dockerfile"), documents("compose.yaml")[0]["services"]["server"]
+    (home,) = re.findall(r"^VOLUME (\S+)$", image, flags=re.M)
+    assert f"LINSPEC_CACHE={home}/" in image and f"--home-dir {home}" in image
+    assert compose["read_only"] and compose["volumes"] == [f"models:{home}"]
+    container = documents("kubernetes.yaml")[1]["spec"]["template"]["spec"]["containers"][0]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert {each["mountPath"] for each in container["volumeMounts"]} == {home, "/tmp"}
+    unit = text("linspec.service")
+    assert f"WorkingDirectory={home}" in unit and f"LINSPEC_CACHE={home}/" in unit

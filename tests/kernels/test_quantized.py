@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from linspec.models import memory
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
 from linspec.state import memory as state_memory
-from linspec.utils import ram
+from linspec.utils.ram import available_bytes
 
 TEXT = "def area(width, height):\n    return width * height\n\n\n" * 40
 
@@ -181,12 +182,14 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
 
 def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a model that lies in the page cache would be refused for the memory that it takes itself."""
-    (tmp_path / "meminfo").write_text("MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n")
-    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "proc").mkdir()
+    meminfo = "MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n"
+    (tmp_path / "proc/meminfo").write_text(meminfo)
+    monkeypatch.setattr(memory, "available_bytes", partial(available_bytes, tmp_path))
     memory.check_memory(4096 * 1024, tmp_path)
     with pytest.raises(CheckpointError, match="are free"):
         memory.check_memory(4096 * 1024 + 1, tmp_path)
-    monkeypatch.setattr(ram, "_MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(memory, "available_bytes", partial(available_bytes, tmp_path / "nothing"))
     memory.check_memory(2**60, tmp_path)
 
 

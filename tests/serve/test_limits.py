@@ -81,6 +81,16 @@ def test_half_a_request_is_a_408_and_the_connection_ends(link: socket.socket, se
     assert error["code"] == "body_timeout" and "--body-seconds" in error["message"]
 
 
+@pytest.mark.parametrize("hidden", [b"", b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_no_second_request_hides_behind_two_lengths(link: socket.socket, hidden: bytes) -> None:
+    """The rest of the body was read as the next request of the same connection."""
+    both = b"content-length: %d\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(hidden))
+    link.sendall(HEAD + both + hidden)
+    answer = all_of(link)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert error_of(answer, 400)["code"] == "invalid_http"
+
+
 def test_a_body_that_drips_is_a_408(link: socket.socket) -> None:
     link.sendall(HEAD + b"content-length: 1000\r\n\r\n")
     begun = time.monotonic()

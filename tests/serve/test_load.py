@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from api_server import quiet, running, talker
 
 from linspec.llm import LLM
+from linspec.serve.run import Server, server_config
 from linspec.serve.settings import Settings
 from linspec.serve.worker import Worker
 
@@ -174,7 +176,8 @@ async def under_signal(served: Served, sent: signal.Signals) -> list[tuple[str, 
 
 
 @pytest.mark.parametrize(
-    "sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "sent",
+    [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
 )
 def test_a_signal_under_load_ends_the_server_when_all_is_answered(
     tmp_path: Path, sent: signal.Signals
@@ -190,6 +193,24 @@ def test_a_signal_under_load_ends_the_server_when_all_is_answered(
     assert '"path": "/v1/completions"' in printed and "prompt" not in printed
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.address}/health")
+
+
+@pytest.mark.parametrize("meant", [signal.SIG_IGN, lambda *_: None])
+def test_a_closed_terminal_means_what_it_meant_before(meant: Any) -> None:
+    """Behind nohup a server goes on, and a front replaces its replicas."""
+    settings = Settings.read(None)
+    server = Server(server_config(None, settings), [], settings)
+    before = signal.signal(signal.SIGHUP, meant)
+    try:
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGHUP) is meant
+            assert signal.getsignal(signal.SIGTERM) == server.handle_exit
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with server.capture_signals():
+            assert signal.getsignal(signal.SIGHUP) == server.handle_exit
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_not_finished_in_time_ends_with_an_error(tmp_path: Path) -> None:

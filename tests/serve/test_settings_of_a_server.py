@@ -219,6 +219,21 @@ def test_an_address_that_was_taken_while_models_were_loaded_is_named(
             serve(["a"], Settings.read(port=port))
 
 
+def test_a_bad_key_is_said_before_models_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said when all weights had been read, minutes later."""
+
+    def loaded(*_: object) -> None:
+        raise AssertionError("models are loaded")
+
+    monkeypatch.setattr("linspec.serve.run.loaded", loaded)
+    with pytest.raises(ConfigError, match="at least 8 characters"):
+        serve(["a"], Settings.read(port=0, api_key="short"))
+    with pytest.raises(ConfigError, match="cannot read the keys"):
+        serve(["a"], Settings.read(port=0, key_file=tmp_path / "nothing"))
+
+
 def test_the_body_of_an_answer_does_not_wait_for_the_client_to_confirm_its_head() -> None:
     with listening("127.0.0.1", 0) as listener:
         listener.listen()

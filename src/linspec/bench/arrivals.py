@@ -20,6 +20,7 @@ class Workload:
         requests: how many are sent.
         rate: of them in a second, in an open loop: they come whether or not others were answered.
         clients: in a closed loop instead: each sends its next request when it has its answer.
+        seconds: after which these send no more, whether or not all requests were sent; None for no end.
         seed: of the arrivals.
     """
 
@@ -27,6 +28,7 @@ class Workload:
     rate: float | None = None
     clients: int | None = None
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         check_size("requests", self.requests)
@@ -39,6 +41,13 @@ class Workload:
             check_positive("rate", self.rate)
         if self.clients is not None:
             check_size("clients", self.clients)
+        if self.seconds is not None:
+            check_positive("seconds", self.seconds)
+            if self.clients is None:
+                raise ConfigError(
+                    f"seconds={self.seconds} end a closed loop, and an open one takes requests / rate "
+                    "seconds; give these, or a number of clients"
+                )
 
 
 def poisson(rate: float, count: int, seed: int) -> list[float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -185,12 +186,14 @@ async def _first_model(client: AsyncClient, url: str) -> str:
 async def _load(asker: _Asker, questions: Sequence[Question], workload: Workload) -> list[Answer]:
     """Every answer of the workload, in the order of the requests."""
     asked = list(itertools.islice(itertools.cycle(questions), workload.requests))
-    with Progress("requests", len(asked)) as progress:
+    until = workload.seconds
+    of = ("requests", len(asked)) if until is None else ("seconds", math.ceil(until))
+    with Progress(*of) as progress:
         done = itertools.count(1)
 
         async def one(question: Question) -> Answer:
             answer = await asker.ask(question)
-            progress.update(next(done))
+            progress.update(next(done) if until is None else min(of[1], int(asker.now())))
             return answer
 
         asker.begin()
@@ -205,6 +208,8 @@ async def _load(asker: _Asker, questions: Sequence[Question], workload: Workload
         async def client() -> None:
             for question in left:
                 answers.append(await one(question))
+                if until is not None and asker.now() >= until:
+                    return
 
         await asyncio.gather(*(client() for _ in range(workload.clients or 1)))
         return answers

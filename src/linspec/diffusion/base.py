@@ -158,6 +158,11 @@ class VerifyPolicy(DiffusionPolicy):
 
     drafts: ClassVar[bool] = True
 
+    @property
+    def most_drafts(self) -> int:
+        """The largest number that `ahead` answers: so many copies of a state are counted as its memory."""
+        return 0
+
     def ahead(self, canvas: Canvas) -> int:
         """How many drafts are computed along with a canvas, at most; 0 for none.
 

@@ -58,8 +58,12 @@ class FreeDave(VerifyPolicy):
 
     options: FreeDaveOptions
 
-    def ahead(self, canvas: Canvas) -> int:
+    @property
+    def most_drafts(self) -> int:
         return self.options.drafts - 1
+
+    def ahead(self, canvas: Canvas) -> int:
+        return self.most_drafts
 
     def tries(self, sure: float) -> bool:
         return sure >= self.options.least

@@ -113,8 +113,13 @@ class Engine:
     def _memory(self, limit: int | None) -> StateMemory | None:
         if limit is None:
             return None
-        whole, source = not self.loop.preempts, not self.model.continues_prompt
-        return StateMemory(self.state, limit, whole=whole, reads_source=source)
+        return StateMemory(
+            self.state,
+            limit,
+            whole=not self.loop.preempts,
+            reads_source=not self.model.continues_prompt,
+            copies=self.loop.copies,
+        )
 
     def reserve(self) -> int:
         """A handle for a request that `add` gets next: who has it can drop the request at any moment."""

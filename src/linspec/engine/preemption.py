@@ -40,12 +40,14 @@ class StateMemory:
         limit: bytes, the `state_bytes` of the engine.
         whole: count a sequence at its greatest length, because it cannot be pre-empted when it grows.
         reads_source: a prompt is read as a source, which is kept beside the output.
+        copies: of its state that a sequence may have beside its slot.
     """
 
     state: SequenceStates
     limit: int
     whole: bool = False
     reads_source: bool = False
+    copies: int = 0
 
     def __post_init__(self) -> None:
         check_bytes("state_bytes", self.limit)
@@ -57,10 +59,9 @@ class StateMemory:
             )
 
     def needed(self, prompt: int, output: int) -> int:
-        """Bytes of a prompt with so many tokens of output."""
-        if self.reads_source:
-            return self.state.bytes_at(1 + output, prompt)
-        return self.state.bytes_at(prompt + output)
+        """Bytes of a prompt with so many tokens of output, and of its copies."""
+        read = (1 + output, prompt) if self.reads_source else (prompt + output, 0)
+        return (1 + self.copies) * self.state.bytes_at(*read)
 
     def room(self, prompt: int, output: int) -> int:
         """How many of `output` tokens behind a prompt fit where nobody else runs; 0 if none does."""

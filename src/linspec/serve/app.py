@@ -38,8 +38,7 @@ def make_app(
 
     Raises ConfigError for bad keys, and for spans without their packages.
     """
-    secret = None if settings.api_key is None else settings.api_key.get_secret_value()
-    keys = Keys.read(settings.key_file, secret)
+    keys = Keys.of(settings)
     tracing = tracing_of(settings)
     if tracing is not None:
         for name, worker in models.items():

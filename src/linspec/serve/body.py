@@ -30,6 +30,8 @@ class Body:
         self._until = asyncio.get_running_loop().time() + seconds
         self._seen, self._more, self._values = 0, True, Values()
         told = header(scope, b"content-length")
+        if told and header(scope, b"transfer-encoding"):
+            raise _two_lengths()
         if told.isdigit() and (len(told) > 18 or int(told) > most):
             self._refuse_size(told.decode()[:20])
 
@@ -99,6 +101,12 @@ def too_slow(seconds: float) -> Failure:
         code="body_timeout",
         headers={"connection": "close"},
     )
+
+
+def _two_lengths() -> Failure:
+    """A proxy that goes by the other one would take the rest for the request of someone else."""
+    message = "the request has both Content-Length and Transfer-Encoding; send one of them"
+    return Failure(400, message, code="invalid_http", headers={"connection": "close"})
 
 
 def header(scope: Mapping[str, Any], name: bytes) -> bytes:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from linspec.errors import ConfigError
+from linspec.serve.settings import Settings
 from linspec.utils.messages import because, shown
 
 _LINE = re.compile(r"([A-Za-z0-9_.@-]{1,64}):([0-9a-fA-F]{64})")
@@ -26,6 +27,12 @@ class Keys:
 
     def __init__(self, hashes: Mapping[str, str]) -> None:
         self._hashes = {name: bytes.fromhex(each) for name, each in hashes.items()}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Keys:
+        """Those that settings name; raises as `read` does."""
+        secret = None if settings.api_key is None else settings.api_key.get_secret_value()
+        return cls.read(settings.key_file, secret)
 
     @classmethod
     def read(cls, file: Path | None, key: str | None = None) -> Keys:

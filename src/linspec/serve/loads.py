@@ -10,25 +10,22 @@ A second is entered when a step begins in it; seconds without steps are idle one
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linspec.drafters.base import name_of
 from linspec.errors import LinspecError
 from linspec.serve.metrics import state_bytes
-from linspec.utils.ram import available_bytes
+from linspec.utils.ram import available_bytes, process_bytes
 
 if TYPE_CHECKING:
     from linspec.serve.worker import Job, Stepped, Worker
 
 # seconds that are kept
 KEPT = 120
-_STATM = Path("/proc/self/statm")
 
 
 @dataclass(slots=True)
@@ -177,12 +174,3 @@ def _told(second: Second) -> dict[str, Any]:
         "state_bytes": second.state_bytes,
         "process_bytes": second.process_bytes,
     }
-
-
-def process_bytes() -> int:
-    """Memory of this process; its peak where the system says no more."""
-    try:
-        pages = int(_STATM.read_text(encoding="ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return pages * resource.getpagesize()

@@ -44,8 +44,7 @@ _OWN_HEADERS = frozenset((b"connection", b"transfer-encoding", b"x-request-id", 
 
 def make_front(fleet: Fleet, settings: Settings) -> ASGIApp:
     """The app that stands before `fleet`, with the doors of a server; raises ConfigError for bad keys."""
-    secret = None if settings.api_key is None else settings.api_key.get_secret_value()
-    keys = Keys.read(settings.key_file, secret)
+    keys = Keys.of(settings)
     # pages about the API are the replicas'
     app = FastAPI(openapi_url=None)
     failures.install(app)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from linspec.serve.app import make_app
 from linspec.serve.budget import MemoryBudget
 from linspec.serve.connection import limited
 from linspec.serve.embedder import Embedder
+from linspec.serve.keys import Keys
 from linspec.serve.settings import Settings
 from linspec.serve.tls import check_tls
 from linspec.serve.worker import Worker
@@ -47,12 +49,14 @@ def serve(
         say: gets lines for people.
 
     Raises:
-        ConfigError: no models, two of one name, an address that cannot be listened at, no such certificate.
+        ConfigError: no models, two of one name, an address that cannot be listened at, no such certificate,
+            a bad key.
         LinspecError: a model cannot be loaded.
     """
     named = named_models(models or settings.models)
-    # before anything is loaded: an address in use is the commonest fault
+    # before anything is loaded: an address in use, a key that is none
     check_tls(settings.tls_cert, settings.tls_key)
+    Keys.of(settings)
     with listening(settings.host, settings.port) as listener:
         if settings.ray:
             from linspec.serve.replicas import serve_replicas
@@ -185,6 +189,22 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._workers, self._settings = workers, settings
         self.once_up: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As SIGTERM does, a terminal that closes ends the server, unless that means something else."""
+        with super().capture_signals():
+            hangup = getattr(signal, "SIGHUP", None)
+            here = threading.current_thread() is threading.main_thread()
+            # nohup ignores it, replicas are replaced by it
+            if hangup is None or not here or signal.getsignal(hangup) is not signal.SIG_DFL:
+                yield
+                return
+            before = signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, before)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""

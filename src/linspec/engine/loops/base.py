@@ -54,6 +54,7 @@ class GenerationLoop(ABC):
         reads_in_order: whether the slot of a sequence always holds the first tokens of `sequence.tokens`,
             each read causally and never overwritten. Only then a prefix cache keeps what a slot holds, and
             gives a slot what another one held.
+        copies: most copies of its state that a sequence has beside its slot, such as hypotheses and branches.
         lossless: whether outputs are what the rule of the loop makes of the whole model; not so where layers
             are left out.
     """
@@ -63,6 +64,7 @@ class GenerationLoop(ABC):
     preempts: ClassVar[bool] = False
     takes_pieces: ClassVar[bool] = True
     reads_in_order: ClassVar[bool] = False
+    copies: int = 0
     lossless: ClassVar[bool] = True
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:

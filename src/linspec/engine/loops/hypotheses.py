@@ -36,7 +36,7 @@ class HypothesisLoop(GenerationLoop):
         self.clock = context.clock
         state = self.target.state
         own = Target(self.target.model, state.empty(state.slots * width))
-        self.beams = BeamStates(own, width)
+        self.beams, self.copies = BeamStates(own, width), width
 
     @abstractmethod
     def begin(self, sequence: RunningSequence, logits: Tensor) -> Outcome | None:

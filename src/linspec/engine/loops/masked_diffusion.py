@@ -113,6 +113,7 @@ class MaskedDiffusionLoop(GenerationLoop):
             policy.attached(context.target)
         check_sees(self.config, self.cache)
         self.masks = options.masks
+        self.copies = self.verify.most_drafts
         self.running: dict[int, Denoising] = {}
 
     @property
