@@ -99,8 +99,8 @@ def quality(llm: LLM, stream: np.ndarray, length: int, items: int) -> dict[str, 
     """Needles that are found, and bits per token at the end of running text."""
     result: dict[str, Any] = {}
     for keys in _KEYS:
-        texts = -(-items // keys)
-        hits = found(llm, needles_of(llm, stream, length, keys, texts), keys)
+        needles = needles_of(llm, stream, length, keys, -(-items // keys))
+        hits = found(llm, needles, keys)
         result[f"needles_{keys}"], result[f"asked_{keys}"] = sum(hits), len(hits)
     texts = [stream[at : at + length + 1] for at in range(0, 4 * length, length)]
     bits = [bits_at_end(llm, text.tolist()) for text in texts if len(text) == length + 1]
