@@ -14,7 +14,11 @@ from linspec.state.branches import Places
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
+<<<<<<< HEAD
 from linspec.state.memory import check_growth
+=======
+from linspec.state.page_bounds import PageBounds
+>>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
 from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
@@ -50,6 +54,8 @@ class KVCache(BufferState):
         self.pool, self.table = PagePool(), PageTable(slots)
         # whether slots have pages: from when on kernels read them
         self.pages_read = False
+        # for kernels that select what they read
+        self.bounds: PageBounds | None = None
 
     def _resting(self) -> int:
         return MAX_STAGED
@@ -57,10 +63,32 @@ class KVCache(BufferState):
     def _own(self, slot: int) -> int:
         return self.lengths[slot] - self.table.positions[slot]
 
+    def reserve(self, slot: int, new: int) -> None:
+        super().reserve(slot, new)
+        if self.bounds is not None:
+            self.bounds.ensure(self.lengths[slot] + len(self.staged[slot]) + new)
+
     def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         self._ensure(self._next(slot) + new)
+        if self.bounds is not None:
+            self.bounds.ensure(self.lengths[slot] + new)
         self.long[slot] = []
         return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
+
+    # ---- bounds of pages
+
+    def keep_bounds(self) -> None:
+        """From now on kernels find room for the bounds of pages beside the entries."""
+        if self.bounds is None:
+            spec, positions = self.spec, max(self.lengths) + 2 * MAX_STAGED
+            self.bounds = PageBounds(
+                self.layers, len(self.lengths), spec.kv_heads, spec.key_width, positions
+            )
+
+    def _changed(self, slot: int, first: int = 0) -> None:
+        """Take note that committed entries of `slot` change, none of them before position `first`."""
+        if self.bounds is not None:
+            self.bounds.forget(slot, first)
 
     # ---- pages
 
@@ -172,7 +200,11 @@ class KVCache(BufferState):
 
     def reset(self, slot: int) -> None:
         self.table.put(slot, ())
+<<<<<<< HEAD
         self._forget_places(slot)
+=======
+        self._changed(slot)
+>>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         super().reset(slot)
 
     def hold(self, slot: int, length: int) -> None:
@@ -188,7 +220,11 @@ class KVCache(BufferState):
     @torch.inference_mode()
     def shorten(self, slot: int, length: int) -> None:
         self.unshare(slot)
+<<<<<<< HEAD
         self._forget_places(slot)
+=======
+        self._changed(slot, length)
+>>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         end, history = self.lengths[slot], self.spec.conv_history
         self.lengths[slot] = length
         # as after `reset`: nothing that a zero weight keeps alive
@@ -239,12 +275,16 @@ class KVCache(BufferState):
         """Replace the entries at committed positions by k, v [Hkv, N, .]."""
         self.check_overwrite(slot, positions)
         self.unshare(slot)
+<<<<<<< HEAD
         self._replace(layer, slot, positions, k, v)
 
     def _replace(
         self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write k, v into the buffer of `slot`, which has all its entries."""
+=======
+        self._changed(slot, min(positions, default=0))
+>>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
@@ -341,8 +381,16 @@ class KVCache(BufferState):
     def keep_branch(self, slot: int, branch: int) -> None:
         """Overwrite what branch number `branch` has, and forget all of them."""
         if branch:
+<<<<<<< HEAD
             number = self.places.of(slot)[branch - 1].number
             self._copy(number, slot, self.branches[slot][branch])
+=======
+            kept, history = self.branches[slot][branch], self.spec.conv_history
+            self._changed(slot, min(kept.positions, default=0))
+            at = torch.tensor(sorted(kept.positions), dtype=torch.long, device=self.device)
+            self.keys[:, slot].index_copy_(2, at, kept.keys[:, :, at])
+            self.values[:, slot].index_copy_(2, at + history, kept.values[:, :, at + history])
+>>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         self.branches.pop(slot, None)
 
 
