@@ -71,7 +71,8 @@ class AttentionPlan:
     of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
     first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
     chosen: groups ahead of the span that a node reads, those of the greatest bounds; judged: rows that have
-    a bound together. bias [H, D]: joins scores, or squares, by distance; the last column is for all greater ones.
+    a bound together. bias [H, D]: joins scores, or squares, by distance; the last column is for all greater
+    ones.
     """
 
     window: int = 0

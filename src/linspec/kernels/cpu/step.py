@@ -96,8 +96,8 @@ def why_not(plan: StepPlan) -> str | None:
             _dtype(plan) not in _EMBEDDINGS
         ),
         f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
-        f"groups are selected in the one-call step with a span of 2 or more, groups of whole {PAGE}s of tokens "
-        f"and pages of {JUDGED}, which this model has not": not _selects(plan),
+        f"groups are selected in the one-call step with a span of 2 or more, groups of whole {PAGE}s of "
+        f"tokens and pages of {JUDGED}, which this model has not": not _selects(plan),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
 
