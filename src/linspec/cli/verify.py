@@ -116,5 +116,6 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
 def _check_no_attention(attention: str | None) -> None:
     if attention is not None:
         raise ConfigError(
-            "tokens of a diffusion model see later ones, which sparse attention does not; leave out --attention"
+            "tokens of a diffusion model see later ones, which sparse attention does not; leave out "
+            "--attention"
         )

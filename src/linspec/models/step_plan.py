@@ -7,13 +7,8 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-=======
-from collections.abc import Sequence
 from dataclasses import fields, replace
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
 from typing import TYPE_CHECKING, Any, cast
 
 import torch

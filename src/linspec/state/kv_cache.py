@@ -14,11 +14,8 @@ from linspec.state.branches import Places
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
-<<<<<<< HEAD
 from linspec.state.memory import check_growth
-=======
 from linspec.state.page_bounds import PageBounds
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
 from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
@@ -87,7 +84,7 @@ class KVCache(BufferState):
 
     def _changed(self, slot: int, first: int = 0) -> None:
         """Take note that committed entries of `slot` change, none of them before position `first`."""
-        if self.bounds is not None:
+        if self.bounds is not None and slot < len(self.lengths):
             self.bounds.forget(slot, first)
 
     # ---- pages
@@ -200,11 +197,8 @@ class KVCache(BufferState):
 
     def reset(self, slot: int) -> None:
         self.table.put(slot, ())
-<<<<<<< HEAD
         self._forget_places(slot)
-=======
         self._changed(slot)
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         super().reset(slot)
 
     def hold(self, slot: int, length: int) -> None:
@@ -220,11 +214,8 @@ class KVCache(BufferState):
     @torch.inference_mode()
     def shorten(self, slot: int, length: int) -> None:
         self.unshare(slot)
-<<<<<<< HEAD
         self._forget_places(slot)
-=======
         self._changed(slot, length)
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         end, history = self.lengths[slot], self.spec.conv_history
         self.lengths[slot] = length
         # as after `reset`: nothing that a zero weight keeps alive
@@ -275,16 +266,13 @@ class KVCache(BufferState):
         """Replace the entries at committed positions by k, v [Hkv, N, .]."""
         self.check_overwrite(slot, positions)
         self.unshare(slot)
-<<<<<<< HEAD
         self._replace(layer, slot, positions, k, v)
 
     def _replace(
         self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write k, v into the buffer of `slot`, which has all its entries."""
-=======
         self._changed(slot, min(positions, default=0))
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
@@ -340,6 +328,7 @@ class KVCache(BufferState):
         if not positions:
             return
         first, last = min(positions), max(positions) + 1
+        self._changed(target, first)
         # blocks are runs, which are copied as they lie
         run = last - first == len(positions)
         at = None if run else torch.tensor(sorted(positions), device=self.device)
@@ -381,16 +370,8 @@ class KVCache(BufferState):
     def keep_branch(self, slot: int, branch: int) -> None:
         """Overwrite what branch number `branch` has, and forget all of them."""
         if branch:
-<<<<<<< HEAD
             number = self.places.of(slot)[branch - 1].number
             self._copy(number, slot, self.branches[slot][branch])
-=======
-            kept, history = self.branches[slot][branch], self.spec.conv_history
-            self._changed(slot, min(kept.positions, default=0))
-            at = torch.tensor(sorted(kept.positions), dtype=torch.long, device=self.device)
-            self.keys[:, slot].index_copy_(2, at, kept.keys[:, :, at])
-            self.values[:, slot].index_copy_(2, at + history, kept.values[:, :, at + history])
->>>>>>> 4b521f0 (Attention to selected groups is in the step of one call; bounds of pages are kept beside a cache)
         self.branches.pop(slot, None)
 
 

@@ -1,8 +1,8 @@
 """The bounds of the pages of a cache: the greatest and least keys of JUDGED rows, for who selects by them.
 
 Kernels make them of committed entries when they need them, see kernels/cpu/csrc/select.inc.h. They are no
-part of a snapshot, a page of `pages.py` or a fork: who gets such entries has the bounds made again, which reads
-the keys once.
+part of a snapshot, a fork or what slots share: who gets such entries has them made again, by one reading of
+the keys.
 """
 
 from __future__ import annotations
