@@ -26,7 +26,11 @@ SPEC = "pages:budget=128,group=64,span=2"
 
 def model() -> Decoder:
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(vocab_size=97, width=32, layers=2, heads=2, head_width=16)).eval()
+    return Decoder(
+        DecoderConfig(
+            vocab_size=97, width=32, layers=2, heads=2, kv_heads=1, head_width=16, mlp_width=48
+        )
+    ).eval()
 
 
 @pytest.mark.parametrize("options", [Decoding, Drafting, Loading])

@@ -97,8 +97,8 @@ def evaluate_source(
 ) -> Score | Bound:
     """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
 
-    Of a masked-diffusion model it is a bound, by `samples` masks of each window; see `masked_bound`. attention:
-    as of LLM. Raises ConfigError for a model that predicts no text of its own.
+    Of a masked-diffusion model it is a bound, by `samples` masks of each window; see `masked_bound`. The
+    attention is as of LLM. Raises ConfigError for a model that predicts no text of its own.
     """
     data = check_sources(data)
     kind = _kind_of(model)
