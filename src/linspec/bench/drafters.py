@@ -30,6 +30,7 @@ from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
+from linspec.models.sparse import attending
 from linspec.policies import make_policy
 from linspec.policies.costs import CostCurve, load_or_measure
 from linspec.train.data import Sources, check_sources
@@ -102,6 +103,7 @@ def bench_drafters(
     data: Sources = ("stdlib",),
     quantize: int | None = None,
     kv: str = "auto",
+    attention: str | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> DrafterSpeeds:
@@ -120,6 +122,7 @@ def bench_drafters(
         verifier: of all drafters. The rows of a lossy one are marked.
         loops: specs of generation loops that decode without a drafter, such as 'first:DIR'. The rows of
             those that are registered as lossy are marked.
+        attention: of all of them, as of LLM.
 
     Raises:
         ConfigError: a size is out of its range, or nothing can draft.
@@ -133,7 +136,7 @@ def bench_drafters(
     source, tokenizer = resolve(model), load_tokenizer(model)
     encoder = TextEncoder(tokenizer, len(tokenizer))
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
-    loaded = load_for(model, quantize, device=device)
+    loaded = attending(load_for(model, quantize, device=device), attention)
     rule = make_verifier(verifier)
     context = DrafterContext(loaded, tokenizer, source, batch)
     made, skipped = ({}, []) if loops and not drafters else _make(drafters, context)
@@ -155,6 +158,7 @@ def bench_drafters(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantize": quantize,
         "kv_cache_dtype": modes[0].llm.kv_cache_dtype,
+        "attention": attention,
         "device": device,
     }
     curve = load_or_measure(loaded) if batch == 1 else None

@@ -33,6 +33,7 @@ from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
+from linspec.models.sparse import attending
 from linspec.policies.base import Policy
 from linspec.state.slots import StateSnapshot
 from linspec.train.data import Sources, check_sources, end_of_text
@@ -110,6 +111,7 @@ def bench(
     bandwidth: bool = False,
     quantize: int | None = None,
     kv: str = "auto",
+    attention: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
@@ -125,6 +127,7 @@ def bench(
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
         model = load_for(model, quantize, device=device)
+    model = attending(model, attention)
     modes = _modes(
         model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv_cache_dtype=kv
     )
@@ -153,6 +156,7 @@ def bench(
         # scripts read the old name
         "kv": modes[PLAIN].kv_cache_dtype,
         "kv_cache_dtype": modes[PLAIN].kv_cache_dtype,
+        "attention": attention,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }

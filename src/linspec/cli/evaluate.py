@@ -277,6 +277,7 @@ def task(
             drafter=drafter,
             quantize=options["quantize"],
             kv_cache_dtype=options["kv"],
+            attention=options["attention"],
             device=options["device"],
         )
     print_json(found) if as_json else print_measured(found, "tasks")

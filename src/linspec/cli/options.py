@@ -212,6 +212,7 @@ class Computing:
 class Loading:
     """How a model is loaded, and on what it computes."""
 
+    attention: AttentionName = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -219,8 +220,12 @@ class Loading:
 
     def to_library(self) -> dict[str, Any]:
         """As functions of the library take it; --threads is applied."""
-        place = place_on(self.device, self.threads)
-        return {"quantize": self.quantize, "kv": self.kv, "device": place}
+        return {
+            "attention": self.attention,
+            "quantize": self.quantize,
+            "kv": self.kv,
+            "device": place_on(self.device, self.threads),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

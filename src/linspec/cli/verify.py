@@ -8,7 +8,17 @@ import typer
 
 from linspec.cli.checks import whole
 from linspec.cli.console import guarded, place_on, print_facts, print_json, quiet_stdout
-from linspec.cli.options import Data, Device, DrafterName, Json, Kv, Model, Quantize, Threads
+from linspec.cli.options import (
+    AttentionName,
+    Data,
+    Device,
+    DrafterName,
+    Json,
+    Kv,
+    Model,
+    Quantize,
+    Threads,
+)
 from linspec.errors import ConfigError
 
 
@@ -33,6 +43,7 @@ def verify(
     ] = None,
     data: Data = None,
     seed: Annotated[int, typer.Option(callback=whole(0), help="Choice of the prompts.")] = 0,
+    attention: AttentionName = None,
     quantize: Quantize = None,
     kv: Kv = "auto",
     files: Annotated[
@@ -70,11 +81,14 @@ def verify(
     with quiet_stdout():
         if writes_by_masks(model):
             _check_no_drafter(drafter)
+            _check_no_attention(attention)
             denoised = verify_denoising(model, loop, **shared)
             report, lossless = denoised.to_json(), denoised.lossless
         else:
             _check_no_loop(loop)
-            drafted = library(model, drafter, draws=draws, policy=policy, **shared)
+            drafted = library(
+                model, drafter, draws=draws, policy=policy, attention=attention, **shared
+            )
             report, lossless = drafted.to_json(), drafted.lossless_greedy
     _show(report, as_json)
     if not lossless:
@@ -97,3 +111,11 @@ def _check_no_loop(loop: str | None) -> None:
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
     print_json(found) if as_json else print_facts(found)
+
+
+def _check_no_attention(attention: str | None) -> None:
+    if attention is not None:
+        raise ConfigError(
+            "tokens of a diffusion model see later ones, which sparse attention does not; leave out "
+            "--attention"
+        )

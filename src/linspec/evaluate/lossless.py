@@ -103,12 +103,14 @@ def verify(
     seed: int = 0,
     quantize: int | None = None,
     kv: str = "auto",
+    attention: str | None = None,
 ) -> Report:
     """Compare decoding with `drafter` to plain decoding, at batch 1 and in ragged batches of 8.
 
     prompts: pieces of held-out text of different lengths, each continued by `tokens` tokens.
     policy: a fixed number of draft nodes, so that drafts are verified even where they do not pay.
-    draws: samples at temperature 1 for the test of the distribution, 0 leaves it out. Raises what
+    draws: samples at temperature 1 for the test of the distribution, 0 leaves it out.
+    attention: as of LLM; drafts must then change nothing of what this attention gives. Raises what
     LLM raises, InputError when the data hold too little text.
     """
     check_size("prompts", prompts)
@@ -124,6 +126,7 @@ def verify(
         device=device,
         quantize=quantize,
         kv_cache_dtype=kv,
+        attention=attention,
     )
     _check_causal(fast.model)
     texts = sample_prompts(fast, held_out_documents(data), prompts, tokens, seed)

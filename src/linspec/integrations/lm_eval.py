@@ -60,7 +60,7 @@ class LinspecLM(TemplateLM):
         model: a name, a directory or a GGUF file, as LLM takes it.
         batch_size: sequences that are decoded at a time.
         max_length: most tokens of a prompt and its answer; None for what the model was made for.
-        options: of LLM: drafter, policy, quantize, dtype, device, kv_cache_dtype.
+        options: of LLM: drafter, policy, quantize, dtype, device, kv_cache_dtype, attention.
 
     Raises:
         ConfigError: the model does not predict text token by token, or an option breaks a rule.

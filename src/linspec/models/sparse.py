@@ -24,12 +24,21 @@ def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
 
     Raises ConfigError for a spec that names no sparse attention, and for a model that it does not fit.
     """
+    if not model.config.causal:
+        raise ConfigError(
+            f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
+        )
     mixer = sparse_mixer(spec)
     made = with_attention(model, mixer)
     made.config = model.config.with_mixers(
         tuple(_instead(own, mixer, spec) for own in model.config.mixers)
     )
     return made
+
+
+def attending(model: Decoder, spec: str | None) -> Decoder:
+    """`with_sparse_attention`, or the model itself where no spec is given."""
+    return model if spec is None else with_sparse_attention(model, spec)
 
 
 def sparse_mixer(spec: str) -> MixerConfig:

@@ -8,7 +8,7 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from linspec.kernels.cpu.step import CpuStep, Stepped
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
 from linspec.kernels.cpu.step import why_not_over as why_not_over_on_cpu
 from linspec.kernels.step_plan import (
+    AttentionPlan,
     LayerPlan,
     LinearPlan,
     NewNodes,
@@ -246,18 +247,19 @@ class OneCall:
 
     def place(self, state: SequenceStates) -> None:
         """Tell the kernel where the buffers of a state are now."""
-        # sizes and kinds too: a new state may lie where an old one was
-        placed = tuple(
-            (rows.data_ptr(), rows.shape, rows.dtype)
-            for part in state.parts
-            for rows in (part.keys, part.values, part.sums)
-        )
-        placed += tuple(part.page_list(0) for part in state.parts if part.grows)
-        if placed != self._placed:
+        if _places(state) != self._placed:
             # known when it is done: a process may be forked half-way
             self._placed = ()
+            self._keep_bounds(state)
             self.kernel.place(_buffers(state))
-            self._placed = placed
+            self._placed = _places(state)
+
+    def _keep_bounds(self, state: SequenceStates) -> None:
+        """Have bounds of pages kept where a layer selects by them."""
+        for layer, parts in zip(self.kernel.plan.layers, state.layers, strict=True):
+            for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
+                if isinstance(plan.attention, AttentionPlan) and plan.attention.chosen:
+                    part.keep_bounds()
 
     def _run_chains(
         self,
@@ -268,6 +270,7 @@ class OneCall:
     ) -> Stepped:
         """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
+        self._keep_bounds(state)
         results, first = [], 0
         for new in nodes:
             rows = range(first, first + len(new.tokens))
@@ -282,6 +285,22 @@ class OneCall:
             first = rows.stop
         hidden, logits, states = zip(*results, strict=True)
         return torch.cat(hidden), torch.cat(logits), torch.cat(states, 1)
+
+
+def _places(state: SequenceStates) -> tuple[Any, ...]:
+    """Where the buffers of a state are; sizes and kinds too: a new state may lie where an old one was."""
+    placed = tuple(
+        (rows.data_ptr(), rows.shape, rows.dtype)
+        for part in state.parts
+        for rows in (part.keys, part.values, part.sums)
+    )
+    grows = [part for part in state.parts if part.grows]
+    placed += tuple(part.page_list(0) for part in grows)
+    return placed + tuple(_bounds_of(part) for part in grows)
+
+
+def _bounds_of(part: Any) -> tuple[int, int] | None:
+    return part.bounds and (part.bounds.kept.data_ptr(), part.bounds.kept.shape[3])
 
 
 def _given(step_input: StepInput) -> torch.Tensor | None:
@@ -314,7 +333,8 @@ def _buffers(state: SequenceStates) -> list[list[PartBuffers]]:
     def of(part: Any, index: int) -> PartBuffers:
         sums = part.sums[index] if part.sums.numel() else None
         pages = part.page_list(index) if part.grows else None
-        return _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
+        found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
+        return _with_bounds(found, part, index, slice(None))
 
     return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
@@ -327,7 +347,8 @@ def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[list[Part
         keys, values = rooms[id(part)][index]
         sums = part.sums[index, slot] if part.sums.numel() else None
         pages = part.page_list(index, slot) if part.grows else None
-        return _part_buffers(state, part, keys[None], values[None], sums, pages)
+        found = _part_buffers(state, part, keys[None], values[None], sums, pages)
+        return _with_bounds(found, part, index, slice(slot, slot + 1))
 
     return [[of(*place) for place in places_of(layer)] for layer in state.layers]
 
@@ -348,3 +369,10 @@ def _part_buffers(
         conv_history=part.spec.conv_history,
         pages=pages,
     )
+
+
+def _with_bounds(buffers: PartBuffers, part: Any, index: int, slots: slice) -> PartBuffers:
+    if not part.grows or part.bounds is None:
+        return buffers
+    bounds = part.bounds
+    return replace(buffers, bounds=bounds.kept[index, slots], bounded=bounds.counts[index, slots])

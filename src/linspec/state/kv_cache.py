@@ -15,6 +15,7 @@ from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
 from linspec.state.memory import check_growth
+from linspec.state.page_bounds import PageBounds
 from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
@@ -50,6 +51,8 @@ class KVCache(BufferState):
         self.pool, self.table = PagePool(), PageTable(slots)
         # whether slots have pages: from when on kernels read them
         self.pages_read = False
+        # for kernels that select what they read
+        self.bounds: PageBounds | None = None
 
     def _resting(self) -> int:
         return MAX_STAGED
@@ -57,10 +60,32 @@ class KVCache(BufferState):
     def _own(self, slot: int) -> int:
         return self.lengths[slot] - self.table.positions[slot]
 
+    def reserve(self, slot: int, new: int) -> None:
+        super().reserve(slot, new)
+        if self.bounds is not None:
+            self.bounds.ensure(self.lengths[slot] + len(self.staged[slot]) + new)
+
     def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         self._ensure(self._next(slot) + new)
+        if self.bounds is not None:
+            self.bounds.ensure(self.lengths[slot] + new)
         self.long[slot] = []
         return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
+
+    # ---- bounds of pages
+
+    def keep_bounds(self) -> None:
+        """From now on kernels find room for the bounds of pages beside the entries."""
+        if self.bounds is None:
+            spec, positions = self.spec, max(self.lengths) + 2 * MAX_STAGED
+            self.bounds = PageBounds(
+                self.layers, len(self.lengths), spec.kv_heads, spec.key_width, positions
+            )
+
+    def _changed(self, slot: int, first: int = 0) -> None:
+        """Take note that committed entries of `slot` change, none of them before position `first`."""
+        if self.bounds is not None and slot < len(self.lengths):
+            self.bounds.forget(slot, first)
 
     # ---- pages
 
@@ -173,6 +198,7 @@ class KVCache(BufferState):
     def reset(self, slot: int) -> None:
         self.table.put(slot, ())
         self._forget_places(slot)
+        self._changed(slot)
         super().reset(slot)
 
     def hold(self, slot: int, length: int) -> None:
@@ -189,6 +215,7 @@ class KVCache(BufferState):
     def shorten(self, slot: int, length: int) -> None:
         self.unshare(slot)
         self._forget_places(slot)
+        self._changed(slot, length)
         end, history = self.lengths[slot], self.spec.conv_history
         self.lengths[slot] = length
         # as after `reset`: nothing that a zero weight keeps alive
@@ -245,6 +272,7 @@ class KVCache(BufferState):
         self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write k, v into the buffer of `slot`, which has all its entries."""
+        self._changed(slot, min(positions, default=0))
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
@@ -300,6 +328,7 @@ class KVCache(BufferState):
         if not positions:
             return
         first, last = min(positions), max(positions) + 1
+        self._changed(target, first)
         # blocks are runs, which are copied as they lie
         run = last - first == len(positions)
         at = None if run else torch.tensor(sorted(positions), device=self.device)

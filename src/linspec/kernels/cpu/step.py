@@ -53,7 +53,9 @@ from linspec.kernels.step_plan import (
     F16,
     F32,
     INT8,
+    JUDGED,
     MAPS,
+    PAGE,
     WEIGHTS,
     AttentionPlan,
     LayerPlan,
@@ -94,8 +96,20 @@ def why_not(plan: StepPlan) -> str | None:
             _dtype(plan) not in _EMBEDDINGS
         ),
         f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
+        f"groups are selected in the one-call step with a span of 2 or more, groups of whole {PAGE}s of "
+        f"tokens and pages of {JUDGED}, which this model has not": not _selects(plan),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
+
+
+def _selects(plan: StepPlan) -> bool:
+    """Whether all groups that nodes select are committed, and made of whole blocks of rows."""
+    found = (part.attention for layer in plan.layers for part in layer.parts)
+    return all(
+        each.span > 1 and each.group % PAGE == 0 and each.judged == JUDGED
+        for each in found
+        if isinstance(each, AttentionPlan) and each.chosen
+    )
 
 
 def why_not_over(plan: StepPlan) -> str | None:
@@ -322,7 +336,7 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
             entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
             entry.summed = pointer(_summed(plan))
             continue
-        for name in ("window", "group", "span", "squared_relu", "alpha", "sinks"):
+        for name in ("window", "group", "span", "squared_relu", "alpha", "sinks", "chosen"):
             setattr(entry, name, getattr(plan, name))
     return table
 
@@ -382,7 +396,13 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
     entry.pages, entry.paged = None, None
-    if part.pages is not None and not (entry.window or entry.group):
+    if entry.chosen:
+        assert part.bounds is not None and part.bounded is not None, "who places them has them kept"
+        entry.bounds, entry.bounds_stride = part.bounds.data_ptr(), part.bounds.stride(1)
+        entry.bounded = ctypes.cast(part.bounded.data_ptr(), POINTER(c_int32))
+    # groups that are selected are whole pages
+    inside = entry.window or (entry.group and not entry.chosen)
+    if part.pages is not None and not inside:
         entry.pages = part.pages.lists
         entry.paged = ctypes.cast(part.pages.positions, POINTER(c_int32))
         entry.page_keys, entry.page_values = part.pages.keys, part.pages.values

@@ -26,6 +26,7 @@ from linspec.kernels.step_plan import (
     F32,
     INT4,
     INT8,
+    JUDGED,
     MAPS,
     PAGE,
     WEIGHTS,
@@ -61,6 +62,7 @@ CONSTANTS = (
     ("LS_MAX_HEAD_WIDTH", MAX_HEAD_WIDTH, "features of a head"),
     ("LS_MAX_NODES", MAX_NODES, "staged nodes of a slot"),
     ("LS_PAGE", PAGE, "rows of a page"),
+    ("LS_JUDGED", JUDGED, "rows that have a bound together"),
 )
 
 
@@ -108,7 +110,7 @@ _TYPES: dict[str, Any] = {
     "int32_t": c_int32,
     "int64_t": c_int64,
     "float": c_float,
-    **dict.fromkeys(("const void *", "char *", "float *", "const float *"), c_void_p),
+    **dict.fromkeys(("const void *", "char *", "uint16_t *", "float *", "const float *"), c_void_p),
     "int32_t *": POINTER(c_int32),
     "const int32_t *": POINTER(c_int32),
     "const uint64_t *": POINTER(c_uint64),
@@ -213,6 +215,12 @@ class SummedStruct(Struct):
     ),
     Field("const int32_t *", "paged", "[slots]: how many rows are in pages"),
     Field("int64_t", "page_keys page_values", "bytes to [kv_heads][LS_PAGE] rows in a page"),
+    Field(
+        "int32_t", "chosen", "groups ahead of the span that a node reads, see select.inc.h; or 0"
+    ),
+    Field("uint16_t *", "bounds", "[slots][kv_heads]: of all pages of LS_JUDGED rows"),
+    Field("int64_t", "bounds_stride", "numbers from one kv head to the next"),
+    Field("int32_t *", "bounded", "[slots][kv_heads]: how many of these pages have bounds"),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

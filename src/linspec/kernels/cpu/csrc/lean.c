@@ -43,7 +43,7 @@ LS_API int32_t ls_cut_line(const int32_t *blocks, int32_t items, int32_t threads
 static int item_blocks(const ls_decoder *d, const ls_batch *b, const ls_layer *l, int item) {
     const ls_step_input *in = b->input + item / d->kv_heads;
     const ls_mixer_part *p = l->part + l->part_of[item % d->kv_heads];
-    if (p->summed) return 1; /* sums are read as a whole */
+    if (p->summed || p->chosen) return 1; /* sums, and what is selected, are read as a whole */
     return ls_blocks_within((int64_t)in->committed[p->state] + in->staged, p->window, p->group, p->span);
 }
 
@@ -146,6 +146,12 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
         return;
     }
     size_t floats = ls_up64(ls_partial_floats(m));
+    if (m->chosen) {
+        float *sum = ls_scratch(2 * floats * sizeof *sum + ls_select_scratch_bytes(m)), *rest = sum + 2 * floats;
+        ops->attend_selected(m, q, q_stride, sum, sum + floats, rest);
+        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, rest);
+        return;
+    }
     float *sum = ls_scratch(2 * floats * sizeof *sum + ls_attend_scratch_bytes(m)), *chunk = sum + floats;
     void *scratch = chunk + floats;
     int blocks = ls_block_count(m);
@@ -159,7 +165,7 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
 
 static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) {
     reader r = reader_of(s, l, p->item);
-    if (r.m.form)
+    if (r.m.form || r.m.chosen)
         ls_attend_whole(&r.m, r.q, r.stride, r.out, r.out_stride);
     else
         ls_current()->attend(&r.m, 0, p->first, p->count, p->first % LS_CHUNK_BLOCKS != 0, r.q, r.stride,
@@ -169,7 +175,7 @@ static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) 
 /* One item, once all pieces are done. */
 static void meet(const ls_run *s, const ls_layer *l, int item) {
     reader r = reader_of(s, l, item);
-    if (r.m.form) return;
+    if (r.m.form || r.m.chosen) return;
     const ls_ops *ops = ls_current();
     const ls_piece *p = s->line.piece + s->line.first_piece[item], *end = s->line.piece + s->line.first_piece[item + 1];
     size_t floats = ls_partial_floats(&r.m);
@@ -190,7 +196,10 @@ static void meet(const ls_run *s, const ls_layer *l, int item) {
 void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {
     int heads = s->d->kv_heads, items = s->line.items, along_line = is_worth_it(s, l, threads);
     int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
-    for (int i = first; i < last; i++) ls_stage(s, l, i / heads, i % heads);
+    for (int i = first; i < last; i++) {
+        ls_stage(s, l, i / heads, i % heads);
+        ls_keep_bounds(s, l, i / heads, i % heads);
+    }
     if (along_line) {
         if (thread == 0) plan_line(s, l, threads);
         ls_barrier(threads);

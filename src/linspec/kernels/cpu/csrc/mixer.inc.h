@@ -7,6 +7,7 @@
 #include "merge.inc.h"
 #include "attention.inc.h"
 #include "sinks.inc.h"
+#include "select.inc.h"
 #include "combine.inc.h"
 #include "summed.inc.h"
 #include "compressed.inc.h"

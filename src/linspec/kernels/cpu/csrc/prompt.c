@@ -76,6 +76,11 @@ void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads) 
     for (int i = 0; i < items; i++)
         if (is_mine(i, heads, thread, threads)) ls_stage(s, l, i / heads, i % heads);
     ls_barrier(threads);
+    if (ls_any_selected(s, l)) {
+        for (int i = 0; i < items; i++)
+            if (is_mine(i, heads, thread, threads)) ls_keep_bounds(s, l, i / heads, i % heads);
+        ls_barrier(threads);
+    }
     if (ls_prompt_floats(s->d, s->b)) {
         for (int head = thread; head < heads; head += threads) close_groups(s, l, head);
         ls_barrier(threads);

@@ -50,6 +50,7 @@
 #define LS_MAX_HEAD_WIDTH 512                /* features of a head */
 #define LS_MAX_NODES 64                      /* staged nodes of a slot */
 #define LS_PAGE 64                           /* rows of a page */
+#define LS_JUDGED 16                         /* rows that have a bound together */
 
 /* Rows of a weight matrix whose blocks have one format. */
 typedef struct {
@@ -107,6 +108,10 @@ typedef struct {
     const char *const *const *pages;         /* [slots]: pages with the first rows of a slot, whose others are in keys and values; or null */
     const int32_t *paged;                    /* [slots]: how many rows are in pages */
     int64_t page_keys, page_values;          /* bytes to [kv_heads][LS_PAGE] rows in a page */
+    int32_t chosen;                          /* groups ahead of the span that a node reads, see select.inc.h; or 0 */
+    uint16_t *bounds;                        /* [slots][kv_heads]: of all pages of LS_JUDGED rows */
+    int64_t bounds_stride;                   /* numbers from one kv head to the next */
+    int32_t *bounded;                        /* [slots][kv_heads]: how many of these pages have bounds */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -247,7 +252,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1287017034, \
+    143537059, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -277,7 +282,9 @@ typedef struct {
         offsetof(ls_mixer_part, row_kind), offsetof(ls_mixer_part, row_bytes), \
         offsetof(ls_mixer_part, value_bytes), offsetof(ls_mixer_part, pages), \
         offsetof(ls_mixer_part, paged), offsetof(ls_mixer_part, page_keys), \
-        offsetof(ls_mixer_part, page_values), \
+        offsetof(ls_mixer_part, page_values), offsetof(ls_mixer_part, chosen), \
+        offsetof(ls_mixer_part, bounds), offsetof(ls_mixer_part, bounds_stride), \
+        offsetof(ls_mixer_part, bounded), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
