@@ -99,6 +99,7 @@ MADE: dict[str, Callable[[Decoder], Drafter]] = {
     "universal": universal,
     "mixed": lambda model: named("suffix+prompt-lookup", model),
     "swift": lambda model: named("swift:interval=1,window=8,trials=4,ratio=0.5", model),
+    "self-pages": lambda model: named("self-pages:budget=4,group=4,least=0", model),
     "self-window": lambda model: named("self-window:window=4,sinks=0,least=0", model),
     "prompt-lookup": lambda model: named("prompt-lookup:min_ngram=1", model),
 }
