@@ -172,8 +172,8 @@ def matches(grammar: Grammar, text: str) -> bool:
 
 def test_the_drafters_here_are_all_that_need_no_training_and_few_layers() -> None:
     trained = {"block", "chimera", "eagle", "first", "hidden-transfer", "lud", "student"}
-    trained |= {"specdec-head"}
-    rest = {"mixed", "self-window", "swift"}
+    trained |= {"specdec-head", "specdiff"}
+    rest = {"mixed", "self-pages", "self-window", "swift"}
     known = {*FOUND, *MADE} | trained | rest
     # other tests register drafters of their own
     ours = {name for name in DRAFTERS.names() if DRAFTERS[name].__module__.startswith("linspec.")}
