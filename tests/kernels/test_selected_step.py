@@ -169,6 +169,17 @@ def test_bounds_are_those_of_the_entries_after_any_history(kind: str) -> None:
     assert max(counts) > 100
 
 
+def test_bytes_of_a_state_count_the_bounds() -> None:
+    made = made_of("two")
+    state = made.new_state(1)
+    before = state.bytes_at(640)
+    read(made, state, 0, IDS[:640])
+    # of all layers of the cache: those that read everything share it
+    elements = len(made.layers) * made.config.kv_heads * (640 // 16) * 2 * made.config.head_width
+    assert state.bytes_at(640) - before == 2 * elements
+    assert state.bytes(0) == state.bytes_at(640)
+
+
 @pytest.mark.parametrize(
     "spec", ["pages:budget=64,group=64,span=1", "pages:group=32", "pages:group=128,page=32"]
 )

@@ -244,8 +244,12 @@ class KVCache(BufferState):
         for slot in slots:
             self.unshare(slot)
 
+    def bytes_at(self, length: int) -> int:
+        beside = 0 if self.bounds is None else self.bounds.bytes_at(length)
+        return super().bytes_at(length) + beside
+
     def missing_bytes(self, length: int) -> int:
-        missing = 0
+        missing = 0 if self.bounds is None else self.bounds.missing_bytes(length)
         for entries in (self.keys, self.values):
             have = entries.shape[3]
             missing += max(0, length - have) * (entries.nbytes // have)

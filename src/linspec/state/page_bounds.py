@@ -59,6 +59,11 @@ class PageBounds:
         layers, _, heads = self._shape
         return layers * heads * 2 * self._width * self.kept.itemsize * (length // JUDGED)
 
+    def missing_bytes(self, length: int) -> int:
+        """Bytes that are still to be allocated for sequences of `length` positions."""
+        have = self.kept.shape[3]
+        return max(0, -(-length // _BLOCK) - have) * (self.kept.nbytes // have)
+
     def _room(self, positions: int) -> torch.Tensor:
         return zeros(
             (*self._shape, -(-positions // _BLOCK), 2, self._width, JUDGED), torch.bfloat16
