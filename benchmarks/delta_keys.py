@@ -2,10 +2,10 @@
 
     python -m benchmarks.delta_keys --thresholds 0.25 0.5 1 --length 1024
 
-Of the softmax layers of a model over running text, its keys after their rotation: for each threshold the share of
-multiply-adds of causal scores that need not be done (the last groups whole), and the bytes of all keys as bits
-and values in float32 against whole keys. Layers one by one, then their mean. No speed is claimed: dense products
-are faster than sparse ones until nearly all is saved.
+Of the softmax layers of a model over running text, its keys after their rotation: for each threshold the share
+of multiply-adds of causal scores that need not be done (the last groups whole), and of the bytes of all keys, as
+bits and values in float32, against whole keys. Means over layers, and products of each layer. No speed is
+claimed: dense products are faster than sparse ones until nearly all is saved.
 """
 
 from __future__ import annotations
@@ -52,14 +52,21 @@ def main() -> None:
     options = parser.parse_args()
     llm = LLM(options.model)
     stream = tokenize(
-        held_out_documents(options.data), llm.tokenizer, end_of_text(llm.tokenizer, llm.model.config)
+        held_out_documents(options.data),
+        llm.tokenizer,
+        end_of_text(llm.tokenizer, llm.model.config),
     )
     layers = list(keys_of(llm.model, stream[: options.length].tolist()))
     for threshold in options.thresholds:
         found = [savings(each, threshold, options.group, options.span) for each in layers]
-        products, saved = ([round(x, 3) for x in column] for column in zip(*found, strict=True))
-        row = {"products_saved": statistics.mean(products), "bytes_saved": statistics.mean(saved)}
-        print(json.dumps({"threshold": threshold, **row, "products_by_layer": products}), flush=True)
+        products, saved = zip(*found, strict=True)
+        row = {
+            "threshold": threshold,
+            "products_saved": round(statistics.mean(products), 3),
+            "bytes_saved": round(statistics.mean(saved), 3),
+            "products_by_layer": [round(each, 3) for each in products],
+        }
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Keys as changes above a threshold: bounds, what is kept, and what it saves. Forms: with those of all mixers."""
+"""Keys as changes above a threshold: bounds, what is kept, and what it saves."""
 
 from __future__ import annotations
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import GROUP, assert_close, full_logits, prefilled, random_tokens, tiny_config, tiny_model
+from helpers import (
+    GROUP,
+    assert_close,
+    full_logits,
+    prefilled,
+    random_tokens,
+    tiny_config,
+    tiny_model,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -61,7 +61,9 @@ def test_drafts_change_nothing_of_what_it_says(spec: str) -> None:
     model = tiny_model("softmax", taps=0)
     params = SamplingParams(max_tokens=12)
     alone, drafted = (
-        LLM(model, tokenizer=tiny_tokenizer(), attention=spec, drafter=drafter).generate([TEXT], params)
+        LLM(model, tokenizer=tiny_tokenizer(), attention=spec, drafter=drafter).generate(
+            [TEXT], params
+        )
         for drafter in ("none", "prompt-lookup")
     )
     assert [each.token_ids for each in alone] == [each.token_ids for each in drafted]

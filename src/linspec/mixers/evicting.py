@@ -1,8 +1,8 @@
 """Softmax over what is near, and over the rows of the past that queries have weighed most: caches that evict.
 
-Groups that leave the span compete with the rows that were kept so far, and the best stay. What is kept depends
-on the tokens and their positions: not on how they came, as a prompt, one by one or in a tree. So the forms of
-the mixers agree, and speculation is lossless for the model that evicts.
+Groups that leave the span compete with the rows that were kept so far, and the best stay. What is kept
+depends on the tokens and their positions: not on how they came, as a prompt, one by one or in a tree. So the
+forms of the mixers agree, and speculation is lossless for the model that evicts.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Evicting(ClosingMixer):
         return rows.gather(-2, order.expand(*order.shape[:-1], rows.shape[-1]))
 
     def _scores(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """`scores` of kept rows and those of the group behind them, whose queries are [..., G, rep K]; else 0."""
+        """`scores` of kept rows and of the group behind them with queries [..., G, rep K]; 0 without a row."""
         group, kept = asked.shape[-2], rows.shape[-2] - asked.shape[-2]
         keys, _, there = unpack_rows(rows)
         queries = asked.unflatten(-1, (self.repeats, -1)).transpose(-2, -3)
@@ -164,9 +164,7 @@ class Evicting(ClosingMixer):
                 out[one, :, :, nodes] = self._read(*part, kept)
         return out
 
-    def _closed(
-        self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> torch.Tensor:
+    def _closed(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Sums after whole groups have closed, one behind the other."""
         for start in range(0, keys.shape[-2], self.groups.size):
             closing = slice(start, start + self.groups.size)
@@ -219,7 +217,7 @@ class Evicting(ClosingMixer):
 
 @MIXERS.register(
     "h2o",
-    summary="softmax over the last groups and those earlier tokens that were weighed most in all (heavy hitters)",
+    summary="softmax over the last groups and the earlier tokens that were weighed most in all (heavy hitters)",
     paper="Zhang et al. 2023 (H2O), arXiv 2306.14048",
     state="n·G·(2 + r)·d + budget·(2·d + 1) per KV head of r query heads",
     cost="2·(n·G + budget)·d + 2·(G + budget)·d per token",
@@ -228,9 +226,9 @@ class Evicting(ClosingMixer):
 class H2O(Evicting):
     """A row's score is the weight that it has received from the queries of its group and those behind it.
 
-    The published form evicts one token with each new one; here a group competes when it leaves the span, and
-    its queries weigh the rows that were kept by then. What lies between them and their own group closed before
-    it, and what the group sees after that it has no say in.
+    The published form evicts one token with each new one, and every query says at once what it weighs. Here
+    a group competes when it leaves the span, and its queries then weigh the rows that were kept by then and
+    those of their own group.
     """
 
     def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -239,7 +237,7 @@ class H2O(Evicting):
 
 @MIXERS.register(
     "snapkv",
-    summary="softmax over the last groups and those earlier tokens that the last queries before them looked for",
+    summary="softmax over the last groups and the earlier tokens that the last queries before them sought",
     paper="Li et al. 2024 (SnapKV), arXiv 2404.14469",
     state="n·G·(2 + r)·d + budget·(2·d + 1) per KV head of r query heads",
     cost="2·(n·G + budget)·d + 2·(G + budget)·d·last/G per token",
