@@ -30,6 +30,12 @@ GROUP = 4
 WINDOW = 5
 TAPS = 3
 SINKS = 2
+# settings under which rows are evicted of a few groups already, and components change and do not
+OWN: dict[str, dict[str, Any]] = {
+    "h2o": {"budget": 5},
+    "snapkv": {"budget": 5, "last": 2, "pool": 3},
+    "delta": {"threshold": 0.7},
+}
 
 DEVICES = [
     "cpu",
@@ -54,6 +60,7 @@ def mixer_config(name: str, taps: int | None = None, group: int = GROUP) -> Mixe
     rows |= {"exact_heads": (0,)} if name == "by-head" else {}
     # of a few groups one is chosen, by pages of which it has several
     rows |= {"options": {"budget": group, "page": group // 2}} if name == "pages" else {}
+    rows |= {"options": OWN[name]} if name in OWN else {}
     return MixerConfig(
         name=name, group=group, kernel=kernel or "own", taps=taps, window=window, **rows
     )

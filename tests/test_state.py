@@ -223,6 +223,10 @@ DENOMINATOR = (1, (WIDTH, WIDTH + 1))
 SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "softmax": (0, (0, 0)),
     "pages": (0, (0, 0)),
+    "delta": (0, (0, 0)),
+    # the queries that share a key lie beside it
+    "h2o": (2 * WIDTH, (5, 2 * WIDTH + 1)),
+    "snapkv": (2 * WIDTH, (5, 2 * WIDTH + 1)),
     "streaming": (0, (SINKS, 2 * WIDTH + 1)),
     "window": (0, (0, 0)),
     "local": (0, (0, 0)),
@@ -240,9 +244,9 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "gdn": (2, (WIDTH, WIDTH)),
 }
 # that keep every token
-GROWING = ("softmax", "pages", "by-head")
+GROWING = ("softmax", "pages", "delta", "by-head")
 # whose further floats lie beside the key, not the value
-GATED = ("gla", "gdn")
+GATED = ("gla", "gdn", "h2o", "snapkv")
 
 
 def expected_bytes(name: str, taps: int, context: int, span: int) -> int:
@@ -252,7 +256,8 @@ def expected_bytes(name: str, taps: int, context: int, span: int) -> int:
         # one KV head of each
         halves = (expected_bytes(part, taps, context, span) for part in ("softmax", "streaming"))
         return sum(halves) // 2
-    rows = {"softmax": context, "pages": context, "window": WINDOW}.get(name, span * GROUP)
+    kept = {**dict.fromkeys(GROWING, context), "window": WINDOW}
+    rows = kept.get(name, span * GROUP)
     more, sums = SIZES[name]
     value = WIDTH + (0 if name in GATED else more)
     return 2 * 8 * (sums[0] * sums[1] + rows * (2 * WIDTH + more) + max(0, taps - 1) * value)

@@ -175,14 +175,16 @@ def told(name: str, lengths: tuple[int, ...]) -> list[int]:
 def expected(mixer: Mixer, name: str, tokens: int) -> int:
     """The closed form of what a shard tells that ends with a group, of one sequence."""
     spec, rows, older = mixer.state_spec(), 0, 0
-    if isinstance(spec, GroupedSpec):
+    carry = mixer.carry()
+    assert carry is not None
+    if carry.span is None:
+        rows = tokens
+    elif isinstance(spec, GroupedSpec):
         older = spec.sum_width * ((spec.sum_columns or spec.value_width) + LEFT.get(name, 0))
         # within a span of one, only the convolution reads what lies before
         rows = spec.conv_history
     elif isinstance(mixer, Window):
         rows = mixer.mixer.window - 1
-    else:
-        rows = tokens
     return spec.kv_heads * (rows * (spec.key_width + spec.value_width) + older)
 
 

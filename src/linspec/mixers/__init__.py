@@ -3,6 +3,8 @@
 from linspec.mixers import (
     aug,
     by_head,
+    delta_keys,
+    evicting,
     gdn,
     gla,
     global_,
@@ -27,6 +29,8 @@ __all__ = [
     "Mixer",
     "aug",
     "by_head",
+    "delta_keys",
+    "evicting",
     "gdn",
     "gla",
     "global_",

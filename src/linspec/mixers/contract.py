@@ -28,10 +28,12 @@ class MixerContract:
         biased: whether the weights take a relative position bias, where the backbone has one.
         keeps_cache: whether its state is a cache whose entries can be kept in another format.
         ends_alone: whether there is a `mix_end`.
+        stands_in: whether it has no weights of its own, and may take the place of softmax in a trained model.
     """
 
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    stands_in: ClassVar[bool] = False
     keeps_cache: bool = False
     ends_alone: bool = False
 

@@ -56,6 +56,8 @@ class Head:
 
 # which positions t reads
 Seen = Callable[[int], range]
+# what rows are worth, of their positions, what [G, rows] queries weigh, and what they were worth before
+Scores = Callable[[list[int], torch.Tensor, dict[int, float]], list[float]]
 Form = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Head], torch.Tensor]
 LinearForm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Head, Seen], torch.Tensor]
 
@@ -99,6 +101,70 @@ def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torc
     ]
     chosen = [set(numbers[: budget // group]) for numbers in best]
     return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s // group in chosen[t])
+
+
+def h2o(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over s within reach of t and over the `budget` rows before it that were weighed most in all."""
+
+    def scores(rows: list[int], weighed: torch.Tensor, old: dict[int, float]) -> list[float]:
+        found = weighed.sum(0).tolist()
+        return [old.get(s, 0.0) + new for s, new in zip(rows, found, strict=True)]
+
+    return _evicting(q, k, v, head, scores)
+
+
+def snapkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """As `h2o`; a score is the greatest, among `pool` neighbouring rows, of what the last queries weigh."""
+    last, pool = (int(head.config.options[name] or 0) for name in ("last", "pool"))
+
+    def scores(rows: list[int], weighed: torch.Tensor, old: dict[int, float]) -> list[float]:
+        found, beside = weighed[-last:].sum(0).tolist(), pool // 2
+        return [max(found[max(0, i - beside) : i + beside + 1]) for i in range(len(rows))]
+
+    return _evicting(q, k, v, head, scores)
+
+
+def _evicting(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head, scores: Scores
+) -> torch.Tensor:
+    """Softmax over s within reach of t and over the rows that stayed when the groups before it closed."""
+    group, budget = head.config.group, int(head.config.options["budget"] or 0)
+    worth: dict[int, float] = {}
+    # what is left before each group
+    left: list[list[int]] = [[]]
+    for start in range(0, len(q) // group * group, group):
+        rows = [*left[-1], *range(start, start + group)]
+        weighed = torch.zeros(group, len(rows), dtype=torch.float64)
+        for t in range(group):
+            seen = rows[: len(left[-1]) + t + 1]
+            for each in head.sharing:
+                weights = (k[seen] @ each[start + t] / math.sqrt(q.shape[1])).softmax(0)
+                weighed[t, : len(seen)] += weights.detach().cpu()
+        worth = dict(zip(rows, scores(rows, weighed, worth), strict=True))
+        left.append(sorted(sorted(rows, key=lambda s: -worth[s])[:budget]))
+    return _softmax_over(
+        q, k, v, lambda t, s: s >= head.first(t) or s in left[head.first(t) // group]
+    )
+
+
+def delta(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax, of a key before those within reach the components that moved by more than the threshold.
+
+    The others are those of the key before it, as it was rebuilt; the first key of a group is whole.
+    """
+    threshold = float(head.config.options["threshold"] or 0)
+    rough: list[torch.Tensor] = []
+    for s in range(len(k)):
+        if s % head.config.group == 0:
+            rough.append(k[s])
+        else:
+            still = (k[s] - rough[-1]).abs() <= threshold
+            rough.append(torch.where(still, rough[-1], k[s]))
+    out = []
+    for t in range(len(q)):
+        keys = [rough[s] if s < head.first(t) else k[s] for s in range(t + 1)]
+        out.append((torch.stack(keys) @ q[t] / math.sqrt(q.shape[1])).softmax(0) @ v[: t + 1])
+    return torch.stack(out)
 
 
 def by_head(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
@@ -316,7 +382,10 @@ REFERENCES: dict[str, Form] = {
     "softmax": softmax,
     "window": window,
     "streaming": streaming,
+    "h2o": h2o,
+    "snapkv": snapkv,
     "pages": pages,
+    "delta": delta,
     "by-head": by_head,
     "local": local,
     "global": global_,

@@ -28,6 +28,7 @@ class Selecting(Softmax):
 
     keeps_cache = True
     biased: ClassVar[bool] = False
+    stands_in = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if config.relative is not None:
@@ -67,7 +68,7 @@ class Selecting(Softmax):
         self, q: torch.Tensor, keys: torch.Tensor, tree_mask: TreeMask, far: torch.Tensor
     ) -> torch.Tensor:
         """`select` for the nodes of a step, over the columns of their slots: [R, Hkv, rep or 1, N, C]."""
-        ends = self._ends(tree_mask.offsets)
+        ends = self.groups.ends(tree_mask.offsets)
         width = int(ends.max())
         committed = min(base for base, *_ in tree_mask.rows)
         if width <= committed:
@@ -95,11 +96,6 @@ class Selecting(Softmax):
                 chosen[:, :, :, node : node + 1, path] = found.expand(-1, -1, q.shape[2], -1, -1)
         return chosen
 
-    def _ends(self, positions: torch.Tensor) -> torch.Tensor:
-        """How many rows lie before the span of tokens at these positions."""
-        oldest = positions // self.groups.size - (self.groups.span - 1)
-        return oldest.clamp(min=0) * self.groups.size
-
     # ---- full form
 
     def mix(
@@ -117,7 +113,7 @@ class Selecting(Softmax):
         assert mask is not None, "queries come with what they may see"
         count, time = mask.shape
         positions = torch.arange(time - count, time, device=q.device)
-        ends, nodes = self._ends(positions), q.unflatten(1, (self.kv_heads, self.repeats))
+        ends, nodes = self.groups.ends(positions), q.unflatten(1, (self.kv_heads, self.repeats))
         width = int(ends[-1])
         far = torch.arange(time, device=q.device) < ends[:, None]
         seen = (mask & ~far).expand(len(q), 1, 1, -1, -1)

@@ -37,6 +37,8 @@ class Streaming(ClosingMixer):
     that it is there.
     """
 
+    stands_in = True
+
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":
             raise ConfigError(

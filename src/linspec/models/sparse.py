@@ -1,4 +1,4 @@
-"""A decoder whose softmax layers read a part of their cache, by its own choice: what `--attention` names.
+"""A decoder whose softmax layers read a part of the past, or a rough form of it: what `--attention` names.
 
     model = with_sparse_attention(load_model("smollm2"), "pages:budget=1024")
 
@@ -12,7 +12,6 @@ from dataclasses import replace
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig
-from linspec.mixers.selecting import Selecting
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.models.own_forms import with_attention
@@ -44,7 +43,7 @@ def attending(model: Decoder, spec: str | None) -> Decoder:
 def sparse_mixer(spec: str) -> MixerConfig:
     """The mixer that `--attention` names; raises ConfigError for an unknown one, or one with weights."""
     name = MIXERS.read(spec)[0].name
-    names = [each for each in MIXERS.names() if issubclass(MIXERS[each], Selecting)]
+    names = [each for each in MIXERS.names() if MIXERS[each].stands_in]
     if name not in names:
         raise ConfigError(
             f"attention is one of {', '.join(names)}, with options, got {shown(repr(spec))}; other mixers "

@@ -161,6 +161,10 @@ class Groups:
         # before the first block there is nothing
         return (min(self.span, blocks) - 1) * self.size
 
+    def ends(self, positions: torch.Tensor) -> torch.Tensor:
+        """How many tokens lie before the span of those at these positions."""
+        return (positions // self.size - (self.span - 1)).clamp(min=0) * self.size
+
     def masks(self, tree_mask: TreeMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Positions within each node's span, and those of groups that close on its path.
 

@@ -1,0 +1,267 @@
+"""Softmax over what is near, and over the rows of the past that queries have weighed most: caches that evict.
+
+Groups that leave the span compete with the rows that were kept so far, and the best stay. What is kept
+depends on the tokens and their positions: not on how they came, as a prompt, one by one or in a tree. So the
+forms of the mixers agree, and speculation is lossless for the model that evicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from linspec.decoding.tree_mask import TreeMask
+from linspec.errors import ConfigError
+from linspec.mixers.base import MIXERS, Features, Rope
+from linspec.mixers.carry import Carry
+from linspec.mixers.closing import ClosingMixer
+from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.ops.blocks import causal_window, join, windows
+from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
+from linspec.mixers.ops.summed import to_blocks
+from linspec.mixers.options import SpanOptions
+from linspec.state.grouped import GroupedSpec
+from linspec.utils.options import option
+from linspec.utils.sizes import check_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictingOptions(SpanOptions):
+    """How much is kept."""
+
+    budget: int = option("tokens of earlier groups that are kept", default=1024, short=True)
+
+    def __post_init__(self) -> None:
+        check_size("budget", self.budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapOptions(EvictingOptions):
+    """How much is kept, and who says what."""
+
+    last: int = option("queries of a closing group that are asked, its last ones", default=32)
+    pool: int = option("neighbours that share the greatest score; an odd number", default=7)
+
+    def __post_init__(self) -> None:
+        EvictingOptions.__post_init__(self)
+        check_size("last", self.last)
+        check_size("pool", self.pool)
+        if self.pool % 2 == 0:
+            raise ConfigError(
+                f"pool must be odd, so that as many neighbours lie to both sides, got {self.pool}"
+            )
+
+
+class Evicting(ClosingMixer):
+    """Base of the mixers that keep `budget` rows of the groups before the span, each KV head its own.
+
+    Entries have the queries of their token beside the key, so that a group that closes can say what it looks
+    for; within the span that is cheap. Its queries weigh the rows that were kept and the rows of their group
+    up to their own, and `scores` makes of it who stays; of equal rows the earlier one does. Kept rows lie in
+    the order of their positions, behind rows that are not there.
+    """
+
+    stands_in = True
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        if mixer.kernel != "own":
+            raise ConfigError(
+                f"mixer {mixer.name!r} has softmax weights; kernel {mixer.kernel!r} means nothing to it, "
+                "leave it out"
+            )
+        super().__init__(config, mixer)
+        self.budget = mixer.own_options(self.options_kind()).budget
+        scale, cap = config.score_scale, config.score_cap
+        self.exact = Exact(partial(softmax_weights, scale=scale, cap=cap))
+
+    def options_kind(self) -> type[EvictingOptions]:
+        return EvictingOptions
+
+    def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What rows [..., M, 2 K + 1] are worth, [..., M], as [..., rep, G, M] queries of a group weigh them.
+
+        The last column of a row is what was returned for it when its group closed before, or 1 if it did not.
+        """
+        raise NotImplementedError
+
+    # ---- state
+
+    def sum_width(self) -> int:
+        return self.budget
+
+    def sum_columns(self) -> int:
+        return row_columns(self.head_width)
+
+    def state_spec(self) -> GroupedSpec:
+        return replace(super().state_spec(), key_width=(1 + self.repeats) * self.head_width)
+
+    def to_features(self, both: torch.Tensor, v: torch.Tensor, rope: Rope) -> Features:
+        q, k, v = super().to_features(both, v, rope)
+        asked = q.unflatten(-2, (self.kv_heads, self.repeats)).flatten(-2)
+        return q, torch.cat((k, asked), dim=-1), v
+
+    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums [..., S, Z] after one group of keys [..., G, K'] and values [..., G, V] has closed."""
+        keys, asked = (x.to(sums.dtype) for x in self._parted(keys))
+        rows = torch.cat((sums, pack_rows(keys, values.to(sums.dtype))), dim=-2)
+        scores = self._scores(rows.detach(), asked.detach())
+        rows = torch.cat((rows[..., :-1], scores[..., None]), dim=-1)
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.budget]
+        order = best.sort(dim=-1).values[..., None]
+        return rows.gather(-2, order.expand(*order.shape[:-1], rows.shape[-1]))
+
+    def _scores(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        """`scores` of kept rows and of the group behind them with queries [..., G, rep K]; 0 without a row."""
+        group, kept = asked.shape[-2], rows.shape[-2] - asked.shape[-2]
+        keys, _, there = unpack_rows(rows)
+        queries = asked.unflatten(-1, (self.repeats, -1)).transpose(-2, -3)
+        causal = torch.ones(group, group, dtype=torch.bool, device=rows.device).tril()
+        seen = there.mT & F.pad(causal, (kept, 0), value=True)
+        weights = self.exact.weights(queries @ keys.mT.unsqueeze(-3), seen.unsqueeze(-3), None)
+        return self.scores(rows, weights).masked_fill(~there[..., 0], 0.0)
+
+    def _parted(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, and the queries beside them."""
+        width = self.head_width
+        return keys[..., :width], keys[..., width:]
+
+    # ---- shards of a sequence
+
+    def carry(self) -> Carry:
+        # who stays cannot be said of a part of the past
+        return Carry(span=None)
+
+    # ---- step form
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tree_mask: TreeMask,
+        sums: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert sums is not None, "rows are kept in a state of this mixer's own"
+        near, far = self.groups.masks(tree_mask)
+        if near is None:
+            near = q.new_ones(1, 1, 1, q.shape[3], keys.shape[2], dtype=torch.bool)
+        if far is None:
+            return self._read(q, keys, values, near, sums)
+        # groups close in the tree itself: paths that close different ones keep rows of their own
+        near, out = near.expand(len(q), -1, -1, -1, -1), torch.empty_like(q)
+        for slot, closing in enumerate(far[:, 0, 0]):
+            one = slice(slot, slot + 1)
+            paths, path_of = closing.unique(dim=0, return_inverse=True)
+            for number, path in enumerate(paths):
+                nodes = path_of == number
+                closed = (rows[one][:, :, path] for rows in (keys, values))
+                kept = self._closed(sums[one], *closed)
+                part = (q[one][:, :, :, nodes], keys[one], values[one], near[one][:, :, :, nodes])
+                out[one, :, :, nodes] = self._read(*part, kept)
+        return out
+
+    def _closed(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Sums after whole groups have closed, one behind the other."""
+        for start in range(0, keys.shape[-2], self.groups.size):
+            closing = slice(start, start + self.groups.size)
+            sums = self.fold(sums, keys[..., closing, :], values[..., closing, :])
+        return sums
+
+    def _read(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        near: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> torch.Tensor:
+        """Softmax over kept rows and entries: q [R, Hkv, rep, N, K], near [1 or R, 1, 1, N, C]."""
+        k, v, there = unpack_rows(sums.to(q.dtype))
+        kept = there.mT.unsqueeze(2).expand(-1, -1, -1, near.shape[3], -1)
+        seen = torch.cat((kept, near.expand(*kept.shape[:-1], -1)), dim=-1)
+        keys, values = torch.cat((k, self._parted(keys)[0]), dim=2), torch.cat((v, values), dim=2)
+        return self.exact.nodes(q, keys, values, seen).unflatten(2, q.shape[2:4])
+
+    # ---- full form
+
+    def mix(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sums: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        group, span = self.groups.size, self.groups.span
+        blocks = to_blocks(q.unflatten(1, (self.kv_heads, self.repeats)), group)
+        count = blocks.shape[2]
+        before = self.groups.before(count)
+        keys, values = windows(k, None, before, group), windows(v, None, before, group)
+        seen = causal_window(count, group, before, q.device)
+        if sums is None:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            sums = q.new_zeros(*k.shape[:2], self.budget, self.sum_columns(), dtype=wide)
+        out = []
+        for block in range(count):
+            if block >= span:
+                closing = slice((block - span) * group, (block - span + 1) * group)
+                sums = self.fold(sums, k[:, :, closing], v[:, :, closing])
+            queries = blocks[:, :, block].unflatten(2, (self.repeats, group))
+            entries = (keys[:, :, block], values[:, :, block], seen[block][None, None, None])
+            out.append(self._read(queries, *entries, sums).flatten(2, 3))
+        return join(torch.stack(out, dim=2), self.repeats, q.shape[2])
+
+
+@MIXERS.register(
+    "h2o",
+    summary="softmax over the last groups and the earlier tokens that were weighed most in all (heavy hitters)",
+    paper="Zhang et al. 2023 (H2O), arXiv 2306.14048",
+    state="n·G·(2 + r)·d + budget·(2·d + 1) per KV head of r query heads",
+    cost="2·(n·G + budget)·d + 2·(G + budget)·d per token",
+    options=EvictingOptions,
+)
+class H2O(Evicting):
+    """A row's score is the weight that it has received from the queries of its group and those behind it.
+
+    The published form evicts one token with each new one, and every query says at once what it weighs. Here
+    a group competes when it leaves the span, and its queries then weigh the rows that were kept by then and
+    those of their own group.
+    """
+
+    def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return rows[..., -1] + weights.sum((-3, -2))
+
+
+@MIXERS.register(
+    "snapkv",
+    summary="softmax over the last groups and the earlier tokens that the last queries before them sought",
+    paper="Li et al. 2024 (SnapKV), arXiv 2404.14469",
+    state="n·G·(2 + r)·d + budget·(2·d + 1) per KV head of r query heads",
+    cost="2·(n·G + budget)·d + 2·(G + budget)·d·last/G per token",
+    options=SnapOptions,
+)
+class SnapKV(Evicting):
+    """A row's score is what the last queries of the closing group weigh, the greatest among its neighbours.
+
+    The published form selects once, with the last queries of a prompt, and keeps all that comes later. Here
+    each group selects when it closes, from what earlier ones have left: where a prompt ends is nothing that
+    the tokens say, so the same text would give other logits as a prompt and as an answer, and the state would
+    grow with the answer. What an earlier group has dropped no later query can ask for. Neighbours are those
+    in the order of the rows, so a kept row may have neighbours that once were far from it.
+    """
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        super().__init__(config, mixer)
+        options = mixer.own_options(SnapOptions)
+        self.last, self.pool = options.last, options.pool
+
+    def options_kind(self) -> type[EvictingOptions]:
+        return SnapOptions
+
+    def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        weighed = weights[..., -self.last :, :].sum((-3, -2))
+        pooled = F.max_pool1d(weighed[..., None, :].flatten(0, -3), self.pool, 1, self.pool // 2)
+        return 1 + pooled[..., 0, :].unflatten(0, weighed.shape[:-1])
