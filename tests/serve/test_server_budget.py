@@ -46,17 +46,16 @@ def test_a_model_alone_needs_its_slots_and_what_is_kept_of_prompts() -> None:
 
 @pytest.fixture
 def branches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of the branches of a cache, after each that was made."""
-    seen, plain = list[int](), KVCache.overwrite_branch
+    """Bytes that the branches of a cache hold, after each step that had some."""
+    seen, plain = list[int](), KVCache.open_branches
 
-    def watched(self: KVCache, *given: Any) -> Any:
-        found = plain(self, *given)
-        # the first of a slot is what it holds itself
-        copies = [each for slot in self.branches.values() for each in slot[1:]]
-        seen.append(sum(each.keys.nbytes + each.values.nbytes for each in copies))
-        return found
+    def watched(self: KVCache, *given: Any) -> None:
+        plain(self, *given)
+        slots = range(len(self.lengths))
+        held = [each.held for slot in slots for each in self.places.of(slot)]
+        seen.append(sum(map(self.bytes_at, held)))
 
-    monkeypatch.setattr(KVCache, "overwrite_branch", watched)
+    monkeypatch.setattr(KVCache, "open_branches", watched)
     return seen
 
 

@@ -77,7 +77,8 @@ def _options(entries: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             default = each["default"] if each["default"] is not None else "must be given"
             names.setdefault((each["name"], default, each["help"]), []).append(entry["name"])
     return [
-        ["all" if 1 < len(who) == len(entries) else ", ".join(who), *option]
+        # a name a line: the first column of a table is never cut off
+        ["all" if 1 < len(who) == len(entries) else ",\n".join(who), *option]
         for option, who in names.items()
     ]
 
