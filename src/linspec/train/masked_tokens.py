@@ -52,6 +52,8 @@ def masked_loss(model: MaskedDiffusion, batch: torch.Tensor) -> torch.Tensor:
     """
     hidden = batch < 0
     ids = torch.where(hidden, -1 - batch, batch)
-    logits = model.predicted(ids.masked_fill(hidden, model.config.mask_id))
-    nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
-    return ((nats * hidden).sum(1) / hidden.sum(1)).mean()
+    states = model.telling(ids.masked_fill(hidden, model.config.mask_id))
+    # a vocabulary can be larger than all the rest: only what is hidden is asked for
+    nats = F.cross_entropy(model.head(states[hidden]).float(), ids[hidden], reduction="none")
+    shares = (1 / hidden.sum(1, keepdim=True)).expand_as(ids)[hidden]
+    return (nats * shares).sum() / len(ids)
