@@ -2,9 +2,10 @@
 
     into_diffusion("smollm2", "filling", config=DiffusionTraining(steps=2000))
 
-Dream's way (Ye et al. 2025, arXiv 2508.15487): the weights of the decoder without its causal mask, logits still
-one position ahead. What is trained is a low-rank change of all matrices and the embedding of the mask, a token of
-the vocabulary that no text has. Of a model that a package holds a *delta* is written (see `checkpoints.delta`).
+Dream's way (Ye et al. 2025, arXiv 2508.15487): the weights of the decoder without its causal mask, logits
+still one position ahead. What is trained is a low-rank change of all matrices and the embedding of the mask,
+a token of the vocabulary that no text has. Of a model that a package holds a *delta* is written (see
+`checkpoints.delta`).
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ KIND, RECORD = "pretrain", "pretrain.json"
 class DiffusionTraining:
     """How long and how to train.
 
-    rank: of the change of each matrix. mask: the token that becomes the mask; None for one that the tokenizer
-    calls so, or the last special token that neither the model nor its chat template uses. context: tokens of a
-    window; batch_tokens: of a step.
+    rank: of the change of each matrix. mask: the token that becomes the mask; None for one that the
+    tokenizer calls so, or the last special token that neither the model nor its chat template uses. context:
+    tokens of a window; batch_tokens: of a step.
     """
 
     rank: int = 16
     mask: str | None = None
     steps: int = 2000
     context: int = 256
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     lr: float = 2e-3
     precision: str = "auto"
     compile: str = "off"
@@ -116,9 +117,7 @@ def into_diffusion(
     """
     check_instance("config", config, DiffusionTraining, none=True)
     config, data = config or DiffusionTraining(), check_sources(data)
-    place = Place(
-        as_path(out), KIND, inputs=(resolve(source),), holders=data, overwrite=overwrite
-    )
+    place = Place(as_path(out), KIND, inputs=(resolve(source),), holders=data, overwrite=overwrite)
     place.check(resume=resume)
     decoder, tokenizer = load_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, decoder.config)
@@ -136,7 +135,9 @@ def into_diffusion(
         if folder is not None:
             model.to(accelerator.device)
             stream = _stream(data, tokenizer, decoder.config)
-            log = _train(model, Windows(stream, config.context, config.seed), config, folder, resume)
+            log = _train(
+                model, Windows(stream, config.context, config.seed), config, folder, resume
+            )
             facts = {
                 "mask": tokenizer.convert_ids_to_tokens(model.config.mask_id),
                 "tokens": log[-1]["tokens"],
@@ -156,9 +157,8 @@ def without_causal_mask(decoder: Decoder, mask_id: int) -> MaskedDiffusion:
     others = sorted({mixer.name for mixer in shape.mixers} - {"softmax"})
     if others or type(shape) is not DecoderConfig:
         raise ConfigError(
-            f"a decoder with softmax attention in all layers becomes a masked-diffusion model, this "
-            f"{type(shape).__name__} has {', '.join(others) or 'units of its own'}; take the model that it was "
-            "made from"
+            "a decoder with softmax attention in all layers becomes a masked-diffusion model, this one has "
+            f"{', '.join(others) or 'units of its own'}; take the model that it was made from"
         )
     with torch.device("meta"):
         model = MaskedDiffusion(DiffusionConfig.of(shape, mask_id=mask_id, logit_shift=1))
@@ -188,8 +188,8 @@ def mask_of(tokenizer: Any, config: DecoderConfig, name: str | None = None) -> i
     ]
     if not free:
         raise ConfigError(
-            "this tokenizer has no special token that is free to be the mask; name a token that your texts do "
-            "not have (--mask)"
+            "this tokenizer has no special token that is free to be the mask; name a token that your texts "
+            "do not have (--mask)"
         )
     return max(free)
 

@@ -61,7 +61,7 @@ def _nothing_yet(weight: torch.Tensor, rank: int, generator: torch.Generator) ->
 
 
 def add_row(student: Decoder, row: int) -> Decoder:
-    """Make a change of one row of the embedding trainable, in place; the output layer shares what it shared."""
+    """Make a change of one row of the embedding trainable, in place; a tied output layer has it too."""
     weight = student.embed.weight
     up = torch.zeros(len(weight), 1).to(weight)
     up[row] = 1
@@ -75,11 +75,13 @@ def add_row(student: Decoder, row: int) -> Decoder:
 
 def factors(student: Decoder) -> Factors:
     """The factors (up, down) of every changed layer; of layers that share theirs, the first."""
-    changes = {change: name for name, _, change in reversed(list(_changed(student)))}
-    return {
-        name: (change.up.detach(), change.down.detach())
-        for change, name in reversed(changes.items())
-    }
+    found: Factors = {}
+    seen = set[LowRank]()
+    for name, _, change in _changed(student):
+        if change not in seen:
+            found[name] = (change.up.detach(), change.down.detach())
+        seen.add(change)
+    return found
 
 
 def merge_low_rank(student: Decoder) -> Decoder:
@@ -87,9 +89,7 @@ def merge_low_rank(student: Decoder) -> Decoder:
     done = set[LowRank]()
     for _, layer, change in list(_changed(student)):
         # weights that are shared are changed once
-        parametrize.remove_parametrizations(
-            layer, "weight", leave_parametrized=change not in done
-        )
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=change not in done)
         done.add(change)
     return student
 
