@@ -32,7 +32,7 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
-from linspec.models.model_types import of_config
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.skeleton import without_memory
 from linspec.utils.border import STRICT, parse, read_json
 from linspec.utils.files import replace_dir
@@ -93,8 +93,8 @@ def load_delta(
     base = load_gguf(path, torch.float32)
     _check_config(base.config, config, delta, folder)
     with without_memory():
-        model = of_config(config).model(config)
-    assert isinstance(model, Decoder)
+        kind = MaskedDiffusion if isinstance(config, DiffusionConfig) else Decoder
+        model: Decoder = kind(config)
     try:
         model.load_state_dict(base.state_dict(), assign=True)
     except RuntimeError as error:

@@ -103,6 +103,6 @@ def _linears(model: Decoder) -> Iterator[tuple[str, nn.Linear]]:
 def _changed(model: Decoder) -> Iterator[tuple[str, nn.Module, LowRank]]:
     for name, layer in list(model.named_modules()):
         if parametrize.is_parametrized(layer, "weight"):
-            change = layer.parametrizations["weight"][0]  # type: ignore[index,union-attr]
+            change = layer.parametrizations["weight"][0]
             if isinstance(change, LowRank):
                 yield name, layer, change
