@@ -16,6 +16,7 @@ from helpers import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from linspec.checkpoints.delta import WEIGHTS
+from linspec.checkpoints.description import describe
 from linspec.checkpoints.hub import load_decoder, load_diffusion, load_model, load_tokenizer
 from linspec.checkpoints.packages import PACKAGES
 from linspec.errors import CheckpointError, ConfigError, TrainingError, UnsupportedModel
@@ -63,6 +64,9 @@ def test_a_delta_of_the_package_is_written_that_loads_and_generates(made: Path) 
     assert model.config.logit_shift == 1
     assert model.config.decoder() == load_model("smollm2").config
     assert model.config.mask_id == load_tokenizer(made).convert_tokens_to_ids("<tool>")
+    facts = describe(made)
+    assert facts["format"] == "delta 1 of smollm2" and facts["decodes_by"] == "masked diffusion"
+    assert "exact_kv_heads" not in facts
     answer = LLM(made).generate("abcd end")[0]
     assert answer.token_ids and model.config.mask_id not in answer.token_ids
 
