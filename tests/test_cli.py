@@ -407,6 +407,10 @@ def test_bad_training_requests(tmp_path: Path, data: Path) -> None:
     assert "at most as many rows" in fails(*linformer, "--features", 9)
     assert "unknown recipe" in fails("pretrain", "--out", out, "--recipe", "nonsense")
     assert "--steps" in fails("pretrain", "--out", out, "--steps", 0)
+    assert "give --from MODEL too" in fails("pretrain", "--out", out, "--rank", 4)
+    filling = ("pretrain", "--out", out, "--from", model_dir("softmax"))
+    assert "leave out --recipe" in fails(*filling, "--recipe", "embedded")
+    assert "no token '<nothing>'" in fails(*filling, "--mask", "<nothing>")
     assert "unknown kind of drafter" in fails(
         "train-drafter", model_dir("aug"), "--kind", "nonsense"
     )

@@ -22,6 +22,7 @@ from linspec.errors import CheckpointError, ConfigError
 from linspec.evaluate.quantize import quantize
 from linspec.train.drafters import train_drafter
 from linspec.train.encoder import linearize_encoder
+from linspec.train.into_diffusion import into_diffusion
 from linspec.train.linearize import continue_training, linearize
 from linspec.train.pretrain import pretrain
 from linspec.utils.files import exclusive, replace_dir, replace_text, tidy
@@ -52,6 +53,7 @@ WRITERS: dict[str, Writer] = {
     "train-drafter": lambda model, out: train_drafter(model, out),
     "quantize": lambda model, out: quantize(model, out),
     "pretrain": lambda model, out: pretrain(out, data=[str(model)]),
+    "into-diffusion": lambda model, out: into_diffusion(model, out),
     "demo": lambda model, out: run_demo(out=out, quick=True, teacher=model, student=None),
     "study": _study,
     "save_model": _save,

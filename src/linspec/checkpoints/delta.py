@@ -4,8 +4,8 @@
 
 A directory with `config.json` and `delta.safetensors`. The configuration is that of a linspec decoder, with
 an entry "delta": the format's version, the base and the SHA-256 of its file, which must be here (`linspec get
-smollm2`). `blocks.3.mixer.v.up` and `.down` are factors of what is added to that layer's weight. Tokenizer
-and chat template are those of the base.
+smollm2`). `blocks.3.mixer.v.up` and `.down` are factors of what is added to that layer's weight; those of
+`embed` change the row of a mask token. Tokenizer and chat template are those of the base.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.skeleton import without_memory
 from linspec.utils.border import STRICT, parse, read_json
 from linspec.utils.files import replace_dir
@@ -91,7 +93,8 @@ def load_delta(
     base = load_gguf(path, torch.float32)
     _check_config(base.config, config, delta, folder)
     with without_memory():
-        model = Decoder(config)
+        kind = MaskedDiffusion if isinstance(config, DiffusionConfig) else Decoder
+        model: Decoder = kind(config)
     try:
         model.load_state_dict(base.state_dict(), assign=True)
     except RuntimeError as error:
@@ -112,7 +115,9 @@ def _load_kept(folder: Path, path: Path, config: DecoderConfig, delta: Delta) ->
 
 
 def _check_config(base: DecoderConfig, config: DecoderConfig, delta: Delta, folder: Path) -> None:
-    if base.with_mixers(config.mixers) != config:
+    # a diffusion model is its base without the causal mask
+    shape = config.decoder() if isinstance(config, DiffusionConfig) else config
+    if base.with_mixers(config.mixers) != shape:
         raise CheckpointError(
             f"{folder}: the configuration is not that of {delta.base} with other mixers; make the delta again"
         )

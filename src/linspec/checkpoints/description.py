@@ -81,10 +81,9 @@ def _licence(folder: Path) -> dict[str, str]:
 
 def _of_delta(delta: Delta, config: DecoderConfig) -> dict[str, Any]:
     exact, heads = exact_heads(config), config.layers * config.kv_heads
-    facts = {
-        "format": f"delta {delta.version} of {delta.base}",
-        "exact_kv_heads": f"{exact} of {heads}",
-    }
+    facts = {"format": f"delta {delta.version} of {delta.base}"}
+    if exact < heads:
+        facts["exact_kv_heads"] = f"{exact} of {heads}"
     package = PACKAGES.get(delta.base)
     if package is None:
         return facts

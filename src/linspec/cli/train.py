@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -75,15 +75,57 @@ class OwnAnswers:
         return AnswersConfig(prompts=self.prompts, **given(asked))
 
 
+@dataclass(frozen=True, kw_only=True)
+class IntoDiffusion:
+    """A decoder that becomes a masked-diffusion model, and how."""
+
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Turn this decoder into a masked-diffusion model, in place of a recipe; of smollm2 a delta.",
+            show_default="a recipe",
+        ),
+    ] = None
+    rank: Annotated[
+        int | None,
+        typer.Option(callback=whole(), help="Of the change of each matrix.", show_default="16"),
+    ] = None
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            help="The token that becomes the mask.", show_default="a special one that is free"
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(callback=whole(), help="Tokens of a window.", show_default="256"),
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """What was said of how; raises ConfigError without a decoder."""
+        asked = given({"rank": self.rank, "mask": self.mask, "context": self.context})
+        if asked and self.source is None:
+            raise ConfigError(
+                f"--{next(iter(asked))} is for a decoder that becomes a masked-diffusion model; give --from "
+                "MODEL too"
+            )
+        return asked
+
+
 @grouped
 @guarded(RESUME)
 def pretrain(
     out: Out,
     run: Run,
+    diffusion: IntoDiffusion,
     recipe: Annotated[
-        str,
-        typer.Option(help="embedded, recall, embedded-diffusion, flash-aug or flash-quadratic."),
-    ] = "embedded",
+        str | None,
+        typer.Option(
+            help="embedded, recall, embedded-diffusion, flash-aug or flash-quadratic.",
+            show_default="embedded",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,14 +142,34 @@ def pretrain(
     sequence_parallel: Shards = None,
     as_json: Json = False,
 ) -> None:
-    """Train a small model: from nothing, or the embedded one on, to recall or to fill masks."""
+    """Train a small model, or turn a decoder into a masked-diffusion model."""
+    asked = diffusion.given()
+    if diffusion.source is not None:
+        if recipe is not None or sequence_parallel is not None:
+            raise ConfigError(
+                "--from takes the place of a recipe; leave out --recipe and --sequence-parallel"
+            )
+        from linspec.train.into_diffusion import DiffusionTraining, into_diffusion
+
+        place_on("cpu", run.threads)
+        with quiet_stdout():
+            into_diffusion(
+                diffusion.source,
+                out,
+                data=data or "stdlib",
+                config=DiffusionTraining(**asked, **given({"steps": steps})),
+                resume=run.resume,
+                overwrite=run.overwrite,
+            )
+        report_written(out, as_json)
+        return
     from linspec.train import pretrain as library
 
     place_on("cpu", run.threads)
     with quiet_stdout():
         library.pretrain(
             out,
-            recipe=recipe,
+            recipe=recipe or "embedded",
             data=data or (),
             resume=run.resume,
             steps=steps,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 from linspec.errors import ConfigError
 from linspec.models.config import DecoderConfig
@@ -46,6 +46,18 @@ class DiffusionConfig(DecoderConfig):
                 f"a model with block_length has softmax mixers and logit_shift 0, got mixers {others} and "
                 f"logit_shift {self.logit_shift}; leave block_length out"
             )
+
+    @classmethod
+    def of(cls, decoder: DecoderConfig, **changes: Any) -> Self:
+        """The shape of `decoder` without its causal mask; `changes` are entries of this class."""
+        known = {each.name: getattr(decoder, each.name) for each in fields(DecoderConfig)}
+        return cls(**known | changes)
+
+    def decoder(self) -> DecoderConfig:
+        """The decoder of this shape."""
+        return DecoderConfig(
+            **{each.name: getattr(self, each.name) for each in fields(DecoderConfig)}
+        )
 
     @property
     def causal(self) -> bool:

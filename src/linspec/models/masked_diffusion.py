@@ -35,14 +35,17 @@ class MaskedDiffusion(Decoder):
 
         Rows may be padded at either end; logits at padding mean nothing.
         """
+        return self.head(self._states(ids, mask))
+
+    def _states(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if mask is None:
             seen = self._earlier_blocks(ids)
-            return self.head(self.hidden(ids) if seen is None else self._hidden(ids, seen))
+            return self.hidden(ids) if seen is None else self._hidden(ids, seen)
         ids, shifts = to_left(ids, mask)
         real = torch.arange(ids.shape[1], device=ids.device) < mask.sum(1, keepdim=True)
         seen = self._earlier_blocks(ids)
         hidden = self._hidden(ids, real if seen is None else seen & real[:, None])
-        return self.head(from_left(hidden, shifts))
+        return from_left(hidden, shifts)
 
     def _hidden(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """`hidden` of tokens that see those that `seen`, [B, T] or [B, T, T], is true at."""
@@ -65,10 +68,14 @@ class MaskedDiffusion(Decoder):
 
         With a logit shift nothing is said of the first one: its logits are those of its own row.
         """
-        logits = self.forward(ids, mask)
+        return self.head(self.telling(ids, mask))
+
+    def telling(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The states [B, T, D] of which `predicted` is the output layer's."""
+        states = self._states(ids, mask)
         if not self.config.logit_shift:
-            return logits
-        return torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+            return states
+        return torch.cat((states[:, :1], states[:, :-1]), dim=1)
 
     @torch.inference_mode()
     def step(

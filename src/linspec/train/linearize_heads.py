@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from linspec.checkpoints.checksums import write_checksums
-from linspec.checkpoints.delta import write_delta
-from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, save_model
-from linspec.checkpoints.packages import PACKAGES
+from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import DEFAULT_GROUP, make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.train.changed_model import save_changed
 from linspec.train.compiled import check_choice, check_precision
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.exact_heads import (
@@ -36,10 +34,8 @@ from linspec.train.exact_heads import (
     needle_windows,
 )
 from linspec.train.gates import GateConfig, Heads
-from linspec.train.linearize import stored_dtype
 from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
-from linspec.train.low_rank import factors, merge_low_rank
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import check_softmax
 from linspec.utils.border import read_json
@@ -249,19 +245,4 @@ class _Task:
         facts = {"heads": [list(layer) for layer in self.heads]}
         logs = {"match": self.log} if self.log else {}
         files = record_files(plan, plan, logs, size, **facts)
-        if str(source) not in PACKAGES:
-            save_model(
-                merge_low_rank(self.student),
-                self.tokenizer,
-                place,
-                stored_dtype(source),
-                extra_files=files,
-            )
-            return
-        with place.replaced() as aside:
-            write_delta(
-                self.student.config, factors(self.student), aside, base=str(source), facts=facts
-            )
-            write_checksums(aside)
-            for name, text in files.items():
-                (aside / name).write_text(text, encoding="utf-8")
+        save_changed(self.student, source, self.tokenizer, place, files=files, facts=facts)

@@ -52,6 +52,12 @@ def masked_loss(model: MaskedDiffusion, batch: torch.Tensor) -> torch.Tensor:
     """
     hidden = batch < 0
     ids = torch.where(hidden, -1 - batch, batch)
-    logits = model.predicted(ids.masked_fill(hidden, model.config.mask_id))
-    nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
-    return ((nats * hidden).sum(1) / hidden.sum(1)).mean()
+    states = model.telling(ids.masked_fill(hidden, model.config.mask_id))
+    shares = (1 / hidden.sum(1, keepdim=True)) * hidden
+    # a vocabulary can be larger than all the rest, so only what is hidden is asked for; not in a compiled
+    # step, where the number of these would change shapes
+    if not torch.compiler.is_compiling():
+        states, ids, shares = states[hidden], ids[hidden], shares[hidden]
+    logits = model.head(states).flatten(0, -2)
+    nats = F.cross_entropy(logits.float(), ids.flatten(), reduction="none")
+    return (nats * shares.flatten()).sum() / len(batch)

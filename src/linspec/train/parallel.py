@@ -36,15 +36,13 @@ from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.train.answers import AnswersConfig, Tokens, answered, prompts_of
 from linspec.train.certainty import Spans, Text, certainty, certainty_loss
 from linspec.train.loop import TrainConfig, Trainer, log_lines
-from linspec.train.low_rank import add_low_rank, merge_low_rank
+from linspec.train.low_rank import MATRICES, add_low_rank, merge_low_rank
 from linspec.train.run import make_accelerator, training_run
 from linspec.utils.format_version import stamped
 from linspec.utils.places import Place, as_path
 from linspec.utils.sizes import check_positive, check_size, check_sizes
 
 KIND, RECORD = "train-parallel", "parallel.json"
-# matrices that get a low-rank change
-_CHANGED = ("q", "k", "v", "o", "gate", "up", "down")
 # one text in so many, but no more than _MOST, is kept aside to measure
 _ASIDE, _MOST = 10, 64
 
@@ -250,7 +248,7 @@ class _Run:
         before = certainty(student.eval(), apart)
         student.train()
         if config.rank:
-            add_low_rank(student, dict.fromkeys(_CHANGED, config.rank), config.seed)
+            add_low_rank(student, dict.fromkeys(MATRICES, config.rank), config.seed)
         trainer = Trainer(
             student,
             partial(certainty_loss, student, weight=config.weight, temperature=config.temperature),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,8 @@ def _embedded_diffusion() -> Recipe:
     base = "embedded-softmax"
     known = load_config(base)
     return Recipe(
-        model=DiffusionConfig(
-            **{each.name: getattr(known, each.name) for each in fields(known) if each.init}
-            | {"vocab_size": known.vocab_size + 1},
-            mask_id=known.vocab_size,
-            logit_shift=1,
+        model=DiffusionConfig.of(
+            known, vocab_size=known.vocab_size + 1, mask_id=known.vocab_size, logit_shift=1
         ),
         train=TrainConfig(
             steps=1500,
