@@ -2,10 +2,10 @@
 
     python -m benchmarks.delta_keys --thresholds 0.25 0.5 1 --length 1024
 
-Of the softmax layers of a model over running text, its keys after their rotation: for each threshold the share
-of multiply-adds of causal scores that need not be done (the last groups whole), and of the bytes of all keys, as
-bits and values in float32, against whole keys. Means over layers, and products of each layer. No speed is
-claimed: dense products are faster than sparse ones until nearly all is saved.
+Of the softmax layers of a model over running text, its keys after their rotation: for each threshold the
+share of multiply-adds of causal scores that need not be done (the last groups whole), and of the bytes of all
+keys, as bits and values in float32, against whole keys. Means over layers, and products of each layer. No
+speed is claimed: dense products are faster than sparse ones until nearly all is saved.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Iterator
 
 import torch
 
+from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import StepInput
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.mixers.ops.key_changes import encoded, products_saved
-from linspec.models.decoder import Decoder
 from linspec.train.data import end_of_text, tokenize
 
 
-def keys_of(model: Decoder, tokens: list[int]) -> Iterator[torch.Tensor]:
+def keys_of(model: CausalModel, tokens: list[int]) -> Iterator[torch.Tensor]:
     """The keys [Hkv, T, K] of each layer that keeps a cache."""
     state = model.new_state()
     model.step([StepInput(0, tokens)], state)

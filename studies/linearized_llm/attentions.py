@@ -51,7 +51,8 @@ def attentions() -> list[str]:
 
     'local:softmax' is local attention that keeps the teacher's weights within the group.
     """
-    other = (*ARRANGEMENTS, *BY_HEAD)
+    # what stands in for softmax without training is no attention to train
+    other = (*ARRANGEMENTS, *BY_HEAD, *(n for n in MIXERS.names() if MIXERS[n].stands_in))
     names = [n for n in MIXERS.names() if n not in other and not n.startswith("study-")]
     first = ["softmax", "local", "local:softmax"]
     return [*first, *(name for name in names if name not in first)]

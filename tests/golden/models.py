@@ -22,7 +22,14 @@ _ACCURACIES = [[0.6, 0.2, 0.1], [0.4, 0.15, 0.05], [0.3, 0.1]]
 
 # one model: its kind, its configuration and the shapes of its tensors as they lie on disk
 Model = dict[str, Any]
-NO_ARRANGEMENT = ("softmax", "window", "global", "linformer", "streaming", "by-head")
+NO_ARRANGEMENT = ("softmax", "window", "global", "linformer", "by-head")
+# small enough that something is left out
+_OWN = {
+    "pages": {"budget": 4},
+    "h2o": {"budget": 4},
+    "snapkv": {"budget": 4},
+    "delta": {"threshold": 0.7},
+}
 
 
 def write_model(model: Model, name: str, folder: Path, noise: str = "") -> Path:
@@ -64,7 +71,7 @@ def freeze() -> dict[str, Model]:
     names = [n for n in MIXERS.names() if not n.startswith(("test", "study-"))]
     for name in names:
         found[name] = _decoder(name)
-    for name in (n for n in names if n not in NO_ARRANGEMENT):
+    for name in (n for n in names if n not in NO_ARRANGEMENT and not MIXERS[n].stands_in):
         found[f"{name}:softmax"] = _decoder(name, kernel="softmax")
     found["relu:relu2"] = _decoder("relu", kernel="relu2")
     found["gpt2"] = _decoder("softmax", positions="learned", norm="layer", activation="gelu")
@@ -90,6 +97,7 @@ def _mixer(name: str, kernel: str = "own", keep: int = 3) -> Any:
         **({"features": 2, "keep": keep} if name == "linformer" else {}),
         **({"sinks": 3} if name in ("streaming", "by-head") else {}),
         **({"exact_heads": (0,)} if name == "by-head" else {}),
+        **({"options": _OWN[name]} if name in _OWN else {}),
     )
 
 

@@ -14,9 +14,11 @@ from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers import MIXERS as REGISTRY
 from linspec.mixers.config import MixerConfig, RelativeConfig
+from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
+from linspec.models.step_plan import why_not
 
 MIXERS = {
     "softmax": MixerConfig(),
@@ -51,6 +53,7 @@ SUMMED = {
     "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
+BY_LAYER = {"h2o", "snapkv", "delta"}
 # whose nodes get the same bits however they come; linear mixers but where a group closes
 EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
@@ -179,7 +182,11 @@ def test_a_tree_gets_the_bits_of_plain_decoding_with_a_bias_by_distance(isa: str
 def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
     known = {each.name for each in MIXERS.values()}
     own = {name for name in REGISTRY.names() if not name.startswith(("test", "study-", "guest"))}
-    assert own <= known
+    # `pages` is in test_selected_step.py; these run layer by layer, which `why_not` says
+    assert own - {"pages"} - BY_LAYER <= known
+    for name in BY_LAYER:
+        reason = why_not(model("softmax", 8, mixers=(make_mixer(name),) * 3))
+        assert reason is not None and name in reason
 
 
 @pytest.mark.parametrize("kv", ["float", "int8"])

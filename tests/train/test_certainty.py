@@ -252,7 +252,7 @@ def test_the_verb_trains_on_the_prompts_of_a_file(tmp_path: Path) -> None:
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({"prompt": f"{each}b a"}) + "\n" for each in "abcdef"))
     args = ["train-parallel", str(talker()), "--prompts", str(asked), "--out", str(tmp_path / "m")]
-    args += ["--tokens", "6", "--steps", "2", "--rows", "2", "--json"]
+    args += ["--tokens", "6", "--steps", "2", "--answers", "2", "--json"]
     found = CliRunner().invoke(app, args)
     assert found.exit_code == 0 and json.loads(found.stdout) == {"out": str(tmp_path / "m")}
     record = json.loads((tmp_path / "m" / "parallel.json").read_text())

@@ -36,7 +36,7 @@ class Settings:
     ] = None
     rows: Annotated[
         int | None,
-        typer.Option(callback=whole(), help="Answers of a step.", show_default="8"),
+        typer.Option("--answers", callback=whole(), help="Answers of a step.", show_default="8"),
     ] = None
     rank: Annotated[
         int | None,

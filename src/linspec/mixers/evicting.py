@@ -115,7 +115,7 @@ class Evicting(ClosingMixer):
         return rows.gather(-2, order.expand(*order.shape[:-1], rows.shape[-1]))
 
     def _scores(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-        """`scores` of kept rows and of the group behind them with queries [..., G, rep K]; 0 without a row."""
+        """`scores` of kept rows and the group behind them with queries [..., G, rep K]; 0 without a row."""
         group, kept = asked.shape[-2], rows.shape[-2] - asked.shape[-2]
         keys, _, there = unpack_rows(rows)
         queries = asked.unflatten(-1, (self.repeats, -1)).transpose(-2, -3)
@@ -217,7 +217,7 @@ class Evicting(ClosingMixer):
 
 @MIXERS.register(
     "h2o",
-    summary="softmax over the last groups and the earlier tokens that were weighed most in all (heavy hitters)",
+    summary="softmax over the last groups and the earlier tokens weighed most in all (heavy hitters)",
     paper="Zhang et al. 2023 (H2O), arXiv 2306.14048",
     state="n·G·(2 + r)·d + budget·(2·d + 1) per KV head of r query heads",
     cost="2·(n·G + budget)·d + 2·(G + budget)·d per token",
