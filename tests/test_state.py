@@ -223,6 +223,7 @@ DENOMINATOR = (1, (WIDTH, WIDTH + 1))
 SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "softmax": (0, (0, 0)),
     "pages": (0, (0, 0)),
+    "tidal": (0, (0, 0)),
     "streaming": (0, (SINKS, 2 * WIDTH + 1)),
     "window": (0, (0, 0)),
     "local": (0, (0, 0)),
@@ -240,7 +241,7 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "gdn": (2, (WIDTH, WIDTH)),
 }
 # that keep every token
-GROWING = ("softmax", "pages", "by-head")
+GROWING = ("softmax", "pages", "tidal", "by-head")
 # whose further floats lie beside the key, not the value
 GATED = ("gla", "gdn")
 
@@ -252,7 +253,9 @@ def expected_bytes(name: str, taps: int, context: int, span: int) -> int:
         # one KV head of each
         halves = (expected_bytes(part, taps, context, span) for part in ("softmax", "streaming"))
         return sum(halves) // 2
-    rows = {"softmax": context, "pages": context, "window": WINDOW}.get(name, span * GROUP)
+    rows = {"softmax": context, "pages": context, "tidal": context, "window": WINDOW}.get(
+        name, span * GROUP
+    )
     more, sums = SIZES[name]
     value = WIDTH + (0 if name in GATED else more)
     return 2 * 8 * (sums[0] * sums[1] + rows * (2 * WIDTH + more) + max(0, taps - 1) * value)

@@ -317,6 +317,7 @@ REFERENCES: dict[str, Form] = {
     "window": window,
     "streaming": streaming,
     "pages": pages,
+    "tidal": softmax,
     "by-head": by_head,
     "local": local,
     "global": global_,

@@ -16,7 +16,8 @@ DEFAULT_SINKS = 4
 # mixers that by default keep the teacher's softmax weights of exact positions ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
-SEE_EXACTLY = (*SOFTMAX_WITHIN, "streaming", "by-head", "hedgehog", "linformer", "yoso", "pages")
+_SEE_NEAR = ("streaming", "by-head", "hedgehog", "linformer", "yoso", "pages", "tidal")
+SEE_EXACTLY = (*SOFTMAX_WITHIN, *_SEE_NEAR)
 
 
 def make_mixer(
