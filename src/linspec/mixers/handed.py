@@ -30,7 +30,7 @@ def handing(things: dict[Hashable, Any]) -> Iterator[None]:
 
 
 def hand_on(key: Hashable, thing: Any) -> None:
-    """Hand `thing` to later layers, in the place of an earlier one; a layer alone has nobody to hand it to."""
+    """Hand `thing` to later layers, in the place of an earlier one; a layer alone has none."""
     things = _NOW.get()
     if things is not None:
         things[key] = thing

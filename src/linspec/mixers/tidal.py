@@ -43,7 +43,7 @@ class TidalOptions(SpanOptions):
 
 @MIXERS.register(
     "tidal",
-    summary="softmax over the last groups and the positions that one of two layers selected for all later ones",
+    summary="softmax over the last groups and positions that two layers select for all later ones",
     paper="Yang et al. 2024 (TidalDecode), arXiv 2410.05076",
     state="2·T·d per KV head",
     cost="2·T·d per token where a layer selects, else 2·(n·G + budget)·d",
