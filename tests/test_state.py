@@ -227,6 +227,7 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     # the queries that share a key lie beside it
     "h2o": (2 * WIDTH, (5, 2 * WIDTH + 1)),
     "snapkv": (2 * WIDTH, (5, 2 * WIDTH + 1)),
+    "tidal": (0, (0, 0)),
     "streaming": (0, (SINKS, 2 * WIDTH + 1)),
     "window": (0, (0, 0)),
     "local": (0, (0, 0)),
@@ -244,7 +245,7 @@ SIZES: dict[str, tuple[int, tuple[int, int]]] = {
     "gdn": (2, (WIDTH, WIDTH)),
 }
 # that keep every token
-GROWING = ("softmax", "pages", "delta", "by-head")
+GROWING = ("softmax", "pages", "delta", "tidal", "by-head")
 # whose further floats lie beside the key, not the value
 GATED = ("gla", "gdn", "h2o", "snapkv")
 

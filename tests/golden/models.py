@@ -29,6 +29,7 @@ _OWN = {
     "h2o": {"budget": 4},
     "snapkv": {"budget": 4},
     "delta": {"threshold": 0.7},
+    "tidal": {"budget": 4},
 }
 
 

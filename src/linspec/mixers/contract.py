@@ -14,6 +14,7 @@ import torch
 from linspec.decoding.tree_mask import TreeMask
 from linspec.kernels.step_plan import AttentionPlan, SummedPlan
 from linspec.mixers.carry import Carry
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.state.contract import LayerState, Makers, StateOptions
 from linspec.state.entries import EntrySpec
 
@@ -138,6 +139,11 @@ class MixerContract:
             if each in kind.__dict__
         }
         return all(owner[name] <= owner.get(each, owner[name]) for each in beside)
+
+    @classmethod
+    def for_layers(cls, mixer: MixerConfig, config: StackConfig, count: int) -> list[MixerConfig]:
+        """The settings of `count` layers of a stack that all get `mixer`, first to last."""
+        return [mixer] * count
 
     def state_makers(self) -> Makers:
         """Who makes the state: the mixer, or the parts that its heads are divided among."""

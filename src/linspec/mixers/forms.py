@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from linspec.mixers.handed import handing
 from linspec.mixers.ops.convolution import convolve, convolve_both, convolve_nodes, pad_taps
 from linspec.state.contract import EntryState
 
@@ -63,7 +64,8 @@ def step_nodes(
     keys, values = _entries(k, v, dense_group, state, layer)
     sums, before = state.read_sums(layer, slots), state.spec.conv_history
     q = state.entries.queries(q).unflatten(1, (mixer.kv_heads, mixer.repeats))
-    o = mixer.attend(q, keys, values[:, :, before:], tree_mask, sums)
+    with handing(dense_group.handed[None]):
+        o = mixer.attend(q, keys, values[:, :, before:], tree_mask, sums)
     if mixer.mixer.taps:
         padded, final = mixer.padded_taps, mixer.padded_taps is not None
         if padded is None:
@@ -105,12 +107,13 @@ def step_long(
         for slot, new in zip(dense_group.slot_range, lengths, strict=True)
     ]
     if mixer.ends_alone:
-        return _ends_alone(mixer, q, keys, values, ends)
+        return _ends_alone(mixer, q, keys, values, ends, dense_group)
     aligned = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3])
     for i, (first, end) in enumerate(ends):
         aligned[i, :, first:end] = q[i, :, : end - first]
     before, sums = state.spec.conv_history, state.read_sums(layer, dense_group.slots)
-    o = full(mixer, aligned, keys, values[:, :, before:], values[:, :, :before], sums)
+    with handing(dense_group.handed[None]):
+        o = full(mixer, aligned, keys, values[:, :, before:], values[:, :, :before], sums)
     out = o.new_zeros(*q.shape[:3], o.shape[3])
     for i, (first, end) in enumerate(ends):
         out[i, :, : end - first] = o[i, :, first:end]
@@ -123,10 +126,13 @@ def _ends_alone(
     keys: torch.Tensor,
     values: torch.Tensor,
     ends: list[tuple[int, int]],
+    dense_group: DenseGroup,
 ) -> torch.Tensor:
     """Outputs of new tokens [R, H, N, V]: those of slot i lie at the positions `ends[i]`."""
     out = values.new_zeros(*q.shape[:3], values.shape[3])
     for i, (first, end) in enumerate(ends):
         one, new = slice(i, i + 1), end - first
-        out[one, :, :new] = mixer.mix_end(q[one, :, :new], keys[one, :, :end], values[one, :, :end])
+        given = q[one, :, :new], keys[one, :, :end], values[one, :, :end]
+        with handing(dense_group.handed[i]):
+            out[one, :, :new] = mixer.mix_end(*given)
     return out

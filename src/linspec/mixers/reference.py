@@ -386,6 +386,7 @@ REFERENCES: dict[str, Form] = {
     "snapkv": snapkv,
     "pages": pages,
     "delta": delta,
+    "tidal": softmax,
     "by-head": by_head,
     "local": local,
     "global": global_,

@@ -118,8 +118,14 @@ class Selecting(Softmax):
         far = torch.arange(time, device=q.device) < ends[:, None]
         seen = (mask & ~far).expand(len(q), 1, 1, -1, -1)
         if width:
-            found = self.select(nodes, k[:, :, :width], ends.expand(len(q), -1))
+            found = self._found(nodes, k[:, :, :width], ends.expand(len(q), -1), time)
             found = F.pad(found, (0, time - width))
             seen = seen | (far & found)
         seen = seen.expand(-1, self.kv_heads, self.repeats, -1, -1).flatten(1, 2)
         return super().over(q, k, v, seen)
+
+    def _found(
+        self, q: torch.Tensor, keys: torch.Tensor, ends: torch.Tensor, time: int
+    ) -> torch.Tensor:
+        """`select` for the last of `time` tokens."""
+        return self.select(q, keys, ends)

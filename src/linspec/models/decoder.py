@@ -13,6 +13,7 @@ from linspec.decoding.tree import Shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import Rope
+from linspec.mixers.handed import handing
 from linspec.mixers.norms import make_norm
 from linspec.mixers.projections import LinearFactory
 from linspec.mixers.rope import Rotary
@@ -85,8 +86,9 @@ class Decoder(nn.Module):
         first = self.shard.start if self.shard is not None else 0
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)
         x, ropes = self.enter(ids, positions)
-        for block, rope in zip(self.layers, ropes, strict=True):
-            x = through(block, x, rope)
+        with handing({}):
+            for block, rope in zip(self.layers, ropes, strict=True):
+                x = through(block, x, rope)
         return self.leave(x)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:

@@ -50,14 +50,18 @@ def with_attention(model: Decoder, mixer: MixerConfig) -> Decoder:
     The mixer has no weights of its own. Raises ConfigError where no layer has such heads, or where the mixer
     does not fit the model.
     """
-    made, found = again(model), 0
-    for parent in list(made.modules()):
-        for name, part in list(parent.named_children()):
-            if sees_all(part):
-                setattr(parent, name, _in_place_of(part, mixer))
-                found += 1
-    if not found:
+    made = again(model)
+    places = [
+        (parent, name, part)
+        for parent in made.modules()
+        for name, part in parent.named_children()
+        if sees_all(part)
+    ]
+    if not places:
         raise ConfigError("no layer of this model has softmax attention over all tokens")
+    settings = MIXERS[mixer.name].for_layers(mixer, model.config, len(places))
+    for (parent, name, part), own in zip(places, settings, strict=True):
+        setattr(parent, name, _in_place_of(part, own))
     return ready(made)
 
 

@@ -13,6 +13,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import make_mixer
+from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.own_forms import with_attention
 from linspec.utils.messages import shown
@@ -27,10 +28,12 @@ def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
         raise ConfigError(
             f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
         )
-    mixer = sparse_mixer(spec)
-    made = with_attention(model, mixer)
+    made = with_attention(model, sparse_mixer(spec))
     made.config = model.config.with_mixers(
-        tuple(_instead(own, mixer, spec) for own in model.config.mixers)
+        tuple(
+            _instead(own, block, spec)
+            for own, block in zip(model.config.mixers, made.layers, strict=True)
+        )
     )
     return made
 
@@ -52,10 +55,10 @@ def sparse_mixer(spec: str) -> MixerConfig:
     return make_mixer(spec)
 
 
-def _instead(own: MixerConfig, mixer: MixerConfig, spec: str) -> MixerConfig:
+def _instead(own: MixerConfig, block: Block, spec: str) -> MixerConfig:
     """The settings of a layer that had those of `own`."""
     if own.name == "softmax":
-        return replace(mixer, taps=own.taps)
+        return block.mixer.mixer
     if own.exact_heads and not own.options.get("exact"):
         return replace(own, options={**own.options, "exact": spec})
     return own

@@ -6,9 +6,11 @@ slots with the same form, as dense [R, N, ...] tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -91,6 +93,8 @@ class DenseGroup:
 
     def __post_init__(self) -> None:
         self._tree_masks: dict[int, TreeMask] = {}
+        # what layers hand to later ones, by the row that it is of, None where it is of all together
+        self.handed: dict[int | None, dict[Hashable, Any]] = defaultdict(dict)
 
 
 def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
