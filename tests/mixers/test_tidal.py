@@ -145,7 +145,7 @@ def test_layers_read_the_budget_of_the_nearest_selection(monkeypatch: pytest.Mon
 
     def counted(self: Exact, q: Any, keys: Any, values: Any, mask: Any, bias: Any = None) -> Any:
         shape = 1, 2, 1, q.shape[3], keys.shape[2]
-        seen.append(torch.ones(shape).bool() if mask is None else mask.expand(shape))
+        seen.append(torch.ones(shape).bool() if mask is None else mask[:, :, :1].expand(shape))
         return nodes(self, q, keys, values, mask, bias)
 
     made, length = sparse_model(1, 3), 41
