@@ -134,7 +134,7 @@ class Tidal(Selecting):
         if not self.selects:
             self._handed(time)
             return super().over(q, k, v, mask)
-        ends = self._ends(torch.arange(time - len(mask), time, device=q.device))
+        ends = self.groups.ends(torch.arange(time - len(mask), time, device=q.device))
         nodes = q.unflatten(1, (self.kv_heads, self.repeats))
         before = k[:, :, : int(ends[-1])]
         hand_on(time, self.best(nodes, before, ends.expand(len(q), -1)))
