@@ -166,3 +166,13 @@ def test_a_window_set_on_a_softmax_layer_does_not_shorten_its_memory() -> None:
     logits = model.step([StepInput(0, tokens[-1:])], state).logits
     with torch.no_grad():
         assert_close(logits[0], model(torch.tensor([tokens]))[0, -1])
+
+
+def test_tokens_that_overwrite_select_as_before() -> None:
+    """They once asked for the staged rows of a slot that has none."""
+    model, ids = bare("pages", 0), random_tokens(30)
+    state = prefilled(model, ids)
+    again = [20, 21, 22, 23]
+    found = model.step([StepInput(0, [ids[at] for at in again], overwrite=again)], state).logits
+    with torch.no_grad():
+        assert_close(found, model(torch.tensor([ids]))[0, again])
