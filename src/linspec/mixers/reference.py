@@ -81,7 +81,7 @@ def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torc
     """Softmax over s within reach of t, and over the groups before it with the greatest bounds.
 
     The bound of a group is the greatest, over its pages and the queries that share the keys, of the sum of
-    max(q_i k⁺_i, q_i k⁻_i), with the greatest and least keys of the page.
+    max(q_i k⁺_i, q_i k⁻_i), with the greatest and least keys of the page as bfloat16, rounded outwards.
     """
     group, options = head.config.group, head.config.options
     budget, page = int(options["budget"] or 0), int(options["page"] or 0)
@@ -89,7 +89,7 @@ def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torc
     def bound(t: int, number: int) -> float:
         starts = range(number * group, (number + 1) * group, page)
         products = [
-            torch.maximum(each[t] * rows.amax(0), each[t] * rows.amin(0))
+            torch.maximum(each[t] * _above(rows.amax(0)), -each[t] * _above(-rows.amin(0)))
             for each in head.sharing
             for rows in (k[start : start + page] for start in starts)
         ]
@@ -101,6 +101,15 @@ def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torc
     ]
     chosen = [set(numbers[: budget // group]) for numbers in best]
     return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s // group in chosen[t])
+
+
+def _above(x: torch.Tensor) -> torch.Tensor:
+    """The least bfloat16 that is not below x."""
+    # as float32 first, as keys are kept
+    x = x.detach().float()
+    near = x.bfloat16()
+    greater = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return torch.where(near.float() < x, greater, near).to(torch.float64)
 
 
 def h2o(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
