@@ -1,4 +1,4 @@
-"""What a mixer that sees both ways keeps of a canvas: the keys and values of all positions, as it makes them."""
+"""What a mixer that sees both ways keeps of a canvas: the keys and values of all positions."""
 
 from __future__ import annotations
 
