@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import tiny_tokenizer
+from denoisers import PROMPTS, WHOLE
+from plain_denoising import denoise
+from plain_diffusion import MASK, VOCAB
 
+from linspec import LLM
 from linspec.checkpoints.hub import load_diffusion, save_model
 from linspec.decoding.step import StepInput
 from linspec.diffusion.base import CACHES, build
@@ -32,8 +37,8 @@ MIXERS = (
 
 def model_of(*mixers: MixerConfig) -> MaskedDiffusion:
     config = DiffusionConfig(
-        vocab_size=50, width=32, layers=len(mixers), heads=4, kv_heads=2, head_width=8, mlp_width=48,
-        mixers=mixers, mask_id=49, logit_shift=1, max_positions=128,
+        vocab_size=VOCAB, width=32, layers=len(mixers), heads=4, kv_heads=2, head_width=8, mlp_width=48,
+        mixers=mixers, mask_id=MASK, logit_shift=1, max_positions=128,
     )  # fmt: skip
     torch.manual_seed(0)
     model = MaskedDiffusion(config)
@@ -52,8 +57,8 @@ def ids(count: int) -> list[int]:
 def plain(model: MaskedDiffusion, given: list[int]) -> torch.Tensor:
     """Logits of each row, with every mixer by the loops of `mixers/reference.py`."""
     times = torch.arange(len(given))
-    angles = torch.outer(times.float(), inverse_frequencies(model.config.rope, 8))
-    rope = model.rotary(times, torch.float32)
+    angles = torch.outer(times, inverse_frequencies(model.config.rope, 8)).to(model.dtype)
+    rope = model.rotary(times, model.dtype)
     x = model.embed(torch.tensor(given))
     for block in model.layers:
         y = block.mixer_norm(x)
@@ -112,3 +117,48 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path: Path) -> None:
         linearize("embedded-diffusion", tmp_path / "out", exact_tokens=64)
     with pytest.raises(ConfigError, match="'gla' has no bidirectional form"):
         model_of(MixerConfig(name="gla"))
+
+
+class Plain:
+    """As the slow loop takes a model: the full form of every layer, again in each forward."""
+
+    def __init__(self, model: MaskedDiffusion) -> None:
+        self.model, self.shift, self.layers = model, 1, model.config.layers
+
+    def rows_of(self, text: list[int], rows: list[int], kept: object) -> torch.Tensor:
+        return plain(self.model, text)[rows]
+
+
+def outputs(spec: str, *, batch: int = 8) -> list[tuple[list[int], int, int]]:
+    llm = LLM(
+        model_of(AUG, MixerConfig(), AUG).double(),
+        tokenizer=tiny_tokenizer(),
+        loop=f"masked-diffusion:{spec}",
+        max_batch=batch,
+    )
+    found = llm.generate(PROMPTS, WHOLE)
+    return [(list(e.token_ids), e.stats.rounds, e.stats.computed) for e in found]
+
+
+@pytest.mark.parametrize("rule", ["static", "threshold:0.03"])
+def test_the_loop_writes_what_the_slow_loop_writes(rule: str) -> None:
+    slow, given = Plain(model_of(AUG, MixerConfig(), AUG).double()), rule.partition(":")
+    settings = {"rule": given[0], "number": float(given[2] or 0)}
+    for prompt, found in zip(PROMPTS, outputs(f"block=fixed:5,commit={rule}"), strict=True):
+        trace = denoise(slow, list(prompt), 13, block=5, **settings)
+        assert found == (trace.tokens[len(prompt) :], len(trace.forwards), trace.computed)
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "dkv:every=3"])
+def test_batches_and_drafts_change_no_output(cache: str) -> None:
+    spec = f"block=fixed:5,commit=static,cache={cache}"
+    alone, drafted = outputs(spec, batch=1), outputs(f"{spec},verify=freedave:3")
+    assert alone == outputs(spec)
+    assert [each[0] for each in drafted] == [each[0] for each in alone]
+    assert all(more[1] <= one[1] for more, one in zip(drafted, alone, strict=True))
+
+
+def test_prefix_and_dual_that_refresh_always_are_no_cache() -> None:
+    none = outputs("block=fixed:5,commit=static")
+    for cache in ("prefix:1", "dual:1"):
+        assert outputs(f"block=fixed:5,commit=static,cache={cache}") == none

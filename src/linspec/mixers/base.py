@@ -154,7 +154,9 @@ class Mixer(HeadProjections, MixerContract):
         return not self.config.causal and not self.steps_both_ways
 
     def state_makers(self) -> Makers:
-        return CanvasEntries(self) if self.sums_canvas else super().state_makers()
+        if self.sums_canvas:
+            return CanvasEntries(self)
+        return super().state_makers()
 
 
 MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions, base=Mixer)

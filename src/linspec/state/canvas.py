@@ -16,7 +16,7 @@ class CanvasSpec(EntrySpec):
     """As an EntrySpec, and never equal to one: these entries are features, and stay floats."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CanvasEntries:
     """The StateMaker of a mixer in a model that overwrites.
 
