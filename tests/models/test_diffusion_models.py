@@ -29,7 +29,6 @@ from linspec.kernels.cpu.library import load as load_kernels
 from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import loop_of
-from linspec.train.linearize import linearize
 
 VARIANTS = {
     "llada": LLADA,
@@ -134,8 +133,6 @@ def test_what_cannot_be_computed_is_refused_by_name(
 def test_what_needs_the_next_token_says_why_not(tmp_path: Path) -> None:
     source = tmp_path / "m"
     write(source, LLADA)
-    with pytest.raises(UnsupportedModel, match="type 'diffusion'.*cannot be linearized"):
-        linearize(source, tmp_path / "out")
     with pytest.raises(ConfigError, match="`masked_bound` bounds its bits per byte"):
         evaluate(load_diffusion(source), None, ["text"])
     for load in (load_model, load_config, load_plain, lambda given: load_for(given, None)):

@@ -10,6 +10,7 @@ functions on tensors, in `ops/`; see CONTRIBUTING.md for a worked example.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +20,15 @@ from linspec.errors import ConfigError
 from linspec.kernels.step_plan import PartPlan
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.contract import MixerContract
-from linspec.mixers.forms import full, full_both, step_long, step_nodes
+from linspec.mixers.forms import full, full_both, step_both, step_long, step_nodes
 from linspec.mixers.ops.convolution import pad_taps
 from linspec.mixers.options import LinearOptions
 from linspec.mixers.projections import HeadProjections
 from linspec.mixers.relative import RelativeBias
 from linspec.mixers.rope import rotate
 from linspec.mixers.shards import Shard, full_of_shard
-from linspec.state.contract import EntryState
+from linspec.state.canvas import CanvasEntries
+from linspec.state.contract import EntryState, Makers
 from linspec.utils.messages import quoted
 from linspec.utils.registry import Registry
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 # queries, keys with what stands beside them, and kept values, of all tokens
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+StepForm = Callable[..., torch.Tensor]
 
 
 class Mixer(HeadProjections, MixerContract):
@@ -134,11 +137,26 @@ class Mixer(HeadProjections, MixerContract):
         outputs = []
         for dense_group in dense_groups:
             q, k, v = (dense_group.unpack(t).transpose(1, 2) for t in packed)
-            form = step_long if dense_group.long else step_nodes
+            form = self._step_form(dense_group)
             o = form(self, q, k, v, dense_group, state, layer)
             outputs.append(dense_group.pack(o.transpose(1, 2)))
         mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return mixed.flatten(1)
+
+    def _step_form(self, dense_group: DenseGroup) -> StepForm:
+        if self.sums_canvas:
+            return step_both
+        return step_long if dense_group.long else step_nodes
+
+    @property
+    def sums_canvas(self) -> bool:
+        """Whether its step form is the bidirectional one, over the entries of a whole canvas."""
+        return not self.config.causal and not self.steps_both_ways
+
+    def state_makers(self) -> Makers:
+        if self.sums_canvas:
+            return CanvasEntries(self)
+        return super().state_makers()
 
 
 MIXERS: Registry[Mixer] = Registry("mixer", "linspec.mixers", options=LinearOptions, base=Mixer)

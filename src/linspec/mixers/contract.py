@@ -30,6 +30,7 @@ class MixerContract:
         keeps_cache: whether its state is a cache whose entries can be kept in another format.
         ends_alone: whether there is a `mix_end`.
         stands_in: whether it has no weights of its own, and may take the place of softmax in a trained model.
+        steps_both_ways: whether `attend` is right for tokens that overwrite and see all positions.
     """
 
     causal: ClassVar[bool] = True
@@ -37,6 +38,7 @@ class MixerContract:
     stands_in: ClassVar[bool] = False
     keeps_cache: bool = False
     ends_alone: bool = False
+    steps_both_ways: bool = False
 
     # ---- must be said
 

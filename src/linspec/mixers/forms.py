@@ -89,6 +89,29 @@ def _entries(
     return state.read(layer, dense_group.slots, dense_group.tree_mask(state).width)
 
 
+def step_both(
+    mixer: Mixer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dense_group: DenseGroup,
+    state: EntryState,
+    layer: int,
+) -> torch.Tensor:
+    """Tokens of one slot that overwrite: `full_both` over all entries that it has then, as those see them."""
+    over, slot = dense_group.overwrite, dense_group.start
+    assert over is not None, "what sees both ways stages nothing"
+    if dense_group.branch:
+        branch = dense_group.branch
+        keys, values = state.overwrite_branch(layer, slot, branch, over, k[0], v[0])
+    else:
+        state.overwrite(layer, slot, over, k[0], v[0])
+        keys, values = state.read(layer, dense_group.slots, state.held(slot))
+    at = torch.tensor(over, device=q.device)
+    queries = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3]).index_copy(2, at, q)
+    return full_both(mixer, queries, keys, values, None)[:, :, at]
+
+
 def step_long(
     mixer: Mixer,
     q: torch.Tensor,

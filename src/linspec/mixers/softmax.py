@@ -45,6 +45,7 @@ class Softmax(Mixer):
         # a subclass may weigh entries in another way
         self.plain = type(self) is Softmax and self.relative is None
         self.ends_alone = self.plain and not mixer.taps
+        self.steps_both_ways = not mixer.taps
 
     def state_spec(self) -> EntrySpec:
         return EntrySpec(

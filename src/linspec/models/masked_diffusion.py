@@ -3,6 +3,9 @@
 A decoder without its causal mask: all tokens see each other, or all of their block and of those before it
 (`block_length`), and at a masked position the logits say which token it hides. There is no input for the
 time: how much is masked, the model sees.
+
+Mixers other than softmax are computed in their bidirectional form: sums over all of the canvas, exact weights
+for near groups on both sides, a centred convolution.
 """
 
 from __future__ import annotations
@@ -76,6 +79,10 @@ class MaskedDiffusion(Decoder):
         if not self.config.logit_shift:
             return states
         return torch.cat((states[:, :1], states[:, :-1]), dim=1)
+
+    def with_masks(self, batch: torch.Tensor) -> torch.Tensor:
+        """Token ids, the negative ones replaced by the mask token."""
+        return batch.masked_fill(batch < 0, self.config.mask_id)
 
     @torch.inference_mode()
     def step(

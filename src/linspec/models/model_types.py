@@ -103,7 +103,8 @@ MODEL_TYPES = {
             loop="masked-diffusion",
             measure="linspec eval perplexity",
             blocks=_layers,
-            run=lambda model, batch: model.hidden(batch),
+            # hidden tokens are negative
+            run=lambda model, batch: model(model.with_masks(batch)),
             predict=None,
         ),
         ModelType(

@@ -8,7 +8,7 @@ student on text and on the teacher's distribution. Both resume from where they w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,11 @@ from linspec.checkpoints.hub import (
     resolve,
     save_model,
 )
-from linspec.errors import CheckpointError, ConfigError, UnsupportedModel
+from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import DEFAULT_EXACT_TOKENS, leaves_span
 from linspec.models.config import DecoderConfig, Seq2SeqConfig
+from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import of_config
 from linspec.train.compiled import LossFn
 from linspec.train.data import Sources, Windows, end_of_text, tokenize, train_and_heldout
@@ -42,6 +43,7 @@ from linspec.train.linearize_config import LinearizeConfig
 from linspec.train.linearize_recipe import LinearizeRecipe
 from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig, Trainer
+from linspec.train.masked_tokens import MaskedWindows, masked_finetune_loss
 from linspec.train.objective import Predictor
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import make_accelerator, training_run
@@ -80,7 +82,8 @@ def linearize(
     teacher itself.
 
     An encoder-decoder (T5) counts the layers of its encoder first, keeps its cross-attention, and learns to
-    predict the second half of each window from the first half. An encoder (BERT) learns to imitate its own
+    predict the second half of each window from the first half. A masked-diffusion model learns the hidden
+    tokens of windows, and its own distribution of them. An encoder (BERT) learns to imitate its own
     hidden states.
 
     Paper: You et al. 2024, arXiv 2406.07368.
@@ -103,12 +106,7 @@ def linearize(
     place = output_place(out, source, asked.sources, overwrite)
     place.check(resume=resume)
     model = of_config(load_any_config(source))
-    if model.predict is None and model.loop is not None:
-        raise UnsupportedModel(
-            f"{source} is a model of type {model.name!r}, which cannot be linearized: no transfer between "
-            "mixers that see both ways and write text is known here. Linearize a decoder"
-        )
-    if model.predict is None:
+    if model.loop is None:
         return train_encoder(source, place, asked, resume=resume)
     teacher, tokenizer = load_causal_model(source), load_tokenizer(source)
     check_tokenizer(tokenizer, teacher.config)
@@ -123,7 +121,7 @@ def linearize(
             stages = _Stages(teacher, student, windows, task.config, folder, accelerator, resume)
             logs = stages.run()
             if accelerator.is_main_process:
-                sums = keep_useful_sums(stages.student, windows)
+                sums = keep_useful_sums(stages.student, windows, _loss_of(teacher))
                 size = sum(p.numel() for p in student.parameters())
                 told = sums.to_json() if sums else None
                 files = record_files(asked.to_json(), plan, logs, size, sums=told)
@@ -155,6 +153,9 @@ class _Task:
         changed = changed_layers(teacher.config, teacher.config.with_mixers(mixers))
         config = recipe.training.completed([mixers[layer] for layer in changed])
         free = recipe.span is None and leaves_span(recipe.mixer) and wanted.kernel == "softmax"
+        if isinstance(teacher, MaskedDiffusion):
+            _check_diffusion(recipe)
+            free = False
         exact = recipe.exact_tokens or DEFAULT_EXACT_TOKENS
         task = cls(teacher, recipe, mixers, exact if free else None, config)
         task._check(changed)
@@ -285,13 +286,29 @@ def _check_context(config: DecoderConfig | Seq2SeqConfig, context: int) -> None:
         )
 
 
+def _check_diffusion(recipe: LinearizeRecipe) -> None:
+    """Raise ConfigError for what is measured on the next token, or shared out by the tokens before one."""
+    if recipe.exact_tokens is not None or recipe.softmax_layers:
+        raise ConfigError(
+            "what each layer needs is measured on models that predict the next token, and this source is a "
+            "masked-diffusion model; leave out exact_tokens and softmax_layers, and give span and "
+            "keep_softmax"
+        )
+
+
+def _loss_of(teacher: Predictor) -> Callable[..., torch.Tensor]:
+    """What the student of this teacher is finetuned on."""
+    return masked_finetune_loss if isinstance(teacher, MaskedDiffusion) else finetune_loss
+
+
 def _windows(tokenizer: PreTrainedTokenizerBase, task: _Task, accelerator: Accelerator) -> Windows:
     recipe, config = task.recipe, task.config
     texts, _ = train_and_heldout(recipe.data, recipe.field)
     stream = tokenize(texts, tokenizer, end_of_text(tokenizer, task.teacher.config))
     reader = accelerator.process_index // config.sequence_parallel
     windows = Windows(stream, config.context, config.seed, process=reader)
-    return with_recall(windows, tokenizer, recipe.sources, config.recall_share)
+    windows = with_recall(windows, tokenizer, recipe.sources, config.recall_share)
+    return MaskedWindows(windows) if isinstance(task.teacher, MaskedDiffusion) else windows
 
 
 class _Stages:
@@ -337,7 +354,7 @@ class _Stages:
         # a student with the teacher's own mixers has nothing to learn from it
         teacher = self.teacher if self.changed else None
         loss = partial(
-            finetune_loss, self.student, teacher=teacher, kl_weight=self.config.kl_weight
+            _loss_of(self.teacher), self.student, teacher=teacher, kl_weight=self.config.kl_weight
         )
         train = self.config.stage(steps, transfer=False)
         if not self.config.lora_rank:

@@ -17,14 +17,14 @@ from linspec.train.data import Windows
 _PROMPTED = 0.5
 
 
-class MaskedWindows:
+class MaskedWindows(Windows):
     """Windows of text, the same for the same seed and step, with the tokens to be hidden marked.
 
     A marked token t is written as -1 - t: one tensor says what is hidden and what it was.
     """
 
     def __init__(self, windows: Windows) -> None:
-        self.windows = windows
+        self.windows, self.context = windows, windows.context
 
     def batch(self, step: int, rows: int, context: int | None = None) -> torch.Tensor:
         """[rows, context], at least one token of each row marked."""
@@ -50,14 +50,43 @@ def masked_loss(model: MaskedDiffusion, batch: torch.Tensor) -> torch.Tensor:
 
     With c of n tokens hidden, the sum weighs n/c and is divided by n: the mean of the hidden ones.
     """
+    ids, shares, at = _asked(batch)
+    nats = F.cross_entropy(_logits(model, batch, at), ids, reduction="none")
+    return (nats * shares).sum() / len(batch)
+
+
+def masked_finetune_loss(
+    student: MaskedDiffusion,
+    batch: torch.Tensor,
+    teacher: MaskedDiffusion | None = None,
+    kl_weight: float = 0.0,
+) -> torch.Tensor:
+    """`masked_loss` plus kl_weight · KL(teacher ‖ student) at the hidden tokens, weighed in the same way."""
+    if teacher is None or kl_weight == 0:
+        return masked_loss(student, batch)
+    ids, shares, at = _asked(batch)
+    log_probs = _logits(student, batch, at).log_softmax(-1)
+    with torch.no_grad():
+        wanted = _logits(teacher, batch, at).log_softmax(-1)
+    kl = F.kl_div(log_probs, wanted, log_target=True, reduction="none").sum(-1)
+    nats = F.nll_loss(log_probs, ids, reduction="none") + kl_weight * kl
+    return (nats * shares).sum() / len(batch)
+
+
+def _asked(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens [N] that are asked for, what each counts, and where they are in the batch."""
     hidden = batch < 0
     ids = torch.where(hidden, -1 - batch, batch)
-    states = model.telling(ids.masked_fill(hidden, model.config.mask_id))
     shares = (1 / hidden.sum(1, keepdim=True)) * hidden
     # a vocabulary can be larger than all the rest, so only what is hidden is asked for; not in a compiled
     # step, where the number of these would change shapes
-    if not torch.compiler.is_compiling():
-        states, ids, shares = states[hidden], ids[hidden], shares[hidden]
-    logits = model.head(states).flatten(0, -2)
-    nats = F.cross_entropy(logits.float(), ids.flatten(), reduction="none")
-    return (nats * shares.flatten()).sum() / len(batch)
+    if torch.compiler.is_compiling():
+        return ids.flatten(), shares.flatten(), hidden
+    return ids[hidden], shares[hidden], hidden
+
+
+def _logits(model: MaskedDiffusion, batch: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Float logits [N, vocab] of the tokens that are asked for."""
+    states = model.telling(model.with_masks(batch))
+    states = states.flatten(0, 1) if torch.compiler.is_compiling() else states[at]
+    return model.head(states).float()

@@ -6,6 +6,7 @@ behind it. A student reads texts of any length: what its sums do there decides w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -50,7 +51,9 @@ def alphas(model: Predictor) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def keep_useful_sums(student: Predictor, windows: Windows) -> SumsReport | None:
+def keep_useful_sums(
+    student: Predictor, windows: Windows, loss: Callable[..., torch.Tensor] = finetune_loss
+) -> SumsReport | None:
     """Set α to 0 in all layers of `student` unless the sums lower the loss of long training texts.
 
     None for a student that has no α, or none that is not 0.
@@ -62,10 +65,10 @@ def keep_useful_sums(student: Predictor, windows: Windows) -> SumsReport | None:
     lengths = ((BEYOND * TEXTS, windows.context), (TEXTS, BEYOND * windows.context))
     batches = [windows.batch(0, rows, context).to(device) for rows, context in lengths]
     before = [alpha.clone() for alpha in learned]
-    near, far = (float(finetune_loss(student, batch)) for batch in batches)
+    near, far = (float(loss(student, batch)) for batch in batches)
     for alpha in learned:
         alpha.zero_()
-    near_without, far_without = (float(finetune_loss(student, batch)) for batch in batches)
+    near_without, far_without = (float(loss(student, batch)) for batch in batches)
     kept = far < far_without
     if kept:
         for alpha, value in zip(learned, before, strict=True):

@@ -309,7 +309,14 @@ def check_sees(config: DiffusionConfig, cache: CachePolicy) -> None:
             f"cache policy {cache.name!r} keeps blocks that never see later ones, and this model sees the "
             "whole text; use cache=dual"
         )
-    if config.block_length is not None and type(cache).watch is not CachePolicy.watch:
+    watches = type(cache).watch is not CachePolicy.watch
+    linear = sorted({mixer.name for mixer in config.mixers} - {"softmax"})
+    if watches and linear:
+        raise ConfigError(
+            f"cache policy {cache.name!r} looks at the attention of all layers, and mixers "
+            f"{', '.join(linear)} have none to look at; use another cache policy, such as dkv"
+        )
+    if config.block_length is not None and watches:
         raise ConfigError(
             f"cache policy {cache.name!r} looks at the attention of whole texts, and this model sees no "
             "later block; use cache=blocks"
