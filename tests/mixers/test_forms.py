@@ -168,9 +168,10 @@ def test_a_window_set_on_a_softmax_layer_does_not_shorten_its_memory() -> None:
         assert_close(logits[0], model(torch.tensor([tokens]))[0, -1])
 
 
-def test_tokens_that_overwrite_select_as_before() -> None:
+@pytest.mark.parametrize("name", ["pages", "delta", "tidal"])
+def test_tokens_that_overwrite_read_as_before(name: str) -> None:
     """They once asked for the staged rows of a slot that has none."""
-    model, ids = bare("pages", 0), random_tokens(30)
+    model, ids = bare(name, 0), random_tokens(30)
     state = prefilled(model, ids)
     again = [20, 21, 22, 23]
     found = model.step([StepInput(0, [ids[at] for at in again], overwrite=again)], state).logits

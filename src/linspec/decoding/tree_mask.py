@@ -49,7 +49,8 @@ class TreeMask:
     """Who sees whom in one step, for the rows of one dense_group. Layers with equal rows share it.
 
     Positions count from each slot's base_position. plain: every column is visible to every node. deepest:
-    the greatest position of a new node. tree: the staged nodes, for a single slot.
+    the greatest position of a new node. tree: the staged nodes, for a single slot. committed: so many
+    columns are committed in every slot, each that of its position.
     """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
@@ -58,6 +59,7 @@ class TreeMask:
         self.tree = trees[0] if len(rows) == 1 else None
         self.width = max(base + len(shape) for base, shape, _ in rows)
         self.deepest = max(row[0] + tree.deepest for row, tree in zip(rows, trees, strict=True))
+        self.committed = min(base for base, *_ in rows)
         self.plain = all(row[0] + 1 == self.width and len(row[1]) == 1 for row in rows)
         self._memo: dict[Hashable, Any] = {}
 
@@ -140,6 +142,7 @@ class OverwriteMask(TreeMask):
     ) -> None:
         self.rows, self.device, self.tree = [], device, None
         self.width, self.deepest, self.plain = held, max(positions), False
+        self.committed = held
         self._memo = {}
         # no token of a block sees beyond its end: causal ones are blocks of one position
         self._positions, self._blocks = positions, 1 if causal else blocks

@@ -75,7 +75,7 @@ class Delta(Softmax):
     def _rough(self, keys: torch.Tensor, tree_mask: TreeMask) -> torch.Tensor:
         """The keys that far groups are read by, in their columns; what is in others is not read."""
         width = int(self.groups.ends(tree_mask.offsets).max())
-        if width <= min(base for base, *_ in tree_mask.rows):
+        if width <= tree_mask.committed:
             return torch.cat((self._rebuilt(keys[:, :, :width]), keys[:, :, width:]), dim=2)
         # groups that close in the tree itself: a node's key is rebuilt behind that of its parent
         rough = keys.clone()

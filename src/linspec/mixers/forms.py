@@ -99,15 +99,9 @@ def step_both(
     layer: int,
 ) -> torch.Tensor:
     """Tokens of one slot that overwrite: `full_both` over all entries that it has then, as those see them."""
-    over, slot = dense_group.overwrite, dense_group.start
-    assert over is not None, "what sees both ways stages nothing"
-    if dense_group.branch:
-        branch = dense_group.branch
-        keys, values = state.overwrite_branch(layer, slot, branch, over, k[0], v[0])
-    else:
-        state.overwrite(layer, slot, over, k[0], v[0])
-        keys, values = state.read(layer, dense_group.slots, state.held(slot))
-    at = torch.tensor(over, device=q.device)
+    assert dense_group.overwrite is not None, "what sees both ways stages nothing"
+    keys, values = _entries(k, v, dense_group, state, layer)
+    at = torch.tensor(dense_group.overwrite, device=q.device)
     queries = q.new_zeros(*q.shape[:2], keys.shape[2], q.shape[3]).index_copy(2, at, q)
     return full_both(mixer, queries, keys, values, None)[:, :, at]
 

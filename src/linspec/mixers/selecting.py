@@ -70,9 +70,7 @@ class Selecting(Softmax):
         """`select` for the nodes of a step, over the columns of their slots: [R, Hkv, rep or 1, N, C]."""
         ends = self.groups.ends(tree_mask.offsets)
         width = int(ends.max())
-        # tokens that overwrite have all rows committed
-        committed = min((base for base, *_ in tree_mask.rows), default=tree_mask.width)
-        if width <= committed:
+        if width <= tree_mask.committed:
             found = self.select(q, keys[:, :, :width], ends)
             return F.pad(found, (0, keys.shape[2] - width))
         # groups that close in the tree itself: the path of every node has its own rows
