@@ -60,7 +60,6 @@ def test_what_does_not_go_with_it_is_refused_by_name(tmp_path: Path) -> None:
         ("train-drafter", str(talker()), "--out", str(tmp_path / "d")),
         ("quantize", str(talker()), "--out", str(tmp_path / "q")),
         ("convert", str(talker()), str(tmp_path / "m.gguf")),
-        ("linearize", str(talker()), "--out", str(tmp_path / "l")),
         ("eval", "recall", str(talker())),
         ("eval", "repeats", str(talker())),
         ("eval", "positions", str(talker())),
