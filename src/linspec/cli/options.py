@@ -43,7 +43,7 @@ Kv = Annotated[
         "--kv-cache-dtype",
         callback=cache_dtype,
         help="How softmax caches are kept: auto (16 bits if the weights are stored so), float32, float16, "
-        "bfloat16 or int8.",
+        "bfloat16, int8 or int4.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]
