@@ -53,7 +53,7 @@ SUMMED = {
     "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
-BY_LAYER = {"h2o", "snapkv", "delta", "tidal"}
+BY_LAYER = {"h2o", "snapkv", "delta", "tidal", "shadow"}
 # whose nodes get the same bits however they come; linear mixers but where a group closes
 EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]

@@ -93,6 +93,15 @@ AttentionName = Annotated[
         show_default="all tokens",
     ),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Directory for a file with what the attention need not have in memory, such as values with "
+        "--attention shadow.",
+        show_default="memory",
+    ),
+]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
 VerifierName = Annotated[
     str, typer.Option(help="lossless, block, greedy; lossy: typical, trusting.")
@@ -164,6 +173,7 @@ class Decoding:
     verifier: VerifierName = "lossless"
     loop: LoopName = "auto"
     attention: AttentionName = None
+    offload: Offload = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -177,6 +187,7 @@ class Decoding:
             "verifier": self.verifier,
             "loop": self.loop,
             "attention": self.attention,
+            "offload": self.offload,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,
