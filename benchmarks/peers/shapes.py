@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 MAX_POSITIONS = 32_768 + 512
 # of the embedded teacher, whose weights are trained and lie with linspec
 EMBEDDED = "embedded"
