@@ -68,3 +68,8 @@ def test_drafts_change_nothing_of_what_it_says(spec: str) -> None:
         for drafter in ("none", "prompt-lookup")
     )
     assert [each.token_ids for each in alone] == [each.token_ids for each in drafted]
+
+
+def test_a_misspelt_attention_is_answered_by_those_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"attention is one of .*did you mean 'pages'\?$"):
+        sparse_mixer("page:budget=512")

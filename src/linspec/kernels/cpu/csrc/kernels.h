@@ -76,9 +76,9 @@ static inline size_t ls_query_count(const ls_mixer *m) {
 static inline int ls_up16(int n) { return (n + 15) & ~15; }
 /* floats of the keys and values of a block of rows */
 static inline size_t ls_block_floats(const ls_mixer *m) { return (size_t)(2 * LS_BLOCK * ls_up16(m->width)); }
-/* two blocks of rows, then for each query its features and itself */
+/* two blocks of rows, then for each query its features, once more by features, and itself */
 static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
-    size_t query = (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
+    size_t query = 2 * (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
     return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
 /* where nodes select groups: the same, queries that see a block, bounds and numbers of groups, and who sees each */
