@@ -423,6 +423,12 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     (
         "/v1/chat/completions",
+        {"model": "talker", "messages": [{"role": "user", "content": None}]},
+        400,
+        "messages.0: .*needs content",
+    ),
+    (
+        "/v1/chat/completions",
         {"model": "talker", "messages": [{"role": "user", "content": "hush"}]},
         400,
         "no such turn",
@@ -561,7 +567,12 @@ def test_json_without_its_header_is_told_of_the_header(web: httpx.Client, kind: 
 
 
 def test_unknown_paths_and_methods(web: httpx.Client) -> None:
-    assert "nothing at /v2" in web.get("/v2").json()["error"]["message"]
+    assert "nothing at /v2; /docs" in web.get("/v2").json()["error"]["message"]
+    # the usual mistake with a client's base URL
+    for path in ("/chat/completions", "/models"):
+        got = web.post(path, json={})
+        assert got.status_code == 404
+        assert f"/v1{path} is what you want" in got.json()["error"]["message"]
     assert web.get("/v1/completions").status_code == 405
     assert web.get("/v1/models/none").status_code == 404
 
