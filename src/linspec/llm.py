@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.dtype import cache_kind, pick_dtype
 from linspec.checkpoints.hub import load_causal_model, load_decoder, resolve
 from linspec.checkpoints.load_quantized import load_for
@@ -44,7 +45,6 @@ from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import with_sparse_attention
 from linspec.policies import make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -91,7 +91,8 @@ class LLM:
         prefix_store: a directory for states that leave that memory; `engine.prefix_cache.flush()` writes the
             others there. It holds the texts too.
         attention: sparse attention in the place of softmax, a spec such as 'pages:budget=1024': each token
-            reads the near ones, and what it selects of the others. None reads all. Drafts stay lossless, for
+            reads the near ones, and what it selects of the others; 'lserve:budget=1024' does so for the heads
+            that `linspec calibrate` found to recall. None reads all. Drafts stay lossless, for
             the model that reads so.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
@@ -144,7 +145,7 @@ class LLM:
         source = resolve(model) if isinstance(model, str | Path) else None
         self.model = _loaded(model, dtype, quantize, source, place)
         if attention is not None:
-            self.model = _with_attention(self.model, attention)
+            self.model = _with_attention(self.model, attention, model)
         if tokenizer is None and isinstance(model, str | Path):
             tokenizer = load_text_tokenizer(model)
         if tokenizer is None:
@@ -366,9 +367,9 @@ def _loaded(
     raise _no_model(model)
 
 
-def _with_attention(model: CausalModel, spec: str) -> CausalModel:
+def _with_attention(model: CausalModel, spec: str, source: object) -> CausalModel:
     if isinstance(model, Decoder) and model.config.causal:
-        return with_sparse_attention(model, spec)
+        return attending(model, spec, source)
     raise ConfigError(
         f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
     )

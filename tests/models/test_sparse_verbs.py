@@ -11,6 +11,7 @@ import torch
 
 from linspec.bench.drafters import bench_drafters
 from linspec.bench.speed import bench
+from linspec.checkpoints.attention import attending
 from linspec.cli.options import Decoding, Loading
 from linspec.cli.serve import Drafting
 from linspec.cli.verify import verify as verify_verb
@@ -19,7 +20,7 @@ from linspec.evaluate.lossless import verify
 from linspec.evaluate.perplexity import evaluate_source
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import attending, with_sparse_attention
+from linspec.models.sparse import with_sparse_attention
 
 SPEC = "pages:budget=128,group=64,span=2"
 

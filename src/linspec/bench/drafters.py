@@ -21,6 +21,7 @@ from linspec.bench.machine import machine
 from linspec.bench.oracle import oracle
 from linspec.bench.prompts import BenchPrompt, held_out_prompts, read_prompts
 from linspec.bench.runs import Measured, Mode, Run, Watched, run_of, speed_up
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import SamplingParams
@@ -30,7 +31,6 @@ from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import attending
 from linspec.policies import make_policy
 from linspec.policies.costs import CostCurve, load_or_measure
 from linspec.train.data import Sources, check_sources
@@ -136,7 +136,7 @@ def bench_drafters(
     source, tokenizer = resolve(model), load_tokenizer(model)
     encoder = TextEncoder(tokenizer, len(tokenizer))
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
-    loaded = attending(load_for(model, quantize, device=device), attention)
+    loaded = attending(load_for(model, quantize, device=device), attention, model)
     rule = make_verifier(verifier)
     context = DrafterContext(loaded, tokenizer, source, batch)
     made, skipped = ({}, []) if loops and not drafters else _make(drafters, context)

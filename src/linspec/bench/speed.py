@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from linspec.bench.machine import machine
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.outcome import raise_first
@@ -33,7 +34,6 @@ from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import attending
 from linspec.policies.base import Policy
 from linspec.state.slots import StateSnapshot
 from linspec.train.data import Sources, check_sources, end_of_text
@@ -126,8 +126,9 @@ def bench(
     source = None if isinstance(model, Decoder) else resolve(model)
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_for(model, quantize, device=device)
-    model = attending(model, attention)
+        model = attending(load_for(model, quantize, device=device), attention, model)
+    else:
+        model = attending(model, attention)
     modes = _modes(
         model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv_cache_dtype=kv
     )

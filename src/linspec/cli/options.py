@@ -89,7 +89,8 @@ AttentionName = Annotated[
     str | None,
     typer.Option(
         "--attention",
-        help="Sparse attention in the place of softmax, such as pages:budget=1024.",
+        help="Sparse attention in the place of softmax, such as pages:budget=1024; linspec calibrate finds "
+        "what lserve:budget=1024 needs.",
         show_default="all tokens",
     ),
 ]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import (
     check_tokenizer,
@@ -39,7 +40,6 @@ from linspec.evaluate.windows import Window, cut, pick_context
 from linspec.models.decoder import Decoder
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import ModelType, of_config
-from linspec.models.sparse import attending
 from linspec.train.data import Sources, Split, check_sources, load_documents
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
@@ -106,7 +106,9 @@ def evaluate_source(
         check_no_cache(kv)
     else:
         check_samples(samples, str(model))
-    decoder = attending(load_for(model, quantize, read=load_decoder, device=device), attention)
+    decoder = attending(
+        load_for(model, quantize, read=load_decoder, device=device), attention, model
+    )
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
     documents = held_out_documents(data, field)
