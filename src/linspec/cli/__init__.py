@@ -57,6 +57,7 @@ _VERBS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (convert.convert, "convert", "path/to/llama llama.gguf --type q8_0"),
     (evaluate.perplexity, "eval perplexity", "embedded-aug --data stdlib --limit-bytes 100000"),
     (evaluate.recall, "eval recall", "embedded-aug --teacher embedded-softmax --lengths 512,1024"),
+    (evaluate.ruler, "eval ruler", "smollm2 --lengths 1024,4096 --attention pages:budget=1024"),
     (evaluate.repeats, "eval repeats", "embedded-aug --teacher embedded-softmax"),
     (evaluate.positions, "eval positions", "embedded-aug --length 8192"),
     (evaluate.continuations, "eval continuations", "path/to/t5 --data texts/"),
