@@ -8,6 +8,7 @@ for piece in llm.stream("class Stack:"):
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -45,6 +46,7 @@ from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
 from linspec.models.decoder import Decoder
+from linspec.models.rope_scaling import with_rope_scaling
 from linspec.policies import make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -54,6 +56,8 @@ from linspec.verifiers import make_verifier
 from linspec.verifiers.base import Verifier
 
 __all__ = ["LLM", "Generation", "Piece"]
+
+_log = logging.getLogger("linspec")
 
 
 class LLM:
@@ -94,6 +98,8 @@ class LLM:
             reads the near ones, and what it selects of the others; 'lserve:budget=1024' does so for the heads
             that `linspec calibrate` found to recall. None reads all. Drafts stay lossless, for
             the model that reads so.
+        rope_scaling: more positions than the model was trained for, such as 'yarn:4' for four times as many.
+            None keeps those of the model.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
@@ -126,6 +132,7 @@ class LLM:
         prefix_cache: int | str | None = None,
         prefix_store: str | Path | None = None,
         attention: str | None = None,
+        rope_scaling: str | None = None,
         loop: str = "auto",
         kv: str | None = None,
     ) -> None:
@@ -144,8 +151,19 @@ class LLM:
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
         self.model = _loaded(model, dtype, quantize, source, place)
+        if rope_scaling is not None:
+            scaled = with_rope_scaling(
+                _causal(self.model, "rope_scaling", rope_scaling), rope_scaling
+            )
+            _log.warning(
+                "rope_scaling %s: %s positions; the model was trained for %s",
+                rope_scaling,
+                scaled.config.max_positions,
+                self.model.config.max_positions,
+            )
+            self.model = scaled
         if attention is not None:
-            self.model = _with_attention(self.model, attention, model)
+            self.model = attending(_causal(self.model, "attention", attention), attention, model)
         if tokenizer is None and isinstance(model, str | Path):
             tokenizer = load_text_tokenizer(model)
         if tokenizer is None:
@@ -367,11 +385,12 @@ def _loaded(
     raise _no_model(model)
 
 
-def _with_attention(model: CausalModel, spec: str, source: object) -> CausalModel:
+def _causal(model: CausalModel, option: str, spec: str) -> Decoder:
+    """The model as a decoder; raises ConfigError for any other one, which has no such `option`."""
     if isinstance(model, Decoder) and model.config.causal:
-        return attending(model, spec, source)
+        return model
     raise ConfigError(
-        f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
+        f"{option}={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
     )
 
 

@@ -318,6 +318,7 @@ def task(
             quantize=options["quantize"],
             kv_cache_dtype=options["kv"],
             attention=options["attention"],
+            rope_scaling=options["rope_scaling"],
             device=options["device"],
         )
     print_json(found) if as_json else print_measured(found, "tasks")

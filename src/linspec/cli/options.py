@@ -94,6 +94,13 @@ AttentionName = Annotated[
         show_default="all tokens",
     ),
 ]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="More positions than the model was trained for: yarn:4 for four times as many.",
+        show_default="none",
+    ),
+]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
 VerifierName = Annotated[
     str, typer.Option(help="lossless, block, greedy; lossy: typical, trusting.")
@@ -165,6 +172,7 @@ class Decoding:
     verifier: VerifierName = "lossless"
     loop: LoopName = "auto"
     attention: AttentionName = None
+    rope_scaling: RopeScaling = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -178,6 +186,7 @@ class Decoding:
             "verifier": self.verifier,
             "loop": self.loop,
             "attention": self.attention,
+            "rope_scaling": self.rope_scaling,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,
@@ -214,6 +223,7 @@ class Loading:
     """How a model is loaded, and on what it computes."""
 
     attention: AttentionName = None
+    rope_scaling: RopeScaling = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -223,6 +233,7 @@ class Loading:
         """As functions of the library take it; --threads is applied."""
         return {
             "attention": self.attention,
+            "rope_scaling": self.rope_scaling,
             "quantize": self.quantize,
             "kv": self.kv,
             "device": place_on(self.device, self.threads),

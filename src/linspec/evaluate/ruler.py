@@ -70,6 +70,7 @@ def evaluate_ruler(
     data: Sources = ("stdlib",),
     field: str = "text",
     attention: str | None = None,
+    rope_scaling: str | None = None,
     quantize: int | None = None,
     kv: str = "auto",
     device: str = "cpu",
@@ -86,7 +87,14 @@ def evaluate_ruler(
     check_size("seed", seed, least=0)
     data = check_sources(data)
     if not isinstance(model, LLM):
-        model = LLM(model, attention=attention, quantize=quantize, kv_cache_dtype=kv, device=device)
+        model = LLM(
+            model,
+            attention=attention,
+            rope_scaling=rope_scaling,
+            quantize=quantize,
+            kv_cache_dtype=kv,
+            device=device,
+        )
     filler = " ".join(held_out_documents(data, field)).split()[:_FILLER_WORDS]
     limit = model.model.config.position_limit
     readable = [length for length in lengths if limit is None or length <= limit]
