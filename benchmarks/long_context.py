@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from linspec.decoding.step import StepInput
 from linspec.evaluate.needles import CLEAR, NAMES, WORDING
 from linspec.evaluate.perplexity import held_out_documents
+from linspec.evaluate.ruler import evaluate_ruler
 from linspec.llm import LLM
 from linspec.state.sequence_states import SequenceStates
 from linspec.train.data import end_of_text, tokenize
@@ -44,10 +45,16 @@ class Way:
     model: str = "smollm2"
     kv: str = "int8"
     attention: str | None = None
+    rope_scaling: str | None = None
 
     def load(self, model: str | None) -> LLM:
         """The way, of another model where one is named."""
-        return LLM(model or self.model, kv_cache_dtype=self.kv, attention=self.attention)
+        return LLM(
+            model or self.model,
+            kv_cache_dtype=self.kv,
+            attention=self.attention,
+            rope_scaling=self.rope_scaling,
+        )
 
 
 WAYS = {
@@ -70,6 +77,7 @@ WAYS = {
     "tidal 256, again 8": Way(attention="tidal:budget=256,first=2,again=8"),
     "tidal 256, again 10": Way(attention="tidal:budget=256,first=2,again=10"),
     "tidal 256, again 16": Way(attention="tidal:budget=256,first=2,again=16"),
+    "int8, yarn": Way(rope_scaling="yarn:4"),
     "lserve 1024": Way(attention="lserve:budget=1024"),
     "lserve 1024, 22 heads": Way(attention="lserve:budget=1024,exact=22"),
     "lserve 2048": Way(attention="lserve:budget=2048"),
@@ -132,6 +140,12 @@ def quality(
     return result | ({"bits_per_token": statistics.mean(bits)} if bits else {})
 
 
+def ruler(llm: LLM, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Scores of the tasks of RULER; see `linspec.evaluate.ruler`."""
+    found = evaluate_ruler(llm, lengths=(length,), samples=options.ruler, data=options.data)
+    return {"samples": options.ruler, **{cell.task: cell.score for cell in found.cells}}
+
+
 def bits_at_end(llm: LLM, text: Sequence[int]) -> float:
     """Mean bits of the last tokens of a text, given all of it before them."""
     places = range(len(text) - 1 - _SCORED, len(text) - 1)
@@ -186,6 +200,8 @@ def measure(options: argparse.Namespace) -> None:
     stream = tokenize(held_out_documents(options.data), first.tokenizer, end)
     for length in options.lengths:
         for name, llm in loaded.items():
+            if options.ruler and (name, length, "ruler") not in done:
+                _write(options, name, length, "ruler", ruler(llm, length, options))
             if options.speed_only or (name, length, "quality") in done:
                 continue
             asked = options.items, options.keys, options.texts
@@ -213,6 +229,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=20, help="needles that are asked for")
     parser.add_argument("--keys", nargs="+", type=int, default=_KEYS, help="needles in a text")
+    parser.add_argument("--ruler", type=int, default=0, help="questions of each task of RULER")
     parser.add_argument("--texts", type=int, default=4, help="running texts whose ends are scored")
     parser.add_argument(
         "--model", help="another model for all ways, such as one with a longer limit"

@@ -100,6 +100,8 @@ class LLM:
             the model that reads so.
         rope_scaling: more positions than the model was trained for, such as 'yarn:4' for four times as many.
             None keeps those of the model.
+        offload: a directory for a file with what need not be in memory: with attention='shadow' the values
+            of what is past. The file has no name and ends with the process. None keeps all in memory.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
@@ -133,6 +135,7 @@ class LLM:
         prefix_store: str | Path | None = None,
         attention: str | None = None,
         rope_scaling: str | None = None,
+        offload: str | Path | None = None,
         loop: str = "auto",
         kv: str | None = None,
     ) -> None:
@@ -187,6 +190,7 @@ class LLM:
             tbt_ms=tbt_ms,
             state_bytes=state_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
+            offload=None if offload is None else Path(offload),
             max_model_len=max_model_len,
             loop=decoded_by,
             grammars=self.grammars,

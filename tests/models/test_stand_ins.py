@@ -17,6 +17,7 @@ SPECS = (
     "snapkv:budget=5,group=4,last=2,pool=3",
     "streaming:group=4,span=2,sinks=3",
     "delta:threshold=0.7,group=4",
+    "shadow:rank=3,budget=2,group=4,chunk=2",
     "pages:budget=4,group=4,page=2",
 )
 TEXT = random_tokens(23)

@@ -43,7 +43,7 @@ Kv = Annotated[
         "--kv-cache-dtype",
         callback=cache_dtype,
         help="How softmax caches are kept: auto (16 bits if the weights are stored so), float32, float16, "
-        "bfloat16 or int8.",
+        "bfloat16, int8 or int4.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]
@@ -99,6 +99,15 @@ RopeScaling = Annotated[
     typer.Option(
         help="More positions than the model was trained for: yarn:4 for four times as many.",
         show_default="none",
+    ),
+]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Directory for a file with what the attention need not have in memory, such as values with "
+        "--attention shadow.",
+        show_default="memory",
     ),
 ]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
@@ -173,6 +182,7 @@ class Decoding:
     loop: LoopName = "auto"
     attention: AttentionName = None
     rope_scaling: RopeScaling = None
+    offload: Offload = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -187,6 +197,7 @@ class Decoding:
             "loop": self.loop,
             "attention": self.attention,
             "rope_scaling": self.rope_scaling,
+            "offload": self.offload,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,

@@ -39,7 +39,7 @@ static void add_bias(const ls_mixer *m, const float *bias, int position, int fro
 
 /* what a score is multiplied by */
 INLINE float score_scale(const ls_mixer *m, const query *q) {
-    return (m->row_kind == LS_INT8 ? q->scale : 1.0f) * m->score_factor / __builtin_sqrtf((float)m->width);
+    return (has_codes(m) ? q->scale : 1.0f) * m->score_factor / __builtin_sqrtf((float)m->width);
 }
 
 /* Turn the scores of a query, of `count` rows from position `from` on, into weights; returns their softmax. */
@@ -165,8 +165,12 @@ static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t
         const float *from = q + i / repeats * q_stride + (head * repeats + i % repeats) * m->width;
         queries[i] = (query){.q = space, .visible = visible + i / repeats,
                             .bias = m->bias ? m->bias + (int64_t)(i % repeats) * m->bias_distances : NULL, .codes = (int8_t *)space};
+        /* ahead of the offsets of blocks, for which the floats leave room */
+        queries[i].block_offsets = (int32_t *)(queries[i].codes + codes);
         if (m->row_kind == LS_INT8)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 0, queries[i].codes, &queries[i].offset);
+        else if (m->row_kind == LS_INT4)
+            queries[i].scale = quantize_row(from, m->width, codes, 1, 1, queries[i].codes, queries[i].block_offsets);
         else
             memcpy(space, from, sizeof(float) * (size_t)m->width);
     }

@@ -52,7 +52,7 @@ typedef struct {
     const float *conv_weights;        /* [heads][taps] */
     const float *bias;                /* [heads][bias_distances], null without */
     int32_t bias_distances;
-    int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16 or LS_INT8; of a row */
+    int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16, LS_INT8 or LS_INT4; of a row */
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes]; of pages one kv head, without the first rows: */
     int32_t paged;                    /* rows that are in pages, ahead of those in keys and values */
@@ -152,6 +152,8 @@ typedef struct {
     void (*copy_row)(const float *x, int width, int rows, float *to);
     /* x as 16-bit floats, LS_BF16 or LS_F16 */
     void (*narrow_row)(const float *x, int width, int kind, uint16_t *to);
+    /* x as a row of 4-bit codes, see nibbles.inc.h */
+    void (*pack_nibbles)(const float *x, int width, uint8_t *to);
     /* see ls_epilogue */
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */

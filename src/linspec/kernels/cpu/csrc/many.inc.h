@@ -151,7 +151,7 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
 INLINE int fits_lanes(const block *b) {
     const ls_mixer *m = b->m;
     if (b->any_own || !b->shared || m->bias || m->squared_relu || b->rows.value_kind != LS_F32) return 0;
-    return m->row_kind == LS_INT8 || b->rows.key_kind == LS_F32;
+    return m->row_kind == LS_INT8 || (!has_codes(m) && b->rows.key_kind == LS_F32);
 }
 
 /* A vector of queries after the other, feature by feature. */

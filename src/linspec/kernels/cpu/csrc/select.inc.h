@@ -96,7 +96,7 @@ static void plain_queries(const ls_mixer *m, const query *queries, float *to) {
     int padded = ls_up16(m->width);
     for (int r = 0; r < m->heads / m->kv_heads; r++, to += padded)
         for (int c = 0; c < m->width; c++)
-            to[c] = m->row_kind == LS_INT8 ? (float)queries[r].codes[c] * queries[r].scale : queries[r].q[c];
+            to[c] = has_codes(m) ? (float)queries[r].codes[c] * queries[r].scale : queries[r].q[c];
 }
 
 /* Who sees each group: bit n of seen[group] is node n. space: plain queries, then bounds and numbers of groups */
