@@ -30,8 +30,10 @@ from linspec.models.sparse import sparse_mixer
 Parts = list[tuple[int, MixerConfig]]
 # ways whose bytes hang on what is read are left out
 _UNCOUNTED = ("delta", "tidal")
-_COLOURS = ("#2467d1", "#bc4c00", "#e08a3c", "#7a3300", "#8250df", "#c297ff", "#57606a", "#9a6700")
-_COLOURS += ("#c2185b", "#1a7f37", "#56d364")
+_COLOURS = (
+    *("#2467d1", "#bc4c00", "#e08a3c", "#7a3300", "#8250df", "#c297ff"),
+    *("#57606a", "#9a6700", "#c2185b", "#1a7f37", "#56d364"),
+)
 _MARKERS = "osD^v"
 
 

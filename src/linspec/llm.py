@@ -8,7 +8,6 @@ for piece in llm.stream("class Stack:"):
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -56,8 +55,6 @@ from linspec.verifiers import make_verifier
 from linspec.verifiers.base import Verifier
 
 __all__ = ["LLM", "Generation", "Piece"]
-
-_log = logging.getLogger("linspec")
 
 
 class LLM:
@@ -155,16 +152,9 @@ class LLM:
         source = resolve(model) if isinstance(model, str | Path) else None
         self.model = _loaded(model, dtype, quantize, source, place)
         if rope_scaling is not None:
-            scaled = with_rope_scaling(
+            self.model = with_rope_scaling(
                 _causal(self.model, "rope_scaling", rope_scaling), rope_scaling
             )
-            _log.warning(
-                "rope_scaling %s: %s positions; the model was trained for %s",
-                rope_scaling,
-                scaled.config.max_positions,
-                self.model.config.max_positions,
-            )
-            self.model = scaled
         if attention is not None:
             self.model = attending(_causal(self.model, "attention", attention), attention, model)
         if tokenizer is None and isinstance(model, str | Path):

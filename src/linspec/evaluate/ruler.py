@@ -98,7 +98,7 @@ def evaluate_ruler(
     filler = " ".join(held_out_documents(data, field)).split()[:_FILLER_WORDS]
     limit = model.model.config.position_limit
     readable = [length for length in lengths if limit is None or length <= limit]
-    cells = []
+    cells = list[RulerCell]()
     with Progress("ruler", len(readable) * len(tasks) * samples) as progress:
         for length in readable:
             for name in tasks:
@@ -111,10 +111,10 @@ def evaluate_ruler(
                 exact = sum(share == 1 for share in shares) / samples
                 cells.append(RulerCell(name, length, samples, statistics.mean(shares), exact))
     left_out = [length for length in lengths if length not in readable]
-    told = (f"the model ends at {limit} positions: no figure at {left_out}",) if left_out else ()
+    told = f"the model ends at {limit} positions: no figure at {left_out}"
     if not cells:
-        raise ConfigError(f"no length can be measured: {told[0]}")
-    return Ruler(tuple(cells), _by_length(cells), seed, told)
+        raise ConfigError(f"no length can be measured: {told}")
+    return Ruler(tuple(cells), _by_length(cells), seed, (told,) if left_out else ())
 
 
 def _by_length(cells: Sequence[RulerCell]) -> dict[str, float]:

@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from linspec.models.own_forms import again, ready
 from linspec.utils.messages import shown
 from linspec.utils.options import option
 from linspec.utils.registry import Registry
+
+_log = logging.getLogger("linspec")
 
 ROPE_SCALINGS: Registry[object] = Registry("rope scaling")
 
@@ -66,6 +69,12 @@ def with_rope_scaling(model: Decoder, spec: str | None) -> Decoder:
     made = again(model)
     made.config, made.position_limit = config, config.position_limit
     made.rotary = Rotary(config.rope, config.head_width)
+    _log.warning(
+        "rope scaling %s: %s positions, of which the model was trained for %s",
+        spec,
+        config.max_positions,
+        model.config.max_positions,
+    )
     return ready(made)
 
 
