@@ -60,6 +60,7 @@ class Way:
 WAYS = {
     "float32": Way(kv="float32"),
     "int8": Way(),
+    "int4": Way(kv="int4"),
     "pages 512": Way(attention="pages:budget=512"),
     "pages 1024": Way(attention="pages:budget=1024"),
     "pages 2048": Way(attention="pages:budget=2048"),
@@ -70,6 +71,8 @@ WAYS = {
     "snapkv 1024": Way(kv="auto", attention="snapkv:budget=1024"),
     "streaming 512": Way(kv="auto", attention="streaming:span=10,sinks=4"),
     "streaming 1024": Way(kv="auto", attention="streaming:span=18,sinks=4"),
+    "shadow 512": Way(kv="auto", attention="shadow:budget=512"),
+    "shadow 1024": Way(kv="auto", attention="shadow:budget=1024"),
     "delta 0.5": Way(attention="delta:threshold=0.5"),
     "delta 1": Way(attention="delta:threshold=1"),
     "delta 2": Way(attention="delta:threshold=2"),

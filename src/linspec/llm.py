@@ -85,7 +85,7 @@ class LLM:
         kv_cache_dtype: how softmax layers keep keys and values. 'auto' takes the 16-bit floats that the
             weights are stored in (float16 for a GGUF file); if these are float32, or the model computes in
             another dtype than float32, it is what the model computes in. 'float32', 'float16', 'bfloat16';
-            'int8' needs about a quarter of the memory of float32.
+            'int8' needs about a quarter of the memory of float32, 'int4' a sixth, and costs some quality.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
         prefix_cache: memory for the states of earlier prompts and outputs, so that what a prompt begins with
             is not read again: bytes, or a text such as '512MB'. None keeps nothing.
