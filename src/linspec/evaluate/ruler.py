@@ -98,6 +98,9 @@ def evaluate_ruler(
     filler = " ".join(held_out_documents(data, field)).split()[:_FILLER_WORDS]
     limit = model.model.config.position_limit
     readable = [length for length in lengths if limit is None or length <= limit]
+    for length in readable:
+        for name in tasks:
+            _check_room(model, name, length, filler)
     cells = list[RulerCell]()
     with Progress("ruler", len(readable) * len(tasks) * samples) as progress:
         for length in readable:
@@ -105,7 +108,7 @@ def evaluate_ruler(
                 shares = []
                 for sample in range(samples):
                     rng = random.Random(f"ruler {seed} {name} {length} {sample}")
-                    shares.append(_asked(model, TASKS[name], name, length, rng, filler))
+                    shares.append(_asked(model, TASKS[name], length, rng, filler))
                     done = samples * len(cells) + len(shares)
                     progress.update(done, f"{name} at {length} tokens")
                 exact = sum(share == 1 for share in shares) / samples
@@ -124,17 +127,29 @@ def _by_length(cells: Sequence[RulerCell]) -> dict[str, float]:
     return {length: statistics.mean(scores) for length, scores in found.items()}
 
 
+def _check_room(llm: LLM, name: str, length: int, filler: Sequence[str]) -> None:
+    """Raise ConfigError for a length in which no text of a task has room."""
+    task = TASKS[name]
+    least = len(_prompt(llm, task.make(random.Random(0), task.least, filler)))
+    # numbers and words of other texts may take a few tokens more
+    if least + least // 20 + task.tokens > length:
+        raise ConfigError(
+            f"{length} tokens have no room for the shortest text of {name!r}, which has some {least}, and an "
+            f"answer of {task.tokens}; give longer --lengths"
+        )
+
+
 def _asked(
-    llm: LLM, task: RulerTask, name: str, length: int, rng: random.Random, filler: Sequence[str]
+    llm: LLM, task: RulerTask, length: int, rng: random.Random, filler: Sequence[str]
 ) -> float:
     """The score of one answer."""
-    prompt, question = longest(llm, task, name, length, rng, filler)
+    prompt, question = longest(llm, task, length, rng, filler)
     params = SamplingParams(max_tokens=task.tokens)
     return score(llm.generate([prompt], params)[0].text, question.wanted)
 
 
 def longest(
-    llm: LLM, task: RulerTask, name: str, length: int, rng: random.Random, filler: Sequence[str]
+    llm: LLM, task: RulerTask, length: int, rng: random.Random, filler: Sequence[str]
 ) -> tuple[list[int], Question]:
     """The tokens of the longest question that leaves room for its answer, and the question."""
     seed = rng.random()
@@ -143,13 +158,7 @@ def longest(
         question = task.make(random.Random(seed), units, filler)
         return _prompt(llm, question), question
 
-    room = length - task.tokens
-    fits = made(task.least)
-    if len(fits[0]) > room:
-        raise ConfigError(
-            f"{length} tokens have no room for the shortest text of {name!r}, which has {len(fits[0])}, and "
-            f"an answer of {task.tokens}; give longer --lengths"
-        )
+    room, fits = length - task.tokens, made(task.least)
     low, high = task.least, length
     while high - low > max(1, low // 100):
         middle = (low + high) // 2

@@ -28,7 +28,7 @@ _HOPS = 4
 _PIECE = 12
 _COMMON, _OFTEN, _SELDOM = 10, 30, 3
 # ... in texts too short for that
-_SHORT, _LESS_OFTEN = 600, 10
+_SHORT, _LESS_OFTEN, _ONCE = 600, 5, 1
 _FREQUENT, _ALPHA, _KINDS = 3, 2.0, 2000
 _DOTS = "..."
 
@@ -84,10 +84,9 @@ def _variables(rng: random.Random, units: int, filler: Sequence[str]) -> Questio
 
 def common_words(rng: random.Random, units: int, filler: Sequence[str]) -> Question:
     """A list of `units` words, ten of which it has often, behind a short example."""
-    often = _OFTEN if units >= _SHORT else _LESS_OFTEN
-    return _shown_first(
-        _common_words(rng, 4, 2, 2, 20), _common_words(rng, often, _SELDOM, _COMMON, units)
-    )
+    often, seldom = (_OFTEN, _SELDOM) if units >= _SHORT else (_LESS_OFTEN, _ONCE)
+    example = _common_words(rng, 4, 2, 2, 20)
+    return _shown_first(example, _common_words(rng, often, seldom, _COMMON, units))
 
 
 def _common_words(rng: random.Random, often: int, seldom: int, count: int, units: int) -> Question:
@@ -125,7 +124,7 @@ def frequent_words(rng: random.Random, units: int, filler: Sequence[str]) -> Que
 
 TASKS = {
     "variables": RulerTask(variables, 2 * _HOPS, 60),
-    "common-words": RulerTask(common_words, _LESS_OFTEN * _COMMON + _SELDOM, 100),
+    "common-words": RulerTask(common_words, _LESS_OFTEN * _COMMON + _ONCE, 100),
     "frequent-words": RulerTask(frequent_words, 40, 40),
 }
 
