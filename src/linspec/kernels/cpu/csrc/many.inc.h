@@ -57,22 +57,48 @@ static void score_lanes(const row_block *rows, const float *q, int width, float 
     }
 }
 
+/* sums += four codes of neighbouring keys . those of the queries */
+INLINE void dot_codes(const uint8_t *codes, vli fours, vli *sums) {
+    UNROLL(LANE_KEYS, k) {
+        int32_t key;
+        memcpy(&key, codes + 4 * k, sizeof key);
+        sums[k] = LS_DOT(sums[k], (vli){0} + key, fours);
+    }
+}
+
 /* scores of codes, without the scales of the queries; q: [quads][LS_LANES] fours of codes */
 static void score_lane_codes(const row_block *rows, const int32_t *q, vli offsets, int quads, float (*scores)[LS_LANES]) {
     for (int first = 0; first < rows->count; first += LANE_KEYS) {
         vli sums[LANE_KEYS];
         UNROLL(LANE_KEYS, k) sums[k] = offsets;
         const uint8_t *codes = rows->codes + 4 * first;
-        for (int i = 0; i < quads; i++, codes += 4 * BLOCK) {
-            vli fours = vli_load(q + i * LS_LANES);
-            UNROLL(LANE_KEYS, k) {
-                int32_t key;
-                memcpy(&key, codes + 4 * k, sizeof key);
-                sums[k] = LS_DOT(sums[k], (vli){0} + key, fours);
-            }
-        }
+        for (int i = 0; i < quads; i++, codes += 4 * BLOCK) dot_codes(codes, vli_load(q + i * LS_LANES), sums);
         UNROLL(LANE_KEYS, k)
             vl_store(scores[first + k], __builtin_convertvector(sums[k], vl) * vl_set1(rows->key_scales[first + k]));
+    }
+}
+
+/* The same for int4 rows, as in score_nibbles; sums [blocks][LS_LANES]: of the codes of the queries. */
+static void score_lane_nibbles(const row_block *rows, const int32_t *q, const float *sums, int blocks,
+                               float (*scores)[LS_LANES]) {
+    for (int first = 0; first < rows->count; first += LANE_KEYS) {
+        const uint8_t *codes = rows->codes + 4 * first;
+        const float *steps = rows->key_steps + first;
+        const int32_t *fours = q;
+        vl totals[LANE_KEYS];
+        UNROLL(LANE_KEYS, k) totals[k] = vl_set1(0.0f);
+        for (int b = 0; b < blocks; b++, steps += 2 * BLOCK) {
+            vli dots[LANE_KEYS];
+            vl sum = vl_load(sums + b * LS_LANES);
+            UNROLL(LANE_KEYS, k) dots[k] = (vli){0};
+            for (int i = 0; i < LS_GROUP / 4; i++, codes += 4 * BLOCK, fours += LS_LANES)
+                dot_codes(codes, vli_load(fours), dots);
+            UNROLL(LANE_KEYS, k) {
+                totals[k] = LS_LANES_FMA(__builtin_convertvector(dots[k], vl), vl_set1(steps[k]), totals[k]);
+                totals[k] = LS_LANES_FMA(sum, vl_set1(steps[BLOCK + k]), totals[k]);
+            }
+        }
+        UNROLL(LANE_KEYS, k) vl_store(scores[first + k], totals[k]);
     }
 }
 
@@ -118,6 +144,24 @@ INLINE void join_lanes(const query *queries, softmax_lanes later, accumulator *t
     }
 }
 
+/* scores of rows of every kind */
+INLINE void score_all_lanes(const ls_mixer *m, const row_block *rows, const query *queries, const float *turned,
+                            float (*scores)[LS_LANES]) {
+    const int32_t *fours = (const int32_t *)turned;
+    if (m->row_kind == LS_INT8) {
+        int32_t offsets[LS_LANES];
+        for (int j = 0; j < LS_LANES; j++) offsets[j] = LS_DOT_FLIP ? queries[j].offset : 0;
+        score_lane_codes(rows, fours, vli_load(offsets), (m->width + 3) / 4, scores);
+    } else if (m->row_kind == LS_INT4) {
+        float sums[LS_MAX_HEAD_WIDTH / LS_GROUP][LS_LANES];
+        for (int b = 0; b < nibble_blocks(m); b++)
+            for (int j = 0; j < LS_LANES; j++) sums[b][j] = sum_of_codes(queries + j, b);
+        score_lane_nibbles(rows, fours, sums[0], nibble_blocks(m), scores);
+    } else {
+        score_lanes(rows, turned, ls_up16(m->width), scores);
+    }
+}
+
 /* LS_LANES queries over a block; turned: they, feature by feature or by fours of codes */
 static void attend_lanes(const block *b, const query *queries, const float *turned) {
     const ls_mixer *m = b->m;
@@ -125,17 +169,10 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
     float scores[BLOCK + LANE_KEYS][LS_LANES] __attribute__((aligned(64)));
     float factors[LS_LANES];
     accumulator to[LS_LANES];
-    int is_int8 = m->row_kind == LS_INT8;
-    if (is_int8) {
-        int32_t offsets[LS_LANES];
-        for (int j = 0; j < LS_LANES; j++) offsets[j] = LS_DOT_FLIP ? queries[j].offset : 0;
-        score_lane_codes(rows, (const int32_t *)turned, vli_load(offsets), (m->width + 3) / 4, scores);
-    } else {
-        score_lanes(rows, turned, ls_up16(m->width), scores);
-    }
+    score_all_lanes(m, rows, queries, turned, scores);
     for (int j = 0; j < LS_LANES; j++) factors[j] = score_scale(m, queries + j);
     join_lanes(queries, lanes_to_exponentials(rows->count, vl_load(factors), m->score_cap, scores), to);
-    for (int i = 0; is_int8 && i < rows->count; i++)
+    for (int i = 0; m->row_kind == LS_INT8 && i < rows->count; i++)
         vl_store(scores[i], vl_load(scores[i]) * vl_set1(rows->value_scales[i]));
     source all = {rows->values, NULL, rows->value_stride, LS_F32, rows->count, ls_up16(m->width),
                   rows->fresh ? rows->ahead : NULL, m->row_bytes};
@@ -151,12 +188,12 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
 INLINE int fits_lanes(const block *b) {
     const ls_mixer *m = b->m;
     if (b->any_own || !b->shared || m->bias || m->squared_relu || b->rows.value_kind != LS_F32) return 0;
-    return m->row_kind == LS_INT8 || (!has_codes(m) && b->rows.key_kind == LS_F32);
+    return has_codes(m) || b->rows.key_kind == LS_F32;
 }
 
 /* A vector of queries after the other, feature by feature. */
 static void turn_queries(const ls_mixer *m, const query *queries, int count, float *to) {
-    int columns = m->row_kind == LS_INT8 ? (m->width + 3) / 4 : ls_up16(m->width);
+    int columns = has_codes(m) ? LS_GROUP / 4 * nibble_blocks(m) : ls_up16(m->width);
     for (int i = 0; i < count; i++) {
         float *at = to + i / LS_LANES * LS_LANES * ls_up16(m->width) + i % LS_LANES;
         /* floats, or fours of codes that are as large */

@@ -6,7 +6,8 @@ typedef struct {
 } softmax_state;
 
 /* One query of one node, its output and its softmax. q: floats, with zeros up to whole sixteens. `codes` and what
- * follows: for rows of codes. offset: for int8 rows; for int4 rows `block_offsets` of every 32 features. What is computed for one query, and in which order, does not depend on the others. */
+ * follows: for rows of codes; offset for int8 rows, block_offsets of every 32 features for int4 rows. What is computed for
+ * one query, and in which order, does not depend on the others. */
 typedef struct {
     const float *q;
     float *out;
@@ -81,6 +82,9 @@ INLINE void score_codes(const row_block *rows, const query *queries, int count, 
     }
 }
 
+/* of the codes of a query in one block of features: the offset is that times -8 */
+INLINE float sum_of_codes(const query *q, int block) { return -0.125f * (float)q->block_offsets[block]; }
+
 /* The same for int4 rows, block by block of their features: a step times the product of the codes, and the least
  * feature times the sum of the codes of the query. */
 INLINE void score_nibbles(const row_block *rows, const query *queries, int count, int blocks, float scores[][BLOCK]) {
@@ -105,8 +109,7 @@ INLINE void score_nibbles(const row_block *rows, const query *queries, int count
             UNROLL(parts, k) {
                 vl step = vl_load(steps + k * LS_LANES), least = vl_load(steps + BLOCK + k * LS_LANES);
                 UNROLL(count, j) {
-                    /* the offset is the sum times -8 */
-                    vl sum = vl_set1(-0.125f * (float)queries[j].block_offsets[b]);
+                    vl sum = vl_set1(sum_of_codes(queries + j, b));
                     totals[j][k] = LS_LANES_FMA(__builtin_convertvector(sums[j][k], vl), step, totals[j][k]);
                     totals[j][k] = LS_LANES_FMA(sum, least, totals[j][k]);
                 }
