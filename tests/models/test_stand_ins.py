@@ -18,6 +18,7 @@ SPECS = (
     "streaming:group=4,span=2,sinks=3",
     "delta:threshold=0.7,group=4",
     "pages:budget=4,group=4,page=2",
+    "pages:budget=4,group=4,page=2,judge=bounds",
 )
 TEXT = random_tokens(23)
 
