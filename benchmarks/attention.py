@@ -19,7 +19,7 @@ from linspec.decoding.step import StepInput
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 
-KINDS = ("float", "float16", "bfloat16", "int8")
+KINDS = ("float", "float16", "bfloat16", "int8", "int4")
 _LAYERS, _KV_HEADS = 4, 3
 
 

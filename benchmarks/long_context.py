@@ -1,7 +1,7 @@
 """Long contexts: what a way to read the past recalls, and what it costs.
 
     python -m benchmarks.long_context --out results.jsonl
-    python -m benchmarks.long_context --out results.jsonl --ways int8 "codes 1024" --lengths 1024 4096 --items 20
+    python -m benchmarks.long_context --out results.jsonl --ways int8 "codes 1024" --lengths 4096
 
 For each way and length: needles found (one in the text, and six of which each is asked for), bits per byte of
 the last tokens of running text, bytes of the state, seconds to the first token, tokens per second behind it.
@@ -76,7 +76,9 @@ WAYS = {
     "smollm2-aug": Way(model="smollm2-aug"),
     "smollm2-aug, codes 512": Way(model="smollm2-aug", attention="pages:budget=512,judge=codes"),
     "smollm2-aug, codes 1024": Way(model="smollm2-aug", attention="pages:budget=1024,judge=codes"),
-    "smollm2-aug, bounds 1024": Way(model="smollm2-aug", attention="pages:budget=1024,judge=bounds"),
+    "smollm2-aug, bounds 1024": Way(
+        model="smollm2-aug", attention="pages:budget=1024,judge=bounds"
+    ),
     "smollm2-aug-22": Way(model="smollm2-aug-22"),
 }
 

@@ -35,6 +35,8 @@ OWN: dict[str, dict[str, Any]] = {
     "h2o": {"budget": 5},
     "snapkv": {"budget": 5, "last": 2, "pool": 3},
     "delta": {"threshold": 0.7},
+    # of two chunks of a segment one is an outlier, and of the others one is read; keys of full rank
+    "shadow": {"rank": 4, "budget": 2, "chunk": 2, "outliers": 1},
 }
 
 DEVICES = [

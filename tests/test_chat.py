@@ -107,10 +107,10 @@ def test_special_tokens_around_a_text_can_be_left_out(llm: LLM) -> None:
 # ---- the names of other engines
 
 
-@pytest.mark.parametrize("name", ["auto", "float32", "int8"])
+@pytest.mark.parametrize("name", ["auto", "float32", "int8", "int4"])
 def test_caches_go_by_their_new_name_and_the_old_one(name: str) -> None:
     params = SamplingParams(max_tokens=6)
-    old = "int8" if name == "int8" else "float"
+    old = name if name.startswith("int") else "float"
     new = LLM(model_dir("softmax"), kv_cache_dtype=name).generate("ab cd", params)[0]
     assert new.token_ids == LLM(model_dir("softmax"), kv=old).generate("ab cd", params)[0].token_ids
 

@@ -221,7 +221,7 @@ def test_block_drafters_draft_behind_a_cached_prompt() -> None:
         assert bool(found.cached_tokens) == (n != 5)
 
 
-@pytest.mark.parametrize("kind", ["int8", "float16", "bfloat16", "guest-paged:4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float16", "bfloat16", "guest-paged:4"])
 @pytest.mark.parametrize(
     "mixers", [("softmax", "softmax"), ("softmax", "aug"), ("by-head",)], ids=str
 )

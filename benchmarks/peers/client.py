@@ -18,6 +18,8 @@ from linspec.errors import LinspecError
 
 # seconds after which the machine is given back
 _KEPT = 60.0
+# of its messages, where an engine dies
+_LINES_SAID = 5
 
 
 class WorkerError(LinspecError):
@@ -52,14 +54,19 @@ class Client:
             self.process.stdin.write(json.dumps({"op": operation, **arguments}) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError as error:
-            raise WorkerError(f"the process ended; {self.log} says why") from error
+            raise self._ended() from error
         line = self.process.stdout.readline()
         if not line:
-            raise WorkerError(f"the process ended; {self.log} says why")
+            raise self._ended()
         answer = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])
         return answer["result"]
+
+    def _ended(self) -> WorkerError:
+        """What the process said last: its log may lie in a folder that does not outlive the run."""
+        said = self.log.read_text(errors="replace").strip().splitlines()[-_LINES_SAID:]
+        return WorkerError("\n".join(["the process ended:", *said]))
 
     def close(self) -> None:
         """End the process."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linspec.utils.files import replace_dir
-
 MAX_POSITIONS = 32_768 + 512
 # of the embedded teacher, whose weights are trained and lie with linspec
 EMBEDDED = "embedded"
@@ -103,6 +101,8 @@ def write_checkpoint(shape: Shape, models: Path, seed: int = 0) -> Path:
     """The Hugging Face directory of `shape` under `models`, written in bfloat16 if it is not there."""
     import torch
     from safetensors.torch import save_file
+
+    from linspec.utils.files import replace_dir
 
     folder = models / shape.name / "source"
     if (folder / "config.json").exists():

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.base import Session, peer
-from linspec.utils.files import replace_dir
 
 _WARM_TOKENS = 16
 # what is not measured at the start of a turn: threads that slept may begin it on the same core
@@ -39,6 +38,9 @@ class Worker:
 
     def convert(self, peer_name: str, form: str, source: str, target: str) -> None:
         """Write the engine's form of a checkpoint."""
+        # the only request that wants more than the standard library beside its engine
+        from linspec.utils.files import replace_dir
+
         engine = peer(peer_name)
         with replace_dir(Path(target)) as aside:
             engine.convert(Path(source), aside, engine.format(form))

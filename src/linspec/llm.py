@@ -93,6 +93,8 @@ class LLM:
         attention: sparse attention in the place of softmax, a spec such as 'pages:budget=1024': each token
             reads the near ones, and what it selects of the others. None reads all. Drafts stay lossless, for
             the model that reads so.
+        offload: a directory for a file with what need not be in memory: with attention='shadow' the values
+            of what is past. The file has no name and ends with the process. None keeps all in memory.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
         kv: the old name of `kv_cache_dtype`.
 
@@ -125,6 +127,7 @@ class LLM:
         prefix_cache: int | str | None = None,
         prefix_store: str | Path | None = None,
         attention: str | None = None,
+        offload: str | Path | None = None,
         loop: str = "auto",
         kv: str | None = None,
     ) -> None:
@@ -168,6 +171,7 @@ class LLM:
             tbt_ms=tbt_ms,
             state_bytes=state_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
+            offload=None if offload is None else Path(offload),
             max_model_len=max_model_len,
             loop=decoded_by,
             grammars=self.grammars,

@@ -13,8 +13,10 @@ def test_every_kind_of_cache_is_timed() -> None:
         speeds(widths=(64,), groups=(3,), context=70, repeats=2, clock=lambda: float(next(ticks)))
     )
     assert [each.kind for each in found] == list(KINDS)
-    # floats, halves, and codes with a scale, of keys and values in 4 layers and 3 KV heads
-    assert [each.cache_bytes for each in found] == [70 * 24 * size for size in (256, 128, 128, 68)]
+    # floats, halves, codes with a scale, and blocks of codes, of keys and values in 4 layers and 3 KV heads
+    assert [each.cache_bytes for each in found] == [
+        70 * 24 * size for size in (256, 128, 128, 68, 40)
+    ]
     assert {(each.seconds, each.tree_seconds) for each in found} == {(1.0, 1.0)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import model_dir, text_config, text_model, tiny_tokenizer
-from helpers import VOCAB, assert_close, random_tokens, randomise, tiny_model
+from helpers import VOCAB, assert_close, random_tokens, tiny_model
 from scipy.stats import chisquare
 from test_engine import GREEDY, PROMPTS, decode, outputs, random_denoiser
 from tokenizer_kinds import tokenizer_of

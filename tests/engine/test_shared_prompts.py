@@ -28,7 +28,7 @@ from linspec.state.pages import PAGE
 from linspec.verifiers import LosslessVerifier
 
 SLOTS, N = 4, 4
-KINDS = ["float", "int8", "bfloat16", "float16"]
+KINDS = ["float", "int8", "int4", "bfloat16", "float16"]
 ALL_DRAFTERS = {**DRAFTERS, "eagle": lambda model: Lucky(random_net(model), slots=SLOTS)}
 
 

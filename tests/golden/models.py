@@ -30,6 +30,7 @@ _OWN = {
     "snapkv": {"budget": 4},
     "delta": {"threshold": 0.7},
     "tidal": {"budget": 4},
+    "shadow": {"rank": 6, "budget": 4, "chunk": 4},
 }
 
 

@@ -136,7 +136,7 @@ def of_all(made: Decoder, state: SequenceStates, inputs: list[StepInput]) -> lis
     return [output.logits[part] for part in output.slices]
 
 
-@pytest.mark.parametrize("kind", ["float", "int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["float", "int8", "int4", "bfloat16", "float16"])
 @pytest.mark.parametrize("mixer", ["softmax", "window", "by-head"])
 def test_no_thread_and_no_neighbour_changes_a_bit(
     library: ctypes.CDLL, mixer: str, kind: str
@@ -166,7 +166,7 @@ def same_bits_on_every_set(library: ctypes.CDLL, made: Decoder, kind: str) -> No
     assert library.ls_use_isa(before)
 
 
-@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("kind", ["float", "int8", "int4"])
 def test_shared_pages_are_read_by_whichever_thread(library: ctypes.CDLL, kind: str) -> None:
     made, found = model("softmax", 8), []
     for share in (True, False):

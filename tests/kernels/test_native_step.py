@@ -53,10 +53,17 @@ SUMMED = {
     "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
-BY_LAYER = {"h2o", "snapkv", "delta", "tidal"}
+BY_LAYER = {"h2o", "snapkv", "delta", "tidal", "shadow"}
 # whose nodes get the same bits however they come; linear mixers but where a group closes
 EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
+
+
+def assert_most_near(one: torch.Tensor, other: torch.Tensor, atol: float) -> None:
+    """Rows over 4-bit codes: one that rounds the other way shows, in the few nodes that weigh it."""
+    errors = (one - other).abs().amax(-1)
+    assert (errors <= atol).float().mean() >= 0.9
+    assert errors.max() <= 0.5
 
 
 def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
@@ -161,7 +168,7 @@ def test_a_bias_by_distance_in_one_call(isa: str, mixer: str) -> None:
     test_one_call_computes_the_step(isa, mixer, {**DISTANT, "score_cap": 3.0})
 
 
-@pytest.mark.parametrize("kv", ["float", "bfloat16", "int8"])
+@pytest.mark.parametrize("kv", ["float", "bfloat16", "int8", "int4"])
 def test_a_tree_gets_the_bits_of_plain_decoding_with_a_bias_by_distance(isa: str, kv: str) -> None:
     made = model("window", 8, **DISTANT)
     tree, apart = made.new_state(1, kv), made.new_state(1, kv)
@@ -189,7 +196,7 @@ def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
         assert reason is not None and name in reason
 
 
-@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("exact", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
 def test_heads_of_one_layer_that_read_in_different_ways(
     isa: str, exact: tuple[int, ...], kv: str
@@ -213,7 +220,10 @@ def test_heads_of_one_layer_that_read_in_different_ways(
     # of codes: a score may round the other way
     close = {"rtol": 1e-4, "atol": 1e-4} if kv == "float" else {"rtol": 0.0, "atol": 2e-2}
     for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, **close)
+        if kv == "int4":
+            assert_most_near(one, other, 2e-2)
+        else:
+            torch.testing.assert_close(one, other, **close)
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -316,7 +326,7 @@ def test_a_prompt_in_one_call_is_the_prompt_by_layers(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", EXACT)
 def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
@@ -352,7 +362,7 @@ def test_a_prompt_has_the_same_bits_on_every_instruction_set(
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 def test_a_longer_prompt_beside_a_prompt_changes_nothing(
     library: ctypes.CDLL, mixer: str, kv: str

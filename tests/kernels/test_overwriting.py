@@ -46,9 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"qkv_bias": True, "kv_heads": 1, "tied_embeddings": True},
     "normed": {"qk_norm": True, "kv_heads": 4, "norm": "layer", "activation": "gelu"},
 }
-CACHES = ("float", "bfloat16", "float16", "int8")
+CACHES = ("float", "bfloat16", "float16", "int8", "int4")
 # weights and entries in floats differ by the order of sums; a code that rounds the other way shows more
-CLOSE = {"float": 1e-4, "bfloat16": 2e-2, "float16": 2e-2, "int8": 2e-2}
+CLOSE = {"float": 1e-4, "bfloat16": 2e-2, "float16": 2e-2, "int8": 2e-2, "int4": 2e-2}
 # of the logits' norm: codes of activations that round the other way
 QUANTIZED = 0.1
 

@@ -16,7 +16,7 @@ from linspec.models.own_forms import near_sighted
 from linspec.state.pages import PAGE
 from linspec.state.sequence_states import SequenceStates
 
-KINDS = ["float", "int8", "bfloat16", "float16"]
+KINDS = ["float", "int8", "int4", "bfloat16", "float16"]
 FORMS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "by-head": {"heads": 8, "kv_heads": 4},
@@ -117,7 +117,7 @@ def test_layers_one_by_one_read_what_was_in_pages(kind: str) -> None:
     expected = made.step([StepInput(0, [5])], state).logits
     state.drop(0)
     found = made.step([StepInput(0, [5])], state, layers=range(3)).logits
-    tolerance = 2e-2 if kind == "int8" else 1e-4
+    tolerance = 2e-2 if kind in ("int8", "int4") else 1e-4
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert not pages_of(state, 0) and len(pages_of(state, 1)) == 200 // PAGE
     state.drop(0)

@@ -105,7 +105,7 @@ def test_a_budget_of_everything_is_softmax() -> None:
 
 
 @pytest.mark.parametrize("taps", [0, 3])
-@pytest.mark.parametrize("kv", ["float", "int8"])
+@pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 def test_however_tokens_come_they_read_the_same(taps: int, kv: str) -> None:
     """One by one, in slices, as long chains of several pieces, in trees, beside another slot."""
     made, ids = sparse_model(taps=taps), random_tokens(330)

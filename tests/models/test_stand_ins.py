@@ -17,6 +17,7 @@ SPECS = (
     "snapkv:budget=5,group=4,last=2,pool=3",
     "streaming:group=4,span=2,sinks=3",
     "delta:threshold=0.7,group=4",
+    "shadow:rank=3,budget=2,group=4,chunk=2",
     "pages:budget=4,group=4,page=2",
     "pages:budget=4,group=4,page=2,judge=bounds",
 )
@@ -68,3 +69,8 @@ def test_drafts_change_nothing_of_what_it_says(spec: str) -> None:
         for drafter in ("none", "prompt-lookup")
     )
     assert [each.token_ids for each in alone] == [each.token_ids for each in drafted]
+
+
+def test_a_misspelt_attention_is_answered_by_those_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"attention is one of .*did you mean 'pages'\?$"):
+        sparse_mixer("page:budget=512")

@@ -23,7 +23,7 @@ from linspec.state.memory import clear, zeros
 from linspec.state.pages import PAGE
 from linspec.state.registry import STATES, new_cache
 
-KINDS = ["float", "bfloat16", "float16", "int8"]
+KINDS = ["float", "bfloat16", "float16", "int8", "int4"]
 GUESTS = (paged_state,)
 SLOT = st.integers(0, SLOTS - 1)
 Entry = tuple[torch.Tensor, torch.Tensor]

@@ -195,6 +195,7 @@ def branch_inputs(slot: int = 0) -> list[StepInput]:
         ("float", torch.float64, 1e-10),
         ("float", torch.float32, 1e-5),
         ("int8", torch.float64, 1e-10),
+        ("int4", torch.float64, 1e-10),
     ],
 )
 @pytest.mark.parametrize("layers", [("softmax", "softmax"), (mixer_config("softmax", TAPS),) * 2])

@@ -43,7 +43,7 @@ Kv = Annotated[
         "--kv-cache-dtype",
         callback=cache_dtype,
         help="How softmax caches are kept: auto (16 bits if the weights are stored so), float32, float16, "
-        "bfloat16 or int8.",
+        "bfloat16, int8 or int4.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(callback=whole(), help="Most tokens to add.")]
@@ -91,6 +91,15 @@ AttentionName = Annotated[
         "--attention",
         help="Sparse attention in the place of softmax, such as pages:budget=1024.",
         show_default="all tokens",
+    ),
+]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False,
+        help="Directory for a file with what the attention need not have in memory, such as values with "
+        "--attention shadow.",
+        show_default="memory",
     ),
 ]
 LoopName = Annotated[str, typer.Option(help="auto, or a spec such as beam:width=4.")]
@@ -164,6 +173,7 @@ class Decoding:
     verifier: VerifierName = "lossless"
     loop: LoopName = "auto"
     attention: AttentionName = None
+    offload: Offload = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -177,6 +187,7 @@ class Decoding:
             "verifier": self.verifier,
             "loop": self.loop,
             "attention": self.attention,
+            "offload": self.offload,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
             "quantize": self.quantize,

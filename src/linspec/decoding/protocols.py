@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -71,8 +72,11 @@ class CausalModel(Protocol):
         """Turn into the inference form, in place."""
         ...
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> Any:
-        """Empty state for up to `slots` sequences; kv: how the entries of a cache are kept."""
+    def new_state(self, slots: int = 1, kv: str = "float", *, offload: Path | None = None) -> Any:
+        """Empty state for up to `slots` sequences; kv: how the entries of a cache are kept.
+
+        offload: a directory for what it can have in files.
+        """
         ...
 
     def open(

@@ -26,7 +26,9 @@ class SelfPagesOptions:
 
     budget: int = option("tokens of earlier groups that a draft reads", default=256, short=True)
     group: int = option("tokens of a group; the nearest two groups are read whole", default=64)
-    judge: str = option("what groups are judged by, codes or bounds: see mixer pages", default="codes")
+    judge: str = option(
+        "what groups are judged by, codes or bounds: see mixer pages", default="codes"
+    )
     tokens: int = option("most draft tokens of a chain", default=16)
     least: float = option("drafting ends behind a token that is held less likely", default=0.3)
 

@@ -53,10 +53,11 @@ class Engine:
     """Runs requests over one model, drafter, verifier and policy.
 
     drafter None is plain decoding. kv_cache_dtype: how the entries of softmax caches are kept, 'float' or
-    'int8'. max_model_len: most tokens of a prompt and its output. loop: NAME or NAME:key=value,… of a
-    generation loop. tbt_ms: milliseconds of a step in which sequences decode and prompts are read; None reads
-    `prefill_tokens` in every step. state_bytes: most bytes of the states of running sequences, None for no
-    limit. prefix_cache: keep states of texts for prompts that begin with them; None keeps nothing. `clock`
+    'int8'. offload: a directory for what states can have in files. max_model_len: most tokens of a prompt and
+    its output. loop: NAME or NAME:key=value,… of a generation loop. tbt_ms: milliseconds of a step in which
+    sequences decode and prompts are read; None reads `prefill_tokens` in every step. state_bytes: most bytes
+    of the states of running sequences, None for no limit. prefix_cache: keep states of texts for prompts that
+    begin with them; None keeps nothing. `clock`
     returns seconds. grammars: makes rules of grammars. tokenizer, source: of the model, see `Target`.
     """
 
@@ -70,6 +71,7 @@ class Engine:
         slots: int = 8,
         prefill_tokens: int = 512,
         kv_cache_dtype: str = "float",
+        offload: Path | None = None,
         max_model_len: int | None = None,
         loop: str = "autoregressive",
         tbt_ms: float | None = None,
@@ -83,7 +85,7 @@ class Engine:
         self.model, self.drafter, self.grammars, self.clock = model, drafter, grammars, clock
         check_size("max_batch", slots)
         budget = TokenBudget(prefill_tokens, tbt_ms)
-        self.state = model.new_state(slots, kv_cache_dtype)
+        self.state = model.new_state(slots, kv_cache_dtype, offload=offload)
         target = Target(model, self.state, tokenizer, source)
         if drafter is not None:
             check_drafter(drafter, len(self.state.layers))

@@ -17,7 +17,7 @@ from linspec.decoding.tree import Shape
 
 # kinds of weights
 F32, BF16, INT8, INT4, BLOCKS = range(5)
-# kinds of rows: F32, BF16, INT8, and this one
+# kinds of rows: F32, BF16, INT8, INT4, and this one
 F16 = 5
 # positions of a page of a cache: a block of the rows that attention reads at once
 PAGE = 64
@@ -255,10 +255,10 @@ class PartBuffers:
     """Where the state of a part of a layer is.
 
     kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
-    Hkv, conv_history + C, .]: committed rows, then staged rows, floats or (int8) codes and a scale; sums
-    [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks, 2 K + 1]: key, value and a 1 of each row
-    that has left. pages: None where all rows are in the buffers. judge, judged: what
-    judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
+    Hkv, conv_history + C, .]: committed rows, then staged rows, floats, (int8) codes and a scale, or
+    (uint8) blocks of 4-bit codes; sums [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks,
+    2 K + 1]: key, value and a 1 of each row that has left. pages: None where all rows are in the buffers.
+    judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
     """
 
     kind: int

@@ -17,7 +17,7 @@ KERNELS = ("own", "softmax", "relu2")
 # what has a norm of queries and keys of its own: all heads alike, the whole projection, each head
 QK_NORMS = ("head", "whole", "each")
 # mixers whose caches hold every token
-_KEEP_ALL = ("softmax", "pages", "delta", "tidal")
+_KEEP_ALL = ("softmax", "pages", "delta", "tidal", "shadow")
 # settings that came after the first runs and cells were kept
 _LATER = ("sinks", "exact_heads", "options")
 

@@ -28,6 +28,7 @@ class MixerContract:
         causal: False for a mixer that sees later tokens; it fits encoders only.
         biased: whether the weights take a relative position bias, where the backbone has one.
         keeps_cache: whether its state is a cache whose entries can be kept in another format.
+        offloads: whether its state has something to put into a file.
         ends_alone: whether there is a `mix_end`.
         stands_in: whether it has no weights of its own, and may take the place of softmax in a trained model.
         steps_both_ways: whether `attend` is right for tokens that overwrite and see all positions.
@@ -37,6 +38,7 @@ class MixerContract:
     biased: ClassVar[bool] = False
     stands_in: ClassVar[bool] = False
     keeps_cache: bool = False
+    offloads: bool = False
     ends_alone: bool = False
     steps_both_ways: bool = False
 

@@ -13,16 +13,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS, Features, Rope
-from linspec.mixers.carry import Carry
-from linspec.mixers.closing import ClosingMixer
 from linspec.mixers.config import MixerConfig, StackConfig
-from linspec.mixers.ops.blocks import causal_window, join, windows
+from linspec.mixers.folding import FoldingMixer
 from linspec.mixers.ops.exact import Exact, softmax_weights
 from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
-from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import SpanOptions
 from linspec.state.grouped import GroupedSpec
 from linspec.utils.options import option
@@ -56,7 +52,7 @@ class SnapOptions(EvictingOptions):
             )
 
 
-class Evicting(ClosingMixer):
+class Evicting(FoldingMixer):
     """Base of the mixers that keep `budget` rows of the groups before the span, each KV head its own.
 
     Entries have the queries of their token beside the key, so that a group that closes can say what it looks
@@ -64,8 +60,6 @@ class Evicting(ClosingMixer):
     up to their own, and `scores` makes of it who stays; of equal rows the earlier one does. Kept rows lie in
     the order of their positions, behind rows that are not there.
     """
-
-    stands_in = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":
@@ -114,6 +108,10 @@ class Evicting(ClosingMixer):
         order = best.sort(dim=-1).values[..., None]
         return rows.gather(-2, order.expand(*order.shape[:-1], rows.shape[-1]))
 
+    def nothing_closed(self, k: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        return k.new_zeros(*k.shape[:2], self.budget, self.sum_columns(), dtype=wide)
+
     def _scores(self, rows: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """`scores` of kept rows and the group behind them with queries [..., G, rep K]; 0 without a row."""
         group, kept = asked.shape[-2], rows.shape[-2] - asked.shape[-2]
@@ -129,49 +127,9 @@ class Evicting(ClosingMixer):
         width = self.head_width
         return keys[..., :width], keys[..., width:]
 
-    # ---- shards of a sequence
+    # ---- reading
 
-    def carry(self) -> Carry:
-        # who stays cannot be said of a part of the past
-        return Carry(span=None)
-
-    # ---- step form
-
-    def attend(
-        self,
-        q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        tree_mask: TreeMask,
-        sums: torch.Tensor | None,
-    ) -> torch.Tensor:
-        assert sums is not None, "rows are kept in a state of this mixer's own"
-        near, far = self.groups.masks(tree_mask)
-        if near is None:
-            near = q.new_ones(1, 1, 1, q.shape[3], keys.shape[2], dtype=torch.bool)
-        if far is None:
-            return self._read(q, keys, values, near, sums)
-        # groups close in the tree itself: paths that close different ones keep rows of their own
-        near, out = near.expand(len(q), -1, -1, -1, -1), torch.empty_like(q)
-        for slot, closing in enumerate(far[:, 0, 0]):
-            one = slice(slot, slot + 1)
-            paths, path_of = closing.unique(dim=0, return_inverse=True)
-            for number, path in enumerate(paths):
-                nodes = path_of == number
-                closed = (rows[one][:, :, path] for rows in (keys, values))
-                kept = self._closed(sums[one], *closed)
-                part = (q[one][:, :, :, nodes], keys[one], values[one], near[one][:, :, :, nodes])
-                out[one, :, :, nodes] = self._read(*part, kept)
-        return out
-
-    def _closed(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Sums after whole groups have closed, one behind the other."""
-        for start in range(0, keys.shape[-2], self.groups.size):
-            closing = slice(start, start + self.groups.size)
-            sums = self.fold(sums, keys[..., closing, :], values[..., closing, :])
-        return sums
-
-    def _read(
+    def read(
         self,
         q: torch.Tensor,
         keys: torch.Tensor,
@@ -185,34 +143,6 @@ class Evicting(ClosingMixer):
         seen = torch.cat((kept, near.expand(*kept.shape[:-1], -1)), dim=-1)
         keys, values = torch.cat((k, self._parted(keys)[0]), dim=2), torch.cat((v, values), dim=2)
         return self.exact.nodes(q, keys, values, seen).unflatten(2, q.shape[2:4])
-
-    # ---- full form
-
-    def mix(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sums: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        group, span = self.groups.size, self.groups.span
-        blocks = to_blocks(q.unflatten(1, (self.kv_heads, self.repeats)), group)
-        count = blocks.shape[2]
-        before = self.groups.before(count)
-        keys, values = windows(k, None, before, group), windows(v, None, before, group)
-        seen = causal_window(count, group, before, q.device)
-        if sums is None:
-            wide = torch.promote_types(q.dtype, torch.float32)
-            sums = q.new_zeros(*k.shape[:2], self.budget, self.sum_columns(), dtype=wide)
-        out = []
-        for block in range(count):
-            if block >= span:
-                closing = slice((block - span) * group, (block - span + 1) * group)
-                sums = self.fold(sums, k[:, :, closing], v[:, :, closing])
-            queries = blocks[:, :, block].unflatten(2, (self.repeats, group))
-            entries = (keys[:, :, block], values[:, :, block], seen[block][None, None, None])
-            out.append(self._read(queries, *entries, sums).flatten(2, 3))
-        return join(torch.stack(out, dim=2), self.repeats, q.shape[2])
 
 
 @MIXERS.register(

@@ -174,6 +174,44 @@ def _evicting(
     )
 
 
+def shadow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
+    """Softmax over s within reach of t, over outliers, and over chunks whose mean key is weighed most.
+
+    The rank is that of the keys, so that these are rebuilt as they were.
+    """
+    group, options = head.config.group, head.config.options
+    budget, size, odd = (int(options[name] or 0) for name in ("budget", "chunk", "outliers"))
+    chunks = [k[first : first + size].detach() for first in range(0, len(k), size)]
+    means = torch.stack([keys.mean(0) for keys in chunks])
+    likeness = [
+        min(float(torch.cosine_similarity(mean, key, dim=0)) for key in keys)
+        for mean, keys in zip(means, chunks, strict=True)
+    ]
+    outliers = {
+        number
+        for first in range(0, len(k) // size, group // size)
+        for number in sorted(
+            range(first, min(first + group // size, len(chunks))), key=lambda i: likeness[i]
+        )[:odd]
+    }
+
+    def read(t: int) -> set[int]:
+        every = range(head.first(t) // size)
+        others = [number for number in every if number not in outliers]
+        if not others:
+            return set(every)
+        weights = [
+            (means[others] @ each[t].detach() / math.sqrt(q.shape[1])).softmax(0)
+            for each in head.sharing
+        ]
+        share = dict(zip(others, torch.stack(weights).amax(0).tolist(), strict=True))
+        best = sorted(others, key=lambda number: -share[number])[: budget // size]
+        return {*best, *(outliers & set(every))}
+
+    chosen = [read(t) for t in range(len(q))]
+    return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s // size in chosen[t])
+
+
 def delta(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
     """Softmax, of a key before those within reach the components that moved by more than the threshold.
 
@@ -413,6 +451,7 @@ REFERENCES: dict[str, Form] = {
     "snapkv": snapkv,
     "pages": pages,
     "delta": delta,
+    "shadow": shadow,
     "tidal": softmax,
     "by-head": by_head,
     "local": local,

@@ -16,7 +16,7 @@ DEFAULT_SINKS = 4
 # mixers that by default keep the teacher's softmax weights of exact positions ...
 SOFTMAX_WITHIN = ("local", "grouped", "aug", "gla", "gdn")
 # ... and all that have exact weights there
-_KEPT = ("streaming", "by-head", "h2o", "snapkv", "pages", "delta", "tidal")
+_KEPT = ("streaming", "by-head", "h2o", "snapkv", "pages", "delta", "tidal", "shadow")
 SEE_EXACTLY = (*SOFTMAX_WITHIN, *_KEPT, "hedgehog", "linformer", "yoso")
 
 

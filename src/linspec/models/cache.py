@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,12 +14,19 @@ from linspec.state.sequence_states import SequenceStates
 
 
 def new_states(
-    makers: Sequence[Makers], slots: int, kv: str, dtype: torch.dtype, device: torch.device
+    makers: Sequence[Makers],
+    slots: int,
+    kv: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: Path | None = None,
 ) -> SequenceStates:
     """Empty states for up to `slots` sequences; kv: how caches keep their entries, a spec of STATES.
 
+    offload: a directory for what states can have in files.
+
     Entries of groups stay floats: they are few, and they are summed. Raises ConfigError for another kind
-    of cache when there is none.
+    of cache when there is none, and for a directory where no state has anything to put there.
     """
     STATES.read(kv)
     if kv != "float" and not keeps_cache(makers):
@@ -26,7 +34,13 @@ def new_states(
             f"no layer of this model keeps a softmax cache, so there is nothing to keep as {kv}; "
             "leave out kv_cache_dtype (--kv-cache-dtype)"
         )
-    return SequenceStates(makers, slots, StateOptions(dtype=dtype, device=device, kv_cache=kv))
+    if offload is not None and not any(each.offloads for each in _flat(makers)):
+        raise ConfigError(
+            "no layer of this model has anything to offload; leave out offload (--offload), or choose "
+            "attention='shadow' (--attention shadow)"
+        )
+    options = StateOptions(dtype=dtype, device=device, kv_cache=kv, offload=offload)
+    return SequenceStates(makers, slots, options)
 
 
 def keeps_cache(makers: Sequence[Makers]) -> bool:

@@ -42,6 +42,7 @@ class CrossAttention(nn.Module):
     """Softmax attention from a decoder's tokens to an encoder's."""
 
     keeps_cache = False
+    offloads = False
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

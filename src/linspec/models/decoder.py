@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -197,19 +198,24 @@ class Decoder(nn.Module):
         return keeps_cache([block.state_makers() for block in self.layers])
 
     def new_state(
-        self, slots: int = 1, kv: str = "float", *, layers: Collection[int] | None = None
+        self,
+        slots: int = 1,
+        kv: str = "float",
+        *,
+        layers: Collection[int] | None = None,
+        offload: Path | None = None,
     ) -> SequenceStates:
         """Empty state for up to `slots` sequences, in the dtype and on the device of the weights.
 
         kv: how softmax caches keep their entries, such as 'int8'. layers: only these have a state, for steps
-        that run through no others. Raises ConfigError when another kind than 'float' is named and no layer
-        has such a cache.
+        that run through no others. offload: a directory for what states can have in files. Raises ConfigError
+        when another kind than 'float', or a directory, is named and no layer has use for it.
         """
         makers = [
             block.state_makers() if layers is None or i in layers else ()
             for i, block in enumerate(self.layers)
         ]
-        return new_states(makers, slots, kv, self.dtype, self.device)
+        return new_states(makers, slots, kv, self.dtype, self.device, offload)
 
     def open(
         self, prompt: Sequence[int], slot: int, state: SequenceStates

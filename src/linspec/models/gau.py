@@ -191,6 +191,7 @@ class TokenShift(nn.Module):
     """
 
     keeps_cache = False
+    offloads = False
 
     def __init__(self, width: int) -> None:
         super().__init__()

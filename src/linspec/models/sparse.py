@@ -16,7 +16,7 @@ from linspec.mixers.specs import make_mixer
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.own_forms import with_attention
-from linspec.utils.messages import shown
+from linspec.utils.messages import did_you_mean, shown
 
 
 def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
@@ -45,12 +45,12 @@ def attending(model: Decoder, spec: str | None) -> Decoder:
 
 def sparse_mixer(spec: str) -> MixerConfig:
     """The mixer that `--attention` names; raises ConfigError for an unknown one, or one with weights."""
-    name = MIXERS.read(spec)[0].name
+    name = spec.partition(":")[0]
     names = [each for each in MIXERS.names() if MIXERS[each].stands_in]
     if name not in names:
         raise ConfigError(
             f"attention is one of {', '.join(names)}, with options, got {shown(repr(spec))}; other mixers "
-            "have to be trained (linspec linearize)"
+            f"have to be trained (linspec linearize){did_you_mean(name, names)}"
         )
     return make_mixer(spec)
 

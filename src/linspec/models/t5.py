@@ -10,6 +10,7 @@ and committed, and trees of draft tokens are verified in one step. `open` reads 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -118,9 +119,11 @@ class T5(nn.Module):
         """Whether a layer of the decoder does."""
         return self.decoder.keeps_cache
 
-    def new_state(self, slots: int = 1, kv: str = "float") -> SequenceStates:
+    def new_state(
+        self, slots: int = 1, kv: str = "float", *, offload: Path | None = None
+    ) -> SequenceStates:
         """Empty state for up to `slots` outputs; `open` or `read` gives each slot its source."""
-        return self.decoder.new_state(slots, kv)
+        return self.decoder.new_state(slots, kv, offload=offload)
 
     def open(
         self, prompt: Sequence[int], slot: int, state: SequenceStates

@@ -25,6 +25,7 @@ class CanvasEntries:
 
     mixer: StateMaker
     keeps_cache: bool = False
+    offloads: bool = False
 
     def state_spec(self) -> CanvasSpec:
         own: Any = self.mixer.state_spec()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,7 @@ class StateOptions:
         dtype: in which the model computes.
         device: where buffers are.
         kv_cache: how caches keep their entries, a spec of STATES.
+        offload: a directory for what a state can have in a file; None keeps all in memory.
         tree_masks: shared by all states, because a mask depends only on the tree and on the number of held
             positions.
     """
@@ -36,6 +38,7 @@ class StateOptions:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     kv_cache: str = "float"
+    offload: Path | None = None
     tree_masks: TreeMasks = field(default_factory=OrderedDict)
 
 
@@ -44,6 +47,8 @@ class StateMaker(Protocol):
 
     # whether `StateOptions.kv_cache` changes anything for its state
     keeps_cache: bool
+    # whether it has anything to put into `StateOptions.offload`
+    offloads: bool
 
     def state_spec(self) -> Hashable:
         """The sizes of its state; layers with equal specs share one state object."""

@@ -10,10 +10,10 @@ import torch
 
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
-from linspec.state.entries import EntrySpec
+from linspec.state.entries import EntryFormat, EntrySpec
 
 # what sums [Hkv, S, Z] become when entries of keys [Hkv, C, K] and values [Hkv, C, V] close
-Fold = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Fold = Callable[[Any, torch.Tensor, torch.Tensor], Any]
 
 
 def add_products(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -46,10 +46,15 @@ class GroupedState(BufferState):
     spec: GroupedSpec
 
     def __init__(
-        self, spec: GroupedSpec, folds: Sequence[Fold], slots: int, options: StateOptions
+        self,
+        spec: GroupedSpec,
+        folds: Sequence[Fold],
+        slots: int,
+        options: StateOptions,
+        entries: EntryFormat | None = None,
     ) -> None:
         self.folds = list(folds)
-        super().__init__(spec, len(folds), slots, options)
+        super().__init__(spec, len(folds), slots, options, entries)
 
     def _resting(self) -> int:
         return self.spec.span * self.spec.group

@@ -52,6 +52,7 @@ from linspec.kernels.step_plan import (
     ENDS,
     F16,
     F32,
+    INT4,
     INT8,
     JUDGED,
     MAPS,
@@ -73,7 +74,13 @@ Stepped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LINEARS = {"qkv": "mixes", "out": "mixes", "up": "feeds", "down": "feeds"}
 NORMS = ("mixer_norm", "mlp_norm", "mixer_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 _EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
-_ROWS = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16, torch.int8: INT8}
+_ROWS = {
+    torch.float32: F32,
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.int8: INT8,
+    torch.uint8: INT4,
+}
 
 
 def why_not(plan: StepPlan) -> str | None:

@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 16
+ABI = 17
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -206,7 +206,7 @@ class SummedStruct(Struct):
         "int64_t", "sum_floats", "features x value columns; with sinks [sinks][2 * head_width + 1]"
     ),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
-    Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, or LS_INT8: codes and a scale"),
+    Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, LS_INT8: codes and a scale, or LS_INT4"),
     Field("int32_t", "row_bytes value_bytes", "of a row of keys and of values, alike but for sums"),
     Field(
         "const char *const *const *",

@@ -26,9 +26,9 @@ typedef struct {
  * hide the time of an addition */
 #define COLUMNS(count) ((count) == 1 ? 8 : (count) == 4 && LS_LANES == 8 ? 2 : 4)
 
-/* `parts` vectors from `column` on; the last of them has n floats */
-INLINE void accumulate_columns(const source *s, const accumulator *to, int count, int kind, int column, int parts,
-                               int n) {
+/* `parts` vectors from `column` on; the last of them has n floats. apart: from one weight of a sum to the next */
+INLINE void accumulate_columns(const source *s, const accumulator *to, int count, int kind, int apart, int column,
+                               int parts, int n) {
     vl sums[MAX_ACCUMULATORS][8];
     UNROLL(count, t)
         UNROLL(parts, c) {
@@ -40,7 +40,7 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
         const char *row = (const char *)s->rows + (s->indices ? s->indices[i] : i) * s->stride;
         if (s->ahead) prefetch(s->ahead + i * s->ahead_bytes + skipped, share);
         vl weights[MAX_ACCUMULATORS];
-        UNROLL(count, t) weights[t] = vl_set1(to[t].weights[i]);
+        UNROLL(count, t) weights[t] = vl_set1(to[t].weights[i * apart]);
         UNROLL(parts, c) {
             const char *at = row + (column + LS_LANES * c) * feature_bytes(kind);
             vl value = n < LS_LANES ? vl_load_part((const float *)at, n) : load_features(at, kind);
@@ -60,13 +60,13 @@ INLINE void accumulate_columns(const source *s, const accumulator *to, int count
         }
 }
 
-INLINE void accumulate_some(const source *s, const accumulator *to, int count, int kind) {
+INLINE void accumulate_some(const source *s, const accumulator *to, int count, int kind, int apart) {
     int c = 0, wide = COLUMNS(count) * LS_LANES;
     for (; c + wide <= s->width; c += wide)
-        accumulate_columns(s, to, count, kind, c, COLUMNS(count), LS_LANES);
-    for (; c + 4 * LS_LANES <= s->width; c += 4 * LS_LANES) accumulate_columns(s, to, count, kind, c, 4, LS_LANES);
-    for (; c + LS_LANES <= s->width; c += LS_LANES) accumulate_columns(s, to, count, kind, c, 1, LS_LANES);
-    if (c < s->width) accumulate_columns(s, to, count, LS_F32, c, 1, s->width - c);
+        accumulate_columns(s, to, count, kind, apart, c, COLUMNS(count), LS_LANES);
+    for (; c + 4 * LS_LANES <= s->width; c += 4 * LS_LANES) accumulate_columns(s, to, count, kind, apart, c, 4, LS_LANES);
+    for (; c + LS_LANES <= s->width; c += LS_LANES) accumulate_columns(s, to, count, kind, apart, c, 1, LS_LANES);
+    if (c < s->width) accumulate_columns(s, to, count, LS_F32, apart, c, 1, s->width - c);
 }
 
 /* how many of `count` come next, so that no one is left over where two could share a load */
@@ -76,17 +76,18 @@ INLINE int next_of(int count) {
 }
 
 /* up to LS_QUERIES accumulators; constants, so that the sums stay in registers */
-#define ACCUMULATE(form, kind)                                            \
-    static void form(const source *s, const accumulator *to, int count) { \
-        if (count == 1) accumulate_some(s, to, 1, kind);                  \
-        if (count == 2) accumulate_some(s, to, 2, kind);                  \
-        if (count == 3) accumulate_some(s, to, 3, kind);                  \
-        if (LS_QUERIES > 3 && count == 4) accumulate_some(s, to, 4, kind); \
+#define ACCUMULATE(form, kind, apart)                                            \
+    static void form(const source *s, const accumulator *to, int count) {        \
+        if (count == 1) accumulate_some(s, to, 1, kind, apart);                  \
+        if (count == 2) accumulate_some(s, to, 2, kind, apart);                  \
+        if (count == 3) accumulate_some(s, to, 3, kind, apart);                  \
+        if (LS_QUERIES > 3 && count == 4) accumulate_some(s, to, 4, kind, apart); \
     }
-ACCUMULATE(accumulate_floats, LS_F32)
-ACCUMULATE(accumulate_bfloat16, LS_BF16)
-ACCUMULATE(accumulate_float16, LS_F16)
-ACCUMULATE(accumulate_codes, LS_INT8)
+ACCUMULATE(accumulate_floats, LS_F32, 1)
+ACCUMULATE(accumulate_bfloat16, LS_BF16, 1)
+ACCUMULATE(accumulate_float16, LS_F16, 1)
+ACCUMULATE(accumulate_codes, LS_INT8, 1)
+ACCUMULATE(accumulate_lanes, LS_F32, LS_LANES) /* sums whose weights lie side by side */
 
 /* any number of accumulators over the same rows */
 static void accumulate(const source *s, const accumulator *to, int count) {

@@ -16,7 +16,10 @@ typedef struct {
     int from, shared, any_own;
     int then; /* where the block begins that is read next; 0: behind this one */
     row_block rows, staged;
-    float *space; /* of `rows`, and behind it of `staged` */
+    float *space;  /* of `rows`, and behind it of `staged` */
+    float *turned; /* the first queries of a run, as many.inc.h wants them */
+    const query *turned_of;
+    int turned_count;
 } block;
 
 /* The rows of a block that this query alone sees: their indices among the staged ones; returns how many. */
@@ -35,16 +38,20 @@ static void add_bias(const ls_mixer *m, const float *bias, int position, int fro
     }
 }
 
+/* what a score is multiplied by */
+INLINE float score_scale(const ls_mixer *m, const query *q) {
+    return (has_codes(m) ? q->scale : 1.0f) * m->score_factor / __builtin_sqrtf((float)m->width);
+}
+
 /* Turn the scores of a query, of `count` rows from position `from` on, into weights; returns their softmax. */
 INLINE softmax_state to_weights(const ls_mixer *m, const query *q, int from, int count, float *scores) {
     for (int i = count; i < BLOCK; i++) scores[i] = -__builtin_inff();
-    float scale = m->row_kind == LS_INT8 ? q->scale : 1.0f;
     if (m->squared_relu) {
         square(scores);
         if (m->bias) add_bias(m, q->bias, q->visible->count - 1, from, count, scores);
         return (softmax_state){0};
     }
-    scale = scale * m->score_factor / __builtin_sqrtf((float)m->width);
+    float scale = score_scale(m, q);
     if (m->score_cap > 0.0f) {
         cap_scores(scores, scale, m->score_cap);
         scale = 1.0f;
@@ -109,6 +116,8 @@ static void attend_queries(const block *b, const query *queries, int count) {
     }
 }
 
+#include "many.inc.h"
+
 /* Make the rows of the block ready that begins at position `from`, for `seeing` queries. */
 static void begin_block(block *b, int from, int seeing) {
     const ls_mixer *m = b->m;
@@ -130,6 +139,10 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
     for (int j = 0; j < count; j++) seeing += queries[j].visible->count > from;
     if (!seeing) return;
     begin_block(b, from, seeing);
+    if (seeing == count) {
+        int done = attend_many(b, queries, count);
+        queries += done, seeing -= done;
+    }
     query some[LS_QUERIES];
     for (int n = 0; seeing; queries++) {
         if (queries->visible->count > from) some[n++] = *queries;
@@ -155,8 +168,12 @@ static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t
         const float *from = q + i / repeats * q_stride + (head * repeats + i % repeats) * m->width;
         queries[i] = (query){.q = space, .visible = visible + i / repeats,
                             .bias = m->bias ? m->bias + (int64_t)(i % repeats) * m->bias_distances : NULL, .codes = (int8_t *)space};
+        /* ahead of the offsets of blocks, for which the floats leave room */
+        queries[i].block_offsets = (int32_t *)(queries[i].codes + codes);
         if (m->row_kind == LS_INT8)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 0, queries[i].codes, &queries[i].offset);
+        else if (m->row_kind == LS_INT4)
+            queries[i].scale = quantize_row(from, m->width, codes, 1, 1, queries[i].codes, queries[i].block_offsets);
         else
             memcpy(space, from, sizeof(float) * (size_t)m->width);
     }
@@ -188,10 +205,11 @@ static void attend_blocks(const ls_mixer *m, int head, int first, int count, int
                           int64_t q_stride, float *partial, void *scratch) {
     size_t floats = ls_query_count(m) * (size_t)ls_up16(m->width);
     float *space = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    query *queries = (query *)(space + floats + 2 * ls_block_floats(m));
-    prepare_queries(m, head, q, q_stride, queries, space + 2 * ls_block_floats(m));
+    float *turned = space + 2 * ls_block_floats(m), *plain = turned + floats;
+    query *queries = (query *)(plain + floats);
+    prepare_queries(m, head, q, q_stride, queries, plain);
     block b = {.m = m, .keys = m->keys + head * m->key_stride,
-               .values = m->values + head * m->value_stride, .space = space};
+               .values = m->values + head * m->value_stride, .space = space, .turned = turned};
     begin_partial(m, partial, queries);
     if (m->sinks && first == 0) attend_sinks(m, b, queries);
     for (int i = first; i < first + count; i++) {

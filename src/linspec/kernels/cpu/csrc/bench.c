@@ -29,11 +29,13 @@ LS_API int64_t ls_product_ns(const ls_linear *layer, const float *x, int32_t row
 /* Nanoseconds of this many additions of which each waits for the one before: a cycle each. */
 LS_API int64_t ls_additions_ns(int32_t count) {
     int64_t began = now_ns();
-    uint64_t sum = 0;
+    uint64_t sum = 0, step = 3;
+    /* not a constant, or some processors add several of them up ahead of time */
+    __asm__ volatile("" : "+r"(step));
     for (int i = 0; i < count; i += 16) {
 #pragma GCC unroll 16
         for (int k = 0; k < 16; k++) {
-            sum += 3;
+            sum += step;
             /* or the compiler would multiply */
             __asm__ volatile("" : "+r"(sum));
         }

@@ -13,7 +13,7 @@
 
 typedef struct {
     float least[LS_MAX_HEAD_WIDTH], third[LS_MAX_HEAD_WIDTH]; /* third: a third of the way to the greatest */
-    uint8_t tile[LS_MAX_HEAD_WIDTH * LS_PAGE];                /* codes [quads][LS_PAGE][4], as score_codes takes them */
+    const uint8_t *codes;
 } coded_page;
 
 INLINE uint8_t *codes_of(const ls_mixer *m, uint16_t *page) { return (uint8_t *)(page + 2 * ls_up16(m->width)); }
@@ -65,21 +65,13 @@ static void code_pages(const ls_mixer *m, int first, int last) {
 /* Make a page ready for queries. */
 static void read_codes(const ls_mixer *m, uint16_t *page, coded_page *to) {
     int padded = ls_up16(m->width);
-    const uint8_t *codes = codes_of(m, page);
+    to->codes = codes_of(m, page);
     for (int c = 0; c < padded; c += LS_LANES) {
         vl greatest = widen_bfloat16((const char *)(page + c));
         vl least = widen_bfloat16((const char *)(page + padded + c));
         vl_store(to->least + c, least);
         vl_store(to->third + c, (greatest - least) * vl_set1(1.0f / 3.0f));
     }
-    for (int c = 0; c < padded; c += 16)
-        for (int i = 0; i < LS_PAGE; i += LS_LANES, codes += 4 * LS_LANES) {
-            vli fours = vli_load(codes);
-            UNROLL(4, s) {
-                vli quad = fours >> (2 * s) & 0x03030303;
-                memcpy(to->tile + ((c / 4 + s) * LS_PAGE + i) * 4, &quad, sizeof quad);
-            }
-        }
 }
 
 /* What a query is to the codes of a page, in `to`; returns its product with the least keys. */
@@ -94,42 +86,61 @@ INLINE float meet_codes(const coded_page *page, const float *q, int padded, quer
             vl_store(steps + c + h * LS_LANES, x * vl_load(page->third + c + h * LS_LANES));
         }
     to->scale = quantize_row(steps, padded, (padded + 31) & ~31, 1, 0, to->codes, &to->offset);
-    /* codes of keys are never negative, so nothing was added to them */
-    to->offset = 0;
     return vl_sum(vl_folded(sums));
 }
 
+/* The greatest products of `count` queries (a constant) with the codes of a key: whole numbers below 2^24. */
+INLINE void dot_two_bits(const uint8_t *codes, int padded, const query *queries, int count, float *greatest) {
+    vl most[LS_QUERIES];
+    UNROLL(count, j) most[j] = vl_set1(-__builtin_inff());
+    for (int i = 0; i < LS_PAGE; i += LS_LANES) {
+        vli sums[LS_QUERIES][2];
+        UNROLL(count, j) UNROLL(2, k) sums[j][k] = (vli){0};
+        for (int c = 0; c < padded; c += 16) {
+            vli fours = vli_load(codes + (c / 16 * LS_PAGE + i) * 4);
+            UNROLL(4, s) {
+                vli keys = fours >> (2 * s) & 0x03030303;
+                UNROLL(count, j) {
+                    int32_t four;
+                    memcpy(&four, queries[j].codes + c + 4 * s, sizeof four);
+                    sums[j][s % 2] = LS_DOT(sums[j][s % 2], keys, (vli){0} + four);
+                }
+            }
+        }
+        UNROLL(count, j) most[j] = vl_max(most[j], __builtin_convertvector(sums[j][0] + sums[j][1], vl));
+    }
+    UNROLL(count, j) greatest[j] = vl_largest(most[j]);
+}
+
 /* The greatest product of `count` queries (a constant) with keys of a page. */
-INLINE float judge_coded(const coded_page *page, row_block *rows, const float *q, int padded, int count) {
+INLINE float judge_coded(const coded_page *page, const float *q, int padded, int count) {
     int8_t codes[LS_QUERIES][LS_MAX_HEAD_WIDTH];
-    float least[LS_QUERIES], scores[LS_QUERIES][BLOCK], greatest = -__builtin_inff();
+    float least[LS_QUERIES], dots[LS_QUERIES], greatest = -__builtin_inff();
     query queries[LS_QUERIES];
     for (int j = 0; j < count; j++) {
         queries[j].codes = codes[j];
         least[j] = meet_codes(page, q + j * padded, padded, queries + j);
     }
-    score_codes(rows, queries, count, padded / 4, scores);
+    dot_two_bits(page->codes, padded, queries, count, dots);
     for (int j = 0; j < count; j++) {
-        vl most = vl_load(scores[j]);
-        for (int i = LS_LANES; i < BLOCK; i += LS_LANES) most = vl_max(most, vl_load(scores[j] + i));
-        float product = vl_largest(most) * queries[j].scale + least[j];
+        float product = dots[j] * queries[j].scale + least[j];
         if (product > greatest) greatest = product;
     }
     return greatest;
 }
 
 /* the same over the queries of a node */
-static float judge_page(const ls_mixer *m, const coded_page *page, row_block *rows, const float *q) {
+static float judge_page(const ls_mixer *m, const coded_page *page, const float *q) {
     int padded = ls_up16(m->width);
     float greatest = -__builtin_inff(), product = greatest;
     for (int n, left = m->heads / m->kv_heads; left; left -= n, q += n * padded) {
         n = next_of(left);
         switch (n) {
-            case 1: product = judge_coded(page, rows, q, padded, 1); break;
-            case 2: product = judge_coded(page, rows, q, padded, 2); break;
-            case 3: product = judge_coded(page, rows, q, padded, 3); break;
+            case 1: product = judge_coded(page, q, padded, 1); break;
+            case 2: product = judge_coded(page, q, padded, 2); break;
+            case 3: product = judge_coded(page, q, padded, 3); break;
 #if LS_QUERIES > 3
-            case 4: product = judge_coded(page, rows, q, padded, 4); break;
+            case 4: product = judge_coded(page, q, padded, 4); break;
 #endif
         }
         if (product > greatest) greatest = product;
@@ -141,12 +152,10 @@ static float judge_page(const ls_mixer *m, const coded_page *page, row_block *ro
 static void judge_codes(const ls_mixer *m, const query *queries, const float *q, int page, int groups, float *to) {
     int each = (int)m->group / LS_PAGE, repeats = m->heads / m->kv_heads;
     coded_page coded;
-    row_block rows = {.count = LS_PAGE, .codes = coded.tile};
-    for (int i = 0; i < LS_PAGE; i++) rows.key_scales[i] = 1.0f;
     read_codes(m, m->judge + page * ls_judge_numbers(m), &coded);
     for (int n = 0; n < m->nodes; n++, to += groups) {
         if (page >= judged_groups(m, queries[n * repeats].visible) * each) continue;
-        float product = judge_page(m, &coded, &rows, q + n * repeats * ls_up16(m->width));
+        float product = judge_page(m, &coded, q + n * repeats * ls_up16(m->width));
         float *group = to + page / each;
         if (product > *group) *group = product;
     }

@@ -25,6 +25,7 @@ static inline __attribute__((always_inline)) ls_v16 ls_fma256(ls_v16 a, ls_v16 b
 #define LS_LANES_HALF(p) ((vl)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 /* where compilers do badly what they are not told to do */
 #define LS_LANES_WORDS(p) ((vli)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))))
+#define LS_LANES_BYTES(p) ((vli)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p))))
 #define LS_LANES_CODES(p) \
     ((vl)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 /* DOT is of the including file, which may want codes of keys unsigned; see isa_avx512.c */

@@ -19,6 +19,7 @@
 #define LS_LANES_MAX(a, b) ((vl)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define LS_LANES_MIN(a, b) ((vl)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define LS_LANES_WORDS(p) ((vli)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))))
+#define LS_LANES_BYTES(p) ((vli)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p))))
 #define LS_LANES_CODES(p) \
     ((vl)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #define LS_LANES_HALF(p) ((vl)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))

@@ -52,7 +52,7 @@ typedef struct {
     const float *conv_weights;        /* [heads][taps] */
     const float *bias;                /* [heads][bias_distances], null without */
     int32_t bias_distances;
-    int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16 or LS_INT8; of a row */
+    int32_t row_kind, row_bytes;      /* LS_F32, LS_BF16, LS_F16, LS_INT8 or LS_INT4; of a row */
     int64_t key_stride, value_stride; /* bytes from one kv head to the next */
     const char *keys, *values;        /* [kv_heads][rows][row_bytes]; of pages one kv head, without the first rows: */
     int32_t paged;                    /* rows that are in pages, ahead of those in keys and values */
@@ -76,9 +76,9 @@ static inline size_t ls_query_count(const ls_mixer *m) {
 static inline int ls_up16(int n) { return (n + 15) & ~15; }
 /* floats of the keys and values of a block of rows */
 static inline size_t ls_block_floats(const ls_mixer *m) { return (size_t)(2 * LS_BLOCK * ls_up16(m->width)); }
-/* two blocks of rows, then for each query its features and itself */
+/* two blocks of rows, then for each query its features, once more by features, and itself */
 static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
-    size_t query = (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
+    size_t query = 2 * (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
     return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
 /* numbers of what judges a page by codes, or LS_JUDGED pages by bounds */
@@ -157,6 +157,8 @@ typedef struct {
     void (*copy_row)(const float *x, int width, int rows, float *to);
     /* x as 16-bit floats, LS_BF16 or LS_F16 */
     void (*narrow_row)(const float *x, int width, int kind, uint16_t *to);
+    /* x as a row of 4-bit codes, see nibbles.inc.h */
+    void (*pack_nibbles)(const float *x, int width, uint8_t *to);
     /* see ls_epilogue */
     void (*epilogue)(const ls_epilogue *to, int rows, const float *sums, float *y);
     /* y = x * weight / sqrt(mean(x^2) + eps) */

@@ -2,6 +2,8 @@
 #include "visible.inc.h"
 #include "features.inc.h"
 #include "accumulate.inc.h"
+#include "transpose.inc.h"
+#include "nibbles.inc.h"
 #include "rows.inc.h"
 #include "scores.inc.h"
 #include "merge.inc.h"

@@ -1,11 +1,9 @@
-/* Rows of a cache as the loops over them want them: floats, keys and values alike, and the keys of int8 rows as a
- * tile of codes. What has to be made is made once for all queries. Part of every isa_*.c. */
-
-#define BLOCK LS_BLOCK
+/* Rows of a cache as the loops over them want them: floats, keys and values alike, and the keys of int8 and int4 rows
+ * as a tile of codes. What has to be made is made once for all queries. Part of every isa_*.c. */
 
 /* rows of one kv head, `count` of them. keys and values: of the kinds that are named, whole sixteens of features with
  * zeros at the end. codes [quads][BLOCK][4] and key_scales: in place of `keys` for int8 rows, whose values have scales
- * as well. */
+ * as well; for int4 rows codes and key_steps, see nibbles.inc.h, and values are floats. */
 typedef struct {
     int count, fresh; /* fresh: nobody has read them yet, so who does prefetches the block behind them */
     const char *ahead;  /* the values behind them */
@@ -14,6 +12,7 @@ typedef struct {
     int64_t key_stride, value_stride;
     int key_kind, value_kind;
     uint8_t *codes;
+    float *key_steps;
     float key_scales[BLOCK], value_scales[BLOCK];
 } row_block;
 
@@ -51,6 +50,7 @@ static void widen_rows(const ls_mixer *m, const char *rows, int count, int64_t a
         case LS_F32: widen_kind(m, rows, count, LS_F32, ahead, to); break;
         case LS_BF16: widen_kind(m, rows, count, LS_BF16, ahead, to); break;
         case LS_F16: widen_kind(m, rows, count, LS_F16, ahead, to); break;
+        case LS_INT4: widen_nibbles(m, rows, count, ahead, to); break;
         default: widen_kind(m, rows, count, LS_INT8, ahead, to);
     }
 }
@@ -61,52 +61,12 @@ INLINE const char *ready(const ls_mixer *m, const char *rows, int count, int few
                          int *kind, int64_t *stride) {
     *kind = m->row_kind;
     *stride = m->row_bytes;
-    if (m->width % 16 == 0 && (few || m->row_kind == LS_F32)) return rows;
+    if (m->width % 16 == 0 && m->row_kind != LS_INT4 && (few || m->row_kind == LS_F32)) return rows;
     widen_rows(m, rows, count, ahead, space);
     *kind = LS_F32;
     *stride = ls_up16(m->width) * (int64_t)sizeof *space;
     return (const char *)space;
 }
-
-/* to[i] lane j = from[j] lane i, for as many vectors as a vector has lanes */
-#if LS_LANES == 16
-#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-/* four times, halves are shuffled like a pack of cards */
-INLINE void transpose(vli *v) {
-    vli w[16];
-    for (int round = 0; round < 2; round++) {
-        UNROLL(8, i) {
-            w[2 * i] = LANE_SHUFFLE(v[i], v[i + 8], LOWER);
-            w[2 * i + 1] = LANE_SHUFFLE(v[i], v[i + 8], UPPER);
-        }
-        UNROLL(8, i) {
-            v[2 * i] = LANE_SHUFFLE(w[i], w[i + 8], LOWER);
-            v[2 * i + 1] = LANE_SHUFFLE(w[i], w[i + 8], UPPER);
-        }
-    }
-}
-#elif LS_LANES == 8
-/* within neighbouring fours first, as 256-bit registers shuffle those at once */
-INLINE void transpose(vli *v) {
-    vli w[8];
-    UNROLL(4, i) {
-        w[2 * i] = LANE_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        w[2 * i + 1] = LANE_SHUFFLE(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    vli x[8];
-    UNROLL(2, i) {
-        UNROLL(2, k) {
-            x[4 * i + 2 * k] = LANE_SHUFFLE(w[4 * i + k], w[4 * i + 2 + k], 0, 1, 8, 9, 4, 5, 12, 13);
-            x[4 * i + 2 * k + 1] = LANE_SHUFFLE(w[4 * i + k], w[4 * i + 2 + k], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    }
-    UNROLL(4, i) {
-        v[i] = LANE_SHUFFLE(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        v[i + 4] = LANE_SHUFFLE(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-}
-#endif
 
 /* as many rows as a vector has lanes, and as many fours of codes of each */
 #if LS_LANES >= 8
@@ -154,12 +114,17 @@ static void read_rows(const ls_mixer *m, const char *keys, const char *values, i
     to->fresh = 1;
     to->values = ready(m, values, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
                        &to->value_stride);
-    if (m->row_kind != LS_INT8) {
+    if (!has_codes(m)) {
         to->keys = ready(m, keys, count, few, key_ahead, space, &to->key_kind, &to->key_stride);
         to->key_ahead = to->keys == keys ? key_ahead : BLOCK * to->key_stride;
         return;
     }
     to->codes = (uint8_t *)space;
+    if (m->row_kind == LS_INT4) {
+        to->key_steps = space + BLOCK * nibble_blocks(m) * (LS_GROUP / sizeof *space);
+        tile_nibbles(keys, m->row_bytes, count, nibble_blocks(m), key_ahead, to->codes, to->key_steps);
+        return;
+    }
     tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, key_ahead, to->codes);
     for (int i = 0; i < count; i++) {
         to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);

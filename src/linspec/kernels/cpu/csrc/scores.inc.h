@@ -6,7 +6,8 @@ typedef struct {
 } softmax_state;
 
 /* One query of one node, its output and its softmax. q: floats, with zeros up to whole sixteens. `codes` and what
- * follows: for int8 rows. What is computed for one query, and in which order, does not depend on the others. */
+ * follows: for rows of codes; offset for int8 rows, block_offsets of every 32 features for int4 rows. What is computed for
+ * one query, and in which order, does not depend on the others. */
 typedef struct {
     const float *q;
     float *out;
@@ -16,6 +17,7 @@ typedef struct {
     int8_t *codes;
     int32_t offset;
     float scale;
+    int32_t *block_offsets;
 } query;
 
 /* keys that are multiplied by `count` queries at once */
@@ -80,12 +82,51 @@ INLINE void score_codes(const row_block *rows, const query *queries, int count, 
     }
 }
 
+/* of the codes of a query in one block of features: the offset is that times -8 */
+INLINE float sum_of_codes(const query *q, int block) { return -0.125f * (float)q->block_offsets[block]; }
+
+/* The same for int4 rows, block by block of their features: a step times the product of the codes, and the least
+ * feature times the sum of the codes of the query. */
+INLINE void score_nibbles(const row_block *rows, const query *queries, int count, int blocks, float scores[][BLOCK]) {
+    const int parts = count == 1 ? 4 : count == 2 ? 2 : 1;
+    for (int first = 0; first < rows->count; first += parts * LS_LANES) {
+        const uint8_t *codes = rows->codes + 4 * first;
+        const float *steps = rows->key_steps + first;
+        vl totals[LS_QUERIES][4];
+        UNROLL(count, j) UNROLL(parts, k) totals[j][k] = vl_set1(0.0f);
+        for (int b = 0; b < blocks; b++, steps += 2 * BLOCK) {
+            vli sums[LS_QUERIES][4];
+            UNROLL(count, j) UNROLL(parts, k) sums[j][k] = (vli){0};
+            for (int q = 0; q < LS_GROUP / 4; q++, codes += 4 * BLOCK) {
+                vli keys[4];
+                UNROLL(parts, k) keys[k] = vli_load(codes + 4 * LS_LANES * k);
+                UNROLL(count, j) {
+                    int32_t four;
+                    memcpy(&four, queries[j].codes + LS_GROUP * b + 4 * q, sizeof four);
+                    UNROLL(parts, k) sums[j][k] = LS_DOT(sums[j][k], keys[k], (vli){0} + four);
+                }
+            }
+            UNROLL(parts, k) {
+                vl step = vl_load(steps + k * LS_LANES), least = vl_load(steps + BLOCK + k * LS_LANES);
+                UNROLL(count, j) {
+                    vl sum = vl_set1(sum_of_codes(queries + j, b));
+                    totals[j][k] = LS_LANES_FMA(__builtin_convertvector(sums[j][k], vl), step, totals[j][k]);
+                    totals[j][k] = LS_LANES_FMA(sum, least, totals[j][k]);
+                }
+            }
+        }
+        UNROLL(count, j) UNROLL(parts, k) vl_store(scores[j] + first + k * LS_LANES, totals[j][k]);
+    }
+}
+
 /* scores [count][BLOCK] of all rows of a block; what is behind the last row is anything */
 INLINE void score_rows(const ls_mixer *m, const row_block *rows, const query *queries, int count,
                        float scores[][BLOCK]) {
     int width = ls_up16(m->width);
     if (m->row_kind == LS_INT8)
         score_codes(rows, queries, count, (m->width + 3) / 4, scores);
+    else if (m->row_kind == LS_INT4)
+        score_nibbles(rows, queries, count, nibble_blocks(m), scores);
     else if (rows->key_kind == LS_F32)
         score_floats(rows, queries, count, width, LS_F32, scores);
     else if (rows->key_kind == LS_BF16)

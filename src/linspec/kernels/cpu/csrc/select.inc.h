@@ -140,7 +140,7 @@ static void plain_queries(const ls_mixer *m, const query *queries, float *to) {
     memset(to, 0, sizeof *to * ls_query_count(m) * (size_t)padded);
     for (size_t i = 0; i < ls_query_count(m); i++, to += padded)
         for (int c = 0; c < m->width; c++)
-            to[c] = m->row_kind == LS_INT8 ? (float)queries[i].codes[c] * queries[i].scale : queries[i].q[c];
+            to[c] = has_codes(m) ? (float)queries[i].codes[c] * queries[i].scale : queries[i].q[c];
 }
 
 /* Who sees each group: bit n of seen[group] is node n. space: plain queries, then what groups have for each node, and
@@ -171,6 +171,7 @@ static void attend_group(block *b, const query *queries, uint64_t nodes, int fro
     int repeats = b->m->heads / b->m->kv_heads, count = 0;
     for (; nodes; nodes &= nodes - 1)
         for (int r = 0; r < repeats; r++) some[count++] = queries[__builtin_ctzll(nodes) * repeats + r];
+    b->turned_of = NULL; /* others stood in the same place */
     attend_rows(b, some, count, from - some->visible->first);
 }
 
@@ -186,13 +187,14 @@ static void attend_selected(const ls_mixer *m, const float *q, int64_t q_stride,
     size_t floats = ls_query_count(m) * (size_t)ls_up16(m->width), bytes = sizeof(float) * LS_QUERY_FLOATS * ls_query_count(m);
     int group = (int)m->group, groups = (m->committed + m->staged) / group + 1, chunk = -1;
     float *space = (float *)ls_up64((uintptr_t)scratch), *sum = NULL;
-    query *queries = (query *)(space + floats + 2 * ls_block_floats(m));
+    float *turned = space + 2 * ls_block_floats(m), *plain = turned + floats;
+    query *queries = (query *)(plain + floats);
     query *some = (query *)ls_up64((uintptr_t)queries + bytes);
     uint64_t *seen = (uint64_t *)ls_up64((uintptr_t)some + bytes);
-    prepare_queries(m, 0, q, q_stride, queries, space + 2 * ls_block_floats(m));
+    prepare_queries(m, 0, q, q_stride, queries, plain);
     memset(seen, 0, sizeof *seen * (size_t)groups);
     select_groups(m, queries, seen, (float *)(seen + groups));
-    block b = {.m = m, .keys = m->keys, .values = m->values, .space = space};
+    block b = {.m = m, .keys = m->keys, .values = m->values, .space = space, .turned = turned};
     for (int i = 0; i < groups; i++)
         for (int from = i * group; seen[i] && from < (i + 1) * group; from += BLOCK) {
             b.then = from + BLOCK < (i + 1) * group ? from + BLOCK : next_seen(seen, i, groups) * group;

@@ -45,6 +45,10 @@ static void store_row(const ls_mixer *m, const float *x, char *to) {
         memcpy(to, x, (size_t)m->row_bytes);
         return;
     }
+    if (m->row_kind == LS_INT4) {
+        ls_current()->pack_nibbles(x, m->width, (uint8_t *)to);
+        return;
+    }
     if (m->row_kind != LS_INT8) {
         ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
         return;
