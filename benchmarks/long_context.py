@@ -1,7 +1,7 @@
 """Long contexts: what a way to read the past recalls, and what it costs.
 
     python -m benchmarks.long_context --out results.jsonl
-    python -m benchmarks.long_context --out results.jsonl --ways int8 pages --lengths 1024 4096 --items 20
+    python -m benchmarks.long_context --out results.jsonl --ways int8 "codes 1024" --lengths 4096
 
 For each way and length: needles found (one in the text, and six of which each is asked for), bits per byte of
 the last tokens of running text, bytes of the state, seconds to the first token, tokens per second behind it.
@@ -61,9 +61,12 @@ WAYS = {
     "float32": Way(kv="float32"),
     "int8": Way(),
     "int4": Way(kv="int4"),
-    "pages 512": Way(attention="pages:budget=512"),
-    "pages 1024": Way(attention="pages:budget=1024"),
-    "pages 2048": Way(attention="pages:budget=2048"),
+    "codes 512": Way(attention="pages:budget=512,judge=codes"),
+    "codes 1024": Way(attention="pages:budget=1024,judge=codes"),
+    "codes 2048": Way(attention="pages:budget=2048,judge=codes"),
+    "bounds 512": Way(attention="pages:budget=512,judge=bounds"),
+    "bounds 1024": Way(attention="pages:budget=1024,judge=bounds"),
+    "bounds 2048": Way(attention="pages:budget=2048,judge=bounds"),
     # no caches, and their rows beside two near groups are as many
     "h2o 512": Way(kv="auto", attention="h2o:budget=512"),
     "h2o 1024": Way(kv="auto", attention="h2o:budget=1024"),
@@ -86,7 +89,11 @@ WAYS = {
     "lserve 2048": Way(attention="lserve:budget=2048"),
     "lserve all": Way(attention="lserve:budget=32768"),
     "smollm2-aug": Way(model="smollm2-aug"),
-    "smollm2-aug, pages 1024": Way(model="smollm2-aug", attention="pages:budget=1024"),
+    "smollm2-aug, codes 512": Way(model="smollm2-aug", attention="pages:budget=512,judge=codes"),
+    "smollm2-aug, codes 1024": Way(model="smollm2-aug", attention="pages:budget=1024,judge=codes"),
+    "smollm2-aug, bounds 1024": Way(
+        model="smollm2-aug", attention="pages:budget=1024,judge=bounds"
+    ),
     "smollm2-aug-22": Way(model="smollm2-aug-22"),
 }
 

@@ -35,6 +35,7 @@ from linspec.models.own_forms import near_sighted, rounded, skipping
 
 SPECS = (
     "self-pages:budget=4,group=4,tokens=5",
+    "self-pages:budget=4,group=4,tokens=5,judge=bounds",
     "self-window:window=8,sinks=1,tokens=5",
     "self-window:window=4,sinks=0,least=0",
     "self-bits:4",

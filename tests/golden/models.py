@@ -25,7 +25,7 @@ Model = dict[str, Any]
 NO_ARRANGEMENT = ("softmax", "window", "global", "linformer", "by-head")
 # small enough that something is left out
 _OWN = {
-    "pages": {"budget": 4},
+    "pages": {"budget": 4, "judge": "bounds"},
     "h2o": {"budget": 4},
     "snapkv": {"budget": 4},
     "delta": {"threshold": 0.7},

@@ -19,6 +19,7 @@ SPECS = (
     "delta:threshold=0.7,group=4",
     "shadow:rank=3,budget=2,group=4,chunk=2",
     "pages:budget=4,group=4,page=2",
+    "pages:budget=4,group=4,page=2,judge=bounds",
 )
 TEXT = random_tokens(23)
 

@@ -12,6 +12,7 @@ from linspec.drafters.base import DRAFTERS, DrafterContext
 from linspec.drafters.self_bits import check_drafting
 from linspec.drafters.self_draft import SelfDraft
 from linspec.errors import DrafterError
+from linspec.mixers.paged import check_judge
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.models.own_forms import sees_all, with_attention
@@ -25,12 +26,16 @@ class SelfPagesOptions:
 
     budget: int = option("tokens of earlier groups that a draft reads", default=256, short=True)
     group: int = option("tokens of a group; the nearest two groups are read whole", default=64)
+    judge: str = option(
+        "what groups are judged by, codes or bounds: see mixer pages", default="codes"
+    )
     tokens: int = option("most draft tokens of a chain", default=16)
     least: float = option("drafting ends behind a token that is held less likely", default=0.3)
 
     def __post_init__(self) -> None:
         check_size("budget", self.budget)
         check_size("group", self.group)
+        check_judge(self.judge)
         check_drafting(self.tokens, self.least)
 
 
@@ -46,7 +51,8 @@ class SelfPages(SelfDraft):
 
     def __init__(self, context: DrafterContext, options: SelfPagesOptions) -> None:
         super().__init__(context, tokens=options.tokens, least=options.least)
-        self.mixer = make_mixer(f"pages:budget={options.budget},group={options.group}")
+        read = f"budget={options.budget},group={options.group},judge={options.judge}"
+        self.mixer = make_mixer(f"pages:{read}")
         self.read = options.budget + self.mixer.group * self.mixer.span
         model = context.decoder(self.name)
         if not any(sees_all(part) for part in model.modules()):

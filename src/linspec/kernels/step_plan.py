@@ -21,7 +21,7 @@ F32, BF16, INT8, INT4, BLOCKS = range(5)
 F16 = 5
 # positions of a page of a cache: a block of the rows that attention reads at once
 PAGE = 64
-# rows that are judged together, where a node selects what it reads
+# rows that are judged together by bounds, where a node selects what it reads; by codes a PAGE is
 JUDGED = 16
 # of MLPs: names that a plan has
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -70,9 +70,9 @@ class AttentionPlan:
     sees exactly, its own included; group 0 is one group of all rows. squared_relu: weights relu(q·k)²
     of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
     first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
-    chosen: groups ahead of the span that a node reads, those of the greatest bounds; judged: rows that have
-    a bound together. bias [H, D]: joins scores, or squares, by distance; the last column is for all greater
-    ones.
+    chosen: groups ahead of the span that a node reads, the best ones by two-bit keys (coded) or by bounds;
+    judged: rows that are judged together. bias [H, D]: joins scores, or squares, by distance; the last column
+    is for all greater ones.
     """
 
     window: int = 0
@@ -83,6 +83,7 @@ class AttentionPlan:
     sinks: int = 0
     chosen: int = 0
     judged: int = 0
+    coded: bool = False
     bias: torch.Tensor | None = None
 
     @property
@@ -257,7 +258,7 @@ class PartBuffers:
     Hkv, conv_history + C, .]: committed rows, then staged rows, floats, (int8) codes and a scale, or
     (uint8) blocks of 4-bit codes; sums [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks,
     2 K + 1]: key, value and a 1 of each row that has left. pages: None where all rows are in the buffers.
-    bounds, bounded: those of pages and their numbers, as state/page_bounds.py has them, where they are kept.
+    judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
     """
 
     kind: int
@@ -266,8 +267,8 @@ class PartBuffers:
     sums: torch.Tensor | None
     conv_history: int
     pages: PageList | None = None
-    bounds: torch.Tensor | None = None
-    bounded: torch.Tensor | None = None
+    judge: torch.Tensor | None = None
+    judged: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -78,29 +78,47 @@ def streaming(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> 
 
 
 def pages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: Head) -> torch.Tensor:
-    """Softmax over s within reach of t, and over the groups before it with the greatest bounds.
+    """Softmax over s within reach of t, and over the best groups before it.
 
-    The bound of a group is the greatest, over its pages and the queries that share the keys, of the sum of
-    max(q_i k⁺_i, q_i k⁻_i), with the greatest and least keys of the page as bfloat16, rounded outwards.
+    A group has the greatest of what its pages have for the queries that share the keys: see `_coded` and
+    `_bounded`.
     """
     group, options = head.config.group, head.config.options
     budget, page = int(options["budget"] or 0), int(options["page"] or 0)
+    judge = _bounded if options.get("judge") == "bounds" else _coded
 
-    def bound(t: int, number: int) -> float:
+    def judged(t: int, number: int) -> float:
         starts = range(number * group, (number + 1) * group, page)
-        products = [
-            torch.maximum(each[t] * _above(rows.amax(0)), -each[t] * _above(-rows.amin(0)))
+        return max(
+            judge(each[t].detach(), k[start : start + page].detach())
             for each in head.sharing
-            for rows in (k[start : start + page] for start in starts)
-        ]
-        return max(float(each.detach().sum()) for each in products)
+            for start in starts
+        )
 
     best = [
-        sorted(range(head.first(t) // group), key=lambda number: -bound(t, number))
+        sorted(range(head.first(t) // group), key=lambda number: -judged(t, number))
         for t in range(len(q))
     ]
     chosen = [set(numbers[: budget // group]) for numbers in best]
     return _softmax_over(q, k, v, lambda t, s: s >= head.first(t) or s // group in chosen[t])
+
+
+def _bounded(q: torch.Tensor, rows: torch.Tensor) -> float:
+    """The sum of max(q_i k⁺_i, q_i k⁻_i), with the greatest and least keys as bfloat16, rounded outwards."""
+    return float(torch.maximum(q * _above(rows.amax(0)), -q * _above(-rows.amin(0))).sum())
+
+
+def _coded(q: torch.Tensor, rows: torch.Tensor) -> float:
+    """The greatest product of q with a key that is k⁻ + code (k⁺ - k⁻) / 3, code 0..3 the nearest one.
+
+    Of what multiplies codes, q_i (k⁺_i - k⁻_i) / 3, there are 127 steps to the largest one.
+    """
+    greatest, least = _above(rows.amax(0)), -_above(-rows.amin(0))
+    third = (greatest - least) / 3
+    codes = ((rows - least) / third).nan_to_num(0.0).clamp(0, 3).round()
+    step = (q * third).abs().max() / 127
+    whole = (q * third / step).nan_to_num(0.0).round()
+    return float((codes @ whole).max() * step + q @ least)
 
 
 def _above(x: torch.Tensor) -> torch.Tensor:

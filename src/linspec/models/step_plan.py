@@ -7,7 +7,7 @@ hidden, logits = step.run(inputs, shapes, positions, outputs, state)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ from linspec.kernels.step_plan import (
     NormPlan,
     PageList,
     PartBuffers,
+    PartPlan,
     RotaryPlan,
     StepPlan,
 )
@@ -250,16 +251,16 @@ class OneCall:
         if _places(state) != self._placed:
             # known when it is done: a process may be forked half-way
             self._placed = ()
-            self._keep_bounds(state)
-            self.kernel.place(_buffers(state))
+            self._keep_judges(state)
+            self.kernel.place(_buffers(state, self.kernel.plan.layers))
             self._placed = _places(state)
 
-    def _keep_bounds(self, state: SequenceStates) -> None:
-        """Have bounds of pages kept where a layer selects by them."""
+    def _keep_judges(self, state: SequenceStates) -> None:
+        """Have kept what judges pages where a layer selects by it."""
         for layer, parts in zip(self.kernel.plan.layers, state.layers, strict=True):
             for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
                 if isinstance(plan.attention, AttentionPlan) and plan.attention.chosen:
-                    part.keep_bounds()
+                    part.keep_judge(plan.attention.coded)
 
     def _run_chains(
         self,
@@ -270,14 +271,16 @@ class OneCall:
     ) -> Stepped:
         """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
-        self._keep_bounds(state)
+        self._keep_judges(state)
         results, first = [], 0
         for new in nodes:
             rows = range(first, first + len(new.tokens))
-            self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
+            self.kernel.place(_buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows)))
             if self.kernel.buffers_only:
                 state.unshare(new.slot)
-                self.kernel.place(_buffers_aside(state, new.slot, len(rows)))
+                self.kernel.place(
+                    _buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows))
+                )
             # what is staged aside is the only slot there
             new.slot = 0
             wanted = [row - first for row in outputs if row in rows]
@@ -296,11 +299,13 @@ def _places(state: SequenceStates) -> tuple[Any, ...]:
     )
     grows = [part for part in state.parts if part.grows]
     placed += tuple(part.page_list(0) for part in grows)
-    return placed + tuple(_bounds_of(part) for part in grows)
+    return placed + tuple(_judges_of(part) for part in grows)
 
 
-def _bounds_of(part: Any) -> tuple[int, int] | None:
-    return part.bounds and (part.bounds.kept.data_ptr(), part.bounds.kept.shape[3])
+def _judges_of(part: Any) -> tuple[tuple[bool, int, int], ...]:
+    return tuple(
+        (coded, judge.kept.data_ptr(), judge.kept.shape[3]) for coded, judge in part.judges.items()
+    )
 
 
 def _given(step_input: StepInput) -> torch.Tensor | None:
@@ -327,30 +332,44 @@ def _committed(state: SequenceStates, slot: int) -> list[int]:
     return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
 
 
-def _buffers(state: SequenceStates) -> list[list[PartBuffers]]:
+def _buffers(state: SequenceStates, layers: Sequence[LayerPlan]) -> list[list[PartBuffers]]:
     """Where every part of every layer finds its rows."""
 
-    def of(part: Any, index: int) -> PartBuffers:
+    def of(plan: PartPlan, part: Any, index: int) -> PartBuffers:
         sums = part.sums[index] if part.sums.numel() else None
         pages = part.page_list(index) if part.grows else None
         found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
-        return _with_bounds(found, part, index, slice(None))
+        return _with_judge(found, plan, part, index, slice(None))
 
-    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
+    return _of_parts(of, state, layers)
 
 
-def _buffers_aside(state: SequenceStates, slot: int, new: int) -> list[list[PartBuffers]]:
+def _buffers_aside(
+    state: SequenceStates, layers: Sequence[LayerPlan], slot: int, new: int
+) -> list[list[PartBuffers]]:
     """As `_buffers` for the rows of one slot, with room for a chain of `new` nodes."""
     rooms = {id(part): part.room_aside(slot, new) for part in state.parts}
 
-    def of(part: Any, index: int) -> PartBuffers:
+    def of(plan: PartPlan, part: Any, index: int) -> PartBuffers:
         keys, values = rooms[id(part)][index]
         sums = part.sums[index, slot] if part.sums.numel() else None
         pages = part.page_list(index, slot) if part.grows else None
         found = _part_buffers(state, part, keys[None], values[None], sums, pages)
-        return _with_bounds(found, part, index, slice(slot, slot + 1))
+        return _with_judge(found, plan, part, index, slice(slot, slot + 1))
 
-    return [[of(*place) for place in places_of(layer)] for layer in state.layers]
+    return _of_parts(of, state, layers)
+
+
+def _of_parts(
+    of: Callable[[PartPlan, Any, int], PartBuffers],
+    state: SequenceStates,
+    layers: Sequence[LayerPlan],
+) -> list[list[PartBuffers]]:
+    """`of` for every part of every layer, with its place in the state."""
+    return [
+        [of(plan, *place) for plan, place in zip(layer.parts, places_of(places), strict=True)]
+        for layer, places in zip(layers, state.layers, strict=True)
+    ]
 
 
 def _part_buffers(
@@ -371,8 +390,12 @@ def _part_buffers(
     )
 
 
-def _with_bounds(buffers: PartBuffers, part: Any, index: int, slots: slice) -> PartBuffers:
-    if not part.grows or part.bounds is None:
+def _with_judge(
+    buffers: PartBuffers, plan: PartPlan, part: Any, index: int, slots: slice
+) -> PartBuffers:
+    """With what judges the pages of a part, where its nodes select."""
+    attention = plan.attention
+    if not isinstance(attention, AttentionPlan) or not attention.chosen:
         return buffers
-    bounds = part.bounds
-    return replace(buffers, bounds=bounds.kept[index, slots], bounded=bounds.counts[index, slots])
+    judge = part.judges[attention.coded]
+    return replace(buffers, judge=judge.kept[index, slots], judged=judge.counts[index, slots])

@@ -23,13 +23,20 @@ def quantized_width(width: int) -> int:
 
 def encode(x: torch.Tensor) -> torch.Tensor:
     """Coded rows [..., quantized_width(K)] of x [..., K]: symmetric, one scale a row."""
+    codes, scales = whole(x)
+    codes = F.pad(codes.to(torch.int8), (0, -x.shape[-1] % 4))
+    return torch.cat((codes, scales.view(torch.int8)), dim=-1)
+
+
+def whole(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes -127..127 of x [..., K] as float32, and the scale [..., 1] of each row."""
     x = x.float()
     most = x.abs().amax(-1, keepdim=True)
-    # the C library rounds the same product: equal floats get equal codes
-    inverse = 127 / most
+    # the C library rounds the same quotient and product, so equal floats get equal codes; 127 / most would be
+    # a product with a reciprocal
+    inverse = torch.full_like(most, 127) / most
     inverse = torch.where(inverse.isfinite(), inverse, 0.0)
-    codes = F.pad((x * inverse).round().to(torch.int8), (0, -x.shape[-1] % 4))
-    return torch.cat((codes, (most / 127).view(torch.int8)), dim=-1)
+    return (x * inverse).round(), most / 127
 
 
 def decode(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -14,8 +14,8 @@ from linspec.state.branches import Places
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
+from linspec.state.judged_pages import JudgedPages
 from linspec.state.memory import check_growth
-from linspec.state.page_bounds import PageBounds
 from linspec.state.pages import Page, PagedSnapshot, PagePool, PageTable
 from linspec.state.registry import STATES
 
@@ -51,8 +51,8 @@ class KVCache(BufferState):
         self.pool, self.table = PagePool(), PageTable(slots)
         # whether slots have pages: from when on kernels read them
         self.pages_read = False
-        # for kernels that select what they read
-        self.bounds: PageBounds | None = None
+        # for kernels that select what they read: by codes (True), or by bounds
+        self.judges: dict[bool, JudgedPages] = {}
 
     def _resting(self) -> int:
         return MAX_STAGED
@@ -62,30 +62,32 @@ class KVCache(BufferState):
 
     def reserve(self, slot: int, new: int) -> None:
         super().reserve(slot, new)
-        if self.bounds is not None:
-            self.bounds.ensure(self.lengths[slot] + len(self.staged[slot]) + new)
+        for judge in self.judges.values():
+            judge.ensure(self.lengths[slot] + len(self.staged[slot]) + new)
 
     def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         self._ensure(self._next(slot) + new)
-        if self.bounds is not None:
-            self.bounds.ensure(self.lengths[slot] + new)
+        for judge in self.judges.values():
+            judge.ensure(self.lengths[slot] + new)
         self.long[slot] = []
         return list(zip(self.keys[:, slot], self.values[:, slot], strict=True))
 
-    # ---- bounds of pages
+    # ---- what judges pages
 
-    def keep_bounds(self) -> None:
-        """From now on kernels find room for the bounds of pages beside the entries."""
-        if self.bounds is None:
+    def keep_judge(self, coded: bool) -> None:
+        """From now on kernels find room for what judges pages, codes or bounds, beside the entries."""
+        if coded not in self.judges:
             spec, positions = self.spec, max(self.lengths) + 2 * MAX_STAGED
-            self.bounds = PageBounds(
-                self.layers, len(self.lengths), spec.kv_heads, spec.key_width, positions
+            self.judges[coded] = JudgedPages(
+                *(self.layers, len(self.lengths), spec.kv_heads, spec.key_width, positions),
+                coded=coded,
             )
 
     def _changed(self, slot: int, first: int = 0) -> None:
         """Take note that committed entries of `slot` change, none of them before position `first`."""
-        if self.bounds is not None and slot < len(self.lengths):
-            self.bounds.forget(slot, first)
+        if slot < len(self.lengths):
+            for judge in self.judges.values():
+                judge.forget(slot, first)
 
     # ---- pages
 
@@ -245,11 +247,11 @@ class KVCache(BufferState):
             self.unshare(slot)
 
     def bytes_at(self, length: int) -> int:
-        beside = 0 if self.bounds is None else self.bounds.bytes_at(length)
+        beside = sum(judge.bytes_at(length) for judge in self.judges.values())
         return super().bytes_at(length) + beside
 
     def missing_bytes(self, length: int) -> int:
-        missing = 0 if self.bounds is None else self.bounds.missing_bytes(length)
+        missing = sum(judge.missing_bytes(length) for judge in self.judges.values())
         for entries in (self.keys, self.values):
             have = entries.shape[3]
             missing += max(0, length - have) * (entries.nbytes // have)

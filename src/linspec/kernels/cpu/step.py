@@ -104,7 +104,9 @@ def why_not(plan: StepPlan) -> str | None:
         ),
         f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
         f"groups are selected in the one-call step with a span of 2 or more, groups of whole {PAGE}s of "
-        f"tokens and pages of {JUDGED}, which this model has not": not _selects(plan),
+        f"tokens and pages of {PAGE} by codes or {JUDGED} by bounds, which this model has not": (
+            not _selects(plan)
+        ),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
 
@@ -113,7 +115,7 @@ def _selects(plan: StepPlan) -> bool:
     """Whether all groups that nodes select are committed, and made of whole blocks of rows."""
     found = (part.attention for layer in plan.layers for part in layer.parts)
     return all(
-        each.span > 1 and each.group % PAGE == 0 and each.judged == JUDGED
+        each.span > 1 and each.group % PAGE == 0 and each.judged == (PAGE if each.coded else JUDGED)
         for each in found
         if isinstance(each, AttentionPlan) and each.chosen
     )
@@ -343,7 +345,16 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
             entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
             entry.summed = pointer(_summed(plan))
             continue
-        for name in ("window", "group", "span", "squared_relu", "alpha", "sinks", "chosen"):
+        for name in (
+            "window",
+            "group",
+            "span",
+            "squared_relu",
+            "alpha",
+            "sinks",
+            "chosen",
+            "coded",
+        ):
             setattr(entry, name, getattr(plan, name))
     return table
 
@@ -404,9 +415,9 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
     entry.pages, entry.paged = None, None
     if entry.chosen:
-        assert part.bounds is not None and part.bounded is not None, "who places them has them kept"
-        entry.bounds, entry.bounds_stride = part.bounds.data_ptr(), part.bounds.stride(1)
-        entry.bounded = ctypes.cast(part.bounded.data_ptr(), POINTER(c_int32))
+        assert part.judge is not None and part.judged is not None, "who places them has them kept"
+        entry.judge, entry.judge_stride = part.judge.data_ptr(), part.judge.stride(1)
+        entry.judged = ctypes.cast(part.judged.data_ptr(), POINTER(c_int32))
     # groups that are selected are whole pages
     inside = entry.window or (entry.group and not entry.chosen)
     if part.pages is not None and not inside:

@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 16
+ABI = 17
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -218,9 +218,10 @@ class SummedStruct(Struct):
     Field(
         "int32_t", "chosen", "groups ahead of the span that a node reads, see select.inc.h; or 0"
     ),
-    Field("uint16_t *", "bounds", "[slots][kv_heads]: of all pages of LS_JUDGED rows"),
-    Field("int64_t", "bounds_stride", "numbers from one kv head to the next"),
-    Field("int32_t *", "bounded", "[slots][kv_heads]: how many of these pages have bounds"),
+    Field("int32_t", "coded", "they are judged by codes of LS_PAGE rows, not bounds of LS_JUDGED"),
+    Field("uint16_t *", "judge", "[slots][kv_heads]: the codes or bounds of all pages"),
+    Field("int64_t", "judge_stride", "numbers from one kv head to the next"),
+    Field("int32_t *", "judged", "[slots][kv_heads]: how many of these pages have theirs"),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

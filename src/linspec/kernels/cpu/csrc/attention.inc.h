@@ -14,6 +14,7 @@ typedef struct {
     const ls_mixer *m;
     const char *keys, *values;
     int from, shared, any_own;
+    int then; /* where the block begins that is read next; 0: behind this one */
     row_block rows, staged;
     float *space;  /* of `rows`, and behind it of `staged` */
     float *turned; /* the first queries of a run, as many.inc.h wants them */
@@ -124,10 +125,12 @@ static void begin_block(block *b, int from, int seeing) {
     b->from = from;
     b->shared = left < 0 ? 0 : left < BLOCK ? left : BLOCK;
     b->any_own = left < BLOCK && m->staged;
-    read_rows(m, b->keys, b->values, from, b->shared, seeing <= 3 * LS_QUERIES, b->space, &b->rows);
+    read_rows(m, b->keys, b->values, from, b->shared, b->then ? b->then : from + BLOCK, seeing <= 3 * LS_QUERIES,
+              b->space, &b->rows);
     /* once for all blocks that have staged rows */
     if (b->any_own && !b->staged.count)
-        read_rows(m, b->keys, b->values, m->committed, m->staged, 0, b->space + ls_block_floats(m), &b->staged);
+        read_rows(m, b->keys, b->values, m->committed, m->staged, m->committed + BLOCK, 0,
+                  b->space + ls_block_floats(m), &b->staged);
 }
 
 /* The block of rows begin.. behind the first one, for queries whose first row is the same. */

@@ -65,8 +65,8 @@ typedef struct {
     int32_t sinks;                    /* first rows of the text, which every node sees */
     const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen; null: nothing is staged */
-    int32_t chosen;                   /* groups ahead of the span that a node reads; the bounds of all pages: */
-    uint16_t *bounds;
+    int32_t chosen, coded;            /* groups ahead of the span that a node reads, judged by codes or by bounds: */
+    uint16_t *judge;                  /* of all pages, see select.inc.h */
 } ls_mixer;
 
 static inline size_t ls_query_count(const ls_mixer *m) {
@@ -81,11 +81,16 @@ static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
     size_t query = 2 * (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
     return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
 }
-/* where nodes select groups: the same, queries that see a block, bounds and numbers of groups, and who sees each */
+/* numbers of what judges a page by codes, or LS_JUDGED pages by bounds */
+static inline int64_t ls_judge_numbers(const ls_mixer *m) {
+    return m->coded ? ls_up16(m->width) * (2 + LS_PAGE / 8) : 2 * m->width * LS_JUDGED;
+}
+/* where nodes select groups: the same, queries that see a block, plain queries, what each node has of a group, numbers of
+ * groups, and who sees each */
 static inline size_t ls_select_scratch_bytes(const ls_mixer *m) {
     size_t groups = (size_t)((m->committed + m->staged) / m->group + 1);
-    size_t repeats = (size_t)(m->heads / m->kv_heads), queries = LS_QUERY_FLOATS * ls_query_count(m);
-    size_t floats = queries + groups + (size_t)m->chosen + repeats * (size_t)ls_up16(m->width);
+    size_t queries = (LS_QUERY_FLOATS + (size_t)ls_up16(m->width)) * ls_query_count(m);
+    size_t floats = queries + groups * (size_t)m->nodes + (size_t)m->chosen;
     return ls_attend_scratch_bytes(m) + 3 * 64 + sizeof(float) * floats + sizeof(uint64_t) * groups;
 }
 /* of groups that become rows: these, what they were made of, weights and places of all rows; or a block of rows */
@@ -178,8 +183,9 @@ typedef struct {
      * partial sums. scratch: ls_select_scratch_bytes(m) */
     void (*attend_selected)(const ls_mixer *m, const float *q, int64_t q_stride, float *partial, float *more,
                             void *scratch);
-    /* the bounds of the pages first .. last - 1 of the one kv head of m, from its rows */
+    /* what judges the pages first .. last - 1 of the one kv head of m, from its rows: bounds, or codes */
     void (*bound_pages)(const ls_mixer *m, int first, int last);
+    void (*code_pages)(const ls_mixer *m, int first, int last);
     /* from the partial sums of all rows, plus sums and convolution: out as q */
     void (*end_attention)(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial, float *out,
                           int64_t out_stride, void *scratch);

@@ -198,7 +198,7 @@ void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) 
     int first = ls_share(items, thread, threads), last = ls_share(items, thread + 1, threads);
     for (int i = first; i < last; i++) {
         ls_stage(s, l, i / heads, i % heads);
-        ls_keep_bounds(s, l, i / heads, i % heads);
+        ls_keep_judge(s, l, i / heads, i % heads);
     }
     if (along_line) {
         if (thread == 0) plan_line(s, l, threads);

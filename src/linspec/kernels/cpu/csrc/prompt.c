@@ -78,7 +78,7 @@ void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads) 
     ls_barrier(threads);
     if (ls_any_selected(s, l)) {
         for (int i = 0; i < items; i++)
-            if (is_mine(i, heads, thread, threads)) ls_keep_bounds(s, l, i / heads, i % heads);
+            if (is_mine(i, heads, thread, threads)) ls_keep_judge(s, l, i / heads, i % heads);
         ls_barrier(threads);
     }
     if (ls_prompt_floats(s->d, s->b)) {

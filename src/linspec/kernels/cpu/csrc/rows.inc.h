@@ -101,13 +101,14 @@ static void tile_rows(const char *rows, int64_t stride, int count, int quads, in
         }
 }
 
-/* Make `count` rows from `first` on ready for few queries or for many; space: ls_block_floats. */
-static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int few,
+/* Make `count` rows from `first` on ready for few queries or for many, those from `then` on being the next; space:
+ * ls_block_floats. */
+static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int then, int few,
                       float *space, row_block *to) {
-    const char *next = row_address(m, keys, m->page_keys, first + BLOCK);
+    const char *next = row_address(m, keys, m->page_keys, then);
     keys = row_address(m, keys, m->page_keys, first);
     int64_t key_ahead = next - keys;
-    to->ahead = row_address(m, values, m->page_values, first + BLOCK);
+    to->ahead = row_address(m, values, m->page_values, then);
     values = row_address(m, values, m->page_values, first);
     to->count = count;
     to->fresh = 1;

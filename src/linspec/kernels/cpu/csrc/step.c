@@ -73,8 +73,8 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .gate_scale = f ? rows_of(f->gate_scale, place, d->head_width) : NULL,
         .gate_bias = f ? rows_of(f->gate_bias, place, f->gates) : NULL,
         .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? sums : NULL,
-        .ancestors = in->ancestors, .chosen = p->chosen,
-        .bounds = p->chosen ? p->bounds + at * p->bounds_stride : NULL,
+        .ancestors = in->ancestors, .chosen = p->chosen, .coded = p->coded,
+        .judge = p->chosen ? p->judge + at * p->judge_stride : NULL,
     };
 }
 

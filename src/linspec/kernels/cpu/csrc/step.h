@@ -49,9 +49,9 @@ void ls_fuse(const ls_fusion *f, const ls_run *s, const float *const *states, vo
 /* lean.c: every mixer of a layer; ends without a barrier */
 void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads);
 
-/* select.c: Bring the bounds of pages of one kv head of an input up to date, once its committed rows are there; of a
+/* select.c: Bring what judges the pages of one kv head of an input up to date, once its committed rows are there; of a
  * piece of a prompt, once all are staged, with the pages that its own rows complete. */
-void ls_keep_bounds(const ls_run *s, const ls_layer *l, int input, int head);
+void ls_keep_judge(const ls_run *s, const ls_layer *l, int input, int head);
 /* whether nodes select in one of its kv heads */
 int ls_any_selected(const ls_run *s, const ls_layer *l);
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 16                            /* of this table and the functions */
+#define LS_ABI 17                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -109,9 +109,10 @@ typedef struct {
     const int32_t *paged;                    /* [slots]: how many rows are in pages */
     int64_t page_keys, page_values;          /* bytes to [kv_heads][LS_PAGE] rows in a page */
     int32_t chosen;                          /* groups ahead of the span that a node reads, see select.inc.h; or 0 */
-    uint16_t *bounds;                        /* [slots][kv_heads]: of all pages of LS_JUDGED rows */
-    int64_t bounds_stride;                   /* numbers from one kv head to the next */
-    int32_t *bounded;                        /* [slots][kv_heads]: how many of these pages have bounds */
+    int32_t coded;                           /* they are judged by codes of LS_PAGE rows, not bounds of LS_JUDGED */
+    uint16_t *judge;                         /* [slots][kv_heads]: the codes or bounds of all pages */
+    int64_t judge_stride;                    /* numbers from one kv head to the next */
+    int32_t *judged;                         /* [slots][kv_heads]: how many of these pages have theirs */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -252,7 +253,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1868968792, \
+    1728362910, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -283,8 +284,8 @@ typedef struct {
         offsetof(ls_mixer_part, value_bytes), offsetof(ls_mixer_part, pages), \
         offsetof(ls_mixer_part, paged), offsetof(ls_mixer_part, page_keys), \
         offsetof(ls_mixer_part, page_values), offsetof(ls_mixer_part, chosen), \
-        offsetof(ls_mixer_part, bounds), offsetof(ls_mixer_part, bounds_stride), \
-        offsetof(ls_mixer_part, bounded), \
+        offsetof(ls_mixer_part, coded), offsetof(ls_mixer_part, judge), \
+        offsetof(ls_mixer_part, judge_stride), offsetof(ls_mixer_part, judged), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
