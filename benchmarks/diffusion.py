@@ -33,12 +33,12 @@ from linspec.utils.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A way to answer the prompts; diffusion: whether by the policies of its name."""
+    """A way to answer the prompts; compared: whether its tokens are held against those of the reference."""
 
     name: str
     make: Callable[[], LLM]
     prompts: Sequence[Any]
-    diffusion: bool = True
+    compared: bool = True
 
 
 def ways_of(work: Work, plans: Sequence[str], beside: str | None) -> list[Way]:
@@ -51,7 +51,7 @@ def ways_of(work: Work, plans: Sequence[str], beside: str | None) -> list[Way]:
     if beside is not None:
         if not isinstance(work, Text):
             raise ConfigError("--beside is a model of text; leave it out for tasks")
-        found.append(Way(beside, lambda: LLM(beside, max_batch=1), work.texts, diffusion=False))
+        found.append(Way(beside, lambda: LLM(beside, max_batch=1), work.texts, compared=False))
     return found
 
 
@@ -151,7 +151,7 @@ def rows(work: Work, ways: Sequence[Way], cells: Cells) -> Iterator[dict[str, An
             "speed": speed,
             "spread": (max(ratios) - min(ratios)) / speed,
             "tokens_per_forward": cell["tokens"] / cell["forwards"],
-            **work.judged(_answers(cell), reference if way.diffusion else None),
+            **work.judged(_answers(cell), reference if way.compared else None),
         }
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,10 @@ class Tasks(Work):
         rng, form = random.Random(0), Numbers()
         turns = itertools.islice(itertools.cycle(names), count)
         self.questions = [ask(name, length, rng) for name in turns]
-        self.model = _task_model(folder / f"task-model-{length}-{steps}", names, length, steps)
+        self.model = kept_model(
+            folder / f"task-model-{length}-{steps}",
+            lambda: train_task_model(steps, tasks=names, lengths=(length,)),
+        )
         self.tokenizer = Digits()
         self.prompts = [form.prompt(each) for each in self.questions]
         self.params = [SamplingParams(max_tokens=each.length) for each in self.questions]
@@ -85,10 +88,10 @@ class Tasks(Work):
         return {"right": _mean([question.right(found.ids) for question, found in pairs])}
 
 
-def _task_model(place: Path, names: Sequence[str], length: int, steps: int) -> MaskedDiffusion:
+def kept_model(place: Path, train: Callable[[], MaskedDiffusion]) -> MaskedDiffusion:
     """The model in a folder, trained first where there is none."""
     if not place.exists():
-        trained = train_task_model(steps, tasks=names, lengths=(length,))
+        trained = train()
         place.parent.mkdir(parents=True, exist_ok=True)
         save_model(trained, None, place)
     return load_diffusion(place)
@@ -100,9 +103,12 @@ class Text(Work):
     name, quality = "text", "agreement"
     blocks = ("fixed", "fixed:8")
 
-    def __init__(self, model: str, count: int, tokens: int, judge: str | None) -> None:
+    def __init__(
+        self, model: str, count: int, tokens: int, judge: str | None, given: int = _PROMPT
+    ) -> None:
+        """given: tokens of each prompt."""
         self.model, self.tokenizer = load_diffusion(model), load_tokenizer(model)
-        self.prompts = _beginnings(self.tokenizer, count)
+        self.prompts = _beginnings(self.tokenizer, count, given)
         self.texts = [self.tokenizer.decode(ids) for ids in self.prompts]
         self.params = [SamplingParams(max_tokens=tokens, ignore_eos=True)] * len(self.prompts)
         self._judge = None if judge is None else Judge(judge)
@@ -122,16 +128,18 @@ class Text(Work):
         return found
 
 
-def _beginnings(tokenizer: Any, count: int) -> list[list[int]]:
-    """What documents begin with, as many tokens of each."""
+def _beginnings(tokenizer: Any, count: int, given: int) -> list[list[int]]:
+    """What documents begin with, `given` tokens of each."""
     found = []
     for text in held_out_documents(["stdlib"]):
-        ids = tokenizer(text[: 16 * _PROMPT], add_special_tokens=False)["input_ids"]
-        if len(ids) >= _PROMPT:
-            found.append(ids[:_PROMPT])
+        ids = tokenizer(text[: 16 * given], add_special_tokens=False)["input_ids"]
+        if len(ids) >= given:
+            found.append(ids[:given])
         if len(found) == count:
             return found
-    raise InputError(f"the standard library has {len(found)} held-out documents; ask for no more")
+    raise InputError(
+        f"the standard library has {len(found)} held-out documents of {given} tokens; ask for no more"
+    )
 
 
 def _agreement(answer: Answer, reference: Answer) -> float:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from linspec.decoding.step import StepInput
 from linspec.evaluate.needles import CLEAR, NAMES, WORDING
 from linspec.evaluate.perplexity import held_out_documents
+from linspec.evaluate.ruler import evaluate_ruler
 from linspec.llm import LLM
 from linspec.state.sequence_states import SequenceStates
 from linspec.train.data import end_of_text, tokenize
@@ -44,15 +45,22 @@ class Way:
     model: str = "smollm2"
     kv: str = "int8"
     attention: str | None = None
+    rope_scaling: str | None = None
 
     def load(self, model: str | None) -> LLM:
         """The way, of another model where one is named."""
-        return LLM(model or self.model, kv_cache_dtype=self.kv, attention=self.attention)
+        return LLM(
+            model or self.model,
+            kv_cache_dtype=self.kv,
+            attention=self.attention,
+            rope_scaling=self.rope_scaling,
+        )
 
 
 WAYS = {
     "float32": Way(kv="float32"),
     "int8": Way(),
+    "int4": Way(kv="int4"),
     "codes 512": Way(attention="pages:budget=512,judge=codes"),
     "codes 1024": Way(attention="pages:budget=1024,judge=codes"),
     "codes 2048": Way(attention="pages:budget=2048,judge=codes"),
@@ -66,6 +74,8 @@ WAYS = {
     "snapkv 1024": Way(kv="auto", attention="snapkv:budget=1024"),
     "streaming 512": Way(kv="auto", attention="streaming:span=10,sinks=4"),
     "streaming 1024": Way(kv="auto", attention="streaming:span=18,sinks=4"),
+    "shadow 512": Way(kv="auto", attention="shadow:budget=512"),
+    "shadow 1024": Way(kv="auto", attention="shadow:budget=1024"),
     "delta 0.5": Way(attention="delta:threshold=0.5"),
     "delta 1": Way(attention="delta:threshold=1"),
     "delta 2": Way(attention="delta:threshold=2"),
@@ -73,6 +83,11 @@ WAYS = {
     "tidal 256, again 8": Way(attention="tidal:budget=256,first=2,again=8"),
     "tidal 256, again 10": Way(attention="tidal:budget=256,first=2,again=10"),
     "tidal 256, again 16": Way(attention="tidal:budget=256,first=2,again=16"),
+    "int8, yarn": Way(rope_scaling="yarn:4"),
+    "lserve 1024": Way(attention="lserve:budget=1024"),
+    "lserve 1024, 22 heads": Way(attention="lserve:budget=1024,exact=22"),
+    "lserve 2048": Way(attention="lserve:budget=2048"),
+    "lserve all": Way(attention="lserve:budget=32768"),
     "smollm2-aug": Way(model="smollm2-aug"),
     "smollm2-aug, codes 512": Way(model="smollm2-aug", attention="pages:budget=512,judge=codes"),
     "smollm2-aug, codes 1024": Way(model="smollm2-aug", attention="pages:budget=1024,judge=codes"),
@@ -91,14 +106,18 @@ def read(llm: LLM, tokens: Sequence[int], wanted: Sequence[int]) -> tuple[Sequen
     return state, out.logits
 
 
-def found(llm: LLM, needles: Needles, keys: int) -> list[bool]:
-    """Which of the needles are said right in every digit, given the digits before: a forward a text."""
-    right = []
+def found(llm: LLM, needles: Needles, keys: int) -> tuple[list[bool], int]:
+    """Which of the needles are said right in every digit, given the digits before: a forward a text.
+
+    And the most bytes that a state has behind one.
+    """
+    right, most = list[bool](), 0
     for tokens, places in zip(needles.tokens, needles.places, strict=True):
-        _, logits = read(llm, tokens[: int(places[-1])].tolist(), (places - 1).tolist())
+        state, logits = read(llm, tokens[: int(places[-1])].tolist(), (places - 1).tolist())
         hit = logits.argmax(-1) == tokens[places]
         right += hit.unflatten(0, (keys, -1)).all(1).tolist()
-    return right
+        most = max(most, state.bytes(0))
+    return right, most
 
 
 def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int) -> Needles:
@@ -116,16 +135,25 @@ def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int)
     )
 
 
-def quality(llm: LLM, stream: np.ndarray, length: int, items: int) -> dict[str, Any]:
-    """Needles that are found, and bits per token at the end of running text."""
-    result: dict[str, Any] = {}
-    for keys in _KEYS:
+def quality(
+    llm: LLM, stream: np.ndarray, length: int, items: int, kinds: Sequence[int], texts: int
+) -> dict[str, Any]:
+    """Needles that are found, bytes of the state, and bits per token at the end of running text."""
+    result: dict[str, Any] = {"state_bytes": 0}
+    for keys in kinds:
         needles = needles_of(llm, stream, length, keys, -(-items // keys))
-        hits = found(llm, needles, keys)
+        hits, size = found(llm, needles, keys)
         result[f"needles_{keys}"], result[f"asked_{keys}"] = sum(hits), len(hits)
-    texts = [stream[at : at + length + 1] for at in range(0, 4 * length, length)]
-    bits = [bits_at_end(llm, text.tolist()) for text in texts if len(text) == length + 1]
-    return result | {"bits_per_token": statistics.mean(bits) if bits else math.nan}
+        result["state_bytes"] = max(size, result["state_bytes"])
+    running = [stream[at : at + length + 1] for at in range(0, texts * length, length)]
+    bits = [bits_at_end(llm, text.tolist()) for text in running if len(text) == length + 1]
+    return result | ({"bits_per_token": statistics.mean(bits)} if bits else {})
+
+
+def ruler(llm: LLM, length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Scores of the tasks of RULER; see `linspec.evaluate.ruler`."""
+    found = evaluate_ruler(llm, lengths=(length,), samples=options.ruler, data=options.data)
+    return {"samples": options.ruler, **{cell.task: cell.score for cell in found.cells}}
 
 
 def bits_at_end(llm: LLM, text: Sequence[int]) -> float:
@@ -182,9 +210,12 @@ def measure(options: argparse.Namespace) -> None:
     stream = tokenize(held_out_documents(options.data), first.tokenizer, end)
     for length in options.lengths:
         for name, llm in loaded.items():
+            if options.ruler and (name, length, "ruler") not in done:
+                _write(options, name, length, "ruler", ruler(llm, length, options))
             if options.speed_only or (name, length, "quality") in done:
                 continue
-            _write(options, name, length, "quality", quality(llm, stream, length, options.items))
+            asked = options.items, options.keys, options.texts
+            _write(options, name, length, "quality", quality(llm, stream, length, *asked))
         missing = {n: llm for n, llm in loaded.items() if (n, length, "speed") not in done}
         if missing and not options.quality_only:
             for name, row in speeds(missing, stream[:length].tolist()):
@@ -207,6 +238,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=20, help="needles that are asked for")
+    parser.add_argument("--keys", nargs="+", type=int, default=_KEYS, help="needles in a text")
+    parser.add_argument("--ruler", type=int, default=0, help="questions of each task of RULER")
+    parser.add_argument("--texts", type=int, default=4, help="running texts whose ends are scored")
     parser.add_argument(
         "--model", help="another model for all ways, such as one with a longer limit"
     )

@@ -257,6 +257,7 @@ def test_info() -> None:
 def test_list() -> None:
     found = run_json("list")
     axes = {"mixers", "drafters", "verifiers", "policies", "loops", "caches", "trainings"}
+    axes |= {"attention", "rope scalings"}
     axes |= {f"diffusion {slot}" for slot in ("blocks", "commits", "stops", "caches", "verifies")}
     assert set(found) == axes
     for entries in found.values():

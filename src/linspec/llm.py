@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.dtype import cache_kind, pick_dtype
 from linspec.checkpoints.hub import load_causal_model, load_decoder, resolve
 from linspec.checkpoints.load_quantized import load_for
@@ -44,7 +45,7 @@ from linspec.errors import ConfigError, InputError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import with_sparse_attention
+from linspec.models.rope_scaling import with_rope_scaling
 from linspec.policies import make_policy
 from linspec.policies.base import Policy
 from linspec.state.registry import check_held, kv_of
@@ -84,15 +85,18 @@ class LLM:
         kv_cache_dtype: how softmax layers keep keys and values. 'auto' takes the 16-bit floats that the
             weights are stored in (float16 for a GGUF file); if these are float32, or the model computes in
             another dtype than float32, it is what the model computes in. 'float32', 'float16', 'bfloat16';
-            'int8' needs about a quarter of the memory of float32.
+            'int8' needs about a quarter of the memory of float32, 'int4' a sixth, and costs some quality.
         max_model_len: most tokens of a prompt and its output together; None for the model's limit.
         prefix_cache: memory for the states of earlier prompts and outputs, so that what a prompt begins with
             is not read again: bytes, or a text such as '512MB'. None keeps nothing.
         prefix_store: a directory for states that leave that memory; `engine.prefix_cache.flush()` writes the
             others there. It holds the texts too.
         attention: sparse attention in the place of softmax, a spec such as 'pages:budget=1024': each token
-            reads the near ones, and what it selects of the others. None reads all. Drafts stay lossless, for
+            reads the near ones, and what it selects of the others; 'lserve:budget=1024' does so for the heads
+            that `linspec calibrate` found to recall. None reads all. Drafts stay lossless, for
             the model that reads so.
+        rope_scaling: more positions than the model was trained for, such as 'yarn:4' for four times as many.
+            None keeps those of the model.
         offload: a directory for a file with what need not be in memory: with attention='shadow' the values
             of what is past. The file has no name and ends with the process. None keeps all in memory.
         loop: how tokens come about, a spec of `linspec list`; 'auto' is that of the type of the model.
@@ -127,6 +131,7 @@ class LLM:
         prefix_cache: int | str | None = None,
         prefix_store: str | Path | None = None,
         attention: str | None = None,
+        rope_scaling: str | None = None,
         offload: str | Path | None = None,
         loop: str = "auto",
         kv: str | None = None,
@@ -146,8 +151,12 @@ class LLM:
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
         self.model = _loaded(model, dtype, quantize, source, place)
+        if rope_scaling is not None:
+            self.model = with_rope_scaling(
+                _causal(self.model, "rope_scaling", rope_scaling), rope_scaling
+            )
         if attention is not None:
-            self.model = _with_attention(self.model, attention)
+            self.model = attending(_causal(self.model, "attention", attention), attention, model)
         if tokenizer is None and isinstance(model, str | Path):
             tokenizer = load_text_tokenizer(model)
         if tokenizer is None:
@@ -370,11 +379,12 @@ def _loaded(
     raise _no_model(model)
 
 
-def _with_attention(model: CausalModel, spec: str) -> CausalModel:
+def _causal(model: CausalModel, option: str, spec: str) -> Decoder:
+    """The model as a decoder; raises ConfigError for any other one, which has no such `option`."""
     if isinstance(model, Decoder) and model.config.causal:
-        return with_sparse_attention(model, spec)
+        return model
     raise ConfigError(
-        f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
+        f"{option}={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
     )
 
 

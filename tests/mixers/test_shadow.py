@@ -329,3 +329,23 @@ def test_a_taken_over_model_says_what_it_is() -> None:
     assert {each.name for each in model.config.mixers} == {"shadow"}
     again = replace(model.config.mixers[0])
     assert again.own_options(type(model.layers[0].mixer.options)).rank == 3
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_prefix_cache_has_what_is_past_and_no_file_of_it(tmp_path: Path, stored: bool) -> None:
+    """What is past is shared, so only memory can have it: a store on disk leaves it out."""
+    model = tiny_model("softmax", taps=0)
+    settings: dict[str, Any] = {"attention": f"shadow:group={SEGMENT},rank=3,budget=4,chunk=2"}
+    cached = {"prefix_cache": "10MB", "prefix_store": tmp_path if stored else None}
+    text, params = [*TEXT, *TEXT, *TEXT], SamplingParams(max_tokens=8)
+    plain = LLM(model, tokenizer=tiny_tokenizer(), **settings)
+    expected = plain.generate([[*text, 3]], params)[0].token_ids
+    for _ in range(2):
+        llm = LLM(model, tokenizer=tiny_tokenizer(), **settings, **cached)
+        first = llm.generate([text], params)[0]
+        again = llm.generate([[*text, 3]], params)[0]
+        assert first.cached_tokens == 0 and again.cached_tokens > 0
+        assert again.token_ids == expected
+        cache = llm.engine.prefix_cache
+        assert cache is not None
+        cache.flush()

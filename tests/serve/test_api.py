@@ -97,6 +97,25 @@ def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_tells_in_every_chunk_how_many_tokens_there_are(
+    web: httpx.Client, path: str, include_usage: bool
+) -> None:
+    prompt = {"prompt": ["ab", "cde"]} if path == "/v1/completions" else {"messages": HELLO}
+    asked = {**prompt, "model": "talker", "max_tokens": 12, "n": 2, "seed": 5, "stop": "e"}
+    whole = web.post(path, json=asked).json()["usage"]
+    options = {"include_usage": include_usage, "continuous_usage_stats": True}
+    got = web.post(path, json={**asked, "stream": True, "stream_options": options}).text
+    chunks = [json.loads(line[6:]) for line in got.split("\n\n") if line.startswith("data: {")]
+    told = [each["usage"] for each in chunks]
+    assert {each["prompt_tokens"] for each in told} == {whole["prompt_tokens"]}
+    assert all(e["total_tokens"] == e["prompt_tokens"] + e["completion_tokens"] for e in told)
+    assert told[0]["completion_tokens"] < told[-1]["completion_tokens"]
+    assert told[-1]["completion_tokens"] == whole["completion_tokens"]
+    assert [each for each in chunks if not each["choices"]] == chunks[-1:] * include_usage
+
+
 def test_echo_with_logprobs_tells_about_the_prompt(client: openai.OpenAI, llm: LLM) -> None:
     (choice,) = client.completions.create(
         model="talker", prompt="abcd end", max_tokens=0, echo=True, logprobs=1
@@ -404,6 +423,12 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     (
         "/v1/chat/completions",
+        {"model": "talker", "messages": [{"role": "user", "content": None}]},
+        400,
+        "messages.0: .*needs content",
+    ),
+    (
+        "/v1/chat/completions",
         {"model": "talker", "messages": [{"role": "user", "content": "hush"}]},
         400,
         "no such turn",
@@ -542,7 +567,12 @@ def test_json_without_its_header_is_told_of_the_header(web: httpx.Client, kind: 
 
 
 def test_unknown_paths_and_methods(web: httpx.Client) -> None:
-    assert "nothing at /v2" in web.get("/v2").json()["error"]["message"]
+    assert "nothing at /v2; /docs" in web.get("/v2").json()["error"]["message"]
+    # the usual mistake with a client's base URL
+    for path in ("/chat/completions", "/models"):
+        got = web.post(path, json={})
+        assert got.status_code == 404
+        assert f"/v1{path} is what you want" in got.json()["error"]["message"]
     assert web.get("/v1/completions").status_code == 405
     assert web.get("/v1/models/none").status_code == 404
 

@@ -137,6 +137,10 @@ def test_a_slow_answer_is_not_cut_by_the_limit_of_its_body(address: str) -> None
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
+        (
+            b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx: " + b"a" * 2**14 + b"\r\n\r\n",
+            431,
+        ),
         (b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 2**20 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 2**17 + b"\r\n", 431),
         (b"GET /" + b"a" * 2**18 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 431),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from api_server import quiet, running, talker
+from server_process import Served
 
 from linspec.llm import LLM
 from linspec.serve.run import Server, server_config
@@ -127,29 +125,6 @@ def test_a_step_that_breaks_is_a_503_and_the_next_request_is_served(
             assert got.status_code == 503 and "no luck" in got.json()["error"]["message"]
         assert httpx.post(f"{address}/v1/completions", json=SHORT).status_code == 200
         assert httpx.get(f"{address}/health").status_code == 200
-
-
-class Served:
-    """`linspec serve` in a process of its own."""
-
-    def __init__(self, *args: object, cache: Path) -> None:
-        command = [sys.executable, "-m", "linspec", "serve", *map(str, args), "--port", "0"]
-        env = {**os.environ, "LINSPEC_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-        self.lines: list[str] = []
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if line.startswith("serving "):
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        self.address = line.split(" at ")[1].split("/v1")[0]
-
-    def end(self) -> str:
-        """What it printed, once it has ended."""
-        _, rest = self.process.communicate(timeout=60)
-        return "".join(self.lines) + rest
 
 
 async def under_signal(served: Served, sent: signal.Signals) -> list[tuple[str, int]]:

@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed"),
     pytest.mark.filterwarnings("default"),
+    # starting a replica is starting Python and torch
+    pytest.mark.timeout(1200),
 ]
 TOKENS, REQUESTS = 400, 48
 CHAT = "/v1/chat/completions"
@@ -48,7 +50,7 @@ class Running:
 
     def wait_for_two(self, but: Collection[int] = ()) -> None:
         """Until two replicas answer that are none of `but`."""
-        until = time.monotonic() + 90
+        until = time.monotonic() + 300
         while (
             len(set(self.pids()).difference(but)) != 2
             or len(asyncio.run(self.fleet.metrics())) != 2
@@ -63,7 +65,7 @@ def two() -> Iterator[Running]:
     from linspec.serve.ray_fleet import RayFleet
     from linspec.serve.ray_found import cpus_of_each, ray_running
 
-    settings = Settings.read(replicas=2, ray=True, max_batch=4, shutdown_seconds=20)
+    settings = Settings.read(replicas=2, ray=True, max_batch=4, shutdown_seconds=120)
     with ray_running():
         fleet = RayFleet({"tiny": str(talker())}, settings, {}, cpus_of_each(2))
         try:
@@ -120,7 +122,7 @@ async def load(address: str, requests: int, at_once: int, event: Any) -> list[Go
             if done == requests // 3:
                 await asyncio.to_thread(event)
 
-    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
         await asyncio.gather(*(work(client) for _ in range(at_once)))
     return found
 
@@ -137,6 +139,14 @@ def check(got: list[Got], expected: list[Got]) -> int:
         assert each.error["code"] == "replica_lost" and each.error["type"] == "service_unavailable"
         assert whole.text.startswith(each.text)
     return broken
+
+
+def test_replicas_stand_back_behind_other_programs_no_more_than_a_server_without_ray(
+    two: Running,
+) -> None:
+    two.wait_for_two()
+    mine = psutil.Process().nice()
+    assert {psutil.Process(pid).nice() for pid in two.pids()} == {mine}
 
 
 def test_one_of_two_is_killed_under_load_and_no_request_is_lost(

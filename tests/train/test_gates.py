@@ -13,13 +13,13 @@ from helpers import GROUP, VOCAB, assert_close, mixer_config, random_tokens, tin
 
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.exact_heads import by_head_mixers
 from linspec.models.decoder import Decoder
 from linspec.train import kl
 from linspec.train.data import Windows
 from linspec.train.exact_heads import exact_student, match_teacher
 from linspec.train.gates import (
     GateConfig,
-    by_head_mixers,
     gated_student,
     top_heads,
     train_gates,

@@ -19,8 +19,9 @@ from linspec.checkpoints.packages import PACKAGES
 from linspec.cli import app
 from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.exact_heads import read_exact
 from linspec.models.decoder import Decoder
-from linspec.train.linearize_heads import HeadsConfig, linearize_heads, read_exact
+from linspec.train.linearize_heads import HeadsConfig, linearize_heads
 
 CONFIG = HeadsConfig(
     gate_steps=3, tokens=2000, context=400, batch_tokens=800, precision="float32", lr=1e-3

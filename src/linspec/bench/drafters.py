@@ -21,6 +21,7 @@ from linspec.bench.machine import machine
 from linspec.bench.oracle import oracle
 from linspec.bench.prompts import BenchPrompt, held_out_prompts, read_prompts
 from linspec.bench.runs import Measured, Mode, Run, Watched, run_of, speed_up
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.sampling import SamplingParams
@@ -30,7 +31,7 @@ from linspec.errors import ConfigError, LinspecError
 from linspec.evaluate.lossless import divergence
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import attending
+from linspec.models.rope_scaling import with_rope_scaling
 from linspec.policies import make_policy
 from linspec.policies.costs import CostCurve, load_or_measure
 from linspec.train.data import Sources, check_sources
@@ -104,6 +105,7 @@ def bench_drafters(
     quantize: int | None = None,
     kv: str = "auto",
     attention: str | None = None,
+    rope_scaling: str | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> DrafterSpeeds:
@@ -122,7 +124,7 @@ def bench_drafters(
         verifier: of all drafters. The rows of a lossy one are marked.
         loops: specs of generation loops that decode without a drafter, such as 'first:DIR'. The rows of
             those that are registered as lossy are marked.
-        attention: of all of them, as of LLM.
+        attention, rope_scaling: of all of them, as of LLM.
 
     Raises:
         ConfigError: a size is out of its range, or nothing can draft.
@@ -136,7 +138,9 @@ def bench_drafters(
     source, tokenizer = resolve(model), load_tokenizer(model)
     encoder = TextEncoder(tokenizer, len(tokenizer))
     texts = None if prompts is None else read_prompts(prompts, encoder, per_family)
-    loaded = attending(load_for(model, quantize, device=device), attention)
+    loaded = attending(
+        with_rope_scaling(load_for(model, quantize, device=device), rope_scaling), attention, model
+    )
     rule = make_verifier(verifier)
     context = DrafterContext(loaded, tokenizer, source, batch)
     made, skipped = ({}, []) if loops and not drafters else _make(drafters, context)
@@ -159,6 +163,7 @@ def bench_drafters(
         "quantize": quantize,
         "kv_cache_dtype": modes[0].llm.kv_cache_dtype,
         "attention": attention,
+        "rope_scaling": rope_scaling,
         "device": device,
     }
     curve = load_or_measure(loaded) if batch == 1 else None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from linspec.bench.machine import machine
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.hub import load_tokenizer, resolve
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.outcome import raise_first
@@ -33,7 +34,7 @@ from linspec.evaluate.lossless import divergence
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.llm import LLM
 from linspec.models.decoder import Decoder
-from linspec.models.sparse import attending
+from linspec.models.rope_scaling import with_rope_scaling
 from linspec.policies.base import Policy
 from linspec.state.slots import StateSnapshot
 from linspec.train.data import Sources, check_sources, end_of_text
@@ -112,6 +113,7 @@ def bench(
     quantize: int | None = None,
     kv: str = "auto",
     attention: str | None = None,
+    rope_scaling: str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Speed:
     """Decode `tokens` tokens after each of `contexts` (in tokens of held-out text) in every mode.
@@ -126,8 +128,13 @@ def bench(
     source = None if isinstance(model, Decoder) else resolve(model)
     if not isinstance(model, Decoder):
         tokenizer = tokenizer or load_tokenizer(model)
-        model = load_for(model, quantize, device=device)
-    model = attending(model, attention)
+        model = attending(
+            with_rope_scaling(load_for(model, quantize, device=device), rope_scaling),
+            attention,
+            model,
+        )
+    else:
+        model = attending(with_rope_scaling(model, rope_scaling), attention)
     modes = _modes(
         model, source, drafters, policy, tokenizer=tokenizer, max_batch=1, kv_cache_dtype=kv
     )
@@ -157,6 +164,7 @@ def bench(
         "kv": modes[PLAIN].kv_cache_dtype,
         "kv_cache_dtype": modes[PLAIN].kv_cache_dtype,
         "attention": attention,
+        "rope_scaling": rope_scaling,
         "device": device,
         "policy": policy if isinstance(policy, (str, int)) else policy.name,
     }

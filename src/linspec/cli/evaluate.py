@@ -119,6 +119,46 @@ def recall(
 
 @grouped
 @guarded()
+def ruler(
+    model: Model,
+    *,
+    texts: Texts,
+    tasks: Annotated[
+        str, typer.Option(help="Names by commas.", show_default="variables,common-words,…")
+    ] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of text and answer, by commas.")
+    ] = "1024,2048,4096",
+    samples: Annotated[
+        int, typer.Option(callback=whole(), help="Questions of a task and length.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(callback=whole(0), help="Of the questions.")] = 0,
+    loading: Loading,
+    as_json: Json = False,
+) -> None:
+    """Tasks of RULER in long texts: variables that hold a value, common words, frequent words.
+
+    Scores are shares of the words that a greedy answer must have.
+    """
+    from linspec.evaluate.ruler import evaluate_ruler
+    from linspec.evaluate.ruler_tasks import TASKS
+
+    _show(
+        evaluate_ruler,
+        as_json,
+        "cells",
+        model=model,
+        **texts.to_library(),
+        tasks=words(tasks) or tuple(TASKS),
+        lengths=numbers(lengths, "--lengths"),
+        samples=samples,
+        seed=seed,
+        **loading.to_library(),
+    )
+
+
+@grouped
+@guarded()
 def repeats(
     model: Model,
     *,
@@ -278,6 +318,7 @@ def task(
             quantize=options["quantize"],
             kv_cache_dtype=options["kv"],
             attention=options["attention"],
+            rope_scaling=options["rope_scaling"],
             device=options["device"],
         )
     print_json(found) if as_json else print_measured(found, "tasks")

@@ -89,8 +89,16 @@ AttentionName = Annotated[
     str | None,
     typer.Option(
         "--attention",
-        help="Sparse attention in the place of softmax, such as pages:budget=1024.",
+        help="Sparse attention in the place of softmax, such as pages:budget=1024; linspec calibrate finds "
+        "what lserve:budget=1024 needs.",
         show_default="all tokens",
+    ),
+]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="More positions than the model was trained for: yarn:4 for four times as many.",
+        show_default="none",
     ),
 ]
 Offload = Annotated[
@@ -173,6 +181,7 @@ class Decoding:
     verifier: VerifierName = "lossless"
     loop: LoopName = "auto"
     attention: AttentionName = None
+    rope_scaling: RopeScaling = None
     offload: Offload = None
     quantize: Quantize = None
     kv: Kv = "auto"
@@ -187,6 +196,7 @@ class Decoding:
             "verifier": self.verifier,
             "loop": self.loop,
             "attention": self.attention,
+            "rope_scaling": self.rope_scaling,
             "offload": self.offload,
             "max_batch": 1,
             "device": place_on(self.device, self.threads),
@@ -224,6 +234,7 @@ class Loading:
     """How a model is loaded, and on what it computes."""
 
     attention: AttentionName = None
+    rope_scaling: RopeScaling = None
     quantize: Quantize = None
     kv: Kv = "auto"
     device: Device = "cpu"
@@ -233,6 +244,7 @@ class Loading:
         """As functions of the library take it; --threads is applied."""
         return {
             "attention": self.attention,
+            "rope_scaling": self.rope_scaling,
             "quantize": self.quantize,
             "kv": self.kv,
             "device": place_on(self.device, self.threads),

@@ -9,6 +9,8 @@ from linspec.diffusion import BLOCKS, CACHES, COMMITS, STOPS, VERIFIES
 from linspec.drafters import DRAFTERS
 from linspec.engine.loops import LOOPS
 from linspec.mixers import MIXERS, Mixer
+from linspec.models.lserve import ARRANGEMENTS
+from linspec.models.rope_scaling import ROPE_SCALINGS
 from linspec.policies import POLICIES
 from linspec.state.registry import STATES
 from linspec.train.drafters import TRAININGS
@@ -26,6 +28,8 @@ def catalogue(us: Mapping[str, float] | None = None) -> dict[str, list[dict[str,
     """
     axes: dict[str, Registry[Any]] = {
         "mixers": MIXERS,
+        "attention": ARRANGEMENTS,
+        "rope scalings": ROPE_SCALINGS,
         "drafters": DRAFTERS,
         "verifiers": VERIFIERS,
         "policies": POLICIES,

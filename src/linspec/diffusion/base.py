@@ -99,6 +99,12 @@ class CommitPolicy(DiffusionPolicy):
 class StopPolicy(DiffusionPolicy):
     """When there is no need to go on as planned."""
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it reads what forwards say: those of all masks then, else those of the block alone."""
+        mine = type(self)
+        return mine.fills is not StopPolicy.fills or mine.cuts is not StopPolicy.cuts
+
     def fills(self, canvas: Canvas, predictions: Predictions) -> bool:
         """Whether everything undecided is decided now; asked after every forward."""
         return False

@@ -166,7 +166,8 @@ class PrefixStore:
 
         wait: until there is room among those that wait to be written; else it is forgotten.
         """
-        if not all(isinstance(each, StateSnapshot) for each in rest or ()):
+        # a kind of its own has more than is written
+        if not all(type(each) is StateSnapshot for each in rest or ()):
             return
         seed, length = self._seed(tenant), len(tokens)
         borders = range(PIECE, length, PIECE) if self.states.only_grows else ()

@@ -163,11 +163,13 @@ class PageUses:
 
 
 def tensor_bytes(kept: Any) -> int:
-    """Bytes of all tensors in what is kept: lists, tuples and dataclasses of them."""
+    """Bytes of all tensors in what is kept: lists, tuples, dictionaries and dataclasses of them."""
     if isinstance(kept, torch.Tensor):
         return kept.nbytes
     if isinstance(kept, list | tuple):
         return sum(map(tensor_bytes, kept))
+    if isinstance(kept, dict):
+        return sum(map(tensor_bytes, kept.values()))
     if is_dataclass(kept) and not isinstance(kept, type):
         return sum(tensor_bytes(getattr(kept, each.name)) for each in fields(kept))
     return 0

@@ -106,15 +106,29 @@ def train_task_model(
 
     Of an answer any number of tokens is masked, each number equally often, and its inverse weighs them.
     """
-    config = task_config()
-    model = MaskedDiffusion(config)
-    initialize(model, config.layers, torch.Generator().manual_seed(seed))
+    return train_by_masks(
+        MaskedDiffusion(task_config()), _batches(batch, seed, tasks, lengths), steps, seed, rate
+    )
+
+
+def train_by_masks(
+    model: MaskedDiffusion,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    steps: int,
+    seed: int = 0,
+    rate: float = 3e-3,
+) -> MaskedDiffusion:
+    """A small model from random weights, by LLaDA's loss.
+
+    batches: of each step texts [B, T], what of them is real, and the weight of each place that is masked, 0
+    elsewhere; `masked_rows` makes them.
+    """
+    initialize(model, model.config.layers, torch.Generator().manual_seed(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    draws = _batches(batch, seed, tasks, lengths)
     with Progress("training on the tasks", steps) as progress:
         for step in range(1, steps + 1):
-            loss = _loss(model, *next(draws))
+            loss = _loss(model, *next(batches))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,6 +136,24 @@ def train_task_model(
             schedule.step()
             progress.update(step, f"loss {float(loss.detach()):.3f}")
     return model.eval()
+
+
+def masked_rows(
+    rows: Sequence[torch.Tensor], prompt: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch of texts whose first `prompt` tokens are given, of any lengths.
+
+    Of what stands behind them any number of tokens is masked, each number equally often, and its inverse
+    weighs them. Returns texts [B, T], what of them is real, and the weights.
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=-1)
+    answer = (ids >= 0) & (torch.arange(ids.shape[1]) >= prompt)
+    order = torch.rand(ids.shape, generator=generator).masked_fill(~answer, 2).argsort(1)
+    share = torch.rand(len(rows), 1, generator=generator)
+    # from 1 to all
+    masks = (share * answer.sum(1, keepdim=True)).floor() + 1
+    masked = order.argsort(1) < masks
+    return ids.clamp_min(0), ids >= 0, masked / masks
 
 
 def _batches(
@@ -135,20 +167,12 @@ def _batches(
         for _ in range(count):
             question = ask(rng.choice(tasks), rng.choice(lengths), rng)
             rows.append(torch.tensor([*form.prompt(question), *question.answer(rng)]))
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-        places = torch.arange(ids.shape[1])
-        answer = (ids >= 0) & (places >= len(form.prompt(question)))
-        order = torch.rand(ids.shape, generator=generator).masked_fill(~answer, 2).argsort(1)
-        share = torch.rand(count, 1, generator=generator)
-        # from 1 to all
-        masks = (share * answer.sum(1, keepdim=True)).floor() + 1
-        masked = order.argsort(1) < masks
-        yield ids.clamp_min(0), ids >= 0, masked / masks
+        yield masked_rows(rows, len(form.prompt(question)), generator)
 
 
 def _loss(
     model: MaskedDiffusion, ids: torch.Tensor, real: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    logits = model.predicted(ids.masked_fill(weights > 0, MASK), real)
+    logits = model.predicted(ids.masked_fill(weights > 0, model.config.mask_id), real)
     nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     return (nats * weights).sum(1).mean()

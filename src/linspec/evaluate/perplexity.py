@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.hub import (
     check_tokenizer,
@@ -39,7 +40,7 @@ from linspec.evaluate.windows import Window, cut, pick_context
 from linspec.models.decoder import Decoder
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import ModelType, of_config
-from linspec.models.sparse import attending
+from linspec.models.rope_scaling import with_rope_scaling
 from linspec.train.data import Sources, Split, check_sources, load_documents
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
@@ -94,11 +95,12 @@ def evaluate_source(
     quantize: int | None = None,
     kv: str = "auto",
     attention: str | None = None,
+    rope_scaling: str | None = None,
 ) -> Score | Bound:
     """The score of a model directory on `data`; see `evaluate`, `load_for`, `load_documents`.
 
     Of a masked-diffusion model it is a bound, by `samples` masks of each window; see `masked_bound`. The
-    attention is as of LLM. Raises ConfigError for a model that predicts no text of its own.
+    attention and rope_scaling are as of LLM. Raises ConfigError for a model that predicts no text of its own.
     """
     data = check_sources(data)
     kind = _kind_of(model)
@@ -106,7 +108,8 @@ def evaluate_source(
         check_no_cache(kv)
     else:
         check_samples(samples, str(model))
-    decoder = attending(load_for(model, quantize, read=load_decoder, device=device), attention)
+    loaded = load_for(model, quantize, read=load_decoder, device=device)
+    decoder = attending(with_rope_scaling(loaded, rope_scaling), attention, model)
     tokenizer = load_tokenizer(model)
     check_tokenizer(tokenizer, decoder.config)
     documents = held_out_documents(data, field)

@@ -13,7 +13,7 @@ from linspec.errors import ConfigError
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.folding import FoldingMixer
-from linspec.mixers.ops.exact import Exact, softmax_weights
+from linspec.mixers.ops.exact import softmax_attention
 from linspec.mixers.ops.low_rank import factors, landmarks
 from linspec.mixers.options import SpanOptions
 from linspec.mixers.rope import Rotary, rotate
@@ -75,7 +75,7 @@ class Shadow(FoldingMixer):
         self._check(config, mixer.group)
         self.rope = config.rope if config.positions == "rope" else None
         self.scale = config.score_scale
-        self.exact = Exact(partial(softmax_weights, scale=self.scale, cap=config.score_cap))
+        self.attention = partial(softmax_attention, scale=self.scale, cap=config.score_cap)
 
     def _check(self, config: StackConfig, group: int) -> None:
         options, all_heads = self.options, self.kv_heads * self.head_width
@@ -195,8 +195,9 @@ class Shadow(FoldingMixer):
             seen = torch.cat((seen, always, chosen), -1)
             keys = torch.cat((keys, odd_keys, rebuilt), 1)
             values = torch.cat((values, odd_values, fetched.values().flatten(1, 2)), 1)
-        out = self.exact.nodes(q[None], keys[None], values[None], seen[None, :, None])
-        return out[0].unflatten(1, q.shape[1:3])
+        mask = seen.repeat_interleave(q.shape[1], 0)
+        out = self.attention(q.flatten(0, 1)[None], keys[None], values[None], mask=mask[None])
+        return out[0].unflatten(0, q.shape[:2])
 
     def select(self, q: torch.Tensor, past: Past) -> torch.Tensor:
         """Which chunks of the past nodes q [Hkv, rep, N, K] read, outliers apart: [Hkv, N, chunks]."""

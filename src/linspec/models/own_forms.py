@@ -10,7 +10,7 @@ whoever asked drops them. The model stays as it is, and so do its own forms once
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from operator import mul
 
@@ -44,11 +44,11 @@ def near_sighted(model: Decoder, *, group: int, span: int, sinks: int) -> Decode
     return with_attention(model, mixer)
 
 
-def with_attention(model: Decoder, mixer: MixerConfig) -> Decoder:
+def with_attention(model: Decoder, mixer: MixerConfig | Sequence[MixerConfig]) -> Decoder:
     """`model` with `mixer` in the place of softmax, for all heads that see all tokens.
 
-    The mixer has no weights of its own. Raises ConfigError where no layer has such heads, or where the mixer
-    does not fit the model.
+    mixer: one for all such layers, or one for each. It has no weights of its own. Raises ConfigError where no
+    layer has such heads, or where the mixer does not fit the model.
     """
     made = again(model)
     places = [
@@ -59,8 +59,9 @@ def with_attention(model: Decoder, mixer: MixerConfig) -> Decoder:
     ]
     if not places:
         raise ConfigError("no layer of this model has softmax attention over all tokens")
-    settings = MIXERS[mixer.name].for_layers(mixer, model.config, len(places))
-    for (parent, name, part), own in zip(places, settings, strict=True):
+    if isinstance(mixer, MixerConfig):
+        mixer = MIXERS[mixer.name].for_layers(mixer, model.config, len(places))
+    for (parent, name, part), own in zip(places, mixer, strict=True):
         setattr(parent, name, _in_place_of(part, own))
     return ready(made)
 
@@ -155,11 +156,14 @@ def _in_place_of(softmax: nn.Module, mixer: MixerConfig) -> Mixer:
     assert isinstance(softmax, Softmax)
     with without_memory():
         made = MIXERS[mixer.name](softmax.config, replace(mixer, taps=softmax.mixer.taps))
-    for name in [*made._modules, *made._parameters]:
+        plain = Softmax(softmax.config, softmax.mixer)
+    # what the mixer has beside these are parts without weights
+    for name in [*plain._modules, *plain._parameters]:
         delattr(made, name)
     for name, part in (*softmax._modules.items(), *softmax._parameters.items()):
         setattr(made, name, part)
-    made.padded_taps = softmax.padded_taps
+    if softmax.padded_taps is not None:
+        made.finalize_weights()
     return made.train(softmax.training)
 
 

@@ -18,16 +18,16 @@ from linspec.models.decoder import Decoder
 from linspec.models.own_forms import with_attention
 from linspec.utils.messages import did_you_mean, shown
 
+# an arrangement of several mixers, in `lserve.py`
+LSERVE = "lserve"
+
 
 def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
     """`model` with the mixer of this spec for all heads that see all tokens; the layers' weights are shared.
 
     Raises ConfigError for a spec that names no sparse attention, and for a model that it does not fit.
     """
-    if not model.config.causal:
-        raise ConfigError(
-            f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
-        )
+    check_causal(model, spec)
     made = with_attention(model, sparse_mixer(spec))
     made.config = model.config.with_mixers(
         tuple(
@@ -38,19 +38,23 @@ def with_sparse_attention(model: Decoder, spec: str) -> Decoder:
     return made
 
 
-def attending(model: Decoder, spec: str | None) -> Decoder:
-    """`with_sparse_attention`, or the model itself where no spec is given."""
-    return model if spec is None else with_sparse_attention(model, spec)
+def check_causal(model: Decoder, spec: str) -> None:
+    """Raise ConfigError for a model whose tokens also see later ones."""
+    if not model.config.causal:
+        raise ConfigError(
+            f"attention={shown(repr(spec))} is for decoders whose tokens see those before them; leave it out"
+        )
 
 
 def sparse_mixer(spec: str) -> MixerConfig:
     """The mixer that `--attention` names; raises ConfigError for an unknown one, or one with weights."""
     name = spec.partition(":")[0]
     names = [each for each in MIXERS.names() if MIXERS[each].stands_in]
+    known = sorted((*names, LSERVE))
     if name not in names:
         raise ConfigError(
-            f"attention is one of {', '.join(names)}, with options, got {shown(repr(spec))}; other mixers "
-            f"have to be trained (linspec linearize){did_you_mean(name, names)}"
+            f"attention is one of {', '.join(known)}, with options, got {shown(repr(spec))}; other mixers "
+            f"have to be trained (linspec linearize){did_you_mean(name, known)}"
         )
     return make_mixer(spec)
 

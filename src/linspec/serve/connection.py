@@ -12,7 +12,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from linspec.serve.body import too_slow
-from linspec.serve.failures import Failure, json_bytes
+from linspec.serve.failures import Failure, head_too_large, json_bytes
 
 
 def limited(*, head_seconds: float, answer_seconds: float) -> type[asyncio.Protocol]:
@@ -61,9 +61,10 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Say what is wrong with a request that is no HTTP; uvicorn calls it in its `except`."""
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
-        message = "this is no valid HTTP request; send HTTP/1.1"
         if status == 431:
-            message = "the head of the request is too large; send fewer or shorter headers"
+            self._refuse(head_too_large())
+            return
+        message = "this is no valid HTTP request; send HTTP/1.1"
         self._refuse(Failure(status, message, code="invalid_http"))
 
     def _watch_head(self) -> None:

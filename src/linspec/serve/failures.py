@@ -132,6 +132,20 @@ def failure_of(error: BaseException) -> Failure:
     return Failure(500, f"the server failed: {shown(str(error))}; its log has more", code="fault")
 
 
+def head_too_large() -> Failure:
+    """What a request is told whose head is longer than a server reads."""
+    message = "the head of the request is too large; send fewer or shorter headers"
+    return Failure(431, message, code="invalid_http")
+
+
+def _elsewhere(request: Request) -> str:
+    """Where to look for what is not at the path of a request."""
+    wanted = f"/v1{request.url.path}"
+    if wanted in request.app.openapi()["paths"]:
+        return f"{wanted} is what you want: the base URL of a client ends in /v1"
+    return "/docs lists what there is"
+
+
 def install(app: FastAPI) -> None:
     """Let every error of `app` have this shape."""
 
@@ -149,7 +163,7 @@ def install(app: FastAPI) -> None:
             return error.__cause__.response()
         message = str(error.detail)
         if error.status_code == 404:
-            message = f"there is nothing at {shown(request.url.path)}; /docs lists what there is"
+            message = f"there is nothing at {shown(request.url.path)}; {_elsewhere(request)}"
         elif error.status_code == 405:
             message = f"{request.method} is not for {shown(request.url.path)}; /docs says what is"
         elif error.status_code == 400:

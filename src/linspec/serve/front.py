@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from linspec.serve.body import Body, header
-from linspec.serve.failures import Failure, failure_of
+from linspec.serve.failures import Failure, failure_of, head_too_large
 from linspec.serve.keys import Keys
 from linspec.serve.settings import Settings
 
@@ -25,6 +25,8 @@ _ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 # what needs no key: a page holds no secrets, and what watches a server has none
 OPEN = frozenset(("/", "/health", "/ready"))
 OPEN_FOLDER = "/page/"
+# bytes of a request's head; a connection refuses longer ones by itself where they come in several pieces
+_MOST_HEAD = 2**14
 
 
 def put_front(app: FastAPI, keys: Keys, settings: Settings) -> None:
@@ -56,6 +58,7 @@ class Front:
         state = scope.setdefault("state", {})
         state["request_id"] = visit.number
         try:
+            _check_head(scope)
             # the doors in front of several replicas know it already
             state.setdefault("tenant", self._tenant(scope))
             body = Body(scope, receive, self._most, self._seconds)
@@ -86,6 +89,13 @@ class Front:
                 headers={"www-authenticate": "Bearer"},
             )
         return name or ""
+
+
+def _check_head(scope: Scope) -> None:
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > _MOST_HEAD:
+        raise head_too_large()
 
 
 class _Visit:

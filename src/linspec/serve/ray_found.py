@@ -9,6 +9,9 @@ from contextlib import contextmanager, suppress
 
 from linspec.errors import ConfigError
 
+# how much Ray lets its processes stand back behind others
+_NICENESS = "RAY_worker_niceness"
+
 
 def check_ray_extra() -> None:
     """Raise ConfigError where Ray is not installed."""
@@ -35,7 +38,8 @@ def ray_running() -> Iterator[None]:
     hushed("ray")
     more = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
     try:
-        ray.init(log_to_driver=False, configure_logging=False, **more)
+        with _as_urgent_as_others():
+            ray.init(log_to_driver=False, configure_logging=False, **more)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Ray does not start: {error}; check RAY_ADDRESS, or unset it for this machine alone"
@@ -44,6 +48,23 @@ def ray_running() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _as_urgent_as_others() -> Iterator[None]:
+    """Let a Ray that starts meanwhile give its processes the priority that a server without it has.
+
+    Ray's own niceness is 15. Beside other programs replicas then hardly get any time: they start in minutes,
+    and are not done with their requests when `shutdown_seconds` are over.
+    """
+    if _NICENESS in os.environ:
+        yield
+        return
+    os.environ[_NICENESS] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_NICENESS]
 
 
 def hushed(name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
+from linspec.decoding.request import Request
 from linspec.engine.results import Generation, Piece
-from linspec.serve.schemas.base import CachedTokens, Speculation, Usage
+from linspec.serve.schemas.base import CachedTokens, Speculation, StreamOptions, Usage
 from linspec.serve.shown import shown_drafts
 
 # what stands for a token that cannot come, which JSON has no number for
@@ -32,6 +34,34 @@ def usage_of(outputs: Sequence[Sequence[Generation]]) -> Usage:
         prompt_tokens_details=CachedTokens(cached_tokens=cached_tokens(outputs)),
         linspec=speculation_of(every),
     )
+
+
+class RunningUsage:
+    """What the chunks of a stream have as `usage`, beside the last one, which has the usage of all."""
+
+    def __init__(self, options: StreamOptions | None, prompts: Sequence[Request]) -> None:
+        self._continuous = options is not None and options.continuous_usage_stats
+        self._last = options is not None and options.include_usage
+        self._prompt = sum(len(each.prompt) for each in prompts)
+        self._tokens: Counter[tuple[int, int]] = Counter()
+
+    def take(self, piece: Piece) -> dict[str, Any]:
+        """The field of the chunks of a piece, where its caller asked for it."""
+        place = piece.index, piece.sequence
+        self._tokens[place] += len(piece.token_ids)
+        if piece.done is not None:
+            # a stop text may have taken some back
+            self._tokens[place] = len(piece.done.token_ids)
+        if self._continuous:
+            completion = self._tokens.total()
+            return {
+                "usage": {
+                    "prompt_tokens": self._prompt,
+                    "completion_tokens": completion,
+                    "total_tokens": self._prompt + completion,
+                }
+            }
+        return {"usage": None} if self._last else {}
 
 
 def cached_tokens(outputs: Sequence[Sequence[Generation]]) -> int:

@@ -66,6 +66,8 @@ class Worker:
         self._jobs: dict[int, Job] = {}
         self._gap, self._last_end = 0.0, clock()
         self._deadline: float | None = None
+        # set by the thread when it takes no more, also where it breaks off
+        self._over = False
         # of the turn that runs: jobs whose callers to wake, and what to tell the observers then
         self._touched: list[Job] = []
         self._news: list[Callable[[], None]] = []
@@ -111,7 +113,7 @@ class Worker:
 
     def _check_room(self, new: int) -> None:
         if not self.ready:
-            raise WorkerStopped("the server is shutting down and takes no more requests")
+            raise self._stopped("and takes no more requests")
         most = self.slots + self.queue_limit
         if self._sequences + new > most:
             self.refused += 1
@@ -154,12 +156,17 @@ class Worker:
     @property
     def broken(self) -> bool:
         """Whether the thread has ended though nobody closed it."""
-        return self._deadline is None and not self._thread.is_alive()
+        return self._deadline is None and self._over
 
     @property
     def ready(self) -> bool:
         """Whether requests are taken."""
-        return self._deadline is None and self._thread.is_alive()
+        return self._deadline is None and not self._over
+
+    def _stopped(self, so: str) -> WorkerStopped:
+        if self.broken:
+            return WorkerStopped(f"the model has stopped {so}; the server has to be started again")
+        return WorkerStopped(f"the server is shutting down {so}")
 
     def close(self, finish_seconds: float = 30.0) -> None:
         """Take no more requests; those that are here have so long to finish, then the rest fails."""
@@ -187,16 +194,22 @@ class Worker:
     # ---- the thread
 
     def _run(self) -> None:
-        while self._wait():
-            try:
-                self._turn()
-            except Exception as error:
-                _log.exception("a turn of the worker broke; its requests have failed")
-                self._end_all(error)
-            self._publish()
-        self._end_all(
-            WorkerStopped("the server is shutting down, and this request was not finished in time")
-        )
+        try:
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception as error:
+                    _log.exception("a turn of the worker broke; its requests have failed")
+                    self._end_all(error)
+                self._publish()
+        finally:
+            # also where the thread breaks: nobody waits for what does not come
+            self._finish()
+
+    def _finish(self) -> None:
+        with self._changed:
+            self._over = True
+        self._end_all(self._stopped("and this request was not finished in time"))
         self._publish()
 
     def _wait(self) -> bool:

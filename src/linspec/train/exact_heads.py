@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.exact_heads import Heads, by_head_mixers
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.train.data import Windows
-from linspec.train.gates import GateConfig, Gates, Heads, by_head_mixers, gated_student, train_gates
+from linspec.train.gates import GateConfig, Gates, gated_student, train_gates
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.low_rank import add_low_rank
 from linspec.train.match_teacher import KlLoss
@@ -48,8 +49,12 @@ def find_heads(
     streaming: MixerConfig | None = None,
     seed: int = 0,
     tell: Callable[[str], None] = log.info,
+    state: Path | None = None,
 ) -> dict[int, Gates]:
-    """Gates for each of `config.counts`, trained on needles in running text of several lengths."""
+    """Gates for each of `config.counts`, trained on needles in running text of several lengths.
+
+    state: see `train_gates`.
+    """
     writer = NeedleWriter(tokenizer, stream, WORDINGS)
 
     def batch(step: int) -> Needles:
@@ -60,7 +65,7 @@ def find_heads(
         return writer.batch(rows, length, keys=keys, asked=keys, rng=rng)
 
     student = gated_student(teacher, streaming or make_mixer("streaming"))
-    return train_gates(teacher, student, batch, config, tell)
+    return train_gates(teacher, student, batch, config, tell, state)
 
 
 def exact_student(teacher: Decoder, heads: Heads, streaming: MixerConfig | None = None) -> Decoder:

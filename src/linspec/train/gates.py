@@ -16,26 +16,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import count as counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from linspec.errors import ConfigError, TrainingError
-from linspec.mixers.by_head import beside_exact
 from linspec.mixers.config import MixerConfig, StackConfig
+from linspec.mixers.exact_heads import Heads
 from linspec.mixers.ops.exact import softmax_attention
 from linspec.mixers.streaming import Streaming
-from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.train.gate_state import GateState, adam_moments, read_gate_state, with_moments
 from linspec.train.kl import kl_of_hidden
 from linspec.train.needles import Needles
 from linspec.train.student import sharing
+from linspec.utils.files import replace_text
+from linspec.utils.progress import Progress
 
 log = logging.getLogger(__name__)
-
-Heads = tuple[tuple[int, ...], ...]
 
 
 class GatedHeads(Streaming):
@@ -95,6 +96,12 @@ class Gates:
     weight: float
     reached: bool
 
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Gates:
+        """The inverse of `asdict`, as JSON has it."""
+        heads = tuple(tuple(layer) for layer in data["heads"])
+        return cls(**{**data, "heads": heads})
+
 
 def gated_student(teacher: Decoder, streaming: MixerConfig) -> Decoder:
     """The teacher with gates, which are all that can be trained."""
@@ -129,48 +136,37 @@ def top_heads(gates: torch.Tensor, count: int) -> Heads:
     )
 
 
-def by_head_mixers(
-    config: DecoderConfig, streaming: MixerConfig, heads: Heads
-) -> tuple[MixerConfig, ...]:
-    """A mixer for each layer: `heads` exact, the others streaming; plain softmax where all are exact."""
-    found = []
-    for exact in heads:
-        if len(exact) == config.kv_heads:
-            found.append(MixerConfig())
-        elif exact:
-            found.append(beside_exact(streaming, exact))
-        else:
-            found.append(streaming)
-    return tuple(found)
-
-
 def train_gates(
     teacher: Decoder,
     student: Decoder,
     batch_fn: Callable[[int], Needles],
     config: GateConfig,
     tell: Callable[[str], None] = log.info,
+    state: Path | None = None,
 ) -> dict[int, Gates]:
     """Gates for each of the counts; `student` is what `gated_student` made of `teacher`.
 
-    Where steps or seconds run out, what is left gets the gates as they are, and says so.
+    Where steps or seconds run out, what is left gets the gates as they are, and says so. state: a file that
+    each step is kept in; if it is there, the training goes on from it and ends as if it had not stopped.
     """
     training = _Training(teacher, student, config)
-    for step in counter():
-        if not training.wanted:
-            return training.found
-        if step >= config.steps or training.late():
-            training.give_up()
-            return training.found
-        value = training.step(batch_fn(step))
-        if step == 0 or (step + 1) % config.every == 0:
-            tell(
-                f"gates: step {step + 1}, KL {value:.3f}, mean gate {training.mean():.3f}, weight "
-                f"{training.weight:.2f}, {training.spent():.0f} s"
-            )
-        if step + 1 >= config.settle and (step + 1) % config.every == 0:
-            training.consider()
-    raise AssertionError("unreachable")
+    if state is not None and state.exists():
+        training.restore(read_gate_state(state, gates_of(student).shape))
+    with Progress("gates", config.steps, training.steps) as progress:
+        while training.wanted:
+            if training.steps >= config.steps or training.late():
+                training.give_up()
+                break
+            value = training.step(batch_fn(training.steps))
+            told = f"KL {value:.3f}, mean gate {training.mean():.3f}, weight {training.weight:.2f}"
+            progress.update(training.steps, told)
+            if training.steps == 1 or training.steps % config.every == 0:
+                tell(f"gates: step {training.steps}, {told}, {training.spent():.0f} s")
+            if training.steps >= config.settle and training.steps % config.every == 0:
+                training.consider()
+            if state is not None:
+                replace_text(state, training.kept().to_text())
+    return training.found
 
 
 @dataclass
@@ -185,11 +181,13 @@ class _Training:
         self.optimizer = torch.optim.Adam(self.gates, lr=self.config.lr)
         self.weight, self.steps = self.config.weight, 0
         self.wanted, self.began = list(self.config.counts), time.monotonic()
+        # of a process that was stopped
+        self.before = 0.0
         self.device = self.student.embed.weight.device
         self.seen = torch.zeros_like(gates_of(self.student).detach())
 
     def spent(self) -> float:
-        return time.monotonic() - self.began
+        return self.before + time.monotonic() - self.began
 
     def late(self) -> bool:
         return self.config.seconds is not None and self.spent() > self.config.seconds
@@ -227,6 +225,32 @@ class _Training:
             self._take(self.wanted.pop(0), reached=True)
         if self.wanted:
             self.weight *= self.config.growth
+
+    def kept(self) -> GateState:
+        """All that the next step hangs on."""
+        values, seen = (
+            x.detach().float().cpu().tolist() for x in (gates_of(self.student), self.seen)
+        )
+        return GateState(
+            steps=self.steps,
+            weight=self.weight,
+            seconds=self.spent(),
+            gates=values,
+            seen=seen,
+            moments=adam_moments(self.optimizer, self.gates),
+            found={str(count): asdict(gates) for count, gates in self.found.items()},
+        )
+
+    def restore(self, kept: GateState) -> None:
+        """Go on from what `kept` gave."""
+        self.steps, self.weight, self.before = kept.steps, kept.weight, kept.seconds
+        with torch.no_grad():
+            for gate, row in zip(self.gates, kept.gates, strict=True):
+                gate.copy_(torch.tensor(row))
+            self.seen.copy_(torch.tensor(kept.seen))
+        with_moments(self.optimizer, self.gates, kept.moments, kept.steps)
+        self.found = {int(count): Gates.of(each) for count, each in kept.found.items()}
+        self.wanted = [count for count in self.config.counts if count not in self.found]
 
     def give_up(self) -> None:
         while self.wanted:

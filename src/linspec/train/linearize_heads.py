@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.exact_heads import Heads, read_exact
 from linspec.mixers.specs import DEFAULT_GROUP, make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -33,7 +34,7 @@ from linspec.train.exact_heads import (
     match_teacher,
     needle_windows,
 )
-from linspec.train.gates import GateConfig, Heads
+from linspec.train.gates import GateConfig
 from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
 from linspec.train.run import make_accelerator, training_run
@@ -44,7 +45,7 @@ from linspec.utils.messages import shown
 from linspec.utils.places import Place
 from linspec.utils.sizes import check_instance, check_positive, check_share, check_sizes
 
-_GATES = "gates.json"
+_GATES, _STEPS = "gates.json", "gate-steps.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,27 +162,6 @@ def linearize_heads(
     return place.path
 
 
-def read_exact(text: str, config: DecoderConfig) -> int | Heads:
-    """How many KV heads `text` asks for, or which; raises ConfigError for what this model has not."""
-    total, every = config.layers * config.kv_heads, tuple(range(config.kv_heads))
-    if text == "all-linear":
-        return ((),) * config.layers
-    kind, _, rest = text.partition(":")
-    if kind == "layers" and all(part.isdecimal() for part in rest.split(",")):
-        layers = {int(part) for part in rest.split(",")}
-        if max(layers) >= config.layers:
-            raise ConfigError(f"no layer {max(layers)}: layers are 0..{config.layers - 1}")
-        return tuple(every if layer in layers else () for layer in range(config.layers))
-    share = text.endswith("%") and text[:-1].isdecimal()
-    count = round(int(text[:-1]) / 100 * total) if share else int(text) if text.isdecimal() else 0
-    if not 1 <= count < total:
-        raise ConfigError(
-            f"exact heads must be 1 to {total - 1} of this model's {total}, a share such as 12%, "
-            f"layers:0,7 or all-linear, got {shown(repr(text))}"
-        )
-    return count
-
-
 def _stream(
     data: Sequence[str | Path], field: str, tokenizer: PreTrainedTokenizerBase, model: DecoderConfig
 ) -> np.ndarray:
@@ -234,6 +214,7 @@ class _Task:
                 batch_tokens=self.config.batch_tokens,
                 streaming=self.config.streaming,
                 seed=self.config.seed,
+                state=self.folder / _STEPS,
             )[count]
             replace_text(path, json.dumps(asdict(gates)) + "\n")
         kept = read_json(path, TrainingError)["heads"]

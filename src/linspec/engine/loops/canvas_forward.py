@@ -37,13 +37,13 @@ class Reading:
     def given(self, slot: int, branch: int) -> StepInput:
         """Tokens and masks, which see all positions."""
         tokens = [self.canvas.tokens[row] for row in self.rows]
-        first = len(self.rows) - len(self.read)
+        read = set(self.read)
         return StepInput(
             slot,
             tokens,
             overwrite=self.rows,
             causal=False,
-            logits_of=range(first, len(self.rows)),
+            logits_of=[number for number, row in enumerate(self.rows) if row in read],
             branch=branch,
             watch=self.watch,
         )

@@ -11,7 +11,7 @@ copies.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -176,11 +176,16 @@ class MaskedDiffusionLoop(GenerationLoop):
             )
         if canvas.new and not set(range(canvas.reach)) <= set(rows):
             raise self._broken(rows, "a forward computes everything before anything is kept")
-        shift = self.config.logit_shift
-        rows = sorted({*rows, *(position - shift for position in self._asked(canvas))})
-        # what stands before the block is decided
-        read = [row for row in rows if row >= canvas.start - shift]
+        shift, asked = self.config.logit_shift, self._asked(canvas)
+        rows = sorted({*rows, *(position - shift for position in asked)})
+        wanted = {*asked, *self._known(canvas)}
+        read = [row for row in rows if row + shift in wanted]
         return Reading(canvas, rows, read, self.cache.watch(canvas, rows))
+
+    def _known(self, canvas: Canvas) -> Collection[int]:
+        """The positions whose logits are computed wherever their rows are: logits cost much of a forward."""
+        # the length of a block, and what ends the text, may be found in masks behind the block
+        return canvas.undecided if canvas.end is None or self.stop.foresees else canvas.open
 
     def _ahead(self, canvas: Canvas) -> Sequence[int]:
         ahead = self.commit.ahead(canvas)

@@ -55,12 +55,16 @@ def _cards(served: Served) -> list[ModelCard]:
     return texts + vectors
 
 
+def _stopped() -> Failure:
+    return Failure(503, "a model has stopped; restart the server", code="stopped")
+
+
 @router.head("/health", include_in_schema=False)
 @router.get("/health", responses=_UNFIT)
 async def health(served: Serving) -> Health:
     """Whether all models work: for who restarts the server."""
     if any(worker.broken for worker in served.workers.values()):
-        raise Failure(503, "a model has stopped; restart the server", code="stopped")
+        raise _stopped()
     return Health(status="ok")
 
 
@@ -68,6 +72,8 @@ async def health(served: Serving) -> Health:
 @router.get("/ready", responses=_UNFIT)
 async def ready(served: Serving) -> Health:
     """Whether requests are taken: for who sends them here."""
+    if any(worker.broken for worker in served.workers.values()):
+        raise _stopped()
     if not all(worker.ready for worker in served.workers.values()):
         raise Failure(503, "the server is shutting down", code="shutting_down")
     return Health(status="ok")

@@ -20,7 +20,7 @@ from linspec.serve.constraints import Tooled, constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import chat_logprobs, drafts_of, new_id, usage_of
+from linspec.serve.shapes import RunningUsage, chat_logprobs, drafts_of, new_id, usage_of
 from linspec.serve.tool_calls import ToolTurn
 
 router = APIRouter(responses=RESPONSES)
@@ -132,11 +132,12 @@ def _delta(
 
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     head = form.head("chat.completion.chunk")
-    more = {"usage": None} if form.asked.with_usage else {}
+    running = RunningUsage(form.asked.stream_options, answer.job.requests)
     turns: defaultdict[int, ToolTurn] = defaultdict(form.tooled.turn)
     ended: list[Generation] = []
     async for piece in answer.pieces():
         first = piece.sequence not in turns
+        more = running.take(piece)
         for choice in form.deltas(turns[piece.sequence], piece, first):
             yield {**head, "choices": [choice], **more}
         if piece.done is not None:

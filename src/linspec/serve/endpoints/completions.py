@@ -20,7 +20,7 @@ from linspec.serve.constraints import constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.completions import Completion, CompletionRequest, as_prompts
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import TextLogprobs, drafts_of, new_id, usage_of
+from linspec.serve.shapes import RunningUsage, TextLogprobs, drafts_of, new_id, usage_of
 
 router = APIRouter(responses=RESPONSES)
 _USUAL_TOKENS = 16
@@ -165,13 +165,13 @@ def _likelihood(output: Generation) -> float:
 
 
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
-    more = {"usage": None} if form.asked.with_usage else {}
+    running = RunningUsage(form.asked.stream_options, answer.job.requests)
     offsets: dict[int, TextLogprobs] = {}
     ended: list[list[Generation]] = [[] for _ in answer.job.requests]
     begun: set[int] = set()
     async for piece in answer.pieces():
         index = piece.index * form.n + piece.sequence
-        text = piece.text
+        text, more = piece.text, running.take(piece)
         if index not in begun:
             begun.add(index)
             text = form.echo(piece.index) + text

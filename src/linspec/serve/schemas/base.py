@@ -91,6 +91,9 @@ class StreamOptions(Asked):
     """What a stream has beside the text."""
 
     include_usage: bool = Field(False, description="A last chunk with the usage of all choices.")
+    continuous_usage_stats: bool = Field(
+        False, description="In every chunk the tokens so far, of all choices."
+    )
     include_drafts: bool = Field(
         False, description="An object `linspec` in each choice: which text drafters wrote."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from linspec.serve.schemas.base import (
     Asked,
@@ -36,6 +36,12 @@ class Message(Asked):
     tool_calls: Several[Free] | None = None
     tool_call_id: str | None = None
     refusal: None = None
+
+    @model_validator(mode="after")
+    def _said(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("needs content: only a turn of the assistant's goes without")
+        return self
 
     def to_template(self) -> dict[str, Any]:
         """As chat templates read it."""

@@ -1,0 +1,206 @@
+"""What papers claim of single policies of masked diffusion, each by one command beside what it is held to.
+
+    python -m benchmarks.diffusion_claims dkv --folder claims
+    python -m benchmarks.diffusion_claims specdiff --target embedded-aug --folder claims
+
+Ways take turns as in `benchmarks.diffusion`, but speed is by the processor's time of one thread, which bears
+other work beside it. What was measured is kept in the folder, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.diffusion import Cells, Way, measure, rows, table, ways_of
+from benchmarks.diffusion_lines import BREAK, Lines, answer_of
+from benchmarks.diffusion_work import Text, Work
+from linspec.bench.machine import machine
+from linspec.diffusion import BlockPolicy, Canvas, Predictions
+from linspec.engine.loops.masked_diffusion import MaskedDiffusionLoop
+from linspec.errors import ConfigError
+from linspec.llm import LLM
+
+DRAFTER = "embedded-diffusion"
+# tokens of prompts, and of long ones
+GIVEN, LONG = 96, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """about: for --help. work: what is answered. ways: how, the reference first."""
+
+    about: str
+    work: Callable[[argparse.Namespace], Work]
+    ways: Callable[[Work, argparse.Namespace], list[Way]]
+
+
+def _policies(*specs: str) -> Callable[[Work, argparse.Namespace], list[Way]]:
+    plans = [f"masked-diffusion:{spec}" for spec in specs]
+    return lambda work, given: ways_of(work, plans, None)
+
+
+def _text(given: argparse.Namespace) -> Work:
+    return Text(DRAFTER, given.prompts, given.tokens, None, GIVEN)
+
+
+def _long_text(given: argparse.Namespace) -> Work:
+    return Text(DRAFTER, given.prompts, given.tokens, None, LONG)
+
+
+def _lines(given: argparse.Namespace) -> Work:
+    return Lines(given.folder, given.prompts, given.steps)
+
+
+def _drafted(work: Work, given: argparse.Namespace) -> list[Way]:
+    """The target alone, and with trees of several sizes."""
+
+    def way(name: str, nodes: int) -> Way:
+        drafter = f"specdiff:model={DRAFTER}"
+        return Way(
+            name,
+            lambda: LLM(given.target, drafter=drafter, policy=nodes, max_batch=1),
+            work.prompts,
+        )
+
+    plain = Way(given.target, lambda: LLM(given.target, max_batch=1), work.prompts)
+    return [plain, *(way(f"{given.target}, {nodes} nodes", nodes) for nodes in (4, 8, 16))]
+
+
+_FREEDAVE = ("", ",verify=freedave:2", ",verify=freedave:4", ",verify=freedave:drafts=2+least=0.6")
+_WINDOW = "block=sliding,commit=threshold:0.9"
+CLAIMS = {
+    "ada-block": Claim(
+        "blocks end with lines, in at most 1.1 times the forwards of the best fixed length",
+        _lines,
+        _policies(
+            *(f"block=fixed:{n},commit=threshold:0.9,cache=dual" for n in (8, 4, 16, 32)),
+            f"block=ada-block:delimiters={BREAK}+length=8,commit=threshold:0.9,cache=dual",
+        ),
+    ),
+    "foreseen-end": Claim(
+        "half of the positions at most where answers fill a quarter of the masks, 98% identical",
+        _lines,
+        _policies("commit=static", "commit=static,stop=foreseen-end"),
+    ),
+    "foreseen-end-threshold": Claim(
+        "the same beside a commit policy that decides several tokens",
+        _lines,
+        _policies("commit=threshold:0.9", "commit=threshold:0.9,stop=foreseen-end"),
+    ),
+    "dkv": Claim(
+        "behind a prompt of 512 tokens at most .7 of the time without a cache",
+        _long_text,
+        _policies(
+            "commit=static",
+            "commit=static,cache=dkv",
+            "commit=static,cache=dkv:prompt=frozen",
+            "commit=static,cache=dual",
+        ),
+    ),
+    "elastic": Claim(
+        "less than a refresh in each eighth forward computes, with as many tokens of no cache",
+        _text,
+        _policies(
+            _WINDOW,
+            f"{_WINDOW},cache=dual:8",
+            *(f"{_WINDOW},cache=elastic:{gamma}" for gamma in (0.7, 0.8, 0.9, 0.95)),
+        ),
+    ),
+    "freedave": Claim(
+        "1.8 times fewer forwards and 1.2 times the speed, for the same tokens",
+        _text,
+        _policies(*(f"block=fixed:8,commit=static,cache=dual{each}" for each in _FREEDAVE)),
+    ),
+    "specdiff": Claim(
+        "2 tokens a round or more, for the tokens of the target alone",
+        _text,
+        _drafted,
+    ),
+}
+
+
+class Recorded(BlockPolicy):
+    """A block policy whose answers are kept: prompt, start and length of each block."""
+
+    def __init__(self, policy: BlockPolicy) -> None:
+        super().__init__()
+        self.name, self._policy = policy.name, policy  # type: ignore[misc]  # the name of the policy
+        self.blocks: list[tuple[tuple[int, ...], int, int]] = []
+
+    def length(self, canvas: Canvas, predictions: Predictions) -> int:
+        length = self._policy.length(canvas, predictions)
+        prompt = tuple(canvas.tokens[: canvas.prompt_length])
+        self.blocks.append((prompt, canvas.start - canvas.prompt_length, length))
+        return length
+
+
+def ends_of_lines(work: Lines, way: Way) -> tuple[int, int]:
+    """How many blocks that begin within the right answer end with a line of it, and how many there are."""
+    llm = way.make()
+    loop = llm.engine.loop
+    assert isinstance(loop, MaskedDiffusionLoop)
+    loop.block = recorded = Recorded(loop.block)
+    llm.generate(list(way.prompts), work.params)
+    answers = {
+        tuple(p): answer_of(groups) for p, groups in zip(work.prompts, work.asked, strict=True)
+    }
+    found = [
+        answers[prompt][start + length - 1 : start + length] == [BREAK]
+        for prompt, start, length in recorded.blocks
+        if start < len(answers[prompt])
+    ]
+    return sum(found), len(found)
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    text = "\n".join(f"  {name}: {claim.about}" for name, claim in CLAIMS.items())
+    about = argparse.ArgumentParser(
+        description=f"{(__doc__ or '').partition(chr(10))[0]}\n\n{text}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    about.add_argument("claim", choices=tuple(CLAIMS))
+    about.add_argument("--folder", type=Path, required=True, help="of what was measured")
+    about.add_argument("--target", default="embedded-softmax", help="of specdiff")
+    about.add_argument("--prompts", type=int, default=24)
+    about.add_argument("--tokens", type=int, default=64, help="of a text")
+    about.add_argument("--steps", type=int, default=3000, help="of training the model of lines")
+    about.add_argument("--rounds", type=int, default=3)
+    about.add_argument("--json", action="store_true", help="a line of JSON for each way")
+    return about.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure what is missing and print the table."""
+    given = _arguments(words)
+    if given.rounds < 1:
+        raise ConfigError(f"rounds must be 1 or more, got {given.rounds}")
+    torch.set_num_threads(1)
+    claim = CLAIMS[given.claim]
+    work = claim.work(given)
+    ways = claim.ways(work, given)
+    settings = {name: getattr(given, name) for name in ("prompts", "tokens", "steps", "target")}
+    cells = Cells(given.folder / given.claim / Path(given.target).name, settings)
+    measure(work, ways, cells, given.rounds, time.process_time)
+    found = list(rows(work, ways, cells))
+    for each in found if given.claim == "specdiff" else ():
+        # positions are counted of masked diffusion alone
+        each.pop("computed", None)
+    for each in found if given.json else ():
+        print(json.dumps(each | {"claim": given.claim, "machine": machine()}))
+    if not given.json:
+        print(f"{given.claim}: wanted is {claim.about}\n\n{table(found, work.quality, work.falls)}")
+    if isinstance(work, Lines) and given.claim == "ada-block" and not given.json:
+        for way in ways:
+            ending, count = ends_of_lines(work, way)
+            print(f"{way.name}: {ending} of {count} blocks end with a line")
+
+
+if __name__ == "__main__":
+    main()
