@@ -255,6 +255,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_lean.inc.h"
 #include "proof_grow.inc.h"
 #include "proof_pool.inc.h"
+#include "proof_select.inc.h"
 #include "proof_summed.inc.h"
 
 int main(void) {
@@ -271,6 +272,7 @@ int main(void) {
         all_heads();
         all_lean();
         all_growth();
+        all_selected();
         all_summed();
         if (!failures) printf("%s\n", ls_current()->name);
     }
