@@ -15,9 +15,13 @@ WIDTH = 64
 def test_bytes_of_codes_scales_and_bounds() -> None:
     pages = make_mixer("pages:budget=128")
     assert held_bytes(MixerConfig(), "int8", 1024, WIDTH) == 1024 * 2 * (64 + 4)
+    # of every 64 keys two extremes in 16 bits, and codes in two
+    codes = 1024 // 64 * (2 * 64 * 2 + 64 * 64 // 4)
+    assert held_bytes(pages, "int8", 1024, WIDTH) == 1024 * 136 + codes
+    assert read_bytes(pages, "int8", 1024, WIDTH) == (128 + 2 * 64) * 136 + codes
     bounds = 1024 // 16 * 2 * 64 * 2
-    assert held_bytes(pages, "int8", 1024, WIDTH) == 1024 * 136 + bounds
-    assert read_bytes(pages, "int8", 1024, WIDTH) == (128 + 2 * 64) * 136 + bounds
+    by_bounds = make_mixer("pages:budget=128,judge=bounds")
+    assert held_bytes(by_bounds, "int8", 1024, WIDTH) == 1024 * 136 + bounds
     # of a short text everything is read
     assert read_bytes(pages, "int8", 128, WIDTH) == held_bytes(pages, "int8", 128, WIDTH)
     near = make_mixer("streaming:span=4")

@@ -144,11 +144,14 @@ def _chosen(logits: torch.Tensor, ids: torch.Tensor) -> list[float]:
 
 
 def fingerprint_of_machine() -> str:
-    """Where equal code gives equal bits: the kernels, torch and its instruction set."""
-    from linspec.bench.machine import info
+    """Where equal code gives equal bits: the kernels, torch and its instruction set.
 
-    native = info()["kernels"]["native"]["name"]
-    return f"{native} torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+    And the maker of the processor, as torch's products add up in another order on each.
+    """
+    from linspec.bench.machine import info, machine
+
+    native, maker = info()["kernels"]["native"]["name"], machine()["cpu"].split()[0]
+    return f"{native} torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {maker}"
 
 
 def difference(a: list[list[float]], b: list[list[float]]) -> float:

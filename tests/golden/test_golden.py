@@ -21,7 +21,9 @@ SMALL = {name for name, model in GOLDEN["models"].items() if model["kind"] != "d
 FAST = [
     c for i, c in enumerate(CASES) if i % 7 == 0 or c.model in SMALL or c.verifier != "lossless"
 ]
-ELSEWHERE = 1e-6
+# on other machines: how far a logprob may be off, and which share of the cases may be further off, as a
+# rounded input of a layer with integer weights may fall to the other side
+ELSEWHERE, FALLEN = 5e-6, 0.02
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +51,13 @@ def tolerance() -> float:
 
 
 def compare(bench: Bench, chosen: list[Case], tolerance: float) -> list[str]:
-    """Keys of the cases that came out otherwise."""
-    return [
+    """Keys of the cases that came out otherwise; none if they are as few as another machine may have."""
+    off = [
         case.key
         for case in chosen
         if not _same(bench.run(case), GOLDEN["cases"][case.key], tolerance)
     ]
+    return off if len(off) > (FALLEN * len(chosen) if tolerance else 0) else []
 
 
 def _same(found: dict[str, Any], golden: dict[str, Any], tolerance: float) -> bool:

@@ -23,20 +23,27 @@ from linspec.state.shadow import Closed, Past, ShadowSpec, ShadowState
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 
+# of keys whose rank nobody says
+RANK = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShadowOptions(SpanOptions):
     """What is kept of a segment, and how much of all segments is read."""
 
-    rank: int = option("rank of the keys of a segment, over all KV heads of a layer", default=32)
+    rank: int | None = option(
+        "rank of the keys of a segment, over all KV heads of a layer. None is 32, or as much as they have",
+        default=None,
+    )
     budget: int = option("tokens of closed segments that a token reads", default=512, short=True)
     chunk: int = option("tokens that have a landmark together", default=8)
     outliers: int = option("chunks of a segment that are kept, and read, as they are", default=1)
     group: int | None = option("tokens of a segment", default=256)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "chunk"):
-            check_size(name, getattr(self, name))
+        check_size("chunk", self.chunk)
+        if self.rank is not None:
+            check_size("rank", self.rank)
         for name in ("budget", "outliers"):
             check_size(name, getattr(self, name), least=0)
 
@@ -72,23 +79,24 @@ class Shadow(FoldingMixer):
             )
         super().__init__(config, mixer)
         self.options = mixer.own_options(ShadowOptions)
-        self._check(config, mixer.group)
+        most = min(self.kv_heads * self.head_width, mixer.group)
+        self.rank = min(RANK, most) if self.options.rank is None else self.options.rank
+        self._check(config, mixer.group, most)
         self.rope = config.rope if config.positions == "rope" else None
         self.scale = config.score_scale
         self.attention = partial(softmax_attention, scale=self.scale, cap=config.score_cap)
 
-    def _check(self, config: StackConfig, group: int) -> None:
-        options, all_heads = self.options, self.kv_heads * self.head_width
+    def _check(self, config: StackConfig, group: int, most: int) -> None:
+        options = self.options
         if group % options.chunk:
             raise ConfigError(
                 f"a segment of group={group} tokens is not made of chunks of {options.chunk}; choose a "
                 "divisor"
             )
-        if options.rank > min(all_heads, group):
+        if self.rank > most:
             raise ConfigError(
-                f"rank is {options.rank}, and the keys of a segment have at most {min(all_heads, group)}: "
-                f"{self.kv_heads} KV heads of {self.head_width} features, {group} tokens; choose a smaller "
-                "one"
+                f"rank is {self.rank}, and the keys of a segment have at most {most}: {self.kv_heads} KV "
+                f"heads of {self.head_width} features, {group} tokens; choose a smaller one"
             )
         if options.outliers > group // options.chunk:
             raise ConfigError(
@@ -115,7 +123,7 @@ class Shadow(FoldingMixer):
             conv_history=max(0, self.mixer.taps - 1),
             group=self.mixer.group,
             span=self.mixer.span,
-            rank=self.options.rank,
+            rank=self.rank,
             chunk=self.options.chunk,
             outliers=self.options.outliers,
             head_width=self.head_width,
@@ -136,7 +144,7 @@ class Shadow(FoldingMixer):
         """The past after a segment of keys [Hkv, S, 2 K] and values [Hkv, S, V]."""
         chunk, width = self.options.chunk, self.head_width
         turned, plain = keys[..., :width], keys[..., width:]
-        left, right = factors(plain, self.options.rank)
+        left, right = factors(plain, self.rank)
         chunks, kept = (x.unflatten(1, (-1, chunk)) for x in (turned, values))
         means, likeness = landmarks(chunks)
         odd = likeness.sort(dim=-1, stable=True).indices[:, : self.options.outliers]
