@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,10 @@ class Served:
         command = [*inside, sys.executable, "-m", "linspec", "serve", *map(str, args)]
         command += ["--port", "0"]
         env = {**os.environ, "LINSPEC_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+        # tests may run behind nohup, which children would inherit: such a server goes on at a hangup
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        signal.signal(signal.SIGHUP, before)
         self.lines: list[str] = []
         assert self.process.stderr is not None
         for line in self.process.stderr:
