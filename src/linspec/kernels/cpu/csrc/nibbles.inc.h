@@ -108,7 +108,7 @@ static void tile_nibbles(const char *rows, int64_t stride, int count, int blocks
 
 #ifndef LS_LANES_BYTES
 INLINE vli load_bytes(const char *at) {
-    vli v;
+    vli v = {0};
     for (int i = 0; i < LS_LANES; i++) v[i] = (uint8_t)at[i];
     return v;
 }
