@@ -62,11 +62,6 @@ class Evicting(FoldingMixer):
     """
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
-        if mixer.kernel != "own":
-            raise ConfigError(
-                f"mixer {mixer.name!r} has softmax weights; kernel {mixer.kernel!r} means nothing to it, "
-                "leave it out"
-            )
         super().__init__(config, mixer)
         self.budget = mixer.own_options(self.options_kind()).budget
         scale, cap = config.score_scale, config.score_cap

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
+from linspec.errors import ConfigError
 from linspec.mixers.carry import Carry
 from linspec.mixers.closing import ClosingMixer
+from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.blocks import causal_window, join, windows
 from linspec.mixers.ops.summed import to_blocks
 
@@ -21,6 +23,14 @@ class FoldingMixer(ClosingMixer):
     """
 
     stands_in = True
+
+    def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
+        if mixer.kernel != "own":
+            raise ConfigError(
+                f"mixer {mixer.name!r} has softmax weights; kernel {mixer.kernel!r} means nothing to it, "
+                "leave it out"
+            )
+        super().__init__(config, mixer)
 
     def closed_group(self, sums: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
         """Sums of B sequences after one group of keys [B, Hkv, G, K'] and values [B, Hkv, G, V]."""

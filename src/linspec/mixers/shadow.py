@@ -72,11 +72,6 @@ class Shadow(FoldingMixer):
     offloads = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
-        if mixer.kernel != "own":
-            raise ConfigError(
-                f"mixer {mixer.name!r} has softmax weights; kernel {mixer.kernel!r} means nothing to it, "
-                "leave it out"
-            )
         super().__init__(config, mixer)
         self.options = mixer.own_options(ShadowOptions)
         most = min(self.kv_heads * self.head_width, mixer.group)
