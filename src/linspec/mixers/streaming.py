@@ -38,6 +38,7 @@ class Streaming(ClosingMixer):
     """
 
     stands_in = True
+    static_step = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         if mixer.kernel != "own":

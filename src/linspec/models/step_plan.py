@@ -194,10 +194,14 @@ class OneCall:
     def __init__(self, kernel: CpuStep) -> None:
         self.kernel = kernel
         # of inputs that it takes
-        self.kinds = {TREE, CHAIN}
+        self._kinds = {TREE, CHAIN}
         if why_not_over_on_cpu(kernel.plan) is None:
-            self.kinds.add(OVERWRITING)
+            self._kinds.add(OVERWRITING)
         self._placed: tuple[Any, ...] = ()
+
+    def takes(self, inputs: Sequence[StepInput]) -> bool:
+        """Whether it computes inputs of their kind, which all of them have."""
+        return inputs[0].kind in self._kinds
 
     def run(
         self,
@@ -215,7 +219,7 @@ class OneCall:
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
         slots of the buffers in which a slot and its branches lie, where it has any.
-        Inputs are of one of the `kinds`. Keys and values are staged in `state`, which must have room;
+        Inputs are such as it `takes`. Keys and values are staged in `state`, which must have room;
         recording them is the caller's.
         """
         nodes = [
