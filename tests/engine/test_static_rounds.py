@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from helpers import tiny_model
 from op_tape import TapeRecorder
 from test_engine import DRAFTERS, GREEDY, PROMPTS, decode, outputs
 
 from linspec.decoding.sampling import SamplingParams
 from linspec.models.decoder import Decoder
 from linspec.models.static_step import StaticStep
-from helpers import tiny_model
 
 
 def recorded(mixer: str) -> tuple[Decoder, TapeRecorder]:
