@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from linspec.decoding.step import StepInput, Want
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
-from linspec.kernels.gpu.graphs import Recorded, recorder_for
+from linspec.kernels.gpu.graphs import CudaGraphs, Recorded, recorder_for
 from linspec.models.decoder import Decoder
 from linspec.models.static_step import StaticStep, why_not_static
 from linspec.state.sequence_states import SequenceStates
@@ -240,3 +240,38 @@ def test_the_switch_is_checked(monkeypatch: pytest.MonkeyPatch, value: str, mess
     with pytest.raises(ConfigError) as error:
         recorder_for(torch.device("cpu"))
     assert message in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("name", "taps"), STATIC)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_gives_the_bits_of_its_program(
+    name: str, taps: int, dtype: torch.dtype
+) -> None:
+    model = tiny_model(name, taps=taps, dtype=dtype, device="cuda").to_inference()
+    rng, steps = random.Random(2), []
+    for native in (StaticStep(model, CudaGraphs()), StaticStep(model, None)):
+        model.native, rng = native, random.Random(2)
+        state, found = model.new_state(1), []
+        for _ in range(8):
+            tree = random_tree(rng, rng.choice((1, 3, 4)))
+            found.append(model.step([StepInput.tree(0, tree)], state).logits)
+            state.commit(0, tree.path_to(rng.randrange(len(tree))))
+        steps.append(found)
+    for graph, program in zip(*steps, strict=True):
+        assert torch.equal(graph, program)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["softmax", "aug", "gla"])
+def test_a_model_on_cuda_records_its_steps(name: str) -> None:
+    plain = tiny_model(name, device="cuda").to_inference()
+    assert isinstance(plain.native, StaticStep)
+    static = tiny_model(name, device="cuda").to_inference()
+    plain.native = None
+    models, states = (plain, static), [m.new_state(1) for m in (plain, static)]
+    for model, state in zip(models, states, strict=True):
+        feed(model, state, random_tokens(9))
+    both(models, states, [StepInput.tree(0, random_tree(random.Random(0), 5))])
