@@ -40,7 +40,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `crossed(n)`, one case in n is for `make test`, the same ones always; others are slow."""
+    """Of a test that is `crossed(n)`, one case in n is for `make test`, always the same; others are slow."""
     for item in items:
         mark = item.get_closest_marker("crossed")
         if mark is not None and zlib.crc32(item.nodeid.encode()) % mark.args[0]:
