@@ -18,7 +18,7 @@ from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
-from linspec.models.step_plan import why_not
+from linspec.models.one_call import why_not
 
 MIXERS = {
     "softmax": MixerConfig(),

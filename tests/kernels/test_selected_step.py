@@ -15,8 +15,8 @@ from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
+from linspec.models.one_call import why_not
 from linspec.models.sparse import with_sparse_attention
-from linspec.models.step_plan import why_not
 from linspec.quantization.two_bit import encode
 from linspec.state.judged_pages import JudgedPages
 from linspec.state.sequence_states import SequenceStates
