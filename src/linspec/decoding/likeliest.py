@@ -17,7 +17,7 @@ def likeliest(logits: Tensor) -> tuple[list[int], list[float]]:
     # numpy goes over a row once, with the whole width of the processor, where torch compares one by one
     rows = (logits.float() if logits.itemsize < 4 else logits).numpy()
     found = rows.argmax(-1)
-    return found.tolist(), np.take_along_axis(rows, found[:, None], -1)[:, 0].tolist()
+    return found.tolist(), rows[np.arange(len(rows)), found].tolist()
 
 
 def likeliest_token(scores: Tensor) -> int:
