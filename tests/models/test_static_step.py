@@ -240,6 +240,8 @@ def test_the_switch_is_checked(monkeypatch: pytest.MonkeyPatch, value: str, mess
     with pytest.raises(ConfigError) as error:
         recorder_for(torch.device("cpu"))
     assert message in str(error.value)
+    with pytest.raises(ConfigError):
+        tiny_model("softmax").to_inference()
 
 
 @pytest.mark.gpu

@@ -42,8 +42,10 @@ class WholeStep(Protocol):
 def whole_step(model: Decoder) -> WholeStep | None:
     """How a model in its inference form computes a step as a whole; None where it goes layer by layer.
 
-    On a CPU one call of linspec's kernels, elsewhere a recorded step of static shape.
+    On a CPU one call of linspec's kernels, elsewhere a recorded step of static shape. Raises ConfigError as
+    `recorder_for` does.
     """
+    recorder = recorder_for(model.device)
     if model.device.type == "cpu":
         return one_call(model)
-    return None if why_not_static(model) else StaticStep(model, recorder_for(model.device))
+    return None if why_not_static(model) else StaticStep(model, recorder)
