@@ -75,6 +75,7 @@ def test_a_commit_leaves_other_slots_and_their_staged_nodes_alone(layers: Layers
 # ---- copies
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_restore_brings_back_what_snapshot_saw(layers: Layers, length: int) -> None:
@@ -355,6 +356,7 @@ def long_run(model: Decoder, tokens: list[int]) -> torch.Tensor:
     return torch.cat([feed(model, state, tokens[i : i + 3]) for i in range(0, len(tokens), 3)])
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_float32_stays_close_to_float64_over_many_groups(name: str) -> None:
     tokens = random_tokens(300)

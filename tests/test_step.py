@@ -78,6 +78,7 @@ def test_large_random_trees_equal_full(layers: Layers, length: int, tree: TokenT
     assert_close(step_tree(model, prompt, tree), tree_logits(model, prompt, tree))
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", [0, GROUP + 1])
 def test_the_deepest_chain_and_the_widest_tree(layers: Layers, length: int) -> None:
@@ -143,6 +144,7 @@ def test_prefill_split_anywhere_equals_one_prefill(layers: Layers) -> None:
         assert_close(remembered(model, state), remembered(model, expected))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("cuts", [(64,), (65,), (1, 70), (70, 140), (GROUP, 80, 81)], ids=str)
 def test_long_prefill_in_chunks_equals_the_full_form(layers: Layers, cuts: tuple[int, ...]) -> None:

@@ -197,6 +197,7 @@ def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
         assert reason is not None and name in reason
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("exact", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
 def test_heads_of_one_layer_that_read_in_different_ways(

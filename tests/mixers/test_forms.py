@@ -55,6 +55,7 @@ def bare(name: str, taps: int, dtype: torch.dtype = torch.float64) -> Decoder:
     return tiny_model(mixer, mixer, dtype=dtype)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "taps"), CASES)
 def test_the_future_does_not_change_a_single_bit(name: str, taps: int, dtype: torch.dtype) -> None:

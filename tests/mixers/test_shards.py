@@ -129,6 +129,7 @@ def check_same(models: Sequence[Decoder], whole: Decoder, lengths: tuple[int, ..
             torch.testing.assert_close(found, weight.grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("name", "taps"), CASES, ids=str)
 def test_shards_give_the_outputs_and_gradients_of_the_whole(
