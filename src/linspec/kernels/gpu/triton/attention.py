@@ -16,8 +16,8 @@ import triton.language as tl
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.paths import STAGED, TreePaths
 from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
-from linspec.kernels.gpu.triton.product import interpreted, product
 
 # keys of a product, and products of a part
 KEYS, TILES = 64, 4
@@ -67,6 +67,16 @@ def _join(
 
 
 @triton.jit
+def _rows(from_k, from_v, at, there, k_c, v_c, channel, value, K: tl.constexpr, V: tl.constexpr):
+    """Keys and values of a tile, 0 where there are none."""
+    place = at[:, None].to(tl.int64)
+    k = tl.load(from_k + place * k_c + channel, mask=there[:, None] & (channel < K), other=0.0)
+    v = tl.load(from_v + place * v_c + value, mask=there[:, None] & (value < V), other=0.0)
+    return k, v
+
+
+# one program for every number of nodes
+@triton.jit(do_not_specialize=["count"])
 def _parts(
     q, keys, values, slots, held, bases, nodes, depths, greatest_to, total_to, sums_to,
     scale, cap, count, capacity, parts,
@@ -100,76 +110,36 @@ def _parts(
         greatest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         sums = tl.zeros((ROWS, VP), tl.float32)
-        for number in range(TILES):
-            lowest = start + number * KEYS
-            if (last >= lowest) & (first < lowest + KEYS):
-                place = lowest - base + tl.arange(0, KEYS)
-                known = (place >= 0) & (place < own)
-                position = base + place
-                if lowest + KEYS <= base + own:
-                    k = tl.load(
-                        from_k + place[:, None].to(tl.int64) * k_c + channel,
-                        mask=known[:, None] & (channel < K),
-                        other=0.0,
-                    )
-                    v = tl.load(
-                        from_v + place[:, None].to(tl.int64) * v_c + value,
-                        mask=known[:, None] & (value < V),
-                        other=0.0,
-                    )
-                    seen = known & (position >= oldest[:, None])
-                    greatest, total, sums = _join(
-                        greatest,
-                        total,
-                        sums,
-                        queries,
-                        k,
-                        v,
-                        seen,
-                        scale,
-                        cap,
-                        CAPPED,
-                        RELU,
-                        WIDE,
-                    )
-                else:
-                    # staged rows lie in another order for each node
-                    for each in range(EACH):
-                        mine = tile * EACH + each
-                        on_path = (place >= own) & (place - own < STAGED) & (mine < count)
-                        staged = tl.load(
-                            nodes + (r * count + mine) * STAGED + place - own,
-                            mask=on_path,
-                            other=-1,
-                        )
-                        there = known | (staged >= 0)
-                        lies = tl.where(known, place, own + staged)
-                        k = tl.load(
-                            from_k + lies[:, None].to(tl.int64) * k_c + channel,
-                            mask=there[:, None] & (channel < K),
-                            other=0.0,
-                        )
-                        v = tl.load(
-                            from_v + lies[:, None].to(tl.int64) * v_c + value,
-                            mask=there[:, None] & (value < V),
-                            other=0.0,
-                        )
-                        seen = there & (position >= oldest[:, None])
-                        seen = seen & (real & (node == mine))[:, None]
-                        greatest, total, sums = _join(
-                            greatest,
-                            total,
-                            sums,
-                            queries,
-                            k,
-                            v,
-                            seen,
-                            scale,
-                            cap,
-                            CAPPED,
-                            RELU,
-                            WIDE,
-                        )
+        # tiles that somebody sees, first those of committed rows alone
+        begin = tl.maximum(first - start, 0) // KEYS
+        whole = tl.minimum(tl.maximum(base + own - start, 0) // KEYS, TILES)
+        end = tl.minimum((last - start) // KEYS + 1, TILES)
+        for number in range(begin, tl.minimum(whole, end)):
+            position = start + number * KEYS + tl.arange(0, KEYS)
+            place = position - base
+            k, v = _rows(
+                from_k, from_v, place, place >= 0, k_c, v_c, channel, value, K, V
+            )  # fmt: skip
+            seen = (place >= 0) & (position >= oldest[:, None])
+            greatest, total, sums = _join(
+                greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+            )  # fmt: skip
+        for number in range(tl.maximum(begin, whole), end):
+            position = start + number * KEYS + tl.arange(0, KEYS)
+            place = position - base
+            known = (place >= 0) & (place < own)
+            # staged rows lie in another order for each node
+            for each in range(EACH):
+                mine = tile * EACH + each
+                on_path = (place >= own) & (place - own < STAGED) & (mine < count)
+                path = nodes + (r * count + mine) * STAGED
+                staged = tl.load(path + place - own, mask=on_path, other=-1)
+                there, lies = known | (staged >= 0), tl.where(known, place, own + staged)
+                k, v = _rows(from_k, from_v, lies, there, k_c, v_c, channel, value, K, V)
+                seen = there & (position >= oldest[:, None]) & (real & (node == mine))[:, None]
+                greatest, total, sums = _join(
+                    greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+                )  # fmt: skip
         # [R, Hkv, rep, N, parts]
         to = (((r * HEADS + g) * REPEATS + repeat) * count + node).to(tl.int64) * parts + part
         tl.store(greatest_to + to, greatest, mask=real)
@@ -177,7 +147,7 @@ def _parts(
         tl.store(sums_to + to[:, None] * V + value, sums, mask=real[:, None] & (value < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _merge(
     greatest_of, total_of, sums_of, held, bases, depths, out, count, parts,
     HEADS: tl.constexpr, REPEATS: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
@@ -260,6 +230,7 @@ def tree_attention(
         "V": value_width,
     }
     common = {
+        **UNFUSED,
         "RELU": squared_relu,
         "WINDOW": reach.window,
         "GROUP": reach.group,

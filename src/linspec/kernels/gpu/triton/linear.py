@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from linspec.errors import ConfigError
+from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
-from linspec.kernels.gpu.triton.product import interpreted, product
 from linspec.kernels.step_plan import INT4, INT8, LinearPlan
 
 # rows of a product, and the most that are taken
@@ -22,7 +22,8 @@ _ROWS, MOST_ROWS = 16, 64
 _TILE, _GROUP, _LINE = 32, 32, 576
 
 
-@triton.jit
+# one program for every number of rows
+@triton.jit(do_not_specialize=["rows"])
 def _int8(
     x, codes, scales, bias, out, rows, inputs, outputs, x_r,
     ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
@@ -52,7 +53,7 @@ def _int8(
     tl.store(out + row[:, None] * outputs + to, sums.to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _int4(
     x, codes, scales, bias, out, rows, inputs, outputs, x_r,
     ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, LINE: tl.constexpr,
@@ -95,7 +96,7 @@ def packed_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     out = x.new_empty(len(x), plan.outputs)
     grid = (triton.cdiv(plan.outputs, _TILE), triton.cdiv(len(x), _ROWS))
     sizes = (plan.bias, out, len(x), plan.inputs, plan.outputs, x.stride(0))
-    common = {"ROWS": _ROWS, "TILE": _TILE, "WIDE": interpreted()}
+    common = {"ROWS": _ROWS, "TILE": _TILE, "WIDE": interpreted(), **UNFUSED}
     if plan.kind == INT8:
         _int8[grid](x, plan.weights, plan.scales, *sizes, **common, STEP=2 * _GROUP)
     else:

@@ -18,6 +18,7 @@ import triton.language as tl
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.fading import MAPS, Fading
 from linspec.kernels.gpu.paths import STAGED, TreePaths
+from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 from linspec.kernels.gpu.triton.available import require
 
 # columns of a state that a program has
@@ -62,7 +63,8 @@ def _advance(
     return state
 
 
-@triton.jit
+# one program for every number of nodes
+@triton.jit(do_not_specialize=["count"])
 def _read(
     q, states, keys, values, slots, held, nodes, depths, out, count,
     q_r, q_g, q_b, q_n, s_s, s_g, s_k, k_s, k_g, k_c, v_s, v_g, v_c,
@@ -157,6 +159,7 @@ def read_states(
         GROUP=fading.group,
         SPAN=fading.span,
         STAGED=STAGED,
+        **UNFUSED,
     )
     return out
 
@@ -181,6 +184,7 @@ def fold_rows(
         *(states, keys, values, slots, rows, counts, rows.shape[1]),
         *(*states.stride()[:3], *keys.stride()[:3], *values.stride()[:3]),
         **sizes,
+        **UNFUSED,
     )
 
 

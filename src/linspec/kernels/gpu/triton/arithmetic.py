@@ -1,9 +1,12 @@
-"""The product of two tiles, with sums in float32."""
+"""What kernels with equal bits share: how they round, and the product of two tiles, with sums in float32."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# options of a launch: products and sums fused at will would round in two ways in two places
+UNFUSED = {"enable_fp_fusion": False}
 
 
 def interpreted() -> bool:
