@@ -29,12 +29,12 @@ def pick_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"no CUDA device can be used as {name!r}: {torch.cuda.device_count()} are here"
-            f"{_why_none()}; use cpu"
+            f"{why_no_cuda()}; use cpu"
         )
     return name
 
 
-def _why_none() -> str:
+def why_no_cuda() -> str:
     """What keeps CUDA away, in brackets: the build of torch, the driver; '' where there are devices."""
     if torch.cuda.device_count():
         return ""

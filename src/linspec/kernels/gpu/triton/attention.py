@@ -1,0 +1,278 @@
+"""Attention of the nodes of token trees over a contiguous cache, in Triton.
+
+A node reads the committed rows of its slot, and the staged ones on its path. Row p of that sequence always
+meets the node in tile p // KEYS of part p // PART, wherever it lies in the buffer: committed rows as they
+lie, staged ones gathered along the path. Tiles join a part in order, and parts join an output in order
+(Dao et al. 2023, Flash-Decoding). So what a node gets does not depend on the tree around it, on the other
+sequences, or on whether a row is committed already: a tree gives each node the bits of a step by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from linspec.errors import ConfigError
+from linspec.kernels.gpu.paths import STAGED, TreePaths
+from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
+from linspec.kernels.gpu.triton.available import require
+
+# keys of a product, and products of a part
+KEYS, TILES = 64, 4
+PART = KEYS * TILES
+# queries of a product: the fewest that one takes, so that it is the same for one node and for many
+_ROWS = 16
+
+
+@triton.jit
+def _oldest(at, WINDOW: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
+    """The first position that a node at position `at` sees."""
+    first = at * 0
+    if WINDOW > 0:
+        first = tl.maximum(at - WINDOW + 1, first)
+    if GROUP > 0:
+        first = tl.maximum((at // GROUP - (SPAN - 1)) * GROUP, first)
+    return first
+
+
+@triton.jit
+def _join(
+    greatest, total, sums, q, k, v, seen, scale, cap,
+    CAPPED: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The running maximum, sum of weights and weighted values after one more tile of keys."""
+    scores = product(q, tl.trans(k), WIDE) * scale
+    if CAPPED:
+        # tanh as exp knows it, of what does not overflow
+        small = tl.exp(-2.0 * tl.abs(scores) / cap)
+        size = cap * (1.0 - small) / (1.0 + small)
+        scores = tl.where(scores < 0, -size, size)
+    if RELU:
+        weights = tl.maximum(scores, 0.0)
+        weights = tl.where(seen, weights * weights, 0.0)
+        sums += product(weights.to(v.dtype), v, WIDE)
+    else:
+        scores = tl.where(seen, scores, float("-inf"))
+        most = tl.maximum(greatest, tl.max(scores, 1))
+        # of a row that has seen nothing yet
+        finite = tl.where(most == float("-inf"), 0.0, most)
+        left = tl.exp(greatest - finite)
+        weights = tl.exp(scores - finite[:, None])
+        total = total * left + tl.sum(weights, 1)
+        sums = sums * left[:, None] + product(weights.to(v.dtype), v, WIDE)
+        greatest = most
+    return greatest, total, sums
+
+
+@triton.jit
+def _rows(from_k, from_v, at, there, k_c, v_c, channel, value, K: tl.constexpr, V: tl.constexpr):
+    """Keys and values of a tile, 0 where there are none."""
+    place = at[:, None].to(tl.int64)
+    k = tl.load(from_k + place * k_c + channel, mask=there[:, None] & (channel < K), other=0.0)
+    v = tl.load(from_v + place * v_c + value, mask=there[:, None] & (value < V), other=0.0)
+    return k, v
+
+
+# one program for every number of nodes
+@triton.jit(do_not_specialize=["count"])
+def _parts(
+    q, keys, values, slots, held, bases, nodes, depths, greatest_to, total_to, sums_to,
+    scale, cap, count, capacity, parts,
+    q_r, q_g, q_b, q_n, k_s, k_g, k_c, v_s, v_g, v_c,
+    HEADS: tl.constexpr, REPEATS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    KP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
+    KEYS: tl.constexpr, TILES: tl.constexpr, STAGED: tl.constexpr,
+    CAPPED: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    SPAN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One part of the keys for the queries of EACH nodes; queries of a node follow each other."""
+    part, r = tl.program_id(0), tl.program_id(2)
+    g, tile = tl.program_id(1) % HEADS, tl.program_id(1) // HEADS
+    row = tl.arange(0, ROWS)
+    node, repeat = tile * EACH + row // REPEATS, row % REPEATS
+    real = (row < EACH * REPEATS) & (node < count)
+    slot, own = tl.load(slots + r).to(tl.int64), tl.load(held + r).to(tl.int32)
+    base = own * 0
+    if bases is not None:
+        base = tl.load(bases + r).to(tl.int32)
+    at = base + own + tl.load(depths + r * count + node, mask=real, other=0)
+    oldest = _oldest(at, WINDOW, GROUP, SPAN)
+    start = (base // (KEYS * TILES) + part) * (KEYS * TILES)
+    last = tl.max(tl.where(real, at, -1), 0)
+    first = tl.min(tl.where(real, oldest, 2147483647), 0)
+    if (last >= start) & (first < start + KEYS * TILES):
+        channel, value = tl.arange(0, KP), tl.arange(0, VP)
+        from_q = q + r * q_r + g * q_g + repeat[:, None] * q_b + node[:, None] * q_n
+        queries = tl.load(from_q + channel, mask=real[:, None] & (channel < K), other=0.0)
+        from_k, from_v = keys + slot * k_s + g * k_g, values + slot * v_s + g * v_g
+        greatest = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        sums = tl.zeros((ROWS, VP), tl.float32)
+        # tiles that somebody sees, first those of committed rows alone
+        begin = tl.maximum(first - start, 0) // KEYS
+        whole = tl.minimum(tl.maximum(base + own - start, 0) // KEYS, TILES)
+        end = tl.minimum((last - start) // KEYS + 1, TILES)
+        for number in range(begin, tl.minimum(whole, end)):
+            position = start + number * KEYS + tl.arange(0, KEYS)
+            place = position - base
+            k, v = _rows(
+                from_k, from_v, place, place >= 0, k_c, v_c, channel, value, K, V
+            )  # fmt: skip
+            seen = (place >= 0) & (position >= oldest[:, None])
+            greatest, total, sums = _join(
+                greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+            )  # fmt: skip
+        for number in range(tl.maximum(begin, whole), end):
+            position = start + number * KEYS + tl.arange(0, KEYS)
+            place = position - base
+            known = (place >= 0) & (place < own)
+            # staged rows lie in another order for each node
+            for each in range(EACH):
+                mine = tile * EACH + each
+                on_path = (place >= own) & (place - own < STAGED) & (mine < count)
+                path = nodes + (r * count + mine) * STAGED
+                staged = tl.load(path + place - own, mask=on_path, other=-1)
+                there, lies = known | (staged >= 0), tl.where(known, place, own + staged)
+                k, v = _rows(from_k, from_v, lies, there, k_c, v_c, channel, value, K, V)
+                seen = there & (position >= oldest[:, None]) & (real & (node == mine))[:, None]
+                greatest, total, sums = _join(
+                    greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+                )  # fmt: skip
+        # [R, Hkv, rep, N, parts]
+        to = (((r * HEADS + g) * REPEATS + repeat) * count + node).to(tl.int64) * parts + part
+        tl.store(greatest_to + to, greatest, mask=real)
+        tl.store(total_to + to, total, mask=real)
+        tl.store(sums_to + to[:, None] * V + value, sums, mask=real[:, None] & (value < V))
+
+
+@triton.jit(do_not_specialize=["count"])
+def _merge(
+    greatest_of, total_of, sums_of, held, bases, depths, out, count, parts,
+    HEADS: tl.constexpr, REPEATS: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
+    PART: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """The output of one query from the parts that it sees, in their order."""
+    query = tl.program_id(0)
+    node, r = query % count, query // (count * REPEATS * HEADS)
+    own = tl.load(held + r).to(tl.int32)
+    base = own * 0
+    if bases is not None:
+        base = tl.load(bases + r).to(tl.int32)
+    at = base + own + tl.load(depths + r * count + node)
+    before = base // PART
+    # what has left the buffer is in no part
+    first = tl.maximum(_oldest(at, WINDOW, GROUP, SPAN), base) // PART - before
+    value = tl.arange(0, VP)
+    greatest, total = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    sums = tl.zeros((VP,), tl.float32)
+    for part in range(first, at // PART - before + 1):
+        place = query.to(tl.int64) * parts + part
+        new = tl.load(sums_of + place * V + value, mask=value < V, other=0.0)
+        if RELU:
+            sums += new
+        else:
+            theirs = tl.load(greatest_of + place + tl.arange(0, 1))
+            most = tl.maximum(greatest, theirs)
+            finite = tl.where(most == float("-inf"), 0.0, most)
+            left, right = tl.exp(greatest - finite), tl.exp(theirs - finite)
+            total = total * left + tl.load(total_of + place) * right
+            sums = sums * left + new * right
+            greatest = most
+    if not RELU:
+        sums = sums / total
+    to = query.to(tl.int64) * V + value
+    tl.store(out + to, sums.to(out.dtype.element_ty), mask=value < V)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    held: torch.Tensor,
+    paths: TreePaths,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    squared_relu: bool = False,
+    reach: Reach = Reach(),
+    bases: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the nodes of a step read: q [R, Hkv, rep, N, K] -> [R, Hkv, rep, N, V], in the dtype of q.
+
+    keys [slots, Hkv, C, K] and values [slots, Hkv, C, V], float32 or bfloat16 as q, have the `held` [R]
+    committed rows of `slots` [R] and the staged ones behind; a view without the history of a convolution
+    will do. Sums are float32. cap: scores s become cap·tanh(s / cap), 0 for none. squared_relu: weights
+    relu(s)² instead of a softmax. reach: which rows are seen. bases [R]: positions ahead of the first row of
+    each buffer, None for none; parts begin at positions, so that bits outlive rows that leave.
+
+    All integers are tensors on the device, and nothing waits for it. Raises ConfigError for widths below 16
+    or above 256, for dtypes that differ, and where Triton cannot run.
+    """
+    require(q.device)
+    _check(q, keys, values)
+    rows, heads, repeats, count, width = q.shape
+    value_width, capacity = values.shape[3], keys.shape[2]
+    wide = max(_ROWS, triton.next_power_of_2(repeats))
+    each = wide // repeats
+    # a part more, since the first one may begin ahead of the buffer
+    parts = triton.cdiv(capacity, PART) + (bases is not None)
+    room = q.new_empty((rows, heads, repeats, count, parts, value_width + 2), dtype=torch.float32)
+    flat, queries = room.view(-1), rows * heads * repeats * count * parts
+    greatest, total, sums = flat.split((queries, queries, queries * value_width))
+    padded = {
+        "VP": triton.next_power_of_2(value_width),
+        "HEADS": heads,
+        "REPEATS": repeats,
+        "V": value_width,
+    }
+    common = {
+        **UNFUSED,
+        "RELU": squared_relu,
+        "WINDOW": reach.window,
+        "GROUP": reach.group,
+        "SPAN": reach.span,
+    }
+    _parts[(parts, heads * triton.cdiv(count, each), rows)](
+        *(q, keys, values, slots, held, bases, paths.nodes, paths.depths, greatest, total, sums),
+        *(scale, cap, count, capacity, parts),
+        *(*q.stride()[:4], *keys.stride()[:3], *values.stride()[:3]),
+        **padded,
+        **common,
+        K=width,
+        KP=triton.next_power_of_2(width),
+        ROWS=wide,
+        EACH=each,
+        KEYS=KEYS,
+        TILES=TILES,
+        STAGED=STAGED,
+        CAPPED=cap > 0,
+        WIDE=interpreted(),
+    )
+    out = q.new_empty(rows, heads, repeats, count, value_width)
+    _merge[(rows * heads * repeats * count,)](
+        *(greatest, total, sums, held, bases, paths.depths, out, count, parts),
+        **padded,
+        **common,
+        PART=PART,
+    )
+    return out
+
+
+def _check(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    widths = (keys.shape[3], values.shape[3])
+    if not all(16 <= width <= 256 for width in widths):
+        raise ConfigError(f"tree_attention takes heads of 16 to 256 features, got {widths}")
+    kinds = {q.dtype, keys.dtype, values.dtype}
+    if len(kinds) > 1 or q.dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(
+            "tree_attention takes queries, keys and values all float32 or all bfloat16, got "
+            f"{', '.join(sorted(map(str, kinds)))}"
+        )
+    if not all(rows.stride(-1) == 1 for rows in (q, keys, values)):
+        raise ConfigError(
+            "tree_attention takes rows whose features lie side by side; use contiguous()"
+        )

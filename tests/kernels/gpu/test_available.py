@@ -1,0 +1,48 @@
+"""What keeps Triton's kernels away is said by name."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import pytest
+import torch
+
+from linspec.errors import ConfigError
+from linspec.kernels.gpu.triton import available
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(available.INTERPRETED, raising=False)
+    monkeypatch.setattr(available, "version", lambda name: "3.7.1")
+
+
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(available, "version", missing)
+    assert not available.available("cuda")
+    with pytest.raises(ConfigError, match=r"pip install 'linspec\[gpu\]'"):
+        available.require("cuda")
+
+
+def test_a_cpu_needs_the_interpreter(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "TRITON_INTERPRET=1" in (available.why_not("cpu") or "")
+    monkeypatch.setenv(available.INTERPRETED, "1")
+    assert available.why_not("cpu") is None
+
+
+def test_a_missing_driver_is_named(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert (available.why_not("cuda") or "").startswith("no CUDA device can be used (")
+
+
+def test_an_old_device_is_named(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "an old one")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (7, 5))
+    assert "capability 7.5; 8.0 is needed" in (available.why_not("cuda") or "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (9, 0))
+    assert available.available("cuda")
