@@ -25,19 +25,20 @@ _STAGED = 64
 @dataclass(frozen=True, slots=True)
 class SlotNodes:
     """The new nodes of one slot. shape: of all that it has staged then, the new nodes last. held: committed
-    rows in each kind of state."""
+    rows in each kind of state, and bases: the position of the first of them."""
 
     slot: int
     tokens: Sequence[int]
     positions: Sequence[int]
     shape: Shape
     held: Sequence[int]
+    bases: Sequence[int]
 
 
 class StepTables:
     """tokens, positions, nodes [R, N]: nodes are numbered among the staged ones of their slot. slots [R].
-    held [P, R] of P kinds of state. depths, ancestors [R, 64] of all staged nodes: bit i says that node i
-    is the node itself or lies before it on its path."""
+    held, bases [P, R] of P kinds of state. depths, ancestors [R, 64] of all staged nodes: bit i says that
+    node i is the node itself or lies before it on its path."""
 
     def __init__(self, slots: int, nodes: int, kinds: int, device: torch.device) -> None:
         self.rows, self.columns = slots, nodes
@@ -47,6 +48,7 @@ class StepTables:
             "nodes": (slots, nodes),
             "slots": (slots,),
             "held": (kinds, slots),
+            "bases": (kinds, slots),
             "depths": (slots, _STAGED),
             "ancestors": (slots, _STAGED),
         }
@@ -58,7 +60,7 @@ class StepTables:
         self.tokens, self.positions, self.nodes = (
             found[name] for name in ("tokens", "positions", "nodes")
         )
-        self.slots, self.held = found["slots"], found["held"]
+        self.slots, self.held, self.bases = (found[name] for name in ("slots", "held", "bases"))
         self.depths, self.ancestors = found["depths"], found["ancestors"]
 
     def fill(self, slots: Sequence[SlotNodes]) -> None:
@@ -70,6 +72,7 @@ class StepTables:
             [self._padded(_new_nodes(each)) for each in wide],
             [[each.slot] for each in wide],
             zip(*(each.held for each in wide), strict=True),
+            zip(*(each.bases for each in wide), strict=True),
             [_to_staged(each.shape.depths) for each in wide],
             [_to_staged(map(_signed, each.shape.ancestor_bits)) for each in wide],
         )

@@ -11,7 +11,7 @@ mixers and MLPs run over the whole buffers of the state, so that all launches to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -97,11 +97,16 @@ class StaticGroup:
 class StaticStep:
     """The steps of one decoder by recorded programs, against whatever state they come with.
 
-    recorder: None runs the programs without recording them.
+    recorder: None runs the programs without recording them. kernel: see `tree_attention_for`.
     """
 
-    def __init__(self, model: Decoder, recorder: Recorder | None) -> None:
-        self._model, self._recorder = model, recorder
+    def __init__(
+        self,
+        model: Decoder,
+        recorder: Recorder | None,
+        kernel: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        self._model, self._recorder, self._kernel = model, recorder, kernel
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
         self._recorded: WeakKeyDictionary[SequenceStates, tuple[Any, Recorded]] = (
@@ -127,7 +132,7 @@ class StaticStep:
         tables = self._tables_of(size, len(state.parts))
         tables.fill(
             [
-                SlotNodes(each.slot, each.tokens, at, shape, _held(state, each.slot))
+                SlotNodes(each.slot, each.tokens, at, shape, *_rows_of(state, each.slot))
                 for each, shape, at in zip(inputs, shapes, positions, strict=True)
             ]
         )
@@ -152,7 +157,7 @@ class StaticStep:
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states [R · N, D], logits [R · N, vocabulary], and the states behind each of `layers`."""
         model, path = self._model, LayerPath(None, layers)
-        states: Any = StaticStates(state, tables, all_slots=size.all_slots)
+        states: Any = StaticStates(state, tables, all_slots=size.all_slots, kernel=self._kernel)
         groups: Any = [StaticGroup(size)]
         x, ropes = model.enter(tables.tokens.flatten(), tables.positions.flatten())
         hidden = model.leave(model.run(x, ropes, groups, states, path))
@@ -177,6 +182,7 @@ class StaticStep:
         return known[1]
 
 
-def _held(state: SequenceStates, slot: int) -> list[int]:
-    """Committed rows of `slot` in the buffers of each kind of state."""
-    return [part.held(slot) for part in state.parts]
+def _rows_of(state: SequenceStates, slot: int) -> tuple[list[int], list[int]]:
+    """Committed rows of `slot` in the buffers of each kind of state, and positions of the first of them."""
+    bases = [part.base_positions[slot] for part in state.parts]
+    return [part.held(slot) for part in state.parts], bases

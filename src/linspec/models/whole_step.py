@@ -9,6 +9,7 @@ import torch
 
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
+from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
@@ -48,4 +49,7 @@ def whole_step(model: Decoder) -> WholeStep | None:
     recorder = recorder_for(model.device)
     if model.device.type == "cpu":
         return one_call(model)
-    return None if why_not_static(model) else StaticStep(model, recorder)
+    if why_not_static(model):
+        return None
+    kernel = tree_attention_for(model.device, model.dtype, model.config.head_width)
+    return StaticStep(model, recorder, kernel)

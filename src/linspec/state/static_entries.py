@@ -6,12 +6,14 @@ own; what is committed, staged and seen stands in the tables of the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
+from linspec.kernels.gpu.paths import tree_paths
 from linspec.state.buffer import BufferState
 from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates
@@ -24,6 +26,7 @@ class StaticEntries:
         self, part: BufferState, tables: StepTables, held: torch.Tensor, *, all_slots: bool
     ) -> None:
         self.part, self.spec, self.entries = part, part.spec, part.entries
+        # over all columns
         self.mask = StaticTreeMask(tables, held, part.keys.shape[3])
         self._slots = None if all_slots else tables.slots
         self._at = tables.slots[:, None], held[:, None] + tables.nodes
@@ -59,13 +62,28 @@ class StaticEntries:
 
 
 class StaticStates:
-    """The states of all layers, as `SequenceStates.layers` has them."""
+    """The states of all layers, as `SequenceStates.layers` has them. kernel: see `tree_attention_for`."""
 
-    def __init__(self, state: SequenceStates, tables: StepTables, *, all_slots: bool) -> None:
+    def __init__(
+        self,
+        state: SequenceStates,
+        tables: StepTables,
+        *,
+        all_slots: bool,
+        kernel: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
         made = {
             id(part): StaticEntries(part, tables, held, all_slots=all_slots)
             for part, held in zip(state.parts, tables.held, strict=True)
         }
+        if kernel is not None:
+            # once for all layers
+            paths = tree_paths(tables.ancestors, tables.depths, tables.nodes)
+            # what is read has the slots of the step alone, in their order
+            slots = torch.arange(len(tables.slots), device=tables.slots.device)
+            for each, bases in zip(made.values(), tables.bases, strict=True):
+                given = {"slots": slots, "held": each.mask.held, "paths": paths, "bases": bases}
+                each.mask.attention = partial(kernel, **given)
         self.layers: list[tuple[Any, int]] = [_as_made(place, made) for place in state.layers]
 
 

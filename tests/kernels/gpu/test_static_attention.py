@@ -1,0 +1,97 @@
+"""A step of static shape whose softmax layers read by the kernel, against the step by layers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from linspec.decoding.step import StepInput
+from linspec.kernels.gpu.choice import tree_attention_for
+from linspec.mixers.config import MixerConfig
+from linspec.models.config import DecoderConfig
+from linspec.models.decoder import Decoder
+from linspec.models.static_step import StaticStep
+from tests.helpers import assert_close, feed, random_tree, randomise
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'linspec[gpu]'")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXERS = {
+    "softmax": MixerConfig(),
+    "softmax with a convolution": MixerConfig(taps=3),
+    "window": MixerConfig(name="window", window=5),
+}
+
+
+def models_of(mixer: str, **changes: object) -> tuple[Decoder, Decoder]:
+    """A model by layers, and one whose steps are of static shape and have the kernel."""
+    config = DecoderConfig(
+        vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=24,
+        mixers=(MIXERS[mixer],) * 2, **changes,
+    )  # fmt: skip
+    with torch.device(DEVICE):
+        plain, static = (Decoder(config) for _ in range(2))
+    for model in (plain, static):
+        randomise(model, 0)
+        model.to_inference()
+    kernel = tree_attention_for(static.device, static.dtype, config.head_width)
+    assert kernel is not None
+    plain.native, static.native = None, StaticStep(static, None, kernel)
+    return plain, static
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("changes", [{}, {"score_cap": 3.0}], ids=str)
+def test_trees_of_several_slots_equal_the_step_by_layers(
+    mixer: str, changes: dict[str, object]
+) -> None:
+    plain, static = models_of(mixer, **changes)
+    models, states = (plain, static), [m.new_state(3) for m in (plain, static)]
+    rng = random.Random(0)
+    for slot in range(3):
+        prompt = [rng.randrange(31) for _ in range(rng.randrange(1, 70))]
+        for model, state in zip(models, states, strict=True):
+            feed(model, state, prompt, slot)
+    for chosen in ((0, 1, 2), (1,), (0, 2), (0, 1, 2)):
+        grown = {slot: random_tree(rng, rng.randint(1, 6)) for slot in chosen}
+        inputs = [StepInput.tree(slot, tree) for slot, tree in grown.items()]
+        one, other = (m.step(inputs, s) for m, s in zip(models, states, strict=True))
+        assert_close(one.logits, other.logits, atol=2e-5)
+        for slot, tree in grown.items():
+            path = tree.path_to(rng.randrange(len(tree)))
+            for state in states:
+                state.commit(slot, path)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "window"])
+def test_a_node_of_a_tree_reads_what_a_step_by_itself_does(mixer: str) -> None:
+    """To rounding: queries come from products of torch, which rounds four rows in another way than one."""
+    _, static = models_of(mixer)
+    found: list[torch.Tensor] = []
+    kernel = static.native._kernel  # type: ignore[union-attr]
+
+    def watched(*given: object, **named: object) -> torch.Tensor:
+        found.append(kernel(*given, **named))
+        return found[-1]
+
+    assert isinstance(static.native, StaticStep)
+    static.native._kernel = watched
+    together, apart = static.new_state(1), static.new_state(1)
+    for state in (together, apart):
+        feed(static, state, list(range(20)))
+    found.clear()
+    static.step([StepInput(0, [3, 4, 5, 6], [-1, 0, 1, 0])], together)
+    tree = found[0]
+    for node, token in enumerate((3, 4, 5)):
+        found.clear()
+        static.step([StepInput(0, [token])], apart)
+        apart.commit(0, [0])
+        assert_close(found[0][:, :, :, 0], tree[:, :, :, node], atol=1e-6)
+
+
+def test_what_the_kernel_does_not_take_is_left_to_torch() -> None:
+    device = torch.device(DEVICE)
+    assert tree_attention_for(device, torch.float32, 8) is None
+    assert tree_attention_for(device, torch.float16, 64) is None
