@@ -56,7 +56,7 @@ _TOLD = """
     positions rope relative layer_ropes local_rope scaled_scores score_factor score_cap
     residual residual_scale embedding_scale logit_scale logit_cap
     max_positions tied_embeddings pad_id bos_id eos_ids
-    mask_id logit_shift
+    mask_id logit_shift block_length
     """
 TOLD = frozenset(_TOLD.split())
 
@@ -227,6 +227,7 @@ class OneCall:
                 _committed(state, each.slot),
                 _given(each),
                 each.overwrite,
+                each.blocks,
             )
             for each, shape, at in zip(inputs, shapes, positions, strict=True)
         ]
