@@ -18,7 +18,7 @@ from linspec.utils.sizes import check_size
 _GAIN = 1.05
 # a size that was not seen yet is tried with drafts that are at least so likely, and so is, once in so many
 # refusals, one that was too dear: other work may have made it so
-_LIKELY, _AGAIN = 0.5, 256
+_LIKELY, _AGAIN = 2 / 3, 256
 
 
 @dataclass(frozen=True, slots=True)
