@@ -14,6 +14,7 @@ from test_freedave import LONG, assert_same
 from linspec import SamplingParams
 from linspec.diffusion import StepCost
 from linspec.diffusion.auto_drafts import AutoDrafts, AutoDraftsOptions
+from linspec.diffusion.canvas import Canvas
 from linspec.diffusion.forward_costs import ForwardCosts
 from linspec.engine.loops.masked_diffusion import MaskedDiffusionLoop
 from linspec.errors import ConfigError
@@ -51,8 +52,17 @@ def test_a_draft_pays_that_is_likelier_than_what_it_costs_more(
 
 
 def test_what_costs_as_much_as_a_forward_is_never_drafted() -> None:
-    policy = told(2.0)
-    assert not any(policy.tries([1.0], 8) for _ in range(200))
+    policy, canvas = told(2.0), Canvas([1], 8, mask_id=9)
+    asked = [policy.ahead(canvas) > 0 and policy.tries([1.0], 8) for _ in range(2000)]
+    # but for what might have become cheap
+    assert 4 <= sum(asked) <= 8
+
+
+def test_what_can_never_pay_is_not_asked_about_each_time() -> None:
+    policy, canvas = told(2.0), Canvas([1], 8, mask_id=9)
+    assert not policy.tries([1.0], 8)
+    assert [policy.ahead(canvas) for _ in range(34)] == [0] * 32 + [3, 3]
+    assert not told(1.8).tries([0.1], 8) and told(1.8).ahead(canvas) == 3
 
 
 def test_a_second_draft_pays_by_both() -> None:
@@ -93,12 +103,15 @@ def test_chances_are_those_that_came_true() -> None:
     assert policy.tries([0.5], 8)
 
 
-def test_costs_are_medians_of_like_sizes() -> None:
+def test_costs_are_those_of_quick_forwards_of_like_sizes() -> None:
     costs = ForwardCosts()
-    for positions, seconds in ((8, 1.0), (9, 9.0), (8, 1.2)):
+    for positions, seconds in ((8, 7.0), (9, 9.0), (8, 1.2)):
         assert costs(8) is None
         costs.observe(positions, seconds)
     assert costs(8) == costs(9) == 1.2 and costs(32) is None
+    for seconds in range(2, 17):
+        costs.observe(8, float(seconds))
+    assert costs(8) == 5.0
 
 
 def test_costs_of_other_sizes_lie_on_lines() -> None:

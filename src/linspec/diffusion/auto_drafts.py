@@ -19,6 +19,8 @@ _GAIN = 1.05
 # a size that was not seen yet is tried with drafts that are at least so likely, and so is, once in so many
 # refusals, one that was too dear: other work may have made it so
 _LIKELY, _AGAIN = 2 / 3, 256
+# rounds in which nothing is asked once not even a draft that is certain would pay: to ask costs time as well
+_REST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,16 @@ class AutoDrafts(FreeDave):
     def __init__(self, options: AutoDraftsOptions) -> None:
         super().__init__(options)
         self.costs, self.calibration = ForwardCosts(), Calibration()
-        self._sequences, self._refused = 1, 0
+        self._sequences, self._refused, self._rest = 1, 0, 0
 
     @property
     def most_drafts(self) -> int:
         return self.options.most - 1
 
     def ahead(self, canvas: Canvas) -> int:
+        if self._rest:
+            self._rest -= 1
+            return 0
         return self.most_drafts
 
     def tries(self, sures: Sequence[float], rows: int) -> bool:
@@ -73,13 +78,15 @@ class AutoDrafts(FreeDave):
             return chances[-1] >= _LIKELY
         if len(sures) == 1:
             self.price = after / before
+            self._rest = 0 if _GAIN * self.price < 2 else _REST
         rounds = 1 + sum(chances[:-1])
         if (rounds + chances[-1]) * before > _GAIN * rounds * after:
             return True
-        self._refused += chances[-1] >= _LIKELY
+        if chances[-1] >= _LIKELY:
+            self._refused += 1 + self._rest
         if self._refused < _AGAIN:
             return False
-        self._refused = 0
+        self._refused = self._rest = 0
         return True
 
     def judged(self, sures: Sequence[float], followed: int) -> None:
