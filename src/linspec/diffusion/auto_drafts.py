@@ -16,9 +16,9 @@ from linspec.utils.sizes import check_size
 
 # what a draft must gain: costs are known to a few percent, and decisions cost something too
 _GAIN = 1.05
-# a size that was not seen yet is tried with drafts that are at least so likely, and so is, once in so many
-# refusals, one that was too dear: other work may have made it so
-_LIKELY, _AGAIN = 2 / 3, 256
+# a size that was not seen yet is tried with drafts that are at least so likely, after so many steps without
+# drafts, and one that was too dear after more of them: other work may have made it so
+_LIKELY, _FIRST, _AGAIN = 2 / 3, 64, 256
 # rounds in which nothing is asked once not even a draft that is certain would pay: to ask costs time as well
 _REST = 32
 
@@ -56,7 +56,8 @@ class AutoDrafts(FreeDave):
     def __init__(self, options: AutoDraftsOptions) -> None:
         super().__init__(options)
         self.costs, self.calibration = ForwardCosts(), Calibration()
-        self._sequences, self._refused, self._rest = 1, 0, 0
+        # steps since there were drafts, and rounds in which none are asked about
+        self._sequences, self._plain, self._rest = 1, 0, 0
 
     @property
     def most_drafts(self) -> int:
@@ -75,26 +76,22 @@ class AutoDrafts(FreeDave):
         if before is None:
             return False
         if after is None:
-            return chances[-1] >= _LIKELY
+            return chances[-1] >= _LIKELY and self._plain >= _FIRST
         if len(sures) == 1:
             self.price = after / before
             self._rest = 0 if _GAIN * self.price < 2 else _REST
         rounds = 1 + sum(chances[:-1])
         if (rounds + chances[-1]) * before > _GAIN * rounds * after:
             return True
-        if chances[-1] >= _LIKELY:
-            self._refused += 1 + self._rest
-        if self._refused < _AGAIN:
-            return False
-        self._refused = self._rest = 0
-        return True
+        return chances[-1] >= _LIKELY and self._plain >= _AGAIN
 
     def judged(self, sures: Sequence[float], followed: int) -> None:
+        self._plain = 0
         for depth, sure in enumerate(_steps(sures)[: followed + 1], 1):
             self.calibration.observe(depth, sure, depth <= followed)
 
     def observe(self, cost: StepCost) -> None:
-        self._sequences = cost.sequences
+        self._sequences, self._plain = cost.sequences, self._plain + 1
         self.costs.observe(cost.positions, cost.seconds)
 
     def _chances(self, sures: Sequence[float]) -> Iterator[float]:
