@@ -90,7 +90,9 @@ def _one_call_or_layers(work: Work, given: argparse.Namespace) -> list[Way]:
     one, other = ways_of(work, [f"masked-diffusion:{each}" for each in specs], None)
 
     def layered() -> LLM:
-        llm = one.make()
+        # a model of its own: it stays without its one-call form
+        model = _in_blocks(given).model
+        llm = LLM(model, tokenizer=work.tokenizer, loop=one.name, max_batch=1)
         llm.model.native = None
         return llm
 
