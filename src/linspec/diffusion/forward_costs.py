@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Collection
 from functools import partial
 from operator import itemgetter
 
@@ -24,16 +25,10 @@ class ForwardCosts:
         self._seen: defaultdict[int, deque[tuple[int, float]]] = defaultdict(
             partial(deque, maxlen=_KEPT)
         )
-        # positions and seconds of the sizes that were seen often enough
-        self._known: dict[int, tuple[float, float]] = {}
 
     def observe(self, positions: int, seconds: float) -> None:
         """A forward has computed so many positions."""
-        size = _size(positions)
-        seen = self._seen[size]
-        seen.append((positions, seconds))
-        if len(seen) >= _ENOUGH:
-            self._known[size] = sorted(seen, key=itemgetter(1))[len(seen) // 4]
+        self._seen[_size(positions)].append((positions, seconds))
 
     def __call__(self, positions: int) -> float | None:
         """Seconds of a forward of so many positions; None before there was any to tell it by.
@@ -41,12 +36,13 @@ class ForwardCosts:
         A size that was not seen lies on a line through the nearest ones below and above it, or through the
         nearest and the farthest one.
         """
-        known = self._known.get(_size(positions))
-        if known is not None:
-            return known[1]
-        if len(self._known) < 2:
+        seen = self._seen.get(_size(positions), ())
+        if len(seen) >= _ENOUGH:
+            return _quick(seen)[1]
+        points = [_quick(each) for each in self._seen.values() if len(each) >= _ENOUGH]
+        if len(points) < 2:
             return None
-        points = sorted(self._known.values(), key=lambda point: abs(point[0] - positions))
+        points.sort(key=lambda point: abs(point[0] - positions))
         near, far = points[0], points[-1]
         for point in points[1:]:
             if (point[0] > positions) != (near[0] > positions):
@@ -54,6 +50,11 @@ class ForwardCosts:
                 break
         slope = (far[1] - near[1]) / (far[0] - near[0])
         return max(near[1] + slope * (positions - near[0]), 1e-9)
+
+
+def _quick(seen: Collection[tuple[int, float]]) -> tuple[int, float]:
+    """Positions and seconds of one of them."""
+    return sorted(seen, key=itemgetter(1))[len(seen) // 4]
 
 
 def _size(positions: int) -> int:

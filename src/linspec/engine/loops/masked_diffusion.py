@@ -227,6 +227,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         seconds: float,
     ) -> None:
         """Tell the verify policy what a step cost, if it is one of many of its kind."""
+        if not self.verify.drafts:
+            return
         # blocks begin with forwards that compute more, and a step that failed was repeated in parts
         begins = any(each.of.canvas.step == 0 for each in forwards)
         if begins or not forwards or any(isinstance(each, Exception) for each in found):
