@@ -16,11 +16,12 @@ from linspec.utils.sizes import check_size
 
 # what a draft must gain: costs are known to a few percent, and decisions cost something too
 _GAIN = 1.05
-# a size that was not seen yet is tried with drafts that are at least so likely, after so many steps without
+# a size that was not seen yet is tried with drafts that are at least so likely, after so many rounds without
 # drafts, and one that was too dear after more of them: other work may have made it so
 _LIKELY, _FIRST, _AGAIN = 2 / 3, 64, 256
-# rounds in which nothing is asked once not even a draft that is certain would pay: to ask costs time as well
-_REST = 32
+# rounds in which nothing is asked once not even a draft that is certain would pay, since to ask costs time as
+# well; what plain forwards cost is looked at in the last ones
+_REST, _LOOK = 32, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,19 @@ class AutoDrafts(FreeDave):
     def __init__(self, options: AutoDraftsOptions) -> None:
         super().__init__(options)
         self.costs, self.calibration = ForwardCosts(), Calibration()
-        # steps since there were drafts, and rounds in which none are asked about
+        # rounds since there were drafts, and rounds to come in which none are asked about
         self._sequences, self._plain, self._rest = 1, 0, 0
 
     @property
     def most_drafts(self) -> int:
         return self.options.most - 1
 
+    @property
+    def observes(self) -> bool:
+        return self._rest <= _LOOK
+
     def ahead(self, canvas: Canvas) -> int:
+        self._plain += 1
         if self._rest:
             self._rest -= 1
             return 0
@@ -91,7 +97,7 @@ class AutoDrafts(FreeDave):
             self.calibration.observe(depth, sure, depth <= followed)
 
     def observe(self, cost: StepCost) -> None:
-        self._sequences, self._plain = cost.sequences, self._plain + 1
+        self._sequences = cost.sequences
         self.costs.observe(cost.positions, cost.seconds)
 
     def _chances(self, sures: Sequence[float]) -> Iterator[float]:

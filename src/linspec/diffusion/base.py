@@ -180,6 +180,11 @@ class VerifyPolicy(DiffusionPolicy):
     price: float | None = None
 
     @property
+    def observes(self) -> bool:
+        """Whether it wants to know what the next step costs; asked in every round."""
+        return False
+
+    @property
     def most_drafts(self) -> int:
         """The largest number that `ahead` answers: so many copies of a state are counted as its memory."""
         return 0
@@ -205,7 +210,7 @@ class VerifyPolicy(DiffusionPolicy):
         """Learn from a forward with drafts, that found them so likely: how many of them came true."""
 
     def observe(self, cost: StepCost) -> None:
-        """Learn what a step cost; those that begin a block are not reported."""
+        """Learn what a step cost, if it `observes`; those that begin a block are not reported."""
 
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         """Which draft the text goes on with, counted from 1; 0 for none of them.

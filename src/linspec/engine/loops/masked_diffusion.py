@@ -227,7 +227,7 @@ class MaskedDiffusionLoop(GenerationLoop):
         seconds: float,
     ) -> None:
         """Tell the verify policy what a step cost, if it is one of many of its kind."""
-        if not self.verify.drafts:
+        if not self.verify.observes:
             return
         # blocks begin with forwards that compute more, and a step that failed was repeated in parts
         begins = any(each.of.canvas.step == 0 for each in forwards)
