@@ -37,3 +37,32 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nonsense", "meta"):
         with pytest.raises(ConfigError, match="use cpu"):
             pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("build", "fault", "said"),
+    [
+        (None, None, "(this torch was built without CUDA: install one that was)"),
+        (
+            "13.0",
+            "Found no NVIDIA driver on your system. Please\nmore",
+            "(Found no NVIDIA driver on",
+        ),
+        ("13.0", "The NVIDIA driver on your system is too old (found version 11040).", "too old"),
+        ("13.0", None, "0 are here; use cpu"),
+    ],
+)
+def test_why_there_is_no_cuda(
+    monkeypatch: pytest.MonkeyPatch, build: str | None, fault: str | None, said: str
+) -> None:
+    def init() -> None:
+        if fault is not None:
+            raise RuntimeError(fault)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    with pytest.raises(ConfigError) as error:
+        pick_device("cuda")
+    assert said in str(error.value)
+    assert "more" not in str(error.value)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
 from linspec.cli import app
-from linspec.decoding.step import OVERWRITING, StepInput
+from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
 
@@ -89,12 +89,12 @@ def test_a_block_alone_has_the_bits_of_the_whole_text_in_one_call(bits: int | No
     model = LLM(source("sdar")[0], tokenizer=tiny_tokenizer(), quantize=bits).model
     if load().library is None:
         pytest.skip(load().reason)
-    assert model.native is not None and OVERWRITING in model.native.kinds
     ids = [index * 7 % 50 for index in range(5 * UNIT - 1)]
     whole, by_block = model.new_state(), model.new_state()
     for state in (whole, by_block):
         state.hold(0, len(ids))
     everything = StepInput(0, ids, overwrite=range(len(ids)), causal=False)
+    assert model.native is not None and model.native.takes([everything])
     expected = model.step([everything], whole).logits
     for first in range(0, len(ids), UNIT):
         rows = range(len(ids))[first : first + UNIT]

@@ -22,6 +22,7 @@ from linspec.drafters.medusa import Medusa
 from linspec.drafters.packed import PackedHeads
 from linspec.errors import CheckpointError, ConfigError, StateError
 from linspec.evaluate.quantize import quantize
+from linspec.kernels import device
 from linspec.llm import LLM
 from linspec.models import memory
 from linspec.models.decoder import Decoder
@@ -165,7 +166,7 @@ def test_a_cut_file_is_refused(small: Path, tmp_path: Path) -> None:
 def test_too_little_memory_is_said_before_loading(
     small: Path, monkeypatch: pytest.MonkeyPatch, quantized: bool
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2**20)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2**20)
     with pytest.raises(CheckpointError, match=r"needs .* GiB"):
         load_model(small if quantized else "embedded-aug")
 
@@ -174,10 +175,22 @@ def test_a_cache_that_does_not_fit_is_said_before_it_is_filled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = LLM("embedded-softmax", max_batch=1)
-    monkeypatch.setattr(state_memory, "available_bytes", lambda: 2**10)
+    monkeypatch.setattr(state_memory, "free_bytes", lambda device: 2**10)
     llm.generate([5] * 20, SamplingParams(max_tokens=1))
     with pytest.raises(StateError, match=r"keys and values of 200 tokens need .* GiB"):
         llm.generate([5] * 200, SamplingParams(max_tokens=1))
+
+
+def test_a_gpu_without_room_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**19, 2**34))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3 * 2**19)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**19)
+    # what torch keeps for tensors to come can still be had
+    memory.check_memory(3 * 2**19, tmp_path, "cuda:0")
+    with pytest.raises(CheckpointError, match=r"are free on cuda:0; close other programs"):
+        memory.check_memory(3 * 2**19 + 1, tmp_path, "cuda:0")
+    with pytest.raises(StateError, match=r"need 1.0 GiB more memory and 0.0 GiB are free"):
+        state_memory.check_growth(2**30, 100, torch.device("cuda", 0))
 
 
 def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +198,11 @@ def test_pages_of_files_count_as_free(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "proc").mkdir()
     meminfo = "MemFree: 10 kB\nMemAvailable: 4096 kB\nCached: 4090 kB\n"
     (tmp_path / "proc/meminfo").write_text(meminfo)
-    monkeypatch.setattr(memory, "available_bytes", partial(available_bytes, tmp_path))
+    monkeypatch.setattr(device, "available_bytes", partial(available_bytes, tmp_path))
     memory.check_memory(4096 * 1024, tmp_path)
     with pytest.raises(CheckpointError, match="are free"):
         memory.check_memory(4096 * 1024 + 1, tmp_path)
-    monkeypatch.setattr(memory, "available_bytes", partial(available_bytes, tmp_path / "nothing"))
+    monkeypatch.setattr(device, "available_bytes", partial(available_bytes, tmp_path / "nothing"))
     memory.check_memory(2**60, tmp_path)
 
 

@@ -180,20 +180,26 @@ def _load(
     kept = keep_blocks and torch.device(device).type == "cpu"
     if read.delta is not None and isinstance(read.config, DecoderConfig):
         delta = parse_delta(read.delta, read.folder / "config.json")
-        found: Model = load_delta(read.folder, read.config, delta, dtype, keep_blocks=kept).to(
-            device
-        )
+        found: Model = load_delta(read.folder, read.config, delta, dtype, keep_blocks=kept)
     elif read.quantization is not None and isinstance(read.config, DecoderConfig):
         found = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
-        found = load_gguf(read.folder, dtype, keep_blocks=kept).to(device)
+        found = load_gguf(read.folder, dtype, keep_blocks=kept)
     else:
-        found = _load_plain(read, dtype).to(device)
+        found = _load_plain(read, dtype)
+    _move(found, device, read.folder)
     set_origin(found, replace(origin_of(found), kept=kept_dtype(read)))
     assert isinstance(found, wanted)
     if isinstance(found.config, DecoderConfig) and (note := found.config.rope.note):
         _log.warning("%s: %s", read.folder, note)
     return found
+
+
+def _move(model: Model, device: torch.device | str, folder: Path) -> None:
+    """To a device, in place; raises CheckpointError where it has no room."""
+    if torch.device(device).type != "cpu":
+        check_memory(sum(each.nbytes for each in model.parameters()), folder, device)
+        model.to(device)
 
 
 def _load_plain(read: ConfigFile, dtype: torch.dtype) -> Model:

@@ -72,8 +72,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"error: {_one_line(because(error))}"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        place = "GPU" if "CUDA" in str(error) else "machine"
         return (
-            f"error: the memory of this machine is used up ({_one_line(str(error)) or 'MemoryError'}); "
+            f"error: the memory of this {place} is used up ({_one_line(str(error)) or 'MemoryError'}); "
             "close other programs, or ask for less: a shorter context, fewer tokens or rows at once"
         )
     return (

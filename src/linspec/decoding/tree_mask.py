@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,11 @@ class TreeMask:
 
     Positions count from each slot's base_position. plain: every column is visible to every node. deepest:
     the greatest position of a new node. tree: the staged nodes, for a single slot. committed: so many
-    columns are committed in every slot, each that of its position.
+    columns are committed in every slot, each that of its position. static: its tensors get other values
+    without it, so that nothing may be decided by what is in them; see StaticTreeMask.
     """
+
+    static: ClassVar[bool] = False
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         self.rows, self.device = rows, device

@@ -19,7 +19,7 @@ from linspec.kernels.cpu.fusion import FusionPlan, Piece
 from linspec.kernels.cpu.grow import Fresh, GrowCall, Grown, Seed
 from linspec.kernels.step_plan import NewNodes
 from linspec.models.native_linear import NativeLinear
-from linspec.models.step_plan import OneCall
+from linspec.models.one_call import OneCall
 from linspec.state.sequence_states import SequenceStates
 
 
@@ -185,6 +185,10 @@ def _fusion_plan(net: EagleNet) -> FusionPlan:
 def make_trees(net: EagleNet, slots: int, top: int) -> TreesByLevel | TreesInOneCall:
     """In one call where the layer, which has its final form, runs in one."""
     native, state = net.decoder.native, net.decoder.new_state(slots)
-    if native is None or not state.in_kernels or not isinstance(net.fuse, NativeLinear):
+    if (
+        not isinstance(native, OneCall)
+        or not state.in_kernels
+        or not isinstance(net.fuse, NativeLinear)
+    ):
         return TreesByLevel(net, state, top)
     return TreesInOneCall(net, state, top, native)

@@ -1,4 +1,4 @@
-"""Which device a name stands for, or why it cannot be had."""
+"""Which device a name stands for, or why it cannot be had, and how much memory it has left."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.utils.messages import did_you_mean, shown
+from linspec.utils.ram import available_bytes
 
 NAMES = ("cpu", "cuda", "auto")
 
@@ -27,6 +28,30 @@ def pick_device(name: str) -> str:
         raise ConfigError(f"device {shown(repr(name))} is not supported; use cpu, cuda or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"no CUDA device can be used as {name!r}: {torch.cuda.device_count()} are here; use cpu"
+            f"no CUDA device can be used as {name!r}: {torch.cuda.device_count()} are here"
+            f"{_why_none()}; use cpu"
         )
     return name
+
+
+def _why_none() -> str:
+    """What keeps CUDA away, in brackets: the build of torch, the driver; '' where there are devices."""
+    if torch.cuda.device_count():
+        return ""
+    if torch.version.cuda is None:
+        return " (this torch was built without CUDA: install one that was)"
+    try:
+        torch.cuda.init()
+    # a missing driver is an assertion in some builds of torch
+    except (RuntimeError, AssertionError) as error:
+        return f" ({shown(str(error).strip().splitlines()[0])})"
+    return ""
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """Bytes that tensors on a device can still have; None if the system does not say."""
+    if torch.device(device).type != "cuda":
+        return available_bytes()
+    free, _ = torch.cuda.mem_get_info(device)
+    # what torch keeps for tensors to come counts as taken there
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

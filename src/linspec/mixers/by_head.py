@@ -116,6 +116,9 @@ class ByHead(Mixer):
     def part_plans(self) -> tuple[PartPlan, ...]:
         return tuple(PartPlan(heads, part.attention_plan()) for part, heads in self.shares)
 
+    def has_static_step(self) -> bool:
+        return all(part.has_static_step() for part, _ in self.shares)
+
     def part_carries(self) -> tuple[Carry | None, ...]:
         return tuple(each for part, _ in self.shares for each in part.part_carries())
 

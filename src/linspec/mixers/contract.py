@@ -32,11 +32,14 @@ class MixerContract:
         ends_alone: whether there is a `mix_end`.
         stands_in: whether it has no weights of its own, and may take the place of softmax in a trained model.
         steps_both_ways: whether `attend` is right for tokens that overwrite and see all positions.
+        static_step: whether `attend` decides nothing by what is in its tensors where the tree mask is static;
+            see `has_static_step`.
     """
 
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     stands_in: ClassVar[bool] = False
+    static_step: ClassVar[bool] = False
     keeps_cache: bool = False
     offloads: bool = False
     ends_alone: bool = False
@@ -127,6 +130,10 @@ class MixerContract:
     def part_carries(self) -> tuple[Carry | None, ...]:
         """`carry` of the parts that its heads are divided among; None too where it is not the mixer's own."""
         return (self.carry() if self._own("carry", "mix", "fold", "forward") else None,)
+
+    def has_static_step(self) -> bool:
+        """Whether it can be part of a step that is recorded once and replayed with other tensors."""
+        return self.static_step and self._own("static_step", "attend")
 
     @classmethod
     def bidirectional(cls) -> bool:

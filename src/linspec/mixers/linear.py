@@ -38,6 +38,7 @@ class LinearMixer(ClosingMixer):
     """
 
     keeps_features: ClassVar[bool] = True
+    static_step = True
     summed: Summed | Decayed | None
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:

@@ -36,6 +36,7 @@ class Softmax(Mixer):
 
     biased = True
     keeps_cache = True
+    static_step = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
         super().__init__(config, mixer)

@@ -29,7 +29,7 @@ from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_outputs import interleaved, wanted_nodes
-from linspec.models.step_plan import OneCall, one_call
+from linspec.models.whole_step import WholeStep, whole_step
 from linspec.state.dense_group import DenseGroup, dense_groups_of, open_branches, staged_shapes
 from linspec.state.sequence_states import SequenceStates
 
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         # the part of a sequence that the full form computes, None for all of it; see `on_shard`
         self.shard: Shard | None = None
         self.is_inference = False
-        self.native: OneCall | None = None
+        self.native: WholeStep | None = None
         # fingerprint of the plain weights, kept when these are gone
         self.identity: str | None = None
 
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         for block in self.layers:
             block.finalize_weights()
         self.norm = inference_norm(self.norm)
-        self.native = one_call(self)
+        self.native = whole_step(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -247,34 +247,32 @@ class Decoder(nn.Module):
             return self._step(inputs, state, None, LayerPath(layers, want.inner))
         kinds = [each.kind for each in inputs]
         if len(set(kinds)) == 1:
-            return self._step_alike(kinds[0], inputs, state, native, want)
-        # the one-call step takes inputs of one kind only, and it must take all of them: a tree that shared a
+            return self._step_alike(inputs, state, native, want)
+        # a whole step takes inputs of one kind only, and it must take all of them: a tree that shared a
         # step with a prompt would be rounded in another way than one that did not
         self._positions(inputs, staged_shapes(inputs, state), state)
         parts = [[i for i, each in enumerate(kinds) if each == kind] for kind in sorted(set(kinds))]
         outputs = [
-            self._step_alike(kinds[part[0]], [inputs[i] for i in part], state, native, want)
-            for part in parts
+            self._step_alike([inputs[i] for i in part], state, native, want) for part in parts
         ]
         return interleaved(parts, outputs)
 
     def _step_alike(
         self,
-        kind: int,
         inputs: Sequence[StepInput],
         state: SequenceStates,
-        native: OneCall,
+        native: WholeStep,
         want: Want,
     ) -> StepOutput:
-        """Inputs of one kind through all layers, in one call where it takes them."""
-        call = native if kind in native.kinds else None
-        return self._step(inputs, state, call, LayerPath(None, want.inner))
+        """Inputs of one kind through all layers, as a whole where there is such a form for them."""
+        whole = native if native.takes(inputs) else None
+        return self._step(inputs, state, whole, LayerPath(None, want.inner))
 
     def _step(
         self,
         inputs: Sequence[StepInput],
         state: SequenceStates,
-        native: OneCall | None,
+        native: WholeStep | None,
         path: LayerPath,
     ) -> StepOutput:
         shapes = staged_shapes(inputs, state)

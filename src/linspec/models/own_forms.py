@@ -29,7 +29,7 @@ from linspec.models.linear import PackedLinear, Quantizer
 from linspec.models.native_linear import NativeLinear
 from linspec.models.skeleton import without_memory
 from linspec.models.skipped import Skipped
-from linspec.models.step_plan import one_call
+from linspec.models.whole_step import whole_step
 
 # of a weight, its share of a group's scale included
 _BITS = {F32: 32.0, BF16: 16.0, INT8: 8.0, INT4: 4.5}
@@ -147,7 +147,7 @@ def _module_again(module: nn.Module) -> nn.Module:
 
 
 def ready(made: Decoder) -> Decoder:
-    made.native = one_call(made) if made.is_inference else None
+    made.native = whole_step(made) if made.is_inference else None
     return made
 
 

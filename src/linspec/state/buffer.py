@@ -41,9 +41,8 @@ class BufferState(SlotStates):
         if entries is not None:
             self.entries = entries
         positions = self._resting() + MAX_STAGED
-        check_new_state(
-            self.entry_bytes(positions) + slots * self._sum_bytes(), positions, layers, slots
-        )
+        needed = self.entry_bytes(positions) + slots * self._sum_bytes()
+        check_new_state(needed, positions, layers, slots, self.device)
         kept, shape = self.entries.kept_dtype(self.dtype), (layers, slots, spec.kv_heads)
         widths = self.entries.width(spec.key_width), self.entries.width(spec.value_width)
         self.keys = zeros((*shape, positions, widths[0]), kept, self.device)

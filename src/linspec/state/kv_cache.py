@@ -316,7 +316,7 @@ class KVCache(BufferState):
         more = slots - self.keys.shape[1]
         if more <= 0:
             return
-        check_growth(more * self.bytes_at(length), length)
+        check_growth(more * self.bytes_at(length), length, self.device)
         self.keys = self._grown(self.keys, 0, more)
         self.values = self._grown(self.values, 0, more)
         self.table.grow(more)

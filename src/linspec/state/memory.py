@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from linspec.errors import StateError
-from linspec.utils.ram import available_bytes
+from linspec.kernels.device import free_bytes
 
 
 def zeros(
@@ -67,9 +67,11 @@ def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def check_new_state(needed: int, positions: int, layers: int, slots: int) -> None:
+def check_new_state(
+    needed: int, positions: int, layers: int, slots: int, device: torch.device
+) -> None:
     """Raise StateError unless the `needed` bytes of a new state fit into memory."""
-    free = available_bytes()
+    free = free_bytes(device)
     if free is not None and needed > free:
         raise StateError(
             f"the state of one sequence, {positions} positions in each of {layers} layers, and the sums "
@@ -78,9 +80,9 @@ def check_new_state(needed: int, positions: int, layers: int, slots: int) -> Non
         )
 
 
-def check_growth(missing: int, tokens: int) -> None:
+def check_growth(missing: int, tokens: int, device: torch.device | str) -> None:
     """Raise StateError unless caches can grow by `missing` bytes to `tokens` tokens."""
-    free = available_bytes() if missing else None
+    free = free_bytes(device) if missing else None
     if free is not None and missing > free:
         raise StateError(
             f"the keys and values of {tokens} tokens need {missing / 2**30:.1f} GiB more memory and "

@@ -83,7 +83,8 @@ class SequenceStates:
 
     def check_room(self, tokens: int) -> None:
         """Raise StateError if caches cannot grow to a sequence of `tokens` tokens."""
-        check_growth(sum(part.missing_bytes(tokens) for part in self.parts), tokens)
+        missing = sum(part.missing_bytes(tokens) for part in self.parts)
+        check_growth(missing, tokens, self._options.device)
 
     # ---- the transaction
 

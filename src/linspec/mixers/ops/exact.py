@@ -168,7 +168,8 @@ class Groups:
     def masks(self, tree_mask: TreeMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Positions within each node's span, and those of groups that close on its path.
 
-        [R, 1, 1, N, C] each; None instead of a mask that is all true, or all false. Computed once per mask.
+        [R, 1, 1, N, C] each; None instead of a mask that is known to be all true, or all false. Computed once
+        per mask.
         """
         found: tuple[torch.Tensor | None, torch.Tensor | None] = tree_mask.memo(
             ("group", self.size, self.span), lambda: self._masks(tree_mask)
@@ -176,12 +177,14 @@ class Groups:
         return found
 
     def _masks(self, tree_mask: TreeMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if tree_mask.deepest // self.size < self.span:
+        if not tree_mask.static and tree_mask.deepest // self.size < self.span:
             return None if tree_mask.plain else tree_mask.visible[:, None, None], None
         oldest = (tree_mask.offsets // self.size)[:, :, None] - (self.span - 1)
         group = (tree_mask.columns // self.size)[:, None, :]
         exact = tree_mask.visible & (group >= oldest)
         closed = tree_mask.visible & (group < oldest)
+        if tree_mask.static:
+            return exact[:, None, None], closed[:, None, None]
         return (
             None if bool(exact.all()) else exact[:, None, None],
             closed[:, None, None] if bool(closed.any()) else None,

@@ -1,0 +1,76 @@
+"""The states of a model as a step of static shape sees them: the same buffers, whole, by tensors of places.
+
+A mixer stages and reads entries through these as through the states themselves. They hold no numbers of their
+own; what is committed, staged and seen stands in the tables of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linspec.decoding.static_mask import StaticTreeMask, StepTables
+from linspec.state.buffer import BufferState
+from linspec.state.grouped import GroupedState
+from linspec.state.sequence_states import MixedState, SequenceStates
+
+
+class StaticEntries:
+    """One state, for the R slots of a step; all_slots: they are all slots of the state, in their order."""
+
+    def __init__(
+        self, part: BufferState, tables: StepTables, held: torch.Tensor, *, all_slots: bool
+    ) -> None:
+        self.part, self.spec, self.entries = part, part.spec, part.entries
+        self.mask = StaticTreeMask(tables, held, part.keys.shape[3])
+        self._slots = None if all_slots else tables.slots
+        self._at = tables.slots[:, None], held[:, None] + tables.nodes
+
+    def stage(
+        self, layer: int, start: int, lengths: Sequence[int], k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Write new entries k, v [R, Hkv, N, .] where the tables say."""
+        slots, rows = self._at
+        history = self.spec.conv_history
+        for kept, new, at in ((self.part.keys, k, rows), (self.part.values, v, rows + history)):
+            # [slots, C, Hkv, .], with the heads behind what is indexed
+            kept[layer].transpose(1, 2)[slots, at] = self.entries.encode(new).transpose(1, 2)
+
+    def read(self, layer: int, slots: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All columns: keys [R, Hkv, C, K] and values [R, Hkv, conv_history + C, V]."""
+        spec, decode, dtype = self.spec, self.entries.decode, self.part.dtype
+        keys, values = (
+            self._of_slots(self.part.keys[layer]),
+            self._of_slots(self.part.values[layer]),
+        )
+        return decode(keys, spec.key_width, dtype), decode(values, spec.value_width, dtype)
+
+    def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
+        """What closed groups became, [R, Hkv, S, Z]; None where nothing is summed."""
+        part = self.part
+        if not isinstance(part, GroupedState) or not part.sums.numel():
+            return None
+        return part.sums_of(self._of_slots(part.sums[layer]))
+
+    def _of_slots(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self._slots is None else rows.index_select(0, self._slots)
+
+
+class StaticStates:
+    """The states of all layers, as `SequenceStates.layers` has them."""
+
+    def __init__(self, state: SequenceStates, tables: StepTables, *, all_slots: bool) -> None:
+        made = {
+            id(part): StaticEntries(part, tables, held, all_slots=all_slots)
+            for part, held in zip(state.parts, tables.held, strict=True)
+        }
+        self.layers: list[tuple[Any, int]] = [_as_made(place, made) for place in state.layers]
+
+
+def _as_made(place: tuple[Any, int], made: dict[int, StaticEntries]) -> tuple[Any, int]:
+    state, index = place
+    if isinstance(state, MixedState):
+        return MixedState(tuple(_as_made(each, made) for each in state.parts)), index
+    return made[id(state)], index
