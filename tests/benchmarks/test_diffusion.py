@@ -94,7 +94,7 @@ def clock() -> Callable[[], float]:
 
 
 def measured(work: Work, folder: Path, rounds: int, beside: str | None = None) -> tuple:
-    plans = [spec_of(plan) for plan in lattice(work.blocks, 1)][:4]
+    plans = [spec_of(plan) for plan in lattice(work.blocks, 1)][:5]
     ways = ways_of(work, plans, beside)
     cells = Cells(folder, {"prompts": len(work.prompts)})
     measure(work, ways, cells, rounds, clock())

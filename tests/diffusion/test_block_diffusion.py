@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import tiny_tokenizer
 from denoisers import PROMPTS, WHOLE, assert_traced, make, source, tokens
 from plain_denoising import Trace, denoise
 from plain_diffusion import SDAR
 from typer.testing import CliRunner
 
-from linspec import SamplingParams
+from linspec import LLM, SamplingParams
 from linspec.cli import app
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError
+from linspec.kernels.cpu.library import load
 
 UNIT = SDAR["block_size"]
 
@@ -80,6 +82,24 @@ def test_steps_saw_later_blocks() -> None:
     torch.testing.assert_close(model.step([everything], state).logits, expected, rtol=0, atol=1e-5)
     own = StepInput(0, ids[4:8], overwrite=range(4, 8), causal=False)
     torch.testing.assert_close(model.step([own], state).logits, expected[4:8], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_block_alone_has_the_bits_of_the_whole_text_in_one_call(bits: int | None) -> None:
+    model = LLM(source("sdar")[0], tokenizer=tiny_tokenizer(), quantize=bits).model
+    if load().library is None:
+        pytest.skip(load().reason)
+    ids = [index * 7 % 50 for index in range(5 * UNIT - 1)]
+    whole, by_block = model.new_state(), model.new_state()
+    for state in (whole, by_block):
+        state.hold(0, len(ids))
+    everything = StepInput(0, ids, overwrite=range(len(ids)), causal=False)
+    assert model.native is not None and model.native.takes([everything])
+    expected = model.step([everything], whole).logits
+    for first in range(0, len(ids), UNIT):
+        rows = range(len(ids))[first : first + UNIT]
+        own = StepInput(0, ids[first : first + UNIT], overwrite=rows, causal=False)
+        assert torch.equal(model.step([own], by_block).logits, expected[rows])
 
 
 def test_what_looks_at_whole_texts_is_refused_by_name() -> None:

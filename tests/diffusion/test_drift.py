@@ -99,3 +99,24 @@ def test_deeper_layers_drift_more() -> None:
     layers = drifts(1)[1].mean(0)
     half = len(layers) // 2
     assert layers[half:].mean() > 3 * layers[:half].mean()
+
+
+def likeness(delay: int) -> Tensor:
+    """The mean cosine of keys that are kept of a word, and those that it has two forwards after its decision.
+
+    delay: how many forwards after the one that decided it they are taken from; in that one it is a mask.
+    """
+    alike = []
+    for trace in forwards():
+        for at, (_, masks) in enumerate(trace[:-2]):
+            (word,) = {*masks} - {*trace[at + 1][1]}
+            kept, fresh = trace[at + delay][0], trace[at + 2][0]
+            for (_, old, _), (_, new, _) in zip(kept, fresh, strict=True):
+                alike.append(torch.cosine_similarity(old[:, word], new[:, word], dim=-1).mean())
+    return torch.stack(alike).mean()
+
+
+def test_keys_of_a_word_hardly_change_and_those_of_its_mask_are_others() -> None:
+    """What dKV-Cache goes by: it keeps a token one forward after its decision."""
+    late = likeness(1)
+    assert late >= 0.95 and likeness(0) <= late - 0.1

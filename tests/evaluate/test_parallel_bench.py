@@ -216,6 +216,7 @@ def test_a_perfect_model_has_nothing_to_keep() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_trained_model_copies_in_parallel_and_cannot_shuffle() -> None:
     model = train_task_model(4000, lengths=(4,))
     found = parallel_bench(model, lengths=(4,), per_forward=(1, 0))

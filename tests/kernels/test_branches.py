@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from test_overwriting import (
     CACHES,
     CLOSE,
+    DENOISERS,
     QUANTIZED,
-    VARIANTS,
     VOCAB,
     by_layers,
     causal,
@@ -97,7 +97,7 @@ def left(state: SequenceStates, slots: int) -> list[torch.Tensor]:
 
 
 @settings(max_examples=50)
-@given(histories(), st.sampled_from(list(VARIANTS)), st.sampled_from([None, 8, 4]), st.data())
+@given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_branches_have_the_bits_of_steps_one_after_the_other(
     history: tuple[list[int], list[Step]], variant: str, bits: int | None, data: st.DataObject
 ) -> None:
@@ -106,7 +106,7 @@ def test_branches_have_the_bits_of_steps_one_after_the_other(
 
 
 @settings(max_examples=12)
-@given(histories(80), st.sampled_from(list(VARIANTS)), st.sampled_from([None, 8, 4]), st.data())
+@given(histories(80), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_branches_have_the_same_bits_on_every_set_and_thread_count(
     history: tuple[list[int], list[Step]], variant: str, bits: int | None, data: st.DataObject
 ) -> None:
@@ -128,7 +128,7 @@ def test_branches_have_the_same_bits_on_every_set_and_thread_count(
 
 
 @settings(max_examples=30)
-@given(histories(), st.sampled_from(list(VARIANTS)), st.sampled_from([None, 8, 4]), st.data())
+@given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_branches_are_those_by_layers(
     history: tuple[list[int], list[Step]], variant: str, bits: int | None, data: st.DataObject
 ) -> None:

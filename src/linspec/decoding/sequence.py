@@ -42,13 +42,13 @@ class Stats:
         """What the policy made of the drafter, in one sentence; empty without a drafter."""
         if not self.policy:
             return ""
-        if not self.draft_rounds:
-            return f"{self.policy}: no drafts in {self.rounds} rounds"
-        mean = self.drafted / self.draft_rounds
-        said = (
-            f"{self.policy}: drafts in {self.draft_rounds} of {self.rounds} rounds (mean {mean:.1f}), "
-            f"{self.tokens_per_round:.2f} tokens a round"
-        )
+        said = f"{self.policy}: no drafts in {self.rounds} rounds"
+        if self.draft_rounds:
+            mean = self.drafted / self.draft_rounds
+            said = (
+                f"{self.policy}: drafts in {self.draft_rounds} of {self.rounds} rounds (mean {mean:.1f}), "
+                f"{self.tokens_per_round:.2f} tokens a round"
+            )
         if self.draft_price is None:
             return said
         return f"{said}; one with drafts costs {self.draft_price:.2f} plain ones"
@@ -63,9 +63,14 @@ class Stats:
         """Share of tried drafts that were accepted, by depth."""
         return [hit / tried for hit, tried in zip(self.hits, self.tried, strict=True)]
 
-    def count_forward(self, decided: int, computed: int) -> None:
-        """Enter one forward of masked diffusion: tokens it decided, positions × layers it computed."""
+    def count_forward(self, decided: int, computed: int, drafts: int = 0) -> None:
+        """Enter one forward of masked diffusion.
+
+        decided: tokens. computed: positions × layers. drafts: canvases that it computed along.
+        """
         self.rounds += 1
+        self.drafted += drafts
+        self.draft_rounds += drafts > 0
         self.accepted += decided - 1
         self.computed += computed
 

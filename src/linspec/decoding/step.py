@@ -79,7 +79,7 @@ class StepInput:
     @property
     def by_layer(self) -> bool:
         """Whether it asks for what a step in one call cannot do, and so goes layer by layer."""
-        return self.blocks is not None or self.watch is not None
+        return self.watch is not None
 
     @property
     def kind(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from linspec.diffusion import (
     ada_block,
+    auto_drafts,
     blocks,
     caches,
     dkv,
@@ -25,6 +26,7 @@ from linspec.diffusion.base import (
     BlockPolicy,
     CachePolicy,
     CommitPolicy,
+    StepCost,
     StopPolicy,
     VerifyPolicy,
 )
@@ -53,9 +55,11 @@ __all__ = [
     "Canvas",
     "CommitPolicy",
     "Predictions",
+    "StepCost",
     "StopPolicy",
     "VerifyPolicy",
     "ada_block",
+    "auto_drafts",
     "blocks",
     "caches",
     "dkv",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -155,14 +156,33 @@ class CachePolicy(DiffusionPolicy):
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """One step: sequences in it, positions that it computed of all canvases and drafts, and its seconds.
+
+    seconds: with those in which its drafts were made.
+    """
+
+    sequences: int
+    positions: int
+    seconds: float
+
+
 class VerifyPolicy(DiffusionPolicy):
     """Which coming canvases a forward computes along, and which of them the text goes on with.
 
     Attributes:
         drafts: whether it ever has any computed.
+        price: plain forwards that one with a draft costs, as far as it knows.
     """
 
     drafts: ClassVar[bool] = True
+    price: float | None = None
+
+    @property
+    def observes(self) -> bool:
+        """Whether it wants to know what the next step costs; asked in every round."""
+        return False
 
     @property
     def most_drafts(self) -> int:
@@ -177,13 +197,20 @@ class VerifyPolicy(DiffusionPolicy):
         """
         return 0
 
-    def tries(self, sure: float) -> bool:
+    def tries(self, sures: Sequence[float], rows: int) -> bool:
         """Whether a draft is computed along, and those behind it may be.
 
-        sure: how likely the last forward found all tokens that the draft has and the canvas lacks; asked
-        first with a bound on that. The surer, the sooner the answer is yes.
+        sures: of the draft and those before it, how likely the last forward found all tokens that they have
+        and the canvas lacks; asked first with a bound on that of the first. The surer, the sooner the answer
+        is yes. rows: positions of each canvas that the next forward computes.
         """
         return True
+
+    def judged(self, sures: Sequence[float], followed: int) -> None:
+        """Learn from a forward with drafts, that found them so likely: how many of them came true."""
+
+    def observe(self, cost: StepCost) -> None:
+        """Learn what a step cost, if it `observes`; those that begin a block are not reported."""
 
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         """Which draft the text goes on with, counted from 1; 0 for none of them.

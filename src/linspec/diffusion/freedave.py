@@ -11,7 +11,7 @@ from linspec.errors import ConfigError
 from linspec.utils.options import option
 from linspec.utils.sizes import check_size
 
-_PAPER = "Wu and Zhang 2025 (FreeDave), arXiv 2510.00294"
+PAPER = "Wu and Zhang 2025 (FreeDave), arXiv 2510.00294"
 
 
 @VERIFIES.register(
@@ -49,7 +49,7 @@ class FreeDaveOptions:
 @VERIFIES.register(
     "freedave",
     summary="up to d rounds a forward, each checked; same output and order as without",
-    paper=_PAPER,
+    paper=PAPER,
     options=FreeDaveOptions,
     lossless="yes",
 )
@@ -65,8 +65,8 @@ class FreeDave(VerifyPolicy):
     def ahead(self, canvas: Canvas) -> int:
         return self.most_drafts
 
-    def tries(self, sure: float) -> bool:
-        return sure >= self.options.least
+    def tries(self, sures: Sequence[float], rows: int) -> bool:
+        return sures[-1] >= self.options.least
 
     def follows(self, canvas: Canvas, drafts: Sequence[Canvas]) -> int:
         return int(bool(drafts) and drafts[0].tokens == canvas.tokens)
@@ -75,7 +75,7 @@ class FreeDave(VerifyPolicy):
 @VERIFIES.register(
     "freedave-plus",
     summary="as freedave, and drafts count that lag behind the commit policy; approximate",
-    paper=_PAPER,
+    paper=PAPER,
     options=FreeDaveOptions,
 )
 class FreeDavePlus(FreeDave):

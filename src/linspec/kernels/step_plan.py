@@ -278,7 +278,8 @@ class NewNodes:
 
     shape: of all that the slot has staged then, the new nodes last. committed: its rows in the state
     of each kind. embeddings: float32 [N, D] in place of those of the tokens, None for these. overwrite:
-    committed rows that the new nodes replace; nothing is staged then, and each sees all committed rows.
+    committed rows that the new nodes replace; nothing is staged then, and each sees all committed rows, or
+    those up to the end of its own block of `blocks` rows.
     behind: further slots that look like this one but for what later nodes of the step overwrite there;
     carried: for each new node, in how many of these its row stands too. None where it stands in none.
     """
@@ -290,5 +291,6 @@ class NewNodes:
     committed: Sequence[int]
     embeddings: torch.Tensor | None = None
     overwrite: Sequence[int] | None = None
+    blocks: int | None = None
     behind: Sequence[int] = ()
     carried: Sequence[int] | None = None

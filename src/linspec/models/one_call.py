@@ -102,6 +102,7 @@ class OneCall:
                 _committed(state, each.slot),
                 _given(each),
                 each.overwrite,
+                each.blocks,
             )
             for each, shape, at in zip(inputs, shapes, positions, strict=True)
         ]

@@ -41,7 +41,7 @@ _TOLD = """
     positions rope relative layer_ropes local_rope scaled_scores score_factor score_cap
     residual residual_scale embedding_scale logit_scale logit_cap
     max_positions tied_embeddings pad_id bos_id eos_ids
-    mask_id logit_shift
+    mask_id logit_shift block_length
     """
 TOLD = frozenset(_TOLD.split())
 

@@ -34,20 +34,25 @@ def drafted(
     denoising: Denoising,
     candidates: Candidates | None,
     chosen: Callable[[Candidates], Tensor],
-) -> list[Canvas]:
+    rows: Callable[[Canvas], int],
+) -> tuple[list[Canvas], list[float]]:
     """What the canvas will be after the next rounds of its block, if forwards go on to say the same.
 
-    candidates: of the last round. chosen: which of some a round decides.
+    With them, how likely the last forward found all that each has. candidates: of the last round. chosen:
+    which of some a round decides. rows: how many the next forward computes of a canvas.
     """
-    canvas, found = denoising.canvas, list[Canvas]()
+    canvas, found, sures = denoising.canvas, list[Canvas](), list[float]()
     if candidates is None or canvas.full:
-        return found
+        return found, sures
     count = _count(verify, canvas)
-    if count and not verify.tries(_most_sure(denoising, candidates)):
-        return found
+    if count == 0:
+        return found, sures
+    each = rows(canvas)
+    if not verify.tries([_most_sure(denoising, candidates)], each):
+        return found, sures
     sequence = denoising.sequence
     # drafts draw the numbers that their rounds will draw, from a copy that many of them never need
-    ahead, sure = cache(sequence.sampler.ahead), 1.0
+    ahead = cache(sequence.sampler.ahead)
     while len(found) < count:
         if sequence.sampler.greedy:
             candidates = candidates.still_open(
@@ -58,20 +63,20 @@ def drafted(
             candidates = candidates_of(canvas, sequence, ahead(), said, said.among(canvas.open))
         taken = chosen(candidates)
         canvas = canvas.after(candidates.where(taken))
-        sure *= float(candidates.confidence[taken].prod())
-        if canvas.full or not verify.tries(sure):
+        sure = (sures[-1] if sures else 1.0) * float(candidates.confidence[taken].prod())
+        if canvas.full or not verify.tries([*sures, sure], each):
             break
         found.append(canvas)
-    return found
+        sures.append(sure)
+    return found, sures
 
 
 def _most_sure(denoising: Denoising, candidates: Candidates) -> float:
     """A bound on how sure any draft is, which costs less than a draft."""
-    if not denoising.sequence.sampler.greedy:
-        # its tokens are still to be drawn
-        return 1.0
-    left = denoising.canvas.undecided
-    pairs = zip(candidates.positions.tolist(), candidates.confidence.tolist(), strict=True)
+    left, sampler = denoising.canvas.undecided, denoising.sequence.sampler
+    # what is drawn is no likelier than the likeliest token
+    each = candidates.confidence if sampler.greedy else candidates.probabilities.amax(-1)
+    pairs = zip(candidates.positions.tolist(), each.tolist(), strict=True)
     return max((sure for position, sure in pairs if position in left), default=0.0)
 
 

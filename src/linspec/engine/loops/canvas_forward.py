@@ -15,7 +15,8 @@ class Denoising:
     """A sequence on its way.
 
     later: masks that are not laid out yet. held: tokens up to an end that was reached, while later blocks are
-    computed. drafts: what the canvas may be after one more round, after two, and so on.
+    computed. drafts: what the canvas may be after one more round, after two, and so on. sures: how likely the
+    last forward found what each of them has. drafting: seconds in which they were made.
     """
 
     sequence: RunningSequence
@@ -23,6 +24,8 @@ class Denoising:
     later: int
     held: tuple[int, ...] | None = None
     drafts: list[Canvas] = field(default_factory=list)
+    sures: list[float] = field(default_factory=list)
+    drafting: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,11 @@ class Forward:
         """An input for each reading."""
         slot = self.of.sequence.slot
         return [each.given(slot, branch) for branch, each in enumerate(self.readings)]
+
+    @property
+    def positions(self) -> int:
+        """Of all branches together."""
+        return sum(len(each.rows) for each in self.readings)
 
     def computed(self, layers: int) -> int:
         """Positions × layers of all branches together, once the step has run."""

@@ -28,6 +28,7 @@ from linspec.diffusion import (
     VERIFIES,
     Canvas,
     Predictions,
+    StepCost,
 )
 from linspec.diffusion.base import (
     BlockPolicy,
@@ -136,6 +137,8 @@ class MaskedDiffusionLoop(GenerationLoop):
         sequence.prefilled = sequence.prompt_length
         # rounds in which nothing goes out: at most one for each token and each time that it is replaced
         self.patience = max(self.patience, count * (1 + EDITS) + 1)
+        if self.verify.drafts:
+            sequence.stats.policy = f"verify={self.verify.name}"
         self.running[sequence.slot] = Denoising(sequence, canvas, count - now)
 
     def finished(self, sequence: RunningSequence) -> None:
@@ -144,7 +147,10 @@ class MaskedDiffusionLoop(GenerationLoop):
     def round(self, batch: Batch) -> list[Outcome]:
         began = time.perf_counter()
         forwards, outcomes = self._forwards(batch.decoding)
-        for forward, logits in zip(forwards, isolated(forwards, self._step), strict=True):
+        stepped = time.perf_counter()
+        found = isolated(forwards, self._step)
+        self._observe(forwards, found, time.perf_counter() - stepped)
+        for forward, logits in zip(forwards, found, strict=True):
             outcomes += self._judged(forward, logits)
         for sequence in batch.decoding:
             sequence.stats.decode_seconds += time.perf_counter() - began
@@ -214,6 +220,23 @@ class MaskedDiffusionLoop(GenerationLoop):
             [each.logits for each in islice(outputs, len(forward.readings))] for forward in forwards
         ]
 
+    def _observe(
+        self,
+        forwards: Sequence[Forward],
+        found: Sequence[list[Tensor] | Exception],
+        seconds: float,
+    ) -> None:
+        """Tell the verify policy what a step cost, if it is one of many of its kind."""
+        if not self.verify.observes:
+            return
+        # blocks begin with forwards that compute more, and a step that failed was repeated in parts
+        begins = any(each.of.canvas.step == 0 for each in forwards)
+        if begins or not forwards or any(isinstance(each, Exception) for each in found):
+            return
+        seconds += sum(each.of.drafting for each in forwards)
+        positions = sum(each.positions for each in forwards)
+        self.verify.observe(StepCost(len(forwards), positions, seconds))
+
     def _judged(self, forward: Forward, logits: list[Tensor] | Exception) -> list[Outcome]:
         """What a forward has brought its sequence: full blocks, nothing yet, or an error."""
         sequence = forward.of.sequence
@@ -222,7 +245,9 @@ class MaskedDiffusionLoop(GenerationLoop):
                 raise logits
             forward.of.canvas.new = False
             decided = self._advance(forward, logits)
-            sequence.stats.count_forward(decided, forward.computed(self.config.layers))
+            computed, drafts = forward.computed(self.config.layers), len(forward.readings) - 1
+            sequence.stats.count_forward(decided, computed, drafts)
+            sequence.stats.draft_price = self.verify.price
             return self._emitted(forward.of)
         except Exception as error:
             return [Outcome.failure(sequence, error)]
@@ -246,13 +271,21 @@ class MaskedDiffusionLoop(GenerationLoop):
             if not more or self._reading(denoising.canvas).rows != readings[at + more].rows:
                 break
             at += more
-        slot = denoising.sequence.slot
+        slot, began = denoising.sequence.slot, time.perf_counter()
         if len(readings) > 1:
             self.target.state.keep_branch(slot, at)
+            self.verify.judged(denoising.sures, at)
         if len(denoising.canvas) < length:
             self.target.state.shorten(slot, len(denoising.canvas))
-        denoising.drafts = drafted(self.verify, denoising, candidates, self.rounds.chosen)
+        denoising.drafts, denoising.sures = drafted(
+            self.verify, denoising, candidates, self.rounds.chosen, self._rows
+        )
+        denoising.drafting = time.perf_counter() - began if denoising.drafts else 0.0
         return decided
+
+    def _rows(self, canvas: Canvas) -> int:
+        """How many positions of a canvas the next forward computes, but for rows of logits alone."""
+        return len(self.cache.rows(canvas))
 
     def _predictions(self, reading: Reading, logits: Tensor) -> Predictions:
         return Predictions(reading.read, logits, self.config.logit_shift, self.config.mask_id)

@@ -6,6 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Iterator, Sequence
 from ctypes import c_int32, c_uint64, c_void_p
+from itertools import groupby
 
 from linspec.decoding.tree import chain_shape
 from linspec.errors import InputError, StateError
@@ -38,27 +39,44 @@ def staged_inputs(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
 
 
 def overwriting_pieces(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
-    """Nodes that overwrite, in pieces: nothing is staged, and each sees all committed rows of its slot."""
+    """Nodes that overwrite, in pieces: nothing is staged, and all of a piece see the same committed rows."""
     pieces = [
         (new, rows[part], part)
         for new, rows in zip(nodes, map(_overwritten, nodes), strict=True)
-        for part in _cut(len(rows))
+        for part in _parts(rows, new.blocks)
     ]
     table, first = (InputStruct * len(pieces))(), 0
     for entry, (new, rows, part) in zip(table, pieces, strict=True):
         entry.slot, entry.first, entry.nodes = new.slot, first, len(rows)
-        entry.committed, entry.overwritten = ints(new.committed), ints(rows)
+        entry.committed, entry.overwritten = ints(_seen(new, rows[0])), ints(rows)
         if new.carried is not None:
             entry.behind, entry.carried = ints(new.behind), ints(new.carried[part])
         first += len(rows)
     return table
 
 
-def _cut(count: int) -> Iterator[slice]:
+def _parts(rows: Sequence[int], blocks: int | None) -> Iterator[slice]:
+    """Parts of rows that follow each other in one block, which is all of them without `blocks`."""
+    first = 0
+    for _, run in groupby(rows, lambda row: blocks and row // blocks):
+        count = len(list(run))
+        yield from _cut(first, count)
+        first += count
+
+
+def _cut(first: int, count: int) -> Iterator[slice]:
     """Parts of like sizes, none too large: a small one would read a whole cache for few rows."""
     parts = -(-count // MAX_NODES)
     for part in range(parts):
-        yield slice(part * count // parts, (part + 1) * count // parts)
+        yield slice(first + part * count // parts, first + (part + 1) * count // parts)
+
+
+def _seen(new: NewNodes, row: int) -> Sequence[int]:
+    """How many committed rows a node sees that replaces `row`, in the state of each kind."""
+    if new.blocks is None:
+        return new.committed
+    end = (row // new.blocks + 1) * new.blocks
+    return [min(end, rows) for rows in new.committed]
 
 
 def _overwritten(new: NewNodes) -> Sequence[int]:
