@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +38,7 @@ from linspec.train.data import (
 from linspec.train.loop import TrainConfig, Trainer, log_lines
 from linspec.train.masked_tokens import MaskedWindows, masked_loss
 from linspec.train.objective import Predictor, next_tokens
+from linspec.train.pieces import Labels, loss_in_pieces
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.sequence_parallel import (
@@ -188,7 +188,8 @@ def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> Non
 
 def next_token_loss(model: Predictor, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of windows [B, T + 1]; see `next_tokens`."""
-    return F.cross_entropy(*next_tokens(model, batch))
+    states, output, labels = next_tokens(model, batch)
+    return loss_in_pieces(states, output, Labels(labels))
 
 
 def context_at(step: int, recipe: Recipe) -> int:
