@@ -180,10 +180,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole = train_parallel(*asked, tmp_path / "whole", PROMPTS, config, **options)
     plain = Trainer._train_step
 
-    def stopping(self: Trainer) -> tuple[float, int]:
+    def stopping(self: Trainer, batch: torch.Tensor) -> tuple[float, int]:
         if self.step == 4:
             raise TrainingError("stopped")
-        return plain(self)
+        return plain(self, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", stopping)
     with pytest.raises(TrainingError, match="stopped"):

@@ -24,6 +24,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.flash import Flash
 from linspec.models.flash_config import FlashConfig
 from linspec.models.t5 import T5
+from linspec.train import pieces
 from linspec.train.compiled import (
     CompiledLoss,
     compare,
@@ -265,6 +266,18 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
     mixer = MixerConfig(name="aug", kernel="softmax", group=16, span=2, taps=4)
     model = decoder(mixer)
     assert_compiled_gradients_are_right((model, partial(finetune_loss, model), 40))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_loss_of_several_pieces_is_one_graph_with_the_same_gradients(
+    narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_LOGITS", 32 * VOCAB)
+    case = decoder_case([MixerConfig()], 40)
+    explained = torch._dynamo.explain(case[1])(batch_of(40))
+    assert explained.graph_break_count == 0, explained.break_reasons
+    torch._dynamo.reset()
+    assert_compiled_gradients_are_right(case, narrow)
 
 
 def test_a_partial_last_group_is_masked_when_compiled() -> None:

@@ -210,6 +210,7 @@ def pretrain(
     resume: bool = False,
     steps: int | None = None,
     compile: str = "auto",
+    precision: str = "auto",
     overwrite: bool = False,
     sequence_parallel: int = 1,
 ) -> Path:
@@ -226,6 +227,7 @@ def pretrain(
         resume: continue a run from its last saved state.
         steps: optimizer steps; None for those of the recipe.
         compile: 'on', 'off' or 'auto': whether steps are compiled. The result is the same.
+        precision: 'bf16', 'float32' or 'auto', as in TrainConfig.
         overwrite: replace a model that this function wrote to `out` before.
         sequence_parallel: so many processes share each window; the result is the same up to rounding.
 
@@ -242,6 +244,7 @@ def pretrain(
             f"{did_you_mean(recipe, RECIPES)}"
         )
     wanted = RECIPES[recipe]()
+    wanted = replace(wanted, train=replace(wanted.train, precision=precision))
     data = () if data in ((), []) else check_sources(data)
     if steps is not None:
         wanted = replace(wanted, train=replace(wanted.train, steps=steps))

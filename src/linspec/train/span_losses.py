@@ -18,9 +18,9 @@ from linspec.mixers.base import Rope
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.finetune import finetune_loss
-from linspec.train.loop import fast_bfloat16
 from linspec.train.objective import Predictor
 from linspec.train.pieces import Labels, Output, loss_in_pieces
+from linspec.train.precision import fast_bfloat16
 from linspec.train.transfer import block_of
 from linspec.utils.progress import Progress
 
