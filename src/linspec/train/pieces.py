@@ -244,13 +244,17 @@ class _Pieces(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=states.device)
         for start in range(0, len(states), plan.piece):
             part = slice(start, start + plan.piece)
-            x, theirs = states[part].to(kind), None
+            x, log_p = states[part].to(kind), None
             if wanted is not None and known is not None:
-                theirs = F.linear(wanted[part].to(kind), *known)
-                theirs = capped(theirs, plan.teacher_cap).to(wide)
+                theirs = wanted[part].to(kind)
+                log_p = _logits(theirs, *known, plan.teacher_cap, wide).log_softmax(-1)
             asked = _Asked(*(x if x is None else x[part] for x in (ids, shares, kl, doubt)))
-            logits = capped(F.linear(x, *own), plan.cap).to(wide)
-            nats, slope = _piece(logits, theirs, asked, plan)
+            logits = _logits(x, *own, plan.cap, wide)
+            log_q = logits.log_softmax(-1)
+            kept = logits if plan.cap or doubt is not None else None
+            # else nobody asks for them again, and they take as much as the rest of a piece
+            del logits
+            nats, slope = _piece(kept, log_q, log_p, asked, plan)
             total = total + nats
             if slope is not None:
                 _add(slopes, part, x, slope.to(kind), own[0])
@@ -266,6 +270,16 @@ class _Pieces(torch.autograd.Function):
         return *found, *(None,) * 8
 
 
+def _logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cap: float,
+    wide: torch.dtype,
+) -> torch.Tensor:
+    return capped(F.linear(x, weight, bias), cap).to(wide)
+
+
 class _Asked(NamedTuple):
     """Of the tokens [n] of a piece: labels, and what cross-entropy, divergence and entropy count."""
 
@@ -276,20 +290,25 @@ class _Asked(NamedTuple):
 
 
 def _piece(
-    logits: torch.Tensor, theirs: torch.Tensor | None, asked: _Asked, plan: _Plan
+    logits: torch.Tensor | None,
+    log_q: torch.Tensor,
+    log_p: torch.Tensor | None,
+    asked: _Asked,
+    plan: _Plan,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The nats of a piece [n, V], and their gradient for its logits before the cap if one is wanted."""
+    """The nats of a piece [n, V], and their gradient for its logits before the cap if one is wanted.
+
+    logits: only for a cap or an entropy. `log_q` and `log_p` are written over.
+    """
     ids, shares, kl, doubt = asked
-    log_q, weights = logits.log_softmax(-1), logits.new_zeros(len(logits))
-    nats, more, p = logits.new_zeros(()), None, None
+    nats, weights, more, p = log_q.new_zeros(()), log_q.new_zeros(len(log_q)), None, None
     if ids is not None and shares is not None:
         nats = nats - (log_q.gather(1, ids[:, None])[:, 0] * shares).sum()
         weights = weights + shares
-    if theirs is not None and kl is not None:
-        log_p = theirs.log_softmax(-1)
+    if log_p is not None and kl is not None:
         nats, weights = nats + (_divergence(log_p, log_q, plan.soft) * kl).sum(), weights + kl
         p = log_p.exp_().mul_(kl[:, None])
-    if doubt is not None:
+    if doubt is not None and logits is not None:
         each, more = _entropy(logits, doubt, plan.temperature)
         nats = nats + each
     if not any(plan.trained):
@@ -300,7 +319,7 @@ def _piece(
     for part, sign in ((p, -1), (more, 1)):
         if part is not None:
             slope.add_(part, alpha=sign)
-    if plan.cap:
+    if plan.cap and logits is not None:
         # what the cap makes of a small change
         slope.mul_(1 - (logits / plan.cap).square())
     return nats, slope
