@@ -47,7 +47,8 @@ from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.linear import Quantizer
 from linspec.models.native_linear import NativeLinear
-from linspec.models.step_plan import OneCall, step_plan
+from linspec.models.one_call import OneCall
+from linspec.models.step_plan import step_plan
 from linspec.policies.costs import load_or_measure
 from linspec.quantization.rows import decode, encode
 from linspec.train.drafters import DrafterConfig

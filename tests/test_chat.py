@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import linspec
 from linspec.checkpoints.dtype import pick_dtype
-from linspec.checkpoints.hub import save_model
+from linspec.checkpoints.hub import resolve, save_model
 from linspec.cli import app
 from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Piece
@@ -148,6 +148,7 @@ def test_auto_is_float32_on_a_cpu_and_the_weights_own_elsewhere(tmp_path: Path) 
     assert pick_dtype("auto", narrow, "cpu") == torch.float32
     assert pick_dtype("auto", narrow, "cuda") == torch.bfloat16
     assert pick_dtype("auto", None, "cuda") == torch.float32
+    assert pick_dtype("auto", resolve("smollm2-aug"), "cuda") == torch.bfloat16
     assert pick_dtype("half", None, "cpu") == torch.float16
     assert LLM(model_dir("aug"), dtype="auto", device="auto").model.dtype == torch.float32
 

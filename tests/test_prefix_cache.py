@@ -155,6 +155,7 @@ def test_requests_that_are_dropped_leave_a_sound_cache(mixer: str, seed: int) ->
         assert output(ask(cached, prompt)) == output(ask(plain, prompt))
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("drafter", [None, "lookup", "eagle"])
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @settings(max_examples=4)

@@ -79,7 +79,8 @@ class LLM:
             it was. None for no limit.
         device: 'cpu', 'cuda' or 'auto'.
         dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
-            'auto', which is float32 on a CPU and the dtype of the weights on a GPU. None is float32.
+            'auto', which is float32 on a CPU and the dtype of the weights on a GPU (bfloat16 where they are
+            blocks of a GGUF file). None is 'auto'.
             None and 'auto' leave weights that a GGUF file has in blocks in these, on a CPU.
         quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
         kv_cache_dtype: how softmax layers keep keys and values. 'auto' takes the 16-bit floats that the
@@ -368,7 +369,7 @@ def _loaded(
     place: str,
 ) -> CausalModel:
     """The model that `LLM` was given, read from `source` where it is a name or a path."""
-    computed = pick_dtype("float32" if dtype is None else dtype, source, place)
+    computed = pick_dtype("auto" if dtype is None else dtype, source, place)
     if isinstance(model, str | Path):
         options: dict[str, Any] = {"dtype": computed, "device": place}
         if quantize is not None:

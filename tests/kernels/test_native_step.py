@@ -18,7 +18,7 @@ from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
-from linspec.models.step_plan import why_not
+from linspec.models.one_call import why_not
 
 MIXERS = {
     "softmax": MixerConfig(),
@@ -82,6 +82,7 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True}])
 def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any]) -> None:
@@ -226,6 +227,7 @@ def test_heads_of_one_layer_that_read_in_different_ways(
             torch.testing.assert_close(one, other, **close)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", EXACT)
 def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) -> None:
@@ -267,6 +269,7 @@ def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
         assert torch.equal(alone[0], expected)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_step_has_the_same_bits_on_every_instruction_set(
@@ -300,6 +303,7 @@ def same_bits_on_every_set(library: ctypes.CDLL, made: Decoder) -> None:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("lengths", [(65,), (150, 70), (9, 128, 200)])
 def test_a_prompt_in_one_call_is_the_prompt_by_layers(
@@ -326,6 +330,7 @@ def test_a_prompt_in_one_call_is_the_prompt_by_layers(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", EXACT)

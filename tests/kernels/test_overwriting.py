@@ -27,7 +27,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.linear import Quantizer
 from linspec.models.masked_diffusion import MaskedDiffusion
-from linspec.models.step_plan import why_not
+from linspec.models.one_call import why_not
 from linspec.state.sequence_states import SequenceStates
 
 VOCAB, MASK = 61, 60

@@ -15,8 +15,8 @@ from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
+from linspec.models.one_call import why_not
 from linspec.models.sparse import with_sparse_attention
-from linspec.models.step_plan import why_not
 from linspec.quantization.two_bit import encode
 from linspec.state.judged_pages import JudgedPages
 from linspec.state.sequence_states import SequenceStates
@@ -99,6 +99,7 @@ def outputs(made: Decoder, kind: str, share: bool = True) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("form", [*SPECS, "taps", "by-head"])
 def test_one_call_selects_as_the_mixer_does(isa: str, form: str) -> None:
     made, found = made_of(form, None), []
@@ -111,6 +112,7 @@ def test_one_call_selects_as_the_mixer_does(isa: str, form: str) -> None:
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("form", [*JUDGES, "wide", "by-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_the_same_entries_both_forms_select_the_same(isa: str, form: str, kind: str) -> None:

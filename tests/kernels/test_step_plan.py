@@ -20,7 +20,8 @@ from linspec.models import step_plan as models_step_plan
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
-from linspec.models.step_plan import TOLD, step_plan, why_not
+from linspec.models.one_call import why_not
+from linspec.models.step_plan import TOLD, step_plan
 
 SHAPE = DecoderConfig(
     vocab_size=31, width=24, layers=2, heads=2, kv_heads=1, head_width=12, mlp_width=40

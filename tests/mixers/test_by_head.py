@@ -95,11 +95,11 @@ def test_the_inference_form_is_the_same_function() -> None:
     assert_close(nodes_and_full(ready)[0], nodes_and_full(plain)[1], atol=1e-4)
 
 
-def test_only_exact_heads_are_kept_as_codes() -> None:
+def test_near_sighted_heads_are_kept_as_the_exact_ones() -> None:
     model = model_of(layer(1), layer(0, 3), dtype=torch.float32)
     parts = model.new_state(kv="int8").parts
     kept = {(part.spec.kv_heads, part.entries.name) for part in parts}
-    assert kept == {(1, "int8"), (3, "float"), (2, "int8"), (2, "float")}
+    assert kept == {(1, "int8"), (3, "int8"), (2, "int8")}
     found, full = nodes_and_full(model, kv="int8")
     assert 0 < float((found - full).abs().max()) < 0.1
 

@@ -26,7 +26,8 @@ from linspec.mixers.rope_config import RopeConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.head import make_head
-from linspec.models.step_plan import TOLD, why_not
+from linspec.models.one_call import why_not
+from linspec.models.step_plan import TOLD
 from linspec.train.pieces import kl_of_states
 
 AUG = MixerConfig(name="aug", group=4, taps=3)

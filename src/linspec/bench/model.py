@@ -21,8 +21,8 @@ from linspec.errors import CheckpointError, ConfigError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
+from linspec.models.one_call import why_not
 from linspec.models.skeleton import without_memory
-from linspec.models.step_plan import why_not
 from linspec.utils.border import read_json
 from linspec.utils.files import is_leftover
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from linspec.checkpoints.config_file import ConfigFile
+from linspec.checkpoints.config_file import ConfigFile, read_config_file
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.origin import origin_of
 from linspec.checkpoints.weights import read_dtype, weight_files
@@ -30,8 +30,8 @@ _ALIASES = {"float": "float32", "half": "float16"}
 def pick_dtype(dtype: str | torch.dtype, folder: Path | None, device: str) -> torch.dtype:
     """The precision for a name or a torch.dtype; raises ConfigError for one that cannot be.
 
-    'auto' is that of the weights in `folder` on a GPU, and float32 on a CPU, which linspec's own kernels
-    compute in.
+    'auto' is that of the weights in `folder` on a GPU, bfloat16 for the blocks of a GGUF file, and float32 on
+    a CPU, which linspec's own kernels compute in.
     """
     if dtype == "auto":
         plain = folder is None or torch.device(device).type == "cpu"
@@ -48,6 +48,12 @@ def pick_dtype(dtype: str | torch.dtype, folder: Path | None, device: str) -> to
 
 
 def _stored(folder: Path) -> torch.dtype:
+    read = read_config_file(folder)
+    if read.delta is not None or is_gguf(folder):
+        # what is made of blocks on a GPU; float16 would not hold every sum
+        return torch.float32 if kept_dtype(read) is None else torch.bfloat16
+    if read.quantization is not None:
+        return torch.float32
     found = read_dtype(weight_files(folder))
     return torch.float32 if found is None or found not in DTYPES.values() else found
 

@@ -21,6 +21,7 @@ from linspec.checkpoints.load_quantized import quantize_model
 from linspec.checkpoints.resolve import resolve
 from linspec.checkpoints.same_tokenizer import check_same_tokenizer
 from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.likeliest import likeliest_token
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Budget, TokenTree, chain
@@ -179,7 +180,7 @@ class DraftModel(ChainDrafter):
     ) -> tuple[int, torch.Tensor | None]:
         """The next draft and, when it was sampled, the distribution it came from."""
         if generator is None:
-            return int(sequence.sampler.scores(scores, drafted).argmax()), None
+            return likeliest_token(sequence.sampler.scores(scores, drafted)), None
         distribution = sequence.sampler.probabilities(scores, drafted)
         return int(torch.multinomial(distribution.cpu(), 1, generator=generator)), distribution
 

@@ -19,7 +19,7 @@ from linspec.kernels.cpu.fusion import FusionPlan, Piece
 from linspec.kernels.cpu.grow import Fresh, GrowCall, Grown, Seed
 from linspec.kernels.step_plan import NewNodes
 from linspec.models.native_linear import NativeLinear
-from linspec.models.step_plan import OneCall
+from linspec.models.one_call import OneCall
 from linspec.state.sequence_states import SequenceStates
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.checkpoints.fingerprint import fingerprint
+from linspec.decoding.likeliest import likeliest
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.decoding.target import Target
@@ -204,5 +205,5 @@ class _Sample:
             scores = form.step([StepInput(0, tokens[first:last])], self._state).logits
         finally:
             self._state.drop(0)
-        right = zip(scores.argmax(-1).tolist(), tokens[first + 1 : last + 1], strict=True)
+        right = zip(likeliest(scores)[0], tokens[first + 1 : last + 1], strict=True)
         return sum(ours == theirs for ours, theirs in right) / self.window

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from linspec.checkpoints.dtype import cache_kind
 from linspec.checkpoints.tokenizer import load_text_tokenizer
+from linspec.decoding.likeliest import likeliest
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import MAX_STAGED, StepInput
 from linspec.drafters.base import DRAFTERS, ChainDrafter, DrafterContext
@@ -187,10 +188,10 @@ class Universal(ChainDrafter):
                 inputs.append(StepInput(slot, new, parents, all_logits=False))
                 reader.staged = [*reader.staged, *new]
             logits = self.model.step(inputs, self.state).logits
-            likeliest = logits.argmax(-1).tolist()
+            guesses, _ = likeliest(logits)
             live = [
                 each
-                for each, token in zip(live, likeliest, strict=True)
+                for each, token in zip(live, guesses, strict=True)
                 if self._takes(each[1], token, each[2])
             ]
 

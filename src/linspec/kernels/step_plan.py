@@ -257,7 +257,8 @@ class PartBuffers:
     kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
     Hkv, conv_history + C, .]: committed rows, then staged rows, floats, (int8) codes and a scale, or
     (uint8) blocks of 4-bit codes; sums [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks,
-    2 K + 1]: key, value and a 1 of each row that has left. pages: None where all rows are in the buffers.
+    2 K + 1]: the bytes of their keys and of their values once they have left, and a 1 at the end. pages:
+    None where all rows are in the buffers.
     judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
     """
 

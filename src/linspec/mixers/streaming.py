@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,9 @@ from linspec.mixers.ops.exact import Exact, softmax_attention, softmax_weights
 from linspec.mixers.ops.kept_rows import pack_rows, row_columns, unpack_rows
 from linspec.mixers.ops.summed import to_blocks
 from linspec.mixers.options import SinkOptions
+from linspec.state.contract import LayerState, StateOptions
+from linspec.state.registry import entry_format
+from linspec.state.sinks import SinkSpec, SinkState
 
 
 @MIXERS.register(
@@ -38,6 +44,7 @@ class Streaming(ClosingMixer):
     """
 
     stands_in = True
+    keeps_cache = True
     static_step = True
 
     def __init__(self, config: StackConfig, mixer: MixerConfig) -> None:
@@ -62,10 +69,12 @@ class Streaming(ClosingMixer):
     def sum_columns(self) -> int:
         return row_columns(self.head_width)
 
-    def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        count = self.mixer.sinks
-        first = pack_rows(keys[:, :count], values[:, :count]).to(sums.dtype)
-        return torch.where(unpack_rows(sums)[2], sums, first)
+    def state_spec(self) -> SinkSpec:
+        return SinkSpec(**asdict(super().state_spec()))
+
+    def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
+        entries = entry_format(options)
+        return SinkState(self.state_spec(), len(layers), slots, options, entries)
 
     # ---- shards of a sequence
 

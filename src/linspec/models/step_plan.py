@@ -1,33 +1,21 @@
-"""A decoder and its state, described to the kernels: the one file that knows both sides.
+"""A decoder described to the kernels: the one file that knows modules and plans.
 
-step = one_call(model)                # None where the model has to run layer by layer
-print(why_not(model))                 # the reason
-hidden, logits = step.run(inputs, shapes, positions, outputs, state)
+plan = step_plan(model)
+print(untold(model.config))           # settings that no plan tells
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import fields
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
-from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
-from linspec.decoding.tree import Shape
-from linspec.kernels.cpu.step import CpuStep, Stepped
-from linspec.kernels.cpu.step import why_not as why_not_on_cpu
-from linspec.kernels.cpu.step import why_not_over as why_not_over_on_cpu
 from linspec.kernels.step_plan import (
-    AttentionPlan,
     LayerPlan,
     LinearPlan,
-    NewNodes,
     NormPlan,
-    PageList,
-    PartBuffers,
-    PartPlan,
     RotaryPlan,
     StepPlan,
 )
@@ -35,15 +23,12 @@ from linspec.mixers.norms import EachHeadNorm, OffsetRMSNorm
 from linspec.mixers.rope import inverse_frequencies
 from linspec.mixers.rope_config import RopeConfig
 from linspec.models.arranged_block import ArrangedBlock
-from linspec.models.block import Block
 from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.config import DecoderConfig
 from linspec.models.fused_block import BorrowedEmbedding, FusedBlock
 from linspec.models.native_linear import NativeLinear
 from linspec.models.norm import InferenceRMSNorm
 from linspec.models.skipped import whole
-from linspec.state.branches import carried
-from linspec.state.sequence_states import SequenceStates, places_of
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
@@ -59,28 +44,6 @@ _TOLD = """
     mask_id logit_shift
     """
 TOLD = frozenset(_TOLD.split())
-
-
-def one_call(model: Decoder) -> OneCall | None:
-    """The one-call form of a model in its inference form; None if `why_not` has a reason."""
-    return None if why_not(model) else OneCall(CpuStep(step_plan(model)))
-
-
-def why_not(model: Decoder) -> str | None:
-    """Every reason why a model in its inference form runs layer by layer; None if one call can do it."""
-    kinds = sorted(
-        {type(block) for block in model.layers} - {Block, ArrangedBlock, FusedBlock}, key=repr
-    )
-    if kinds:
-        names = ", ".join(kind.__name__ for kind in kinds)
-        return f"{names} has no plan for a step in one call"
-    names = ", ".join(untold(model.config))
-    settings = f"no plan for a step in one call has this model's {names}" if names else None
-    plan = step_plan(model)
-    # tokens that see each other both ways overwrite
-    over = None if model.config.causal else why_not_over_on_cpu(plan)
-    reasons = (settings, why_not_on_cpu(plan), over)
-    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def step_plan(model: Decoder) -> StepPlan:
@@ -186,220 +149,3 @@ def _norm(norm: nn.Module) -> NormPlan | None:
     if isinstance(norm, nn.LayerNorm):
         return NormPlan(weight, norm.bias.detach(), centred=True)
     return NormPlan(weight, centred=isinstance(norm, EachHeadNorm))
-
-
-class OneCall:
-    """The steps of one decoder through a kernel, against whatever state they come with."""
-
-    def __init__(self, kernel: CpuStep) -> None:
-        self.kernel = kernel
-        # of inputs that it takes
-        self._kinds = {TREE, CHAIN}
-        if why_not_over_on_cpu(kernel.plan) is None:
-            self._kinds.add(OVERWRITING)
-        self._placed: tuple[Any, ...] = ()
-
-    def takes(self, inputs: Sequence[StepInput]) -> bool:
-        """Whether it computes inputs of their kind, which all of them have."""
-        return inputs[0].kind in self._kinds
-
-    def run(
-        self,
-        inputs: Sequence[StepInput],
-        shapes: Sequence[Shape],
-        positions: Sequence[Sequence[int]],
-        outputs: Sequence[int],
-        state: SequenceStates,
-        places: Mapping[int, Sequence[int]],
-        layers: Sequence[int] = (),
-    ) -> Stepped:
-        """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
-
-        With them [layers, M, D] that each of `layers` puts out, in ascending order.
-
-        shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
-        slots of the buffers in which a slot and its branches lie, where it has any.
-        Inputs are such as it `takes`. Keys and values are staged in `state`, which must have room;
-        recording them is the caller's.
-        """
-        nodes = [
-            NewNodes(
-                each.slot,
-                each.tokens,
-                at,
-                shape,
-                _committed(state, each.slot),
-                _given(each),
-                each.overwrite,
-            )
-            for each, shape, at in zip(inputs, shapes, positions, strict=True)
-        ]
-        if places:
-            _branch_off(nodes, inputs, places)
-        kind = inputs[0].kind
-        if kind == CHAIN:
-            return self._run_chains(nodes, outputs, state, layers)
-        self.place(state)
-        if self.kernel.buffers_only:
-            for each in inputs:
-                state.unshare(each.slot)
-                # what came back takes the room that was there for new nodes
-                if each.overwrite is None:
-                    state.reserve(each.slot, len(each.tokens))
-            self.place(state)
-        run = self.kernel.run_over if kind == OVERWRITING else self.kernel.run
-        return run(nodes, outputs, layers)
-
-    def place(self, state: SequenceStates) -> None:
-        """Tell the kernel where the buffers of a state are now."""
-        if _places(state) != self._placed:
-            # known when it is done: a process may be forked half-way
-            self._placed = ()
-            self._keep_judges(state)
-            self.kernel.place(_buffers(state, self.kernel.plan.layers))
-            self._placed = _places(state)
-
-    def _keep_judges(self, state: SequenceStates) -> None:
-        """Have kept what judges pages where a layer selects by it."""
-        for layer, parts in zip(self.kernel.plan.layers, state.layers, strict=True):
-            for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
-                if isinstance(plan.attention, AttentionPlan) and plan.attention.chosen:
-                    part.keep_judge(plan.attention.coded)
-
-    def _run_chains(
-        self,
-        nodes: Sequence[NewNodes],
-        outputs: Sequence[int],
-        state: SequenceStates,
-        layers: Sequence[int],
-    ) -> Stepped:
-        """One after the other; their rows are staged aside, as `stage_long` of a state does."""
-        self._placed = ()
-        self._keep_judges(state)
-        results, first = [], 0
-        for new in nodes:
-            rows = range(first, first + len(new.tokens))
-            self.kernel.place(_buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows)))
-            if self.kernel.buffers_only:
-                state.unshare(new.slot)
-                self.kernel.place(
-                    _buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows))
-                )
-            # what is staged aside is the only slot there
-            new.slot = 0
-            wanted = [row - first for row in outputs if row in rows]
-            results.append(self.kernel.run_chain(new, wanted, layers))
-            first = rows.stop
-        hidden, logits, states = zip(*results, strict=True)
-        return torch.cat(hidden), torch.cat(logits), torch.cat(states, 1)
-
-
-def _places(state: SequenceStates) -> tuple[Any, ...]:
-    """Where the buffers of a state are; sizes and kinds too: a new state may lie where an old one was."""
-    placed = tuple(
-        (rows.data_ptr(), rows.shape, rows.dtype)
-        for part in state.parts
-        for rows in (part.keys, part.values, part.sums)
-    )
-    grows = [part for part in state.parts if part.grows]
-    placed += tuple(part.page_list(0) for part in grows)
-    return placed + tuple(_judges_of(part) for part in grows)
-
-
-def _judges_of(part: Any) -> tuple[tuple[bool, int, int], ...]:
-    return tuple(
-        (coded, judge.kept.data_ptr(), judge.kept.shape[3]) for coded, judge in part.judges.items()
-    )
-
-
-def _given(step_input: StepInput) -> torch.Tensor | None:
-    """The embeddings that a caller gave, as kernels read them."""
-    given = step_input.embeddings
-    return None if given is None else given.float().contiguous()
-
-
-def _branch_off(
-    nodes: Sequence[NewNodes], inputs: Sequence[StepInput], places: Mapping[int, Sequence[int]]
-) -> None:
-    """Let branches go to their places, and what they leave behind them to those of the next ones."""
-    for slot, mine in places.items():
-        some = [new for new, each in zip(nodes, inputs, strict=True) if each.slot == slot]
-        rows = carried([new.overwrite or () for new in some])
-        for at, (new, counts) in enumerate(zip(some, rows, strict=True)):
-            new.slot = mine[at]
-            if any(counts):
-                new.behind, new.carried = mine[at + 1 :], counts
-
-
-def _committed(state: SequenceStates, slot: int) -> list[int]:
-    """Rows of `slot` in the state of each kind of layer."""
-    return [part.lengths[slot] - part.base_positions[slot] for part in state.parts]
-
-
-def _buffers(state: SequenceStates, layers: Sequence[LayerPlan]) -> list[list[PartBuffers]]:
-    """Where every part of every layer finds its rows."""
-
-    def of(plan: PartPlan, part: Any, index: int) -> PartBuffers:
-        sums = part.sums[index] if part.sums.numel() else None
-        pages = part.page_list(index) if part.grows else None
-        found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
-        return _with_judge(found, plan, part, index, slice(None))
-
-    return _of_parts(of, state, layers)
-
-
-def _buffers_aside(
-    state: SequenceStates, layers: Sequence[LayerPlan], slot: int, new: int
-) -> list[list[PartBuffers]]:
-    """As `_buffers` for the rows of one slot, with room for a chain of `new` nodes."""
-    rooms = {id(part): part.room_aside(slot, new) for part in state.parts}
-
-    def of(plan: PartPlan, part: Any, index: int) -> PartBuffers:
-        keys, values = rooms[id(part)][index]
-        sums = part.sums[index, slot] if part.sums.numel() else None
-        pages = part.page_list(index, slot) if part.grows else None
-        found = _part_buffers(state, part, keys[None], values[None], sums, pages)
-        return _with_judge(found, plan, part, index, slice(slot, slot + 1))
-
-    return _of_parts(of, state, layers)
-
-
-def _of_parts(
-    of: Callable[[PartPlan, Any, int], PartBuffers],
-    state: SequenceStates,
-    layers: Sequence[LayerPlan],
-) -> list[list[PartBuffers]]:
-    """`of` for every part of every layer, with its place in the state."""
-    return [
-        [of(plan, *place) for plan, place in zip(layer.parts, places_of(places), strict=True)]
-        for layer, places in zip(layers, state.layers, strict=True)
-    ]
-
-
-def _part_buffers(
-    state: SequenceStates,
-    part: Any,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    sums: torch.Tensor | None,
-    pages: PageList | None,
-) -> PartBuffers:
-    return PartBuffers(
-        kind=state.parts.index(part),
-        keys=keys,
-        values=values,
-        sums=sums,
-        conv_history=part.spec.conv_history,
-        pages=pages,
-    )
-
-
-def _with_judge(
-    buffers: PartBuffers, plan: PartPlan, part: Any, index: int, slots: slice
-) -> PartBuffers:
-    """With what judges the pages of a part, where its nodes select."""
-    attention = plan.attention
-    if not isinstance(attention, AttentionPlan) or not attention.chosen:
-        return buffers
-    judge = part.judges[attention.coded]
-    return replace(buffers, judge=judge.kept[index, slots], judged=judge.counts[index, slots])

@@ -10,8 +10,8 @@ import torch
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.graphs import recorder_for
+from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
-from linspec.models.step_plan import one_call
 from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:

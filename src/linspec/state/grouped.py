@@ -91,7 +91,11 @@ class GroupedState(BufferState):
         return torch.zeros(shape, dtype=self._sum_dtype(), device=self.device)
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
-        return self.sums[layer, slots] if self.spec.sum_width else None
+        return self.sums_of(self.sums[layer, slots]) if self.spec.sum_width else None
+
+    def sums_of(self, kept: torch.Tensor) -> torch.Tensor:
+        """Sums [.., Hkv, S, Z] as mixers read them, of sums as they are kept."""
+        return kept
 
     # ---- slots
 

@@ -13,6 +13,7 @@ import torch
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
 from linspec.state.buffer import BufferState
+from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates
 
 
@@ -48,8 +49,10 @@ class StaticEntries:
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
         """What closed groups became, [R, Hkv, S, Z]; None where nothing is summed."""
-        sums = self.part.sums
-        return self._of_slots(sums[layer]) if sums.numel() else None
+        part = self.part
+        if not isinstance(part, GroupedState) or not part.sums.numel():
+            return None
+        return part.sums_of(self._of_slots(part.sums[layer]))
 
     def _of_slots(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self._slots is None else rows.index_select(0, self._slots)

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted, path_tokens, token_logprob
+from linspec.decoding.likeliest import likeliest
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.tree import TokenTree
 from linspec.errors import InputError, NotFinite
@@ -74,6 +75,11 @@ Rule = Callable[[int, tuple[int, ...]], int]
 def walk(tree: TokenTree, logits: Tensor, sampler: Sampler, rule: Rule) -> Accepted:
     """Go down from the root while a child carries the token that `rule` decides on."""
     check_logits(tree, logits)
+    return descend(tree, logits, sampler, rule)
+
+
+def descend(tree: TokenTree, logits: Tensor, sampler: Sampler, rule: Rule) -> Accepted:
+    """As `walk`, of logits that are checked."""
     path = [0]
     while True:
         try:
@@ -107,18 +113,26 @@ def child_with(tree: TokenTree, node: int, token: int) -> int | None:
     return next((c for c in tree.children[node] if tree.tokens[c] == token), None)
 
 
-def check_logits(tree: TokenTree, logits: Tensor) -> None:
-    """Raise InputError unless there is a row of logits for each node, NotFinite for NaN in one."""
+def check_logits(tree: TokenTree, logits: Tensor) -> list[int]:
+    """The likeliest token behind each node, once its logits are known to be sound.
+
+    Raises InputError unless there is a row of logits for each node, NotFinite for NaN in one.
+    """
     if logits.ndim != 2 or logits.shape[0] != len(tree):
         raise InputError(
             f"verifying a tree of {len(tree)} nodes needs logits [{len(tree)}, vocab], "
             f"got {list(logits.shape)}"
         )
-    check_finite(logits)
+    return check_finite(logits)
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise NotFinite for NaN or infinity in a row of logits [N, V]; single tokens may be banned."""
+def check_finite(logits: Tensor) -> list[int]:
+    """The likeliest token of each row [N, V]; raises NotFinite for NaN or infinity in one.
+
+    Single tokens may be banned, at minus infinity.
+    """
+    tokens, scores = likeliest(logits)
     # the largest of a row is not finite where any is NaN or infinite, and where all are -infinity
-    if not all(map(math.isfinite, logits.amax(-1).tolist())):
+    if not all(map(math.isfinite, scores)):
         raise NotFinite("the scores of the next token")
+    return tokens

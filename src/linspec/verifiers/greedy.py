@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted
+from linspec.decoding.likeliest import likeliest_token
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
-from linspec.verifiers.base import VERIFIERS, Rule, walk
+from linspec.verifiers.base import VERIFIERS, Rule, check_logits, descend, walk
 
 
 @VERIFIERS.register(
@@ -33,16 +34,13 @@ class GreedyVerifier:
                 f"the greedy verifier cannot sample at temperature {sampler.params.temperature}. "
                 "Use the verifier 'lossless', or temperature 0."
             )
-        rule = argmax_of_all(logits) if sampler.plain else argmax_of_scores(logits, sampler)
-        return walk(tree, logits, sampler, rule)
+        if not sampler.plain:
+            return walk(tree, logits, sampler, argmax_of_scores(logits, sampler))
+        # the same with one pass over all nodes, which checks them too
+        best = check_logits(tree, logits)
+        return descend(tree, logits, sampler, lambda node, drafts: best[node])
 
 
 def argmax_of_scores(logits: Tensor, sampler: Sampler) -> Rule:
     """The specification: the best score given the draft tokens before the node."""
-    return lambda node, drafts: int(sampler.scores(logits[node], drafts).argmax())
-
-
-def argmax_of_all(logits: Tensor) -> Rule:
-    """The same for a plain request, with one pass over all nodes."""
-    best: list[int] = logits.argmax(-1).tolist()
-    return lambda node, drafts: best[node]
+    return lambda node, drafts: likeliest_token(sampler.scores(logits[node], drafts))

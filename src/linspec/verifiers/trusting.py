@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted, path_tokens
+from linspec.decoding.likeliest import likeliest_token
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
@@ -64,7 +65,7 @@ class TrustingVerifier:
             path.append(best)
         drafts, row = path_tokens(tree, path), logits[path[-1]]
         if sampler.greedy:
-            token = int(sampler.scores(row, drafts).argmax())
+            token = likeliest_token(sampler.scores(row, drafts))
         else:
             token = sampler.draw(sampler.probabilities(row, drafts))
         return conclude(tree, logits, sampler, tuple(path), token)

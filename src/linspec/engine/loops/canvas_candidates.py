@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from linspec.decoding.likeliest import likeliest_token
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.sequence import RunningSequence
 from linspec.diffusion import Candidates, Canvas, Predictions
@@ -52,5 +53,5 @@ def token_of(sampler: Sampler, before: Sequence[int], logits: Tensor) -> int:
     softmax(logits / T), for a number a token of the vocabulary.
     """
     if sampler.greedy:
-        return int(sampler.scores(logits, before).argmax())
+        return likeliest_token(sampler.scores(logits, before))
     return sampler.draw(sampler.probabilities(logits, before))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linspec.decoding.likeliest import likeliest_token
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, chain, root_only
@@ -222,7 +223,7 @@ class Rollouts(ChainDrafter):
     def _pick(self, branch: Branch, row: Tensor) -> tuple[int, Tensor | None]:
         sampler, before = branch.sequence.sampler, (*branch.before, *branch.window.tokens)
         if branch.generator is None:
-            return int(sampler.scores(row, before).argmax()), None
+            return likeliest_token(sampler.scores(row, before)), None
         proposal = sampler.probabilities(row, before)
         mass = proposal.to("cpu", torch.float64).cumsum(0)
         point = branch.generator.random() * float(mass[-1])

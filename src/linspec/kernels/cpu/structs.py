@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 17
+ABI = 18
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -203,7 +203,9 @@ class SummedStruct(Struct):
     Field("char *", "keys values", "[slots][kv_heads][rows]; values behind conv_history more rows"),
     Field("const float *", "sums", "[slots][kv_heads][sum_floats], null without"),
     Field(
-        "int64_t", "sum_floats", "features x value columns; with sinks [sinks][2 * head_width + 1]"
+        "int64_t",
+        "sum_floats",
+        "features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1",
     ),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
     Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, LS_INT8: codes and a scale, or LS_INT4"),

@@ -63,7 +63,7 @@ typedef struct {
     const float *query_map, *key_map, *query_factors, *gate_map, *gate_scale, *gate_bias;
     int32_t value_bytes;              /* of a row of values */
     int32_t sinks;                    /* first rows of the text, which every node sees */
-    const float *sink_rows;           /* [sinks][2 width + 1]: key, value, 1; null while they are rows */
+    const char *sink_rows;            /* keys [sinks][row_bytes], then values; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen; null: nothing is staged */
     int32_t chosen, coded;            /* groups ahead of the span that a node reads, judged by codes or by bounds: */
     uint16_t *judge;                  /* of all pages, see select.inc.h */

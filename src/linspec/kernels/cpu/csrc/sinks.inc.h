@@ -1,8 +1,8 @@
 /* The first rows of a text, which nodes see from everywhere. Part of every isa_*.c.
  *
  * They are blocks of their own ahead of the others, for every node that does not reach them as near rows. While
- * their group is open or within the span they are the first rows of the slot; then they lie in `sink_rows`. Either
- * way they are read in the same order, so that a node gets the same bits. States with sinks keep floats. */
+ * their group is open or within the span they are the first rows of the slot; then they lie in `sink_rows`, in the
+ * same format. Either way they are read in the same order, so that a node gets the same bits. */
 
 /* `b` as attend_blocks begins with it; its space is free again afterwards */
 static void attend_sinks(const ls_mixer *m, block b, query *queries) {
@@ -14,10 +14,8 @@ static void attend_sinks(const ls_mixer *m, block b, query *queries) {
     /* there are no rows behind the sinks, which queries could share */
     if (kept_apart || m->committed >= m->sinks) all.committed = m->sinks, all.staged = 0;
     if (kept_apart) {
-        all.row_kind = LS_F32;
-        all.row_bytes = (int32_t)sizeof(float) * (2 * m->width + 1);
-        b.keys = (const char *)m->sink_rows;
-        b.values = (const char *)(m->sink_rows + m->width);
+        b.keys = m->sink_rows;
+        b.values = m->sink_rows + (int64_t)m->sinks * m->row_bytes;
     }
     for (int n = 0; n < m->nodes; n++) {
         sinks[n] = near[n];

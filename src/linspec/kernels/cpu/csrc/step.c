@@ -44,8 +44,8 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     const float *sums = p->sums ? p->sums + at * p->sum_floats : NULL;
     const ls_summed *f = p->summed;
     int64_t place = l->place[head], matrix = f && !f->map_shared ? (int64_t)f->map_rows * d->head_width : 0;
-    /* the 1 behind the first sink says that they have left the rows; a cache without sums lets none go */
-    int sinks_left = p->sinks && sums && sums[2 * d->head_width] > 0.0f;
+    /* the last number says that they have left the rows; a cache without sums lets none go */
+    int sinks_left = p->sinks && sums && sums[p->sum_floats - 1] > 0.0f;
     int32_t committed = in->committed[p->state];
     /* what forgets its rows sees none before those of the first new node */
     int64_t unseen = f && !sums ? (committed / p->group - (p->span - 1)) * p->group : 0;
@@ -72,7 +72,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .gate_map = f ? rows_of(f->gate_map, place, (int64_t)d->head_width * f->gates) : NULL,
         .gate_scale = f ? rows_of(f->gate_scale, place, d->head_width) : NULL,
         .gate_bias = f ? rows_of(f->gate_bias, place, f->gates) : NULL,
-        .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? sums : NULL,
+        .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? (const char *)sums : NULL,
         .ancestors = in->ancestors, .chosen = p->chosen, .coded = p->coded,
         .judge = p->chosen ? p->judge + at * p->judge_stride : NULL,
     };

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 17                            /* of this table and the functions */
+#define LS_ABI 18                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -101,7 +101,7 @@ typedef struct {
     int32_t bias_distances;                  /* the last one is for all greater ones */
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
     const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
-    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1] */
+    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1 */
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
     int32_t row_kind;                        /* LS_F32, LS_BF16, LS_F16, LS_INT8: codes and a scale, or LS_INT4 */
     int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums */
@@ -253,7 +253,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1728362910, \
+    1747597409, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
