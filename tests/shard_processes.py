@@ -26,6 +26,8 @@ from helpers import GROUP, MIXER_NAMES, random_tokens, tiny_model
 from linspec.mixers.shards import Shard, on_shard
 from linspec.models.decoder import Decoder
 from linspec.train.loop import TrainConfig, Trainer
+from linspec.train.objective import next_tokens
+from linspec.train.pieces import Labels, loss_in_pieces
 from linspec.train.process_exchange import ProcessExchange
 from linspec.train.run import make_accelerator
 from linspec.train.sequence_parallel import SequenceParallel, share
@@ -99,17 +101,31 @@ def mean_loss(model: Decoder, batch: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def train(
-    folder: Path, parts: int, readers: tuple[int, ...] = (), stop: int = STEPS
+    folder: Path,
+    parts: int,
+    readers: tuple[int, ...] = (),
+    stop: int = STEPS,
+    precision: str = "float64",
 ) -> dict[str, Any]:
-    """The weights of a hybrid after `stop` of its steps, on with what is in `folder`, and its tokens."""
+    """The weights of a hybrid after `stop` of its steps, on with what is in `folder`, and its tokens.
+
+    precision: float64 of a plain loss, or that of a loss in pieces of a few tokens.
+    """
     model, accelerator = tiny_model(*HYBRID, seed=3), make_accelerator()
+    exact = precision == "float64"
+    model = model if exact else model.float()
     sequence = SequenceParallel(accelerator, parts, [model])
+    narrow = "bf16" if precision == "bf16" else "float32"
     config = TrainConfig(
-        steps=STEPS, lr=1e-2, warmup=1, precision="float32", compile="off", log_every=1
+        steps=STEPS, lr=1e-2, warmup=1, precision=narrow, compile="off", log_every=1
     )
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return mean_loss(model, batch)[0] if exact else loss_of_pieces(model, batch)
+
     trainer = Trainer(
         model,
-        sequence.loss(lambda batch: mean_loss(model, batch)[0]),
+        sequence.loss(loss),
         partial(windows, readers=readers or (sequence.index,), stop=stop),
         config,
         folder,
@@ -123,6 +139,12 @@ def train(
     accelerator.wait_for_everyone()
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     return {"weights": weights, "tokens": trainer.tokens, "loss": trainer.log[-1]["loss"]}
+
+
+def loss_of_pieces(model: Decoder, batch: torch.Tensor) -> torch.Tensor:
+    """`next_token_loss`, seven tokens at a time."""
+    states, output, labels = next_tokens(model, batch)
+    return loss_in_pieces(states, output, Labels(labels), piece=7)
 
 
 def windows(step: int, readers: tuple[int, ...], stop: int) -> torch.Tensor:
@@ -172,6 +194,10 @@ def prove(rank: int, out: Path) -> None:
     found["dtypes"] = of_several_dtypes(rank, dist.group.WORLD)
     found["four"] = train(out / "four", 4)
     found["pairs"] = train(out / "pairs", 2)
+    for precision in ("float32", "bf16"):
+        for parts in (1, 2):
+            folder = out / f"{precision}-{parts}"
+            found[precision, parts] = train(folder, parts, precision=precision)
     train(out / "half", 4, stop=HALF)
     if not rank:
         shutil.copytree(out / "half", out / "kept")

@@ -28,7 +28,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.head import make_head
 from linspec.models.one_call import why_not
 from linspec.models.step_plan import TOLD
-from linspec.train.kl import kl_of_hidden
+from linspec.train.pieces import kl_of_states
 
 AUG = MixerConfig(name="aug", group=4, taps=3)
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -212,7 +212,7 @@ def test_kl_of_a_model_with_capped_logits_has_the_gradient_of_autograd(capped: b
     (slope,) = torch.autograd.grad(expected, given)
     for layer in (head, other):
         layer.requires_grad_(False)
-    loss = kl_of_hidden(given, wanted.detach(), head, other)
+    loss = kl_of_states(given, wanted.detach(), head, other)
     same(loss, expected)
     same(torch.autograd.grad(loss, given)[0], slope)
 

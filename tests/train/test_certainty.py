@@ -14,6 +14,7 @@ from denoisers import source, talker
 from diffusion_tasks import MASK, untrained
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
@@ -89,17 +90,19 @@ def _by_hand(logits: torch.Tensor, batch: torch.Tensor, weight: float, temperatu
 
 
 class _Fixed(MaskedDiffusion):
-    """Says the logits that it is given, and remembers what it was shown."""
+    """Says the logits that it is given, which are its states, and remembers what it was shown."""
 
     logits: torch.Tensor
 
-    def predicted(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def telling(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         self.shown, self.real = ids, mask
         return self.logits
 
 
 def _fixed(batch: torch.Tensor, seed: int) -> _Fixed:
     model = _Fixed(untrained().config)
+    model.head = nn.Linear(MASK + 1, MASK + 1, bias=False).requires_grad_(False)
+    model.head.weight.copy_(torch.eye(MASK + 1))
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(*batch.shape, MASK + 1, generator=generator)
     # some are right
@@ -177,10 +180,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     whole = train_parallel(*asked, tmp_path / "whole", PROMPTS, config, **options)
     plain = Trainer._train_step
 
-    def stopping(self: Trainer) -> tuple[float, int]:
+    def stopping(self: Trainer, batch: torch.Tensor) -> tuple[float, int]:
         if self.step == 4:
             raise TrainingError("stopped")
-        return plain(self)
+        return plain(self, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", stopping)
     with pytest.raises(TrainingError, match="stopped"):

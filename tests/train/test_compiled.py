@@ -24,6 +24,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.flash import Flash
 from linspec.models.flash_config import FlashConfig
 from linspec.models.t5 import T5
+from linspec.train import pieces
 from linspec.train.compiled import (
     CompiledLoss,
     compare,
@@ -36,6 +37,7 @@ from linspec.train.drafters.eagle import EagleTraining, EagleTrainingOptions
 from linspec.train.drafters.medusa import heads_loss
 from linspec.train.drafters.states import states_of
 from linspec.train.finetune import finetune_loss
+from linspec.train.pieces import Labels, Output, Teacher, loss_in_pieces
 from studies.linearized_llm.seq2seq import tiny_t5
 from tests.helpers import randomise
 
@@ -265,6 +267,25 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
     mixer = MixerConfig(name="aug", kernel="softmax", group=16, span=2, taps=4)
     model = decoder(mixer)
     assert_compiled_gradients_are_right((model, partial(finetune_loss, model), 40))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_loss_of_several_pieces_has_the_same_gradients_when_compiled(
+    narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_LOGITS", 32 * VOCAB)
+    assert_compiled_gradients_are_right(decoder_case([MixerConfig()], 40), narrow)
+
+
+def test_a_loss_of_several_pieces_is_one_graph() -> None:
+    states, head = torch.randn(ROWS, 5, 8, requires_grad=True), nn.Linear(8, VOCAB)
+    output, ids = Output.of(head), torch.randint(VOCAB, (ROWS, 5))
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return loss_in_pieces(x, output, Labels(ids), Teacher(x.detach(), output), piece=4)
+
+    explained = torch._dynamo.explain(loss)(states)
+    assert explained.graph_break_count == 0, explained.break_reasons
 
 
 def test_a_partial_last_group_is_masked_when_compiled() -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import GROUP, VOCAB, assert_close, mixer_config, random_tokens, tiny_model
+from helpers import GROUP, assert_close, mixer_config, random_tokens, tiny_model
 
-from linspec.errors import ConfigError, TrainingError
+from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.exact_heads import by_head_mixers
 from linspec.models.decoder import Decoder
-from linspec.train import kl
 from linspec.train.data import Windows
 from linspec.train.exact_heads import exact_student, match_teacher
 from linspec.train.gates import (
@@ -24,11 +23,11 @@ from linspec.train.gates import (
     top_heads,
     train_gates,
 )
-from linspec.train.kl import kl_of_hidden
 from linspec.train.loop import TrainConfig, mean_loss
 from linspec.train.low_rank import add_low_rank, factors, merge_low_rank
 from linspec.train.match_teacher import KlLoss
 from linspec.train.needles import Needles
+from linspec.train.pieces import kl_of_states
 from linspec.train.student import sharing, with_mixers
 
 STREAMING = mixer_config("streaming")
@@ -46,36 +45,6 @@ def ids(rows: int = 2, length: int = 4 * GROUP) -> torch.Tensor:
 # ---- the loss
 
 
-@pytest.mark.parametrize("piece", [1, 3, 100])
-def test_the_kl_in_pieces_is_the_plain_one_with_its_gradient(
-    piece: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kl, "_PIECE", piece)
-    generator = torch.Generator().manual_seed(0)
-    given, wanted = torch.randn(2, 7, 5, dtype=torch.float64, generator=generator)
-    head, other = (torch.nn.Linear(5, VOCAB, bias=False).double() for _ in range(2))
-    gradients, losses = [], []
-    for form in ("pieces", "plain"):
-        x = given.clone().requires_grad_(True)
-        if form == "pieces":
-            loss = kl_of_hidden(x, wanted, *(h.requires_grad_(False) for h in (head, other)))
-        else:
-            log_q, log_p = head(x).log_softmax(-1), other(wanted).log_softmax(-1)
-            loss = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-        (3 * loss).backward()
-        gradients.append(x.grad)
-        losses.append(loss.detach())
-    assert_close(losses[0], losses[1], atol=1e-12)
-    assert_close(gradients[0], gradients[1], atol=1e-12)
-
-
-def test_a_kl_through_a_trained_output_layer_is_refused() -> None:
-    head = torch.nn.Linear(5, VOCAB, bias=False)
-    x = torch.randn(2, 5)
-    with pytest.raises(TrainingError, match="frozen output layer"):
-        kl_of_hidden(x, x, head, head)
-
-
 def test_marked_answers_count_again() -> None:
     model = teacher()
     student = with_mixers(model, (STREAMING, STREAMING)).double().requires_grad_(False)
@@ -85,7 +54,7 @@ def test_marked_answers_count_again() -> None:
     plain = KlLoss(model, student, answers=0.0)(batch)
     assert_close(KlLoss(model, student, answers=0.0)(marked), plain)
     wanted, given = (m.hidden(batch[:, :-1])[0, 4:7] for m in (model, student))
-    more = kl_of_hidden(given, wanted, student.head, model.head)
+    more = kl_of_states(given, wanted, student.head, model.head)
     assert_close(KlLoss(model, student, answers=2.0)(marked), plain + 2 * more)
     assert more > 1e-4
 

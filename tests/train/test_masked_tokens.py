@@ -61,7 +61,7 @@ def test_the_loss_is_the_mean_over_rows_of_the_mean_over_hidden_tokens(shift: in
         logits = model(given_ids)[0].log_softmax(-1)
         at = [i for i, t in enumerate(row) if t < 0]
         wanted.append(-sum(logits[max(i - shift, 0), ids[i]] for i in at) / len(at))
-    torch.testing.assert_close(masked_loss(model, batch), torch.stack(wanted).mean().float())
+    torch.testing.assert_close(masked_loss(model, batch), torch.stack(wanted).mean())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from helpers import GROUP, assert_close, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_processes import NAMES, PROCESSES, train, transfer
+from shard_processes import HYBRID, NAMES, PROCESSES, train, transfer
 
 from linspec.checkpoints.hub import load_model
 from linspec.errors import ConfigError
@@ -89,6 +89,27 @@ def test_groups_of_processes_read_windows_of_their_own(proofs: Proofs, tmp_path:
 def test_one_process_goes_on_where_four_stopped(proofs: Proofs, tmp_path: Path) -> None:
     wanted = train(tmp_path / "one", 1, (0,))
     check_runs(wanted, [train(proofs[0] / "kept", 1, (0,))])
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss", "share"), [("float32", 1e-4, 5e-3), ("bf16", 2e-2, 0.3)]
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_in_pieces_are_shared_in_every_precision(
+    proofs: Proofs, tmp_path: Path, precision: str, loss: float, share: float, parts: int
+) -> None:
+    readers = tuple(range(PROCESSES // parts))
+    run = train(tmp_path / "one", 1, readers, precision=precision)
+    wanted = run["weights"]
+    before = tiny_model(*HYBRID, seed=3).float().state_dict()
+    moved = sum(float((wanted[name] - before[name]).square().sum()) for name in wanted)
+    for each in proofs[1]:
+        found = each[precision, parts]
+        assert found["loss"] == pytest.approx(run["loss"], abs=loss)
+        assert all(weight.dtype == torch.float32 for weight in found["weights"].values())
+        apart = (found["weights"][name] - wanted[name] for name in wanted)
+        # the optimizer makes as much of a gradient that is rounding as of any other
+        assert sum(float(x.square().sum()) for x in apart) < share**2 * moved
 
 
 def check_runs(wanted: dict[str, Any], found: list[dict[str, Any]]) -> None:

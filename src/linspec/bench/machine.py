@@ -44,7 +44,7 @@ def machine(*, bandwidth: bool = False) -> dict[str, Any]:
 def info() -> dict[str, Any]:
     """What `linspec info` prints: versions, devices and the kernels that will be used."""
     # training brings libraries that take half a second to import; every verb imports this file
-    from linspec.train.loop import fast_bfloat16
+    from linspec.train.precision import fast_bfloat16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernel, native = pick_kernel(torch.zeros(1, device=device)), load()

@@ -139,6 +139,13 @@ Compile = Annotated[
         help="Compile the training step: auto (where it pays), on or off. The result is the same."
     ),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="What products are computed in: auto (bf16 where the processor is fast at it), float32 or bf16. "
+        "Weights and moments stay float32."
+    ),
+]
 Shards = Annotated[
     int | None,
     typer.Option(
@@ -261,6 +268,7 @@ class Training:
     lr: Rate = None
     seed: Order = None
     compile: Compile = "auto"
+    precision: Precision = "auto"
 
     def given(self) -> dict[str, Any]:
         """Those that the user gave."""

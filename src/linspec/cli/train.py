@@ -12,7 +12,18 @@ from linspec.cli.checks import named, real, whole
 from linspec.cli.checks import sources as named_sources
 from linspec.cli.console import RESUME, guarded, place_on, quiet_stdout, report_written, say
 from linspec.cli.groups import grouped
-from linspec.cli.options import Compile, Json, Model, Out, Run, Shards, Texts, Training, given
+from linspec.cli.options import (
+    Compile,
+    Json,
+    Model,
+    Out,
+    Precision,
+    Run,
+    Shards,
+    Texts,
+    Training,
+    given,
+)
 from linspec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -139,6 +150,7 @@ def pretrain(
         typer.Option(callback=whole(), help="Optimizer steps.", show_default="the recipe's"),
     ] = None,
     compile: Compile = "auto",
+    precision: Precision = "auto",
     sequence_parallel: Shards = None,
     as_json: Json = False,
 ) -> None:
@@ -157,7 +169,7 @@ def pretrain(
                 diffusion.source,
                 out,
                 data=data or "stdlib",
-                config=DiffusionTraining(**asked, **given({"steps": steps})),
+                config=DiffusionTraining(**asked, precision=precision, **given({"steps": steps})),
                 resume=run.resume,
                 overwrite=run.overwrite,
             )
@@ -175,6 +187,7 @@ def pretrain(
             steps=steps,
             overwrite=run.overwrite,
             compile=compile,
+            precision=precision,
             sequence_parallel=sequence_parallel or 1,
         )
     report_written(out, as_json)

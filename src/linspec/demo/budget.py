@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from linspec.train.loop import fast_bfloat16
+from linspec.train.precision import fast_bfloat16
 
 Clock = Callable[[], float]
 

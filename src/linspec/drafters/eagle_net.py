@@ -30,7 +30,7 @@ from linspec.models.block import Block
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.fused_block import BorrowedEmbedding, FusedBlock
-from linspec.models.head import cap_of, inference_head
+from linspec.models.head import inference_head
 from linspec.models.linear import fused_linear
 from linspec.utils.border import STRICT
 from linspec.utils.sizes import check_sizes
@@ -287,10 +287,3 @@ def _norm_weight(target: Decoder) -> torch.Tensor:
     weight = target.norm.get_parameter("weight").detach()
     factors = 1 + weight if isinstance(target.norm, OffsetRMSNorm) else weight
     return factors * target.config.logit_scale
-
-
-def teacher_logits(net: EagleNet, final: torch.Tensor) -> torch.Tensor:
-    """The target's logits [..., V'] of the drafted tokens, from the states that its output layer reads."""
-    logits = nn.functional.linear(final, net.target_rows())
-    cap = cap_of(net.target.head)
-    return cap * torch.tanh(logits / cap) if cap else logits

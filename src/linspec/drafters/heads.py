@@ -232,9 +232,9 @@ class MedusaHeads(Heads, TrainedDrafter):
             block.initialize(generator)
         if not self.config.shared_head:
             with torch.no_grad():
-                self.out.copy_(self._target_rows())
+                self.out.copy_(self.target_rows())
 
-    def _target_rows(self) -> torch.Tensor:
+    def target_rows(self) -> torch.Tensor:
         """The rows of the target's output matrix that are drafted from."""
         weight = cast(torch.Tensor, self.target_head.weight)
         return weight if self.drafted is None else weight[self.drafted.long()]
@@ -249,5 +249,5 @@ class MedusaHeads(Heads, TrainedDrafter):
         if not self.config.shared_head:
             return F.linear(features, self.out[head])
         if self.drafted is not None:
-            return F.linear(features, self._target_rows())
+            return F.linear(features, self.target_rows())
         return cast(torch.Tensor, self.target_head(features))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from linspec.models.bert import Bert
 from linspec.models.block import Block
@@ -26,7 +27,7 @@ from linspec.models.t5 import T5
 
 Model = Decoder | Bert | T5
 M = TypeVar("M", bound=Model)
-# logits [..., vocab] and the tokens that they should name, of windows [B, T + 1]
+# final states [B, N, D] and the tokens [B, N] that the output layer should name there, of windows [B, T + 1]
 Predict = Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -40,7 +41,7 @@ class ModelType:
     None where there is none.
     parts: how many pieces a window of training text is cut into, one for each stack that it runs through.
     blocks: those with a mixer, in the order of the configuration's `mixers`. run: a batch through all blocks,
-    without an output. predict: see `Predict`.
+    without an output. predict: see `Predict`; None for one that predicts no text. head: the output layer.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ModelType:
     blocks: Callable[[Any], list[Block]]
     run: Callable[[Any, torch.Tensor], object]
     predict: Predict | None
+    head: Callable[[Any], nn.Module] | None = None
 
 
 def _layers(model: Any) -> list[Block]:
@@ -63,14 +65,15 @@ def _layers(model: Any) -> list[Block]:
 
 def _next_tokens(model: Decoder, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token of a window, from those before it."""
-    return model(batch[:, :-1]), batch[:, 1:]
+    return model.hidden(batch[:, :-1]), batch[:, 1:]
 
 
 def _second_half(model: T5, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Prefix language modelling (Raffel et al. 2020, arXiv 1910.10683): the second half, from the first."""
     source, target = batch.tensor_split(2, dim=1)
     start = target.new_full((len(target), 1), model.config.start_id)
-    return model(source, torch.cat((start, target[:, :-1]), dim=1)), target
+    sources = model.decoder.sources(*model.encode(source))
+    return model.decoder.decode(torch.cat((start, target[:, :-1]), dim=1), sources), target
 
 
 _DECODER: dict[str, Any] = {
@@ -80,6 +83,7 @@ _DECODER: dict[str, Any] = {
     "blocks": _layers,
     "run": lambda model, batch: model.hidden(batch[:, :-1]),
     "predict": _next_tokens,
+    "head": lambda model: model.head,
 }
 MODEL_TYPES = {
     each.name: each
@@ -142,6 +146,7 @@ MODEL_TYPES = {
             blocks=lambda model: [*model.encoder.layers, *model.decoder.layers],
             run=_second_half,
             predict=_second_half,
+            head=lambda model: model.decoder.head,
         ),
     )
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.train.pieces import Entropy, Labels, Output, likeliest, loss_in_pieces, piece_size
 
 # entropies below it count as sure, as the published decoder has it
 SURE = 0.5
@@ -74,12 +75,10 @@ class Spans:
 
 
 def _asked(model: MaskedDiffusion, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, vocab], float32, of what a batch of `Spans` hides, the tokens there, and their rows."""
+    """Final states [N, D] of what a batch of `Spans` hides, the tokens there, and their rows."""
     hidden, real = batch < 0, batch != model.config.vocab_size
     ids = batch.masked_fill(hidden, model.config.mask_id).masked_fill(~real, 0)
-    # few of the positions are asked about, and float32 logits of all would fill the memory
-    logits = model.predicted(ids, real)[hidden].float()
-    return logits, -1 - batch[hidden], hidden.nonzero()[:, 0]
+    return model.telling(ids, real)[hidden], -1 - batch[hidden], hidden.nonzero()[:, 0]
 
 
 def certainty_loss(
@@ -90,15 +89,15 @@ def certainty_loss(
     CE: mean cross entropy of the tokens that one half hides. H: mean entropy, at the temperature, of those of
     them whose likeliest token is right; zero where none is. A wrong one has none: it would become sure of it.
     """
-    logits, wanted, rows = _asked(model, batch)
-    nats = F.cross_entropy(logits, wanted, reduction="none")
-    loss = _by_row(nats, rows, len(batch))
-    if weight:
-        right = logits.argmax(-1) == wanted
-        entropies = entropy(logits[right] / temperature)
-        loss = loss + weight * _by_row(entropies, rows[right], len(batch))
+    states, wanted, rows = _asked(model, batch)
     # two rows are one text
-    return 2 * loss.mean()
+    whole = 2 / len(batch)
+    labels = Labels(wanted, whole * _shares(torch.ones_like(rows), rows, len(batch)))
+    doubt = None
+    if weight:
+        right = likeliest(states, model.head, model.config.vocab_size) == wanted
+        doubt = Entropy(weight * whole * _shares(right, rows, len(batch)), temperature)
+    return loss_in_pieces(states, Output.of(model.head), labels, entropy=doubt)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -107,21 +106,21 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
-def _by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count]: the mean of the values of each row, zero where there is none."""
-    zeros = torch.zeros(count, dtype=values.dtype, device=values.device)
-    numbers = zeros.index_add(0, rows, torch.ones_like(values))
-    return zeros.index_add(0, rows, values) / numbers.clamp_min(1)
+def _shares(counted: Tensor, rows: Tensor, count: int) -> Tensor:
+    """What each token [N] counts in the mean over those of its row, of `count` rows, that are counted."""
+    ones = counted.float()
+    return ones / ones.new_zeros(count).index_add(0, rows, ones).clamp_min(1)[rows]
 
 
 @torch.inference_mode()
 def certainty(model: MaskedDiffusion, batch: Tensor) -> dict[str, float]:
     """Of what a batch of `Spans` hides: nats a token, which share is sure, and which is sure and right."""
-    logits, wanted, _ = _asked(model, batch)
-    sure = entropy(logits) <= SURE
-    right = logits.argmax(-1) == wanted
-    return {
-        "nats": float(F.cross_entropy(logits, wanted)),
-        "sure": float(sure.float().mean()),
-        "sure_and_right": float((sure & right).float().mean()),
-    }
+    states, wanted, _ = _asked(model, batch)
+    size, found = piece_size(model.config.vocab_size), []
+    for part, ids in zip(states.split(size), wanted.split(size), strict=True):
+        logits = model.head(part).float()
+        sure, right = entropy(logits) <= SURE, logits.argmax(-1) == ids
+        nats = F.cross_entropy(logits, ids, reduction="none")
+        found.append(torch.stack((nats, sure, sure & right)))
+    shares = torch.cat(found, 1).mean(1).tolist()
+    return dict(zip(("nats", "sure", "sure_and_right"), shares, strict=True))

@@ -38,12 +38,6 @@ def check_choice(compile: str) -> None:
         raise ConfigError(f"compile must be auto, on or off, got {shown(repr(compile))}")
 
 
-def check_precision(precision: object) -> None:
-    """Raise ConfigError unless this is a precision of training."""
-    if precision not in ("auto", "bf16", "float32"):
-        raise ConfigError(f"precision must be auto, bf16 or float32, got {shown(repr(precision))}")
-
-
 @dataclass(frozen=True, slots=True)
 class GradientDifference:
     """How far one weight's compiled gradient lies from the plain one, beside what is allowed."""

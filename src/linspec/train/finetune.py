@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from linspec.train.objective import Predictor, next_tokens
+from linspec.train.pieces import Labels, Teacher, loss_in_pieces
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,14 +22,13 @@ def finetune_loss(
     kl_weight: float = 0.0,
 ) -> torch.Tensor:
     """Mean cross-entropy of windows [B, T + 1] plus kl_weight · KL(teacher ‖ student), in nats."""
-    logits, labels = next_tokens(student, batch)
-    log_probs = logits.log_softmax(-1)
-    loss = F.nll_loss(log_probs, labels)
-    if teacher is None or kl_weight == 0:
-        return loss
-    with torch.no_grad():
-        wanted = next_tokens(teacher, batch)[0].log_softmax(-1)
-    return loss + kl_weight * F.kl_div(log_probs, wanted, log_target=True, reduction="batchmean")
+    states, output, ids = next_tokens(student, batch)
+    known = None
+    if teacher is not None and kl_weight != 0:
+        with torch.no_grad():
+            wanted, theirs, _ = next_tokens(teacher, batch)
+        known = Teacher(wanted, theirs, kl_weight)
+    return loss_in_pieces(states, output, Labels(ids), known)
 
 
 def add_lora(student: Predictor, rank: int, alpha: int, seed: int) -> PeftModel:

@@ -30,8 +30,8 @@ from linspec.mixers.ops.exact import softmax_attention
 from linspec.mixers.streaming import Streaming
 from linspec.models.decoder import Decoder
 from linspec.train.gate_state import GateState, adam_moments, read_gate_state, with_moments
-from linspec.train.kl import kl_of_hidden
 from linspec.train.needles import Needles
+from linspec.train.pieces import kl_of_states
 from linspec.train.student import sharing
 from linspec.utils.files import replace_text
 from linspec.utils.progress import Progress
@@ -202,7 +202,7 @@ class _Training:
             with torch.no_grad():
                 wanted = _before(self.teacher.hidden(tokens), places)
             given = _before(self.student.hidden(tokens), places)
-            loss = kl_of_hidden(given, wanted, self.student.head, self.teacher.head)
+            loss = kl_of_states(given, wanted, self.student.head, self.teacher.head)
             pull = self.weight * gates_of(self.student).mean()
         if not bool((loss + pull).isfinite()):
             raise TrainingError(

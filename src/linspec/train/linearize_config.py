@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from linspec.mixers.config import MixerConfig
-from linspec.train.compiled import check_choice, check_precision
+from linspec.train.compiled import check_choice
 from linspec.train.loop import TrainConfig
+from linspec.train.precision import check_precision
 from linspec.train.sequence_parallel import uncompiled
 from linspec.utils.sizes import check_positive, check_share, check_sizes
 

@@ -25,7 +25,7 @@ from linspec.mixers.specs import DEFAULT_GROUP, make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train.changed_model import save_changed
-from linspec.train.compiled import check_choice, check_precision
+from linspec.train.compiled import check_choice
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.exact_heads import (
     LENGTHS,
@@ -37,6 +37,7 @@ from linspec.train.exact_heads import (
 from linspec.train.gates import GateConfig
 from linspec.train.linearize_record import RECORD, output_place, record_files
 from linspec.train.loop import TrainConfig
+from linspec.train.precision import check_precision
 from linspec.train.run import make_accelerator, training_run
 from linspec.train.student import check_softmax
 from linspec.utils.border import read_json

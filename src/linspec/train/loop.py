@@ -28,7 +28,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from linspec.errors import CheckpointError, TrainingError
-from linspec.train.compiled import CompiledLoss, LossFn, check_choice, check_precision, has_compiler
+from linspec.train.compiled import CompiledLoss, LossFn, check_choice, has_compiler
+from linspec.train.precision import check_precision, computed_in
+from linspec.train.prefetch import Prefetch
 from linspec.train.run import make_accelerator
 from linspec.train.saved_state import read_state
 from linspec.utils.files import replace_dir
@@ -88,17 +90,6 @@ def schedule(step: int, config: TrainConfig, seconds: float = 0.0) -> float:
     if config.seconds is not None:
         left = min(left, (config.seconds - seconds) / (config.decay * config.seconds))
     return rise * max(0.0, min(1.0, left))
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """True when bfloat16 matrix products are quicker than float32 on `device`."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    if device.type != "cpu":
-        return False
-    # without these instructions bfloat16 products are emulated, several times slower than float32
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in probes)
 
 
 def lr_factor(name: str, config: TrainConfig) -> float:
@@ -190,6 +181,7 @@ class Trainer:
     ) -> None:
         self.config, self.folder, self.label = config, Path(folder), label
         self.accelerator = accelerator or make_accelerator()
+        self.precision = computed_in(config.precision, self.accelerator.device)
         # of how many processes the windows differ
         self.readers = self.accelerator.num_processes // sequence_parallel
         self.named = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -219,19 +211,22 @@ class Trainer:
         with (
             Progress(self.label, total=self.config.steps, start=self.step) as progress,
             deferred_interrupt() as interrupted,
+            Prefetch(self.batch_fn, self.accelerator.device, self.config.steps) as batches,
         ):
-            self._run_steps(progress, interrupted)
+            self._run_steps(progress, interrupted, batches)
         self.save()
         return self.log
 
-    def _run_steps(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
+    def _run_steps(
+        self, progress: Progress, interrupted: Callable[[], bool], batches: BatchFn
+    ) -> None:
         saved_at = began = time.monotonic()
         before, first = self.seconds, self.step
         if self.config.compile == "on":
             self._consider_compiling(0.0)
         while not self._done():
             step_began = time.monotonic()
-            loss, tokens = self._train_step()
+            loss, tokens = self._train_step(batches(self.step))
             now = time.monotonic()
             self.step += 1
             self.tokens += tokens
@@ -263,14 +258,13 @@ class Trainer:
         log.info("%s: compiling the step", self.label)
         self._compiled = CompiledLoss(self.loss_fn, self.named, self.label)
 
-    def _train_step(self) -> tuple[float, int]:
+    def _train_step(self, batch: torch.Tensor) -> tuple[float, int]:
         factor = schedule(self.step, self.config, self.seconds)
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        batch = self.batch_fn(self.step).to(self.accelerator.device)
         with torch.autocast(
-            self.accelerator.device.type, torch.bfloat16, enabled=self._use_bfloat16()
+            self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"
         ):
             loss = (self._compiled or self.loss_fn)(batch)
         value = self._finite(loss)
@@ -300,11 +294,6 @@ class Trainer:
             if weight.grad is not None:
                 weight.grad = self.accelerator.reduce(weight.grad, reduction="mean")
 
-    def _use_bfloat16(self) -> bool:
-        if self.config.precision == "auto":
-            return fast_bfloat16(self.accelerator.device)
-        return self.config.precision == "bf16"
-
     def _record(self, loss: float, progress: Progress) -> None:
         rate = self.tokens / max(self.seconds, 1e-9)
         progress.update(self.step, f"loss {loss:.4f}  {rate:,.0f} tok/s")
@@ -328,6 +317,7 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "log": self.log,
+            "precision": self.precision,
             "config": asdict(self.config),
         }
         with replace_dir(self.folder) as aside:
@@ -360,12 +350,23 @@ class Trainer:
         if not self.has_state:
             raise TrainingError(f"nothing to resume in {folder}; run without --resume first")
         meta, tensors = read_state(folder, self.named)
+        self._check_precision(meta.precision)
         with torch.no_grad():
             for name, weight in self.named.items():
                 weight.copy_(tensors[f"weight.{name}"])
         self._load_moments(tensors)
         self.step, self.tokens = meta.step, meta.tokens
         self.seconds, self.log = meta.seconds, meta.log
+
+    def _check_precision(self, before: str | None) -> None:
+        """Raise TrainingError for a state of a run that computed in another precision."""
+        # an older state does not say
+        if before not in (None, self.precision):
+            raise TrainingError(
+                f"the run in {self.folder} computed with precision {before}, on this machine precision "
+                f"{self.config.precision} is {self.precision}; resume where it is {before}, or begin again "
+                "without --resume"
+            )
 
     def _load_moments(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for i, optimizer in enumerate(self.optimizers):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.train.data import Windows
+from linspec.train.pieces import Labels, Output, Teacher, loss_in_pieces
 
 # how many windows begin with a prompt, of which nothing is hidden
 _PROMPTED = 0.5
@@ -50,9 +50,7 @@ def masked_loss(model: MaskedDiffusion, batch: torch.Tensor) -> torch.Tensor:
 
     With c of n tokens hidden, the sum weighs n/c and is divided by n: the mean of the hidden ones.
     """
-    ids, shares, at = _asked(batch)
-    nats = F.cross_entropy(_logits(model, batch, at), ids, reduction="none")
-    return (nats * shares).sum() / len(batch)
+    return masked_finetune_loss(model, batch)
 
 
 def masked_finetune_loss(
@@ -62,15 +60,14 @@ def masked_finetune_loss(
     kl_weight: float = 0.0,
 ) -> torch.Tensor:
     """`masked_loss` plus kl_weight · KL(teacher ‖ student) at the hidden tokens, weighed in the same way."""
-    if teacher is None or kl_weight == 0:
-        return masked_loss(student, batch)
     ids, shares, at = _asked(batch)
-    log_probs = _logits(student, batch, at).log_softmax(-1)
-    with torch.no_grad():
-        wanted = _logits(teacher, batch, at).log_softmax(-1)
-    kl = F.kl_div(log_probs, wanted, log_target=True, reduction="none").sum(-1)
-    nats = F.nll_loss(log_probs, ids, reduction="none") + kl_weight * kl
-    return (nats * shares).sum() / len(batch)
+    weights, known = shares / len(batch), None
+    if teacher is not None and kl_weight != 0:
+        with torch.no_grad():
+            wanted = _states(teacher, batch, at)
+        known = Teacher(wanted, Output.of(teacher.head), kl_weight * weights)
+    states = _states(student, batch, at)
+    return loss_in_pieces(states, Output.of(student.head), Labels(ids, weights), known)
 
 
 def _asked(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -85,8 +82,7 @@ def _asked(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return ids[hidden], shares[hidden], hidden
 
 
-def _logits(model: MaskedDiffusion, batch: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Float logits [N, vocab] of the tokens that are asked for."""
+def _states(model: MaskedDiffusion, batch: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Final states [N, D] of the tokens that are asked for."""
     states = model.telling(model.with_masks(batch))
-    states = states.flatten(0, 1) if torch.compiler.is_compiling() else states[at]
-    return model.head(states).float()
+    return states.flatten(0, 1) if torch.compiler.is_compiling() else states[at]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from linspec.models.decoder import Decoder
-from linspec.train.kl import kl_of_hidden
+from linspec.train.pieces import kl_of_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class KlLoss:
             wanted = self.teacher.hidden(ids).flatten(0, 1)
         given = self.student.hidden(ids).flatten(0, 1)
         heads = self.student.head, self.teacher.head
-        loss = kl_of_hidden(given, wanted, *heads)
+        loss = kl_of_states(given, wanted, *heads)
         at = marked[:, 1:].flatten().nonzero()[:, 0]
         if self.answers and len(at):
-            loss = loss + self.answers * kl_of_hidden(given[at], wanted[at], *heads)
+            loss = loss + self.answers * kl_of_states(given[at], wanted[at], *heads)
         return loss

@@ -9,22 +9,23 @@ from linspec.models.decoder import Decoder
 from linspec.models.encoder import Encoder
 from linspec.models.model_types import type_of
 from linspec.models.t5 import T5
+from linspec.train.pieces import Output
 
 # models that predict text, and all that are linearized
 Predictor = Decoder | T5
 Stack = Predictor | Encoder
 
 
-def next_tokens(model: Predictor, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [N, vocab], float32, and the N tokens that they should name, of windows [B, T + 1].
+def next_tokens(model: Predictor, batch: torch.Tensor) -> tuple[torch.Tensor, Output, torch.Tensor]:
+    """Final states [B, N, D], the output layer, and the tokens [B, N] to name there, of windows [B, T + 1].
 
     A decoder predicts every token of a window from those before it, an encoder-decoder the second half
     from the first.
     """
-    predict = type_of(model).predict
-    assert predict is not None, "an encoder predicts no text"
-    logits, target = predict(model, batch)
-    return logits.flatten(0, 1).float(), target.flatten()
+    kind = type_of(model)
+    assert kind.predict is not None and kind.head is not None, "an encoder predicts no text"
+    states, target = kind.predict(model, batch)
+    return states, Output.of(kind.head(model)), target
 
 
 def blocks_of(model: Stack) -> list[Block]:

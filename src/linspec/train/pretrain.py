@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +38,7 @@ from linspec.train.data import (
 from linspec.train.loop import TrainConfig, Trainer, log_lines
 from linspec.train.masked_tokens import MaskedWindows, masked_loss
 from linspec.train.objective import Predictor, next_tokens
+from linspec.train.pieces import Labels, loss_in_pieces
 from linspec.train.recall_texts import with_recall
 from linspec.train.run import begun, make_accelerator, training_run
 from linspec.train.sequence_parallel import (
@@ -188,7 +188,8 @@ def initialize(model: nn.Module, layers: int, generator: torch.Generator) -> Non
 
 def next_token_loss(model: Predictor, batch: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of windows [B, T + 1]; see `next_tokens`."""
-    return F.cross_entropy(*next_tokens(model, batch))
+    states, output, labels = next_tokens(model, batch)
+    return loss_in_pieces(states, output, Labels(labels))
 
 
 def context_at(step: int, recipe: Recipe) -> int:
@@ -209,6 +210,7 @@ def pretrain(
     resume: bool = False,
     steps: int | None = None,
     compile: str = "auto",
+    precision: str = "auto",
     overwrite: bool = False,
     sequence_parallel: int = 1,
 ) -> Path:
@@ -225,6 +227,7 @@ def pretrain(
         resume: continue a run from its last saved state.
         steps: optimizer steps; None for those of the recipe.
         compile: 'on', 'off' or 'auto': whether steps are compiled. The result is the same.
+        precision: 'bf16', 'float32' or 'auto', as in TrainConfig.
         overwrite: replace a model that this function wrote to `out` before.
         sequence_parallel: so many processes share each window; the result is the same up to rounding.
 
@@ -241,6 +244,7 @@ def pretrain(
             f"{did_you_mean(recipe, RECIPES)}"
         )
     wanted = RECIPES[recipe]()
+    wanted = replace(wanted, train=replace(wanted.train, precision=precision))
     data = () if data in ((), []) else check_sources(data)
     if steps is not None:
         wanted = replace(wanted, train=replace(wanted.train, steps=steps))

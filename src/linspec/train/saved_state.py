@@ -34,6 +34,7 @@ class Progress:
     seconds: float
     log: list[dict[str, float | bool]]
     config: dict[str, Any]
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         check_sizes(self, "step", least=0)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from linspec.errors import ConfigError
 from linspec.mixers import MIXERS, Mixer
@@ -19,8 +18,9 @@ from linspec.mixers.base import Rope
 from linspec.mixers.config import MixerConfig
 from linspec.models.decoder import Decoder
 from linspec.train.finetune import finetune_loss
-from linspec.train.loop import fast_bfloat16
 from linspec.train.objective import Predictor
+from linspec.train.pieces import Labels, Output, loss_in_pieces
+from linspec.train.precision import fast_bfloat16
 from linspec.train.transfer import block_of
 from linspec.utils.progress import Progress
 
@@ -144,8 +144,7 @@ def _loss_from(
     """Mean nats of labels [B, T] from what enters `layer`; what is before it does not change."""
     for block, rope in zip(teacher.layers[layer:], ropes[layer:], strict=True):
         x = block(x, rope)
-    logits = teacher.head(teacher.leave(x))
-    return float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()))
+    return float(loss_in_pieces(teacher.leave(x), Output.of(teacher.head), Labels(labels)))
 
 
 def _precision(device: torch.device) -> torch.autocast:

@@ -13,10 +13,11 @@ from linspec.drafters.trained import TrainedDrafter
 from linspec.errors import InputError
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.train.compiled import check_choice, check_precision
+from linspec.train.compiled import check_choice
 from linspec.train.drafters.states import TargetStates
 from linspec.train.drafters.walk import Prediction
 from linspec.train.loop import TrainConfig
+from linspec.train.precision import check_precision
 from linspec.utils.registry import Registry
 from linspec.utils.sizes import check_positive, check_sizes
 

@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from linspec.models.decoder import Decoder
+from linspec.train.pieces import Output, Teacher, loss_in_pieces
 
 
 def hidden_behind(target: Decoder, ids: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -49,9 +50,8 @@ def divergence(
     target: Decoder, found: torch.Tensor, wanted: torch.Tensor, decay: float
 ) -> torch.Tensor:
     """(1/P) · Σ_i decay^i · KL(target after states `wanted` ‖ after `found`), both [B, P, D] and final."""
-    own = target.head(found).float().log_softmax(-1)
-    with torch.no_grad():
-        theirs = target.head(wanted).float().log_softmax(-1)
-    each = torch.nn.functional.kl_div(own, theirs, log_target=True, reduction="none").sum(-1)
-    weights = decay ** torch.arange(each.shape[1], device=each.device)
-    return (each.mean(0) * weights).mean()
+    rows, places = found.shape[:2]
+    weights = decay ** torch.arange(places, device=found.device) / (rows * places)
+    output = Output.of(target.head)
+    known = Teacher(wanted, output, weights.expand(rows, -1))
+    return loss_in_pieces(found, output, teacher=known)

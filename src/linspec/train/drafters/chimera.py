@@ -14,9 +14,10 @@ from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import TRAININGS, DrafterTraining
 from linspec.train.drafters.chains import cut_of
 from linspec.train.drafters.counted_hits import count_hits
-from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
+from linspec.train.drafters.medusa import commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
 from linspec.train.drafters.walk import Prediction, Walk
+from linspec.train.pieces import Labels, Output, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -103,18 +104,22 @@ def chimera_loss(
     cuts = torch.arange(first, length - depth, _STRIDE, device=states.ids.device)
     found = drafted_states(net, states.final, features_of(net, states.ids), cuts, width)
     chosen = places_of(states.chosen, net.drafted, net.config.vocab_size)
-    loss = found.new_zeros((), dtype=torch.float32)
+    output, loss = _output(net), found.new_zeros((), dtype=torch.float32)
     for d in range(depth):
-        logits = net.logits(net.joined(states.final[:, cuts], found[:, :, d], d))
-        labels = chosen[:, cuts + 1 + d]
-        each = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOWHERE, reduction="sum"
-        )
-        loss = loss + decay**d * each / (labels != NOWHERE).sum().clamp(min=1)
+        joined = net.joined(states.final[:, cuts], found[:, :, d], d)
+        labels = Labels(chosen[:, cuts + 1 + d])
+        loss = loss + decay**d * loss_in_pieces(joined, output, labels)
     if state_weight:
         ahead = cuts[:, None] + 1 + torch.arange(depth, device=cuts.device)
         loss = loss + state_weight * F.mse_loss(found.float(), states.final[:, ahead].float())
     return loss
+
+
+def _output(net: ChimeraNet) -> Output:
+    """What `ChimeraNet.logits` is computed by."""
+    if net.drafted is None:
+        return Output.of(net.target.head)
+    return Output(net.target.head.weight[net.drafted.long()])
 
 
 def features_of(net: ChimeraNet, ids: torch.Tensor) -> torch.Tensor:

@@ -12,22 +12,22 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.drafters.eagle_net import (
     DEEPEST,
     EagleConfig,
     EagleNet,
     layers_to_read,
-    teacher_logits,
 )
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.fused_block import FusedBlock
+from linspec.models.head import cap_of
 from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
 from linspec.train.drafters.medusa import NOWHERE, commonest, places_of
 from linspec.train.drafters.states import TargetStates, states_of
 from linspec.train.drafters.walk import Prediction, Walk
+from linspec.train.pieces import Output, Teacher, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
@@ -175,6 +175,11 @@ def fused_states(net: EagleNet, states: TargetStates) -> torch.Tensor:
     return net.fused(read[:, :-1])
 
 
+def target_output(net: EagleNet) -> Output:
+    """The target's output layer for the drafted tokens."""
+    return Output(net.target_rows(), cap=cap_of(net.target.head))
+
+
 def eagle_loss(net: EagleNet, states: TargetStates, steps: int, decay: float) -> torch.Tensor:
     """Σ_j decay^j · CE of unrolled step j against the target's distribution over the drafted tokens.
 
@@ -182,19 +187,17 @@ def eagle_loss(net: EagleNet, states: TargetStates, steps: int, decay: float) ->
     likeliest token cannot be drafted teach nothing.
     """
     unroll = Unroll(net, fused_states(net, states))
-    with torch.no_grad():
-        wanted = teacher_logits(net, states.final).float().softmax(-1)
+    output = Output.of(net.decoder.head)
+    theirs = target_output(net)
     known = places_of(states.chosen, net.drafted, net.config.vocab_size) != NOWHERE
     loss = states.final.new_zeros((), dtype=torch.float32)
     for j in range(steps):
         count = states.final.shape[1] - 1 - j
         place = slice(1 + j, 1 + j + count)
-        logits = net.decoder.head(unroll.step(states.ids[:, place]))
-        each = F.cross_entropy(
-            logits.flatten(0, 1).float(), wanted[:, place].flatten(0, 1), reduction="none"
-        )
-        counted = known[:, place].flatten()
-        loss = loss + decay**j * (each * counted).sum() / counted.sum().clamp(min=1)
+        counted = known[:, place]
+        weights = decay**j * counted / counted.sum().clamp(min=1)
+        teacher = Teacher(states.final[:, place], theirs, weights, soft=True)
+        loss = loss + loss_in_pieces(unroll.step(states.ids[:, place]), output, teacher=teacher)
     return loss
 
 

@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.drafters.routers import Routers, RoutersConfig
 from linspec.mixers.base import Rope
@@ -21,6 +20,7 @@ from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import TRAININGS, DrafterTraining
 from linspec.train.drafters.states import TargetStates
+from linspec.train.pieces import Labels, Output, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
@@ -72,8 +72,7 @@ class FirstTraining(DrafterTraining[Routers]):
             return shares[-1]
 
         hidden = routed(states.target, states.ids[:, :-1], gate)
-        logits = states.target.head(hidden).flatten(0, 1).float()
-        right = F.cross_entropy(logits, states.chosen.flatten())
+        right = loss_in_pieces(hidden, Output.of(states.target.head), Labels(states.chosen))
         # of the layers that may go
         open_ones = torch.stack(shares[1:-1]).float()
         missed = (open_ones.mean(0) - self._open_share(drafter)).square().mean()

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.drafters.lud import Slot, SlotConfig
 from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import TRAININGS
 from linspec.train.drafters.chains import cut_of, hidden_behind
 from linspec.train.drafters.joint import JointTraining
+from linspec.train.pieces import Labels, Output, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -79,16 +79,22 @@ def lud_loss(
 ) -> torch.Tensor:
     """CE of the text, and of the slots that belong to the unit behind the cut."""
     ids, labels, count = batch[:, :-1], batch[:, 1:], slot.config.slots
-    logs = target(ids).float().log_softmax(-1)
-    named = logs.gather(-1, labels[..., None])[..., 0]
+    states, output = target.hidden(ids), Output.of(target.head)
     cut = cut_of(ids, ids.shape[1] - count)
-    unit = in_unit(named.detach().exp()[:, cut : cut + count], alpha)
-    hidden = hidden_behind(target, ids[:, :cut], slot.embedding.expand(count, -1))
-    said = target.head(hidden).float()
     # slot k stands k places behind the last token, and says the token behind its own place
-    wanted = labels[:, cut : cut + count]
-    each = F.cross_entropy(said.transpose(1, 2), wanted, reduction="none") * unit
-    return -named.mean() + slot_weight * each.sum() / unit.sum().clamp(min=1.0)
+    places = slice(cut, cut + count)
+    unit = in_unit(_sureness(target, states[:, places], labels[:, places]), alpha)
+    hidden = hidden_behind(target, ids[:, :cut], slot.embedding.expand(count, -1))
+    slots = Labels(labels[:, places], slot_weight * unit / unit.sum().clamp(min=1.0))
+    text = loss_in_pieces(states, output, Labels(labels))
+    return text + loss_in_pieces(hidden, output, slots)
+
+
+@torch.no_grad()
+def _sureness(target: Decoder, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """How likely the target finds each of a few tokens, [B, K]."""
+    shares = target.head(states).float().softmax(-1)
+    return shares.gather(-1, ids[..., None])[..., 0]
 
 
 def in_unit(sure: torch.Tensor, alpha: float) -> torch.Tensor:

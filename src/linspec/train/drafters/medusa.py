@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.drafters.heads import Heads, HeadsConfig, MedusaHeads
 from linspec.models.config import DecoderConfig
@@ -14,12 +13,13 @@ from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import RANKS, TRAININGS, DrafterTraining, check_length
 from linspec.train.drafters.states import TargetStates
 from linspec.train.drafters.walk import Prediction, Walk
+from linspec.train.pieces import IGNORED, Labels, Output, likeliest, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_positive, check_sizes
 
 # no place of a token: what a cross-entropy leaves out
-NOWHERE = -100
+NOWHERE = IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +121,18 @@ def heads_loss(heads: MedusaHeads, states: TargetStates, decay: float) -> torch.
     features = heads.features(heads.seen(hidden, states.ids[:, 1:]))
     loss = hidden.new_zeros((), dtype=torch.float32)
     for k in range(1, heads.config.heads + 1):
-        logits = heads.logits(features[:, :-k, k - 1], k - 1)
-        labels = chosen[:, k:]
-        each = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NOWHERE, reduction="sum"
-        )
-        loss = loss + decay**k * each / (labels != NOWHERE).sum().clamp(min=1)
+        output, labels = _output(heads, k - 1), Labels(chosen[:, k:])
+        loss = loss + decay**k * loss_in_pieces(features[:, :-k, k - 1], output, labels)
     return loss
+
+
+def _output(heads: MedusaHeads, head: int) -> Output:
+    """What `MedusaHeads.logits` of one head (0-based) is computed by."""
+    if not heads.config.shared_head:
+        return Output(heads.out[head])
+    if heads.drafted is not None:
+        return Output(heads.target_rows())
+    return Output.of(heads.target_head)
 
 
 @torch.inference_mode()
@@ -157,7 +162,7 @@ def calibrate(
         for done, start in enumerate(starts, 1):
             ids = torch.from_numpy(np.asarray(stream[start : start + context], dtype=np.int64))
             hidden = target.hidden(ids[None].to(device))
-            chosen = target.head(hidden).argmax(-1)
+            chosen = likeliest(hidden, target.head, target.config.vocab_size)
             # behind the last token nothing is known, and no head is asked there
             features = heads.features(heads.seen(hidden, ids[None].roll(-1, 1)))
             firsts = []

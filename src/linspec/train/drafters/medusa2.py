@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from linspec.decoding.step import FINAL
 from linspec.drafters.heads import MedusaHeads
@@ -19,8 +18,9 @@ from linspec.models.decoder import Decoder
 from linspec.train.drafters.base import TRAININGS
 from linspec.train.drafters.joint import JointTraining
 from linspec.train.drafters.medusa import MedusaTraining, MedusaTrainingOptions, heads_loss
-from linspec.train.drafters.states import TargetStates, states_of
+from linspec.train.drafters.states import TargetStates
 from linspec.train.drafters.walk import Prediction
+from linspec.train.pieces import Output, Teacher, likeliest, loss_in_pieces
 from linspec.utils.options import option
 from linspec.utils.sizes import check_positive, check_sizes
 
@@ -86,12 +86,10 @@ class Medusa2Training(JointTraining[MedusaHeads]):
     ) -> torch.Tensor:
         decoder = cast(Decoder, target.get_base_model())
         with torch.no_grad(), target.disable_adapter():
-            before = states_of(decoder, batch)
-            wanted = decoder.head(before.final).float().log_softmax(-1)
-        hidden = decoder.hidden(batch[:, :-1])
-        own = decoder.head(hidden).float().log_softmax(-1)
-        change = F.kl_div(own, wanted, log_target=True, reduction="none").sum(-1).mean()
-        chosen = own.detach().argmax(-1)
+            wanted = decoder.hidden(batch[:, :-1])
+        hidden, output = decoder.hidden(batch[:, :-1]), Output.of(decoder.head)
+        change = loss_in_pieces(hidden, output, teacher=Teacher(wanted, output))
+        chosen = likeliest(hidden, decoder.head, decoder.config.vocab_size)
         states = TargetStates(decoder, batch, chosen, {FINAL: hidden})
         heads = heads_loss(drafter, states, self.options.decay)
         return change + self.options.heads_weight * heads

@@ -21,6 +21,7 @@ from linspec.errors import TrainingError
 from linspec.mixers.base import Rope
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
+from linspec.train.pieces import likeliest
 from linspec.utils.files import replace_text
 from linspec.utils.progress import Progress
 
@@ -66,7 +67,8 @@ def states_of(target: Decoder, batch: torch.Tensor, layers: Sequence[int] = ()) 
         return x
 
     found[FINAL] = target.hidden(batch[:, :-1], through)
-    return TargetStates(target, batch, target.head(found[FINAL]).argmax(-1), found)
+    chosen = likeliest(found[FINAL], target.head, target.config.vocab_size)
+    return TargetStates(target, batch, chosen, found)
 
 
 def _unpacked(target: Decoder, batch: torch.Tensor, layers: Sequence[int]) -> TargetStates:
