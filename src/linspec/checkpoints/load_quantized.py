@@ -41,14 +41,18 @@ def load_for(
     """The model in `source`, with weights of `bits` bits; None leaves them as they are stored.
 
     read: loads it; `load_decoder` for one that need not predict the next token.
-    No text is looked at: `quantize` makes better 4-bit weights. Raises what `quantize` raises.
+    No text is looked at: `quantize` makes better 4-bit weights. On another device than the CPU such a model
+    computes in float32. Raises what `quantize` raises.
     """
     if bits is None:
         return read(source, keep_blocks=True, **options)
     check_bits(bits)
+    made = quantize_model(load_plain(source, read), bits, {})
     if torch.device(options.get("device", "cpu")).type != "cpu":
-        raise ConfigError("quantized weights are for the CPU; leave out --device or --quantize")
-    return quantize_model(load_plain(source, read), bits, {})
+        made.to(options["device"])
+        # what was computed of the weights lies with them, and what runs a step is another kernel
+        made.finalize_weights()
+    return made
 
 
 def quantize_model(

@@ -1,4 +1,4 @@
-"""A linear layer of packed weights; what multiplies by them is `kernels/cpu/linear.py`."""
+"""A linear layer of packed weights; what multiplies by them are kernels of the CPU or of a device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from linspec.kernels.cpu.linear import (
 )
 from linspec.kernels.cpu.structs import LinearStruct
 from linspec.kernels.cpu.threads import native_threads
+from linspec.kernels.gpu.choice import device_linear
 from linspec.kernels.step_plan import BF16, F32, LinearPlan
 from linspec.quantization.blocks import BY_NUMBER
 
@@ -23,7 +24,8 @@ class NativeLinear(nn.Module):
     """x Wᵀ + b with packed weights; inference only.
 
     `packed` and `scales` are as `pack` makes them for `kind`; `parts` are those of a `LinearPlan`. Without
-    the compiled library the product is computed by torch from the unpacked weights.
+    the compiled library the product is computed by torch from the unpacked weights. On another device than
+    the CPU weights are int8 or int4.
     """
 
     packed: torch.Tensor
@@ -79,8 +81,10 @@ class NativeLinear(nn.Module):
         return self._struct
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        library = load().library
         rows = x.reshape(-1, self.in_features)
+        if rows.device.type != "cpu":
+            return device_linear(rows.contiguous(), self.plan()).view(*x.shape[:-1], -1)
+        library = load().library
         if library is None:
             if self._plain is None:
                 self._plain = self.weight

@@ -7,11 +7,15 @@ import random
 import pytest
 import torch
 
+from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
-from linspec.kernels.gpu.choice import tree_attention_for
+from linspec.kernels.cpu.linear import plain_weight
+from linspec.kernels.gpu.choice import device_linear, tree_attention_for
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import Quantizer
+from linspec.models.native_linear import NativeLinear
 from linspec.models.static_step import StaticStep
 from tests.helpers import assert_close, feed, random_tree, randomise
 
@@ -89,6 +93,31 @@ def test_a_node_of_a_tree_reads_what_a_step_by_itself_does(mixer: str) -> None:
         static.step([StepInput(0, [token])], apart)
         apart.commit(0, [0])
         assert_close(found[0][:, :, :, 0], tree[:, :, :, node], atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 5, 64, 65])
+def test_integer_weights_multiply_where_they_lie(bits: int, rows: int) -> None:
+    linear = randomise(torch.nn.Linear(70, 45), 0)
+    layer = Quantizer(bits, {})(linear)
+    assert isinstance(layer, NativeLinear)
+    plan = layer.to(DEVICE).plan()
+    x = torch.randn(rows, 70, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+    wanted = torch.nn.functional.linear(x.double(), plain_weight(plan).double(), plan.bias.double())
+    assert_close(device_linear(x, plan).double(), wanted, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_model_on_a_gpu(bits: int) -> None:
+    on_gpu = load_for("embedded-aug", bits, device="cuda")
+    assert isinstance(on_gpu.native, StaticStep)
+    by_torch = load_for("embedded-aug", bits, device="cuda")
+    by_torch.native = None
+    ids = list(range(40, 60))
+    found = [feed(model, model.new_state(1), ids) for model in (on_gpu, by_torch)]
+    assert_close(found[0], found[1], atol=1e-3)
 
 
 def test_what_the_kernel_does_not_take_is_left_to_torch() -> None:
