@@ -17,6 +17,7 @@ import torch
 
 from linspec.decoding.tree import Shape
 from linspec.decoding.tree_mask import TreeMask
+from linspec.decoding.tree_paths import TreePaths, tree_paths
 
 # staged nodes of a slot: bits of one number
 _STAGED = 64
@@ -124,6 +125,11 @@ class StaticTreeMask(TreeMask):
     @cached_property
     def visible(self) -> torch.Tensor:
         return self._seen_by(self.tables.ancestors.gather(1, self.tables.nodes))
+
+    @cached_property
+    def paths(self) -> TreePaths:
+        """The path of each new node, for kernels that read the tables themselves."""
+        return tree_paths(self.tables.ancestors, self.tables.depths, self.tables.nodes)
 
     def _seen_by(self, ancestors: torch.Tensor) -> torch.Tensor:
         """[R, N, C]: columns that nodes with these bits [R, N] see."""

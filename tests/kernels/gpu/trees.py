@@ -11,7 +11,7 @@ from hypothesis import Phase, settings
 
 from linspec.decoding.static_mask import SlotNodes, StepTables
 from linspec.decoding.tree import shape_of
-from linspec.kernels.gpu.paths import TreePaths, tree_paths
+from linspec.decoding.tree_paths import TreePaths, tree_paths
 
 DEVICES = [
     pytest.param(

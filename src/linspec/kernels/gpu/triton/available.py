@@ -9,10 +9,21 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.device import why_no_cuda
+from linspec.kernels.gpu.switches import switch
 
 INTERPRETED = "TRITON_INTERPRET"
+# whether mixers call the kernels: not by themselves, as long as nobody has timed them
+SWITCH, SWITCHES = "LINSPEC_TRITON", ("off", "on")
 # earlier ones have no bfloat16 products
 _OLDEST = (8, 0)
+
+
+def chosen(device: torch.device) -> bool:
+    """Whether LINSPEC_TRITON is 'on'; raises ConfigError where it is and the kernels cannot run."""
+    if switch(SWITCH, SWITCHES) == "off":
+        return False
+    require(device)
+    return True
 
 
 def available(device: torch.device | str) -> bool:
