@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
-from linspec.kernels.gpu.paths import tree_paths
+from linspec.decoding.tree_paths import tree_paths
 from linspec.state.buffer import BufferState
 from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates

@@ -22,6 +22,7 @@ def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(available, "version", missing)
+    monkeypatch.setattr(available, "_installed", available._installed.__wrapped__)
     assert not available.available("cuda")
     with pytest.raises(ConfigError, match=r"pip install 'linspec\[gpu\]'"):
         available.require("cuda")
@@ -46,3 +47,20 @@ def test_an_old_device_is_named(installed: None, monkeypatch: pytest.MonkeyPatch
     assert "capability 7.5; 8.0 is needed" in (available.why_not("cuda") or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: (9, 0))
     assert available.available("cuda")
+
+
+def test_the_switch_is_off_and_its_words_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.delenv(available.SWITCH, raising=False)
+    assert not available.chosen(cpu)
+    monkeypatch.setenv(available.SWITCH, "yes")
+    with pytest.raises(ConfigError, match="LINSPEC_TRITON must be one of off, on, got 'yes'"):
+        available.chosen(cpu)
+
+
+def test_on_is_an_error_where_kernels_cannot_run(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(available.SWITCH, "on")
+    with pytest.raises(ConfigError, match="Triton has no code for device 'cpu'"):
+        available.chosen(torch.device("cpu"))

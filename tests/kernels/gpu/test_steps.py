@@ -9,8 +9,10 @@ import torch
 
 from linspec.checkpoints.load_quantized import load_for
 from linspec.decoding.step import StepInput
+from linspec.errors import ConfigError
 from linspec.kernels.cpu.linear import plain_weight
 from linspec.kernels.gpu.choice import device_linear, tree_attention_for
+from linspec.kernels.gpu.triton.available import SWITCH
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -22,6 +24,14 @@ from tests.helpers import assert_close, feed, random_tree, randomise
 pytest.importorskip("triton", reason="triton is not installed: pip install 'linspec[gpu]'")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test asks for them."""
+    monkeypatch.setenv(SWITCH, "on")
+
+
 MIXERS = {
     "softmax": MixerConfig(),
     "softmax with a convolution": MixerConfig(taps=3),
@@ -120,7 +130,13 @@ def test_a_quantized_model_on_a_gpu(bits: int) -> None:
     assert_close(found[0], found[1], atol=1e-3)
 
 
-def test_what_the_kernel_does_not_take_is_left_to_torch() -> None:
+def test_what_the_kernel_does_not_take_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device(DEVICE)
-    assert tree_attention_for(device, torch.float32, 8) is None
-    assert tree_attention_for(device, torch.float16, 64) is None
+    with pytest.raises(
+        ConfigError, match="at most 256 features; this model has torch.float32 and 300"
+    ):
+        tree_attention_for(device, torch.float32, 300)
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        tree_attention_for(device, torch.float16, 64)
+    monkeypatch.setenv(SWITCH, "off")
+    assert tree_attention_for(device, torch.float16, 300) is None

@@ -11,7 +11,7 @@ from hypothesis import Phase, settings
 
 from linspec.decoding.static_mask import SlotNodes, StepTables
 from linspec.decoding.tree import shape_of
-from linspec.kernels.gpu.paths import TreePaths, tree_paths
+from linspec.decoding.tree_paths import TreePaths, tree_paths
 
 DEVICES = [
     pytest.param(
@@ -51,7 +51,7 @@ def step_of(
     tables = StepTables(len(slots), new, 1, torch.device(device))
     tables.fill(
         [
-            SlotNodes(slot, [0] * new, [0] * new, shape_of(tree), [rows])
+            SlotNodes(slot, [0] * new, [0] * new, shape_of(tree), [rows], [0])
             for slot, rows, tree in zip(slots, held, parents, strict=True)
         ]
     )

@@ -1,29 +1,35 @@
-"""Which kernels a step on a device has: those in Triton where they run, else torch's own operations."""
+"""What a step on a device has beside torch's own operations: kernels in Triton, if LINSPEC_TRITON is 'on'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 
+from linspec.errors import ConfigError
 from linspec.kernels.gpu.plain.linear import packed_linear as packed_by_torch
-from linspec.kernels.gpu.triton.available import available
+from linspec.kernels.gpu.triton.available import SWITCH, chosen
 from linspec.kernels.step_plan import LinearPlan
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_WIDTHS = range(16, 257)
+_WIDEST = 256
 _MOST_ROWS = 64
-# asked in every product
-_runs = lru_cache(available)
 
 
 def tree_attention_for(
     device: torch.device, dtype: torch.dtype, head_width: int
 ) -> Callable[..., torch.Tensor] | None:
-    """Attention of token trees in Triton for models of this dtype and width of heads; None without it."""
-    if dtype not in _DTYPES or head_width not in _WIDTHS or not _runs(device):
+    """Attention of token trees in Triton, for models of this dtype and width of heads; None unless chosen.
+
+    Raises ConfigError where it is and cannot be had.
+    """
+    if not chosen(device):
         return None
+    if dtype not in _DTYPES or head_width > _WIDEST:
+        raise ConfigError(
+            f"Triton's attention takes float32 or bfloat16 and heads of at most {_WIDEST} features; this "
+            f"model has {dtype} and {head_width}: use {SWITCH}=off, or LLM(dtype=...)"
+        )
     from linspec.kernels.gpu.triton.attention import tree_attention
 
     return tree_attention
@@ -34,7 +40,7 @@ def device_linear(rows: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
 
     Rows keep their precision, where the CPU's kernels round them to 8 bits.
     """
-    if len(rows) > _MOST_ROWS or rows.dtype not in _DTYPES or not _runs(rows.device):
+    if len(rows) > _MOST_ROWS or rows.dtype not in _DTYPES or not chosen(rows.device):
         return packed_by_torch(rows, plan)
     from linspec.kernels.gpu.triton.linear import packed_linear
 

@@ -7,7 +7,6 @@ in those tensors when it is replayed, and its results are the same tensors every
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from linspec.errors import ConfigError
-from linspec.utils.messages import did_you_mean, shown
+from linspec.kernels.gpu.switches import switch
 
 Program = Callable[[], Any]
 # graphs that are kept: each holds the buffers between its operations
@@ -59,12 +58,7 @@ def recorder_for(device: torch.device) -> Recorder | None:
 
     Raises ConfigError for another word than auto, on or off, and for 'on' where there is no CUDA.
     """
-    chosen = os.environ.get(SWITCH, "auto")
-    if chosen not in SWITCHES:
-        raise ConfigError(
-            f"{SWITCH} must be one of {', '.join(SWITCHES)}, got {shown(repr(chosen))}"
-            f"{did_you_mean(chosen, SWITCHES)}"
-        )
+    chosen = switch(SWITCH, SWITCHES)
     if device.type == "cuda":
         return None if chosen == "off" else CudaGraphs()
     if chosen == "on":

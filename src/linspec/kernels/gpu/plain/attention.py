@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from linspec.kernels.gpu.paths import TreePaths
+from linspec.decoding.tree_paths import TreePaths
 from linspec.kernels.gpu.reach import Reach
 
 

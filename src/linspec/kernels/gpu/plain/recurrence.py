@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from linspec.decoding.tree_paths import TreePaths
 from linspec.kernels.gpu.fading import Fading
-from linspec.kernels.gpu.paths import TreePaths
 
 _NORM_FLOOR = 1e-6
 

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from linspec.decoding.tree_paths import STAGED, TreePaths
 from linspec.errors import ConfigError
-from linspec.kernels.gpu.paths import STAGED, TreePaths
 from linspec.kernels.gpu.reach import Reach
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
@@ -24,6 +24,8 @@ KEYS, TILES = 64, 4
 PART = KEYS * TILES
 # queries of a product: the fewest that one takes, so that it is the same for one node and for many
 _ROWS = 16
+# features of a head, which a program has all at once
+_WIDEST = 256
 
 
 @triton.jit
@@ -209,8 +211,8 @@ def tree_attention(
     relu(s)² instead of a softmax. reach: which rows are seen. bases [R]: positions ahead of the first row of
     each buffer, None for none; parts begin at positions, so that bits outlive rows that leave.
 
-    All integers are tensors on the device, and nothing waits for it. Raises ConfigError for widths below 16
-    or above 256, for dtypes that differ, and where Triton cannot run.
+    All integers are tensors on the device, and nothing waits for it. Raises ConfigError for heads of more
+    than 256 features, for dtypes that differ, and where Triton cannot run.
     """
     require(q.device)
     _check(q, keys, values)
@@ -224,7 +226,7 @@ def tree_attention(
     flat, queries = room.view(-1), rows * heads * repeats * count * parts
     greatest, total, sums = flat.split((queries, queries, queries * value_width))
     padded = {
-        "VP": triton.next_power_of_2(value_width),
+        "VP": _padded(value_width),
         "HEADS": heads,
         "REPEATS": repeats,
         "V": value_width,
@@ -243,7 +245,7 @@ def tree_attention(
         **padded,
         **common,
         K=width,
-        KP=triton.next_power_of_2(width),
+        KP=_padded(width),
         ROWS=wide,
         EACH=each,
         KEYS=KEYS,
@@ -262,10 +264,15 @@ def tree_attention(
     return out
 
 
+def _padded(width: int) -> int:
+    """Features of a tile: a power of two, and not fewer than a product takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
 def _check(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     widths = (keys.shape[3], values.shape[3])
-    if not all(16 <= width <= 256 for width in widths):
-        raise ConfigError(f"tree_attention takes heads of 16 to 256 features, got {widths}")
+    if max(widths) > _WIDEST:
+        raise ConfigError(f"tree_attention takes heads of at most {_WIDEST} features, got {widths}")
     kinds = {q.dtype, keys.dtype, values.dtype}
     if len(kinds) > 1 or q.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(

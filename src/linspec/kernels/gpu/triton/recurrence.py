@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from linspec.decoding.tree_paths import STAGED, TreePaths
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.fading import MAPS, Fading
-from linspec.kernels.gpu.paths import STAGED, TreePaths
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 from linspec.kernels.gpu.triton.available import require
 
