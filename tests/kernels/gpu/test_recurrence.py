@@ -83,7 +83,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(DRAWN, max_examples=15)
+@settings(DRAWN, max_examples=10)
 @given(case=cases())
 def test_states_are_read_as_the_equations_say(device: str, case: Case) -> None:
     q, states, keys, values, step = case.inputs(device)
@@ -95,7 +95,7 @@ def test_states_are_read_as_the_equations_say(device: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(DRAWN, max_examples=8)
+@settings(DRAWN, max_examples=6)
 @given(case=cases())
 def test_nodes_have_the_bits_of_single_steps(device: str, case: Case) -> None:
     """A node alone, behind a path that is folded into the state or committed, reads the same."""

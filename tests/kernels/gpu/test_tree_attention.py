@@ -93,7 +93,7 @@ def _run(case: Case, device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(DRAWN, max_examples=15)
+@settings(DRAWN, max_examples=10)
 @given(case=cases())
 def test_it_is_attention(device: str, case: Case) -> None:
     q, k, v, step = case.inputs(device)
@@ -106,7 +106,7 @@ def test_it_is_attention(device: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(DRAWN, max_examples=8)
+@settings(DRAWN, max_examples=6)
 @given(case=cases())
 def test_nodes_have_the_bits_of_single_steps(device: str, case: Case) -> None:
     """A node alone in its batch, behind a path that is committed, gets the same."""
