@@ -135,9 +135,11 @@ def loss_in_pieces(
         (trained[0], trained[1], trained[2]),
     )
     own = output.weight, output.bias
-    theirs = (None, None) if wanted is None else (known.weight.detach(), known.bias)
+    # detached: a compiler refuses one tensor twice, as where both have the same output layer
+    theirs = None if wanted is None else known.weight.detach()
+    bias = None if known.bias is None else known.bias.detach()
     found: torch.Tensor = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's
-        flat, *own, wanted, *theirs, ids, shares, kl, doubt, plan
+        flat, *own, wanted, theirs, bias, ids, shares, kl, doubt, plan
     )
     return found
 
