@@ -135,9 +135,11 @@ def loss_in_pieces(
         (trained[0], trained[1], trained[2]),
     )
     own = output.weight, output.bias
-    theirs = (None, None) if wanted is None else (known.weight, known.bias)
+    # detached: a compiler refuses one tensor twice, as where both have the same output layer
+    theirs = None if wanted is None else known.weight.detach()
+    bias = None if known.bias is None else known.bias.detach()
     found: torch.Tensor = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's
-        flat, *own, wanted, *theirs, ids, shares, kl, doubt, plan
+        flat, *own, wanted, theirs, bias, ids, shares, kl, doubt, plan
     )
     return found
 
@@ -248,7 +250,7 @@ class _Pieces(torch.autograd.Function):
             if wanted is not None and known is not None:
                 theirs = wanted[part].to(kind)
                 log_p = _logits(theirs, *known, plan.teacher_cap, wide).log_softmax(-1)
-            asked = _Asked(*(x if x is None else x[part] for x in (ids, shares, kl, doubt)))
+            asked = _Asked(*(y if y is None else y[part] for y in (ids, shares, kl, doubt)))
             logits = _logits(x, *own, plan.cap, wide)
             log_q = logits.log_softmax(-1)
             kept = logits if plan.cap or doubt is not None else None
@@ -314,15 +316,25 @@ def _piece(
     if not any(plan.trained):
         return nats, None
     slope = log_q.exp_().mul_(weights[:, None])
-    if ids is not None and shares is not None:
-        slope.scatter_add_(1, ids[:, None], -shares[:, None])
     for part, sign in ((p, -1), (more, 1)):
         if part is not None:
             slope.add_(part, alpha=sign)
+    if ids is not None and shares is not None:
+        _take_labels(slope, ids, shares)
     if plan.cap and logits is not None:
         # what the cap makes of a small change
         slope.mul_(1 - (logits / plan.cap).square())
     return nats, slope
+
+
+def _take_labels(slope: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor) -> None:
+    """Subtract shares [n] from a slope [n, V] where the labels are."""
+    if torch.compiler.is_compiling():
+        # the compiler of torch 2.13 puts a scatter and what follows it into one loop, which reads too early
+        named = torch.arange(slope.shape[1], device=ids.device) == ids[:, None]
+        slope.sub_(torch.where(named, shares[:, None], 0.0))
+    else:
+        slope.scatter_add_(1, ids[:, None], -shares[:, None])
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor, soft: bool) -> torch.Tensor:
