@@ -229,13 +229,15 @@ class MaskedDiffusionLoop(GenerationLoop):
         """Tell the verify policy what a step cost, if it is one of many of its kind."""
         if not self.verify.observes:
             return
-        # blocks begin with forwards that compute more, and a step that failed was repeated in parts
-        begins = any(each.of.canvas.step == 0 for each in forwards)
-        if begins or not forwards or any(isinstance(each, Exception) for each in found):
-            return
-        seconds += sum(each.of.drafting for each in forwards)
-        positions = sum(each.positions for each in forwards)
-        self.verify.observe(StepCost(len(forwards), positions, seconds))
+        positions = 0
+        for forward, logits in zip(forwards, found, strict=True):
+            # blocks begin with forwards that compute more, and a step that failed was repeated in parts
+            if forward.of.canvas.step == 0 or isinstance(logits, Exception):
+                return
+            positions += forward.positions
+            seconds += forward.of.drafting
+        if forwards:
+            self.verify.observe(StepCost(len(forwards), positions, seconds))
 
     def _judged(self, forward: Forward, logits: list[Tensor] | Exception) -> list[Outcome]:
         """What a forward has brought its sequence: full blocks, nothing yet, or an error."""
