@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# the same examples on every run, and no deadline on a busy machine
-settings.register_profile("linspec", derandomize=True, deadline=None, max_examples=20)
-settings.load_profile("linspec")
+# the same examples on every run, and no deadline on a busy machine; fewer where slow tests are left out
+settings.register_profile("all", derandomize=True, deadline=None, max_examples=20)
+settings.register_profile("some", settings.get_profile("all"), max_examples=8)
+settings.load_profile("all")
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 # longer ids hide the name of the test, and every worker sends all of its ids
@@ -36,6 +37,11 @@ def pytest_make_parametrize_id(val: object) -> str | None:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name[:_LONGEST_ID]}-{digest}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ahead of the tests, whose own numbers of examples are shares of that of the profile."""
+    settings.load_profile("some" if config.getoption("markexpr") == "not slow" else "all")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCAB, random_tokens, tiny_model
+from hypothesis import settings
 from test_engine import RandomTrees, random_heads
 
 from linspec.decoding.accepted import Accepted
@@ -32,7 +33,7 @@ from linspec.policies.fixed import Fixed
 from linspec.verifiers import LosslessVerifier
 
 SLOTS = 3
-HISTORIES = 240
+HISTORIES = settings().max_examples * 12
 # where a request may fail; "time" is about no request and may harm none
 PLACES = (
     *("open", "started", "plan", "propose", "foreign", "step", "accept", "path"),

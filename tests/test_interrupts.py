@@ -72,7 +72,7 @@ def interrupted(at: int, run: Callable[[], object]) -> bool:
     "step",
     [
         pytest.param(1, marks=(pytest.mark.slow, pytest.mark.timeout(1800)), id="every-line"),
-        pytest.param(53, id="some"),
+        pytest.param(151, id="some"),
     ],
 )
 def test_an_interrupt_anywhere_leaves_no_sequence_and_no_slot_behind(step: int) -> None:

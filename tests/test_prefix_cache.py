@@ -106,6 +106,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 # ---- outputs
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**20), budget=st.sampled_from([LARGE, 20_000, 100]))
@@ -139,6 +140,7 @@ def check_books(kept: PrefixCache) -> None:
     assert set(kept._leaving) == {n for n in nodes if n.rest is not None or not n.children}
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "by-head", "window", "gdn"])
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**20))

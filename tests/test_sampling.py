@@ -90,7 +90,7 @@ def test_tokens_outside_the_vocabulary_are_refused(token) -> None:
     history=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
     split=st.tuples(st.integers(0, 12), st.integers(0, 12)),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=settings().max_examples * 150 // 20, deadline=None)
 def test_warping_equals_transformers(
     seed, temperature, top_k, top_p, penalty, history, split
 ) -> None:
@@ -172,7 +172,7 @@ def test_half_precision_logits_are_warped_in_float32() -> None:
 
 
 @given(weights=st.lists(st.integers(0, 3), min_size=1, max_size=30).filter(any))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=settings().max_examples * 5, deadline=None)
 def test_draws_never_have_probability_zero(weights) -> None:
     p = torch.tensor(weights).float()
     sampler = Sampler(SamplingParams(temperature=1.0, seed=1), (), len(weights))

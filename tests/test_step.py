@@ -71,7 +71,7 @@ def test_random_trees_equal_full(layers: Layers, length: int, tree: TokenTree) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", MODELS)
-@settings(max_examples=100)
+@settings(max_examples=settings().max_examples * 5)
 @given(length=st.integers(0, 100), tree=trees(MAX_STAGED))
 def test_large_random_trees_equal_full(layers: Layers, length: int, tree: TokenTree) -> None:
     model, prompt = tiny_model(*layers), random_tokens(length)
@@ -236,7 +236,7 @@ def test_a_history_of_rounds_equals_one_prefill_of_the_accepted_text(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", MODELS)
-@settings(max_examples=40)
+@settings(max_examples=settings().max_examples * 2)
 @given(prompt=st.integers(0, 100), rounds=st.integers(10, 40), seed=st.integers(0, 2**20))
 def test_long_histories(layers: Layers, prompt: int, rounds: int, seed: int) -> None:
     check_history(tiny_model(*layers), prompt, rounds, seed)

@@ -50,7 +50,7 @@ def ids_of(kind: str, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
+@settings(max_examples=settings().max_examples * 150 // 20)
 @given(text=TEXTS)
 @example(text="日本語のテキスト")
 @example(text="日éЖ🙂ह")
@@ -60,7 +60,7 @@ def test_streamed_text_is_the_whole_decode(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
+@settings(max_examples=settings().max_examples * 150 // 20)
 @given(prompt=TEXTS, text=TEXTS, cut=st.integers(0, 40))
 @example(prompt="日本語", text="のテキスト", cut=40)
 def test_text_streamed_behind_a_prompt_is_the_rest_of_the_whole_decode(
@@ -83,7 +83,7 @@ def test_text_streamed_behind_a_prompt_is_the_rest_of_the_whole_decode(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100)
+@settings(max_examples=settings().max_examples * 5)
 @given(data=st.data())
 def test_any_tokens_are_shown_without_an_error(kind: str, data: st.DataObject) -> None:
     """A random model writes bytes that are no character, and special tokens between them."""
@@ -133,7 +133,7 @@ def test_a_stop_string_with_special_tokens_ends_the_text(kind: str, stop: str) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples * 3)
 @given(text=TEXTS, data=st.data())
 def test_a_stop_string_across_any_tokens_ends_the_text(
     kind: str, text: str, data: st.DataObject

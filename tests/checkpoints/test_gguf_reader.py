@@ -91,7 +91,7 @@ def test_the_sound_file_survives() -> None:
     assert survives(sound())
 
 
-@settings(max_examples=400)
+@settings(max_examples=settings().max_examples * 20)
 @given(st.integers(0, 2**48))
 def test_a_damaged_header_gives_a_model_or_a_named_error(seed: int) -> None:
     survives(damaged(random.Random(seed)))

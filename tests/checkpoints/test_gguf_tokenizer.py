@@ -91,7 +91,7 @@ ORIGINALS = {
 
 
 @pytest.mark.parametrize("name", sorted(ORIGINALS))
-@settings(max_examples=300)
+@settings(max_examples=settings().max_examples * 15)
 @given(text=TEXTS)
 def test_texts_are_cut_as_the_original_tokenizers_cut_them(name: str, text: str) -> None:
     ours = pre_tokenizer(name, Path("x"))
@@ -141,7 +141,7 @@ def saved(folder: Path, keys: dict[str, Any]) -> Path:
     return write(folder / "t.gguf", {"general.architecture": "llama", **keys}, tensors)
 
 
-@settings(max_examples=100)
+@settings(max_examples=settings().max_examples * 5)
 @given(text=TEXTS)
 def test_all_ways_to_read_a_tokenizer_give_the_same_ids(
     text: str, tmp_path_factory: pytest.TempPathFactory
@@ -236,7 +236,7 @@ def slow_ids(text: str, keys: dict[str, Any], *, prefix: bool = True) -> list[in
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-@settings(max_examples=300)
+@settings(max_examples=settings().max_examples * 15)
 @given(text=st.text(alphabet="abcdeghinorst.,é日 ☃\n", max_size=40))
 def test_pieces_are_joined_by_score(
     prefix: bool, text: str, tmp_path_factory: pytest.TempPathFactory

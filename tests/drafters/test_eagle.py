@@ -172,7 +172,7 @@ class Sequences:
         return torch.cat(rows, -1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples * 25 // 20, deadline=None)
 @given(
     rounds=st.lists(
         st.tuples(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4), st.booleans()),

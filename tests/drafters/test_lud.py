@@ -123,7 +123,7 @@ def test_the_loss_teaches_units_alone(slots: int) -> None:
                     break
                 losses.append(-said[row, k - 1, batch[row, cut + k]])
         extra = 0.5 * torch.stack(losses).mean() if losses else 0.0
-        assert_close(found, (text + extra).float(), atol=1e-5)
+        assert_close(found, text + extra, atol=1e-5)
 
 
 def test_a_unit_ends_at_the_first_token_that_is_unsure() -> None:

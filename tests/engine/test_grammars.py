@@ -264,7 +264,7 @@ WILD = language(Wild(), max_batch=2)
 
 
 @given(schemas, st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples * 25 // 20, deadline=None)
 def test_json_always_parses_and_is_valid(schema: dict[str, Any], seed: int) -> None:
     grammar = Grammar.json_schema(schema)
     params = [
@@ -287,7 +287,7 @@ pieces = st.recursive(
 
 
 @given(pieces, st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples * 25 // 20, deadline=None)
 def test_a_regular_expression_always_matches(expression: str, seed: int) -> None:
     grammar = Grammar.regex(expression)
     params = SamplingParams(max_tokens=80, temperature=1.0, seed=seed, grammar=grammar)
@@ -438,7 +438,7 @@ def test_several_sequences_and_beams_have_grammars_of_their_own() -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings().max_examples * 30 // 20, deadline=None)
 def test_a_part_of_a_tree_knows_its_place_in_the_whole(seed: int) -> None:
     rng = random.Random(seed)
     count = rng.randrange(2, 12)

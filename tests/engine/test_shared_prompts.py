@@ -148,7 +148,7 @@ def test_every_mixer_draws_what_requests_of_their_own_draw(mixer: str, cached: b
     assert outputs(sequences) == apart(model, prompt, params_of())
 
 
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples * 3 // 2)
 @given(seed=st.integers(0, 2**20), limit=st.sampled_from([None, 2, 3]), cached=st.booleans())
 def test_any_mix_of_requests_in_little_memory_gets_the_tokens_of_each_alone(
     seed: int, limit: int | None, cached: bool

@@ -96,7 +96,7 @@ def left(state: SequenceStates, slots: int) -> list[torch.Tensor]:
     return [tensor for slot in range(slots) for tensor in kept(state, slot)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=settings().max_examples * 50 // 20)
 @given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_branches_have_the_bits_of_steps_one_after_the_other(
     history: tuple[list[int], list[Step]], variant: str, bits: int | None, data: st.DataObject
@@ -127,7 +127,7 @@ def test_branches_have_the_same_bits_on_every_set_and_thread_count(
         assert library.ls_use_isa(before)
 
 
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples * 30 // 20)
 @given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_branches_are_those_by_layers(
     history: tuple[list[int], list[Step]], variant: str, bits: int | None, data: st.DataObject

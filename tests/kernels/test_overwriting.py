@@ -160,7 +160,7 @@ def test_histories_have_the_same_bits_on_every_set_and_thread_count(
         assert library.ls_use_isa(before)
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings().max_examples * 2)
 @given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_histories_are_those_by_layers(
     history: tuple[list[int], list[list[StepInput]]],
@@ -184,7 +184,7 @@ def test_histories_are_those_by_layers(
             assert float((one - other).norm() / other.norm()) < QUANTIZED
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings().max_examples * 2)
 @given(histories(), st.sampled_from(list(DENOISERS)), st.sampled_from([None, 8, 4]), st.data())
 def test_a_canvas_gets_the_bits_that_it_gets_alone(
     history: tuple[list[int], list[list[StepInput]]],

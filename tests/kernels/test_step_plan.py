@@ -55,8 +55,7 @@ def test_a_model_says_why_it_runs_layer_by_layer(
 
 
 def test_every_setting_is_told_by_a_plan() -> None:
-    # tokens that see blocks have no step yet
-    assert {each.name for each in fields(DiffusionConfig)} - {"block_length"} == TOLD
+    assert {each.name for each in fields(DiffusionConfig)} == TOLD
 
 
 def test_a_setting_that_no_plan_tells_is_named_and_computed_layer_by_layer(

@@ -296,7 +296,7 @@ def test_the_clock_of_one_round_by_hand() -> None:
     ready=st.lists(st.booleans(), min_size=20, max_size=60), draft=st.floats(0.1, 5.0),
     exit=st.floats(0.1, 0.9),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 def test_what_two_devices_gain_is_what_the_hit_rate_says(ready, draft, exit) -> None:
     verdicts = [Verdict(0, each) for each in ready]
     target = 10.0

@@ -77,7 +77,7 @@ def test_replayed_trees_equal_the_step_by_layers(name: str, taps: int) -> None:
             assert_close(one.sums, other.sums)
 
 
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples * 25 // 20)
 @given(
     seed=st.integers(0, 2**20), name=st.sampled_from(["softmax", "aug", "gla", "by-head", "window"])
 )

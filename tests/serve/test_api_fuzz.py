@@ -62,7 +62,7 @@ def fields(page: dict[str, Any], path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", VALID)
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples * 3)
 @given(data=st.data())
 def test_any_body_gets_an_answer_that_the_page_has(
     server: tuple[httpx.Client, Worker, dict[str, Any]], path: str, data: st.DataObject
@@ -81,7 +81,7 @@ def test_any_body_gets_an_answer_that_the_page_has(
 
 
 @pytest.mark.parametrize("path", VALID)
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples * 30 // 20)
 @given(content=st.binary(max_size=60) | values.map(lambda value: json.dumps(value).encode("ascii")))
 def test_any_bytes_get_an_answer(
     server: tuple[httpx.Client, Worker, dict[str, Any]], path: str, content: bytes

@@ -173,7 +173,7 @@ def test_a_server_that_stops_leaves_lines_open_and_no_errors_in_them(tmp_path: P
     assert sorted(records(tmp_path / "out")) == list(range(1, 10))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 @given(st.lists(st.sampled_from(["a", "bad", "", "é" * 9]), max_size=8), st.floats(0, 1))
 def test_an_output_that_is_torn_anywhere_is_mended(prompts: list[str], cut: float) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -88,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linspec.serve.relay._PAUSE", 0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=ATTEMPTS + 1), st.booleans())
 def test_a_client_gets_all_of_one_answer_or_an_error_that_names_its_request(
     lives: list[int], streams: bool
@@ -143,7 +143,7 @@ def test_a_stream_that_was_complete_when_its_replica_died_got_an_error_behind_it
         assert reply.content == b"".join(parts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples * 2, deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=8), st.integers(0, 9))
 def test_no_event_is_torn_wherever_a_replica_dies(cuts: list[int], lives: int) -> None:
     whole, at, parts = b"".join(EVENTS), 0, []

@@ -230,7 +230,7 @@ MODEL = text_model("aug")
 
 
 @given(st.sampled_from(sorted(FORMS)), st.booleans(), st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings().max_examples, deadline=None)
 def test_a_needed_call_is_always_one(form: str, named: bool, seed: int) -> None:
     """A random model calls a tool of the request with arguments of its schema, in the template's form."""
     told = {"type": "function", "function": {"name": "get_weather"}} if named else "required"

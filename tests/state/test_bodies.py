@@ -139,7 +139,7 @@ class History:
 
 
 @every_body
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples * 25 // 20)
 @given(rounds=st.integers(1, 25), seed=st.integers(0, 2**20))
 def test_a_history_of_rounds_equals_plain_lists(name: str, rounds: int, seed: int) -> None:
     history = History(name, seed)

@@ -210,7 +210,9 @@ class Histories(RuleBasedStateMachine):
 @pytest.mark.parametrize("paged", [True, False])
 def test_any_history_is_that_of_plain_lists_and_leaves_no_page(kind: str, paged: bool) -> None:
     machine = type(f"Histories of {kind}", (Histories,), {"kind": kind, "paged": paged})
-    machine.TestCase.settings = settings(max_examples=15, stateful_step_count=25)
+    machine.TestCase.settings = settings(
+        max_examples=settings().max_examples * 3 // 4, stateful_step_count=25
+    )
     machine.TestCase("runTest").runTest()
 
 

@@ -116,7 +116,7 @@ def test_pieces_of_any_size_are_the_whole(piece: int | None, cap: float, soft: b
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=settings().max_examples * 2, deadline=None)
 @given(
     seed=st.integers(0, 1000),
     tokens=st.integers(1, 12),

@@ -89,7 +89,7 @@ def test_without_residual_the_enumeration_says_so(monkeypatch) -> None:
 
 
 @given(seed=st.integers(0, 5000), drafts=st.integers(1, 3), foreign=st.sampled_from([0.0, 0.3]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings().max_examples, deadline=None)
 def test_the_law_of_how_many_are_accepted_is_exact(seed: int, drafts: int, foreign: float) -> None:
     p, q = pairs(seed, 1, 4), pairs(seed + 1, 1, 4)
     expected = accepted_law(p, q * (1 - foreign), drafts)
@@ -146,7 +146,7 @@ def test_a_larger_threshold_keeps_fewer_beams() -> None:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 def test_one_beam_is_ordinary_speculative_sampling_with_the_same_random_numbers(seed: int) -> None:
     p, q = Table(5, seed), Table(5, seed + 1)
     draft = int(torch.multinomial(q(()), 1, generator=torch.Generator().manual_seed(seed)))

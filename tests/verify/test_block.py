@@ -98,7 +98,7 @@ def test_a_chain_may_end_where_its_own_tokens_say_so(seed: int, zeros: float) ->
     seed=st.integers(0, 10_000), vocab=st.integers(2, 4), length=st.integers(1, 3),
     zeros=st.sampled_from([0.0, 0.3, 0.6]),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples * 25 // 20, deadline=None)
 def test_mean_accepted_is_at_least_that_of_token_by_token(seed, vocab, length, zeros) -> None:
     p, q = Table(vocab, seed, zeros), Table(vocab, seed + 1, zeros)
     means = [
@@ -203,7 +203,7 @@ def test_with_a_draft_model_in_the_engine(params: dict[str, float]) -> None:
 
 
 @given(seed=st.integers(0, 10_000), length=st.integers(0, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings().max_examples * 30 // 20, deadline=None)
 def test_greedy_requests_are_the_greedy_verifier_s(seed: int, length: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(length + 1, 5, generator=generator)

@@ -29,7 +29,7 @@ def test_registry_lists_the_verifier_with_its_paper() -> None:
 
 
 @given(seed=st.integers(0, 10_000), nodes=st.integers(1, 24), kind=st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 def test_path_is_the_greedy_decode_as_far_as_the_tree_goes(table_model, seed, nodes, kind) -> None:
     model, rng = table_model(seed=seed % 7), random.Random(seed)
     prompt = [rng.randrange(6) for _ in range(3)]
@@ -49,7 +49,7 @@ def test_path_is_the_greedy_decode_as_far_as_the_tree_goes(table_model, seed, no
 
 
 @given(seed=st.integers(0, 10_000), kind=st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples * 25 // 20, deadline=None)
 def test_whole_generations_equal_plain_decoding(table_model, seed, kind) -> None:
     model, rng = table_model(seed=seed % 5), random.Random(seed)
     prompt = [rng.randrange(6) for _ in range(2)]

@@ -107,6 +107,7 @@ def p_value(model, params: SamplingParams, counts: Counter) -> float:
     return float(chisquare(seen.numpy(), expected.numpy()).pvalue)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize(
     ("warp", "width", "depth"),
     [
@@ -193,7 +194,7 @@ def test_the_statistics_catch_wrong_rules(table_model, monkeypatch, mistake) -> 
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     penalty=st.sampled_from([1.0, 1.5]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings().max_examples * 30 // 20, deadline=None)
 def test_equal_seeds_give_plain_decoding_token_for_token(
     table_model, seed, temperature, penalty
 ) -> None:
@@ -216,7 +217,7 @@ def test_equal_seeds_give_plain_decoding_token_for_token(
     order=st.permutations(range(6)),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=settings().max_examples * 10, deadline=None)
 def test_no_impossible_token_whatever_the_zeros(target, proposal, order, seed) -> None:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), (), 6)
     p, q = torch.tensor(target).float(), torch.tensor(proposal).float()

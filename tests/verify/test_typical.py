@@ -37,7 +37,7 @@ def test_threshold_is_epsilon_when_sure_and_falls_with_entropy() -> None:
 
 
 @given(seed=st.integers(0, 10_000), nodes=st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=settings().max_examples * 50 // 20, deadline=None)
 def test_path_is_the_deepest_plausible_one(table_model, seed, nodes) -> None:
     model, rng = table_model(seed=seed % 7), random.Random(seed)
     tree = model.random_tree(rng, nodes, 1)
@@ -111,7 +111,7 @@ def test_warping_decides_what_is_plausible() -> None:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings().max_examples * 30 // 20, deadline=None)
 def test_temperature_zero_is_the_greedy_rule(table_model, seed) -> None:
     model, rng = table_model(seed=seed % 7), random.Random(seed)
     tree = model.random_tree(rng, 15, 1)

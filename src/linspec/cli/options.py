@@ -272,7 +272,11 @@ class Training:
 
     def given(self) -> dict[str, Any]:
         """Those that the user gave."""
-        return given(asdict(self))
+        asked = asdict(self)
+        # what each kind of training takes by itself, and encoders have none
+        if self.precision == "auto":
+            del asked["precision"]
+        return given(asked)
 
 
 @dataclass(frozen=True, kw_only=True)
