@@ -26,6 +26,7 @@ from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.lserve import is_lserve, lserve_options
 from linspec.models.sparse import sparse_mixer
+from linspec.state.registry import kv_of
 
 Parts = list[tuple[int, MixerConfig]]
 # ways whose bytes hang on what is read are left out
@@ -92,7 +93,7 @@ def points(rows: dict[tuple[str, int, str], dict[str, Any]], length: int) -> lis
         way = WAYS[name]
         if at != length or kind != "quality" or name.startswith(_UNCOUNTED):
             continue
-        kv = "float32" if way.kv == "auto" else way.kv
+        kv = kv_of("float32" if way.kv == "auto" else way.kv)
         width = load_config(way.model).head_width
         held, read = (
             sum(count * each(mixer, kv, length, width) for count, mixer in parts_of(way)) / 1e6
