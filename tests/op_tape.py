@@ -50,9 +50,9 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.recorded = 0
 
-    def record(self, program: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def record(self, program: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any, Any]:
         program()
         with Tape() as tape:
             results = program()
         self.recorded += 1
-        return tape.replay, results
+        return tape.replay, results, pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,18 @@ def test_a_prefix_cache_has_a_size(settings: dict[str, object], error: str) -> N
 )
 def test_sizes_in_bytes(text: object, expected: int) -> None:
     assert bytes_of("size", text) == expected
+
+
+def test_two_models_of_one_decoder_in_two_threads_do_not_read_each_others_states() -> None:
+    one = LLM("embedded-softmax", max_batch=1)
+    other = LLM(one.model, tokenizer=one.tokenizer, max_batch=1)
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    prompts = [list(range(5, 5 + count)) for count in (2, 40, 90)]
+    expected = [each.token_ids for each in one.generate(prompts, params)]
+
+    def run(llm: LLM) -> list[list[list[int]]]:
+        return [[each.token_ids for each in llm.generate(prompts, params)] for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, (one, other)))
+    assert found == [[expected] * 3] * 2

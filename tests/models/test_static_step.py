@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from linspec.models.static_step import StaticStep, why_not_static
 from linspec.state.sequence_states import SequenceStates
 from tests.helpers import (
     CASES,
+    VOCAB,
     assert_close,
     assert_same_bytes,
     feed,
@@ -203,6 +206,50 @@ def test_a_branching_state_and_its_copy_do_not_share_programs() -> None:
     for state in states:
         state.commit(0, (0,))
     assert_same_bytes(states[0].snapshot(0), states[1].snapshot(0))
+
+
+@pytest.mark.parametrize("name", ["softmax", "window", "aug", "gla", "streaming", "by-head"])
+def test_what_a_rejected_node_left_behind_is_not_read(name: str) -> None:
+    """It may be NaN, which no weight of zero takes away."""
+    plain, static, _ = pair(name, 3)
+    models, states = (plain, static), [m.new_state(1) for m in (plain, static)]
+    for model, state in zip(models, states, strict=True):
+        feed(model, state, random_tokens(6))
+    with torch.inference_mode():
+        for part in states[1].parts:
+            held, history = part.held(0), part.spec.conv_history
+            part.keys[:, 0, :, held:] = torch.nan
+            part.values[:, 0, :, history + held :] = torch.nan
+    both(models, states, [StepInput.tree(0, random_tree(random.Random(0), 3))])
+
+
+def test_a_tree_behind_branches() -> None:
+    """The places of branches lie behind the slots of a state."""
+    plain, static, _ = pair("softmax")
+    models, states = (plain, static), [m.new_state(1) for m in (plain, static)]
+    for model, state in zip(models, states, strict=True):
+        feed(model, state, random_tokens(6))
+        over = [StepInput(0, [5, 6], overwrite=(3, 4), branch=branch) for branch in (0, 1)]
+        model.step(over, state)
+        state.keep_branch(0, 1)
+    both(models, states, [StepInput.tree(0, random_tree(random.Random(0), 3))])
+
+
+def test_threads_that_share_a_model_wait_for_each_other() -> None:
+    plain, static, _ = pair("aug", 3)
+    static.native = StaticStep(static, None)
+
+    def decode(model: Decoder, first: int) -> torch.Tensor:
+        state, found = model.new_state(1), []
+        for token in range(first, first + 25):
+            found.append(model.step([StepInput(0, [token % VOCAB])], state).logits)
+            state.commit(0, (0,))
+        return torch.cat(found)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(partial(decode, static), range(4)))
+    for first, logits in enumerate(found):
+        assert_close(logits, decode(plain, first))
 
 
 def test_results_outlive_the_next_step() -> None:

@@ -115,6 +115,12 @@ class StaticTreeMask(TreeMask):
         return inside, column.clamp(0, _STAGED - 1)
 
     @cached_property
+    def there(self) -> torch.Tensor:
+        """[R, C]: columns that a row lies in; what rejected nodes left in the others may be no number."""
+        staged = (self.tables.ancestors != 0).sum(1)
+        return torch.arange(self.width, device=self.device) < (self.held + staged)[:, None]
+
+    @cached_property
     def offsets(self) -> torch.Tensor:
         return self.held[:, None] + self.tables.depths.gather(1, self.tables.nodes)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,7 @@ class OneCall:
         if why_not_over_on_cpu(kernel.plan) is None:
             self._kinds.add(OVERWRITING)
         self._placed: tuple[Any, ...] = ()
+        self._one_at_a_time = Lock()
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether it computes inputs of their kind, which all of them have."""
@@ -93,6 +95,20 @@ class OneCall:
         Inputs are such as it `takes`. Keys and values are staged in `state`, which must have room;
         recording them is the caller's.
         """
+        # the kernel knows the buffers of one state at a time, and engines may share a model
+        with self._one_at_a_time:
+            return self._run(inputs, shapes, positions, outputs, state, places, layers)
+
+    def _run(
+        self,
+        inputs: Sequence[StepInput],
+        shapes: Sequence[Shape],
+        positions: Sequence[Sequence[int]],
+        outputs: Sequence[int],
+        state: SequenceStates,
+        places: Mapping[int, Sequence[int]],
+        layers: Sequence[int],
+    ) -> Stepped:
         nodes = [
             NewNodes(
                 each.slot,

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -107,6 +109,7 @@ class StaticStep:
         kernel: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self._model, self._recorder, self._kernel = model, recorder, kernel
+        self._one_at_a_time = Lock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
         self._recorded: WeakKeyDictionary[SequenceStates, tuple[Any, Recorded]] = (
@@ -128,6 +131,19 @@ class StaticStep:
         layers: Sequence[int] = (),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `OneCall.run`: hidden states, logits, and the states behind `layers`, of packed nodes."""
+        # tables and results are those of the model, whoever steps
+        with self._one_at_a_time, _on(self._model.device):
+            return self._run(inputs, shapes, positions, outputs, state, tuple(layers))
+
+    def _run(
+        self,
+        inputs: Sequence[StepInput],
+        shapes: Sequence[Shape],
+        positions: Sequence[Sequence[int]],
+        outputs: Sequence[int],
+        state: SequenceStates,
+        wanted: tuple[int, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         size = Size.of(inputs, state)
         tables = self._tables_of(size, len(state.parts))
         tables.fill(
@@ -136,7 +152,6 @@ class StaticStep:
                 for each, shape, at in zip(inputs, shapes, positions, strict=True)
             ]
         )
-        wanted = tuple(layers)
 
         def program() -> tuple[torch.Tensor, ...]:
             return self._program(tables, size, state, wanted)
@@ -180,6 +195,11 @@ class StaticStep:
         if known is None or known[0] != places:
             known = self._recorded[state] = places, Recorded(self._recorder)
         return known[1]
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Launches and graphs go to the device of the model, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _rows_of(state: SequenceStates, slot: int) -> tuple[list[int], list[int]]:

@@ -11,6 +11,7 @@ from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
+from linspec.kernels.gpu.triton.available import chosen
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
 from linspec.state.sequence_states import SequenceStates
@@ -43,10 +44,11 @@ class WholeStep(Protocol):
 def whole_step(model: Decoder) -> WholeStep | None:
     """How a model in its inference form computes a step as a whole; None where it goes layer by layer.
 
-    On a CPU one call of linspec's kernels, elsewhere a recorded step of static shape. Raises ConfigError as
-    `recorder_for` does.
+    On a CPU one call of linspec's kernels, elsewhere a recorded step of static shape. Raises ConfigError for
+    switches of the environment that cannot be followed here.
     """
     recorder = recorder_for(model.device)
+    chosen(model.device)
     if model.device.type == "cpu":
         return one_call(model)
     if why_not_static(model):

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
 from linspec.decoding.tree_paths import tree_paths
@@ -42,13 +43,18 @@ class StaticEntries:
             kept[layer].transpose(1, 2)[slots, at] = self.entries.encode(new).transpose(1, 2)
 
     def read(self, layer: int, slots: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All columns: keys [R, Hkv, C, K] and values [R, Hkv, conv_history + C, V]."""
+        """All columns: keys [R, Hkv, C, K] and values [R, Hkv, conv_history + C, V], 0 where no row lies."""
         spec, decode, dtype = self.spec, self.entries.decode, self.part.dtype
         keys, values = (
             self._of_slots(self.part.keys[layer]),
             self._of_slots(self.part.values[layer]),
         )
-        return decode(keys, spec.key_width, dtype), decode(values, spec.value_width, dtype)
+        nothing = ~self.mask.there[:, None, :, None]
+        behind = F.pad(nothing, (0, 0, spec.conv_history, 0))
+        return (
+            decode(keys, spec.key_width, dtype).masked_fill(nothing, 0),
+            decode(values, spec.value_width, dtype).masked_fill(behind, 0),
+        )
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
         """What closed groups became, [R, Hkv, S, Z]; None where nothing is summed."""
@@ -58,7 +64,10 @@ class StaticEntries:
         return part.sums_of(self._of_slots(part.sums[layer]))
 
     def _of_slots(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self._slots is None else rows.index_select(0, self._slots)
+        # behind the slots of the state there may be places of branches
+        if self._slots is None:
+            return rows[: len(self._at[0])]
+        return rows.index_select(0, self._slots)
 
 
 class StaticStates:

@@ -40,8 +40,9 @@ def device_linear(rows: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
 
     Rows keep their precision, where the CPU's kernels round them to 8 bits.
     """
-    if len(rows) > _MOST_ROWS or rows.dtype not in _DTYPES or not chosen(rows.device):
+    if rows.dtype not in _DTYPES or not chosen(rows.device):
         return packed_by_torch(rows, plan)
     from linspec.kernels.gpu.triton.linear import packed_linear
 
-    return packed_linear(rows, plan)
+    # in pieces, since another way to multiply would round in another way
+    return torch.cat([packed_linear(piece, plan) for piece in rows.split(_MOST_ROWS)])

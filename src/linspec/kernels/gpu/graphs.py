@@ -28,18 +28,18 @@ _WARM_UP = 2
 class Recorder(Protocol):
     """Makes a program something that is launched at once."""
 
-    def record(self, program: Program) -> tuple[Callable[[], None], Any]:
-        """How to run `program` again, and the results that this writes to; it may run several times here."""
+    def record(self, program: Program, pool: Any) -> tuple[Callable[[], None], Any, Any]:
+        """How to run `program` again, and the results that this writes to; it may run several times here.
+
+        pool: memory that recorded programs share, as the last one returned it; None for the first.
+        """
         ...
 
 
 class CudaGraphs:
-    """CUDA's own graphs, which share the memory between their operations."""
+    """CUDA's own graphs, on the current device."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def record(self, program: Program) -> tuple[Callable[[], None], Any]:
+    def record(self, program: Program, pool: Any) -> tuple[Callable[[], None], Any, Any]:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -47,10 +47,9 @@ class CudaGraphs:
                 program()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=pool):
             results = program()
-        self._pool = graph.pool()
-        return graph.replay, results
+        return graph.replay, results, graph.pool()
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
@@ -78,6 +77,8 @@ class Recorded:
     def __init__(self, recorder: Recorder | None, kept: int = KEPT) -> None:
         self.recorder, self.kept = recorder, kept
         self._made: OrderedDict[Hashable, tuple[Callable[[], None], Any]] = OrderedDict()
+        # it lives as long as one of the graphs here: a pool whose graphs are all gone takes no new one
+        self._pool: Any = None
 
     def run(self, key: Hashable, program: Program) -> Any:
         """The results of `program`, recorded at its first run under `key`; they hold until the next run."""
@@ -85,7 +86,8 @@ class Recorded:
             return program()
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self.recorder.record(program)
+            replay, results, self._pool = self.recorder.record(program, self._pool)
+            made = self._made[key] = replay, results
             if len(self._made) > self.kept:
                 self._made.popitem(last=False)
         self._made.move_to_end(key)

@@ -10,11 +10,11 @@ from linspec.utils.messages import did_you_mean, shown
 
 
 def switch(name: str, words: Sequence[str]) -> str:
-    """The word that the environment has for a switch, the first one if it has none.
+    """The word that the environment has for a switch, the first one if it has none, or an empty one.
 
     Raises ConfigError for any other word.
     """
-    chosen = os.environ.get(name, words[0])
+    chosen = os.environ.get(name) or words[0]
     if chosen not in words:
         raise ConfigError(
             f"{name} must be one of {', '.join(words)}, got {shown(repr(chosen))}"
