@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,7 @@ from linspec.models.fused_block import FusedBlock
 from linspec.models.step_plan import step_plan, untold
 from linspec.state.branches import carried
 from linspec.state.sequence_states import SequenceStates, places_of
+from linspec.utils.process_lock import ProcessLock
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
@@ -70,7 +70,7 @@ class OneCall:
         if why_not_over_on_cpu(kernel.plan) is None:
             self._kinds.add(OVERWRITING)
         self._placed: tuple[Any, ...] = ()
-        self._one_at_a_time = Lock()
+        self._one_at_a_time = ProcessLock()
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether it computes inputs of their kind, which all of them have."""

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +29,7 @@ from linspec.models.layer_path import LayerPath
 from linspec.models.skipped import whole
 from linspec.state.sequence_states import SequenceStates
 from linspec.state.static_entries import StaticEntries, StaticStates
+from linspec.utils.process_lock import ProcessLock
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
@@ -109,7 +109,7 @@ class StaticStep:
         kernel: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         self._model, self._recorder, self._kernel = model, recorder, kernel
-        self._one_at_a_time = Lock()
+        self._one_at_a_time = ProcessLock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
         self._recorded: WeakKeyDictionary[SequenceStates, tuple[Any, Recorded]] = (
