@@ -95,20 +95,6 @@ class OneCall:
         Inputs are such as it `takes`. Keys and values are staged in `state`, which must have room;
         recording them is the caller's.
         """
-        # the kernel knows the buffers of one state at a time, and engines may share a model
-        with self._one_at_a_time:
-            return self._run(inputs, shapes, positions, outputs, state, places, layers)
-
-    def _run(
-        self,
-        inputs: Sequence[StepInput],
-        shapes: Sequence[Shape],
-        positions: Sequence[Sequence[int]],
-        outputs: Sequence[int],
-        state: SequenceStates,
-        places: Mapping[int, Sequence[int]],
-        layers: Sequence[int],
-    ) -> Stepped:
         nodes = [
             NewNodes(
                 each.slot,
@@ -124,9 +110,16 @@ class OneCall:
         ]
         if places:
             _branch_off(nodes, inputs, places)
-        kind = inputs[0].kind
-        if kind == CHAIN:
-            return self._run_chains(nodes, outputs, state, layers)
+        # the kernel knows the buffers of one state at a time, and engines may share a model
+        with self._one_at_a_time:
+            if inputs[0].kind == CHAIN:
+                return self._run_chains(nodes, outputs, state, layers)
+            self._place_for(inputs, state)
+            over = inputs[0].kind == OVERWRITING
+            return (self.kernel.run_over if over else self.kernel.run)(nodes, outputs, layers)
+
+    def _place_for(self, inputs: Sequence[StepInput], state: SequenceStates) -> None:
+        """`place`, with all rows in the buffers where the kernel reads no pages."""
         self.place(state)
         if self.kernel.buffers_only:
             for each in inputs:
@@ -135,8 +128,6 @@ class OneCall:
                 if each.overwrite is None:
                     state.reserve(each.slot, len(each.tokens))
             self.place(state)
-        run = self.kernel.run_over if kind == OVERWRITING else self.kernel.run
-        return run(nodes, outputs, layers)
 
     def place(self, state: SequenceStates) -> None:
         """Tell the kernel where the buffers of a state are now."""

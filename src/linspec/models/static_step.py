@@ -133,39 +133,35 @@ class StaticStep:
         """As `OneCall.run`: hidden states, logits, and the states behind `layers`, of packed nodes."""
         # tables and results are those of the model, whoever steps
         with self._one_at_a_time, _on(self._model.device):
-            return self._run(inputs, shapes, positions, outputs, state, tuple(layers))
-
-    def _run(
-        self,
-        inputs: Sequence[StepInput],
-        shapes: Sequence[Shape],
-        positions: Sequence[Sequence[int]],
-        outputs: Sequence[int],
-        state: SequenceStates,
-        wanted: tuple[int, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        size = Size.of(inputs, state)
-        tables = self._tables_of(size, len(state.parts))
-        tables.fill(
-            [
+            size = Size.of(inputs, state)
+            slots = [
                 SlotNodes(each.slot, each.tokens, at, shape, *_rows_of(state, each.slot))
                 for each, shape, at in zip(inputs, shapes, positions, strict=True)
             ]
+            hidden, logits, *found = self._results(size, slots, state, tuple(layers))
+            nodes = [
+                slot * size.nodes + node
+                for slot, each in enumerate(inputs)
+                for node in range(len(each.tokens))
+            ]
+            rows = torch.tensor([nodes[at] for at in outputs], device=hidden.device)
+            every = torch.tensor(nodes, device=hidden.device)
+            inner = torch.stack([each[every] for each in found]) if found else hidden.new_empty(0)
+            return hidden[rows], logits[rows], inner
+
+    def _results(
+        self,
+        size: Size,
+        slots: Sequence[SlotNodes],
+        state: SequenceStates,
+        layers: tuple[int, ...],
+    ) -> Sequence[torch.Tensor]:
+        """What the program of this size gives for these nodes; it holds until the next step."""
+        tables = self._tables_of(size, len(state.parts))
+        tables.fill(slots)
+        return self._recorded_of(state).run(
+            (size, layers), lambda: self._program(tables, size, state, layers)
         )
-
-        def program() -> tuple[torch.Tensor, ...]:
-            return self._program(tables, size, state, wanted)
-
-        hidden, logits, *found = self._recorded_of(state).run((size, wanted), program)
-        nodes = [
-            slot * size.nodes + node
-            for slot, each in enumerate(inputs)
-            for node in range(len(each.tokens))
-        ]
-        rows = torch.tensor([nodes[at] for at in outputs], device=hidden.device)
-        every = torch.tensor(nodes, device=hidden.device)
-        inner = torch.stack([each[every] for each in found]) if found else hidden.new_empty(0)
-        return hidden[rows], logits[rows], inner
 
     def _program(
         self, tables: StepTables, size: Size, state: SequenceStates, layers: tuple[int, ...]

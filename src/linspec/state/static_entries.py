@@ -7,7 +7,7 @@ own; what is committed, staged and seen stands in the tables of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -49,12 +49,17 @@ class StaticEntries:
             self._of_slots(self.part.keys[layer]),
             self._of_slots(self.part.values[layer]),
         )
-        nothing = ~self.mask.there[:, None, :, None]
-        behind = F.pad(nothing, (0, 0, spec.conv_history, 0))
+        no_key, no_value = self._nothing
         return (
-            decode(keys, spec.key_width, dtype).masked_fill(nothing, 0),
-            decode(values, spec.value_width, dtype).masked_fill(behind, 0),
+            decode(keys, spec.key_width, dtype).masked_fill(no_key, 0),
+            decode(values, spec.value_width, dtype).masked_fill(no_value, 0),
         )
+
+    @cached_property
+    def _nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where no row of keys and of values lies; the same in every layer."""
+        nothing = ~self.mask.there[:, None, :, None]
+        return nothing, F.pad(nothing, (0, 0, self.spec.conv_history, 0))
 
     def read_sums(self, layer: int, slots: slice) -> torch.Tensor | None:
         """What closed groups became, [R, Hkv, S, Z]; None where nothing is summed."""

@@ -27,11 +27,6 @@ def chosen(device: torch.device) -> bool:
     return True
 
 
-def available(device: torch.device | str) -> bool:
-    """Whether the kernels run on tensors of this device."""
-    return why_not(device) is None
-
-
 def why_not(device: torch.device | str) -> str | None:
     """What keeps Triton's kernels from this device, with the way out; None if they run there."""
     place = torch.device(device)
