@@ -31,6 +31,13 @@ SECONDS = 0.4
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    with running({"talker": LLM(talker())}, Settings.read(None)) as started:
+        yield started[0]
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[str]:
+    """A server that waits a moment for a request: for tests of that limit alone."""
     with running({"talker": LLM(talker())}, Settings.read(None, body_seconds=SECONDS)) as started:
         yield started[0]
 
@@ -38,6 +45,12 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def link(address: str) -> Iterator[socket.socket]:
     with connected(address) as made:
+        yield made
+
+
+@pytest.fixture
+def hasty_link(hasty: str) -> Iterator[socket.socket]:
+    with connected(hasty) as made:
         yield made
 
 
@@ -75,9 +88,11 @@ def error_of(answer: bytes, status: int) -> dict[str, Any]:
         b"POST /v1/comp",
     ],
 )
-def test_half_a_request_is_a_408_and_the_connection_ends(link: socket.socket, sent: bytes) -> None:
-    link.sendall(sent)
-    error = error_of(all_of(link), 408)
+def test_half_a_request_is_a_408_and_the_connection_ends(
+    hasty_link: socket.socket, sent: bytes
+) -> None:
+    hasty_link.sendall(sent)
+    error = error_of(all_of(hasty_link), 408)
     assert error["code"] == "body_timeout" and "--body-seconds" in error["message"]
 
 
@@ -91,14 +106,14 @@ def test_no_second_request_hides_behind_two_lengths(link: socket.socket, hidden:
     assert error_of(answer, 400)["code"] == "invalid_http"
 
 
-def test_a_body_that_drips_is_a_408(link: socket.socket) -> None:
-    link.sendall(HEAD + b"content-length: 1000\r\n\r\n")
+def test_a_body_that_drips_is_a_408(hasty_link: socket.socket) -> None:
+    hasty_link.sendall(HEAD + b"content-length: 1000\r\n\r\n")
     begun = time.monotonic()
 
     def drip() -> None:
         while time.monotonic() < begun + 5 * SECONDS:
             try:
-                link.sendall(b" ")
+                hasty_link.sendall(b" ")
             except OSError:
                 return
             time.sleep(SECONDS / 10)
@@ -106,17 +121,17 @@ def test_a_body_that_drips_is_a_408(link: socket.socket) -> None:
     dripping = threading.Thread(target=drip)
     dripping.start()
     # its end may be torn off by what is still sent
-    assert link.recv(2**16).startswith(b"HTTP/1.1 408 ")
+    assert hasty_link.recv(2**16).startswith(b"HTTP/1.1 408 ")
     dripping.join()
     assert time.monotonic() - begun < 10
 
 
-def test_a_connection_that_asks_for_nothing_ends(link: socket.socket) -> None:
-    assert all_of(link) == b""
+def test_a_connection_that_asks_for_nothing_ends(hasty_link: socket.socket) -> None:
+    assert all_of(hasty_link) == b""
 
 
-def test_a_connection_that_sends_on_behind_a_refusal_ends(address: str) -> None:
-    with connected(address) as link:
+def test_a_connection_that_sends_on_behind_a_refusal_ends(hasty: str) -> None:
+    with connected(hasty) as link:
         link.sendall(HEAD + b"content-length: 999999999\r\n\r\n")
         assert link.recv(2**16).startswith(b"HTTP/1.1 413 ")
         begun = time.monotonic()
@@ -126,9 +141,9 @@ def test_a_connection_that_sends_on_behind_a_refusal_ends(address: str) -> None:
                 time.sleep(SECONDS / 10)
 
 
-def test_a_slow_answer_is_not_cut_by_the_limit_of_its_body(address: str) -> None:
+def test_a_slow_answer_is_not_cut_by_the_limit_of_its_body(hasty: str) -> None:
     body = {"prompt": "ab", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{address}/v1/completions", json=body) as got:
+    with httpx.stream("POST", f"{hasty}/v1/completions", json=body) as got:
         begun, lines = time.monotonic(), got.iter_lines()
         while time.monotonic() < begun + 2 * SECONDS:
             assert "error" not in next(lines)
