@@ -303,6 +303,7 @@ def test_slots_may_come_in_any_order() -> None:
             ConfigError,
             r"slots \[1, 0, 0\] are not different",
         ),
+        ([], ConfigError, "one input or more, got none"),
         ([StepInput(2, [1])], ConfigError, r"slots \[2\] are not different slots of a state of 2"),
         ([StepInput(-1, [1])], ConfigError, r"slots \[-1\] are not"),
     ],
@@ -314,7 +315,9 @@ def test_malformed_feeds_are_refused_before_any_change(
     state = prefilled(model, [1, 2, 3], [4])
     before = state.snapshot(0)
     with pytest.raises(error, match=message):
-        model.step([StepInput(1, [9]), *inputs] if inputs[0].slot == 0 else inputs, state)
+        model.step(
+            [StepInput(1, [9]), *inputs] if inputs and inputs[0].slot == 0 else inputs, state
+        )
     assert_same_bytes(state.snapshot(0), before)
     assert not state.staged(0) and not state.staged(1)
 
