@@ -22,7 +22,7 @@ def check_precision(precision: object) -> None:
         )
     if precision not in PRECISIONS:
         raise ConfigError(
-            f"precision must be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, got {shown(repr(precision))}"
+            f"precision must be auto, bf16 or float32, got {shown(repr(precision))}"
             f"{did_you_mean(precision, PRECISIONS)}"
         )
 
