@@ -7,6 +7,7 @@ fewer slots its last slot: what is computed twice is written twice to the same p
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from linspec.decoding.judged import BY_ARGMAX, JudgeBy
 from linspec.decoding.tree import Shape
 from linspec.decoding.tree_mask import TreeMask
 
@@ -25,7 +27,8 @@ _STAGED = 64
 @dataclass(frozen=True, slots=True)
 class SlotNodes:
     """The new nodes of one slot. shape: of all that it has staged then, the new nodes last. held: committed
-    rows in each kind of state, and bases: the position of the first of them."""
+    rows in each kind of state, and bases: the position of the first of them. judge: how they are judged, None
+    where they are not."""
 
     slot: int
     tokens: Sequence[int]
@@ -33,12 +36,14 @@ class SlotNodes:
     shape: Shape
     held: Sequence[int]
     bases: Sequence[int]
+    judge: JudgeBy | None = None
 
 
 class StepTables:
     """tokens, positions, nodes [R, N]: nodes are numbered among the staged ones of their slot. slots [R].
     held, bases [P, R] of P kinds of state. depths, ancestors [R, 64] of all staged nodes: bit i says that
-    node i is the node itself or lies before it on its path."""
+    node i is the node itself or lies before it on its path. judged [R]: whether the step judges the tree of
+    the slot; then temperatures [R] and numbers [R, N], float64: see `JudgeBy`."""
 
     def __init__(self, slots: int, nodes: int, kinds: int, device: torch.device) -> None:
         self.rows, self.columns = slots, nodes
@@ -51,6 +56,9 @@ class StepTables:
             "bases": (kinds, slots),
             "depths": (slots, _STAGED),
             "ancestors": (slots, _STAGED),
+            "judged": (slots,),
+            "temperatures": (slots,),
+            "numbers": (slots, nodes),
         }
         counts = [torch.Size(size).numel() for size in sizes.values()]
         # one buffer, because every copy to a device costs the same however small it is
@@ -62,6 +70,10 @@ class StepTables:
         )
         self.slots, self.held, self.bases = (found[name] for name in ("slots", "held", "bases"))
         self.depths, self.ancestors = found["depths"], found["ancestors"]
+        self.judged = found["judged"]
+        # the bits of float64 lie where whole numbers do
+        self.temperatures = found["temperatures"].view(torch.float64)
+        self.numbers = found["numbers"].view(torch.float64)
 
     def fill(self, slots: Sequence[SlotNodes]) -> None:
         """Write the nodes of a step, of as many slots and nodes as there is room for, or fewer."""
@@ -75,12 +87,20 @@ class StepTables:
             zip(*(each.bases for each in wide), strict=True),
             [_to_staged(each.shape.depths) for each in wide],
             [_to_staged(map(_signed, each.shape.ancestor_bits)) for each in wide],
+            [[int(each.judge is not None)] for each in wide],
+            [_bits([_judge_of(each).temperature]) for each in wide],
+            [self._numbers(each) for each in wide],
         )
         numbers = list(chain.from_iterable(chain.from_iterable(by_slot)))
         self._all.copy_(torch.tensor(numbers))
 
     def _padded(self, numbers: Sequence[int]) -> list[int]:
         return [*numbers, *repeat(numbers[-1], self.columns - len(numbers))]
+
+    def _numbers(self, each: SlotNodes) -> list[int]:
+        """One for each column, of which a tree has at least as many as depths."""
+        found = _bits(_judge_of(each).numbers(each.shape))
+        return [*found, *repeat(0, self.columns - len(found))]
 
 
 def _new_nodes(each: SlotNodes) -> range:
@@ -90,6 +110,16 @@ def _new_nodes(each: SlotNodes) -> range:
 def _to_staged(numbers: Iterable[int]) -> list[int]:
     found = list(numbers)
     return [*found, *repeat(0, _STAGED - len(found))]
+
+
+def _judge_of(each: SlotNodes) -> JudgeBy:
+    return each.judge or BY_ARGMAX
+
+
+def _bits(numbers: Sequence[float]) -> list[int]:
+    """The whole numbers of the same bits as these of float64."""
+    count = len(numbers)
+    return list(struct.unpack(f"{count}q", struct.pack(f"{count}d", *numbers)))
 
 
 def _signed(bits: int) -> int:

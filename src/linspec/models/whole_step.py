@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from linspec.decoding.step import StepInput
+from linspec.decoding.step import Follow, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
 from linspec.kernels.gpu.triton.available import chosen
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
+from linspec.models.step_outputs import WholeOutput
 from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
@@ -27,6 +26,13 @@ class WholeStep(Protocol):
         """Whether it computes inputs such as these; the others go layer by layer."""
         ...
 
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """The numbers of the inputs that it judges itself, of those that let it: see `StepInput.judge`.
+
+        shapes: of all that each slot has staged then.
+        """
+        ...
+
     def run(
         self,
         inputs: Sequence[StepInput],
@@ -36,8 +42,9 @@ class WholeStep(Protocol):
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [P, D], logits [P, vocab], and the states behind `layers`; see `OneCall.run`."""
+        follow: Follow | None = None,
+    ) -> WholeOutput:
+        """Hidden states and logits of `outputs`, and the states behind `layers`; see `OneCall.run`."""
         ...
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,7 @@ from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
 from linspec.policies.base import RoundTimes
 from linspec.utils.isolation import isolated
+from linspec.verifiers.base import judge_by
 
 _log = logging.getLogger("linspec")
 
@@ -57,6 +58,8 @@ class Autoregressive(GenerationLoop):
 
     preempts = True
     reads_in_order = True
+    # whether a step may judge trees in the place of the verifier, where nothing else needs their scores
+    judged_in_step: ClassVar[bool] = True
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         super().__init__(context, options)
@@ -65,6 +68,8 @@ class Autoregressive(GenerationLoop):
         self.want = LOGITS if self.drafter is None else self.drafter.needs
         self.limit = self.target.model.config.position_limit
         self.kept = (FINAL, *self.want.inner)
+        follow = None if self.drafter is None else self.drafter.follow
+        self.want_follow = self.want if follow is None else replace(self.want, follow=follow)
 
     def started(self, sequence: RunningSequence) -> None:
         open_prompt(self.target, sequence)
@@ -119,10 +124,14 @@ class Autoregressive(GenerationLoop):
                     return Part(sequence, given, tree, probes)
             except Exception as error:
                 return error
-        return Part(sequence, StepInput.tree(sequence.slot, tree), tree)
+        judge = judge_by(self.verifier, tree, sequence.sampler) if self.judged_in_step else None
+        return Part(sequence, StepInput.tree(sequence.slot, tree, judge), tree)
 
     def _step(self, parts: Sequence[Part]) -> list[NodeOutput]:
-        return self.target.step([part.given for part in parts], want=self.want)
+        # who has drafts now will likely have some next
+        drafting = any(part.tree is not None and len(part.tree) > 1 for part in parts)
+        want = self.want_follow if drafting else self.want
+        return self.target.step([part.given for part in parts], want=want)
 
     def _judged(self, part: Part, output: NodeOutput | Exception) -> list[Outcome]:
         """What a part of a step has brought its sequence: tokens, nothing yet, or an error."""
@@ -140,15 +149,15 @@ class Autoregressive(GenerationLoop):
             return [Outcome.failure(sequence, error)]
 
     def _verified(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Outcome:
-        accepted = self.verifier.accept(tree, output.logits[: len(tree)], sequence.sampler)
+        accepted, staged = self._accepted(sequence, tree, output)
         path, (tokens, finished) = accepted.path, self._ending(sequence, tree, accepted)
         # the state ends where the output does, as it would without drafts
-        self.target.state.commit(sequence.slot, path[: len(tokens)])
+        self.target.state.commit(sequence.slot, staged[: len(tokens)])
         sequence.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
             expected = self.drafter.score(sequence, tree)
             # what was paid for: probes too
-            drafted = len(output.logits) - 1
+            drafted = max(len(output.logits), len(tree)) - 1
             self.policy.observe(sequence, drafted, len(path) - 1, expected)
             end = tokens_end(sequence)
             # a drafter learns from the tree that it knows: what was cut from it is rejected
@@ -157,10 +166,28 @@ class Autoregressive(GenerationLoop):
         elif self.drafter is not None:
             self.drafter.passed(sequence)
         sequence.hidden = self._kept_of(output, path)
+        sequence.follow = () if output.judged is None else output.judged.follow
         return self._extended(sequence, tree, accepted, tokens, finished)
+
+    def _accepted(
+        self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput
+    ) -> tuple[Accepted, Sequence[int]]:
+        """What is accepted, by the step itself or by the verifier, and these nodes among the staged ones."""
+        judged = output.judged
+        if judged is None:
+            logits = output.logits[: len(tree)]
+            accepted = self.verifier.accept(tree, logits, sequence.sampler)
+            return accepted, accepted.path
+        accepted = judged.accepted()
+        if not sequence.sampler.greedy:
+            # one number for each token, as the verifier spends them
+            sequence.sampler.spend(len(accepted.path))
+        return accepted, range(len(accepted.path))
 
     def _kept_of(self, output: NodeOutput, path: Sequence[int]) -> dict[int, torch.Tensor]:
         """The hidden states of the accepted nodes, by layer."""
+        if output.judged is not None:
+            return {n: output.judged.hidden[n] for n in self.kept}
         if len(path) == len(output.logits):
             return {n: output.hidden[n] for n in self.kept}
         # nearly always the first nodes, of which a view is enough
