@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from linspec.decoding.accepted import Accepted
 from linspec.decoding.device_acceptance import accept, chosen_tokens
-from linspec.decoding.judged import BY_ARGMAX, Judged, JudgeBy
+from linspec.decoding.judged import BY_ARGMAX, JudgeBy, Judged
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.static_mask import SlotNodes, StepTables
 from linspec.decoding.tree import TokenTree, chain, root_only
@@ -37,7 +37,7 @@ class Case:
 
 
 def case(rng: random.Random, nodes: int, *, ties: bool = True) -> Case:
-    """Any topology, siblings that are equal, scores that are; half of the drafts are what the target takes."""
+    """Any topology, siblings that are equal, scores that are; half of the drafts are right."""
     generator = torch.Generator().manual_seed(rng.randrange(2**20))
     logits = torch.randn(nodes, VOCAB, generator=generator)
     logits = (2 * logits).round() if ties else logits
@@ -115,7 +115,7 @@ def test_it_is_the_greedy_walk(seed: int, slots: int) -> None:
 @given(seed=st.integers(0, 2**20), temperature=st.sampled_from((0.3, 1.0, 1.7)))
 @settings(max_examples=settings().max_examples * 2)
 def test_it_draws_what_the_verifier_draws(seed: int, temperature: float) -> None:
-    """By the same numbers of the request, and as many of them; greedy requests in the same batch stay greedy."""
+    """By the same numbers of the request, and as many of them; a greedy request in the same batch stays greedy."""
     rng, program = random.Random(seed), Program(3, 8, drawn=True)
     params = [
         SamplingParams(temperature=temperature, seed=seed),

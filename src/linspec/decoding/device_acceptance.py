@@ -1,8 +1,8 @@
 """Which nodes of trees are accepted, for all slots of a step at once, by operations on tensors alone.
 
-The rule is the walk of `verifiers.base`: go down from the root while a child carries the token that the target
-has for its parent, the first of several such children. Here every node says whether it is that child, and is
-accepted if all nodes on its path are. Nothing waits for the device, so a CUDA graph can hold all of it.
+The rule is the walk of `verifiers.base`: go down from the root while a child carries the token that the
+target has for its parent, the first of several such children. Here every node says whether it is that child,
+and is accepted if all nodes on its path are. Nothing waits for the device, so a CUDA graph can hold it.
 
     chosen, finite = chosen_tokens(logits, tables, drawn=False)     # [R, N], [R]
     found = accept(tables, chosen)
@@ -20,8 +20,9 @@ from linspec.decoding.static_mask import StepTables
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AcceptedPaths:
-    """deepest [R]: the last accepted node. tokens [R]: the target's token behind it. rows [R, N]: the accepted
-    nodes from the root down, behind them every node's own number; that alone for a slot that is not judged."""
+    """deepest [R]: the last accepted node. tokens [R]: the target's token behind it. rows [R, N]: the
+    accepted nodes from the root down, behind them every node's own number; that alone for a slot that is not
+    judged."""
 
     deepest: torch.Tensor
     tokens: torch.Tensor
@@ -39,7 +40,7 @@ class AcceptedPaths:
 def chosen_tokens(
     logits: torch.Tensor, tables: StepTables, *, drawn: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's token behind each node [R, N] of its scores [R, N, V], and whether those of a slot are sound.
+    """The target's token behind each node [R, N], by scores [R, N, V]; whether those of a slot are sound [R].
 
     The likeliest, as `likeliest` has it; drawn: where the temperature of a slot is above 0, the one that its
     number of that depth draws, as `Sampler.probabilities` and `Sampler.draw` do.

@@ -1,4 +1,4 @@
-"""A tree that the step judges itself, on the device that computed its scores: what is asked for, what came of it.
+"""A tree that the step judges itself, on the device that computed its scores: what is asked, what comes of it.
 
 Verifiers judge on the host and read the scores of one sequence after the other, each time waiting for the
 device. Most requests need less: at each node one token of the target, its likeliest or one drawn, and the

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from linspec.decoding.judged import Judged, JudgeBy
+from linspec.decoding.judged import JudgeBy, Judged
 from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer

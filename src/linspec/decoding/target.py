@@ -18,8 +18,8 @@ from linspec.decoding.step import FINAL, LOGITS, StepInput, Want
 class NodeOutput:
     """What a step computed for one input: logits [P, vocab], and hidden states by layer.
 
-    hidden[FINAL] [P, D] belongs to the nodes that have logits, `hidden[layer]` [N, D] to all new nodes. judged:
-    what the step made of a tree that it judged, which has no logits.
+    hidden[FINAL] [P, D] belongs to the nodes that have logits, `hidden[layer]` [N, D] to all new nodes.
+    judged: what the step made of a tree that it judged, which has no logits.
     """
 
     logits: torch.Tensor

@@ -89,8 +89,8 @@ class Drafter(ABC):
     max_nodes: int = MAX_NODES
     # the target's hidden states that it reads in `sequence.hidden`
     needs: Want = LOGITS
-    # what a step that judges trees computes for it behind each path, see `Want.follow`; the next `propose` has
-    # the numbers in `sequence.follow`, and () after a step that did not judge
+    # what a step that judges trees computes for it behind each path, see `Want.follow`; the next `propose`
+    # has the numbers in `sequence.follow`, and () after a step that did not judge
     follow: Follow | None = None
     # whether it drafts from what its probes found in the step before: a first round has no drafts then
     probing: bool = False

@@ -293,9 +293,7 @@ class Decoder(nn.Module):
         judged: Mapping[int, Judged] = {}
         if native is not None:
             inner = sorted(path.wanted)
-            output = native.run(
-                inputs, shapes, positions, wanted, state, places, inner, follow
-            )
+            output = native.run(inputs, shapes, positions, wanted, state, places, inner, follow)
             hidden, logits, judged = output.hidden, output.logits, output.judged
             if inner:
                 path.found.update(zip(inner, output.inner.unbind(), strict=True))

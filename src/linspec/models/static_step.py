@@ -104,8 +104,8 @@ class StaticGroup:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a program of a size computes beside the step: states behind `layers`; whether trees are judged, and
-    by tokens that are drawn; what follows the paths."""
+    """What a program of a size computes beside the step: states behind `layers`; whether trees are judged,
+    and by tokens that are drawn; what follows the paths."""
 
     layers: tuple[int, ...]
     judging: bool
@@ -115,11 +115,11 @@ class _Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Results:
-    """What a program gives: hidden states [R · N, D], logits [R · N, vocabulary], and the states behind layers.
+    """What a program gives: hidden states [R · N, D], logits [R · N, vocabulary], the states behind layers.
 
     decided [R, 3 + G]: where trees are judged, of each slot its last accepted node, the token behind that,
-    whether its scores are finite, and what follows. on_path: of the hidden states and those behind each layer,
-    what the nodes of the path have, [R, N, D].
+    whether its scores are finite, and what follows. on_path: of the hidden states and those behind each
+    layer, what the nodes of the path have, [R, N, D].
     """
 
     hidden: torch.Tensor
@@ -246,7 +246,7 @@ class StaticStep:
 def _with_verdict(
     step: _Results, tables: StepTables, states: StaticStates, asked: _Asked
 ) -> _Results:
-    """The second half of a round: trees are judged, what is accepted moves up, and what follows is computed."""
+    """The second half of a round: trees are judged, accepted nodes move up, what follows is computed."""
     nodes = tables.tokens.shape
     chosen, finite = chosen_tokens(step.logits.unflatten(0, nodes), tables, drawn=asked.drawn)
     accepted = accept(tables, chosen)

@@ -16,8 +16,9 @@ from linspec.utils.messages import shown
 
 @dataclass(frozen=True, slots=True)
 class WholeOutput:
-    """What a whole step computed: of its P wanted nodes hidden states [P, D] and logits [P, vocab], of all M new
-    nodes the states behind L layers [L, M, D], and what became of the inputs, by number, that it judged."""
+    """What a whole step computed: of its P wanted nodes hidden states [P, D] and logits [P, vocab], of all M
+    new nodes the states behind L layers [L, M, D], and what became of the inputs, by number, that it judged.
+    """
 
     hidden: torch.Tensor
     logits: torch.Tensor
@@ -28,7 +29,7 @@ class WholeOutput:
 def wanted_nodes(
     inputs: Sequence[StepInput], judged: Collection[int] = ()
 ) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each input; none of those judged."""
+    """Which of the packed nodes have logits, and which of those belong to each input; none where judged."""
     slices: list[slice] = []
     wanted: list[int] = []
     first = 0
