@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linspec.decoding.accepted import Accepted
-from linspec.decoding.device_acceptance import accept, chosen_tokens
+from linspec.decoding.device_acceptance import accept, chosen_tokens, next_round
 from linspec.decoding.judged import BY_ARGMAX, JudgeBy, Judged
 from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.static_mask import SlotNodes, StepTables
-from linspec.decoding.tree import TokenTree, chain, root_only
+from linspec.decoding.tree import TokenTree, chain, root_only, shape_of
 from linspec.errors import NotFinite
 from linspec.kernels.gpu.graphs import Recorded
 from linspec.verifiers import GreedyVerifier, LosslessVerifier, TypicalVerifier
@@ -115,7 +115,7 @@ def test_it_is_the_greedy_walk(seed: int, slots: int) -> None:
 @given(seed=st.integers(0, 2**20), temperature=st.sampled_from((0.3, 1.0, 1.7)))
 @settings(max_examples=settings().max_examples * 2)
 def test_it_draws_what_the_verifier_draws(seed: int, temperature: float) -> None:
-    """By the same numbers of the request, and as many of them; a greedy request in the same batch stays greedy."""
+    """By the same numbers of the request, and as many; a greedy request beside them stays greedy."""
     rng, program = random.Random(seed), Program(3, 8, drawn=True)
     params = [
         SamplingParams(temperature=temperature, seed=seed),
@@ -133,6 +133,58 @@ def test_it_draws_what_the_verifier_draws(seed: int, temperature: float) -> None
             if not mine[i].greedy:
                 mine[i].spend(len(judged.path))
                 assert mine[i].coming(1) == theirs[i].coming(1)
+
+
+def host_tables(
+    trees: Sequence[TokenTree], behind: Sequence[int], slots: int, nodes: int
+) -> StepTables:
+    """What the host writes for trees behind chains of so many staged nodes; slot n begins at position n."""
+    tables, filled = StepTables(slots, nodes, 0, torch.device("cpu")), []
+    for slot, (tree, before) in enumerate(zip(trees, behind, strict=True)):
+        above = (before - 1, *(before + parent for parent in tree.parents[1:]))
+        shape = shape_of((*range(-1, before - 1), *above))
+        positions = [slot + before + depth for depth in tree.depths]
+        filled.append(SlotNodes(slot, tree.tokens, positions, shape, (), (), None))
+    tables.fill(filled)
+    return tables
+
+
+@given(seed=st.integers(0, 2**20), slots=st.integers(1, 3))
+@settings(max_examples=settings().max_examples * 3)
+def test_the_next_round_has_the_tables_that_the_host_would_write(seed: int, slots: int) -> None:
+    rng = random.Random(seed)
+    cases = [case(rng, rng.choice((1, 2, 5, 8))) for _ in range(rng.randint(1, slots))]
+    trees = [
+        replace(each.tree, regrow=(0, *(rng.randrange(4) for _ in each.tree.tokens[1:])))
+        for each in cases
+    ]
+    tables = StepTables(slots, 8, 0, torch.device("cpu"))
+    by = [JudgeBy(regrow=tree.regrow) for tree in trees]
+    tables.fill(
+        [
+            SlotNodes(n, tree.tokens, [n + d for d in tree.depths], tree.shape, (), (), by[n])
+            for n, tree in enumerate(trees)
+        ]
+    )
+    behind = [0] * len(cases)
+    for _ in range(4):
+        # whatever the target says
+        best = torch.randint(VOCAB, (len(cases), 8))
+        follow = torch.randint(VOCAB, (len(cases), 3))
+        wide = [min(row, len(cases) - 1) for row in range(slots)]
+        found = accept(tables, best[wide])
+        for slot, tree in enumerate(trees):
+            behind[slot] += int(found.lengths[slot])
+            tokens = tree.regrown(int(found.tokens[slot]), follow[slot].tolist())
+            trees[slot] = replace(tree, tokens=tokens)
+        tables.put(next_round(tables, found, follow[wide]))
+        wanted = host_tables(trees, behind, slots, 8)
+        for name in ("tokens", "positions", "nodes", "slots", "depths", "ancestors"):
+            mine, theirs = getattr(tables, name), getattr(wanted, name)
+            if name == "depths":
+                # of nodes that are not there nobody asks
+                mine, theirs = mine * (wanted.ancestors != 0), theirs * (wanted.ancestors != 0)
+            assert torch.equal(mine, theirs), name
 
 
 def test_all_of_sixty_four_nodes() -> None:
@@ -184,10 +236,10 @@ def test_which_rules_a_step_may_stand_for() -> None:
     greedy = Sampler(SamplingParams(top_p=0.5), [0], VOCAB)
     drawn = chain([0, 1], {0: torch.full((VOCAB,), 1 / VOCAB)})
     # the likeliest token is the same whatever top-p leaves, and whatever drafts were drawn from
-    assert judge_by(LosslessVerifier(), drawn, greedy) is BY_ARGMAX
+    assert judge_by(LosslessVerifier(), drawn, greedy) == BY_ARGMAX
     assert judge_by(LosslessVerifier(), chain([0, 1]), sampled) is not None
     assert judge_by(LosslessVerifier(), drawn, sampled) is None
     # the greedy verifier refuses to sample, and the typical one has a rule of its own
     assert judge_by(GreedyVerifier(), chain([0, 1]), sampled) is None
     assert judge_by(TypicalVerifier(), chain([0, 1]), sampled) is None
-    assert judge_by(TypicalVerifier(), chain([0, 1]), greedy) is BY_ARGMAX
+    assert judge_by(TypicalVerifier(), chain([0, 1]), greedy) == BY_ARGMAX

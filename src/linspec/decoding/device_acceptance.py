@@ -20,11 +20,12 @@ from linspec.decoding.static_mask import StepTables
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AcceptedPaths:
-    """deepest [R]: the last accepted node. tokens [R]: the target's token behind it. rows [R, N]: the
-    accepted nodes from the root down, behind them every node's own number; that alone for a slot that is not
-    judged."""
+    """deepest [R]: the last accepted node. lengths [R]: how many are accepted, the root included. tokens [R]:
+    the target's token behind them. rows [R, N]: the accepted nodes from the root down, behind them every
+    node's own number; that alone for a slot that is not judged."""
 
     deepest: torch.Tensor
+    lengths: torch.Tensor
     tokens: torch.Tensor
     rows: torch.Tensor
 
@@ -60,17 +61,17 @@ def _drawn(
     # the likeliest score becomes 0, so that no temperature overflows it
     scores = (logits.float() - greatest.float()[:, :, None]) / temperatures
     cumulative = scores.softmax(-1).double().cumsum(-1)
-    points = tables.numbers.gather(1, tables.depths[:, : tables.columns]) * cumulative[:, :, -1]
+    depths = tables.depths.gather(1, tables.nodes)
+    points = tables.numbers.gather(1, depths) * cumulative[:, :, -1]
     found = torch.searchsorted(cumulative, points[:, :, None], right=True)[:, :, 0]
     # what NaN makes of it is never used, but has to be a token
     return found.clamp(max=logits.shape[-1] - 1)
 
 
 def accept(tables: StepTables, chosen: torch.Tensor) -> AcceptedPaths:
-    """The accepted paths of trees of which nothing was staged before, by the target's tokens [R, N]."""
-    tokens, columns = tables.tokens, tables.columns
-    bits, depths = tables.ancestors[:, :columns], tables.depths[:, :columns]
-    own = torch.arange(columns, device=bits.device)
+    """The accepted paths of the trees of a step, by the target's tokens [R, N]."""
+    tokens, bits, depths = tables.tokens, tables.tree_ancestors, tables.tree_depths
+    own = torch.arange(tables.columns, device=bits.device)
     on_path = (bits[:, :, None] >> own) & 1 == 1  # [R, N, N]: the second is the first or before it
     # the last node before a node is its parent; none stands before the root
     parents = torch.where(on_path & (own != own[:, None]), own, -1).amax(2)
@@ -78,13 +79,11 @@ def accept(tables: StepTables, chosen: torch.Tensor) -> AcceptedPaths:
     later = (twin & (own < own[:, None])).any(2)
     follows = tokens == chosen.gather(1, parents.clamp(min=0))
     right = (own == 0) | (follows & ~later)
-    # a slot with fewer nodes has no bits for the others, and one that is not judged keeps its root alone
+    # a node that a slot has not has no bits
     taken = (bits != 0) & ~(on_path & ~right[:, None]).any(2)
-    taken &= tables.judged[:, None].bool() | (own == 0)
     deepest = torch.where(taken, own, 0).amax(1)
-    return AcceptedPaths(
-        deepest, chosen.gather(1, deepest[:, None])[:, 0], _rows(taken, depths, own)
-    )
+    behind = chosen.gather(1, deepest[:, None])[:, 0]
+    return AcceptedPaths(deepest, taken.sum(1), behind, _rows(taken, depths, own))
 
 
 def _rows(taken: torch.Tensor, depths: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -94,3 +93,36 @@ def _rows(taken: torch.Tensor, depths: torch.Tensor, own: torch.Tensor) -> torch
     # what is not taken goes to a column of its own
     rows.scatter_(1, torch.where(taken, depths, columns), own.expand_as(depths))
     return rows[:, :columns]
+
+
+def next_round(
+    tables: StepTables, accepted: AcceptedPaths, follow: torch.Tensor | None
+) -> torch.Tensor:
+    """What `StepTables.put` takes for the trees of the next round, which are of the same shapes.
+
+    The accepted nodes stay staged, one behind the other, and the next tree hangs on the last of them. Its
+    tokens are found by `regrow`: follow [R, G] stands behind the token that was decided.
+    """
+    lengths = accepted.lengths[:, None]
+    nodes, found = tables.nodes + lengths, accepted.tokens[:, None]
+    if follow is not None:
+        found = torch.cat((found, follow), 1)
+    # nodes that were staged before the next tree: the chain of all rounds so far
+    before = nodes[:, :1]
+    number = torch.arange(tables.depths.shape[1], device=nodes.device)
+    in_tree = number - before
+    inside = (in_tree >= 0) & (in_tree < tables.columns)
+    at = in_tree.clamp(0, tables.columns - 1)
+    depths = torch.where(inside, tables.tree_depths.gather(1, at) + before, number)
+    # bits of a node in a chain: its own and all lower ones
+    chain = ~(-2 << number)
+    bits = tables.tree_ancestors.gather(1, at)
+    below = torch.where(bits != 0, (bits << before) | chain[before - 1], 0)
+    ancestors = torch.where(in_tree < 0, chain, torch.where(inside, below, 0))
+    return tables.changed(
+        tokens=found.gather(1, tables.regrow),
+        positions=tables.positions + lengths,
+        nodes=nodes,
+        depths=depths,
+        ancestors=ancestors,
+    )

@@ -1,9 +1,10 @@
-"""A tree that the step judges itself, on the device that computed its scores: what is asked, what comes of it.
+"""A tree that the step judges itself, on the device that computed its scores: the question and the answer.
 
 Verifiers judge on the host and read the scores of one sequence after the other, each time waiting for the
 device. Most requests need less: at each node one token of the target, its likeliest or one drawn, and the
 child that carries it (Leviathan et al. 2023, arXiv 2211.17192). A step of static shape does that for all
-sequences at once (`device_acceptance.py`), and the host reads a few whole numbers.
+sequences at once (`device_acceptance.py`), and the host reads a few whole numbers. A device may also run
+ahead of the host: the next tree is made of what the last round decided, and is judged in its turn.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted
-from linspec.decoding.tree import Shape
 from linspec.errors import NotFinite
+
+# from the FINAL states [R, D] of nodes and the tokens [R] behind them: whole numbers [R, G]
+Follow = Callable[[Tensor, Tensor], Tensor]
 
 
 def _none_coming(count: int) -> Sequence[float]:
@@ -28,19 +31,36 @@ class JudgeBy:
 
     Attributes:
         temperature: 0 for the likeliest token; otherwise scores are divided by it, and a token is drawn.
-        coming: the next uniform numbers of the request, as many as asked: one is spent on each depth of the
-            tree. Not asked at temperature 0.
+        coming: the next uniform numbers of the request, as many as asked: one is spent on each token. Not
+            asked at temperature 0.
+        regrow: see `TokenTree.regrow`.
     """
 
     temperature: float = 0.0
     coming: Callable[[int], Sequence[float]] = _none_coming
+    regrow: tuple[int, ...] = ()
 
-    def numbers(self, shape: Shape) -> Sequence[float]:
-        """A number for each depth of a tree."""
-        return self.coming(shape.deepest + 1) if self.temperature > 0 else ()
+    def numbers(self, count: int) -> Sequence[float]:
+        """The next `count` numbers, as far as any are needed."""
+        return self.coming(count) if self.temperature > 0 else ()
 
 
 BY_ARGMAX = JudgeBy()
+
+
+@dataclass(frozen=True, slots=True)
+class Onward:
+    """What a step does behind the trees that it judges.
+
+    Attributes:
+        follow: computed for each accepted path by its last node, see `Judged.follow`. It decides nothing by
+            what is in its tensors, so that it can be recorded.
+        rounds: most rounds in a row, each with the trees that the one before it brings (`JudgeBy.regrow`).
+            Only where all inputs are judged.
+    """
+
+    follow: Follow | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +71,9 @@ class Judged:
         path, token: as in `Accepted`.
         finite: whether its scores were numbers; nothing else holds where they were not.
         hidden: by layer, states [P, D] of the nodes of the path.
-        follow: what `Want.follow` computed behind the path; () where nothing was wanted.
+        follow: what `Onward.follow` computed behind the path; () where nothing was wanted.
+        next: what became of the tree of the next round, where the device went on; None where it did not. The
+            nodes of its path are then staged behind those of this one. It waits for that round alone.
     """
 
     path: tuple[int, ...]
@@ -59,6 +81,7 @@ class Judged:
     finite: bool
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     follow: tuple[int, ...] = ()
+    next: Callable[[], Judged] | None = field(default=None, compare=False)
 
     def accepted(self) -> Accepted:
         """As a verifier would say it; raises NotFinite where scores were NaN or infinite."""

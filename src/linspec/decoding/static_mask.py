@@ -42,8 +42,12 @@ class SlotNodes:
 class StepTables:
     """tokens, positions, nodes [R, N]: nodes are numbered among the staged ones of their slot. slots [R].
     held, bases [P, R] of P kinds of state. depths, ancestors [R, 64] of all staged nodes: bit i says that
-    node i is the node itself or lies before it on its path. judged [R]: whether the step judges the tree of
-    the slot; then temperatures [R] and numbers [R, N], float64: see `JudgeBy`."""
+    node i is the node itself or lies before it on its path.
+
+    Of slots whose new nodes the step judges as a tree, tree_depths and tree_ancestors [R, N] are those within
+    this tree; there are no bits for nodes that a slot has not, nor for any of a slot that is not judged.
+    temperatures [R], numbers [R, 64] by depth among all staged nodes (both float64), regrow [R, N]: see
+    `JudgeBy`."""
 
     def __init__(self, slots: int, nodes: int, kinds: int, device: torch.device) -> None:
         self.rows, self.columns = slots, nodes
@@ -56,24 +60,27 @@ class StepTables:
             "bases": (kinds, slots),
             "depths": (slots, _STAGED),
             "ancestors": (slots, _STAGED),
-            "judged": (slots,),
             "temperatures": (slots,),
-            "numbers": (slots, nodes),
+            "numbers": (slots, _STAGED),
+            "tree_depths": (slots, nodes),
+            "tree_ancestors": (slots, nodes),
+            "regrow": (slots, nodes),
         }
         counts = [torch.Size(size).numel() for size in sizes.values()]
         # one buffer, because every copy to a device costs the same however small it is
         self._all = torch.zeros(sum(counts), dtype=torch.long, device=device)
         pieces = zip(sizes.items(), self._all.split(counts), strict=True)
-        found = {name: piece.view(size) for (name, size), piece in pieces}
+        found = self._found = {name: piece.view(size) for (name, size), piece in pieces}
         self.tokens, self.positions, self.nodes = (
             found[name] for name in ("tokens", "positions", "nodes")
         )
         self.slots, self.held, self.bases = (found[name] for name in ("slots", "held", "bases"))
         self.depths, self.ancestors = found["depths"], found["ancestors"]
-        self.judged = found["judged"]
         # the bits of float64 lie where whole numbers do
         self.temperatures = found["temperatures"].view(torch.float64)
         self.numbers = found["numbers"].view(torch.float64)
+        self.tree_depths, self.tree_ancestors = found["tree_depths"], found["tree_ancestors"]
+        self.regrow = found["regrow"]
 
     def fill(self, slots: Sequence[SlotNodes]) -> None:
         """Write the nodes of a step, of as many slots and nodes as there is room for, or fewer."""
@@ -85,31 +92,42 @@ class StepTables:
             [[each.slot] for each in wide],
             zip(*(each.held for each in wide), strict=True),
             zip(*(each.bases for each in wide), strict=True),
-            [_to_staged(each.shape.depths) for each in wide],
-            [_to_staged(map(_signed, each.shape.ancestor_bits)) for each in wide],
-            [[int(each.judge is not None)] for each in wide],
+            [_filled(each.shape.depths, _STAGED) for each in wide],
+            [_filled(map(_signed, each.shape.ancestor_bits), _STAGED) for each in wide],
             [_bits([_judge_of(each).temperature]) for each in wide],
-            [self._numbers(each) for each in wide],
+            [_filled(_bits(_judge_of(each).numbers(_STAGED)), _STAGED) for each in wide],
+            [self._of_tree(each, each.shape.depths) for each in wide],
+            [self._of_tree(each, map(_signed, each.shape.ancestor_bits)) for each in wide],
+            [self._padded(_judge_of(each).regrow or (0,)) for each in wide],
         )
         numbers = list(chain.from_iterable(chain.from_iterable(by_slot)))
         self._all.copy_(torch.tensor(numbers))
 
+    def changed(self, **tables: torch.Tensor) -> torch.Tensor:
+        """All numbers with other ones for these tables: what `put` takes."""
+        pieces = self._found | tables
+        return torch.cat([pieces[name].flatten() for name in self._found])
+
+    def put(self, numbers: torch.Tensor) -> None:
+        """Take over what `changed` made, on the device."""
+        self._all.copy_(numbers)
+
     def _padded(self, numbers: Sequence[int]) -> list[int]:
         return [*numbers, *repeat(numbers[-1], self.columns - len(numbers))]
 
-    def _numbers(self, each: SlotNodes) -> list[int]:
-        """One for each column, of which a tree has at least as many as depths."""
-        found = _bits(_judge_of(each).numbers(each.shape))
-        return [*found, *repeat(0, self.columns - len(found))]
+    def _of_tree(self, each: SlotNodes, numbers: Iterable[int]) -> list[int]:
+        """Of the nodes of a tree that is judged, which is all that its slot has staged."""
+        return _filled([] if each.judge is None else numbers, self.columns)
 
 
 def _new_nodes(each: SlotNodes) -> range:
     return range(len(each.shape) - len(each.tokens), len(each.shape))
 
 
-def _to_staged(numbers: Iterable[int]) -> list[int]:
+def _filled(numbers: Iterable[int], count: int) -> list[int]:
+    """With zeros behind them, `count` in all."""
     found = list(numbers)
-    return [*found, *repeat(0, _STAGED - len(found))]
+    return [*found, *repeat(0, count - len(found))]
 
 
 def _judge_of(each: SlotNodes) -> JudgeBy:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from linspec.decoding.judged import JudgeBy, Judged
+from linspec.decoding.judged import JudgeBy, Judged, Onward
 from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
@@ -98,10 +98,6 @@ class StepInput:
         return cls(slot, tree.tokens, tree.parents, judge=judge)
 
 
-# from the FINAL states [R, D] of nodes and the tokens [R] behind them: whole numbers [R, G]
-Follow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 @dataclass(frozen=True, slots=True)
 class Want:
     """What a caller needs from a step beside logits.
@@ -109,12 +105,11 @@ class Want:
     Attributes:
         layers: numbers of layers, from 0, whose outputs are needed as hidden states. FINAL, the normalized
             states that the output layer reads, come with every step.
-        follow: computed in the step behind each path that is judged there, by its last node, see
-            `Judged.follow`. It decides nothing by what is in its tensors, so that it can be recorded.
+        onward: what a step that judges trees does behind them.
     """
 
     layers: tuple[int, ...] = ()
-    follow: Follow | None = None
+    onward: Onward | None = None
 
     @property
     def inner(self) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ class Target:
         special: dict[str, Any] = {}
         if layers is not None:
             special["layers"] = layers
-        if want is not LOGITS and (want.inner or want.follow):
+        if want is not LOGITS and (want.inner or want.onward):
             special["want"] = want
         try:
             output = self.model.step([inputs[i] for i in order], self.state, **special)

@@ -105,8 +105,15 @@ class Medusa(Drafter):
             given: Sequence[int] = sequence.follow
             guessed, width = (given, self._top) if given else (next(guesses), top)
             found = [guessed[depth * width + rank] for depth, rank in ranked.ends[:nodes]]
-            trees.append(TokenTree((sequence.root, *found), ranked.parents[: len(found) + 1]))
+            parents, regrow = ranked.parents[: len(found) + 1], self._regrow(ranked, nodes)
+            trees.append(TokenTree((sequence.root, *found), parents, regrow=regrow))
         return trees
+
+    def _regrow(self, ranked: _Ranked, nodes: int) -> tuple[int, ...]:
+        """Where a tree finds its tokens behind what `_follow` computes."""
+        if self.follow is None:
+            return ()
+        return (0, *(1 + depth * self._top + rank for depth, rank in ranked.ends[:nodes]))
 
     def _follow(self, hidden: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
         """All guesses that any tree can need, in the step that decides about its root."""

@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import nn
 
-from linspec.decoding.judged import Judged
-from linspec.decoding.step import LOGITS, Follow, StepInput, StepOutput, Want
+from linspec.decoding.judged import Judged, Onward
+from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
 from linspec.decoding.tree import Shape, chain_shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
     ) -> StepOutput:
         """Inputs of one kind through all layers, as a whole where there is such a form for them."""
         whole = native if native.takes(inputs) else None
-        return self._step(inputs, state, whole, LayerPath(None, want.inner), want.follow)
+        return self._step(inputs, state, whole, LayerPath(None, want.inner), want.onward)
 
     def _step(
         self,
@@ -275,7 +275,7 @@ class Decoder(nn.Module):
         state: SequenceStates,
         native: WholeStep | None,
         path: LayerPath,
-        follow: Follow | None = None,
+        onward: Onward | None = None,
     ) -> StepOutput:
         shapes = staged_shapes(inputs, state)
         positions = self._positions(inputs, shapes, state)
@@ -293,7 +293,7 @@ class Decoder(nn.Module):
         judged: Mapping[int, Judged] = {}
         if native is not None:
             inner = sorted(path.wanted)
-            output = native.run(inputs, shapes, positions, wanted, state, places, inner, follow)
+            output = native.run(inputs, shapes, positions, wanted, state, places, inner, onward)
             hidden, logits, judged = output.hidden, output.logits, output.judged
             if inner:
                 path.found.update(zip(inner, output.inner.unbind(), strict=True))

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from linspec.decoding.step import CHAIN, OVERWRITING, TREE, Follow, StepInput
+from linspec.decoding.judged import Onward
+from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.cpu.step import CpuStep, Stepped
 from linspec.kernels.cpu.step import why_not as why_not_on_cpu
@@ -64,6 +65,9 @@ def why_not(model: Decoder) -> str | None:
 class OneCall:
     """The steps of one decoder through a kernel, against whatever state they come with."""
 
+    # on a CPU nobody waits for a device, and verifiers judge
+    judging = False
+
     def __init__(self, kernel: CpuStep) -> None:
         self.kernel = kernel
         # of inputs that it takes
@@ -78,7 +82,7 @@ class OneCall:
         return inputs[0].kind in self._kinds
 
     def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
-        """None: on a CPU nobody waits for a device, and the verifier judges."""
+        """None of them."""
         return frozenset()
 
     def run(
@@ -90,11 +94,12 @@ class OneCall:
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-        follow: Follow | None = None,
+        onward: Onward | None = None,
     ) -> WholeOutput:
         """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
 
-        With them [layers, M, D] that each of `layers` puts out, in ascending order. follow: see `Want`.
+        With them [layers, M, D] that each of `layers` puts out, in ascending order. onward: of no
+        meaning here, where nothing is judged.
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
         slots of the buffers in which a slot and its branches lie, where it has any.

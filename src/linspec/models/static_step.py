@@ -7,7 +7,8 @@ Layer by layer a GPU waits for Python: every operation of every layer is launche
 very step. Here a step is padded to powers of two, what changes lies in tensors (`StepTables`), and the same
 mixers and MLPs run over the whole buffers of the state, so that all launches together become one graph. What
 follows the step in a round, as far as it needs no host, is part of the same graph: trees are judged
-(`decoding/device_acceptance.py`), accepted entries move up, and heads draft.
+(`decoding/device_acceptance.py`), accepted entries move up, and heads draft. So a device may run several
+rounds in a row, and the host follows (`judged_rounds.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from linspec.decoding.device_acceptance import accept, chosen_tokens
-from linspec.decoding.judged import Judged
+from linspec.decoding.device_acceptance import accept, chosen_tokens, next_round
+from linspec.decoding.judged import Follow, Onward
 from linspec.decoding.static_mask import SlotNodes, StaticTreeMask, StepTables
-from linspec.decoding.step import FINAL, TREE, Follow, StepInput
+from linspec.decoding.step import TREE, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.graphs import Recorded, Recorder
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
+from linspec.models.judged_rounds import (
+    Decided,
+    judged_by_number,
+    reserve_rounds,
+    rounds_within,
+)
 from linspec.models.layer_path import LayerPath
 from linspec.models.skipped import whole
 from linspec.models.step_outputs import WholeOutput
@@ -105,21 +112,21 @@ class StaticGroup:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """What a program of a size computes beside the step: states behind `layers`; whether trees are judged,
-    and by tokens that are drawn; what follows the paths."""
+    and by tokens that are drawn; what follows the paths; whether it goes on to the next round."""
 
     layers: tuple[int, ...]
     judging: bool
     drawn: bool
     follow: Follow | None
+    goes_on: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Results:
     """What a program gives: hidden states [R · N, D], logits [R · N, vocabulary], the states behind layers.
 
-    decided [R, 3 + G]: where trees are judged, of each slot its last accepted node, the token behind that,
-    whether its scores are finite, and what follows. on_path: of the hidden states and those behind each
-    layer, what the nodes of the path have, [R, N, D].
+    decided, on_path: where trees are judged, see `Decided`; the states are the hidden ones and those behind
+    each layer. next_round: the tables of the trees that come next.
     """
 
     hidden: torch.Tensor
@@ -127,6 +134,7 @@ class _Results:
     found: tuple[torch.Tensor, ...]
     decided: torch.Tensor | None = None
     on_path: tuple[torch.Tensor, ...] = ()
+    next_round: torch.Tensor | None = None
 
 
 class StaticStep:
@@ -134,6 +142,8 @@ class StaticStep:
 
     recorder: None runs the programs without recording them. kernel: see `tree_attention_for`.
     """
+
+    judging = True
 
     def __init__(
         self,
@@ -170,14 +180,18 @@ class StaticStep:
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-        follow: Follow | None = None,
+        onward: Onward | None = None,
     ) -> WholeOutput:
         """As `OneCall.run`; what is judged has no part in `outputs`."""
+        onward = onward or Onward()
         judges = {number: inputs[number].judge for number in self.judges(inputs, shapes)}
+        rounds = rounds_within(onward.rounds, shapes) if len(judges) == len(inputs) else 1
         drawn = any(each is not None and each.temperature > 0 for each in judges.values())
-        asked = _Asked(tuple(layers), bool(judges), drawn, follow if judges else None)
+        follow = onward.follow if judges else None
+        asked = _Asked(tuple(layers), bool(judges), drawn, follow, rounds > 1)
         # tables and results are those of the model, whoever steps
         with self._one_at_a_time, _on(self._model.device):
+            reserve_rounds(rounds, inputs, state)
             size = Size.of(inputs, state)
             slots = [
                 SlotNodes(
@@ -188,12 +202,12 @@ class StaticStep:
             # ahead of the program: who copies to a device waits for what runs there
             every = _nodes_of(inputs, size) if layers and len(judges) < len(inputs) else []
             rows, inner = self._copied([_nodes_of(inputs, size)[at] for at in outputs], every)
-            results = self._results(size, slots, state, asked)
+            results, decided = self._results(size, slots, state, asked, rounds)
             return WholeOutput(
                 results.hidden[rows],
                 results.logits[rows],
                 torch.stack([each[inner] for each in results.found]) if layers else rows,
-                _judged(results, {n: shapes[n] for n in judges}, layers),
+                judged_by_number({n: shapes[n] for n in judges}, inputs, state, decided, layers),
             )
 
     def _copied(self, *numbers: Sequence[int]) -> Sequence[torch.Tensor]:
@@ -202,15 +216,28 @@ class StaticStep:
         return packed.to(self._model.device).split([len(each) for each in numbers])
 
     def _results(
-        self, size: Size, slots: Sequence[SlotNodes], state: SequenceStates, asked: _Asked
-    ) -> _Results:
-        """What the program of this size gives for these nodes; it holds until the next step."""
+        self,
+        size: Size,
+        slots: Sequence[SlotNodes],
+        state: SequenceStates,
+        asked: _Asked,
+        rounds: int,
+    ) -> tuple[_Results, list[Decided]]:
+        """What the program of this size gives for these nodes, which holds until the next step.
+
+        And what it decided in each of so many rounds, of which it is the last.
+        """
         tables = self._tables_of(size, len(state.parts))
         tables.fill(slots)
-        results: _Results = self._recorded_of(state).run(
-            (size, asked), lambda: self._program(tables, size, state, asked)
-        )
-        return results
+        recorded, key = self._recorded_of(state), (size, asked)
+        decided = []
+        while True:
+            results: _Results = recorded.run(key, lambda: self._program(tables, size, state, asked))
+            if results.decided is not None:
+                decided.append(Decided(results.decided, results.on_path))
+            if results.next_round is None or len(decided) == rounds:
+                return results, decided
+            tables.put(results.next_round)
 
     def _program(
         self, tables: StepTables, size: Size, state: SequenceStates, asked: _Asked
@@ -255,32 +282,14 @@ def _with_verdict(
         states.keep(accepted.rows)
     hidden = step.hidden.unflatten(0, nodes)
     decided = torch.stack((accepted.deepest, accepted.tokens, finite.long()), 1)
+    follow = None
     if asked.follow is not None:
-        more = asked.follow(accepted.of_deepest(hidden), accepted.tokens)
-        decided = torch.cat((decided, more), 1)
+        follow = asked.follow(accepted.of_deepest(hidden), accepted.tokens)
+        decided = torch.cat((decided, follow), 1)
     found = (each.unflatten(0, nodes) for each in step.found)
     on_path = tuple(accepted.of_path(each) for each in (hidden, *found))
-    return replace(step, decided=decided, on_path=on_path)
-
-
-def _judged(
-    results: _Results, shapes: Mapping[int, Shape], layers: Sequence[int]
-) -> dict[int, Judged]:
-    """What became of the trees of these shapes, by the number of the input, which is that of its slot."""
-    if results.decided is None:
-        return {}
-    # they outlive the next step, which writes to the same results
-    on_path = [each.clone() for each in results.on_path]
-    # the one copy of a round to the host, and its one wait for the device
-    decided = results.decided.tolist()
-    found = {}
-    for number, shape in shapes.items():
-        deepest, token, finite, *follow = decided[number]
-        path = shape.path_to(deepest)
-        states = (each[number, : len(path)] for each in on_path)
-        hidden = dict(zip((FINAL, *layers), states, strict=True))
-        found[number] = Judged(path, token, bool(finite), hidden, tuple(follow))
-    return found
+    onward = next_round(tables, accepted, follow) if asked.goes_on else None
+    return replace(step, decided=decided, on_path=on_path, next_round=onward)
 
 
 def _nodes_of(inputs: Sequence[StepInput], size: Size) -> list[int]:

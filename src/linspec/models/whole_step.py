@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from linspec.decoding.step import Follow, StepInput
+from linspec.decoding.judged import Onward
+from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 
 class WholeStep(Protocol):
-    """All layers of a step at once, for inputs of one kind."""
+    """All layers of a step at once, for inputs of one kind.
+
+    judging: whether there are any that it judges.
+    """
+
+    judging: bool
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether it computes inputs such as these; the others go layer by layer."""
@@ -42,7 +48,7 @@ class WholeStep(Protocol):
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-        follow: Follow | None = None,
+        onward: Onward | None = None,
     ) -> WholeOutput:
         """Hidden states and logits of `outputs`, and the states behind `layers`; see `OneCall.run`."""
         ...

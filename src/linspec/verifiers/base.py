@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted, path_tokens, token_logprob
-from linspec.decoding.judged import BY_ARGMAX, JudgeBy
+from linspec.decoding.judged import JudgeBy
 from linspec.decoding.likeliest import likeliest
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.tree import TokenTree
@@ -84,10 +84,10 @@ def judge_by(verifier: Verifier, tree: TokenTree, sampler: Sampler) -> JudgeBy |
     if not matches or not sampler.unchanged or sampler.params.logprobs is not None:
         return None
     if sampler.greedy:
-        return BY_ARGMAX
+        return JudgeBy(regrow=tree.regrow)
     if matches != "all" or tree.proposals:
         return None
-    return JudgeBy(sampler.params.temperature, sampler.coming)
+    return JudgeBy(sampler.params.temperature, sampler.coming, tree.regrow)
 
 
 Rule = Callable[[int, tuple[int, ...]], int]
