@@ -86,9 +86,10 @@ class Autoregressive(GenerationLoop):
 
     def round(self, batch: Batch) -> list[Outcome]:
         began = self.clock()
-        trees = self._propose(batch.decoding)
+        decoding = self.ahead.turn(batch.decoding)
+        trees = self._propose(decoding)
         drafted = self.clock()
-        parts, outcomes = self._parts(batch, trees)
+        parts, outcomes = self._parts(replace(batch, decoding=decoding), trees)
         outputs = isolated(parts, self._step)
         stepped = self.clock()
         for part, output in zip(parts, outputs, strict=True):
@@ -152,10 +153,12 @@ class Autoregressive(GenerationLoop):
         if not self._judging:
             return self.want
         follow = None if self.drafter is None else self.drafter.follow
+        # the host may find drafts for every round that a device would make without some
+        asked = self.drafter is not None and follow is None
+        rounds = 1 if asked else self.ahead.rounds(trees, self.limit)
         # who has drafts now will likely have some next
         if all(len(tree) == 1 for _, tree in trees):
             follow = None
-        rounds = self.ahead.rounds(trees, self.limit)
         if follow is None and rounds == 1:
             return self.want
         return replace(self.want, onward=Onward(follow, rounds))

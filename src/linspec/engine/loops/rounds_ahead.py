@@ -3,8 +3,8 @@
 A device that judges trees can make the next ones of what it decided (`JudgeBy.regrow`), so it need not wait
 for the host, which plans, drafts and hands out tokens. What it runs ahead is speculation of another kind: the
 host goes through every round as ever, and where it comes to the same trees the round is there already. Where
-it does not (another plan of the policy, the end of a sequence near, a new sequence in the batch) what was run
-ahead is forgotten. So nothing depends on it but time.
+it does not (another plan of the policy, the end of a sequence near) what was run ahead is forgotten. So
+nothing depends on it but time.
 
 The accepted nodes of these rounds stay staged, one behind the other, and are committed together.
 """
@@ -19,7 +19,7 @@ from linspec.decoding.judged import Judged
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree
 
-# rounds in a row: who comes new, or stops, waits for those that are left
+# rounds in a row: who comes new waits for those that are left
 _MOST = 8
 
 
@@ -47,6 +47,13 @@ class RoundsAhead:
         self._state, self._most = state, most
         self._held: dict[RunningSequence, _Ahead] = {}
         self._rounds, self._forgotten = 1, False
+
+    def turn(self, sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
+        """Those whose next round is there already, and all where there is none.
+
+        A step of who comes new would wait on the device for the same rounds.
+        """
+        return [each for each in sequences if each in self._held] or list(sequences)
 
     def taken(self, trees: Sequence[tuple[RunningSequence, TokenTree]]) -> list[Judged] | None:
         """What became of these trees, one of each sequence that decodes; None unless all were run ahead.
