@@ -16,11 +16,20 @@ from linspec.decoding.sampling import Sampler, SamplingParams
 from linspec.decoding.step import FINAL, StepInput, Want
 from linspec.decoding.target import NodeOutput, Target
 from linspec.decoding.tree import TokenTree, chain, root_only
+from linspec.errors import ConfigError
 from linspec.models.decoder import Decoder
 from linspec.models.static_step import StaticStep
 from linspec.state.sequence_states import SequenceStates
 from linspec.verifiers import GreedyVerifier
-from tests.helpers import VOCAB, assert_close, feed, full_logits, random_tokens, random_tree
+from tests.helpers import (
+    VOCAB,
+    assert_close,
+    feed,
+    full_logits,
+    random_tokens,
+    random_tree,
+    tiny_model,
+)
 from tests.models.test_static_step import STATIC, pair
 from tests.op_tape import TapeRecorder
 
@@ -293,6 +302,18 @@ def test_rounds_end_where_no_more_nodes_can_be_staged() -> None:
     assert count == 4
 
 
+def test_rounds_in_a_row_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds("softmax", 0, [random_tokens(5)])
+    rounds.static.native = StaticStep(rounds.static, None, runs_ahead=False)
+    given = [StepInput.tree(0, root_only(3), BY_ARGMAX)]
+    (output,) = rounds.targets[1].step(given, want=Want(onward=Onward(rounds=4)))
+    assert output.judged is not None
+    assert output.judged.next is None
+    monkeypatch.setenv("LINSPEC_ROUNDS_AHEAD", "of")
+    with pytest.raises(ConfigError, match="did you mean 'off'"):
+        tiny_model("softmax").to_inference()
+
+
 def test_one_round_where_the_host_judges_somebody() -> None:
     rounds = Rounds("softmax", 0, [random_tokens(5), random_tokens(5)])
     given = [
@@ -309,7 +330,6 @@ def test_one_round_where_the_host_judges_somebody() -> None:
 @pytest.mark.parametrize("name", ["softmax", "aug", "gla"])
 def test_a_captured_round_gives_the_tokens_of_its_program(name: str) -> None:
     from linspec.kernels.gpu.graphs import CudaGraphs
-    from tests.helpers import tiny_model
 
     model = tiny_model(name, device="cuda").to_inference()
     found = []

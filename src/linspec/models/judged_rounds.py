@@ -15,6 +15,10 @@ from linspec.decoding.tree import Shape, chain_shape
 from linspec.kernels.gpu.host_copy import HostCopy
 from linspec.state.sequence_states import SequenceStates
 
+# whether a device runs rounds ahead of the host
+SWITCH = "LINSPEC_ROUNDS_AHEAD"
+SWITCHES = ("auto", "off")
+
 
 class Decided:
     """One round of R slots: decided [R, 3 + G] and what the nodes of its paths have, [R, N, D] each.

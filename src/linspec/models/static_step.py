@@ -140,7 +140,8 @@ class _Results:
 class StaticStep:
     """The steps of one decoder by recorded programs, against whatever state they come with.
 
-    recorder: None runs the programs without recording them. kernel: see `tree_attention_for`.
+    recorder: None runs the programs without recording them. kernel: see `tree_attention_for`. runs_ahead:
+    whether several rounds are run in a row where that is asked for.
     """
 
     judging = True
@@ -150,8 +151,11 @@ class StaticStep:
         model: Decoder,
         recorder: Recorder | None,
         kernel: Callable[..., torch.Tensor] | None = None,
+        *,
+        runs_ahead: bool = True,
     ) -> None:
         self._model, self._recorder, self._kernel = model, recorder, kernel
+        self._runs_ahead = runs_ahead
         self._one_at_a_time = ProcessLock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
@@ -185,7 +189,8 @@ class StaticStep:
         """As `OneCall.run`; what is judged has no part in `outputs`."""
         onward = onward or Onward()
         judges = {number: inputs[number].judge for number in self.judges(inputs, shapes)}
-        rounds = rounds_within(onward.rounds, shapes) if len(judges) == len(inputs) else 1
+        several = self._runs_ahead and len(judges) == len(inputs)
+        rounds = rounds_within(onward.rounds, shapes) if several else 1
         drawn = any(each is not None and each.temperature > 0 for each in judges.values())
         follow = onward.follow if judges else None
         asked = _Asked(tuple(layers), bool(judges), drawn, follow, rounds > 1)

@@ -10,7 +10,9 @@ from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
+from linspec.kernels.gpu.switches import switch
 from linspec.kernels.gpu.triton.available import chosen
+from linspec.models.judged_rounds import SWITCH, SWITCHES
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
 from linspec.models.step_outputs import WholeOutput
@@ -62,9 +64,10 @@ def whole_step(model: Decoder) -> WholeStep | None:
     """
     recorder = recorder_for(model.device)
     chosen(model.device)
+    runs_ahead = switch(SWITCH, SWITCHES) == "auto"
     if model.device.type == "cpu":
         return one_call(model)
     if why_not_static(model):
         return None
     kernel = tree_attention_for(model.device, model.dtype, model.config.head_width)
-    return StaticStep(model, recorder, kernel)
+    return StaticStep(model, recorder, kernel, runs_ahead=runs_ahead)
