@@ -28,8 +28,8 @@ class Decided:
     """
 
     def __init__(self, decided: torch.Tensor, on_path: Sequence[torch.Tensor]) -> None:
-        self.on_path = [each.clone() for each in on_path]
         self._copy = HostCopy(decided)
+        self.on_path = [each.clone() for each in on_path]
 
     @cached_property
     def numbers(self) -> list[Any]:
