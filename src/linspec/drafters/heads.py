@@ -258,5 +258,5 @@ class MedusaHeads(Heads, TrainedDrafter):
         if not self.config.shared_head:
             return F.linear(features, self.out[head])
         if self.drafted is not None:
-            return F.linear(features, self.target_rows())
+            return F.linear(features, self.target_rows().to(features.dtype))
         return cast(torch.Tensor, self.target_head(features))

@@ -170,7 +170,8 @@ def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
 def ready_heads(folder: Path, target: Decoder) -> Heads:
     """The heads in `folder` in the form that suits `target`, which may be prepared later."""
     heads = HEADS.load(folder, target)
-    if isinstance(heads, MedusaHeads) and runs_natively(target.head):
+    on_cpu = target.device.type == "cpu"
+    if on_cpu and isinstance(heads, MedusaHeads) and runs_natively(target.head):
         heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
     return heads
 
