@@ -65,6 +65,8 @@ typedef struct {
     int32_t sinks;                    /* first rows of the text, which every node sees */
     const char *sink_rows;            /* keys [sinks][row_bytes], then values; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen; null: nothing is staged */
+    const int32_t *overwritten;       /* [nodes]: the rows of nodes that overwrite, around which taps lie; null: others */
+    int32_t ahead, behind;            /* rows of their slot ahead of the first one here, and behind the committed ones */
     int32_t chosen, coded;            /* groups ahead of the span that a node reads, judged by codes or by bounds: */
     uint16_t *judge;                  /* of all pages, see select.inc.h */
 } ls_mixer;
