@@ -186,7 +186,7 @@ class OneCall:
 
 def _places(state: SequenceStates) -> tuple[Any, ...]:
     """Where the buffers of a state are; sizes and kinds too: a new state may lie where an old one was."""
-    placed = tuple(
+    placed: tuple[Any, ...] = tuple(
         (rows.data_ptr(), rows.shape, rows.dtype)
         for part in state.parts
         for rows in (part.keys, part.values, part.sums)
