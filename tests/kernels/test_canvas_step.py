@@ -78,6 +78,7 @@ def test_every_linear_mixer_with_a_bidirectional_form_is_tried() -> None:
     assert {"aug:softmax", "relu:softmax", "grouped:relu2"} <= set(LINEAR)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("name", [*LINEAR, "taps"])
 def test_a_whole_canvas_and_a_block_of_it_are_those_by_layers(
