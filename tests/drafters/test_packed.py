@@ -161,7 +161,7 @@ def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
 
     heads = Counted(SHAPE, make_model(), RATES)
     heads.asked = []
-    drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7)
+    drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7, follow=())
     trees = [drafter.propose([row], [Budget.of(n)])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
     assert heads.asked[0] == (1, 1) and heads.asked[-1] == (3, 3)
     for tree in trees:

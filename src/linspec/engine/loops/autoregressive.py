@@ -154,8 +154,8 @@ class Autoregressive(GenerationLoop):
             return self.want
         follow = None if self.drafter is None else self.drafter.follow
         # the host may find drafts for every round that a device would make without some
-        asked = self.drafter is not None and follow is None
-        rounds = 1 if asked else self.ahead.rounds(trees, self.limit)
+        by_host = self.drafter is not None and follow is None
+        rounds = 1 if by_host else self.ahead.rounds(trees, self.limit)
         # who has drafts now will likely have some next
         if all(len(tree) == 1 for _, tree in trees):
             follow = None
