@@ -203,9 +203,10 @@ def _beside(part: Any) -> list[torch.Tensor]:
     return [each for sums in kept for each in (sums.sums, sums.rows)]
 
 
-def _judges_of(part: Any) -> tuple[tuple[bool, int, int], ...]:
+def _judges_of(part: Any) -> tuple[tuple[bool, int, int, int], ...]:
     return tuple(
-        (coded, judge.kept.data_ptr(), judge.kept.shape[3]) for coded, judge in part.judges.items()
+        (coded, judge.kept.data_ptr(), judge.counts.data_ptr(), judge.kept.shape[3])
+        for coded, judge in part.judges.items()
     )
 
 
