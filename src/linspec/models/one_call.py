@@ -2,7 +2,7 @@
 
 step = one_call(model)                # None where the model has to run layer by layer
 print(why_not(model))                 # the reason
-hidden, logits, layers = step.run(inputs, shapes, positions, outputs, state, places)
+output = step.run(inputs, shapes, positions, outputs, state, places)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linspec.decoding.judged import Onward
 from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.cpu.reasons import why_not as why_not_on_cpu
@@ -30,6 +31,7 @@ from linspec.kernels.step_plan import (
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.fused_block import FusedBlock
+from linspec.models.step_outputs import WholeOutput
 from linspec.models.step_plan import step_plan, untold
 from linspec.state.branches import carried
 from linspec.state.canvas import Canvas
@@ -66,6 +68,9 @@ def why_not(model: Decoder) -> str | None:
 class OneCall:
     """The steps of one decoder through a kernel, against whatever state they come with."""
 
+    # on a CPU nobody waits for a device, and verifiers judge
+    judging = False
+
     def __init__(self, kernel: CpuStep) -> None:
         self.kernel = kernel
         # of inputs that it takes
@@ -79,6 +84,10 @@ class OneCall:
         """Whether it computes inputs of their kind, which all of them have."""
         return inputs[0].kind in self._kinds
 
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """None of them."""
+        return frozenset()
+
     def run(
         self,
         inputs: Sequence[StepInput],
@@ -88,10 +97,12 @@ class OneCall:
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> Stepped:
+        onward: Onward | None = None,
+    ) -> WholeOutput:
         """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
 
-        With them [layers, M, D] that each of `layers` puts out, in ascending order.
+        With them [layers, M, D] that each of `layers` puts out, in ascending order. onward: of no
+        meaning here, where nothing is judged.
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
         slots of the buffers in which a slot and its branches lie, where it has any.
@@ -116,10 +127,10 @@ class OneCall:
         # the kernel knows the buffers of one state at a time, and engines may share a model
         with self._one_at_a_time:
             if inputs[0].kind == CHAIN:
-                return self._run_chains(nodes, outputs, state, layers)
+                return WholeOutput(*self._run_chains(nodes, outputs, state, layers))
             self._place_for(inputs, state)
-            over = inputs[0].kind == OVERWRITING
-            return (self.kernel.run_over if over else self.kernel.run)(nodes, outputs, layers)
+            run = self.kernel.run_over if inputs[0].kind == OVERWRITING else self.kernel.run
+            return WholeOutput(*run(nodes, outputs, layers))
 
     def _place_for(self, inputs: Sequence[StepInput], state: SequenceStates) -> None:
         """`place`, with all rows in the buffers where the kernel reads no pages."""

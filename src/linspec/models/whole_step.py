@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
+from linspec.decoding.judged import Onward
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import tree_attention_for
 from linspec.kernels.gpu.graphs import recorder_for
+from linspec.kernels.gpu.switches import switch
 from linspec.kernels.gpu.triton.available import chosen
+from linspec.models.judged_rounds import SWITCH, SWITCHES
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
+from linspec.models.step_outputs import WholeOutput
 from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
@@ -21,10 +23,22 @@ if TYPE_CHECKING:
 
 
 class WholeStep(Protocol):
-    """All layers of a step at once, for inputs of one kind."""
+    """All layers of a step at once, for inputs of one kind.
+
+    judging: whether there are any that it judges.
+    """
+
+    judging: bool
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether it computes inputs such as these; the others go layer by layer."""
+        ...
+
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """The numbers of the inputs that it judges itself, of those that let it: see `StepInput.judge`.
+
+        shapes: of all that each slot has staged then.
+        """
         ...
 
     def run(
@@ -36,8 +50,9 @@ class WholeStep(Protocol):
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [P, D], logits [P, vocab], and the states behind `layers`; see `OneCall.run`."""
+        onward: Onward | None = None,
+    ) -> WholeOutput:
+        """Hidden states and logits of `outputs`, and the states behind `layers`; see `OneCall.run`."""
         ...
 
 
@@ -49,9 +64,10 @@ def whole_step(model: Decoder) -> WholeStep | None:
     """
     recorder = recorder_for(model.device)
     chosen(model.device)
+    runs_ahead = switch(SWITCH, SWITCHES) == "auto"
     if model.device.type == "cpu":
         return one_call(model)
     if why_not_static(model):
         return None
     kernel = tree_attention_for(model.device, model.dtype, model.config.head_width)
-    return StaticStep(model, recorder, kernel)
+    return StaticStep(model, recorder, kernel, runs_ahead=runs_ahead)
