@@ -3,8 +3,8 @@
     python -m benchmarks.diffusion_pairs auto-default --folder claims --rounds 12
 
 A round makes the models of all ways anew. Each prompt is answered in every way, in one order and in the other
-by turns, so other work meets them alike. Seconds are the processor's, of one thread; printed are
-the median of the quotients of the reference's seconds and a way's, their quartiles, and that of all seconds.
+by turns, so other work meets them alike. Seconds are the processor's, of one thread. What is printed: the
+median of the quotients of the reference's seconds and a way's, their quartiles, and that of all seconds.
 """
 
 from __future__ import annotations

@@ -212,6 +212,8 @@ def test_what_is_kept_beside_entries_is_counted(library: ctypes.CDLL) -> None:
     assert part.bytes_at(71) == part.entry_bytes(71) + sums
     assert state.bytes(0) >= part.bytes_at(71)
     assert part.missing_bytes(part.keys.shape[3]) == 0 < part.missing_bytes(10_000)
+    # budgets ask before there is any step
+    assert canvas_of(model.new_state()).bytes_at(71) == part.bytes_at(71)
 
 
 def test_a_share_of_zero_needs_no_sums(library: ctypes.CDLL) -> None:
@@ -225,3 +227,16 @@ def test_a_share_of_zero_needs_no_sums(library: ctypes.CDLL) -> None:
     step = [StepInput(0, [1, 2], overwrite=[5, 70], causal=False)]
     found, wanted = model.step(step, state).logits, by_layers(model, step, other).logits
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_a_state_that_lies_where_another_one_lay_has_sums_of_its_own(library: ctypes.CDLL) -> None:
+    """Its sums came to lie at the same place, but the numbers beside them did not, and those were read."""
+    model = model_of("aug")
+    state, steps = held(model, "float", 71), [over(0, range(24, 32), 1)]
+    wanted = model.step(steps, state).logits
+    (sums,) = canvas_of(state).group_sums.values()
+    sums.rows = torch.zeros_like(sums.rows)
+    sums.sums.fill_(float("nan"))
+    assert torch.equal(model.step(steps, state).logits, wanted)
+    assert check_sums(model, state)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.models.diffusion_config import DiffusionConfig
 from linspec.models.layer_path import LayerPath
+from linspec.models.one_call import OneCall
 from linspec.models.padding import from_left, to_left
 from linspec.models.watched import run_watched
 from linspec.state.dense_group import DenseGroup
@@ -83,6 +85,20 @@ class MaskedDiffusion(Decoder):
     def with_masks(self, batch: torch.Tensor) -> torch.Tensor:
         """Token ids, the negative ones replaced by the mask token."""
         return batch.masked_fill(batch < 0, self.config.mask_id)
+
+    def new_state(
+        self,
+        slots: int = 1,
+        kv: str = "float",
+        *,
+        layers: Collection[int] | None = None,
+        offload: Path | None = None,
+    ) -> SequenceStates:
+        """As a decoder's; what kernels keep beside the entries of a canvas counts from the start."""
+        state = super().new_state(slots, kv, layers=layers, offload=offload)
+        if isinstance(self.native, OneCall) and layers is None and state.in_kernels:
+            self.native.keep_sums(state)
+        return state
 
     @torch.inference_mode()
     def step(

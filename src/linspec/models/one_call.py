@@ -149,8 +149,7 @@ class OneCall:
             # known when it is done: a process may be forked half-way
             self._placed = ()
             self._keep_judges(state)
-            if not self.kernel.plan.causal:
-                self._keep_sums(state)
+            self.keep_sums(state)
             self.kernel.place(_buffers(state, self.kernel.plan.layers))
             self._placed = _places(state)
 
@@ -161,8 +160,10 @@ class OneCall:
                 if isinstance(plan.attention, AttentionPlan) and plan.attention.chosen:
                     part.keep_judge(plan.attention.coded)
 
-    def _keep_sums(self, state: SequenceStates) -> None:
-        """Have kept the sums of groups of canvases where a layer reads them."""
+    def keep_sums(self, state: SequenceStates) -> None:
+        """Have the sums of groups kept where a layer reads them of a canvas; `place` makes room for more."""
+        if self.kernel.plan.causal:
+            return
         for layer, parts in zip(self.kernel.plan.layers, state.layers, strict=True):
             for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
                 _sums_of(plan, part)
@@ -200,22 +201,23 @@ def _places(state: SequenceStates) -> tuple[Any, ...]:
     placed: tuple[Any, ...] = tuple(
         (rows.data_ptr(), rows.shape, rows.dtype)
         for part in state.parts
-        for rows in (part.keys, part.values, part.sums)
+        for rows in (part.keys, part.values, part.sums, *_beside(part))
     )
     grows = [part for part in state.parts if part.grows]
     placed += tuple(part.page_list(0) for part in grows)
-    placed += tuple(
-        sums.sums.data_ptr()
-        for part in grows
-        if isinstance(part, Canvas)
-        for sums in part.group_sums.values()
-    )
     return placed + tuple(_judges_of(part) for part in grows)
 
 
-def _judges_of(part: Any) -> tuple[tuple[bool, int, int], ...]:
+def _beside(part: Any) -> list[torch.Tensor]:
+    """The sums of groups that kernels keep beside entries, and of how many of these they are."""
+    kept = part.group_sums.values() if isinstance(part, Canvas) else ()
+    return [each for sums in kept for each in (sums.sums, sums.rows)]
+
+
+def _judges_of(part: Any) -> tuple[tuple[bool, int, int, int], ...]:
     return tuple(
-        (coded, judge.kept.data_ptr(), judge.kept.shape[3]) for coded, judge in part.judges.items()
+        (coded, judge.kept.data_ptr(), judge.counts.data_ptr(), judge.kept.shape[3])
+        for coded, judge in part.judges.items()
     )
 
 
