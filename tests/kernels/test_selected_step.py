@@ -130,7 +130,8 @@ def test_of_the_same_entries_both_forms_select_the_same(isa: str, form: str, kin
             state.restore(0, before)
             made.native = native
             one = made.step([step], state).logits
-            if kind == "int4":
+            if kind == "int4" or (kind == "int8" and form == "by-head"):
+                # near heads round what they read, so that a page at the border may be another one
                 assert_most_near(one, found, 2e-2)
             else:
                 torch.testing.assert_close(one, found, rtol=2e-3, atol=2e-3)
