@@ -351,6 +351,7 @@ class KVCache(BufferState):
         """Nothing that was copied of `slot` is true any more; the memory goes back."""
         for place in self.places.of(slot):
             if place.held:
+                self._changed(place.number)
                 self._clear(place.number)
             place.forget()
 
