@@ -11,9 +11,10 @@ mixers and MLPs run over the whole buffers of the state, so that all launches to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,11 @@ import torch
 from linspec.decoding.static_mask import SlotNodes, StaticTreeMask, StepTables
 from linspec.decoding.step import TREE, StepInput
 from linspec.decoding.tree import Shape
+from linspec.kernels.gpu.choice import DeviceKernels
 from linspec.kernels.gpu.graphs import Recorded, Recorder
+from linspec.kernels.gpu.reader import StepReader
+from linspec.kernels.gpu.reads import DeviceRead, device_read
+from linspec.mixers.base import Mixer
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.layer_path import LayerPath
@@ -99,22 +104,32 @@ class StaticGroup:
 class StaticStep:
     """The steps of one decoder by recorded programs, against whatever state they come with.
 
-    recorder: None runs the programs without recording them. kernel: see `tree_attention_for`.
+    recorder: None runs the programs without recording them. kernels: what mixers read by that these know;
+    None for torch's operations alone.
     """
 
     def __init__(
         self,
         model: Decoder,
         recorder: Recorder | None,
-        kernel: Callable[..., torch.Tensor] | None = None,
+        kernels: DeviceKernels | None = None,
     ) -> None:
-        self._model, self._recorder, self._kernel = model, recorder, kernel
+        self._model, self._recorder, self.kernels = model, recorder, kernels
         self._one_at_a_time = ProcessLock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
         self._recorded: WeakKeyDictionary[SequenceStates, tuple[Any, Recorded]] = (
             WeakKeyDictionary()
         )
+
+    @cached_property
+    def reads(self) -> dict[Mixer, DeviceRead]:
+        """What kernels compute of the mixers that they know."""
+        if self.kernels is None:
+            return {}
+        mixers = [each for each in self._model.modules() if isinstance(each, Mixer)]
+        found = ((each, device_read(each.attention_plan())) for each in mixers)
+        return {mixer: read for mixer, read in found if read is not None}
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether these inputs, all of one kind, run here: trees whose tokens have embeddings."""
@@ -159,6 +174,8 @@ class StaticStep:
         """What the program of this size gives for these nodes; it holds until the next step."""
         tables = self._tables_of(size, len(state.parts))
         tables.fill(slots)
+        # plans read numbers of the weights, which no recording can
+        _ = self.reads
         return self._recorded_of(state).run(
             (size, layers), lambda: self._program(tables, size, state, layers)
         )
@@ -168,7 +185,11 @@ class StaticStep:
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states [R · N, D], logits [R · N, vocabulary], and the states behind each of `layers`."""
         model, path = self._model, LayerPath(None, layers)
-        states: Any = StaticStates(state, tables, all_slots=size.all_slots, kernel=self._kernel)
+        config, reader = model.config, None
+        if self.kernels is not None:
+            known = self.kernels, self.reads, config.score_scale, config.score_cap
+            reader = partial(StepReader, *known)
+        states: Any = StaticStates(state, tables, all_slots=size.all_slots, reader=reader)
         groups: Any = [StaticGroup(size)]
         x, ropes = model.enter(tables.tokens.flatten(), tables.positions.flatten())
         hidden = model.leave(model.run(x, ropes, groups, states, path))

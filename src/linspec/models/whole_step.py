@@ -9,7 +9,7 @@ import torch
 
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
-from linspec.kernels.gpu.choice import tree_attention_for
+from linspec.kernels.gpu.choice import DeviceKernels, kernels_for
 from linspec.kernels.gpu.graphs import recorder_for
 from linspec.kernels.gpu.triton.available import chosen
 from linspec.models.one_call import one_call
@@ -53,5 +53,10 @@ def whole_step(model: Decoder) -> WholeStep | None:
         return one_call(model)
     if why_not_static(model):
         return None
-    kernel = tree_attention_for(model.device, model.dtype, model.config.head_width)
-    return StaticStep(model, recorder, kernel)
+    kernels = kernels_for(model.device, model.dtype, model.config.head_width)
+    return StaticStep(model, recorder, kernels)
+
+
+def kernels_of(step: WholeStep | None) -> DeviceKernels | None:
+    """What a step reads by, and states fold by; None for torch, and on a CPU."""
+    return step.kernels if isinstance(step, StaticStep) else None

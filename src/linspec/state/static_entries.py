@@ -7,7 +7,7 @@ own; what is committed, staged and seen stands in the tables of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
 from linspec.decoding.tree_paths import tree_paths
+from linspec.kernels.gpu.reader import DeviceRows, StepReader
 from linspec.state.buffer import BufferState
 from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates
@@ -68,6 +69,23 @@ class StaticEntries:
             return None
         return part.sums_of(self._of_slots(part.sums[layer]))
 
+    def rows(self, layer: int) -> DeviceRows:
+        """What kernels read: the buffers where they lie; of codes, those of the step's slots as floats."""
+        part, history = self.part, self.spec.conv_history
+        if not part.keys.dtype.is_floating_point:
+            kept = (
+                *self.read(layer, slice(None), self.mask.width),
+                self.read_sums(layer, slice(None)),
+            )
+            return DeviceRows(*kept, self._places, history)
+        summed = isinstance(part, GroupedState) and bool(part.sums.numel())
+        sums = part.sums[layer] if summed else None
+        return DeviceRows(part.keys[layer], part.values[layer], sums, self._at[0][:, 0], history)
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        return torch.arange(len(self._at[0]), device=self._at[0].device)
+
     def _of_slots(self, rows: torch.Tensor) -> torch.Tensor:
         # behind the slots of the state there may be places of branches
         if self._slots is None:
@@ -76,7 +94,8 @@ class StaticEntries:
 
 
 class StaticStates:
-    """The states of all layers, as `SequenceStates.layers` has them. kernel: see `tree_attention_for`."""
+    """The states of all layers, as `SequenceStates.layers` has them. reader: makes one of the tables of a
+    kind of state, held, bases and the paths of the step; None without kernels."""
 
     def __init__(
         self,
@@ -84,20 +103,17 @@ class StaticStates:
         tables: StepTables,
         *,
         all_slots: bool,
-        kernel: Callable[..., torch.Tensor] | None = None,
+        reader: Callable[..., StepReader] | None = None,
     ) -> None:
         made = {
             id(part): StaticEntries(part, tables, held, all_slots=all_slots)
             for part, held in zip(state.parts, tables.held, strict=True)
         }
-        if kernel is not None:
+        if reader is not None:
             # once for all layers
             paths = tree_paths(tables.ancestors, tables.depths, tables.nodes)
-            # what is read has the slots of the step alone, in their order
-            slots = torch.arange(len(tables.slots), device=tables.slots.device)
             for each, bases in zip(made.values(), tables.bases, strict=True):
-                given = {"slots": slots, "held": each.mask.held, "paths": paths, "bases": bases}
-                each.mask.attention = partial(kernel, **given)
+                each.mask.reader = reader(each.mask.held, bases, paths)
         self.layers: list[tuple[Any, int]] = [_as_made(place, made) for place in state.layers]
 
 

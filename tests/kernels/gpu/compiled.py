@@ -31,8 +31,9 @@ TYPES = {
 }
 HEADS = {"HEADS": 3, "REPEATS": 3, "K": 64, "V": 64, "KP": 64, "STAGED": 64}
 TILES = {"VP": 64, "ROWS": 16, "EACH": 5, "KEYS": 64, "TILES": 4, "PART": 256, "WIDE": False}
-WHOLE = {**HEADS, **TILES, "CAPPED": False, "RELU": False, "WINDOW": 0, "GROUP": 0, "SPAN": 1}
-NEAR = {**WHOLE, "CAPPED": True, "RELU": True, "WINDOW": 40, "GROUP": 64, "SPAN": 2}
+WHOLE = {**HEADS, **TILES, "CAPPED": False, "WEIGHTS": 0, "UNIT": False}
+WHOLE |= {"WINDOW": 0, "GROUP": 0, "SPAN": 1}
+NEAR = {**WHOLE, "CAPPED": True, "WEIGHTS": 1, "UNIT": True, "WINDOW": 40, "GROUP": 64, "SPAN": 2}
 PLAIN = {**HEADS, "COLUMNS": 32, "GATES": 0, "DELTA": False, "MAP": 1, "GROUP": 64, "SPAN": 2}
 DELTA = {**PLAIN, "GATES": 1, "DELTA": True, "GROUP": 0}
 CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "WIDE": False}
@@ -40,6 +41,7 @@ CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "WIDE": F
 KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (attention._parts, {**WHOLE, "bases": None}, {}),
     (attention._parts, NEAR, {}),
+    (attention._parts, WHOLE, {"keys": "*fp16", "values": "*fp16", "q": "*fp32"}),
     (attention._merge, {**WHOLE, "bases": None}, {}),
     (recurrence._read, PLAIN, {}),
     (recurrence._read, {**PLAIN, "GATES": 64, "MAP": 2, "GROUP": 0}, {}),

@@ -14,6 +14,7 @@ from linspec.decoding.tree import shape_of
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.plain.attention import tree_attention as plain_attention
 from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.reads import WEIGHTS
 from tests.kernels.gpu.trees import DEVICES, DRAWN, TOLERANCE, Step, step_of
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'linspec[gpu]'")
@@ -37,8 +38,10 @@ class Case:
     new: int
     reach: Reach
     cap: float
-    squared_relu: bool
+    weights: str
     bases: list[int] | None
+    unit: bool = False
+    kept: torch.dtype | None = None
 
     def inputs(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Step]:
         """Queries, keys, values, and the step; slots in an order of their own."""
@@ -52,12 +55,13 @@ class Case:
         for slot, rows, tree in zip(slots, self.held, self.parents, strict=True):
             k[slot, :, rows + len(tree) :] = torch.nan
             v[slot, :, rows + len(tree) :] = torch.nan
-        return *(rows.to(device, self.dtype) for rows in (q, k, v)), step
+        k, v = (rows.to(device, self.kept or self.dtype) for rows in (k, v))
+        return q.to(device, self.dtype), k, v, step
 
     def settings(self, device: str) -> dict[str, Any]:
         bases = None if self.bases is None else torch.tensor(self.bases, device=device)
-        given = {"scale": self.width**-0.5, "cap": self.cap, "squared_relu": self.squared_relu}
-        return {**given, "reach": self.reach, "bases": bases}
+        given = {"scale": self.width**-0.5, "cap": self.cap, "weights": self.weights}
+        return {**given, "unit": self.unit, "reach": self.reach, "bases": bases}
 
 
 @st.composite
@@ -82,8 +86,10 @@ def cases(draw: st.DrawFn) -> Case:
         new=draw(st.integers(1, staged)),
         reach=reach,
         cap=draw(st.sampled_from([0.0, 3.0])),
-        squared_relu=draw(st.booleans()),
+        weights=draw(st.sampled_from(WEIGHTS)),
         bases=bases,
+        unit=draw(st.booleans()),
+        kept=draw(st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32])),
     )
 
 
@@ -133,7 +139,7 @@ def test_nodes_have_the_bits_of_single_steps(device: str, case: Case) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_sixty_four_nodes_have_the_bits_of_fewer(device: str) -> None:
     tree = [-1, *(node // 2 for node in range(63))]
-    case = Case(1, 1, 3, 64, torch.bfloat16, [130], [tree], 64, Reach(), 0.0, False, None)
+    case = Case(1, 1, 3, 64, torch.bfloat16, [130], [tree], 64, Reach(), 0.0, "softmax", None)
     q, k, v, step = case.inputs(device)
     found = _run(case, device)
     few = step_of(device, step.slots.tolist(), [130], [tree], 7)
@@ -145,7 +151,7 @@ def test_sixty_four_nodes_have_the_bits_of_fewer(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_that_leave_change_no_bits(device: str) -> None:
     case = Case(
-        2, 2, 2, 64, torch.float32, [200], [[-1, 0, 0]], 3, Reach(window=40), 0.0, False, None
+        2, 2, 2, 64, torch.float32, [200], [[-1, 0, 0]], 3, Reach(window=40), 0.0, "softmax", None
     )
     q, k, v, step = case.inputs(device)
     found = _run(case, device)
@@ -164,7 +170,9 @@ def test_what_it_cannot_take_is_named(device: str) -> None:
     with pytest.raises(ConfigError, match="at most 256 features"):
         tree_attention(q, k, k, step.slots, step.held, step.paths, scale=1.0)
     q, k = torch.zeros(1, 1, 1, 1, 16, device=device), torch.zeros(1, 1, 64, 16, device=device)
-    with pytest.raises(ConfigError, match="bfloat16"):
-        tree_attention(q.bfloat16(), k, k, step.slots, step.held, step.paths, scale=1.0)
+    with pytest.raises(ConfigError, match=r"queries in float32 or bfloat16.*float16"):
+        tree_attention(q.half(), k, k, step.slots, step.held, step.paths, scale=1.0)
+    with pytest.raises(ConfigError, match="weights must be one of"):
+        tree_attention(q, k, k, step.slots, step.held, step.paths, scale=1.0, weights="relu")
     with pytest.raises(ConfigError, match="side by side"):
         tree_attention(q, k.mT.contiguous().mT, k, step.slots, step.held, step.paths, scale=1.0)

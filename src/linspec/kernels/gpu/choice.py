@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from linspec.errors import ConfigError
+from linspec.kernels.gpu.plain import attention as attention_by_torch
+from linspec.kernels.gpu.plain import recurrence as states_by_torch
 from linspec.kernels.gpu.plain.linear import packed_linear as packed_by_torch
 from linspec.kernels.gpu.triton.available import SWITCH, chosen
 from linspec.kernels.step_plan import LinearPlan
@@ -16,23 +19,45 @@ _WIDEST = 256
 _MOST_ROWS = 64
 
 
-def tree_attention_for(
-    device: torch.device, dtype: torch.dtype, head_width: int
-) -> Callable[..., torch.Tensor] | None:
-    """Attention of token trees in Triton, for models of this dtype and width of heads; None unless chosen.
+@dataclass(frozen=True, slots=True)
+class DeviceKernels:
+    """Functions that a step of static shape reads by, and that fold what it has committed.
 
-    Raises ConfigError where it is and cannot be had.
+    tree_attention, read_states, fold_rows: as those of `kernels/gpu/triton` and `kernels/gpu/plain`.
+    """
+
+    name: str
+    tree_attention: Callable[..., torch.Tensor]
+    read_states: Callable[..., torch.Tensor]
+    fold_rows: Callable[..., None]
+
+
+# what the kernels are proved against, in any dtype
+PLAIN = DeviceKernels(
+    "torch",
+    attention_by_torch.tree_attention,
+    states_by_torch.read_states,
+    states_by_torch.fold_rows,
+)
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype, head_width: int) -> DeviceKernels | None:
+    """The kernels in Triton for models of this dtype and width of heads; None unless chosen.
+
+    Raises ConfigError where they are and cannot be had.
     """
     if not chosen(device):
         return None
+    # values may have a column of ones behind them
     if dtype not in _DTYPES or head_width > _WIDEST:
         raise ConfigError(
-            f"Triton's attention takes float32 or bfloat16 and heads of at most {_WIDEST} features; this "
+            f"Triton's kernels take float32 or bfloat16 and heads of at most {_WIDEST} features; this "
             f"model has {dtype} and {head_width}: use {SWITCH}=off, or LLM(dtype=...)"
         )
-    from linspec.kernels.gpu.triton.attention import tree_attention
+    from linspec.kernels.gpu.triton import attention, recurrence
 
-    return tree_attention
+    functions = attention.tree_attention, recurrence.read_states, recurrence.fold_rows
+    return DeviceKernels("triton", *functions)
 
 
 def device_linear(rows: torch.Tensor, plan: LinearPlan) -> torch.Tensor:

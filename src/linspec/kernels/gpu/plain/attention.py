@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from linspec.decoding.tree_paths import TreePaths
+from linspec.kernels.gpu.plain.recurrence import mapped
 from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.reads import check_weights
 
 
 def tree_attention(
@@ -18,13 +20,17 @@ def tree_attention(
     *,
     scale: float,
     cap: float = 0.0,
-    squared_relu: bool = False,
+    weights: str = "softmax",
+    unit: bool = False,
     reach: Reach = Reach(),
     bases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the kernel, in torch, with sums in the dtype of the inputs."""
     rows = rows_on_paths(held, paths, keys.shape[2])  # [R, N, C]: where on the path, or -1
+    check_weights(weights)
     k, v = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+    if unit:
+        q, k = mapped(q, "unit"), mapped(k, "unit")
     scores = torch.einsum("rgbnk,rgck->rgbnc", q, k) * scale
     if cap:
         scores = cap * torch.tanh(scores / cap)
@@ -32,13 +38,14 @@ def tree_attention(
     own = (first + held)[:, None] + paths.depths
     positions = first[:, None, None] + rows
     seen = ((rows >= 0) & (positions >= reach.oldest(own)[..., None]))[:, None, None]
-    if squared_relu:
-        weights = scores.relu().square().masked_fill(~seen, 0.0)
+    if weights == "softmax":
+        share = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     else:
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        share = scores.relu().square() if weights == "relu2" else scores
+        share = share.masked_fill(~seen, 0.0)
     # what is not seen may hold anything
     v = v.masked_fill(~(rows >= 0).any(1)[:, None, :, None], 0.0)
-    return torch.einsum("rgbnc,rgcv->rgbnv", weights, v)
+    return torch.einsum("rgbnc,rgcv->rgbnv", share, v)
 
 
 def rows_on_paths(held: torch.Tensor, paths: TreePaths, capacity: int) -> torch.Tensor:

@@ -16,7 +16,8 @@ import triton.language as tl
 from linspec.decoding.tree_paths import STAGED, TreePaths
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.reach import Reach
-from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
+from linspec.kernels.gpu.reads import WEIGHTS, check_weights
+from linspec.kernels.gpu.triton.arithmetic import NORM_FLOOR, UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
 
 # keys of a product, and products of a part
@@ -26,6 +27,8 @@ PART = KEYS * TILES
 _ROWS = 16
 # features of a head, which a program has all at once
 _WIDEST = 256
+_QUERIES = (torch.float32, torch.bfloat16)
+_ROWS_OF = (*_QUERIES, torch.float16)
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def _oldest(at, WINDOW: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr):
 @triton.jit
 def _join(
     greatest, total, sums, q, k, v, seen, scale, cap,
-    CAPPED: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
+    CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The running maximum, sum of weights and weighted values after one more tile of keys."""
     scores = product(q, tl.trans(k), WIDE) * scale
@@ -51,10 +54,12 @@ def _join(
         small = tl.exp(-2.0 * tl.abs(scores) / cap)
         size = cap * (1.0 - small) / (1.0 + small)
         scores = tl.where(scores < 0, -size, size)
-    if RELU:
-        weights = tl.maximum(scores, 0.0)
-        weights = tl.where(seen, weights * weights, 0.0)
-        sums += product(weights.to(v.dtype), v, WIDE)
+    if WEIGHTS > 0:
+        weights = scores
+        if WEIGHTS == 1:
+            weights = tl.maximum(scores, 0.0)
+            weights = weights * weights
+        sums += product(tl.where(seen, weights, 0.0).to(v.dtype), v, WIDE)
     else:
         scores = tl.where(seen, scores, float("-inf"))
         most = tl.maximum(greatest, tl.max(scores, 1))
@@ -69,12 +74,26 @@ def _join(
 
 
 @triton.jit
-def _rows(from_k, from_v, at, there, k_c, v_c, channel, value, K: tl.constexpr, V: tl.constexpr):
-    """Keys and values of a tile, 0 where there are none."""
+def _unit(rows):
+    """Rows of length 1, in their dtype."""
+    wide = rows.to(tl.float32)
+    size = tl.sqrt(tl.sum(wide * wide, 1))
+    return (wide / tl.maximum(size, NORM_FLOOR)[:, None]).to(rows.dtype)
+
+
+@triton.jit
+def _rows(
+    from_k, from_v, at, there, k_c, v_c, channel, value, like,
+    K: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile in the dtype of `like`, 0 where there are none."""
     place = at[:, None].to(tl.int64)
     k = tl.load(from_k + place * k_c + channel, mask=there[:, None] & (channel < K), other=0.0)
     v = tl.load(from_v + place * v_c + value, mask=there[:, None] & (value < V), other=0.0)
-    return k, v
+    k = k.to(like.dtype)
+    if UNIT:
+        k = _unit(k)
+    return k, v.to(like.dtype)
 
 
 # one program for every number of nodes
@@ -86,8 +105,8 @@ def _parts(
     HEADS: tl.constexpr, REPEATS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     KP: tl.constexpr, VP: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr,
     KEYS: tl.constexpr, TILES: tl.constexpr, STAGED: tl.constexpr,
-    CAPPED: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
-    SPAN: tl.constexpr, WIDE: tl.constexpr,
+    CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, UNIT: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for the queries of EACH nodes; queries of a node follow each other."""
     part, r = tl.program_id(0), tl.program_id(2)
@@ -108,6 +127,8 @@ def _parts(
         channel, value = tl.arange(0, KP), tl.arange(0, VP)
         from_q = q + r * q_r + g * q_g + repeat[:, None] * q_b + node[:, None] * q_n
         queries = tl.load(from_q + channel, mask=real[:, None] & (channel < K), other=0.0)
+        if UNIT:
+            queries = _unit(queries)
         from_k, from_v = keys + slot * k_s + g * k_g, values + slot * v_s + g * v_g
         greatest = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
@@ -120,11 +141,11 @@ def _parts(
             position = start + number * KEYS + tl.arange(0, KEYS)
             place = position - base
             k, v = _rows(
-                from_k, from_v, place, place >= 0, k_c, v_c, channel, value, K, V
+                from_k, from_v, place, place >= 0, k_c, v_c, channel, value, queries, K, V, UNIT
             )  # fmt: skip
             seen = (place >= 0) & (position >= oldest[:, None])
             greatest, total, sums = _join(
-                greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+                greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, WEIGHTS, WIDE
             )  # fmt: skip
         for number in range(tl.maximum(begin, whole), end):
             position = start + number * KEYS + tl.arange(0, KEYS)
@@ -137,10 +158,12 @@ def _parts(
                 path = nodes + (r * count + mine) * STAGED
                 staged = tl.load(path + place - own, mask=on_path, other=-1)
                 there, lies = known | (staged >= 0), tl.where(known, place, own + staged)
-                k, v = _rows(from_k, from_v, lies, there, k_c, v_c, channel, value, K, V)
+                k, v = _rows(
+                    from_k, from_v, lies, there, k_c, v_c, channel, value, queries, K, V, UNIT
+                )  # fmt: skip
                 seen = there & (position >= oldest[:, None]) & (real & (node == mine))[:, None]
                 greatest, total, sums = _join(
-                    greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, RELU, WIDE
+                    greatest, total, sums, queries, k, v, seen, scale, cap, CAPPED, WEIGHTS, WIDE
                 )  # fmt: skip
         # [R, Hkv, rep, N, parts]
         to = (((r * HEADS + g) * REPEATS + repeat) * count + node).to(tl.int64) * parts + part
@@ -153,7 +176,7 @@ def _parts(
 def _merge(
     greatest_of, total_of, sums_of, held, bases, depths, out, count, parts,
     HEADS: tl.constexpr, REPEATS: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
-    PART: tl.constexpr, RELU: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
+    PART: tl.constexpr, WEIGHTS: tl.constexpr, WINDOW: tl.constexpr, GROUP: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
     """The output of one query from the parts that it sees, in their order."""
@@ -173,7 +196,7 @@ def _merge(
     for part in range(first, at // PART - before + 1):
         place = query.to(tl.int64) * parts + part
         new = tl.load(sums_of + place * V + value, mask=value < V, other=0.0)
-        if RELU:
+        if WEIGHTS > 0:
             sums += new
         else:
             theirs = tl.load(greatest_of + place + tl.arange(0, 1))
@@ -183,7 +206,7 @@ def _merge(
             total = total * left + tl.load(total_of + place) * right
             sums = sums * left + new * right
             greatest = most
-    if not RELU:
+    if WEIGHTS == 0:
         sums = sums / total
     to = query.to(tl.int64) * V + value
     tl.store(out + to, sums.to(out.dtype.element_ty), mask=value < V)
@@ -199,23 +222,25 @@ def tree_attention(
     *,
     scale: float,
     cap: float = 0.0,
-    squared_relu: bool = False,
+    weights: str = "softmax",
+    unit: bool = False,
     reach: Reach = Reach(),
     bases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the nodes of a step read: q [R, Hkv, rep, N, K] -> [R, Hkv, rep, N, V], in the dtype of q.
 
-    keys [slots, Hkv, C, K] and values [slots, Hkv, C, V], float32 or bfloat16 as q, have the `held` [R]
-    committed rows of `slots` [R] and the staged ones behind; a view without the history of a convolution
-    will do. Sums are float32. cap: scores s become cap·tanh(s / cap), 0 for none. squared_relu: weights
-    relu(s)² instead of a softmax. reach: which rows are seen. bases [R]: positions ahead of the first row of
-    each buffer, None for none; parts begin at positions, so that bits outlive rows that leave.
+    keys [slots, Hkv, C, K] and values [slots, Hkv, C, V], floats of 16 or 32 bits, have the `held` [R]
+    committed rows of `slots` [R] and the staged ones behind; they are read where they lie, so a view without
+    the history of a convolution, or of the keys alone, will do. q is float32 or bfloat16; rows become what it
+    is, and sums are float32. cap: scores s become cap·tanh(s / cap), 0 for none. weights: one of WEIGHTS.
+    unit: of queries and keys of length 1. reach: which rows are seen. bases [R]: positions ahead of the first
+    row of each buffer, None for none; parts begin at positions, so that bits outlive rows that leave.
 
     All integers are tensors on the device, and nothing waits for it. Raises ConfigError for heads of more
-    than 256 features, for dtypes that differ, and where Triton cannot run.
+    than 256 features, for other dtypes and weights, and where Triton cannot run.
     """
     require(q.device)
-    _check(q, keys, values)
+    _check(q, keys, values, weights)
     rows, heads, repeats, count, width = q.shape
     value_width, capacity = values.shape[3], keys.shape[2]
     wide = max(_ROWS, triton.next_power_of_2(repeats))
@@ -233,7 +258,7 @@ def tree_attention(
     }
     common = {
         **UNFUSED,
-        "RELU": squared_relu,
+        "WEIGHTS": WEIGHTS.index(weights),
         "WINDOW": reach.window,
         "GROUP": reach.group,
         "SPAN": reach.span,
@@ -252,6 +277,7 @@ def tree_attention(
         TILES=TILES,
         STAGED=STAGED,
         CAPPED=cap > 0,
+        UNIT=unit,
         WIDE=interpreted(),
     )
     out = q.new_empty(rows, heads, repeats, count, value_width)
@@ -269,15 +295,16 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _check(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+def _check(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, weights: str) -> None:
+    check_weights(weights)
     widths = (keys.shape[3], values.shape[3])
     if max(widths) > _WIDEST:
         raise ConfigError(f"tree_attention takes heads of at most {_WIDEST} features, got {widths}")
-    kinds = {q.dtype, keys.dtype, values.dtype}
-    if len(kinds) > 1 or q.dtype not in (torch.float32, torch.bfloat16):
+    if q.dtype not in _QUERIES or {keys.dtype, values.dtype} - set(_ROWS_OF):
+        kinds = ", ".join(str(each.dtype) for each in (q, keys, values))
         raise ConfigError(
-            "tree_attention takes queries, keys and values all float32 or all bfloat16, got "
-            f"{', '.join(sorted(map(str, kinds)))}"
+            "tree_attention takes queries in float32 or bfloat16, keys and values in these or float16, got "
+            f"{kinds}"
         )
     if not all(rows.stride(-1) == 1 for rows in (q, keys, values)):
         raise ConfigError(
