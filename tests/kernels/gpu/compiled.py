@@ -17,7 +17,8 @@ from triton import compile as build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linspec.kernels.gpu.triton import attention, linear, recurrence
+from linspec.kernels.gpu.block_forms import FORMS
+from linspec.kernels.gpu.triton import attention, blocks, linear, recurrence
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 
 TYPES = {
@@ -27,7 +28,8 @@ TYPES = {
     **dict.fromkeys(["greatest_to", "total_to", "sums_to", "greatest_of", "total_of"], "*fp32"),
     **dict.fromkeys(["sums_of", "states", "bias"], "*fp32"),
     **dict.fromkeys(["scale", "cap"], "fp32"),
-    "codes": "*u8",
+    **dict.fromkeys(["codes", "levels"], "*u8"),
+    "halves": "*fp16",
 }
 HEADS = {"HEADS": 3, "REPEATS": 3, "K": 64, "V": 64, "KP": 64, "STAGED": 64}
 TILES = {"VP": 64, "ROWS": 16, "EACH": 5, "KEYS": 64, "TILES": 4, "PART": 256, "WIDE": False}
@@ -41,7 +43,7 @@ CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "WIDE": F
 KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (attention._parts, {**WHOLE, "bases": None}, {}),
     (attention._parts, NEAR, {}),
-    (attention._parts, WHOLE, {"keys": "*fp16", "values": "*fp16", "q": "*fp32"}),
+    (attention._parts, {**WHOLE, "WEIGHTS": 2}, {"keys": "*fp16", "values": "*fp16"}),
     (attention._merge, {**WHOLE, "bases": None}, {}),
     (recurrence._read, PLAIN, {}),
     (recurrence._read, {**PLAIN, "GATES": 64, "MAP": 2, "GROUP": 0}, {}),
@@ -49,6 +51,11 @@ KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (recurrence._fold, DELTA, {"rows": "*i64"}),
     (linear._int8, {**CODES, "bias": None}, {"scales": "*fp32"}),
     (linear._int4, CODES, {"scales": "*bf16"}),
+    *(
+        (blocks._blocks, {**blocks.sizes(form), "ROWS": 16, "WIDE": False, **levels}, {})
+        for form in FORMS.values()
+        for levels in [{} if form.levels else {"levels": None}]
+    ),
 ]
 
 

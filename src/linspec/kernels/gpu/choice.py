@@ -12,7 +12,7 @@ from linspec.kernels.gpu.plain import attention as attention_by_torch
 from linspec.kernels.gpu.plain import recurrence as states_by_torch
 from linspec.kernels.gpu.plain.linear import packed_linear as packed_by_torch
 from linspec.kernels.gpu.triton.available import SWITCH, chosen
-from linspec.kernels.step_plan import LinearPlan
+from linspec.kernels.step_plan import BLOCKS, LinearPlan
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST = 256
@@ -60,13 +60,30 @@ def kernels_for(device: torch.device, dtype: torch.dtype, head_width: int) -> De
     return DeviceKernels("triton", *functions)
 
 
-def device_linear(rows: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
-    """rows [M, K] times int8 or int4 weights on their device: [M, N], in the dtype of the rows.
+def multiplies_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights can stay in the blocks of a file, for a model that computes in `dtype` on a device.
 
-    Rows keep their precision, where the CPU's kernels round them to 8 bits.
+    On a CPU in float32; elsewhere where Triton's kernels were chosen, in float32 or bfloat16.
+    """
+    if device.type == "cpu":
+        return dtype == torch.float32
+    return dtype in _DTYPES and chosen(device)
+
+
+def device_linear(rows: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
+    """rows [M, K] times integer weights or blocks on their device: [M, N], in the dtype of the rows.
+
+    Rows keep their precision, where the CPU's kernels round them to 8 bits. Many rows are multiplied by the
+    floats that blocks stand for.
     """
     if rows.dtype not in _DTYPES or not chosen(rows.device):
         return packed_by_torch(rows, plan)
+    if plan.kind == BLOCKS:
+        if len(rows) > _MOST_ROWS:
+            return packed_by_torch(rows, plan)
+        from linspec.kernels.gpu.triton.blocks import block_linear
+
+        return block_linear(rows, plan)
     from linspec.kernels.gpu.triton.linear import packed_linear
 
     # in pieces, since another way to multiply would round in another way

@@ -17,7 +17,7 @@ from linspec.kernels.gpu.triton.available import require
 from linspec.kernels.step_plan import INT4, INT8, LinearPlan
 
 # rows of a product, and the most that are taken
-_ROWS, MOST_ROWS = 16, 64
+ROWS, MOST_ROWS = 16, 64
 # output channels of a tile, inputs that share a scale, bytes of these in int4: see `pack_int4`
 _TILE, _GROUP, _LINE = 32, 32, 576
 
@@ -94,9 +94,9 @@ def packed_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     require(x.device)
     _check(x, plan)
     out = x.new_empty(len(x), plan.outputs)
-    grid = (triton.cdiv(plan.outputs, _TILE), triton.cdiv(len(x), _ROWS))
+    grid = (triton.cdiv(plan.outputs, _TILE), triton.cdiv(len(x), ROWS))
     sizes = (plan.bias, out, len(x), plan.inputs, plan.outputs, x.stride(0))
-    common = {"ROWS": _ROWS, "TILE": _TILE, "WIDE": interpreted(), **UNFUSED}
+    common = {"ROWS": ROWS, "TILE": _TILE, "WIDE": interpreted(), **UNFUSED}
     if plan.kind == INT8:
         _int8[grid](x, plan.weights, plan.scales, *sizes, **common, STEP=2 * _GROUP)
     else:
@@ -109,13 +109,18 @@ def packed_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
 def _check(x: torch.Tensor, plan: LinearPlan) -> None:
     if plan.kind not in (INT8, INT4):
         raise ConfigError(f"packed_linear takes weights in int8 or int4, got kind {plan.kind}")
+    check_rows(x, plan)
+
+
+def check_rows(x: torch.Tensor, plan: LinearPlan) -> None:
+    """Raises ConfigError for rows that the kernels do not multiply."""
     if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"packed_linear takes rows in float32 or bfloat16, got {x.dtype}")
+        raise ConfigError(f"Triton's products take rows in float32 or bfloat16, got {x.dtype}")
     if x.ndim != 2 or not 1 <= len(x) <= MOST_ROWS or x.shape[1] != plan.inputs:
         raise ConfigError(
-            f"packed_linear takes 1 to {MOST_ROWS} rows of {plan.inputs} inputs, got {list(x.shape)}"
+            f"Triton's products take 1 to {MOST_ROWS} rows of {plan.inputs} inputs, got {list(x.shape)}"
         )
     if x.stride(1) != 1:
         raise ConfigError(
-            "packed_linear takes rows whose inputs lie side by side; use contiguous()"
+            "Triton's products take rows whose inputs lie side by side; use contiguous()"
         )
