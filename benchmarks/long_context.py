@@ -84,6 +84,7 @@ WAYS = {
     "tidal 256, again 10": Way(attention="tidal:budget=256,first=2,again=10"),
     "tidal 256, again 16": Way(attention="tidal:budget=256,first=2,again=16"),
     "int8, yarn": Way(rope_scaling="yarn:4"),
+    "codes 1024, yarn": Way(attention="pages:budget=1024,judge=codes", rope_scaling="yarn:4"),
     "codes 2048, yarn": Way(attention="pages:budget=2048,judge=codes", rope_scaling="yarn:4"),
     "lserve 1024": Way(attention="lserve:budget=1024"),
     "lserve 1024, 22 heads": Way(attention="lserve:budget=1024,exact=22"),

@@ -46,10 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test that is `crossed(n)`, one case in n is for `make test`, always the same; others are slow."""
+    """Of a test that is `crossed(n)`, one case in n is for `make test`, the others are slow."""
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        mark = item.get_closest_marker("crossed")
-        if mark is not None and zlib.crc32(item.nodeid.encode()) % mark.args[0]:
+        if item.get_closest_marker("crossed") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for drawn in cases.values():
+        one_in = drawn[0].get_closest_marker("crossed").args[0]
+        # in the order of their names' sums, which is as good as chance
+        drawn.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in drawn[-(-len(drawn) // one_in) :]:
             item.add_marker(pytest.mark.slow)
 
 

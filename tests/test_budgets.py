@@ -158,6 +158,7 @@ def test_a_policy_that_plans_numbers_is_told_what_a_plan_is() -> None:
 # ---- what the verifier's contract says about cutting
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_policy_that_cuts_trees_keeps_greedy_outputs(name: str) -> None:
     model, policy = tiny_model("aug"), Cutter(6)

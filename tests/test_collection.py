@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 # files with parameters of every kind: directories made for the tests, sets, bytes, long texts, objects
 FILES = (
@@ -37,6 +39,7 @@ def collect(hash_seed: str, scratch: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_ids_held_a_random_path_and_bytes_of_a_file(tmp_path: Path) -> None:
     started = [collect(seed, tmp_path / seed) for seed in ("1", "2")]
     outputs = [process.communicate()[0].splitlines() for process in started]

@@ -182,6 +182,7 @@ LENGTHS = (1, 2, 9, 24, 17)
 GREEDY = [SamplingParams(max_tokens=n) for n in LENGTHS]
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

@@ -82,6 +82,7 @@ def fuzz(kind: str, ending: str, cases: int) -> None:
     run()
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(("kind", "ending"), pairs())
 def test_damaged_files_are_refused_by_name(kind: str, ending: str) -> None:
     fuzz(kind, ending, FEW)

@@ -215,6 +215,7 @@ ARGUMENTS = [
 ]
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize(("args", "message"), ARGUMENTS, ids=range(len(ARGUMENTS)))
 def test_a_hostile_argument_ends_in_one_line(
     args: tuple[object, ...], message: str, tmp_path: Path

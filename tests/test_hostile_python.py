@@ -111,6 +111,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"recall_share": None}, ConfigError, "recall_share must be in 0..1, got None"),
     ({"kl_weight": "x"}, ConfigError, "kl_weight must be finite and 0 or more, got 'x'"),
     ({"precision": "x"}, ConfigError, "precision must be auto, bf16 or float32"),
+    ({"precision": "BF16"}, ConfigError, "did you mean 'bf16'"),
     ({"save_every": "x"}, ConfigError, "save_every must be finite"),
     ({"exact_tokens": 2**40}, ConfigError, "exact_tokens must be at most"),
     ({"exact_tokens": 257}, ConfigError, "must be at most 256, the positions that this teacher"),

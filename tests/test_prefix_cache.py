@@ -106,7 +106,7 @@ def prompts(seed: int, count: int) -> list[list[int]]:
 # ---- outputs
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(10)
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 @settings(max_examples=4)
 @given(seed=st.integers(0, 2**20), budget=st.sampled_from([LARGE, 20_000, 100]))
@@ -140,7 +140,7 @@ def check_books(kept: PrefixCache) -> None:
     assert set(kept._leaving) == {n for n in nodes if n.rest is not None or not n.children}
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "by-head", "window", "gdn"])
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**20))
@@ -157,7 +157,7 @@ def test_requests_that_are_dropped_leave_a_sound_cache(mixer: str, seed: int) ->
         assert output(ask(cached, prompt)) == output(ask(plain, prompt))
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(8)
 @pytest.mark.parametrize("drafter", [None, "lookup", "eagle"])
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @settings(max_examples=4)
@@ -187,6 +187,7 @@ def test_sequences_that_leave_their_slots_keep_sound_states(
         check_books(cache_of(cached))
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @pytest.mark.parametrize("name", KINDS)
 def test_drafters_draft_behind_a_cached_prompt(name: str, mixer: str) -> None:
@@ -224,6 +225,7 @@ def test_block_drafters_draft_behind_a_cached_prompt() -> None:
         assert bool(found.cached_tokens) == (n != 5)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", ["int8", "int4", "float16", "bfloat16", "guest-paged:4"])
 @pytest.mark.parametrize(
     "mixers", [("softmax", "softmax"), ("softmax", "aug"), ("by-head",)], ids=str
@@ -237,6 +239,7 @@ def test_caches_of_every_kind(kind: str, mixers: tuple[str, ...]) -> None:
     assert cache_of(engines[1]).counters.hits >= 2
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 def test_bits_are_those_of_the_same_pieces(mixer: str, bits: int | None) -> None:
@@ -260,6 +263,7 @@ def test_bits_are_those_of_the_same_pieces(mixer: str, bits: int | None) -> None
 # ---- what is found
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("drafter", [None, "itself", "lookup", "random"])
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "gla", "window", "by-head"])
 @pytest.mark.parametrize("end", ["length", "stop"])

@@ -169,6 +169,7 @@ def plain(setting: str, temperature: float) -> list[list[int]]:
     return [outputs(decode([p], [each]))[0] for p, each in zip(PROMPTS, params, strict=True)]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_tokens_do_not_depend_on_drafts_or_company(setting: str, temperature: float) -> None:

@@ -61,6 +61,7 @@ def model_of(name: str, settings: dict[str, Any]) -> Decoder:
     return randomise(Decoder(replace(config, **settings)), seed=0).double()
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_steps_equal_the_full_form(name: str, settings: dict[str, Any]) -> None:

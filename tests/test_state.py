@@ -40,6 +40,7 @@ LENGTHS = (0, 1, GROUP - 1, GROUP, 2 * WINDOW + 1)
 # ---- verification leaves the committed state alone
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_step_leaves_committed_bytes_and_other_slots_alone(layers: Layers, length: int) -> None:
@@ -75,7 +76,7 @@ def test_a_commit_leaves_other_slots_and_their_staged_nodes_alone(layers: Layers
 # ---- copies
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_restore_brings_back_what_snapshot_saw(layers: Layers, length: int) -> None:
@@ -186,6 +187,7 @@ def poison(state: SequenceStates, slot: int, *, committed: bool) -> None:
             part.sums[:, slot] = torch.nan
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_step_of_one_row_reads_only_rows_that_were_written(layers: Layers, length: int) -> None:
@@ -293,6 +295,7 @@ def allocated(state: SequenceStates) -> int:
     return sum(t.numel() for part in state.parts for t in (part.keys, part.values, part.sums))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", [name for name in MIXER_NAMES if name not in (*GROWING, *SHADOWS)])
 def test_allocated_memory_does_not_grow_with_the_context(name: str) -> None:
     """It once did: a long prefill made room in the buffers, which it does not use."""
@@ -356,7 +359,7 @@ def long_run(model: Decoder, tokens: list[int]) -> torch.Tensor:
     return torch.cat([feed(model, state, tokens[i : i + 3]) for i in range(0, len(tokens), 3)])
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(10)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_float32_stays_close_to_float64_over_many_groups(name: str) -> None:
     tokens = random_tokens(300)

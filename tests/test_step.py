@@ -52,6 +52,7 @@ def step_tree(model: Decoder, prompt: Sequence[int], tree: TokenTree) -> torch.T
 # ---- step = full = tree
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layers", MODELS)
 def test_tree_equals_full_at_every_offset_and_across_borders(layers: Layers, device: str) -> None:
@@ -61,6 +62,7 @@ def test_tree_equals_full_at_every_offset_and_across_borders(layers: Layers, dev
         assert_close(step_tree(model, prompt, BRANCHES), tree_logits(model, prompt, BRANCHES))
 
 
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("layers", MODELS)
 @settings(max_examples=10)
 @given(length=st.integers(0, 3 * GROUP), tree=trees())
@@ -78,7 +80,7 @@ def test_large_random_trees_equal_full(layers: Layers, length: int, tree: TokenT
     assert_close(step_tree(model, prompt, tree), tree_logits(model, prompt, tree))
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("length", [0, GROUP + 1])
 def test_the_deepest_chain_and_the_widest_tree(layers: Layers, length: int) -> None:
@@ -89,6 +91,7 @@ def test_the_deepest_chain_and_the_widest_tree(layers: Layers, length: int) -> N
         assert_close(step_tree(model, prompt, tree), tree_logits(model, prompt, tree))
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize(
     "switches",
     [{"kv_heads": 4}, {"kv_heads": 1}, {"qk_norm": True}, {"positions": "learned"}],
@@ -134,6 +137,7 @@ def test_logits_of_some_tokens_on_request() -> None:
 # ---- prefill
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("layers", MODELS)
 def test_prefill_split_anywhere_equals_one_prefill(layers: Layers) -> None:
     model, tokens = tiny_model(*layers), random_tokens(2 * GROUP + 3)
@@ -144,7 +148,7 @@ def test_prefill_split_anywhere_equals_one_prefill(layers: Layers) -> None:
         assert_close(remembered(model, state), remembered(model, expected))
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("layers", MODELS)
 @pytest.mark.parametrize("cuts", [(64,), (65,), (1, 70), (70, 140), (GROUP, 80, 81)], ids=str)
 def test_long_prefill_in_chunks_equals_the_full_form(layers: Layers, cuts: tuple[int, ...]) -> None:
@@ -157,6 +161,7 @@ def test_long_prefill_in_chunks_equals_the_full_form(layers: Layers, cuts: tuple
     assert_close(remembered(model, state), remembered(model, prefilled(model, tokens)))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("layers", MODELS)
 def test_part_of_a_long_chain_can_be_committed(layers: Layers) -> None:
     model, tokens = tiny_model(*layers), random_tokens(MAX_STAGED + 9)
@@ -224,6 +229,7 @@ def check_history(model: Decoder, prompt: int, rounds: int, seed: int) -> None:
     assert_close(undone, tree_logits(model, text, tree))
 
 
+@pytest.mark.crossed(10)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layers", MODELS)
 @settings(max_examples=10)
@@ -245,6 +251,7 @@ def test_long_histories(layers: Layers, prompt: int, rounds: int, seed: int) -> 
 # ---- ragged batches
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layers", MODELS)
 def test_ragged_batches_equal_single_rows(layers: Layers, device: str) -> None:
@@ -303,6 +310,7 @@ def test_slots_may_come_in_any_order() -> None:
             ConfigError,
             r"slots \[1, 0, 0\] are not different",
         ),
+        ([], ConfigError, "one input or more, got none"),
         ([StepInput(2, [1])], ConfigError, r"slots \[2\] are not different slots of a state of 2"),
         ([StepInput(-1, [1])], ConfigError, r"slots \[-1\] are not"),
     ],
@@ -314,7 +322,9 @@ def test_malformed_feeds_are_refused_before_any_change(
     state = prefilled(model, [1, 2, 3], [4])
     before = state.snapshot(0)
     with pytest.raises(error, match=message):
-        model.step([StepInput(1, [9]), *inputs] if inputs[0].slot == 0 else inputs, state)
+        model.step(
+            [StepInput(1, [9]), *inputs] if inputs and inputs[0].slot == 0 else inputs, state
+        )
     assert_same_bytes(state.snapshot(0), before)
     assert not state.staged(0) and not state.staged(1)
 

@@ -257,6 +257,7 @@ def test_a_flag_that_became_a_word_says_so(flag: str, word: str, data: Path) -> 
     assert told in found.stderr
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(
     ("module", "verb"),
     [

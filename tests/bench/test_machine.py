@@ -18,6 +18,8 @@ def test_info_names_the_kernel_and_why() -> None:
     facts = info()
     assert {"version", "torch", "device", "kernels", "threads"} <= set(facts)
     assert set(facts["kernels"]["linear"]) == {"name", "reason"}
+    assert facts["kernels"]["triton"]["switch"] == "off"
+    assert facts["kernels"]["cuda_graphs"] == {"switch": "auto"}
 
 
 def test_threads() -> None:

@@ -18,6 +18,7 @@ def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_mixer_is_measured_and_remembered(private_cache: Path) -> None:
     assert mixers.measured_mixers() == {}
     found = mixers.measure_mixers(context=70)

@@ -33,6 +33,7 @@ def test_memory_is_that_of_the_loaded_model(name: str) -> None:
     assert found["weights_mb"]["float32"] == pytest.approx(found["parameters"] * 4e-6, abs=1e-3)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q5_1", "Q2_K", "F16"])
 def test_memory_of_a_file_is_that_of_its_blocks(family: str, kind: str, tmp_path: Path) -> None:

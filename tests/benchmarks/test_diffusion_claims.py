@@ -59,6 +59,7 @@ def test_blocks_that_end_with_lines_are_counted(lines: Lines) -> None:
     assert ends_of_lines(lines, way) == (ending, len(inside))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_every_claim_is_a_command(
     claim: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -63,6 +63,7 @@ def by_steps(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q6_K"])
 def test_every_family_keeps_its_blocks(family: str, kind: str, tmp_path: Path) -> None:

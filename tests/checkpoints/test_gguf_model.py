@@ -62,6 +62,7 @@ def same_logits(theirs: Any, ours: Decoder, ids: torch.Tensor = IDS_OF_A_TEXT) -
     assert float((expected - found).abs().max()) <= 1e-4 * scale
 
 
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("kind", sorted(IDS))
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_logits_are_those_of_transformers(family: str, kind: str, tmp_path: Path) -> None:
@@ -69,6 +70,7 @@ def test_logits_are_those_of_transformers(family: str, kind: str, tmp_path: Path
     same_logits(theirs, load_model(path))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -113,6 +115,7 @@ def test_variants_of_a_family_are_read_from_keys_and_tensors(
     same_logits(theirs, load_model(path))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_directory_and_a_gguf_file_of_one_model_are_alike(family: str, tmp_path: Path) -> None:
     theirs, path = tiny(family, tmp_path / "m.gguf")
@@ -138,6 +141,7 @@ def test_a_directory_and_a_gguf_file_of_one_model_are_alike(family: str, tmp_pat
     assert tuple(expected[0, -12:].tolist()) == one[0].token_ids
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafts_change_no_token(family: str, tmp_path: Path) -> None:
     _, path = tiny(family, tmp_path / "m.gguf")
@@ -149,6 +153,7 @@ def test_drafts_change_no_token(family: str, tmp_path: Path) -> None:
     assert max(each.stats.tokens_per_round for each in drafted) > 1
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_step_form_of_a_gguf_model_is_its_full_form(family: str, tmp_path: Path) -> None:
     model = load_model(tiny(family, tmp_path / "m.gguf", "Q8_0")[1])

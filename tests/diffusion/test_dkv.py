@@ -58,6 +58,7 @@ def assert_as_plain(
         assert result.stats.computed == plain.computed
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("spec", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_traces_are_those_of_the_plain_loop(
@@ -72,6 +73,7 @@ def test_traces_are_those_of_the_plain_loop(
             assert_as_plain(monkeypatch, name, asked, block, rule, CACHES[spec])
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("spec", GREEDY)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_traces_are_those_of_the_plain_loop(
@@ -83,6 +85,7 @@ def test_greedy_traces_are_those_of_the_plain_loop(
         assert_as_plain(monkeypatch, name, asked, block, rule, GREEDY[spec])
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("order", ["confidence", "margin", "entropy", "random", "left"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_refresh_in_every_forward_is_no_cache(name: str, order: str) -> None:

@@ -33,6 +33,7 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_traces_are_those_of_the_plain_loop(
@@ -51,6 +52,7 @@ def test_traces_are_those_of_the_plain_loop(
     assert edits == expected and edits
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_token_that_always_stays_is_one_of_the_threshold(name: str, cache: str) -> None:

@@ -50,6 +50,7 @@ def boundary(drift: Drift, layers: int = 3) -> int:
     return layers if drift.boundary is None else drift.boundary
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_traces_are_those_of_the_plain_loop(

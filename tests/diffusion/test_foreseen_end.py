@@ -34,6 +34,7 @@ def common(name: str) -> list[int]:
     return sorted({text[place] for text in texts for place in (1, 4, 7)})
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_traces_are_those_of_the_plain_loop(

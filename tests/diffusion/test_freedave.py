@@ -75,6 +75,7 @@ def assert_same(
     return sum(saved)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("kept", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_output_and_order_are_those_of_static(
@@ -97,6 +98,7 @@ def test_output_and_order_are_those_of_static(
     assert saved > 0
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize(
     "spec",
     [

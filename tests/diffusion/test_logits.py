@@ -33,6 +33,7 @@ def everything(self: MaskedDiffusionLoop, canvas: Canvas) -> Collection[int]:
     return range(canvas.start, len(canvas))
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_tokens_and_forwards_are_those_with_logits_of_everything(

@@ -23,6 +23,7 @@ from linspec.errors import DrafterError
 from linspec.llm import LLM
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("length", [3, 17, 18, 19, 20, 21, 30])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_draft_model_at_its_last_position_once_ended_the_request(

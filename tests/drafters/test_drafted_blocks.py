@@ -247,6 +247,7 @@ def decode(
 FORMS: dict[str, Any] = {"float": fused_linear, "int8": Quantizer(8, {})}
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "gdn"])
 def test_outputs_are_those_of_plain_decoding(mixer: str, form: str) -> None:

@@ -293,6 +293,7 @@ class Now(Policy):
         return [Budget((0, 2, 5, 14)[(len(row.tokens) + row.number) % 4], 4) for row in rows]
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 @pytest.mark.parametrize("changes", [{}, {"own_head": False, "normed": False}], ids=["new", "old"])

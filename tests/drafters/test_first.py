@@ -59,6 +59,7 @@ def drafter_of(model: Decoder, routers: Routers, **options: int) -> First:
     return First(DrafterContext(model, slots=4), FirstOptions(**options), routers)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", ["one call", "float64", "int8"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_outputs_are_plain_token_for_token_with_other_layers_for_each_sequence(

@@ -234,6 +234,7 @@ def test_a_draft_model_that_was_skipped_catches_up() -> None:
     assert outputs(rows) == outputs(decode(model, prompts, SamplingParams(max_tokens=60)))
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_mix_is_as_good_as_the_better_of_its_parts(temperature: float) -> None:
     """Requests that come again, between requests that do not."""

@@ -160,6 +160,7 @@ def _no_search_of_another_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.crossed(11)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", sorted(DRAFTERS.names()))
 def test_a_pre_empted_sequence_gets_what_it_would_have_got(name: str, temperature: float) -> None:

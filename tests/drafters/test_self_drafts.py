@@ -75,6 +75,7 @@ def fitting(kind: str, spec: str) -> tuple[Decoder, Drafter]:
         pytest.skip(str(error))
 
 
+@pytest.mark.crossed(9)
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

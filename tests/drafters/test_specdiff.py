@@ -40,6 +40,7 @@ def double(shift: int = 1, **changes: Any) -> MaskedDiffusion:
     return random_denoiser(shift=shift, **changes).double()
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("options", ["places=1", "top=1", "top=5,places=6", "cache=none"])
 def test_any_shape_of_draft_leaves_the_output_alone(shift: int, options: str) -> None:

@@ -76,7 +76,7 @@ def watched(model: Decoder, spec: str = FAST) -> Watched:
     return made
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", ["softmax", "aug", "int8", "float64", "not prepared"])
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.85}]

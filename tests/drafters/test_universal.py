@@ -50,6 +50,7 @@ def folder_of(kind: str) -> Path:
 PAIRS = [*zip(KINDS, [*KINDS][1:] + [*KINDS][:1], strict=True), *((k, "byte-level") for k in KINDS)]
 
 
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize(("draft", "target"), PAIRS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_outputs_are_plain_between_any_two_kinds_of_tokenizers(

@@ -147,6 +147,7 @@ def plain(temperature: float) -> list[tuple[tuple[int, ...], str]]:
     return [(each.token_ids, each.finish_reason) for each in found]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("name", [*FOUND, *MADE])
 def test_every_drafter_leaves_an_output_with_a_grammar_as_it_is(

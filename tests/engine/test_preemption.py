@@ -82,7 +82,7 @@ PARAMS = [
 ]
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("budget", [64, 128, 512])
 @pytest.mark.parametrize("drafter", [None, "lookup", "chimera", "suffix"])
 def test_a_mixed_trace_gets_what_each_request_gets_alone(drafter: str | None, budget: int) -> None:

@@ -57,6 +57,7 @@ def test_a_hit_copies_no_full_page(kind: str) -> None:
     assert bytes_of([*held, *kept_pages(engine)]) == pool_of(engine).bytes
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [0, 10 * PAGE])
 def test_what_is_evicted_stays_with_those_who_run(kind: str, cached: int) -> None:

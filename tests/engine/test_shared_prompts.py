@@ -94,6 +94,7 @@ def counted(engine: Engine) -> Iterator[list[int]]:
     loop.round = before  # type: ignore[method-assign]
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [False, True])
 def test_n_samples_of_a_prompt_read_it_once_and_hold_it_once(kind: str, cached: bool) -> None:
@@ -127,6 +128,7 @@ def _most_bytes(engine: Engine, prompt: list[int], n: int) -> int:
     return most
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("drafter", [*ALL_DRAFTERS, None])
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "window", "by-head"])
 def test_drafts_and_mixers_change_no_token(mixer: str, drafter: str | None) -> None:
@@ -140,6 +142,7 @@ def test_drafts_and_mixers_change_no_token(mixer: str, drafter: str | None) -> N
     assert outputs(sequences) == apart(model, prompt, params)
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("mixer", MIXER_NAMES)
 @pytest.mark.parametrize("cached", [False, True])
 def test_every_mixer_draws_what_requests_of_their_own_draw(mixer: str, cached: bool) -> None:

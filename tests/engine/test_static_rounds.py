@@ -18,6 +18,7 @@ def recorded(mixer: str) -> tuple[Decoder, TapeRecorder]:
     return model, recorder
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "gla"])
 def test_greedy_with_a_drafter_is_plain_greedy_by_layer(drafter: str, mixer: str) -> None:

@@ -106,6 +106,7 @@ def test_a_line_that_is_shuffled_in_shares(length: int, each: int) -> None:
     assert found == pytest.approx(product) == pytest.approx(IN_SHARES[length, each], abs=5e-5)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("task", ["replace-random", "insert-random", "remove-random", "shuffle"])
 @pytest.mark.parametrize("each", [2, 0])
 def test_the_decoder_loses_what_theory_says(task: str, each: int) -> None:

@@ -23,6 +23,7 @@ def nats_token_by_token(model: torch.nn.Module, ids: list[int], context: int, st
     return total
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @pytest.mark.parametrize(("context", "stride"), [(256, None), (16, None), (7, 3), (5, 5), (1, 1)])
 def test_score_equals_the_slow_way(mixer: str, context: int, stride: int | None) -> None:

@@ -66,6 +66,7 @@ def llm() -> LLM:
     return LLM(text_model("softmax"), tokenizer=tiny_tokenizer())
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", TASKS)
 def test_a_length_is_kept_with_the_answer_and_seeds_repeat(llm: LLM, name: str) -> None:
     task, length = TASKS[name], 8000

@@ -41,6 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 @pytest.mark.parametrize("drafter", ["none", "prompt-lookup", "draft-model", "student"])
 def test_lossless_drafters_pass(mixer: str, drafter: str, data: Path) -> None:

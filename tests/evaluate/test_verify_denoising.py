@@ -59,6 +59,7 @@ def test_all_that_says_it_is_lossless_is_compared_and_is(data: Path, renamed: No
     assert report.tokens <= 3 * 9 * 4 * len(report.loops)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_what_is_approximate_is_caught(data: Path, cache: str) -> None:
     spec = f"masked-diffusion:block=fixed:8,commit=threshold:0.01,cache={cache}"
@@ -76,6 +77,7 @@ def test_the_reference_keeps_blocks_and_cache(data: Path) -> None:
     assert {spec_of(plan).count("cache") for plan in lossless_plans()} == {0}
 
 
+@pytest.mark.slow
 def test_rounding_is_no_difference(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = lossless_denoising._Compared._run
 

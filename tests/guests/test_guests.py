@@ -26,6 +26,7 @@ def test_the_suffix_drafter_is_lossless_and_remembers() -> None:
     check_lossless("guest-suffix:max_length=3")
 
 
+@pytest.mark.slow
 def test_the_layer_skipping_drafter_is_lossless() -> None:
     check_lossless("guest-layer-skip", remembers=False)
     # with no layer left out it is the target, and every draft is right

@@ -58,6 +58,7 @@ def cache_of(net: PackedBlockNet) -> BlockCache:
     return BlockCache(net.config, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("bits", [None, 8])
 def test_one_call_drafts_what_the_layers_say(

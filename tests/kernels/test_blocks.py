@@ -111,6 +111,7 @@ def test_each_code_has_its_place(library: ctypes.CDLL, kind: BlockFormat) -> Non
     torch.testing.assert_close(made(x), 127 * made.weight.T, rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.crossed(3)
 @every_format
 def test_products_match_float64(isa: str, library: ctypes.CDLL, kind: BlockFormat) -> None:
     for seed, (outputs, inputs) in enumerate(sizes(kind)):

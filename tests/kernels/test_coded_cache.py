@@ -66,6 +66,7 @@ def read(model: Decoder, kind: str, length: int, slots: int = 1) -> SequenceStat
     return state
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [24, 62, 80, 128])
 @pytest.mark.parametrize("mixer", [MixerConfig(), MixerConfig(taps=5), WINDOW])

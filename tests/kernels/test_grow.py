@@ -88,6 +88,7 @@ def assert_alike(found: TokenTree, expected: TokenTree, near: float = 1e-4) -> N
     assert found.confidences == pytest.approx(expected.confidences, abs=near)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_one_call_makes_the_entries_and_trees_of_the_levels(

@@ -37,6 +37,7 @@ def decoder(mixer: MixerConfig = WINDOW, *, width: int = 24) -> Decoder:
     return Decoder(config).to_inference()
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("width", [24, 62, 128])
 @pytest.mark.parametrize("mixer", [MixerConfig(taps=5), WINDOW])
 @pytest.mark.parametrize("kind", KINDS)

@@ -136,6 +136,7 @@ def of_all(made: Decoder, state: SequenceStates, inputs: list[StepInput]) -> lis
     return [output.logits[part] for part in output.slices]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("kind", ["float", "int8", "int4", "bfloat16", "float16"])
 @pytest.mark.parametrize("mixer", ["softmax", "window", "by-head"])
 def test_no_thread_and_no_neighbour_changes_a_bit(

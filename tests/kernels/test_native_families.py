@@ -66,6 +66,7 @@ def made_of(changes: dict[str, Any], bits: int | None = None) -> Decoder:
     return model.to_inference(Quantizer(bits, {})) if bits else model.to_inference()
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_in_one_call_is_the_setting_by_layers(
@@ -89,6 +90,7 @@ def test_a_setting_in_one_call_is_the_setting_by_layers(
         assert (one - other).abs().mean() < 3e-2 * other.abs().mean()
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_has_one_set_of_bits(library: ctypes.CDLL, setting: str) -> None:
     """On all instruction sets; a prompt and its tokens one by one; a tree and a path of it."""

@@ -82,7 +82,7 @@ def model(mixer: str, bits: int | None = None, **changes: Any) -> Decoder:
     return made.to_inference(Quantizer(bits, {})) if bits else made.to_inference()
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(18)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "qkv_bias": True}])
 def test_one_call_computes_the_step(isa: str, mixer: str, changes: dict[str, Any]) -> None:
@@ -151,6 +151,7 @@ DISTANT = {
 }
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(
     "mixer",
     [
@@ -197,7 +198,7 @@ def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
         assert reason is not None and name in reason
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("exact", [(), (2,), (0, 3), (0, 1, 2, 3)], ids=str)
 def test_heads_of_one_layer_that_read_in_different_ways(
@@ -250,6 +251,7 @@ def test_a_tree_is_verified_bit_for_bit(isa: str, mixer: str, bits: int | None) 
             assert torch.equal(logits[0], together[node])
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mixer", SUMMED)
 def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
     isa: str, mixer: str
@@ -270,7 +272,7 @@ def test_nodes_of_sums_get_the_bits_of_tokens_one_by_one_where_no_group_closes(
         assert torch.equal(alone[0], expected)
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(9)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_step_has_the_same_bits_on_every_instruction_set(
@@ -304,7 +306,7 @@ def same_bits_on_every_set(library: ctypes.CDLL, made: Decoder) -> None:
         assert all(torch.equal(*pair) for pair in zip(result, results[0], strict=True))
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(9)
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("lengths", [(65,), (150, 70), (9, 128, 200)])
 def test_a_prompt_in_one_call_is_the_prompt_by_layers(
@@ -331,7 +333,7 @@ def test_a_prompt_in_one_call_is_the_prompt_by_layers(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(12)
 @pytest.mark.parametrize("kv", ["float", "int8", "int4"])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("mixer", EXACT)
@@ -353,6 +355,7 @@ def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
     assert torch.equal(*after)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_prompt_has_the_same_bits_on_every_instruction_set(
     library: ctypes.CDLL, mixer: str

@@ -213,6 +213,7 @@ def test_a_canvas_gets_the_bits_that_it_gets_alone(
     assert same(kept(state, last.slot), before)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kv", CACHES)
 def test_the_last_position_gets_the_bits_of_a_token_behind_all_others(

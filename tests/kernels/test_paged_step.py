@@ -82,7 +82,7 @@ def outputs(made: Decoder, kind: str, prompt: int, share: bool) -> list[torch.Te
     return [*found, made.step(last, state).logits]
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(24)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("prompt", [PAGE, 3 * PAGE + 7])

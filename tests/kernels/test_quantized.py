@@ -89,6 +89,7 @@ def test_a_quantized_draft_model_drafts(small: Path) -> None:
     assert found.token_ids == plain.generate("import os\n\n\nclass", params)[0].token_ids
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_speculation_is_lossless_with_quantized_weights(bits: int) -> None:
     """Softmax and integer weights: every bit of every logit, so no near tie can differ."""

@@ -99,7 +99,7 @@ def outputs(made: Decoder, kind: str, share: bool = True) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(9)
 @pytest.mark.parametrize("form", [*SPECS, "taps", "by-head"])
 def test_one_call_selects_as_the_mixer_does(isa: str, form: str) -> None:
     made, found = made_of(form, None), []
@@ -112,7 +112,7 @@ def test_one_call_selects_as_the_mixer_does(isa: str, form: str) -> None:
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(20)
 @pytest.mark.parametrize("form", [*JUDGES, "wide", "by-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_the_same_entries_both_forms_select_the_same(isa: str, form: str, kind: str) -> None:
@@ -137,6 +137,7 @@ def test_of_the_same_entries_both_forms_select_the_same(isa: str, form: str, kin
             state.commit(0, range(60)) if step is new[0] else state.drop(0)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("form", [*SPECS, "by-head"])
 def test_a_node_gets_the_same_bits_however_it_comes(isa: str, form: str) -> None:
     """Tokens of a chain: as one prompt, in slices, one by one beside others, as a path of a tree."""
@@ -180,6 +181,7 @@ def test_bits_are_those_of_every_set_and_number_of_threads(
         assert all(map(torch.equal, found[0], other))
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("form", JUDGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pages_are_judged_by_their_entries_after_any_history(kind: str, form: str) -> None:

@@ -73,6 +73,7 @@ def search_of_transformers(
     return found[0, len(prompt) :].tolist()
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("stopping", ["true", "false", "never"])
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_tokens_are_those_of_transformers(pair, stopping: str, penalty: float) -> None:

@@ -26,6 +26,7 @@ COMMITS: dict[str, tuple[str, float]] = {
 CACHES = ("none", "prefix", "dual")
 
 
+@pytest.mark.crossed(7)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("commit", COMMITS)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -44,6 +45,7 @@ def test_traces_are_those_of_the_plain_loop(
         )
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_longer_output_goes_on_behind_what_is_decided(name: str, cache: str) -> None:
@@ -60,6 +62,7 @@ def test_a_longer_output_goes_on_behind_what_is_decided(name: str, cache: str) -
         assert found.stats.rounds == forwards and found.finish_reason == "length"
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_company_changes_nothing(name: str, cache: str) -> None:

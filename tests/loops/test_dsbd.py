@@ -235,6 +235,7 @@ def test_a_width_of_one_has_the_law_of_the_target() -> None:
     assert chisquare(observed, [e * count / sum(expected) for e in expected]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_one_drafted_layer_of_full_width_has_the_law_of_beam_sampling() -> None:
     """Asked for all its draws, a layer has as many beams whichever way it ends: nothing tells of tokens."""
     model, small = tiny_model("softmax"), tiny_model("aug", seed=9)

@@ -30,6 +30,7 @@ def texts(llm: LLM, params: SamplingParams = WHOLE) -> list[Any]:
     return [(each.token_ids, each.stats.rounds, each.stats.computed) for each in found]
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_policy_says_what_a_loop_says(name: str, spec: str) -> None:
@@ -42,6 +43,7 @@ def test_a_policy_says_what_a_loop_says(name: str, spec: str) -> None:
             assert texts(made, params) == expected
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_auto_is_the_documented_combination(name: str) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)

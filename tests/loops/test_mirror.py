@@ -71,6 +71,7 @@ def close_to(mixer: str, factor: float = 1.1) -> Decoder:
     return small
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mixer", ["softmax", "aug", "window"])
 @pytest.mark.parametrize("settings", [(3, 4), (3, 0), (2, 1), (1, 6)])
 def test_greedy_output_is_plain_decoding_in_as_many_rounds_as_plain_speculation(
@@ -119,6 +120,7 @@ def test_without_guesses_there_are_as_many_steps_of_both_models(monkeypatch) -> 
 ALLOWED, PROMPT = (3, 7, 11, 19), (1, 2, 3)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize(("verifier", "guesses"), [("lossless", 1), ("block", 4)])
 def test_sampled_output_has_the_law_of_the_target(verifier: str, guesses: int) -> None:
     model, small, count, length = tiny_model("softmax"), close_to("softmax", 1.3), 600, 4
@@ -155,6 +157,7 @@ def test_sampled_output_has_the_law_of_the_target(verifier: str, guesses: int) -
     assert hit_rate(verdicts) == 1 if guesses == 4 else 0 < hit_rate(verdicts) < 1
 
 
+@pytest.mark.slow
 def test_more_guesses_and_later_layers_make_more_windows_ready() -> None:
     model, small = tiny_model("aug", "aug", "aug", "aug"), tiny_model("aug", seed=3)
     rates: dict[tuple[int, int], float] = {}
@@ -200,6 +203,7 @@ def test_a_sequence_that_leaves_its_slot_has_the_windows_that_it_would_have_had(
     assert outputs(rows) == alone
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("mixer", ["softmax", "aug"])
 def test_requests_that_are_dropped_leave_no_trace(mixer: str) -> None:
     """Random cancellations; what the draft model keeps of the others is what a fresh prefill gives."""

@@ -111,6 +111,7 @@ def hand_made(
     return tokens[len(prompt) :]
 
 
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("mixers", [("softmax",), ("softmax", "aug"), ("aug",)], ids="-".join)
 @pytest.mark.parametrize("skip", [None, 1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["one call", "float64"])

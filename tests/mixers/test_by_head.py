@@ -43,6 +43,7 @@ def nodes_and_full(model: Decoder, kv: str = "float") -> tuple[torch.Tensor, tor
     return found, torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("exact", CHOICES, ids=str)
 @pytest.mark.parametrize("taps", [0, 3])
 def test_any_choice_of_heads_has_one_function_in_two_forms(

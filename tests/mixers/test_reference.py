@@ -64,6 +64,7 @@ def test_a_mixer_without_a_reference_is_named() -> None:
         reference(mixer, *inputs(2))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "taps"), CASES)
 @pytest.mark.parametrize(

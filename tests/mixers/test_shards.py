@@ -129,7 +129,7 @@ def check_same(models: Sequence[Decoder], whole: Decoder, lengths: tuple[int, ..
             torch.testing.assert_close(found, weight.grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(15)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("name", "taps"), CASES, ids=str)
 def test_shards_give_the_outputs_and_gradients_of_the_whole(
@@ -189,6 +189,7 @@ def expected(mixer: Mixer, name: str, tokens: int) -> int:
     return spec.kv_heads * (rows * (spec.key_width + spec.value_width) + older)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_what_shards_tell_each_other_has_the_size_of_the_state(name: str) -> None:
     config = tiny_config(replace(mixer_config(name), span=1))

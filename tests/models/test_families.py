@@ -42,6 +42,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     assert_close(load_model(tmp_path)(ids), theirs(ids).logits)
 
 
+@pytest.mark.crossed(3)
 @every_model
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
@@ -73,6 +74,7 @@ def test_mask_with_gaps_or_of_other_shape_is_refused(tmp_path: Path) -> None:
         model(ids, torch.ones(1, 5))
 
 
+@pytest.mark.crossed(3)
 @every_model
 @torch.no_grad()
 def test_saving_back_gives_transformers_the_same_model(name: str, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def same(actual: torch.Tensor, expected: torch.Tensor, atol: float = 1e-9) -> No
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.crossed(3)
 @every_model
 @pytest.mark.parametrize("length", [0, 9, LONG])
 def test_steps_equal_the_full_form(wide: Decoder, length: int) -> None:
@@ -56,6 +57,7 @@ def test_steps_equal_the_full_form(wide: Decoder, length: int) -> None:
     same(wide.step([StepInput.tree(0, tree)], state).logits, tree_logits(wide, prompt, tree))
 
 
+@pytest.mark.crossed(2)
 @every_model
 def test_a_batch_equals_its_sequences_alone(wide: Decoder) -> None:
     prompts = [random_tokens(13), random_tokens(5, seed=1), random_tokens(LONG, seed=2)]
@@ -78,6 +80,7 @@ def test_the_inference_form_equals_transformers(name: str, tmp_path: Path) -> No
     assert_close(torch.cat(steps), theirs(ids).logits[0])
 
 
+@pytest.mark.crossed(2)
 @every_model
 @torch.no_grad()
 def test_integer_weights_have_a_step_that_equals_their_full_form(name: str, tmp_path: Path) -> None:
@@ -113,6 +116,7 @@ def test_integer_weights_are_saved_and_loaded(name: str, tmp_path: Path) -> None
     assert torch.equal(found, expected)
 
 
+@pytest.mark.crossed(2)
 @every_model
 @torch.no_grad()
 def test_every_family_is_computed_in_one_call(name: str, tmp_path: Path) -> None:
@@ -168,6 +172,7 @@ def config_of(name: str) -> DecoderConfig:
         return load_config(folder)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(("name", "setting"), matters())
 @torch.no_grad()
 def test_a_setting_that_is_taken_back_changes_the_logits(
@@ -272,6 +277,7 @@ def test_dynamic_scaling_changes_nothing_up_to_the_limit_and_ends_there(tmp_path
 # ---- linear mixers and linspec's own format
 
 
+@pytest.mark.crossed(2)
 @every_model
 @torch.no_grad()
 def test_linear_mixers_take_the_place_of_attention(name: str, tmp_path: Path) -> None:

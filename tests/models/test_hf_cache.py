@@ -49,6 +49,7 @@ def read(model: LinspecForCausalLM, count: int = 3) -> tuple[LinspecCache, torch
     return model(ids, use_cache=True).past_key_values, ids
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_repeated_rows_go_on_like_a_fresh_run(name: str) -> None:
     model = make(name)
@@ -75,6 +76,7 @@ def test_reordered_rows_go_on_like_a_fresh_run(name: str) -> None:
     go_on(model, cache, ids[order], seed=30)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_a_copied_cache_goes_on_like_a_fresh_run(name: str) -> None:
     model = make(name)
@@ -84,6 +86,7 @@ def test_a_copied_cache_goes_on_like_a_fresh_run(name: str) -> None:
         go_on(model, used, ids, seed=40)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", MIXER_NAMES)
 def test_beams_with_a_cache_are_those_without(name: str) -> None:
     model = make(name)

@@ -68,6 +68,7 @@ def both(
         assert_close(one.layers[0][mine], other.layers[0][theirs])
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(("name", "taps"), STATIC)
 def test_replayed_trees_equal_the_step_by_layers(name: str, taps: int) -> None:
     plain, static, recorder = pair(name, taps)

@@ -214,6 +214,7 @@ def decode(model: T5, sources: list[list[int]], nodes: int, slots: int) -> list[
     return outputs
 
 
+@pytest.mark.crossed(2)
 @every_mixer
 def test_greedy_output_with_drafts_is_the_output_without(mixer: str) -> None:
     model, sources = tiny(mixer).to_inference(), texts(6, 2, 15, seed=5)

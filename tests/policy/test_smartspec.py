@@ -26,6 +26,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name.replace(" ", "-"))
 def test_latency_is_near_that_of_the_best_size_at_every_load(cell: Cell, load: float) -> None:

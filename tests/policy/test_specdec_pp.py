@@ -31,6 +31,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name.replace(" ", "-"))
 def test_informative_confidences_are_worth_a_twentieth_over_the_best_fixed_size(cell: Cell) -> None:
     policy = SpecDecPP(cell.known())

@@ -59,6 +59,7 @@ def test_auto_is_near_the_best_fixed_choice() -> None:
     assert min(shares.values()) >= 0.89, shares
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("busy", [False, True], ids=["quiet", "busy"])
 @pytest.mark.parametrize("text", ["code", "conversation", "random", "mixed"])
 @pytest.mark.parametrize("drafter", ["lookup", "heads", "model"])

@@ -457,6 +457,7 @@ BAD: list[tuple[str, Any, int, str]] = [
 ]
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(("path", "body", "status", "said"), BAD)
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_have_their_status_before_any_stream(

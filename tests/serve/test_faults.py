@@ -72,6 +72,7 @@ def read_and_kill(web: httpx.Client, served: Served) -> None:
             served.process.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_leaves_a_store_that_the_next_one_uses(tmp_path: Path) -> None:
     model, store = f"mine={talker('softmax')}", tmp_path / "store"
     served = Served(model, "--prefix-store", store, "--prefix-mib", "1", cache=tmp_path)

@@ -205,7 +205,7 @@ class Histories(RuleBasedStateMachine):
         assert not len(self.body.pool) and not self.body.pool.bytes
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(6)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("paged", [True, False])
 def test_any_history_is_that_of_plain_lists_and_leaves_no_page(kind: str, paged: bool) -> None:

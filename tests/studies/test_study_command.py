@@ -80,6 +80,7 @@ def test_a_study_with_a_senseless_option_ends_at_once(
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(
     "module", ["studies.linearized_llm", "benchmarks.peers", "benchmarks.against_transformers"]
 )

@@ -269,6 +269,7 @@ def test_a_student_has_the_same_gradients_when_compiled() -> None:
     assert_compiled_gradients_are_right((model, partial(finetune_loss, model), 40))
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_loss_of_several_pieces_has_the_same_gradients_when_compiled(
     narrow: bool, monkeypatch: pytest.MonkeyPatch
@@ -362,6 +363,7 @@ def test_compiled_bfloat16_steps_round_like_plain_ones(number: int, name: str, k
     assert_compiled_gradients_are_right(case, narrow=True)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(("number", "name", "kernel"), numbered(MIXER_KERNELS))
 def test_bfloat16_gradients_point_where_float32_gradients_do(
     number: int, name: str, kernel: str

@@ -76,6 +76,7 @@ def spec_of(kind: str, small: Path) -> str:
     return f"{kind}:{NEEDING[kind]}={small}" if kind in NEEDING else kind
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_drafter_is_found_and_changes_nothing(
     kind: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, corpus: Path, small: Path

@@ -86,6 +86,7 @@ def test_both_stages_lower_their_loss(teacher_dir: Path, tmp_path: Path, corpus:
         assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.crossed(2)
 # the first eight updates are those of the transfer stage
 @pytest.mark.parametrize("update", [0, 5, 8, 11])
 @pytest.mark.parametrize("lora_rank", [0, 2])

@@ -31,6 +31,7 @@ SHORT = LinearizeConfig(
 AUG = MixerConfig(name="aug", group=8, taps=4)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("name", FAMILY_MODELS.values())
 def test_a_model_of_the_family_is_linearized(
     name: str, tmp_path: Path, corpus: Path, tokenizer: PreTrainedTokenizerFast

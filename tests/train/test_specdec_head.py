@@ -175,6 +175,7 @@ class Watched(SpecDecHead):
         self.accepted.append(len(path) - 1)
 
 
+@pytest.mark.crossed(5)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_a_draft_ends_by_the_closed_form(
@@ -251,6 +252,7 @@ def test_greedy_outputs_are_those_of_the_target(
 CHEAP = CostCurve({1: 1.0e-3, 8: 1.2e-3, 64: 7.0e-3})
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
 def test_samples_have_the_distribution_of_the_target(
     draft_dir: Path, tiny_teacher: Callable[..., Decoder], threshold: float
@@ -289,6 +291,7 @@ def test_a_trained_head_tells_rejections_on_held_out_text(
     assert quality.shift == pytest.approx(math.log(6), abs=0.7)
 
 
+@pytest.mark.slow
 def test_what_is_said_of_whole_drafts_comes_true(
     learned: tuple[AcceptanceHead, Any], draft_dir: Path, tiny_teacher: Callable[..., Decoder]
 ) -> None:
@@ -311,6 +314,7 @@ def test_what_is_said_of_whole_drafts_comes_true(
     assert np.mean(said) == pytest.approx(np.mean(found), abs=0.05)
 
 
+@pytest.mark.slow
 def test_fewer_drafts_are_made_for_nothing_than_with_any_constant_length(
     learned: tuple[AcceptanceHead, Any], draft_dir: Path, tiny_teacher: Callable[..., Decoder]
 ) -> None:

@@ -134,6 +134,7 @@ def chain_of_heads(heads: Any) -> Drafter:
     return Medusa(heads)
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize(
     ("kind", "drafter_of"),
     [

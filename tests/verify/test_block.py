@@ -159,6 +159,7 @@ def test_the_enumeration_catches_wrong_rules(monkeypatch, mistake: str) -> None:
         assert_the_target_s_law(rounds(BlockVerifier(), p, q, 3), p, 4)
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("params", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 3}])
 def test_with_a_draft_model_in_the_engine(params: dict[str, float]) -> None:
     """Three tokens over an alphabet of four: chi-square against the exact law."""

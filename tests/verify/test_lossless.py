@@ -107,7 +107,7 @@ def p_value(model, params: SamplingParams, counts: Counter) -> float:
     return float(chisquare(seen.numpy(), expected.numpy()).pvalue)
 
 
-@pytest.mark.crossed(2)
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize(
     ("warp", "width", "depth"),
     [
@@ -154,6 +154,7 @@ def test_children_beyond_the_support_of_the_proposal_count_as_certain(table_mode
     assert p_value(model, params, counts) > 1e-4
 
 
+@pytest.mark.crossed(2)
 @pytest.mark.parametrize("sampled", [False, True], ids=["certain", "sampled"])
 def test_cutting_drafts_by_their_tokens_is_exact_for_certain_ones_alone(
     table_model, sampled: bool
@@ -173,6 +174,7 @@ def test_cutting_drafts_by_their_tokens_is_exact_for_certain_ones_alone(
     assert p < 1e-4 if sampled else p > 1e-4
 
 
+@pytest.mark.crossed(3)
 @pytest.mark.parametrize("mistake", ["no residual", "proposal keeps its draws", "not normalized"])
 def test_the_statistics_catch_wrong_rules(table_model, monkeypatch, mistake) -> None:
     if mistake == "no residual":

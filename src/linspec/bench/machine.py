@@ -14,6 +14,12 @@ import torch
 from linspec.errors import ConfigError
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.threads import limit_to_quota
+from linspec.kernels.gpu.graphs import SWITCH as GRAPHS
+from linspec.kernels.gpu.graphs import SWITCHES as GRAPHS_WORDS
+from linspec.kernels.gpu.switches import switch
+from linspec.kernels.gpu.triton.available import SWITCH as TRITON
+from linspec.kernels.gpu.triton.available import SWITCHES as TRITON_WORDS
+from linspec.kernels.gpu.triton.available import why_not as why_no_triton
 from linspec.kernels.selector import pick_kernel
 from linspec.utils.cores import cpu_quota, usable_cores
 from linspec.utils.messages import shown
@@ -55,6 +61,8 @@ def info() -> dict[str, Any]:
         "kernels": {
             "linear": {"name": kernel.name, "reason": kernel.reason},
             "native": {"name": native.name, "reason": native.reason},
+            "triton": {"switch": switch(TRITON, TRITON_WORDS), "missing": why_no_triton(device)},
+            "cuda_graphs": {"switch": switch(GRAPHS, GRAPHS_WORDS)},
         },
         "threads": torch.get_num_threads(),
         "fast_bfloat16": fast_bfloat16(torch.device(device)),

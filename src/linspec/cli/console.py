@@ -33,7 +33,7 @@ _LONGEST_LINE = 1000
 # how torch says it, in errors of no class of their own
 _NO_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
 
-RESUME = "give the same command with --resume to go on"
+RESUME = "give the same command with --resume to go on, or without it if nothing was saved yet"
 AGAIN = "nothing was changed; give the same command again"
 
 

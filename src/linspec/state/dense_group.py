@@ -99,6 +99,8 @@ class DenseGroup:
 
 def staged_shapes(inputs: Sequence[StepInput], state: SequenceStates) -> list[Shape]:
     """Shapes of what each slot has staged after a step; raises ConfigError on a malformed input."""
+    if not inputs:
+        raise ConfigError("a step takes one input or more, got none")
     slots = [step_input.slot for step_input in inputs]
     _check_branches(inputs)
     different = len({(each.slot, each.branch) for each in inputs}) == len(inputs)

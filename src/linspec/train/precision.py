@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from linspec.errors import ConfigError
-from linspec.utils.messages import shown
+from linspec.utils.messages import did_you_mean, shown
 
 PRECISIONS = ("auto", "bf16", "float32")
 
@@ -21,7 +21,10 @@ def check_precision(precision: object) -> None:
             "has the range of float32"
         )
     if precision not in PRECISIONS:
-        raise ConfigError(f"precision must be auto, bf16 or float32, got {shown(repr(precision))}")
+        raise ConfigError(
+            f"precision must be auto, bf16 or float32, got {shown(repr(precision))}"
+            f"{did_you_mean(precision, PRECISIONS)}"
+        )
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -53,8 +53,10 @@ def because(error: OSError) -> str:
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """A clause for the end of a message about an unknown name; empty when nothing is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    # in small letters, so that BF16 is near bf16
+    words = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(str(name).lower(), list(words), n=1, cutoff=0.6)
+    return f"; did you mean {words[near[0]]!r}?" if near else ""
 
 
 def now_called(command: str) -> NoReturn:
