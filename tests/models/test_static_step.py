@@ -190,6 +190,8 @@ def test_which_mixers_kernels_read() -> None:
     }
     others = {"hedgehog", "performer", "rfa", "yoso", "streaming"}
     assert {name.partition(":")[0] for name, _ in STATIC if name not in reads} == others
+    by_head = StaticStep(tiny_model("by-head").to_inference(), None, PLAIN)
+    assert by_head.named() == "softmax by kernels, streaming by operations of torch"
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "float16"])

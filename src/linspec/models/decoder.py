@@ -190,7 +190,9 @@ class Decoder(nn.Module):
         kinds = (getattr(each, "formats", "") for each in self.modules())
         formats = " ".join(sorted({kind for kind in kinds if kind}))
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')} {formats}".rstrip()
-        return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
+        device = kernels_of(self.native)
+        step = f"whole {device.name if device else ''}".rstrip() if self.native else "by layer"
+        return f"{load_kernels().name} {layer} {step}"
 
     @property
     def keeps_cache(self) -> bool:

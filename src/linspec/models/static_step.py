@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -115,6 +115,9 @@ class StaticStep:
         kernels: DeviceKernels | None = None,
     ) -> None:
         self._model, self._recorder, self.kernels = model, recorder, kernels
+        # of each mixer that kernels know, what it reads; plans read numbers of the weights, which no
+        # recording can
+        self.reads = {} if kernels is None else _reads(_mixers(model))
         self._one_at_a_time = ProcessLock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
@@ -122,14 +125,12 @@ class StaticStep:
             WeakKeyDictionary()
         )
 
-    @cached_property
-    def reads(self) -> dict[Mixer, DeviceRead]:
-        """What kernels compute of the mixers that they know."""
-        if self.kernels is None:
-            return {}
-        mixers = [each for each in self._model.modules() if isinstance(each, Mixer)]
-        found = ((each, device_read(each.attention_plan())) for each in mixers)
-        return {mixer: read for mixer, read in found if read is not None}
+    def named(self) -> str:
+        """Which mixers the kernels read, and which of them torch's own operations do."""
+        read = {each.mixer.name for each in self.reads}
+        rest = {each.mixer.name for each in _mixers(self._model) if each not in self.reads}
+        said = (", ".join(sorted(names)) or "no mixer" for names in (read, rest))
+        return "{} by kernels, {} by operations of torch".format(*said)
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether these inputs, all of one kind, run here: trees whose tokens have embeddings."""
@@ -174,8 +175,6 @@ class StaticStep:
         """What the program of this size gives for these nodes; it holds until the next step."""
         tables = self._tables_of(size, len(state.parts))
         tables.fill(slots)
-        # plans read numbers of the weights, which no recording can
-        _ = self.reads
         return self._recorded_of(state).run(
             (size, layers), lambda: self._program(tables, size, state, layers)
         )
@@ -212,6 +211,21 @@ class StaticStep:
         if known is None or known[0] != places:
             known = self._recorded[state] = places, Recorded(self._recorder)
         return known[1]
+
+
+def _mixers(model: Decoder) -> list[Mixer]:
+    """The mixers that read a state, parts of others in their place."""
+    found = [each for each in model.modules() if isinstance(each, Mixer)]
+    return [
+        each
+        for each in found
+        if not any(isinstance(part, Mixer) for part in each.modules() if part is not each)
+    ]
+
+
+def _reads(mixers: Sequence[Mixer]) -> dict[Mixer, DeviceRead]:
+    found = ((each, device_read(each.attention_plan())) for each in mixers)
+    return {mixer: read for mixer, read in found if read is not None}
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,9 @@ from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
+
+
+_log = logging.getLogger("linspec")
 
 
 class WholeStep(Protocol):
@@ -54,7 +58,10 @@ def whole_step(model: Decoder) -> WholeStep | None:
     if why_not_static(model):
         return None
     kernels = kernels_for(model.device, model.dtype, model.config.head_width)
-    return StaticStep(model, recorder, kernels)
+    made = StaticStep(model, recorder, kernels)
+    if kernels is not None:
+        _log.info("steps read %s", made.named())
+    return made
 
 
 def kernels_of(step: WholeStep | None) -> DeviceKernels | None:
