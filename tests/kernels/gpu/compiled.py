@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linspec.kernels.gpu.block_forms import FORMS
-from linspec.kernels.gpu.triton import attention, blocks, linear, recurrence
+from linspec.kernels.gpu.triton import attention, blocks, convolution, linear, recurrence
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 
 TYPES = {
@@ -49,6 +49,7 @@ KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (recurrence._read, {**PLAIN, "GATES": 64, "MAP": 2, "GROUP": 0}, {}),
     (recurrence._read, DELTA, {}),
     (recurrence._fold, DELTA, {"rows": "*i64"}),
+    (convolution._convolve, {**HEADS, "RP": 4, "VP": 64}, {"values": "*bf16", "taps": "*fp32"}),
     (linear._int8, {**CODES, "bias": None}, {"scales": "*fp32"}),
     (linear._int4, CODES, {"scales": "*bf16"}),
     *(

@@ -15,12 +15,13 @@ from linspec.kernels.cpu.linear import plain_weight
 from linspec.kernels.gpu.choice import device_linear, kernels_for
 from linspec.kernels.gpu.triton.available import SWITCH
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.projections import LinearFactory
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
-from linspec.models.linear import Quantizer
+from linspec.models.linear import Quantizer, fused_linear
 from linspec.models.native_linear import NativeLinear
 from linspec.models.static_step import StaticStep
-from tests.helpers import assert_close, feed, random_tree, randomise
+from tests.helpers import assert_close, assert_same_bytes, feed, random_tree, randomise
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'linspec[gpu]'")
 
@@ -56,8 +57,10 @@ MIXERS = {
 }
 
 
-def models_of(mixer: str, **changes: object) -> tuple[Decoder, Decoder]:
-    """A model by layers, and one whose steps are of static shape and have the kernel."""
+def models_of(
+    mixer: str, linear_factory: LinearFactory = fused_linear, **changes: object
+) -> tuple[Decoder, Decoder]:
+    """A model by layers, and one whose steps are of static shape and have the kernels."""
     config = DecoderConfig(
         vocab_size=31, width=32, layers=2, heads=4, kv_heads=2, head_width=16, mlp_width=24,
         mixers=(MIXERS[mixer],) * 2, **changes,
@@ -66,7 +69,7 @@ def models_of(mixer: str, **changes: object) -> tuple[Decoder, Decoder]:
         plain, static = (Decoder(config) for _ in range(2))
     for model in (plain, static):
         randomise(model, 0)
-        model.to_inference()
+        model.to_inference(linear_factory)
     kernels = kernels_for(static.device, static.dtype, config.head_width)
     assert kernels is not None
     assert kernels.name == "triton"
@@ -139,6 +142,28 @@ def test_a_node_of_a_tree_reads_what_a_step_by_itself_does(mixer: str) -> None:
         static.step([StepInput(0, [token])], apart)
         apart.commit(0, [0])
         assert_close(found[0][:, :, :, 0], tree[:, :, :, node], atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug", "gla", "gdn:softmax"])
+def test_with_integer_weights_a_tree_has_the_bits_of_single_steps(
+    mixer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products are kernels too, nodes of a tree get the logits of steps by themselves, bit for bit."""
+    monkeypatch.setattr(NativeLinear, "forward", lambda self, x: device_linear(x, self.plan()))
+    _, static = models_of(mixer, Quantizer(8, {}))
+    together, apart = (static.new_state(1) for _ in range(2))
+    for token in (7, 8, 9):
+        static.step([StepInput(0, [token])], together)
+        together.commit(0, [0])
+    apart.restore(0, together.snapshot(0))
+    # over the border of a group, which the single steps fold
+    tree = static.step([StepInput(0, [3, 4, 5, 6, 7], [-1, 0, 1, 0, 2])], together)
+    for node, token in ((0, 3), (1, 4), (2, 5), (4, 7)):
+        single = static.step([StepInput(0, [token])], apart)
+        apart.commit(0, [0])
+        assert torch.equal(single.logits[0], tree.logits[node])
+    together.commit(0, [0, 1, 2, 4])
+    assert_same_bytes(together.snapshot(0), apart.snapshot(0))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -9,6 +9,7 @@ import torch
 
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.plain import attention as attention_by_torch
+from linspec.kernels.gpu.plain import convolution as values_by_torch
 from linspec.kernels.gpu.plain import recurrence as states_by_torch
 from linspec.kernels.gpu.plain.linear import packed_linear as packed_by_torch
 from linspec.kernels.gpu.triton.available import SWITCH, chosen
@@ -21,15 +22,14 @@ _MOST_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class DeviceKernels:
-    """Functions that a step of static shape reads by, and that fold what it has committed.
-
-    tree_attention, read_states, fold_rows: as those of `kernels/gpu/triton` and `kernels/gpu/plain`.
-    """
+    """Functions that a step of static shape reads by, and that fold what it has committed: those of
+    `kernels/gpu/triton` or of `kernels/gpu/plain`."""
 
     name: str
     tree_attention: Callable[..., torch.Tensor]
     read_states: Callable[..., torch.Tensor]
     fold_rows: Callable[..., None]
+    convolve_paths: Callable[..., torch.Tensor]
 
 
 # what the kernels are proved against, in any dtype
@@ -38,6 +38,7 @@ PLAIN = DeviceKernels(
     attention_by_torch.tree_attention,
     states_by_torch.read_states,
     states_by_torch.fold_rows,
+    values_by_torch.convolve_paths,
 )
 
 
@@ -54,10 +55,15 @@ def kernels_for(device: torch.device, dtype: torch.dtype, head_width: int) -> De
             f"Triton's kernels take float32 or bfloat16 and heads of at most {_WIDEST} features; this "
             f"model has {dtype} and {head_width}: use {SWITCH}=off, or LLM(dtype=...)"
         )
-    from linspec.kernels.gpu.triton import attention, recurrence
+    from linspec.kernels.gpu.triton import attention, convolution, recurrence
 
-    functions = attention.tree_attention, recurrence.read_states, recurrence.fold_rows
-    return DeviceKernels("triton", *functions)
+    return DeviceKernels(
+        "triton",
+        attention.tree_attention,
+        recurrence.read_states,
+        recurrence.fold_rows,
+        convolution.convolve_paths,
+    )
 
 
 def multiplies_blocks(device: torch.device, dtype: torch.dtype) -> bool:

@@ -1,18 +1,18 @@
 """A mixer's step by kernels, over buffers that stay where they are.
 
 exact, summed = reader.parts(q, rows, read)      # what nodes read; None for a part that is not there
-o = o + reader.convolution(rows, padded_taps, width)
+o = o + reader.convolution(rows, padded_taps, o)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from linspec.decoding.tree_paths import STAGED, TreePaths
+from linspec.decoding.tree_paths import TreePaths
 from linspec.kernels.gpu.choice import DeviceKernels
 from linspec.kernels.gpu.reads import DeviceRead, ExactRead
 
@@ -48,8 +48,6 @@ class StepReader:
     held: torch.Tensor
     bases: torch.Tensor
     paths: TreePaths
-    # of each number of taps, where the rows lie that nodes convolve: the same in every layer
-    _taps: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def parts(self, q: torch.Tensor, rows: DeviceRows, read: DeviceRead) -> Pair:
         """What nodes with queries q [R, Hkv, rep, N, K] read: [R, Hkv, rep, N, V'] each."""
@@ -73,21 +71,8 @@ class StepReader:
         return {"scale": scale, "cap": cap, **named}
 
     def convolution(self, rows: DeviceRows, padded: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """The causal convolution over values, by padded taps [Hkv, rep, W + 1], in the form of q.
-
-        Of each node only the W nearest values on its path are read: [R, Hkv, rep, N, K].
-        """
-        taps, width = padded[..., :-1], q.shape[-1]
-        near = self._near(taps.shape[-1], rows.history)
-        # [R, N, W, Hkv, K]
-        found = rows.values[..., :width][rows.slots[:, None, None], :, near].to(q.dtype)
-        return torch.einsum("rnwgv,gbw->rgbnv", found, taps.to(q.dtype))
-
-    def _near(self, taps: int, history: int) -> torch.Tensor:
-        """[R, N, W]: where the values lie that are 0, 1, ... tokens ahead of each node."""
-        if (taps, history) not in self._taps:
-            back = self.paths.depths[..., None] - torch.arange(taps, device=self.held.device)
-            staged = self.paths.nodes.gather(2, back.clamp(0, STAGED - 1))
-            lies = torch.where(back >= 0, staged, back)
-            self._taps[taps, history] = history + self.held[:, None, None] + lies
-        return self._taps[taps, history]
+        """The causal convolution over values, by padded taps [Hkv, rep, W + 1], in the form of q."""
+        return self.kernels.convolve_paths(
+            *(rows.values[..., : q.shape[-1]], padded[..., :-1]),
+            *(rows.slots, self.held, self.paths, rows.history, q.dtype),
+        )
