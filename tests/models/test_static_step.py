@@ -188,10 +188,10 @@ def test_which_mixers_kernels_read() -> None:
         for name, taps in STATIC
         if StaticStep(tiny_model(name, taps=taps).to_inference(), None, PLAIN).reads
     }
-    others = {"hedgehog", "performer", "rfa", "yoso", "streaming"}
+    others = {"hedgehog", "performer", "rfa", "yoso"}
     assert {name.partition(":")[0] for name, _ in STATIC if name not in reads} == others
-    by_head = StaticStep(tiny_model("by-head").to_inference(), None, PLAIN)
-    assert by_head.named() == "softmax by kernels, streaming by operations of torch"
+    both_kinds = StaticStep(tiny_model("aug", "yoso").to_inference(), None, PLAIN)
+    assert both_kinds.named() == "aug by kernels, yoso by operations of torch"
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "float16"])

@@ -19,6 +19,7 @@ from linspec.kernels.gpu.reader import DeviceRows, StepReader
 from linspec.state.buffer import BufferState
 from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates
+from linspec.state.sinks import SinkState
 
 
 class StaticEntries:
@@ -71,16 +72,19 @@ class StaticEntries:
 
     def rows(self, layer: int) -> DeviceRows:
         """What kernels read: the buffers where they lie; of codes, those of the step's slots as floats."""
-        part, history = self.part, self.spec.conv_history
-        if not part.keys.dtype.is_floating_point:
-            kept = (
-                *self.read(layer, slice(None), self.mask.width),
-                self.read_sums(layer, slice(None)),
-            )
-            return DeviceRows(*kept, self._places, history)
-        summed = isinstance(part, GroupedState) and bool(part.sums.numel())
-        sums = part.sums[layer] if summed else None
-        return DeviceRows(part.keys[layer], part.values[layer], sums, self._at[0][:, 0], history)
+        part, history, every = self.part, self.spec.conv_history, slice(None)
+        there = isinstance(part, GroupedState) and bool(part.sums.numel())
+        sums, sinks = part.sums[layer] if there else None, None
+        if isinstance(part, SinkState) and sums is not None:
+            sinks, sums = part.rows_of(sums), None
+        if part.keys.dtype.is_floating_point:
+            buffers = part.keys[layer], part.values[layer], sums, self._at[0][:, 0]
+            return DeviceRows(*buffers, history, sinks)
+        keys, values = self.read(layer, every, self.mask.width)
+        if sinks is not None:
+            kept = self._of_slots(sinks)
+            sinks = self.entries.decode(kept, self.spec.key_width, part.dtype)
+        return DeviceRows(keys, values, self.read_sums(layer, every), self._places, history, sinks)
 
     @cached_property
     def _places(self) -> torch.Tensor:

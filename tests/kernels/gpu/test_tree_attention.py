@@ -42,6 +42,7 @@ class Case:
     bases: list[int] | None
     unit: bool = False
     kept: torch.dtype | None = None
+    sinks: int = 0
 
     def inputs(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Step]:
         """Queries, keys, values, and the step; slots in an order of their own."""
@@ -63,6 +64,15 @@ class Case:
         given = {"scale": self.width**-0.5, "cap": self.cap, "weights": self.weights}
         return {**given, "unit": self.unit, "reach": self.reach, "bases": bases}
 
+    def with_sinks(self, device: str) -> dict[str, Any]:
+        """`settings`, and what is kept of the first rows."""
+        if not self.sinks:
+            return self.settings(device)
+        shape = len(self.held) + 1, self.heads, 2, self.sinks, self.width
+        torch.manual_seed(self.seed + 1)
+        kept = torch.randn(shape).to(device, self.kept or self.dtype)
+        return {**self.settings(device), "sinks": self.sinks, "kept": kept}
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
@@ -75,6 +85,9 @@ def cases(draw: st.DrawFn) -> Case:
     bases = draw(
         st.none() | st.lists(st.sampled_from([0, 8, 72, 256]), min_size=slots, max_size=slots)
     )
+    weights, unit, sinks = draw(st.sampled_from(WEIGHTS)), draw(st.booleans()), 0
+    if reach.group and bases is not None and draw(st.booleans()):
+        weights, unit, sinks = "softmax", False, 3
     return Case(
         seed=draw(st.integers(0, 99)),
         heads=draw(st.integers(1, 2)),
@@ -86,16 +99,17 @@ def cases(draw: st.DrawFn) -> Case:
         new=draw(st.integers(1, staged)),
         reach=reach,
         cap=draw(st.sampled_from([0.0, 3.0])),
-        weights=draw(st.sampled_from(WEIGHTS)),
+        weights=weights,
         bases=bases,
-        unit=draw(st.booleans()),
+        unit=unit,
+        sinks=sinks,
         kept=draw(st.sampled_from([None, torch.float16, torch.bfloat16, torch.float32])),
     )
 
 
 def _run(case: Case, device: str) -> torch.Tensor:
     q, k, v, step = case.inputs(device)
-    return tree_attention(q, k, v, step.slots, step.held, step.paths, **case.settings(device))
+    return tree_attention(q, k, v, step.slots, step.held, step.paths, **case.with_sinks(device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -106,7 +120,7 @@ def test_it_is_attention(device: str, case: Case) -> None:
     found = _run(case, device)
     clean = [rows.nan_to_num().double() for rows in (k, v)]
     args = (step.slots, step.held, step.paths)
-    true = plain_attention(q.double(), *clean, *args, **case.settings(device))
+    true = plain_attention(q.double(), *clean, *args, **case.with_sinks(device))
     size = true.abs().amax(-1, keepdim=True).clamp_min(1.0)
     assert ((found.double() - true).abs() / size).max() < TOLERANCE[case.dtype]
 
@@ -128,12 +142,33 @@ def test_nodes_have_the_bits_of_single_steps(device: str, case: Case) -> None:
             rows[:, :, held : held + len(path)] = rows[:, :, [held + each for each in path]]
             rows[:, :, held + len(path) :] = torch.nan
         one = step_of(device, [0], [held + len(path) - 1], [[-1]], 1)
-        given = case.settings(device)
+        given = case.with_sinks(device)
         if case.bases is not None:
             given["bases"] = given["bases"][r : r + 1]
+        if case.sinks:
+            given["kept"] = given["kept"][slot : slot + 1]
         query = q[r : r + 1, :, :, node : node + 1].contiguous()
         single = tree_attention(query, *alone, one.slots, one.held, one.paths, **given)
         assert torch.equal(single[0, :, :, 0], found[r, :, :, node])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bases", [[0, 0], [8, 256]])
+def test_sinks_are_seen_from_everywhere(device: str, bases: list[int]) -> None:
+    """From their rows or from where they are kept."""
+    case = Case(
+        4, 2, 2, 20, torch.float32, [9, 41], [[-1, 0, 0, 1]] * 2, 4, Reach(group=8), 0.0, "softmax",
+        bases, sinks=3,
+    )  # fmt: skip
+    q, k, v, step = case.inputs(device)
+    found = _run(case, device)
+    clean = [rows.nan_to_num().double() for rows in (k, v)]
+    args = (q.double(), *clean, step.slots, step.held, step.paths)
+    true, without = (
+        plain_attention(*args, **each) for each in (case.with_sinks(device), case.settings(device))
+    )
+    assert (found.double() - true).abs().max() < TOLERANCE[torch.float32]
+    assert (without - true).abs().amax(-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -174,5 +209,10 @@ def test_what_it_cannot_take_is_named(device: str) -> None:
         tree_attention(q.half(), k, k, step.slots, step.held, step.paths, scale=1.0)
     with pytest.raises(ConfigError, match="weights must be one of"):
         tree_attention(q, k, k, step.slots, step.held, step.paths, scale=1.0, weights="relu")
+    sinks = {"sinks": 2, "scale": 1.0, "reach": Reach(group=4)}
+    with pytest.raises(ConfigError, match="of length 1"):
+        tree_attention(q, k, k, step.slots, step.held, step.paths, unit=True, **sinks)
+    with pytest.raises(ConfigError, match=r"takes sinks \[slots, 1, 2, 2, 16\]"):
+        tree_attention(q, k, k, step.slots, step.held, step.paths, **sinks)
     with pytest.raises(ConfigError, match="side by side"):
         tree_attention(q, k.mT.contiguous().mT, k, step.slots, step.held, step.paths, scale=1.0)

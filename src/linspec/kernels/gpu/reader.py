@@ -23,7 +23,8 @@ Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 class DeviceRows:
     """What one layer remembers: keys [S, Hkv, C, .], values [S, Hkv, history + C, .] and sums [S, Hkv, ...].
 
-    Those of the step are `slots` [R] of these S. sums: None where nothing is summed.
+    Those of the step are `slots` [R] of these S. sums: None where nothing is summed. sinks [S, Hkv, 2, s, K]:
+    keys and values of the first rows, once these have left; None where none are kept.
     """
 
     keys: torch.Tensor
@@ -31,6 +32,7 @@ class DeviceRows:
     sums: torch.Tensor | None
     slots: torch.Tensor
     history: int
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +59,7 @@ class StepReader:
             keys = rows.keys[..., : q.shape[-1]]
             settings = self._settings(read.exact)
             exact = self.kernels.tree_attention(
-                q, keys, values, *tables, **settings, bases=self.bases
+                q, keys, values, *tables, **settings, bases=self.bases, kept=rows.sinks
             )
         if read.summed is not None and rows.sums is not None:
             buffers = rows.sums, rows.keys, values
@@ -68,7 +70,7 @@ class StepReader:
         softmax = exact.weights == "softmax"
         scale, cap = (self.scale, self.cap) if softmax else (1.0, 0.0)
         named = {"weights": exact.weights, "unit": exact.unit, "reach": exact.reach}
-        return {"scale": scale, "cap": cap, **named}
+        return {"scale": scale, "cap": cap, "sinks": exact.sinks, **named}
 
     def convolution(self, rows: DeviceRows, padded: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """The causal convolution over values, by padded taps [Hkv, rep, W + 1], in the form of q."""

@@ -25,11 +25,13 @@ def check_weights(name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ExactRead:
-    """Rows that nodes weigh one by one: `weights`, one of WEIGHTS, of queries and keys; unit: of length 1."""
+    """Rows that nodes weigh one by one: `weights`, one of WEIGHTS, of queries and keys; unit: of length 1.
+    sinks: first rows of the text, which all see."""
 
     weights: str
     reach: Reach
     unit: bool = False
+    sinks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,13 @@ def device_read(plan: AttentionPlan | SummedPlan | None) -> DeviceRead | None:
 
 
 def _of_rows(plan: AttentionPlan) -> DeviceRead | None:
-    if plan.sinks or plan.chosen:
+    if plan.chosen:
         return None
     weights = "relu2" if plan.squared_relu else "softmax"
-    exact = ExactRead(weights, Reach(plan.window, plan.group, plan.span))
+    exact = ExactRead(weights, Reach(plan.window, plan.group, plan.span), sinks=plan.sinks)
+    if plan.sinks:
+        # they lie where others have their sums
+        return DeviceRead(exact, None)
     # rows of relu2 are of unit keys already
     map_ = "same" if plan.squared_relu else "unit"
     summed = Fading(map=map_, group=plan.group, span=plan.span) if plan.group else None

@@ -24,27 +24,36 @@ def tree_attention(
     unit: bool = False,
     reach: Reach = Reach(),
     bases: torch.Tensor | None = None,
+    sinks: int = 0,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the kernel, in torch, with sums in the dtype of the inputs."""
     rows = rows_on_paths(held, paths, keys.shape[2])  # [R, N, C]: where on the path, or -1
     check_weights(weights)
+    first = held.new_zeros(len(held)) if bases is None else bases
+    own = (first + held)[:, None] + paths.depths
+    there, positions = rows >= 0, first[:, None, None] + rows
+    seen = there & ((positions >= reach.oldest(own)[..., None]) | (positions < sinks))
     k, v = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+    if kept is not None:
+        # they are no rows of the buffer once this begins behind them
+        gone = (first > 0)[:, None, None].expand(*seen.shape[:2], sinks)
+        there, seen = torch.cat((gone, there), dim=-1), torch.cat((gone, seen), dim=-1)
+        old_k, old_v = kept[slots].to(q.dtype).unbind(2)
+        k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+    seen = seen[:, None, None]
     if unit:
         q, k = mapped(q, "unit"), mapped(k, "unit")
     scores = torch.einsum("rgbnk,rgck->rgbnc", q, k) * scale
     if cap:
         scores = cap * torch.tanh(scores / cap)
-    first = held.new_zeros(len(held)) if bases is None else bases
-    own = (first + held)[:, None] + paths.depths
-    positions = first[:, None, None] + rows
-    seen = ((rows >= 0) & (positions >= reach.oldest(own)[..., None]))[:, None, None]
     if weights == "softmax":
         share = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     else:
         share = scores.relu().square() if weights == "relu2" else scores
         share = share.masked_fill(~seen, 0.0)
     # what is not seen may hold anything
-    v = v.masked_fill(~(rows >= 0).any(1)[:, None, :, None], 0.0)
+    v = v.masked_fill(~there.any(1)[:, None, :, None], 0.0)
     return torch.einsum("rgbnc,rgcv->rgbnv", share, v)
 
 
