@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linspec.kernels.gpu.block_forms import FORMS
-from linspec.kernels.gpu.triton import attention, blocks, convolution, linear, recurrence
+from linspec.kernels.gpu.triton import attention, blocks, convolution, few_rows, linear, recurrence
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 
 TYPES = {
@@ -38,7 +38,7 @@ WHOLE |= {"WINDOW": 0, "GROUP": 0, "SPAN": 1}
 NEAR = {**WHOLE, "CAPPED": True, "WEIGHTS": 1, "UNIT": True, "WINDOW": 40, "GROUP": 64, "SPAN": 2}
 PLAIN = {**HEADS, "COLUMNS": 32, "GATES": 0, "DELTA": False, "MAP": 1, "GROUP": 64, "SPAN": 2}
 DELTA = {**PLAIN, "GATES": 1, "DELTA": True, "GROUP": 0}
-CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "WIDE": False}
+CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "PART": 256, "WIDE": False}
 # kernel, constants, and types of its own
 KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (attention._parts, {**WHOLE, "bases": None}, {}),
@@ -53,8 +53,13 @@ KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (convolution._convolve, {**HEADS, "RP": 4, "VP": 64}, {"values": "*bf16", "taps": "*fp32"}),
     (linear._int8, {**CODES, "bias": None}, {"scales": "*fp32"}),
     (linear._int4, CODES, {"scales": "*bf16"}),
+    (few_rows._join, {"BLOCK": 1024}, {"sums": "*fp32"}),
     *(
-        (blocks._blocks, {**blocks.sizes(form), "ROWS": 16, "WIDE": False, **levels}, {})
+        (
+            blocks._blocks,
+            {**blocks.sizes(form), "ROWS": 16, "PART": 256, "WIDE": False, **levels},
+            {},
+        )
         for form in FORMS.values()
         for levels in [{} if form.levels else {"levels": None}]
     ),

@@ -40,7 +40,7 @@ def test_torch_makes_the_floats_that_the_library_makes(name: str) -> None:
 @given(
     seed=st.integers(0, 99),
     outputs=st.integers(1, 70),
-    inputs=st.sampled_from([256, 512]),
+    inputs=st.sampled_from([256, 512, 768]),
     rows=st.integers(1, 64),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bias=st.booleans(),

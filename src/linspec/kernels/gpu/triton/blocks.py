@@ -1,13 +1,13 @@
 """Few rows times weights in the blocks of a GGUF file as they lie in tiles, in Triton.
 
-A program has one tile of output channels and sixteen rows, and takes the inputs by sixteen, in order: codes
-less their offset, which floats of 16 bits hold exactly, then their scale. So a row's bits do not depend on
-how many there are, and no weight is rounded. Sums are float32.
+A program has one tile of output channels, sixteen rows and one part of the inputs (see `few_rows.py`). It
+takes these by sixteen, in order: codes less their offset, which floats of 16 bits hold exactly, then their
+scale. So a row's bits do not depend on how many there are, and no weight is rounded. Sums are float32.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from linspec.errors import ConfigError
 from linspec.kernels.gpu.block_forms import FORMS, LEVELS, BlockForm
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
-from linspec.kernels.gpu.triton.linear import ROWS, check_rows
+from linspec.kernels.gpu.triton.few_rows import PART, ROWS, by_parts, check_rows, store_sums
 from linspec.kernels.step_plan import BLOCKS, LinearPlan
 from linspec.quantization.blocks import BY_NUMBER, TILE
 
@@ -25,11 +25,11 @@ from linspec.quantization.blocks import BY_NUMBER, TILE
 # one program for every number of rows
 @triton.jit(do_not_specialize=["rows"])
 def _blocks(
-    x, codes, halves, levels, bias, out, rows, inputs, outputs, x_r, out_r,
+    x, codes, halves, levels, bias, out, rows, inputs, outputs, x_r, out_p, out_r,
     ROWS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr,
     MINIMA: tl.constexpr, SHARE: tl.constexpr, BY_SIXTEEN: tl.constexpr, HEADER: tl.constexpr,
     FACTORS: tl.constexpr, HIGH: tl.constexpr, GROUP_BYTES: tl.constexpr,
-    TOGETHER: tl.constexpr, WIDE: tl.constexpr,
+    TOGETHER: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows times one tile. levels: what codes stand for, None where they are numbers."""
     tile, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -38,7 +38,8 @@ def _blocks(
     # input 4 q + i of sixteen: bytes of a channel lie in fours
     quad, within = step // 4, (step % 4)[:, None] + channel * 4
     sums = tl.zeros((ROWS, TILE), tl.float32)
-    for group in range(0, groups):
+    begin = tl.program_id(2) * (PART // 32)
+    for group in range(begin, tl.minimum(begin + PART // 32, groups)):
         head = (tile.to(tl.int64) * (groups // SHARE) + group // SHARE) * TOGETHER
         at = codes + head + HEADER + group % SHARE * GROUP_BYTES
         scale = tl.load(halves + head // 2 + channel).to(tl.float32)
@@ -76,12 +77,7 @@ def _blocks(
             if MINIMA:
                 sums += tl.sum(a.to(tl.float32), 1)[:, None] * minimum
     to = tile * TILE + channel
-    if bias is not None:
-        sums += tl.load(bias + to, mask=to < outputs, other=0.0).to(tl.float32)
-    known = (row < rows)[:, None] & (to < outputs)
-    tl.store(
-        out + row[:, None].to(tl.int64) * out_r + to, sums.to(out.dtype.element_ty), mask=known
-    )
+    store_sums(out, bias, sums, tl.program_id(2), row, to, rows, outputs, out_p, out_r)
 
 
 def block_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
@@ -94,24 +90,30 @@ def block_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     if plan.kind != BLOCKS:
         raise ConfigError(f"block_linear takes weights in blocks, got kind {plan.kind}")
     check_rows(x, plan)
-    out, first, at = x.new_empty(len(x), plan.outputs), 0, 0
+    return by_parts(x, plan, partial(_multiply, x, plan))
+
+
+def _multiply(
+    x: torch.Tensor, plan: LinearPlan, out: torch.Tensor, bias: torch.Tensor | None, parts: int
+) -> None:
+    """See `by_parts`: the matrices of a plan side by side."""
+    first = at = 0
     for number, outputs in plan.parts:
         kind = BY_NUMBER[number]
         size = kind.bytes_of(outputs, plan.inputs)
-        codes = plan.weights[at : at + size]
-        bias = None if plan.bias is None else plan.bias[first:]
-        mine = out[:, first : first + outputs]
+        codes, mine = plan.weights[at : at + size], out[:, :, first : first + outputs]
         levels = _levels(x.device) if FORMS[kind.name].levels else None
-        _blocks[(triton.cdiv(outputs, TILE), triton.cdiv(len(x), ROWS))](
-            *(x, codes, codes.view(torch.float16), levels, bias, mine),
-            *(len(x), plan.inputs, outputs, x.stride(0), out.stride(0)),
+        _blocks[(triton.cdiv(outputs, TILE), triton.cdiv(len(x), ROWS), parts)](
+            *(x, codes, codes.view(torch.float16), levels),
+            *(None if bias is None else bias[first:], mine),
+            *(len(x), plan.inputs, outputs, x.stride(0), *out.stride()[:2]),
             **sizes(FORMS[kind.name]),
             ROWS=ROWS,
+            PART=PART,
             WIDE=interpreted(),
             **UNFUSED,
         )
         first, at = first + outputs, at + size
-    return out
 
 
 def sizes(form: BlockForm) -> dict[str, int]:
