@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.diffusion import Cells, Way, measure, rows, table, ways_of
-from benchmarks.diffusion_lines import BREAK, Lines, answer_of
+from benchmarks.diffusion_lines import BREAK, Lines
+from benchmarks.diffusion_watched import ends_of_lines, settled_after
 from benchmarks.diffusion_work import Tasks, Text, Work
 from linspec.bench.machine import machine
-from linspec.diffusion import BlockPolicy, Canvas, Predictions
-from linspec.engine.loops.masked_diffusion import AUTO, MaskedDiffusionLoop
+from linspec.engine.loops.masked_diffusion import AUTO
 from linspec.errors import ConfigError
 from linspec.llm import LLM
 from linspec.models.masked_diffusion import MaskedDiffusion
@@ -114,6 +114,12 @@ _AUTO_BASES = {
     "auto-tasks": (_tasks, "block=fixed:none,commit=static"),
     "auto-tasks-blocks": (_tasks, "block=fixed:3,commit=static,cache=dual"),
 }
+# as published for models of billions of parameters, whose logits have another scale, and of the least gap
+_GAPS = (
+    "early=7.5",
+    "early=7.5+over=least",
+    *(f"early={n}+middle={n}+late={n}+over=least" for n in (5, 2.5, 1)),
+)
 _WINDOW = "block=sliding,commit=threshold:0.9"
 CLAIMS = {
     "ada-block": Claim(
@@ -133,6 +139,11 @@ CLAIMS = {
         "the same beside a commit policy that decides several tokens",
         _lines,
         _policies("commit=threshold:0.9", "commit=threshold:0.9,stop=foreseen-end"),
+    ),
+    "prophet": Claim(
+        "at most .6 of the forwards, 97% identical",
+        _lines,
+        _policies("commit=static", *(f"commit=static,stop=prophet:{each}" for each in _GAPS)),
     ),
     "dkv": Claim(
         "behind a prompt of 512 tokens at most .7 of the time without a cache",
@@ -173,39 +184,6 @@ CLAIMS = {
         _drafted,
     ),
 }
-
-
-class Recorded(BlockPolicy):
-    """A block policy whose answers are kept: prompt, start and length of each block."""
-
-    def __init__(self, policy: BlockPolicy) -> None:
-        super().__init__()
-        self.name, self._policy = policy.name, policy  # type: ignore[misc]  # the name of the policy
-        self.blocks: list[tuple[tuple[int, ...], int, int]] = []
-
-    def length(self, canvas: Canvas, predictions: Predictions) -> int:
-        length = self._policy.length(canvas, predictions)
-        prompt = tuple(canvas.tokens[: canvas.prompt_length])
-        self.blocks.append((prompt, canvas.start - canvas.prompt_length, length))
-        return length
-
-
-def ends_of_lines(work: Lines, way: Way) -> tuple[int, int]:
-    """How many blocks that begin within the right answer end with a line of it, and how many there are."""
-    llm = way.make()
-    loop = llm.engine.loop
-    assert isinstance(loop, MaskedDiffusionLoop)
-    loop.block = recorded = Recorded(loop.block)
-    llm.generate(list(way.prompts), work.params)
-    answers = {
-        tuple(p): answer_of(groups) for p, groups in zip(work.prompts, work.asked, strict=True)
-    }
-    found = [
-        answers[prompt][start + length - 1 : start + length] == [BREAK]
-        for prompt, start, length in recorded.blocks
-        if start < len(answers[prompt])
-    ]
-    return sum(found), len(found)
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -251,6 +229,9 @@ def main(words: Sequence[str] | None = None) -> None:
         for way in ways:
             ending, count = ends_of_lines(work, way)
             print(f"{way.name}: {ending} of {count} blocks end with a line")
+    if given.claim == "prophet" and not given.json:
+        settled, forwards = settled_after(work, ways[0])
+        print(f"{ways[0].name}: answers change until forward {settled:.1f} of {forwards:.1f}")
 
 
 if __name__ == "__main__":

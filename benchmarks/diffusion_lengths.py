@@ -1,6 +1,7 @@
 """Masked diffusion on long canvases: what a forward costs, and what a state holds, of several models.
 
     python -m benchmarks.diffusion_lengths embedded-diffusion path/to/linearized --lengths 1024 4096
+    python -m benchmarks.diffusion_lengths path/to/linearized --by-layers    # and without the call into C
 
 Models take turns, the first one is what others are compared with. Seconds are the processor's, of one thread:
 of a forward over the whole canvas, and of one over a block of it. Canvases may be longer than a model has
@@ -22,6 +23,7 @@ from linspec.checkpoints.hub import load_diffusion
 from linspec.decoding.step import StepInput
 from linspec.errors import ConfigError
 from linspec.models.masked_diffusion import MaskedDiffusion
+from linspec.state.sequence_states import SequenceStates
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_size
 
@@ -29,15 +31,24 @@ Cell = tuple[str, int, str]
 
 
 def endless(source: str) -> MaskedDiffusion:
-    """The model, with room for canvases of any length."""
+    """The model as it decodes, with room for canvases of any length."""
     model = load_diffusion(source)
     model.position_limit = None
+    model.to_inference()
     return model
 
 
-def seconds(model: MaskedDiffusion, length: int, block: int, rounds: int) -> dict[str, list[float]]:
+def by_layers(source: str) -> MaskedDiffusion:
+    """The same model, which runs layer by layer."""
+    model = endless(source)
+    model.native = None
+    return model
+
+
+def seconds(
+    model: MaskedDiffusion, state: SequenceStates, length: int, block: int, rounds: int
+) -> dict[str, list[float]]:
     """Of forwards over a whole canvas, and over its last block, each `rounds` times after a first one."""
-    state = model.new_state()
     state.hold(0, length)
     rows = {"whole": range(length), "block": range(length - block, length)}
     found: dict[str, list[float]] = {name: [] for name in rows}
@@ -52,11 +63,6 @@ def seconds(model: MaskedDiffusion, length: int, block: int, rounds: int) -> dic
     return found
 
 
-def state_mib(model: MaskedDiffusion, length: int) -> float:
-    """What a sequence of this length keeps."""
-    return sum(part.bytes_at(length) for part in model.new_state().parts) / 2**20
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print a line for each model and length."""
     about = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -65,6 +71,9 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     about.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 4096])
     about.add_argument("--block", type=int, default=32, help="positions of a block")
+    about.add_argument(
+        "--by-layers", action="store_true", help="also measure each model layer by layer"
+    )
     about.add_argument("--turns", type=int, default=3, help="of all models")
     about.add_argument("--rounds", type=int, default=3, help="forwards of each kind in a turn")
     about.add_argument(
@@ -79,19 +88,26 @@ def main(words: Sequence[str] | None = None) -> None:
         )
     torch.set_num_threads(1)
     models = {source: endless(source) for source in given.models}
+    if given.by_layers:
+        models |= {f"{source} by layers": by_layers(source) for source in given.models}
     found: dict[Cell, list[float]] = {}
+    mib: dict[tuple[str, int], float] = {}
     with Progress("forwards", given.turns * len(given.lengths) * len(models)) as progress:
         done = 0
         for _ in range(given.turns):
             for length in given.lengths:
                 for source, model in models.items():
-                    for kind, some in seconds(model, length, given.block, given.rounds).items():
+                    state = model.new_state()
+                    measured = seconds(model, state, length, given.block, given.rounds)
+                    # as much as it holds after these
+                    mib[source, length] = sum(part.bytes(0) for part in state.parts) / 2**20
+                    for kind, some in measured.items():
                         found.setdefault((source, length, kind), []).extend(some)
                     done += 1
                     progress.update(done, f"{source} {length}")
     for length in given.lengths:
-        for source, model in models.items():
-            line = {"model": source, "length": length, "state_mib": state_mib(model, length)}
+        for source in models:
+            line = {"model": source, "length": length, "state_mib": mib[source, length]}
             for kind in ("whole", "block"):
                 mine = statistics.median(found[source, length, kind])
                 first = statistics.median(found[given.models[0], length, kind])

@@ -26,9 +26,13 @@ from linspec.bench.machine import machine
 from linspec.checkpoints.convert import convert
 from linspec.checkpoints.hub import load_model
 from linspec.cli.console import guarded, say
-from linspec.decoding.step import StepInput
+from linspec.decoding.judged import JudgeBy, Onward
+from linspec.decoding.step import StepInput, Want
+from linspec.decoding.target import Target
+from linspec.decoding.tree import root_only
 from linspec.errors import ConfigError, LinspecError
 from linspec.kernels.device import pick_device
+from linspec.kernels.gpu.graphs import recorder_for
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
@@ -174,6 +178,39 @@ def _token(model: Decoder) -> Callable[[], object]:
     return token
 
 
+def rounds(run: Run) -> dict[str, Any]:
+    """Greedy rounds of the real model in bf16, judged in their step: one at a time, and eight in a row."""
+    model = load_model(run.model, device=str(run.device)).to(torch.bfloat16).to_inference()
+    model.native = StaticStep(model, recorder_for(run.device))
+    found: dict[str, Any] = {}
+    for slots in (1, 2) if run.quick else (1, 16, 64):
+        target = Target(model, filled(model, slots, 128))
+        for count in (1, 8):
+            timing = timed(run, _rounds(target, slots, count), 2)
+            found[f"{slots} slots, {count} in a row"] = {
+                "ms": round(timing["ms"] / count, 4),
+                "spread": timing["spread"],
+            }
+    return found
+
+
+def _rounds(target: Target, slots: int, count: int) -> Callable[[], object]:
+    """So many rounds without drafts, each read by the host, and dropped again."""
+    judge = JudgeBy(regrow=(0,))
+    given = [StepInput.tree(slot, root_only(1), judge) for slot in range(slots)]
+    want = Want(onward=Onward(rounds=count))
+
+    def step() -> None:
+        for output in target.step(given, want=want):
+            judged = output.judged
+            while judged is not None and judged.next is not None:
+                judged = judged.next()
+        for slot in range(slots):
+            target.state.drop(slot)
+
+    return step
+
+
 def transformers(run: Run) -> dict[str, Any]:
     """The same model through transformers' `generate`, static cache and compiled forward; bf16."""
     from transformers import AutoModelForCausalLM
@@ -228,7 +265,7 @@ def batches(run: Run) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
-    each.__name__: each for each in (limits, plain, large, contexts, batches, transformers)
+    each.__name__: each for each in (limits, plain, rounds, large, contexts, batches, transformers)
 }
 
 
@@ -261,7 +298,7 @@ def gpu(
     repeats: Annotated[int, typer.Option(help="Timed repeats.", min=1)] = 7,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: whether it runs.")] = False,
 ) -> None:
-    """Time decoding on a GPU: limits of the card, plain steps, trees, contexts, batches, transformers."""
+    """Time decoding on a GPU: limits of the card, plain steps, rounds, trees, contexts, batches, and more."""
     names = [each.strip() for each in only.split(",") if each.strip()] or list(SECTIONS)
     if unknown := [name for name in names if name not in SECTIONS]:
         raise ConfigError(f"no section {unknown[0]!r}; sections are {', '.join(SECTIONS)}")

@@ -20,6 +20,7 @@ def test_info_names_the_kernel_and_why() -> None:
     assert set(facts["kernels"]["linear"]) == {"name", "reason"}
     assert facts["kernels"]["triton"]["switch"] == "off"
     assert facts["kernels"]["cuda_graphs"] == {"switch": "auto"}
+    assert facts["kernels"]["rounds_ahead"] == {"switch": "auto"}
 
 
 def test_threads() -> None:

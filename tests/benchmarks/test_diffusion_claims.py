@@ -12,8 +12,9 @@ from denoisers import talker
 
 from benchmarks import diffusion_claims, diffusion_lines
 from benchmarks.diffusion import ways_of
-from benchmarks.diffusion_claims import CLAIMS, ends_of_lines, main
+from benchmarks.diffusion_claims import CLAIMS, main
 from benchmarks.diffusion_lines import BREAK, END, EQUALS, NOTHING, Lines, answer_of, prompt_of
+from benchmarks.diffusion_watched import ends_of_lines, settled, settled_after
 from benchmarks.diffusion_work import Answer
 from linspec.errors import ConfigError
 
@@ -57,6 +58,14 @@ def test_blocks_that_end_with_lines_are_counted(lines: Lines) -> None:
     inside = [(answer, at) for answer in answers for at in starts if at < len(answer)]
     ending = sum(answer[at + 3 : at + 4] == [BREAK] for answer, at in inside)
     assert ends_of_lines(lines, way) == (ending, len(inside))
+
+
+def test_an_answer_is_settled_when_no_later_forward_says_another(lines: Lines) -> None:
+    assert settled([[1, 2], [1, 3], [1, 2], [1, 2]]) == 3
+    assert settled([[1, 2]]) == settled([[1, 2], [1, 2]]) == 1
+    way = ways_of(lines, ["masked-diffusion:block=fixed:none,commit=static,stop=never"], None)[0]
+    first, forwards = settled_after(lines, way)
+    assert 1 <= first <= forwards == diffusion_lines.MASKS
 
 
 @pytest.mark.crossed(3)

@@ -79,6 +79,15 @@ def test_what_can_never_pay_is_not_asked_about_each_time() -> None:
     assert not told(1.8).tries([0.1], 8) and told(1.8).ahead(canvas) == 3
 
 
+def test_nothing_is_asked_about_before_anything_would_be_tried() -> None:
+    policy, canvas = told(), Canvas([1], 8, mask_id=9)
+    assert policy.ahead(canvas) and not policy.tries([1.0], 8)
+    # what plain forwards cost is looked at once more ahead of that
+    found = [(policy.ahead(canvas), policy.observes) for _ in range(64)]
+    assert found == [(0, False)] * 58 + [(0, True)] * 5 + [(3, True)]
+    assert policy.tries([1.0], 8)
+
+
 def test_a_second_draft_pays_by_both() -> None:
     for third, tried in ((1.8, True), (2.6, False)):
         policy = told(1.5, third)

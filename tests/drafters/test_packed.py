@@ -161,7 +161,7 @@ def test_smaller_trees_ask_less_of_the_heads_and_are_prefixes() -> None:
 
     heads = Counted(SHAPE, make_model(), RATES)
     heads.asked = []
-    drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7)
+    drafter, row = Medusa(heads), SimpleNamespace(hidden={FINAL: hidden(1)}, root=7, follow=())
     trees = [drafter.propose([row], [Budget.of(n)])[0] for n in (1, 2, 3, 63)]  # type: ignore[list-item]
     assert heads.asked[0] == (1, 1) and heads.asked[-1] == (3, 3)
     for tree in trees:
@@ -384,3 +384,36 @@ def test_draft_models_get_the_bits_of_their_target() -> None:
     drafter = make_drafter("student:embedded-aug", DrafterContext(load_for("embedded-softmax", 8)))
     assert isinstance(drafter, DraftModel)
     assert integer_bits(drafter.model.head) == 8
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_plain_heads_have_the_weights_that_packed_ones_stand_for(
+    shape: HeadsConfig, bits: int
+) -> None:
+    heads = trained(shape, make_model())
+    packed = PackedHeads.of(heads, Quantizer(bits, {}))
+    plain = packed.plain()
+    for name, weight in heads.state_dict().items():
+        # of rows with values around .2, in steps of 1/127 or 1/7 of the largest
+        far = (plain.state_dict()[name] - weight).abs().max()
+        assert far < {8: 0.01, 4: 0.13}[bits], name
+    seen = heads.seen(torch.randn(4, WIDTH), torch.tensor(ROOTS[:4]))
+    # a CPU rounds inputs too
+    difference = (packed(seen) - plain(seen)).abs().max()
+    assert difference < 0.1 * plain(seen).abs().max()
+
+
+def test_packed_heads_are_plain_on_other_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they come with the package; only a CPU has the kernels for packed ones."""
+    model = make_model()
+    heads = trained(SHAPE, model)
+    HEADS.pack(heads, model, tmp_path / "heads", 8, {})
+    assert isinstance(HEADS.load(tmp_path / "heads", model), PackedHeads)
+    monkeypatch.setattr(Decoder, "device", property(lambda self: torch.device("meta")))
+    found = HEADS.load(tmp_path / "heads", model)
+    assert isinstance(found, MedusaHeads)
+    assert {weight.device.type for weight in found.parameters()} == {"meta"}
+    assert Medusa(found).follow is not None

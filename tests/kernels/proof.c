@@ -257,6 +257,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_pool.inc.h"
 #include "proof_select.inc.h"
 #include "proof_summed.inc.h"
+#include "proof_canvas.inc.h"
 
 int main(void) {
     if (!ls_use_isa("portable")) return 1;
@@ -274,6 +275,7 @@ int main(void) {
         all_growth();
         all_selected();
         all_summed();
+        all_canvases();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;

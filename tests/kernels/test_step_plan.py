@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linspec.decoding.step import StepInput
-from linspec.kernels.cpu import step
+from linspec.kernels.cpu import reasons
 from linspec.kernels.cpu.library import Found
 from linspec.mixers.config import MixerConfig, RelativeConfig
 from linspec.mixers.linformer import Linformer
@@ -123,8 +123,8 @@ def test_plain_weights_and_other_embeddings_have_a_reason(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = step_plan(made())
-    assert "not packed" in str(step.why_not(replace(plan, head=None)))
+    assert "not packed" in str(reasons.why_not(replace(plan, head=None)))
     half = replace(plan, embedding=plan.embedding.half())
-    assert "torch.float16" in str(step.why_not(half))
-    monkeypatch.setattr(step, "load", lambda: Found(None, "torch", "a test"))
-    assert step.why_not(plan) == "a test"
+    assert "torch.float16" in str(reasons.why_not(half))
+    monkeypatch.setattr(reasons, "load", lambda: Found(None, "torch", "a test"))
+    assert reasons.why_not(plan) == "a test"

@@ -21,6 +21,8 @@ from linspec.kernels.gpu.triton.available import SWITCH as TRITON
 from linspec.kernels.gpu.triton.available import SWITCHES as TRITON_WORDS
 from linspec.kernels.gpu.triton.available import why_not as why_no_triton
 from linspec.kernels.selector import pick_kernel
+from linspec.models.judged_rounds import SWITCH as ROUNDS
+from linspec.models.judged_rounds import SWITCHES as ROUNDS_WORDS
 from linspec.utils.cores import cpu_quota, usable_cores
 from linspec.utils.messages import shown
 
@@ -63,6 +65,7 @@ def info() -> dict[str, Any]:
             "native": {"name": native.name, "reason": native.reason},
             "triton": {"switch": switch(TRITON, TRITON_WORDS), "missing": why_no_triton(device)},
             "cuda_graphs": {"switch": switch(GRAPHS, GRAPHS_WORDS)},
+            "rounds_ahead": {"switch": switch(ROUNDS, ROUNDS_WORDS)},
         },
         "threads": torch.get_num_threads(),
         "fast_bfloat16": fast_bfloat16(torch.device(device)),

@@ -113,6 +113,8 @@ class RunningSequence:
         hidden: by layer, states [P, D] of the target at the tokens committed last, the newest last; see
             `Drafter.needs`.
         probed: scores [P, vocab] of the probes that hung on the token committed last; see `Drafter.probes`.
+        follow: what the last step computed behind the newest token for its drafter, see `Drafter.follow`; ()
+            where it did not.
         stats: rounds, drafts and seconds so far.
         prompt_logprobs: of the prompt tokens that were read, if the request asks for them.
         priority: of the request.
@@ -137,6 +139,7 @@ class RunningSequence:
     embeddings: torch.Tensor | None = None
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     probed: torch.Tensor | None = None
+    follow: tuple[int, ...] = ()
     stats: Stats = field(default_factory=Stats)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     priority: int = 0

@@ -7,6 +7,7 @@ fewer slots its last slot: what is computed twice is written twice to the same p
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from linspec.decoding.judged import BY_ARGMAX, JudgeBy
 from linspec.decoding.tree import Shape
 from linspec.decoding.tree_mask import TreeMask
 
@@ -25,7 +27,8 @@ _STAGED = 64
 @dataclass(frozen=True, slots=True)
 class SlotNodes:
     """The new nodes of one slot. shape: of all that it has staged then, the new nodes last. held: committed
-    rows in each kind of state, and bases: the position of the first of them."""
+    rows in each kind of state, and bases: the position of the first of them. judge: how they are judged, None
+    where they are not."""
 
     slot: int
     tokens: Sequence[int]
@@ -33,12 +36,18 @@ class SlotNodes:
     shape: Shape
     held: Sequence[int]
     bases: Sequence[int]
+    judge: JudgeBy | None = None
 
 
 class StepTables:
     """tokens, positions, nodes [R, N]: nodes are numbered among the staged ones of their slot. slots [R].
     held, bases [P, R] of P kinds of state. depths, ancestors [R, 64] of all staged nodes: bit i says that
-    node i is the node itself or lies before it on its path."""
+    node i is the node itself or lies before it on its path.
+
+    Of slots whose new nodes the step judges as a tree, tree_depths and tree_ancestors [R, N] are those within
+    this tree; there are no bits for nodes that a slot has not, nor for any of a slot that is not judged.
+    temperatures [R], numbers [R, 64] by depth among all staged nodes (both float64), regrow [R, N]: see
+    `JudgeBy`."""
 
     def __init__(self, slots: int, nodes: int, kinds: int, device: torch.device) -> None:
         self.rows, self.columns = slots, nodes
@@ -51,17 +60,27 @@ class StepTables:
             "bases": (kinds, slots),
             "depths": (slots, _STAGED),
             "ancestors": (slots, _STAGED),
+            "temperatures": (slots,),
+            "numbers": (slots, _STAGED),
+            "tree_depths": (slots, nodes),
+            "tree_ancestors": (slots, nodes),
+            "regrow": (slots, nodes),
         }
         counts = [torch.Size(size).numel() for size in sizes.values()]
         # one buffer, because every copy to a device costs the same however small it is
         self._all = torch.zeros(sum(counts), dtype=torch.long, device=device)
         pieces = zip(sizes.items(), self._all.split(counts), strict=True)
-        found = {name: piece.view(size) for (name, size), piece in pieces}
+        found = self._found = {name: piece.view(size) for (name, size), piece in pieces}
         self.tokens, self.positions, self.nodes = (
             found[name] for name in ("tokens", "positions", "nodes")
         )
         self.slots, self.held, self.bases = (found[name] for name in ("slots", "held", "bases"))
         self.depths, self.ancestors = found["depths"], found["ancestors"]
+        # the bits of float64 lie where whole numbers do
+        self.temperatures = found["temperatures"].view(torch.float64)
+        self.numbers = found["numbers"].view(torch.float64)
+        self.tree_depths, self.tree_ancestors = found["tree_depths"], found["tree_ancestors"]
+        self.regrow = found["regrow"]
 
     def fill(self, slots: Sequence[SlotNodes]) -> None:
         """Write the nodes of a step, of as many slots and nodes as there is room for, or fewer."""
@@ -73,23 +92,52 @@ class StepTables:
             [[each.slot] for each in wide],
             zip(*(each.held for each in wide), strict=True),
             zip(*(each.bases for each in wide), strict=True),
-            [_to_staged(each.shape.depths) for each in wide],
-            [_to_staged(map(_signed, each.shape.ancestor_bits)) for each in wide],
+            [_filled(each.shape.depths, _STAGED) for each in wide],
+            [_filled(map(_signed, each.shape.ancestor_bits), _STAGED) for each in wide],
+            [_bits([_judge_of(each).temperature]) for each in wide],
+            [_filled(_bits(_judge_of(each).numbers(_STAGED)), _STAGED) for each in wide],
+            [self._of_tree(each, each.shape.depths) for each in wide],
+            [self._of_tree(each, map(_signed, each.shape.ancestor_bits)) for each in wide],
+            [self._padded(_judge_of(each).regrow or (0,)) for each in wide],
         )
         numbers = list(chain.from_iterable(chain.from_iterable(by_slot)))
         self._all.copy_(torch.tensor(numbers))
 
+    def changed(self, **tables: torch.Tensor) -> torch.Tensor:
+        """All numbers with other ones for these tables: what `put` takes."""
+        pieces = self._found | tables
+        return torch.cat([pieces[name].flatten() for name in self._found])
+
+    def put(self, numbers: torch.Tensor) -> None:
+        """Take over what `changed` made, on the device."""
+        self._all.copy_(numbers)
+
     def _padded(self, numbers: Sequence[int]) -> list[int]:
         return [*numbers, *repeat(numbers[-1], self.columns - len(numbers))]
+
+    def _of_tree(self, each: SlotNodes, numbers: Iterable[int]) -> list[int]:
+        """Of the nodes of a tree that is judged, which is all that its slot has staged."""
+        return _filled([] if each.judge is None else numbers, self.columns)
 
 
 def _new_nodes(each: SlotNodes) -> range:
     return range(len(each.shape) - len(each.tokens), len(each.shape))
 
 
-def _to_staged(numbers: Iterable[int]) -> list[int]:
+def _filled(numbers: Iterable[int], count: int) -> list[int]:
+    """With zeros behind them, `count` in all."""
     found = list(numbers)
-    return [*found, *repeat(0, _STAGED - len(found))]
+    return [*found, *repeat(0, count - len(found))]
+
+
+def _judge_of(each: SlotNodes) -> JudgeBy:
+    return each.judge or BY_ARGMAX
+
+
+def _bits(numbers: Sequence[float]) -> list[int]:
+    """The whole numbers of the same bits as these of float64."""
+    count = len(numbers)
+    return list(struct.unpack(f"{count}q", struct.pack(f"{count}d", *numbers)))
 
 
 def _signed(bits: int) -> int:

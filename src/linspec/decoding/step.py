@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from linspec.decoding.judged import JudgeBy, Judged, Onward
 from linspec.decoding.tree import TokenTree
 
 # nodes that one slot can stage in place; longer chains (prefill) are staged in a temporary buffer
@@ -61,6 +62,8 @@ class StepInput:
         blocks: tokens that overwrite see their own block of so many positions, and those before it; None for
             what `causal` says.
         watch: looks at the states of tokens that overwrite, and may have all positions computed.
+        judge: how the tree may be judged in the step, if whatever computes it does that; None asks for its
+            logits. What was judged is in `StepOutput.judged`, and has no logits.
     """
 
     slot: int
@@ -75,6 +78,7 @@ class StepInput:
     branch: int = 0
     blocks: int | None = None
     watch: Watch | None = None
+    judge: JudgeBy | None = None
 
     @property
     def by_layer(self) -> bool:
@@ -89,9 +93,9 @@ class StepInput:
         return CHAIN if len(self.tokens) > MAX_STAGED else TREE
 
     @classmethod
-    def tree(cls, slot: int, tree: TokenTree) -> StepInput:
+    def tree(cls, slot: int, tree: TokenTree, judge: JudgeBy | None = None) -> StepInput:
         """The input that verifies a whole tree."""
-        return cls(slot, tree.tokens, tree.parents)
+        return cls(slot, tree.tokens, tree.parents, judge=judge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +105,11 @@ class Want:
     Attributes:
         layers: numbers of layers, from 0, whose outputs are needed as hidden states. FINAL, the normalized
             states that the output layer reads, come with every step.
+        onward: what a step that judges trees does behind them.
     """
 
     layers: tuple[int, ...] = ()
+    onward: Onward | None = None
 
     @property
     def inner(self) -> tuple[int, ...]:
@@ -120,7 +126,7 @@ class StepOutput:
 
     hidden [P, D] are final normalized hidden states, logits [P, vocab]; `slices[i]` says which of the P
     belong to input i. layers: of each layer that was wanted, the states behind it [M, D] of all M new nodes,
-    those of input i at `nodes[i]`.
+    those of input i at `nodes[i]`. judged: what became of the inputs, by number, that the step judged.
     """
 
     hidden: torch.Tensor
@@ -128,3 +134,4 @@ class StepOutput:
     slices: list[slice]
     layers: Mapping[int, torch.Tensor] = field(default_factory=dict)
     nodes: list[slice] = field(default_factory=list)
+    judged: Mapping[int, Judged] = field(default_factory=dict)

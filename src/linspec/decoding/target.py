@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from linspec.decoding.judged import Judged
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import FINAL, LOGITS, StepInput, Want
 
@@ -18,10 +19,12 @@ class NodeOutput:
     """What a step computed for one input: logits [P, vocab], and hidden states by layer.
 
     hidden[FINAL] [P, D] belongs to the nodes that have logits, `hidden[layer]` [N, D] to all new nodes.
+    judged: what the step made of a tree that it judged, which has no logits.
     """
 
     logits: torch.Tensor
     hidden: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    judged: Judged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Target:
         special: dict[str, Any] = {}
         if layers is not None:
             special["layers"] = layers
-        if want is not LOGITS and want.inner:
+        if want is not LOGITS and (want.inner or want.onward):
             special["want"] = want
         try:
             output = self.model.step([inputs[i] for i in order], self.state, **special)
@@ -69,11 +72,12 @@ class Target:
                 self.state.drop(each.slot)
             raise
         if len(inputs) == 1:
-            return [NodeOutput(output.logits, {FINAL: output.hidden, **output.layers})]
+            hidden = {FINAL: output.hidden, **output.layers}
+            return [NodeOutput(output.logits, hidden, output.judged.get(0))]
         found: dict[int, NodeOutput] = {}
         for place, i in enumerate(order):
             part = output.slices[place]
             hidden = {FINAL: output.hidden[part]}
             hidden |= {n: states[output.nodes[place]] for n, states in output.layers.items()}
-            found[i] = NodeOutput(output.logits[part], hidden)
+            found[i] = NodeOutput(output.logits[part], hidden, output.judged.get(place))
         return [found[i] for i in range(len(inputs))]

@@ -159,6 +159,9 @@ class TokenTree:
         confidences: for each node, how likely the drafter holds it that the node is accepted once its parent
             is; 1 for the root. None if the drafter has no estimate.
         cut: the tree that this one is a `part` of, and the number there of each node; None for a whole one.
+        regrow: where each token of the next round's tree of this shape is found, if the drafter makes it of
+            what a step computes for it (`Drafter.follow`): 0 for the token behind the accepted path, n for
+            number n - 1 of what follows. () where a device cannot make it.
 
     Raises:
         ConfigError: the lengths differ, there is not exactly one root, or a parent does not precede its
@@ -170,6 +173,7 @@ class TokenTree:
     proposals: Mapping[int, torch.Tensor] = field(default_factory=dict)
     confidences: tuple[float, ...] | None = None
     cut: tuple[TokenTree, tuple[int, ...]] | None = field(default=None, repr=False, compare=False)
+    regrow: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.parents):
@@ -209,6 +213,11 @@ class TokenTree:
         """Nodes from the root to `node`, both included."""
         return self.shape.path_to(node)
 
+    def regrown(self, token: int, follow: Sequence[int]) -> tuple[int, ...]:
+        """The tokens of the next round's tree behind `token`, by what a step computed for the drafter."""
+        found = (token, *follow)
+        return tuple(found[at] for at in self.regrow)
+
     def without_proposals(self) -> TokenTree:
         """This tree without its distributions, for those who keep it and do not judge it."""
         if not self.proposals:
@@ -220,7 +229,8 @@ class TokenTree:
         kept = {node: distribution for node, distribution in self.proposals.items() if node < nodes}
         sure = None if self.confidences is None else self.confidences[:nodes]
         cut = None if self.cut is None else (self.cut[0], self.cut[1][:nodes])
-        return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure, cut)
+        regrow = self.regrow[:nodes]
+        return TokenTree(self.tokens[:nodes], self.parents[:nodes], kept, sure, cut, regrow)
 
     def part(self, nodes: Sequence[int]) -> TokenTree:
         """The tree of some `nodes` in their order, the root and the parent of each among them."""
@@ -244,7 +254,7 @@ class TokenTree:
 
 def root_only(token: int) -> TokenTree:
     """The tree of a plain decoding step."""
-    return TokenTree((token,), (-1,))
+    return TokenTree((token,), (-1,), regrow=(0,))
 
 
 def chain(tokens: Iterable[int], proposals: Mapping[int, torch.Tensor] | None = None) -> TokenTree:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Recorder:
     lossless: ClassVar[bool] = True
     # whatever the rule inside does
     divides: ClassVar[bool] = True
+    # it is shown every tree
+    matches: ClassVar[Literal["", "greedy", "all"]] = ""
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier

@@ -76,13 +76,17 @@ class AutoDrafts(FreeDave):
         return self.most_drafts
 
     def tries(self, sures: Sequence[float], rows: int) -> bool:
-        chances = list(self._chances(sures))
         rows *= self._sequences
         before, after = self.costs(len(sures) * rows), self.costs((len(sures) + 1) * rows)
         if before is None:
             return False
+        if after is None and self._plain < _FIRST:
+            # nothing is tried before, however likely it is
+            self._rest = _FIRST - self._plain
+            return False
+        chances = list(self._chances(sures))
         if after is None:
-            return chances[-1] >= _LIKELY and self._plain >= _FIRST
+            return chances[-1] >= _LIKELY
         if len(sures) == 1:
             self.price = after / before
             self._rest = 0 if _GAIN * self.price < 2 else _REST

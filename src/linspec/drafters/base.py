@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from linspec.decoding.judged import Follow
 from linspec.decoding.probes import Probes
 from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
@@ -89,6 +90,9 @@ class Drafter(ABC):
     max_nodes: int = MAX_NODES
     # the target's hidden states that it reads in `sequence.hidden`
     needs: Want = LOGITS
+    # what a step that judges trees computes for it behind each path, see `Onward.follow`; the next `propose`
+    # has the numbers in `sequence.follow`, and () after a step that did not judge
+    follow: Follow | None = None
     # whether it drafts from what its probes found in the step before: a first round has no drafts then
     probing: bool = False
 

@@ -186,14 +186,23 @@ class Heads(nn.Module, ABC):
         each = [self.logits(features[..., k, :], k) for k in range(self.config.heads)]
         return torch.stack(each, -2)
 
+    def likely(
+        self, hidden: torch.Tensor, roots: torch.Tensor, heads: int, top: int
+    ) -> torch.Tensor:
+        """The `top` likeliest tokens of the first `heads` heads, side by side [R, heads · top].
+
+        hidden [R, D], and the token ids [R] behind them. It waits for no device.
+        """
+        best = self(self.seen(hidden, roots))[:, :heads].topk(top, dim=-1).indices
+        return self.tokens(best).flatten(1)
+
     @torch.inference_mode()
     def guess(
         self, hidden: Sequence[torch.Tensor], roots: Sequence[int], heads: int, top: int
     ) -> list[list[int]]:
-        """The `top` likeliest tokens of the first `heads` heads, side by side, for each row: [D] and root."""
-        seen = self.seen(torch.stack(list(hidden)), torch.tensor(roots))
-        best = self(seen)[:, :heads].topk(top, dim=-1).indices
-        found: list[list[int]] = self.tokens(best).flatten(1).tolist()
+        """As `likely`, for rows [D] and their roots."""
+        rows = torch.stack(list(hidden)), torch.tensor(roots)
+        found: list[list[int]] = self.likely(*rows, heads, top).tolist()
         return found
 
 
@@ -249,5 +258,5 @@ class MedusaHeads(Heads, TrainedDrafter):
         if not self.config.shared_head:
             return F.linear(features, self.out[head])
         if self.drafted is not None:
-            return F.linear(features, self.target_rows())
+            return F.linear(features, self.target_rows().to(features.dtype))
         return cast(torch.Tensor, self.target_head(features))

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import nn
 
 from linspec.decoding.sequence import RunningSequence
@@ -56,6 +57,11 @@ class Medusa(Drafter):
         self.heads = heads
         self._ranked: dict[int, _Ranked] = {}
         self.max_nodes = len(self._within(len(heads.accuracies)).paths)
+        # the most guesses of a head that a tree of any depth has
+        ranks = max(map(len, heads.accuracies), default=0)
+        self._top = min(ranks, heads.config.vocabulary or heads.config.vocab_size)
+        if isinstance(heads, MedusaHeads):
+            self.follow = self._follow
         if not self.max_nodes:
             raise DrafterError(
                 "these heads were never calibrated, so no tree can be made of them; train them with "
@@ -83,22 +89,35 @@ class Medusa(Drafter):
     def propose(
         self, sequences: Sequence[RunningSequence], budgets: Sequence[Budget]
     ) -> list[TokenTree]:
-        known = [each for each in sequences if each.hidden]
-        hidden = [each.hidden[FINAL][-1] for each in known]
+        # those of the others came with the last step
+        asked = [each for each in sequences if each.hidden and not each.follow]
+        hidden = [each.hidden[FINAL][-1] for each in asked]
         shapes = [(self._within(budget.depth), budget.nodes) for budget in budgets]
         heads = max(ranked.heads(nodes) for ranked, nodes in shapes)
         top = max(ranked.top(nodes) for ranked, nodes in shapes)
-        roots = [each.root for each in known]
-        guesses = iter(self.heads.guess(hidden, roots, heads, top) if known else ())
+        roots = [each.root for each in asked]
+        guesses = iter(self.heads.guess(hidden, roots, heads, top) if asked else ())
         trees = []
         for sequence, (ranked, nodes) in zip(sequences, shapes, strict=True):
             if not sequence.hidden:
                 trees.append(root_only(sequence.root))
                 continue
-            guessed = next(guesses)
-            found = [guessed[depth * top + rank] for depth, rank in ranked.ends[:nodes]]
-            trees.append(TokenTree((sequence.root, *found), ranked.parents[: len(found) + 1]))
+            given: Sequence[int] = sequence.follow
+            guessed, width = (given, self._top) if given else (next(guesses), top)
+            found = [guessed[depth * width + rank] for depth, rank in ranked.ends[:nodes]]
+            parents, regrow = ranked.parents[: len(found) + 1], self._regrow(ranked, nodes)
+            trees.append(TokenTree((sequence.root, *found), parents, regrow=regrow))
         return trees
+
+    def _regrow(self, ranked: _Ranked, nodes: int) -> tuple[int, ...]:
+        """Where a tree finds its tokens behind what `_follow` computes."""
+        if self.follow is None:
+            return ()
+        return (0, *(1 + depth * self._top + rank for depth, rank in ranked.ends[:nodes]))
+
+    def _follow(self, hidden: torch.Tensor, roots: torch.Tensor) -> torch.Tensor:
+        """All guesses that any tree can need, in the step that decides about its root."""
+        return self.heads.likely(hidden, roots, len(self.heads.accuracies), self._top)
 
     def expected(self, budget: Budget) -> float:
         gains = self._within(budget.depth).gains
@@ -151,7 +170,8 @@ def _ranked(accuracies: Sequence[Sequence[float]]) -> _Ranked:
 def ready_heads(folder: Path, target: Decoder) -> Heads:
     """The heads in `folder` in the form that suits `target`, which may be prepared later."""
     heads = HEADS.load(folder, target)
-    if isinstance(heads, MedusaHeads) and runs_natively(target.head):
+    on_cpu = target.device.type == "cpu"
+    if on_cpu and isinstance(heads, MedusaHeads) and runs_natively(target.head):
         heads = PackedHeads.of(heads, Quantizer(integer_bits(target.head) or 8, {}))
     return heads
 

@@ -43,7 +43,7 @@ class PackedBlock(nn.Module):
 
 
 class PackedHeads(Heads):
-    """Heads of packed layers; inference on the CPU only. Made by `of`, or loaded."""
+    """Heads of packed layers; inference on the CPU only, elsewhere see `plain`. Made by `of`, or loaded."""
 
     def __init__(
         self,
@@ -69,6 +69,19 @@ class PackedHeads(Heads):
         own: Sequence[torch.Tensor] = () if heads.config.shared_head else heads.out.unbind()
         outputs = [linear_factory(_linear(weight)) for weight in own]
         return cls(heads.config, heads.target, heads.accuracies, blocks, outputs, heads.drafted)
+
+    def plain(self) -> MedusaHeads:
+        """Heads of the float32 weights that the packed ones stand for."""
+        heads = MedusaHeads(self.config, self.target, self.accuracies, self.drafted)
+        for made, block in zip(heads.blocks, self._blocks, strict=True):
+            first = _native(block.first)
+            made.weight = _fixed([layer.weight.T for layer in first])
+            made.bias = _fixed([cast(torch.Tensor, layer.bias) for layer in first])
+            if len(block.back):
+                made.out = _fixed([layer.weight.T for layer in _native(block.back)])
+        if len(self.outputs):
+            heads.out = _fixed([layer.weight for layer in _native(self.outputs)])
+        return heads.requires_grad_(False).eval()
 
     def features(self, seen: torch.Tensor) -> torch.Tensor:
         rows = [seen] * self.config.heads
@@ -109,6 +122,10 @@ class PackedHeads(Heads):
         found = self._call.guess(hidden, heads, top)
         ids = self._ids
         return found if ids is None else [[ids[at] for at in row] for row in found]
+
+
+def _fixed(weights: Sequence[torch.Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack(list(weights)), requires_grad=False)
 
 
 def _native(layers: nn.ModuleList) -> list[NativeLinear]:

@@ -45,13 +45,17 @@ P = TypeVar("P", PackedHeads, PackedBlockNet, EagleNet)
 
 @dataclass(frozen=True)
 class Packable(Generic[T, P]):
-    """A kind of drafter, and what makes its packed form of a plain one."""
+    """A kind of drafter, and what makes its packed form of a plain one.
+
+    plain: the other way round, for devices where packed layers do not run; None where there is no such way.
+    """
 
     kind: type[T]
     packed: Callable[[T, LinearFactory], P]
+    plain: Callable[[P], T] | None = None
 
     def load(self, source: str | Path, model: Decoder) -> T | P:
-        """The drafter in `source`, for `model`: in its dtype and on its device, or packed.
+        """The drafter in `source`, for `model`: in its dtype and on its device, or packed on a CPU.
 
         Raises DrafterError when it was made for another model, is of another kind or is damaged.
         """
@@ -63,13 +67,17 @@ class Packable(Generic[T, P]):
             plain = self.kind.from_description(data, model, folder / CONFIG_FILE)
         check_target(data, model, folder)
         check_size_of_weights(folder)
-        bits = _bits(data[ENTRY], model, folder)
+        if self.plain is None:
+            _check_cpu(model, folder)
+        bits = _bits(data[ENTRY], folder)
         with without_memory():
             drafter = self.packed(plain, Blank(bits))
         with named(folder):
             tensors = map_tensors(folder / WEIGHTS_FILE)
         load_weights(drafter, tensors, folder, exact=True)
         drafter.check_weights(folder / WEIGHTS_FILE)
+        if self.plain is not None and model.device.type != "cpu":
+            return self.plain(drafter).to(model.device, model.dtype)
         return drafter.requires_grad_(False).eval()
 
     def pack(self, drafter: T, model: Decoder, out: Path, bits: int, facts: Mapping[str, Any]) -> P:
@@ -93,18 +101,21 @@ class Packable(Generic[T, P]):
         return out
 
 
-def _bits(entry: Any, model: Decoder, folder: Path) -> int:
-    """Of the weights, by the entry of drafter.json; raises DrafterError where `model` cannot have them."""
+def _check_cpu(model: Decoder, folder: Path) -> None:
     if model.device.type != "cpu":
         raise DrafterError(
             f"the drafter in {folder} is quantized, which is for the CPU; use the one it was made from"
         )
+
+
+def _bits(entry: Any, folder: Path) -> int:
+    """Of the weights, by the entry of drafter.json; raises DrafterError where it is no such entry."""
     try:
         return check_entry(entry, folder)
     except CheckpointError as error:
         raise DrafterError(str(error)) from error
 
 
-HEADS = Packable(MedusaHeads, PackedHeads.of)
+HEADS = Packable(MedusaHeads, PackedHeads.of, PackedHeads.plain)
 BLOCK = Packable(BlockNet, PackedBlockNet.of)
 EAGLE = Packable(EagleNet, EagleNet.to_inference)

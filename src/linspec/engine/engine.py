@@ -362,8 +362,9 @@ class Engine:
         failed = []
         for sequence in self.scheduler.victims() if self.loop.preempts else ():
             try:
-                copy = self.state.snapshot(sequence.slot)
-                parked = Parked(copy, self.loop.paused(sequence))
+                # the loop first: it may hold back what it has not committed
+                kept = self.loop.paused(sequence)
+                parked = Parked(self.state.snapshot(sequence.slot), kept)
                 self.scheduler.preempt(sequence, parked)
             except Exception as error:
                 failed.append(self._closed(Outcome.failure(sequence, error)))

@@ -91,6 +91,11 @@ class AttentionPlan:
         """Whether what a row weighs is the same wherever the node stands that reads it."""
         return self.bias is None and not (self.window or self.group or self.sinks)
 
+    @property
+    def both_ways(self) -> bool:
+        """Whether a node can also see rows behind it: those of near groups, and sums of others."""
+        return self.bias is None and not (self.window or self.sinks or self.chosen)
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class SummedPlan:
@@ -138,6 +143,11 @@ class SummedPlan:
     row_keys: torch.Tensor | None = None
     row_values: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+
+    @property
+    def both_ways(self) -> bool:
+        """Whether a node can also see rows behind it: those of near groups, and sums of others."""
+        return self.bias is None and not (self.fades or self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +213,8 @@ class StepPlan:
     score_scale: on q·k ahead of a softmax; score_cap: scores s become cap·tanh(s / cap), 0 for none.
     logit_scale: on the final hidden states; logit_cap: as that of scores. token_norm: nodes have
     states of their own, given in place of embeddings, and mixers read the embedding of the token behind this
-    norm, then the normalized state; None where there are only tokens.
+    norm, then the normalized state; None where there are only tokens. causal: False where tokens see each
+    other both ways; the taps of a convolution are then centred, an odd number of them.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -228,6 +239,7 @@ class StepPlan:
     logit_cap: float
     head: LinearPlan | None
     token_norm: NormPlan | None = None
+    causal: bool = True
 
     @property
     def tokens(self) -> int:
@@ -260,6 +272,7 @@ class PartBuffers:
     2 K + 1]: the bytes of their keys and of their values once they have left, and a 1 at the end. pages:
     None where all rows are in the buffers.
     judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
+    group_sums, group_rows: those of a canvas, as state/group_sums.py has them, where they are kept.
     """
 
     kind: int
@@ -270,6 +283,8 @@ class PartBuffers:
     pages: PageList | None = None
     judge: torch.Tensor | None = None
     judged: torch.Tensor | None = None
+    group_sums: torch.Tensor | None = None
+    group_rows: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
 
+from linspec.decoding.judged import Judged, Onward
 from linspec.decoding.step import LOGITS, StepInput, StepOutput, Want
-from linspec.decoding.tree import Shape
+from linspec.decoding.tree import Shape, chain_shape
 from linspec.errors import ContextOverflow
 from linspec.kernels.cpu.library import load as load_kernels
 from linspec.mixers.base import Rope
@@ -269,7 +270,7 @@ class Decoder(nn.Module):
     ) -> StepOutput:
         """Inputs of one kind through all layers, as a whole where there is such a form for them."""
         whole = native if native.takes(inputs) else None
-        return self._step(inputs, state, whole, LayerPath(None, want.inner))
+        return self._step(inputs, state, whole, LayerPath(None, want.inner), want.onward)
 
     def _step(
         self,
@@ -277,6 +278,7 @@ class Decoder(nn.Module):
         state: SequenceStates,
         native: WholeStep | None,
         path: LayerPath,
+        onward: Onward | None = None,
     ) -> StepOutput:
         shapes = staged_shapes(inputs, state)
         positions = self._positions(inputs, shapes, state)
@@ -288,27 +290,32 @@ class Decoder(nn.Module):
             if step_input.overwrite is None:
                 state.reserve(step_input.slot, len(step_input.tokens))
         places = open_branches(inputs, state)
-        slices, wanted = wanted_nodes(inputs)
+        slices, wanted = wanted_nodes(
+            inputs, () if native is None else native.judges(inputs, shapes)
+        )
+        judged: Mapping[int, Judged] = {}
         if native is not None:
             inner = sorted(path.wanted)
-            hidden, logits, found = native.run(
-                inputs, shapes, positions, wanted, state, places, inner
-            )
+            output = native.run(inputs, shapes, positions, wanted, state, places, inner, onward)
+            hidden, logits, judged = output.hidden, output.logits, output.judged
             if inner:
-                path.found.update(zip(inner, found.unbind(), strict=True))
+                path.found.update(zip(inner, output.inner.unbind(), strict=True))
         else:
             x, ropes = self._enter_nodes(inputs, positions)
             dense_groups = dense_groups_of(inputs, shapes)
             hidden = self._wanted_of(self.run(x, ropes, dense_groups, state, path), wanted)
             logits = self.head(hidden)
-        for step_input, shape in zip(inputs, shapes, strict=True):
+        for number, (step_input, shape) in enumerate(zip(inputs, shapes, strict=True)):
+            if number in judged:
+                # only the accepted nodes are still there, one behind the other
+                shape = chain_shape(len(judged[number].path))
             if step_input.overwrite is None:
                 ephemeral = step_input.ephemeral
                 state.record(step_input.slot, shape, layers=path.layers, ephemeral=ephemeral)
             elif step_input.branch:
                 state.record_branch(step_input.slot, step_input.branch)
         nodes = node_slices(inputs) if path.found else []
-        return StepOutput(hidden, logits, slices, path.found, nodes)
+        return StepOutput(hidden, logits, slices, path.found, nodes, judged)
 
     def _enter_nodes(
         self, inputs: Sequence[StepInput], positions: Sequence[Sequence[int]]

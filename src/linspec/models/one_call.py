@@ -2,7 +2,7 @@
 
 step = one_call(model)                # None where the model has to run layer by layer
 print(why_not(model))                 # the reason
-hidden, logits, layers = step.run(inputs, shapes, positions, outputs, state, places)
+output = step.run(inputs, shapes, positions, outputs, state, places)
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from linspec.decoding.judged import Onward
 from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
 from linspec.decoding.tree import Shape
+from linspec.kernels.cpu.reasons import why_not as why_not_on_cpu
+from linspec.kernels.cpu.reasons import why_not_over as why_not_over_on_cpu
 from linspec.kernels.cpu.step import CpuStep, Stepped
-from linspec.kernels.cpu.step import why_not as why_not_on_cpu
-from linspec.kernels.cpu.step import why_not_over as why_not_over_on_cpu
 from linspec.kernels.step_plan import (
     AttentionPlan,
     LayerPlan,
@@ -25,12 +26,16 @@ from linspec.kernels.step_plan import (
     PageList,
     PartBuffers,
     PartPlan,
+    SummedPlan,
 )
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.fused_block import FusedBlock
+from linspec.models.step_outputs import WholeOutput
 from linspec.models.step_plan import step_plan, untold
 from linspec.state.branches import carried
+from linspec.state.canvas import Canvas
+from linspec.state.group_sums import GroupSums
 from linspec.state.sequence_states import SequenceStates, places_of
 from linspec.utils.process_lock import ProcessLock
 
@@ -63,6 +68,9 @@ def why_not(model: Decoder) -> str | None:
 class OneCall:
     """The steps of one decoder through a kernel, against whatever state they come with."""
 
+    # on a CPU nobody waits for a device, and verifiers judge
+    judging = False
+
     def __init__(self, kernel: CpuStep) -> None:
         self.kernel = kernel
         # of inputs that it takes
@@ -76,6 +84,10 @@ class OneCall:
         """Whether it computes inputs of their kind, which all of them have."""
         return inputs[0].kind in self._kinds
 
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """None of them."""
+        return frozenset()
+
     def run(
         self,
         inputs: Sequence[StepInput],
@@ -85,10 +97,12 @@ class OneCall:
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> Stepped:
+        onward: Onward | None = None,
+    ) -> WholeOutput:
         """Hidden states [P, D] and logits [P, vocab] of the `outputs` of all M new nodes, packed.
 
-        With them [layers, M, D] that each of `layers` puts out, in ascending order.
+        With them [layers, M, D] that each of `layers` puts out, in ascending order. onward: of no
+        meaning here, where nothing is judged.
 
         shapes: of all that each slot has staged then; positions: of the new nodes of each input. places: the
         slots of the buffers in which a slot and its branches lie, where it has any.
@@ -113,10 +127,10 @@ class OneCall:
         # the kernel knows the buffers of one state at a time, and engines may share a model
         with self._one_at_a_time:
             if inputs[0].kind == CHAIN:
-                return self._run_chains(nodes, outputs, state, layers)
+                return WholeOutput(*self._run_chains(nodes, outputs, state, layers))
             self._place_for(inputs, state)
-            over = inputs[0].kind == OVERWRITING
-            return (self.kernel.run_over if over else self.kernel.run)(nodes, outputs, layers)
+            run = self.kernel.run_over if inputs[0].kind == OVERWRITING else self.kernel.run
+            return WholeOutput(*run(nodes, outputs, layers))
 
     def _place_for(self, inputs: Sequence[StepInput], state: SequenceStates) -> None:
         """`place`, with all rows in the buffers where the kernel reads no pages."""
@@ -135,6 +149,8 @@ class OneCall:
             # known when it is done: a process may be forked half-way
             self._placed = ()
             self._keep_judges(state)
+            if not self.kernel.plan.causal:
+                self._keep_sums(state)
             self.kernel.place(_buffers(state, self.kernel.plan.layers))
             self._placed = _places(state)
 
@@ -144,6 +160,12 @@ class OneCall:
             for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
                 if isinstance(plan.attention, AttentionPlan) and plan.attention.chosen:
                     part.keep_judge(plan.attention.coded)
+
+    def _keep_sums(self, state: SequenceStates) -> None:
+        """Have kept the sums of groups of canvases where a layer reads them."""
+        for layer, parts in zip(self.kernel.plan.layers, state.layers, strict=True):
+            for plan, (part, _) in zip(layer.parts, places_of(parts), strict=True):
+                _sums_of(plan, part)
 
     def _run_chains(
         self,
@@ -175,13 +197,19 @@ class OneCall:
 
 def _places(state: SequenceStates) -> tuple[Any, ...]:
     """Where the buffers of a state are; sizes and kinds too: a new state may lie where an old one was."""
-    placed = tuple(
+    placed: tuple[Any, ...] = tuple(
         (rows.data_ptr(), rows.shape, rows.dtype)
         for part in state.parts
         for rows in (part.keys, part.values, part.sums)
     )
     grows = [part for part in state.parts if part.grows]
     placed += tuple(part.page_list(0) for part in grows)
+    placed += tuple(
+        sums.sums.data_ptr()
+        for part in grows
+        if isinstance(part, Canvas)
+        for sums in part.group_sums.values()
+    )
     return placed + tuple(_judges_of(part) for part in grows)
 
 
@@ -189,6 +217,17 @@ def _judges_of(part: Any) -> tuple[tuple[bool, int, int], ...]:
     return tuple(
         (coded, judge.kept.data_ptr(), judge.kept.shape[3]) for coded, judge in part.judges.items()
     )
+
+
+def _sums_of(plan: PartPlan, part: Any) -> GroupSums | None:
+    """The sums of groups that a part reads of a canvas; None where it reads none."""
+    attention = plan.attention
+    if not isinstance(part, Canvas) or attention is None or not attention.group:
+        return None
+    if not attention.alpha:
+        return None
+    features = attention.features if isinstance(attention, SummedPlan) else part.spec.key_width
+    return part.keep_sums(attention.group, features, part.spec.value_width)
 
 
 def _given(step_input: StepInput) -> torch.Tensor | None:
@@ -222,7 +261,11 @@ def _buffers(state: SequenceStates, layers: Sequence[LayerPlan]) -> list[list[Pa
         sums = part.sums[index] if part.sums.numel() else None
         pages = part.page_list(index) if part.grows else None
         found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
-        return _with_judge(found, plan, part, index, slice(None))
+        found = _with_judge(found, plan, part, index, slice(None))
+        of_groups = _sums_of(plan, part)
+        if of_groups is None:
+            return found
+        return replace(found, group_sums=of_groups.sums[index], group_rows=of_groups.rows[index])
 
     return _of_parts(of, state, layers)
 

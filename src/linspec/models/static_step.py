@@ -1,11 +1,14 @@
 """A step of static shape: the model's own layers over tables and whole buffers, recorded once for each size.
 
     step = StaticStep(model)              # if why_not_static(model) is None
-    hidden, logits, found = step.run(inputs, shapes, positions, outputs, state, places)
+    output = step.run(inputs, shapes, positions, outputs, state, places)
 
 Layer by layer a GPU waits for Python: every operation of every layer is launched anew, at the sizes of this
 very step. Here a step is padded to powers of two, what changes lies in tensors (`StepTables`), and the same
-mixers and MLPs run over the whole buffers of the state, so that all launches together become one graph.
+mixers and MLPs run over the whole buffers of the state, so that all launches together become one graph. What
+follows the step in a round, as far as it needs no host, is part of the same graph: trees are judged
+(`decoding/device_acceptance.py`), accepted entries move up, and heads draft. So a device may run several
+rounds in a row, and the host follows (`judged_rounds.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 
+from linspec.decoding.device_acceptance import accept, chosen_tokens, next_round
+from linspec.decoding.judged import Follow, Onward
 from linspec.decoding.static_mask import SlotNodes, StaticTreeMask, StepTables
 from linspec.decoding.step import TREE, StepInput
 from linspec.decoding.tree import Shape
@@ -30,8 +36,15 @@ from linspec.kernels.gpu.reads import DeviceRead, device_read
 from linspec.mixers.base import Mixer
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
+from linspec.models.judged_rounds import (
+    Decided,
+    judged_by_number,
+    reserve_rounds,
+    rounds_within,
+)
 from linspec.models.layer_path import LayerPath
 from linspec.models.skipped import whole
+from linspec.models.step_outputs import WholeOutput
 from linspec.state.sequence_states import SequenceStates
 from linspec.state.static_entries import StaticEntries, StaticStates
 from linspec.utils.process_lock import ProcessLock
@@ -101,20 +114,54 @@ class StaticGroup:
         return state.mask
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a program of a size computes beside the step: states behind `layers`; whether trees are judged,
+    and by tokens that are drawn; what follows the paths; whether it goes on to the next round."""
+
+    layers: tuple[int, ...]
+    judging: bool
+    drawn: bool
+    follow: Follow | None
+    goes_on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """What a program gives: hidden states [R · N, D], logits [R · N, vocabulary], the states behind layers.
+
+    decided, on_path: where trees are judged, see `Decided`; the states are the hidden ones and those behind
+    each layer. next_round: the tables of the trees that come next.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    found: tuple[torch.Tensor, ...]
+    decided: torch.Tensor | None = None
+    on_path: tuple[torch.Tensor, ...] = ()
+    next_round: torch.Tensor | None = None
+
+
 class StaticStep:
     """The steps of one decoder by recorded programs, against whatever state they come with.
 
     recorder: None runs the programs without recording them. kernels: what mixers read by that these know;
-    None for torch's operations alone.
+    None for torch's operations alone. runs_ahead: whether several rounds are run in a row where that is asked
+    for.
     """
+
+    judging = True
 
     def __init__(
         self,
         model: Decoder,
         recorder: Recorder | None,
         kernels: DeviceKernels | None = None,
+        *,
+        runs_ahead: bool = True,
     ) -> None:
         self._model, self._recorder, self.kernels = model, recorder, kernels
+        self._runs_ahead = runs_ahead
         # of each mixer that kernels know, what it reads; plans read numbers of the weights, which no
         # recording can
         self.reads = {} if kernels is None else _reads(_mixers(model))
@@ -136,6 +183,14 @@ class StaticStep:
         """Whether these inputs, all of one kind, run here: trees whose tokens have embeddings."""
         return inputs[0].kind == TREE and all(each.embeddings is None for each in inputs)
 
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """Every tree that may be judged here and is all that its slot has staged."""
+        return frozenset(
+            number
+            for number, (each, shape) in enumerate(zip(inputs, shapes, strict=True))
+            if each.judge is not None and len(each.tokens) == len(shape)
+        )
+
     def run(
         self,
         inputs: Sequence[StepInput],
@@ -145,45 +200,70 @@ class StaticStep:
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `OneCall.run`: hidden states, logits, and the states behind `layers`, of packed nodes."""
+        onward: Onward | None = None,
+    ) -> WholeOutput:
+        """As `OneCall.run`; what is judged has no part in `outputs`."""
+        onward = onward or Onward()
+        judges = {number: inputs[number].judge for number in self.judges(inputs, shapes)}
+        several = self._runs_ahead and len(judges) == len(inputs)
+        rounds = rounds_within(onward.rounds, shapes) if several else 1
+        drawn = any(each is not None and each.temperature > 0 for each in judges.values())
+        follow = onward.follow if judges else None
+        asked = _Asked(tuple(layers), bool(judges), drawn, follow, rounds > 1)
         # tables and results are those of the model, whoever steps
         with self._one_at_a_time, _on(self._model.device):
+            reserve_rounds(rounds, inputs, state)
             size = Size.of(inputs, state)
             slots = [
-                SlotNodes(each.slot, each.tokens, at, shape, *_rows_of(state, each.slot))
-                for each, shape, at in zip(inputs, shapes, positions, strict=True)
+                SlotNodes(
+                    each.slot, each.tokens, at, shape, *_rows_of(state, each.slot), judges.get(n)
+                )
+                for n, (each, shape, at) in enumerate(zip(inputs, shapes, positions, strict=True))
             ]
-            hidden, logits, *found = self._results(size, slots, state, tuple(layers))
-            nodes = [
-                slot * size.nodes + node
-                for slot, each in enumerate(inputs)
-                for node in range(len(each.tokens))
-            ]
-            rows = torch.tensor([nodes[at] for at in outputs], device=hidden.device)
-            every = torch.tensor(nodes, device=hidden.device)
-            inner = torch.stack([each[every] for each in found]) if found else hidden.new_empty(0)
-            return hidden[rows], logits[rows], inner
+            # ahead of the program: who copies to a device waits for what runs there
+            every = _nodes_of(inputs, size) if layers and len(judges) < len(inputs) else []
+            rows, inner = self._copied([_nodes_of(inputs, size)[at] for at in outputs], every)
+            results, decided = self._results(size, slots, state, asked, rounds)
+            return WholeOutput(
+                results.hidden[rows],
+                results.logits[rows],
+                torch.stack([each[inner] for each in results.found]) if layers else rows,
+                judged_by_number({n: shapes[n] for n in judges}, inputs, state, decided, layers),
+            )
+
+    def _copied(self, *numbers: Sequence[int]) -> Sequence[torch.Tensor]:
+        """Lists of whole numbers on the device of the model, by one copy."""
+        packed = torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.long)
+        return packed.to(self._model.device).split([len(each) for each in numbers])
 
     def _results(
         self,
         size: Size,
         slots: Sequence[SlotNodes],
         state: SequenceStates,
-        layers: tuple[int, ...],
-    ) -> Sequence[torch.Tensor]:
-        """What the program of this size gives for these nodes; it holds until the next step."""
+        asked: _Asked,
+        rounds: int,
+    ) -> tuple[_Results, list[Decided]]:
+        """What the program of this size gives for these nodes, which holds until the next step.
+
+        And what it decided in each of so many rounds, of which it is the last.
+        """
         tables = self._tables_of(size, len(state.parts))
         tables.fill(slots)
-        return self._recorded_of(state).run(
-            (size, layers), lambda: self._program(tables, size, state, layers)
-        )
+        recorded, key = self._recorded_of(state), (size, asked)
+        decided = []
+        while True:
+            results: _Results = recorded.run(key, lambda: self._program(tables, size, state, asked))
+            if results.decided is not None:
+                decided.append(Decided(results.decided, results.on_path))
+            if results.next_round is None or len(decided) == rounds:
+                return results, decided
+            tables.put(results.next_round)
 
     def _program(
-        self, tables: StepTables, size: Size, state: SequenceStates, layers: tuple[int, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        """Hidden states [R · N, D], logits [R · N, vocabulary], and the states behind each of `layers`."""
-        model, path = self._model, LayerPath(None, layers)
+        self, tables: StepTables, size: Size, state: SequenceStates, asked: _Asked
+    ) -> _Results:
+        model, path = self._model, LayerPath(None, asked.layers)
         config, reader = model.config, None
         if self.kernels is not None:
             known = self.kernels, self.reads, config.score_scale, config.score_cap
@@ -192,7 +272,9 @@ class StaticStep:
         groups: Any = [StaticGroup(size)]
         x, ropes = model.enter(tables.tokens.flatten(), tables.positions.flatten())
         hidden = model.leave(model.run(x, ropes, groups, states, path))
-        return hidden, model.head(hidden), *(path.found[layer] for layer in layers)
+        found = tuple(path.found[layer] for layer in asked.layers)
+        step = _Results(hidden, model.head(hidden), found)
+        return _with_verdict(step, tables, states, asked) if asked.judging else step
 
     def _tables_of(self, size: Size, kinds: int) -> StepTables:
         key = (size.slots, size.nodes, kinds)
@@ -226,6 +308,37 @@ def _mixers(model: Decoder) -> list[Mixer]:
 def _reads(mixers: Sequence[Mixer]) -> dict[Mixer, DeviceRead]:
     found = ((each, device_read(each.attention_plan())) for each in mixers)
     return {mixer: read for mixer, read in found if read is not None}
+
+
+def _with_verdict(
+    step: _Results, tables: StepTables, states: StaticStates, asked: _Asked
+) -> _Results:
+    """The second half of a round: trees are judged, accepted nodes move up, what follows is computed."""
+    nodes = tables.tokens.shape
+    chosen, finite = chosen_tokens(step.logits.unflatten(0, nodes), tables, drawn=asked.drawn)
+    accepted = accept(tables, chosen)
+    # one node is where it belongs
+    if tables.columns > 1:
+        states.keep(accepted.rows)
+    hidden = step.hidden.unflatten(0, nodes)
+    decided = torch.stack((accepted.deepest, accepted.tokens, finite.long()), 1)
+    follow = None
+    if asked.follow is not None:
+        follow = asked.follow(accepted.of_deepest(hidden), accepted.tokens)
+        decided = torch.cat((decided, follow), 1)
+    found = (each.unflatten(0, nodes) for each in step.found)
+    on_path = tuple(accepted.of_path(each) for each in (hidden, *found))
+    onward = next_round(tables, accepted, follow) if asked.goes_on else None
+    return replace(step, decided=decided, on_path=on_path, next_round=onward)
+
+
+def _nodes_of(inputs: Sequence[StepInput], size: Size) -> list[int]:
+    """Where the packed nodes lie among those of a size."""
+    return [
+        slot * size.nodes + node
+        for slot, each in enumerate(inputs)
+        for node in range(len(each.tokens))
+    ]
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 
+from linspec.decoding.judged import Judged
 from linspec.decoding.step import StepInput, StepOutput
 from linspec.errors import ConfigError
 from linspec.utils.messages import shown
 
 
-def wanted_nodes(inputs: Sequence[StepInput]) -> tuple[list[slice], list[int]]:
-    """Which of the packed nodes have logits, and which of those belong to each input."""
+@dataclass(frozen=True, slots=True)
+class WholeOutput:
+    """What a whole step computed: of its P wanted nodes hidden states [P, D] and logits [P, vocab], of all M
+    new nodes the states behind L layers [L, M, D], and what became of the inputs, by number, that it judged.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    inner: torch.Tensor
+    judged: Mapping[int, Judged] = field(default_factory=dict)
+
+
+def wanted_nodes(
+    inputs: Sequence[StepInput], judged: Collection[int] = ()
+) -> tuple[list[slice], list[int]]:
+    """Which of the packed nodes have logits, and which of those belong to each input; none where judged."""
     slices: list[slice] = []
     wanted: list[int] = []
     first = 0
-    for step_input in inputs:
+    for number, step_input in enumerate(inputs):
         count = len(step_input.tokens)
-        keep = [first + at for at in _with_logits(step_input)]
+        keep = [] if number in judged else [first + at for at in _with_logits(step_input)]
         slices.append(slice(len(wanted), len(wanted) + len(keep)))
         wanted += keep
         first += count
@@ -53,6 +69,11 @@ def interleaved(parts: Sequence[Sequence[int]], outputs: Sequence[StepOutput]) -
         [slices[i] for i in order],
         states,
         [nodes[i] for i in order] if nodes else [],
+        {
+            part[number]: judged
+            for part, output in zip(parts, outputs, strict=True)
+            for number, judged in output.judged.items()
+        },
     )
 
 

@@ -76,6 +76,7 @@ def step_plan(model: Decoder) -> StepPlan:
         logit_cap=config.logit_cap,
         head=_linear(model.head),
         token_norm=_token_norm(model),
+        causal=config.causal,
     )
 
 

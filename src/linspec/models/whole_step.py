@@ -6,15 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
+from linspec.decoding.judged import Onward
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
 from linspec.kernels.gpu.choice import DeviceKernels, kernels_for
 from linspec.kernels.gpu.graphs import recorder_for
+from linspec.kernels.gpu.switches import switch
 from linspec.kernels.gpu.triton.available import chosen
+from linspec.models.judged_rounds import SWITCH, SWITCHES
 from linspec.models.one_call import one_call
 from linspec.models.static_step import StaticStep, why_not_static
+from linspec.models.step_outputs import WholeOutput
 from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
@@ -25,10 +27,22 @@ _log = logging.getLogger("linspec")
 
 
 class WholeStep(Protocol):
-    """All layers of a step at once, for inputs of one kind."""
+    """All layers of a step at once, for inputs of one kind.
+
+    judging: whether there are any that it judges.
+    """
+
+    judging: bool
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether it computes inputs such as these; the others go layer by layer."""
+        ...
+
+    def judges(self, inputs: Sequence[StepInput], shapes: Sequence[Shape]) -> frozenset[int]:
+        """The numbers of the inputs that it judges itself, of those that let it: see `StepInput.judge`.
+
+        shapes: of all that each slot has staged then.
+        """
         ...
 
     def run(
@@ -40,8 +54,9 @@ class WholeStep(Protocol):
         state: SequenceStates,
         places: Mapping[int, Sequence[int]],
         layers: Sequence[int] = (),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [P, D], logits [P, vocab], and the states behind `layers`; see `OneCall.run`."""
+        onward: Onward | None = None,
+    ) -> WholeOutput:
+        """Hidden states and logits of `outputs`, and the states behind `layers`; see `OneCall.run`."""
         ...
 
 
@@ -53,12 +68,13 @@ def whole_step(model: Decoder) -> WholeStep | None:
     """
     recorder = recorder_for(model.device)
     chosen(model.device)
+    runs_ahead = switch(SWITCH, SWITCHES) == "auto"
     if model.device.type == "cpu":
         return one_call(model)
     if why_not_static(model):
         return None
     kernels = kernels_for(model.device, model.dtype, model.config.head_width)
-    made = StaticStep(model, recorder, kernels)
+    made = StaticStep(model, recorder, kernels, runs_ahead=runs_ahead)
     if kernels is not None:
         _log.info("steps read %s", made.named())
     return made

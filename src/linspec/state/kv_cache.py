@@ -83,8 +83,8 @@ class KVCache(BufferState):
                 coded=coded,
             )
 
-    def _changed(self, slot: int, first: int = 0) -> None:
-        """Take note that committed entries of `slot` change, none of them before position `first`."""
+    def _changed(self, slot: int, first: int = 0, end: int | None = None) -> None:
+        """Take note that committed entries of `slot` change, none of them before `first` or from `end` on."""
         if slot < len(self.lengths):
             for judge in self.judges.values():
                 judge.forget(slot, first)
@@ -278,7 +278,7 @@ class KVCache(BufferState):
         self, layer: int, slot: int, positions: Sequence[int], k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Write k, v into the buffer of `slot`, which has all its entries."""
-        self._changed(slot, min(positions, default=0))
+        self._changed(slot, min(positions, default=0), max(positions, default=-1) + 1)
         at = torch.tensor(positions, dtype=torch.long, device=self.device)
         self.keys[layer, slot].index_copy_(1, at, self.entries.encode(k))
         history = self.spec.conv_history
@@ -334,7 +334,7 @@ class KVCache(BufferState):
         if not positions:
             return
         first, last = min(positions), max(positions) + 1
-        self._changed(target, first)
+        self._changed(target, first, last)
         # blocks are runs, which are copied as they lie
         run = last - first == len(positions)
         at = None if run else torch.tensor(sorted(positions), device=self.device)

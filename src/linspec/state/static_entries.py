@@ -44,6 +44,16 @@ class StaticEntries:
             # [slots, C, Hkv, .], with the heads behind what is indexed
             kept[layer].transpose(1, 2)[slots, at] = self.entries.encode(new).transpose(1, 2)
 
+    def keep(self, sources: torch.Tensor) -> None:
+        """In all layers, where each new node lies have the entry of staged node `sources` [R, N]."""
+        slots, rows = self._at
+        history = self.spec.conv_history
+        source = self.mask.held[:, None] + sources
+        for kept, behind in ((self.part.keys, 0), (self.part.values, history)):
+            # [slots, C, L, Hkv, .], with what is indexed in front
+            entries = kept.permute(1, 3, 0, 2, 4)
+            entries[slots, rows + behind] = entries[slots, source + behind]
+
     def read(self, layer: int, slots: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All columns: keys [R, Hkv, C, K] and values [R, Hkv, conv_history + C, V], 0 where no row lies."""
         spec, decode, dtype = self.spec, self.entries.decode, self.part.dtype
@@ -119,6 +129,13 @@ class StaticStates:
             for each, bases in zip(made.values(), tables.bases, strict=True):
                 each.mask.reader = reader(each.mask.held, bases, paths)
         self.layers: list[tuple[Any, int]] = [_as_made(place, made) for place in state.layers]
+        self._parts, self._nodes = list(made.values()), tables.nodes
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Move entries so that the new nodes of each slot are those of `rows` [R, N]: numbers of columns."""
+        sources = self._nodes.gather(1, rows)
+        for part in self._parts:
+            part.keep(sources)
 
 
 def _as_made(place: tuple[Any, int], made: dict[int, StaticEntries]) -> tuple[Any, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from linspec.decoding.accepted import Accepted, path_tokens, token_logprob
+from linspec.decoding.judged import JudgeBy
 from linspec.decoding.likeliest import likeliest
 from linspec.decoding.sampling import Sampler
 from linspec.decoding.tree import TokenTree
@@ -37,11 +38,16 @@ class Verifier(Protocol):
         lossless: whether the output has exactly the distribution of the target.
         divides: whether the rule divides by the distribution that drafts were sampled from
             (`TokenTree.proposals`), as rejection sampling does.
+        matches: for which requests the rule follows the child that carries the target's own token, if the
+            tree has no proposals: 'greedy' for those at temperature 0 (the likeliest token), 'all' for the
+            others too (one drawn by the next number of the request). Then a step may judge in its place, see
+            `judge_by`; '' for none, as of a rule that does not say it.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     divides: ClassVar[bool]
+    matches: ClassVar[Literal["", "greedy", "all"]]
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """The accepted path and the bonus token.
@@ -66,6 +72,22 @@ def may_cut(verifier: Verifier, tree: TokenTree) -> bool:
     """Whether a part of `tree` may be verified in its place: see `Verifier`."""
     # a rule that does not say what it does may divide
     return not tree.proposals or not getattr(verifier, "divides", True)
+
+
+def judge_by(verifier: Verifier, tree: TokenTree, sampler: Sampler) -> JudgeBy | None:
+    """How a step may judge `tree` in the place of its verifier; None where the host has to see scores.
+
+    It has to for whatever changes scores by the history (penalties, bias, bans, grammars, processors), for
+    top-k, top-p and min-p, and for log-probabilities.
+    """
+    matches = getattr(verifier, "matches", "")
+    if not matches or not sampler.unchanged or sampler.params.logprobs is not None:
+        return None
+    if sampler.greedy:
+        return JudgeBy(regrow=tree.regrow)
+    if matches != "all" or tree.proposals:
+        return None
+    return JudgeBy(sampler.params.temperature, sampler.coming, tree.regrow)
 
 
 Rule = Callable[[int, tuple[int, ...]], int]

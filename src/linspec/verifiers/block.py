@@ -8,7 +8,7 @@ number of accepted drafts is never smaller, and the output has the same distribu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class BlockVerifier:
     name: ClassVar[str]
     lossless: ClassVar[bool] = True
     divides: ClassVar[bool] = True
+    matches: ClassVar[Literal["", "greedy", "all"]] = "all"
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """The longest prefix of the chain that its joint probabilities allow, and a token of the rest."""

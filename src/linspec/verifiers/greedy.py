@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class GreedyVerifier:
     name: ClassVar[str]
     lossless: ClassVar[bool] = True
     divides: ClassVar[bool] = False
+    matches: ClassVar[Literal["", "greedy", "all"]] = "greedy"
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Descend while a child carries the argmax of its parent's scores."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class LosslessVerifier:
     name: ClassVar[str]
     lossless: ClassVar[bool] = True
     divides: ClassVar[bool] = True
+    matches: ClassVar[Literal["", "greedy", "all"]] = "all"
 
     def accept(self, tree: TokenTree, logits: Tensor, sampler: Sampler) -> Accepted:
         """Sample the target along the tree, helped by the proposals where there are any."""

@@ -6,7 +6,7 @@ Lossy: the output is what the drafter says where it is sure. Drafts without conf
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class TrustingVerifier:
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     divides: ClassVar[bool] = True
+    matches: ClassVar[Literal["", "greedy", "all"]] = ""
 
     def __init__(self, options: TrustingOptions | None = None) -> None:
         self.options = options or TrustingOptions()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class TypicalVerifier:
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
     divides: ClassVar[bool] = False
+    matches: ClassVar[Literal["", "greedy", "all"]] = "greedy"
 
     def __init__(self, options: TypicalOptions | None = None) -> None:
         self.options = options or TypicalOptions()

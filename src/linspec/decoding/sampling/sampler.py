@@ -25,6 +25,7 @@ class Sampler:
     of it yet are passed as `extra`.
 
     ends: tokens that end the output. plain: true when the argmax of the raw logits is the next token.
+    unchanged: true when the distribution is that of the raw logits at the temperature of the request.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class Sampler:
         self._rules = make_rules(params, prompt, vocab_size, sorted(self.ends), grammars)
         self._bans = list(dict.fromkeys(rule.bans for rule in self._rules if rule.bans))
         self.plain = params.greedy and not self._rules
+        warped = params.top_k or params.top_p < 1 or params.min_p
+        self.unchanged = self.plain or not (params.greedy or self._rules or warped)
 
     def restarted(self, prompt_ids: Iterable[int]) -> Sampler:
         """The same request at the start of another prompt."""
@@ -113,6 +116,10 @@ class Sampler:
         A draft that is drawn by the number which its position gets is likely what the target draws there.
         """
         return [float(number) for number in copy.deepcopy(self._generator).random(count)]
+
+    def spend(self, count: int) -> None:
+        """Let the next `count` numbers go, which somebody has used as `coming` told them."""
+        self._generator.random(count)
 
     def ahead(self) -> Sampler:
         """The same request, for drafts: it draws the numbers that come next, and leaves them to come."""

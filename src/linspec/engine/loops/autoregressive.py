@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from linspec.decoding.accepted import Accepted
+from linspec.decoding.judged import Onward
 from linspec.decoding.outcome import Outcome
 from linspec.decoding.probes import Probes, check_probes
 from linspec.decoding.sequence import RunningSequence
-from linspec.decoding.step import FINAL, LOGITS, StepInput
+from linspec.decoding.step import FINAL, LOGITS, StepInput, Want
 from linspec.decoding.target import NodeOutput
 from linspec.decoding.tree import TokenTree, root_only
 from linspec.drafters.base import name_of
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
 from linspec.engine.loops.prompt import keep_piece, open_prompt, prompt_piece
+from linspec.engine.loops.rounds_ahead import RoundsAhead
 from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
 from linspec.policies.base import RoundTimes
 from linspec.utils.isolation import isolated
+from linspec.verifiers.base import judge_by
+
+# of trees that a step has judged
+NO_LOGITS = torch.empty(0, 0)
 
 _log = logging.getLogger("linspec")
 
@@ -57,6 +63,9 @@ class Autoregressive(GenerationLoop):
 
     preempts = True
     reads_in_order = True
+    # whether a step may judge trees in the place of the verifier, where nothing else needs their scores, and
+    # run the rounds behind them
+    judged_in_step: ClassVar[bool] = True
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         super().__init__(context, options)
@@ -65,6 +74,7 @@ class Autoregressive(GenerationLoop):
         self.want = LOGITS if self.drafter is None else self.drafter.needs
         self.limit = self.target.model.config.position_limit
         self.kept = (FINAL, *self.want.inner)
+        self.ahead = RoundsAhead(self.target.state)
 
     def started(self, sequence: RunningSequence) -> None:
         open_prompt(self.target, sequence)
@@ -76,9 +86,10 @@ class Autoregressive(GenerationLoop):
 
     def round(self, batch: Batch) -> list[Outcome]:
         began = self.clock()
-        trees = self._propose(batch.decoding)
+        decoding = self.ahead.turn(batch.decoding)
+        trees = self._propose(decoding)
         drafted = self.clock()
-        parts, outcomes = self._parts(batch, trees)
+        parts, outcomes = self._parts(replace(batch, decoding=decoding), trees)
         outputs = isolated(parts, self._step)
         stepped = self.clock()
         for part, output in zip(parts, outputs, strict=True):
@@ -119,10 +130,38 @@ class Autoregressive(GenerationLoop):
                     return Part(sequence, given, tree, probes)
             except Exception as error:
                 return error
-        return Part(sequence, StepInput.tree(sequence.slot, tree), tree)
+        judge = judge_by(self.verifier, tree, sequence.sampler) if self._judging else None
+        return Part(sequence, StepInput.tree(sequence.slot, tree, judge), tree)
+
+    @property
+    def _judging(self) -> bool:
+        """Whether steps may judge trees, and the model has steps that do."""
+        return self.judged_in_step and getattr(self.target.model.native, "judging", False)
 
     def _step(self, parts: Sequence[Part]) -> list[NodeOutput]:
-        return self.target.step([part.given for part in parts], want=self.want)
+        trees = [(part.sequence, part.tree) for part in parts if part.tree is not None]
+        judged = self.ahead.taken(trees)
+        if judged is None:
+            return self.target.step([part.given for part in parts], want=self._wanted(trees))
+        # trees come before prompts
+        prompts = [part.given for part in parts[len(trees) :]]
+        read = self.target.step(prompts, want=self.want) if prompts else []
+        return [*(NodeOutput(NO_LOGITS, {}, each) for each in judged), *read]
+
+    def _wanted(self, trees: Sequence[tuple[RunningSequence, TokenTree]]) -> Want:
+        """What the drafter needs of a step, and how far that may go on by itself."""
+        if not self._judging:
+            return self.want
+        follow = None if self.drafter is None else self.drafter.follow
+        # the host may find drafts for every round that a device would make without some
+        by_host = self.drafter is not None and follow is None
+        rounds = 1 if by_host else self.ahead.rounds(trees, self.limit)
+        # who has drafts now will likely have some next
+        if all(len(tree) == 1 for _, tree in trees):
+            follow = None
+        if follow is None and rounds == 1:
+            return self.want
+        return replace(self.want, onward=Onward(follow, rounds))
 
     def _judged(self, part: Part, output: NodeOutput | Exception) -> list[Outcome]:
         """What a part of a step has brought its sequence: tokens, nothing yet, or an error."""
@@ -140,15 +179,19 @@ class Autoregressive(GenerationLoop):
             return [Outcome.failure(sequence, error)]
 
     def _verified(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Outcome:
-        accepted = self.verifier.accept(tree, output.logits[: len(tree)], sequence.sampler)
+        accepted = self._accepted(sequence, tree, output)
         path, (tokens, finished) = accepted.path, self._ending(sequence, tree, accepted)
         # the state ends where the output does, as it would without drafts
-        self.target.state.commit(sequence.slot, path[: len(tokens)])
+        if output.judged is None:
+            self.target.state.commit(sequence.slot, path[: len(tokens)])
+        else:
+            ended = finished is not None
+            self.ahead.keep(sequence, tree, output.judged, len(tokens), ended=ended)
         sequence.stats.count(tree, path)
         if self.drafter is not None and self.policy is not None and len(tree) > 1:
             expected = self.drafter.score(sequence, tree)
             # what was paid for: probes too
-            drafted = len(output.logits) - 1
+            drafted = max(len(output.logits), len(tree)) - 1
             self.policy.observe(sequence, drafted, len(path) - 1, expected)
             end = tokens_end(sequence)
             # a drafter learns from the tree that it knows: what was cut from it is rejected
@@ -157,10 +200,23 @@ class Autoregressive(GenerationLoop):
         elif self.drafter is not None:
             self.drafter.passed(sequence)
         sequence.hidden = self._kept_of(output, path)
+        sequence.follow = () if output.judged is None else output.judged.follow
         return self._extended(sequence, tree, accepted, tokens, finished)
+
+    def _accepted(self, sequence: RunningSequence, tree: TokenTree, output: NodeOutput) -> Accepted:
+        """What is accepted, by the step itself or by the verifier."""
+        if output.judged is None:
+            return self.verifier.accept(tree, output.logits[: len(tree)], sequence.sampler)
+        accepted = output.judged.accepted()
+        if not sequence.sampler.greedy:
+            # one number for each token, as the verifier spends them
+            sequence.sampler.spend(len(accepted.path))
+        return accepted
 
     def _kept_of(self, output: NodeOutput, path: Sequence[int]) -> dict[int, torch.Tensor]:
         """The hidden states of the accepted nodes, by layer."""
+        if output.judged is not None:
+            return {n: output.judged.hidden[n] for n in self.kept}
         if len(path) == len(output.logits):
             return {n: output.hidden[n] for n in self.kept}
         # nearly always the first nodes, of which a view is enough
@@ -241,6 +297,7 @@ class Autoregressive(GenerationLoop):
                 sequence.stats.draft_price = self.policy.price
 
     def paused(self, sequence: RunningSequence) -> Any:
+        self.ahead.settle(sequence)
         try:
             return None if self.drafter is None else self.drafter.paused(sequence)
         finally:
@@ -253,6 +310,7 @@ class Autoregressive(GenerationLoop):
             self._check_tokens(sequence, end)
 
     def finished(self, sequence: RunningSequence) -> None:
+        self.ahead.forget(sequence)
         try:
             if self.drafter is not None:
                 self.drafter.finished(sequence)

@@ -72,6 +72,9 @@ class Mirror(Autoregressive):
     times, what two devices would gain (`linspec.engine.loops.mirror_clock`).
     """
 
+    # guesses are made of the states of all nodes
+    judged_in_step = False
+
     def __init__(self, context: LoopContext, options: MirrorOptions) -> None:
         drafter, model = context.drafter, context.target.model
         if not isinstance(drafter, DraftModel) or not isinstance(model, Decoder):

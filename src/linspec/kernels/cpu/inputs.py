@@ -38,12 +38,17 @@ def staged_inputs(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
     return table
 
 
-def overwriting_pieces(nodes: Sequence[NewNodes]) -> ctypes.Array[InputStruct]:
-    """Nodes that overwrite, in pieces: nothing is staged, and all of a piece see the same committed rows."""
+def overwriting_pieces(nodes: Sequence[NewNodes], group: int = 0) -> ctypes.Array[InputStruct]:
+    """Nodes that overwrite, in pieces: nothing is staged, and all of a piece see the same committed rows.
+
+    group: rows of the groups that nodes see as sums; 0 without. A piece then has nodes of few groups.
+    """
+    # as many groups as a piece can have
+    unit = group * max(1, MAX_NODES // group) if group else None
     pieces = [
         (new, rows[part], part)
         for new, rows in zip(nodes, map(_overwritten, nodes), strict=True)
-        for part in _parts(rows, new.blocks)
+        for part in _parts(rows, new.blocks or unit)
     ]
     table, first = (InputStruct * len(pieces))(), 0
     for entry, (new, rows, part) in zip(table, pieces, strict=True):

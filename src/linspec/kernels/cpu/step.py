@@ -32,9 +32,9 @@ from linspec.kernels.cpu.inputs import (
 )
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.linear import linear_struct
+from linspec.kernels.cpu.reasons import EMBEDDINGS, LINEARS
 from linspec.kernels.cpu.space import Space
 from linspec.kernels.cpu.structs import (
-    MAX_HEAD_WIDTH,
     BatchStruct,
     DecoderStruct,
     InputStruct,
@@ -54,9 +54,7 @@ from linspec.kernels.step_plan import (
     F32,
     INT4,
     INT8,
-    JUDGED,
     MAPS,
-    PAGE,
     WEIGHTS,
     AttentionPlan,
     LayerPlan,
@@ -70,10 +68,7 @@ from linspec.kernels.step_plan import (
 
 # hidden states, logits, and the states of the layers that were asked for [layers, M, D]
 Stepped = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# and what of a plan says whether they are computed
-LINEARS = {"qkv": "mixes", "out": "mixes", "up": "feeds", "down": "feeds"}
 NORMS = ("mixer_norm", "mlp_norm", "mixer_out_norm", "mlp_out_norm", "q_norm", "k_norm")
-_EMBEDDINGS = {torch.float32: F32, torch.bfloat16: BF16}
 _ROWS = {
     torch.float32: F32,
     torch.bfloat16: BF16,
@@ -81,71 +76,6 @@ _ROWS = {
     torch.int8: INT8,
     torch.uint8: INT4,
 }
-
-
-def why_not(plan: StepPlan) -> str | None:
-    """Why this kernel cannot compute the steps of a decoder, every reason; None if it can."""
-    found = load()
-    if found.library is None:
-        return found.reason
-    others = {
-        layer.mixer for layer in plan.layers for part in layer.parts if part.attention is None
-    }
-    reasons = {
-        f"activation {plan.activation} is not in the one-call step": (
-            plan.activation not in ACTIVATIONS
-        ),
-        f"heads of {plan.head_width} features are not in the one-call step": (
-            plan.head_width > MAX_HEAD_WIDTH or plan.head_width % 2 != 0
-        ),
-        "the weights are not packed for linspec's kernels": not _packed(plan),
-        f"embeddings of {_dtype(plan)} are not in the one-call step": (
-            _dtype(plan) not in _EMBEDDINGS
-        ),
-        f"mixers {', '.join(sorted(others))} are not in the one-call step": bool(others),
-        f"groups are selected in the one-call step with a span of 2 or more, groups of whole {PAGE}s of "
-        f"tokens and pages of {PAGE} by codes or {JUDGED} by bounds, which this model has not": (
-            not _selects(plan)
-        ),
-    }
-    return "; ".join(reason for reason, holds in reasons.items() if holds) or None
-
-
-def _selects(plan: StepPlan) -> bool:
-    """Whether all groups that nodes select are committed, and made of whole blocks of rows."""
-    found = (part.attention for layer in plan.layers for part in layer.parts)
-    return all(
-        each.span > 1 and each.group % PAGE == 0 and each.judged == (PAGE if each.coded else JUDGED)
-        for each in found
-        if isinstance(each, AttentionPlan) and each.chosen
-    )
-
-
-def why_not_over(plan: StepPlan) -> str | None:
-    """Why no nodes of this decoder can overwrite in one call; None if they can."""
-    others = {layer.mixer for layer in plan.layers if not _sees_all(layer)}
-    if not others:
-        return None
-    return f"mixers {', '.join(sorted(others))} see no later tokens in the one-call step"
-
-
-def _sees_all(layer: LayerPlan) -> bool:
-    """Whether all rows of a slot weigh alike, wherever a node stands among them."""
-    plain = (
-        isinstance(each.attention, AttentionPlan) and each.attention.plain for each in layer.parts
-    )
-    return layer.conv_weights is None and all(plain)
-
-
-def _dtype(plan: StepPlan) -> torch.dtype:
-    """Of the embeddings; blocks are read as float32."""
-    return torch.float32 if isinstance(plan.embedding, LinearPlan) else plan.embedding.dtype
-
-
-def _packed(plan: StepPlan) -> bool:
-    """Whether all its linear layers are packed."""
-    linears = (getattr(layer, name) for layer in plan.layers for name in LINEARS)
-    return None not in (plan.head, *linears)
 
 
 class CpuStep:
@@ -158,6 +88,13 @@ class CpuStep:
         # the table has addresses only: the plan keeps the tensors
         self.plan = plan
         self._layers = (LayerStruct * len(plan.layers))()
+        # whether nodes that overwrite read sums of groups, and the greatest of these groups
+        groups = (
+            []
+            if plan.causal
+            else [_group(part.attention) for layer in plan.layers for part in layer.parts]
+        )
+        self._group = max(groups, default=0)
         # the parts of each layer, whose buffers move
         self._parts = [_parts(layer) for layer in plan.layers]
         self.buffers_only = False
@@ -212,10 +149,11 @@ class CpuStep:
 
         All their keys and values are in place before one of them reads.
         """
-        inputs = overwriting_pieces(nodes)
+        inputs = overwriting_pieces(nodes, self._group)
         batch = self._batch(nodes, *packed(nodes), inputs)
         # some inputs read what others write; where none do, they can share out long caches instead
-        batch.chained = len(inputs) > len(nodes) or any(new.carried for new in nodes)
+        others = len(inputs) > len(nodes) or any(new.carried for new in nodes)
+        batch.chained = others or self._group > 0
         return self._run(batch, outputs, layers)
 
     def _batch(
@@ -268,6 +206,10 @@ class CpuStep:
                 self._cosines[at], self._sines[at] = factors
 
 
+def _group(plan: AttentionPlan | SummedPlan | None) -> int:
+    return 0 if plan is None else plan.group
+
+
 def _functions(library: ctypes.CDLL) -> tuple[Any, Any]:
     library.ls_step_workspace.restype = c_int64
     library.ls_step_workspace.argtypes = [POINTER(DecoderStruct), POINTER(BatchStruct), c_int32]
@@ -284,7 +226,7 @@ def _embedding(plan: StepPlan) -> Any:
 
 
 def _decoder(plan: StepPlan, table: Any, layers: ctypes.Array[LayerStruct]) -> DecoderStruct:
-    kind = BLOCKS if isinstance(plan.embedding, LinearPlan) else _EMBEDDINGS[plan.embedding.dtype]
+    kind = BLOCKS if isinstance(plan.embedding, LinearPlan) else EMBEDDINGS[plan.embedding.dtype]
     same = """width heads kv_heads head_width mlp_width vocabulary score_cap embedding_scale
         residual_scale logit_scale logit_cap"""
     return DecoderStruct(
@@ -413,6 +355,12 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
     entry.values, entry.value_stride = values.data_ptr(), values.stride(1) * size
     entry.sums = None if sums is None else sums.data_ptr()
     entry.sum_floats = 0 if sums is None else sums.shape[-2] * sums.shape[-1]
+    entry.group_sums = entry.group_rows = None
+    if part.group_sums is not None and part.group_rows is not None:
+        made = part.group_sums
+        entry.group_sums, entry.group_room = made.data_ptr(), made.shape[2]
+        entry.sum_floats = made.shape[3] * made.shape[4]
+        entry.group_rows = ctypes.cast(part.group_rows.data_ptr(), POINTER(c_int32))
     entry.pages, entry.paged = None, None
     if entry.chosen:
         assert part.judge is not None and part.judged is not None, "who places them has them kept"

@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 18
+ABI = 19
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -224,6 +224,15 @@ class SummedStruct(Struct):
     Field("uint16_t *", "judge", "[slots][kv_heads]: the codes or bounds of all pages"),
     Field("int64_t", "judge_stride", "numbers from one kv head to the next"),
     Field("int32_t *", "judged", "[slots][kv_heads]: how many of these pages have theirs"),
+    Field(
+        "float *",
+        "group_sums",
+        "[slots][kv_heads][group_room][sum_floats]: of each group of a canvas, see canvas.c; or null",
+    ),
+    Field(
+        "int32_t *", "group_rows", "[slots][kv_heads][group_room]: of how many rows; 0: not made"
+    ),
+    Field("int32_t", "group_room", "groups that there is room for"),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

@@ -21,7 +21,7 @@ typedef struct {
     float keep, scale;
 } accumulator;
 
-#define MAX_ACCUMULATORS 4
+#define MAX_ACCUMULATORS LS_READINGS
 /* vectors of a row that `count` accumulators take at once: as many sums as the registers can hold, and enough to
  * hide the time of an addition */
 #define COLUMNS(count) ((count) == 1 ? 8 : (count) == 4 && LS_LANES == 8 ? 2 : 4)

@@ -90,6 +90,33 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
     }
 }
 
+/* the same over the values around a node that overwrites, the middle tap on its own: the first tap is for the last row */
+static void add_centred_convolution(const ls_mixer *m, int head, int node, float *out, float *space) {
+    int repeats = m->heads / m->kv_heads, padded = ls_up16(m->width), in_place = m->row_kind == LS_F32;
+    int last = m->overwritten[node] - m->ahead + m->taps / 2, missing = last - (m->committed + m->behind - 1);
+    int end = last + m->ahead + 1 < m->taps ? last + m->ahead + 1 : m->taps;
+    const char *values = m->values + head * m->value_stride;
+    for (int first = missing > 0 ? missing : 0; first < end; first += BLOCK) {
+        int count = end - first < BLOCK ? end - first : BLOCK;
+        const char *rows = row_address(m, values, m->page_values, last - first);
+        for (int i = 0; i < count && !in_place; i++) widen_rows(m, rows - (int64_t)i * m->row_bytes, 1, 0, space + i * padded);
+        source from = {in_place ? rows : (const char *)space, NULL, in_place ? -(int64_t)m->row_bytes : padded * (int64_t)sizeof *space,
+                       LS_F32, count, m->width, NULL, 0};
+        for (int r = 0; r < repeats; r++) {
+            accumulator one = {out + r * m->width, m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first, ADD, 0, 0};
+            accumulate(&from, &one, 1);
+        }
+    }
+}
+
+/* the convolution of one node */
+static void convolve_node(const ls_mixer *m, int head, int node, const visible_rows *v, float *out, float *space) {
+    if (m->overwritten)
+        add_centred_convolution(m, head, node, out, space);
+    else
+        add_convolution(m, head, v, out, space);
+}
+
 /* One query: its output from its sum over all exact rows. */
 INLINE void end_query(const ls_mixer *m, const float *sum, const softmax_state *state, float *out) {
     float scale = m->squared_relu ? 1.0f : 1.0f / state->sum;
@@ -120,6 +147,5 @@ static void end_attention(const ls_mixer *m, int head, const float *q, int64_t q
         }
     }
     for (int n = 0; m->taps && n < m->nodes; n++)
-        add_convolution(m, head, visible + n, out + n * out_stride + head * repeats * m->width,
-                        space);
+        convolve_node(m, head, n, visible + n, out + n * out_stride + head * repeats * m->width, space);
 }

@@ -106,7 +106,7 @@ static void read_summed(const ls_mixer *m, const float *q, int64_t q_stride, flo
     for (int n = 0; m->taps && n < m->nodes; n++) {
         visible_rows v;
         find_visible(m, n, &v);
-        add_convolution(&values, 0, &v, out + n * out_stride, scratch);
+        convolve_node(&values, 0, n, &v, out + n * out_stride, scratch);
     }
 }
 

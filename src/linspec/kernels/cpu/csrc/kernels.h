@@ -16,6 +16,7 @@
 #define LS_BLOCK LS_PAGE /* rows whose sums are made together */
 #define LS_QUERY_FLOATS 34 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
 #define LS_CHUNK 1024 /* rows whose blocks are put together before the next ones, see merge.inc.h */
+#define LS_READINGS 4 /* most queries that read the same rows of sums together */
 #define LS_CHUNK_BLOCKS (LS_CHUNK / LS_BLOCK)
 
 /* Input rows in the order in which tiles read them. codes: for each block [padded / 4][rows of block][4] (int8) or
@@ -65,6 +66,8 @@ typedef struct {
     int32_t sinks;                    /* first rows of the text, which every node sees */
     const char *sink_rows;            /* keys [sinks][row_bytes], then values; null while they are rows */
     const uint64_t *ancestors;        /* [staged]: bit i says that staged row i is seen; null: nothing is staged */
+    const int32_t *overwritten;       /* [nodes]: the rows of nodes that overwrite, around which taps lie; null: others */
+    int32_t ahead, behind;            /* rows of their slot ahead of the first one here, and behind the committed ones */
     int32_t chosen, coded;            /* groups ahead of the span that a node reads, judged by codes or by bounds: */
     uint16_t *judge;                  /* of all pages, see select.inc.h */
 } ls_mixer;
@@ -105,7 +108,7 @@ static inline size_t ls_summed_scratch_bytes(const ls_mixer *m) {
     size_t rows = (size_t)(m->committed + m->staged - m->summed), width = (size_t)m->width;
     size_t features = (size_t)m->form->features;
     if (m->form->kept_groups) return ls_compressed_scratch_bytes(m);
-    size_t floats = rows * features + features + 2 * (width + 1) + 2 * rows;
+    size_t floats = rows * features + LS_READINGS * (features + 2 * (width + 1) + rows) + rows;
     if (m->form->fades) floats += (size_t)(m->staged + 1) * width * width;
     /* the convolution comes last and takes a block of rows */
     if (m->taps && floats < ls_block_floats(m)) floats = ls_block_floats(m);

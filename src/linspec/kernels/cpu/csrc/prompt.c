@@ -22,6 +22,7 @@ static size_t sum_floats(const ls_decoder *d) {
 
 /* A piece has LS_MAX_NODES nodes at most, whose partial sums are each thread's own. */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b) {
+    if (ls_over_pieces(b)) return ls_canvas_floats(d, b);
     return (size_t)(b->inputs - 1) * (size_t)d->kv_heads * sum_floats(d);
 }
 
@@ -58,6 +59,10 @@ static void close_groups(const ls_run *s, const ls_layer *l, int head) {
 
 /* All that one piece reads in one kv head. */
 static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head) {
+    if (ls_over_pieces(s->b) && l->part[l->part_of[head]].group) {
+        ls_read_canvas(s, l, piece, head);
+        return;
+    }
     ls_mixer m = piece_of(s, l, piece, head);
     int64_t q_stride = ls_projected_stride(s->d), column = ls_query_column(s->d, head);
     int64_t out_stride = (int64_t)s->d->heads * s->d->head_width, first = s->b->input[piece].first;
@@ -81,7 +86,10 @@ void ls_mix_prompt(const ls_run *s, const ls_layer *l, int thread, int threads) 
             if (is_mine(i, heads, thread, threads)) ls_keep_judge(s, l, i / heads, i % heads);
         ls_barrier(threads);
     }
-    if (ls_prompt_floats(s->d, s->b)) {
+    if (s->far_floats) {
+        ls_sum_canvases(s, l, thread, threads);
+        ls_barrier(threads);
+    } else if (!ls_over_pieces(s->b) && ls_prompt_floats(s->d, s->b)) {
         for (int head = thread; head < heads; head += threads) close_groups(s, l, head);
         ls_barrier(threads);
     }

@@ -73,7 +73,7 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .gate_scale = f ? rows_of(f->gate_scale, place, d->head_width) : NULL,
         .gate_bias = f ? rows_of(f->gate_bias, place, f->gates) : NULL,
         .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? (const char *)sums : NULL,
-        .ancestors = in->ancestors, .chosen = p->chosen, .coded = p->coded,
+        .ancestors = in->ancestors, .overwritten = in->overwritten, .chosen = p->chosen, .coded = p->coded,
         .judge = p->chosen ? p->judge + at * p->judge_stride : NULL,
     };
 }
@@ -280,6 +280,7 @@ static void step_body(void *context, int thread, int threads) {
 
 ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int threads) {
     ls_run s = {.d = d, .b = b, .line = ls_line_of(d, b, threads), .x = workspace};
+    if (ls_over_pieces(b)) s.far_floats = ls_far_floats(d, b);
     s.projected = s.x + ls_up64(d->width) * (size_t)b->rows;
     s.attended = s.projected + ls_up64(projected_width(d)) * (size_t)b->rows;
     s.partials = s.attended + ls_up64(attended_width(d)) * (size_t)b->rows;

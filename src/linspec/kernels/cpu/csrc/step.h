@@ -10,6 +10,7 @@ typedef struct {
     float *x, *projected, *attended; /* residual; outputs of qkv or up; mixer outputs */
     float *partials;                 /* of the mixers, see lean.c; of a prompt, see prompt.c */
     ls_line line;
+    size_t far_floats;               /* see canvas.c */
     void *packed;
 } ls_run;
 
@@ -54,6 +55,16 @@ void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads);
 void ls_keep_judge(const ls_run *s, const ls_layer *l, int input, int head);
 /* whether nodes select in one of its kv heads */
 int ls_any_selected(const ls_run *s, const ls_layer *l);
+
+/* whether inputs are pieces of what overwrites */
+static inline int ls_over_pieces(const ls_batch *b) { return b->chained && b->input->overwritten; }
+
+/* canvas.c: mixers of groups whose nodes overwrite. Floats of the sums that the nodes of one slot read in a kv head, at most,
+ * and of all of them; these sums of a layer, once all rows are in place; what one input reads in a kv head then */
+size_t ls_far_floats(const ls_decoder *d, const ls_batch *b);
+size_t ls_canvas_floats(const ls_decoder *d, const ls_batch *b);
+void ls_sum_canvases(const ls_run *s, const ls_layer *l, int thread, int threads);
+void ls_read_canvas(const ls_run *s, const ls_layer *l, int input, int head);
 
 /* prompt.c: floats of workspace, and every mixer of a layer (which ends without a barrier) */
 size_t ls_prompt_floats(const ls_decoder *d, const ls_batch *b);

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 18                            /* of this table and the functions */
+#define LS_ABI 19                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -113,6 +113,9 @@ typedef struct {
     uint16_t *judge;                         /* [slots][kv_heads]: the codes or bounds of all pages */
     int64_t judge_stride;                    /* numbers from one kv head to the next */
     int32_t *judged;                         /* [slots][kv_heads]: how many of these pages have theirs */
+    float *group_sums;                       /* [slots][kv_heads][group_room][sum_floats]: of each group of a canvas, see canvas.c; or null */
+    int32_t *group_rows;                     /* [slots][kv_heads][group_room]: of how many rows; 0: not made */
+    int32_t group_room;                      /* groups that there is room for */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -253,7 +256,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1747597409, \
+    1170771982, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -286,6 +289,8 @@ typedef struct {
         offsetof(ls_mixer_part, page_values), offsetof(ls_mixer_part, chosen), \
         offsetof(ls_mixer_part, coded), offsetof(ls_mixer_part, judge), \
         offsetof(ls_mixer_part, judge_stride), offsetof(ls_mixer_part, judged), \
+        offsetof(ls_mixer_part, group_sums), offsetof(ls_mixer_part, group_rows), \
+        offsetof(ls_mixer_part, group_room), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \

@@ -183,9 +183,15 @@ static void collide(float *x, int count) {
     }
 }
 
+/* A query, its features, and where its output goes. line: 2 value rows and as many weights as there are rows. */
+typedef struct {
+    const float *q, *features, *bias;
+    float *line, *out;
+} reading;
+
 /* weights of the rows within the span */
-static void weigh_rows(const ls_mixer *m, const row_list *rows, const float *q, const float *features,
-                       float *weights) {
+static void weigh_rows(const ls_mixer *m, const row_list *rows, const reading *of, float *weights) {
+    const float *q = of->q, *features = of->features;
     int kind = m->form->exact, count = rows->count - rows->closed;
     int cosines = kind == LS_WEIGHT_RELU2 || kind == LS_WEIGHT_COLLISIONS;
     float unit[LS_MAX_HEAD_WIDTH], length = 1.0f;
@@ -206,7 +212,7 @@ static void weigh_rows(const ls_mixer *m, const row_list *rows, const float *q, 
         for (int i = 0; kind == LS_WEIGHT_RELU2 && i < count; i++)
             weights[i] = weights[i] > 0.0f ? weights[i] * weights[i] : 0.0f;
         if (kind == LS_WEIGHT_COLLISIONS) collide(weights, count);
-        if (m->bias) add_bias(m, m->bias, count - 1, 0, count, weights);
+        if (of->bias) add_bias(m, of->bias, count - 1, 0, count, weights);
         return;
     }
     if (m->score_cap > 0.0f) cap_row(weights, m->score_cap, count);
@@ -236,36 +242,47 @@ static void end_row(const ls_mixer *m, const float *x, float *y) {
     for (int i = 0; i < m->width; i++) y[i] = x[i] / divisor;
 }
 
-/* One query. line: 2 value rows and as many weights as there are rows. */
-static void read_query(const ls_mixer *m, const row_list *rows, const float *q, const float *features, float *line,
-                       float *out) {
-    const ls_summed *f = m->form;
-    int columns = m->width + f->ones;
-    float *summed = line, *exact = line + columns, *weights = exact + columns;
-    memset(line, 0, sizeof *line * 2 * (size_t)columns);
-    accumulator to = {summed, features, ADD, 0, 0};
-    source sums = {.rows = m->sums, .stride = (int64_t)sizeof(float) * columns, .kind = LS_F32,
-                   .count = m->sums ? f->features : 0, .width = columns};
-    accumulate(&sums, &to, 1);
-    for (int i = 0; i < rows->closed; i++) weights[i] = feature_product(m, rows, i, features);
-    source values = {.rows = m->values, .indices = rows->indices, .stride = m->value_bytes, .kind = LS_F32,
-                     .count = rows->closed, .width = columns};
-    to.weights = weights;
-    accumulate(&values, &to, 1);
-    if (f->exact != LS_WEIGHT_NONE) {
-        weigh_rows(m, rows, q, features, weights);
-        values.indices += rows->closed;
-        values.count = rows->count - rows->closed;
-        to.out = exact;
-        accumulate(&values, &to, 1);
-    }
-    if (f->together) {
+/* From both sums of values of a query to its output. */
+static void end_reading(const ls_mixer *m, const reading *of) {
+    int columns = m->width + m->form->ones;
+    float *summed = of->line, *exact = summed + columns;
+    if (m->form->together) {
         for (int i = 0; i < columns; i++) exact[i] += m->alpha * summed[i];
-        end_row(m, exact, out);
+        end_row(m, exact, of->out);
         return;
     }
     end_row(m, summed, summed);
-    for (int i = 0; i < m->width; i++) out[i] = exact[i] + m->alpha * summed[i];
+    for (int i = 0; i < m->width; i++) of->out[i] = exact[i] + m->alpha * summed[i];
+}
+
+/* Up to MAX_ACCUMULATORS queries over the same rows. */
+static void read_queries(const ls_mixer *m, const row_list *rows, const reading *some, int count) {
+    const ls_summed *f = m->form;
+    int columns = m->width + f->ones;
+    accumulator summed[MAX_ACCUMULATORS], exact[MAX_ACCUMULATORS];
+    for (int t = 0; t < count; t++) {
+        memset(some[t].line, 0, sizeof(float) * 2 * (size_t)columns);
+        summed[t] = (accumulator){some[t].line, some[t].features, ADD, 0, 0};
+    }
+    source sums = {.rows = m->sums, .stride = (int64_t)sizeof(float) * columns, .kind = LS_F32,
+                   .count = m->sums ? f->features : 0, .width = columns};
+    accumulate(&sums, summed, count);
+    for (int t = 0; t < count; t++) {
+        float *weights = some[t].line + 2 * columns;
+        for (int i = 0; i < rows->closed; i++) weights[i] = feature_product(m, rows, i, some[t].features);
+        summed[t].weights = weights;
+        exact[t] = (accumulator){some[t].line + columns, weights, ADD, 0, 0};
+    }
+    source values = {.rows = m->values, .indices = rows->indices, .stride = m->value_bytes, .kind = LS_F32,
+                     .count = rows->closed, .width = columns};
+    accumulate(&values, summed, count);
+    if (f->exact != LS_WEIGHT_NONE) {
+        for (int t = 0; t < count; t++) weigh_rows(m, rows, some + t, some[t].line + 2 * columns);
+        values.indices += rows->closed;
+        values.count = rows->count - rows->closed;
+        accumulate(&values, exact, count);
+    }
+    for (int t = 0; t < count; t++) end_reading(m, some + t);
 }
 
 /* features of the keys from row m->summed on, where they are asked for */
@@ -294,33 +311,57 @@ static void fade_by_rows(ls_mixer *m, row_list *rows, float *sums, float *decays
     for (int c = columns; c < m->width; c++) decays[c] = decays[0];
 }
 
-/* What one node reads; features: of a query, and behind them what else is computed on the way. */
-static void read_node(ls_mixer m, row_list rows, const float *q, float *features, float *own_sums, float *out) {
-    int repeats = m.heads / m.kv_heads;
+/* What nodes n .. last - 1 read, which see the same rows; space: see read_listed. */
+static void read_nodes(ls_mixer m, row_list rows, int n, int last, const float *q, int64_t q_stride, float *out,
+                       int64_t out_stride, float *space, float *own_sums) {
+    int repeats = m.heads / m.kv_heads, count = (last - n) * repeats, features = m.form->features;
+    size_t line = 2 * (size_t)(m.width + m.form->ones) + (size_t)rows.count;
     float decays[LS_MAX_HEAD_WIDTH];
     if (m.form->fades) fade_by_rows(&m, &rows, own_sums, decays);
-    for (int r = 0; r < repeats; r++) {
-        query_features(&m, r, q + r * m.width, features);
-        for (int i = 0; m.form->fades && i < m.width; i++) features[i] *= decays[i];
-        read_query(&m, &rows, q + r * m.width, features, features + m.form->features, out + r * m.width);
-        if (m.bias) m.bias += m.bias_distances;
+    for (int i = 0, some; i < count; i += some) {
+        reading of[MAX_ACCUMULATORS];
+        some = next_of(count - i);
+        for (int t = 0; t < some; t++) {
+            int node = n + (i + t) / repeats, r = (i + t) % repeats;
+            float *at = space + (size_t)t * ((size_t)features + line);
+            of[t] = (reading){q + node * q_stride + r * m.width, at, m.bias ? m.bias + (int64_t)r * m.bias_distances : NULL,
+                              at + features, out + node * out_stride + r * m.width};
+            query_features(&m, r, of[t].q, at);
+            for (int c = 0; m.form->fades && c < m.width; c++) at[c] *= decays[c];
+        }
+        read_queries(&m, &rows, of, some);
     }
 }
 
+/* how many nodes from n on see the same rows and have no sums of their own */
+static int nodes_alike(const ls_mixer *m, const visible_rows *visible, int n) {
+    const visible_rows *one = visible + n;
+    int last = n + 1, own = one->count - m->committed;
+    for (; last < m->nodes && !m->form->fades; last++) {
+        const visible_rows *v = visible + last;
+        if (v->count != one->count || v->first != one->first) break;
+        if (own > 0 && memcmp(v->ancestors, one->ancestors, (size_t)own)) break;
+    }
+    return last - n;
+}
+
+/* scratch: features of keys; for each of MAX_ACCUMULATORS queries its features, 2 value rows and weights; places of rows;
+ * sums that are a node's own */
 static void read_listed(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride,
                         float *scratch) {
-    int most = m->committed + m->staged - m->summed;
-    float *features = scratch + (size_t)most * m->form->features;
-    int32_t *indices = (int32_t *)(features + m->form->features + 2 * (m->width + 1) + most);
+    size_t most = (size_t)(m->committed + m->staged - m->summed), features = (size_t)m->form->features;
+    float *space = scratch + most * features;
+    int32_t *indices = (int32_t *)(space + MAX_ACCUMULATORS * (features + 2 * ((size_t)m->width + 1) + most));
     visible_rows visible[LS_MAX_NODES];
     for (int n = 0; n < m->nodes; n++) find_visible(m, n, visible + n);
     all_features(m, visible, scratch);
-    for (int n = 0; n < m->nodes; n++) {
+    for (int n = 0, last; n < m->nodes; n = last) {
         const visible_rows *v = visible + n;
+        last = n + nodes_alike(m, visible, n);
         /* where closed groups are forgotten, nothing is read of them */
         int begin = !m->sums && v->first > m->summed ? v->first : m->summed;
         row_list rows = {indices, v->count - begin, v->first > begin ? v->first - begin : 0, scratch};
         for (int i = 0; i < rows.count; i++) indices[i] = row_at(m, v, begin + i);
-        read_node(*m, rows, q + n * q_stride, features, (float *)(indices + most), out + n * out_stride);
+        read_nodes(*m, rows, n, last, q, q_stride, out, out_stride, space, (float *)(indices + most));
     }
 }
