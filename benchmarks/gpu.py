@@ -150,13 +150,19 @@ def weight_bytes(model: Decoder) -> int:
 
 
 def plain(run: Run) -> dict[str, Any]:
-    """A real model at batch 1: tokens per second of steps with their argmax, by dtype and by way."""
+    """A real model at batch 1: tokens per second of steps with their argmax, by dtype and by way.
+
+    In the blocks of its file too, where LINSPEC_TRITON is 'on'.
+    """
     found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float32):
         loaded = load_model(run.model, device=str(run.device)).to(dtype).to_inference()
         for name, way in ways(loaded).items():
             loaded.native = way
             found[f"{dtype} {name}"] = timed(run, _token(loaded), 8 if run.quick else 64)
+    kept = load_model(run.model, dtype=torch.bfloat16, device=str(run.device), keep_blocks=True)
+    if kept.is_inference:
+        found["blocks"] = timed(run, _token(kept), 8 if run.quick else 64)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from linspec.decoding.step import StepInput, Want
 from linspec.decoding.tree import TokenTree
 from linspec.errors import ConfigError
+from linspec.kernels.gpu.choice import PLAIN
 from linspec.kernels.gpu.graphs import CudaGraphs, Recorded, recorder_for
 from linspec.models.decoder import Decoder
 from linspec.models.static_step import StaticStep, why_not_static
@@ -43,6 +45,13 @@ def pair(name: str, taps: int = 0, **switches: object) -> tuple[Decoder, Decoder
     plain.native = None
     static.native = StaticStep(static, recorder)
     return plain, static, recorder
+
+
+def read_in_torch(name: str, taps: int = 0, **switches: object) -> tuple[Decoder, Decoder]:
+    """A model by layers, and one whose steps read by what kernels are proved against."""
+    plain, static, _ = pair(name, taps, **switches)
+    static.native = StaticStep(static, None, PLAIN)
+    return plain, static
 
 
 def both(
@@ -126,6 +135,63 @@ def test_a_mixer_that_attends_in_its_own_way_has_to_say_so() -> None:
 
     mixer.__class__ = Own
     assert why_not_static(model) is not None
+
+
+@pytest.mark.parametrize(("name", "taps"), STATIC)
+def test_steps_that_read_by_kernels_equal_the_step_by_layers(name: str, taps: int) -> None:
+    """Trees and chains of slots in any order, over borders of groups, and what commits fold."""
+    plain, static = read_in_torch(name, taps)
+    models, states, slots = (plain, static), [m.new_state(4) for m in (plain, static)], 4
+    rng = random.Random(3)
+    for slot in (1, 3):
+        prompt = random_tokens(rng.randrange(1, 12), slot)
+        for model, state in zip(models, states, strict=True):
+            feed(model, state, prompt, slot)
+    for nodes in (1, 5, 2, 7, 1, 9):
+        chosen = sorted(rng.sample(range(slots), rng.randint(1, slots)))
+        grown = {slot: random_tree(rng, nodes, reach=rng.choice((1, None))) for slot in chosen}
+        both(models, states, [StepInput.tree(slot, tree) for slot, tree in grown.items()])
+        for slot, tree in grown.items():
+            path = tree.path_to(rng.randrange(len(tree)))
+            for state in states:
+                state.commit(slot, path)
+    for slot in range(slots):
+        for one, other in zip(*(state.snapshot(slot) for state in states), strict=True):
+            assert_close(one.keys, other.keys)
+            if one.sums is not None:
+                assert_close(one.sums, other.sums)
+
+
+def test_kernels_read_the_buffers_themselves() -> None:
+    """Not copies of the slots of a step, of 16 bits either."""
+    _, static = read_in_torch("softmax", 3)
+    state, found = static.new_state(3, "float16"), []
+
+    def watched(q: torch.Tensor, *given: torch.Tensor, **named: object) -> torch.Tensor:
+        found.append(given)
+        return PLAIN.tree_attention(q, *given, **named)
+
+    static.native = StaticStep(static, None, replace(PLAIN, tree_attention=watched))
+    static.step([StepInput(0, [3]), StepInput(2, [4, 5], (-1, 0))], state)
+    part = state.parts[0]
+    for layer, (keys, values, slots, *_) in enumerate(found):
+        assert keys.data_ptr() == part.keys[layer].data_ptr()
+        # behind the history of the convolution
+        assert values.data_ptr() == part.values[layer, :, :, 2:].data_ptr()
+        assert slots.tolist() == [0, 2]
+
+
+def test_which_mixers_kernels_read() -> None:
+    """Of each mixer with a static step it is said whether kernels compute it."""
+    reads = {
+        name
+        for name, taps in STATIC
+        if StaticStep(tiny_model(name, taps=taps).to_inference(), None, PLAIN).reads
+    }
+    others = {"hedgehog", "performer", "rfa", "yoso"}
+    assert {name.partition(":")[0] for name, _ in STATIC if name not in reads} == others
+    both_kinds = StaticStep(tiny_model("aug", "yoso").to_inference(), None, PLAIN)
+    assert both_kinds.named() == "aug by kernels, yoso by operations of torch"
 
 
 @pytest.mark.parametrize("kv", ["int8", "int4", "float16"])

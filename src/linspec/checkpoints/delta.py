@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from linspec.checkpoints.config_file import DELTA, config_file
-from linspec.checkpoints.gguf.model import Change, load_gguf
+from linspec.checkpoints.gguf.model import CPU, Change, load_gguf
 from linspec.checkpoints.origin import origin_of, set_origin
 from linspec.checkpoints.packages import PACKAGES
 from linspec.checkpoints.weights import read_shapes, read_tensors
 from linspec.errors import CheckpointError, ConfigError
+from linspec.kernels.gpu.choice import multiplies_blocks
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
@@ -81,14 +82,17 @@ def load_delta(
     dtype: torch.dtype = torch.float32,
     *,
     keep_blocks: bool = False,
+    device: torch.device = CPU,
 ) -> Decoder:
     """The decoder that a delta makes of its base, in evaluation mode.
 
-    keep_blocks: as in `load_gguf`, for the matrices that the delta leaves alone.
+    keep_blocks, device: as in `load_gguf`, for the matrices that the delta leaves alone.
     """
     path = base_of(delta, folder)
-    if keep_blocks and dtype == torch.float32:
-        return _load_kept(folder, path, config, delta)
+    if keep_blocks and multiplies_blocks(device, dtype):
+        kept = _load_kept(folder, path, config, delta, device).to(dtype)
+        set_origin(kept, replace(origin_of(kept), loaded=dtype))
+        return kept
     # whatever is computed with, the sum is one of float32 weights
     base = load_gguf(path, torch.float32)
     _check_config(base.config, config, delta, folder)
@@ -106,10 +110,12 @@ def load_delta(
     return apply_delta(model, folder).to(dtype).eval()
 
 
-def _load_kept(folder: Path, path: Path, config: DecoderConfig, delta: Delta) -> Decoder:
+def _load_kept(
+    folder: Path, path: Path, config: DecoderConfig, delta: Delta, device: torch.device
+) -> Decoder:
     names = {name.rpartition(".")[0] for name in read_shapes([_weights(folder)])}
     change = Change(config.mixers, names, lambda model: apply_delta(model, folder))
-    model = load_gguf(path, torch.float32, keep_blocks=True, change=change)
+    model = load_gguf(path, torch.float32, keep_blocks=True, change=change, device=device)
     _check_config(model.config, config, delta, folder)
     return model
 

@@ -89,8 +89,9 @@ def load_model(
         source: a model directory, a GGUF file, or the name of an embedded or fetched model.
         dtype: of the weights in memory.
         device: where the weights go.
-        keep_blocks: weights that a GGUF file has in blocks stay in them where linspec's own kernels run,
-            in float32 on the CPU. Such a model is in its inference form.
+        keep_blocks: weights that a GGUF file has in blocks stay in them where linspec's own kernels run:
+            in float32 on the CPU, and on a device where `LINSPEC_TRITON` is 'on'. Such a model is in its
+            inference form.
 
     Raises:
         CheckpointError: a file is missing, damaged or does not fit the others.
@@ -177,14 +178,14 @@ def _load(
     if not isinstance(device, torch.device):
         device = pick_device(device)
     _check_kind(read, wanted)
-    kept = keep_blocks and torch.device(device).type == "cpu"
+    kept: Any = {"keep_blocks": keep_blocks, "device": torch.device(device)}
     if read.delta is not None and isinstance(read.config, DecoderConfig):
         delta = parse_delta(read.delta, read.folder / "config.json")
-        found: Model = load_delta(read.folder, read.config, delta, dtype, keep_blocks=kept)
+        found: Model = load_delta(read.folder, read.config, delta, dtype, **kept)
     elif read.quantization is not None and isinstance(read.config, DecoderConfig):
         found = _load_quantized(read, read.config, dtype, device)
     elif is_gguf(read.folder):
-        found = load_gguf(read.folder, dtype, keep_blocks=kept)
+        found = load_gguf(read.folder, dtype, **kept)
     else:
         found = _load_plain(read, dtype)
     _move(found, device, read.folder)
@@ -200,6 +201,9 @@ def _move(model: Model, device: torch.device | str, folder: Path) -> None:
     if torch.device(device).type != "cpu":
         check_memory(sum(each.nbytes for each in model.parameters()), folder, device)
         model.to(device)
+        if isinstance(model, Decoder) and model.is_inference:
+            # what was computed of the weights lies with them, and what runs a step is another kernel
+            model.finalize_weights()
 
 
 def _load_plain(read: ConfigFile, dtype: torch.dtype) -> Model:

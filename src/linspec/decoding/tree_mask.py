@@ -51,12 +51,12 @@ class TreeMask:
     Positions count from each slot's base_position. plain: every column is visible to every node. deepest:
     the greatest position of a new node. tree: the staged nodes, for a single slot. committed: so many
     columns are committed in every slot, each that of its position. static: its tensors get other values
-    without it, so that nothing may be decided by what is in them; see StaticTreeMask. attention: a kernel
-    that reads what the mask says, from queries [R, Hkv, rep, N, K], keys and values; None without.
+    without it, so that nothing may be decided by what is in them; see StaticTreeMask. reader: kernels of a
+    device that read what the mask says, a `StepReader`; None without.
     """
 
     static: ClassVar[bool] = False
-    attention: Callable[..., torch.Tensor] | None = None
+    reader: Any = None
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         self.rows, self.device = rows, device

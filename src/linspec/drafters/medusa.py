@@ -177,7 +177,7 @@ def ready_heads(folder: Path, target: Decoder) -> Heads:
 
 
 def runs_natively(head: nn.Module) -> bool:
-    """Whether an output layer is one of linspec's own, or becomes one when it is prepared."""
+    """Whether kernels of the CPU multiply by an output layer, or will when it is prepared."""
     if isinstance(head, nn.Linear):
         return pick_kernel(head.weight).own
-    return isinstance(head, NativeLinear)
+    return isinstance(head, NativeLinear) and head.packed.device.type == "cpu"

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from linspec.kernels.gpu.fading import Fading
+from linspec.kernels.gpu.reads import device_read
 from linspec.mixers.base import Mixer
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Groups
@@ -51,4 +53,9 @@ class ClosingMixer(Mixer):
         )
 
     def new_state(self, layers: Sequence[Any], slots: int, options: StateOptions) -> LayerState:
-        return GroupedState(self.state_spec(), [each.fold for each in layers], slots, options)
+        fadings: list[Fading | None] = []
+        if options.kernels is not None:
+            reads = [device_read(each.attention_plan()) for each in layers]
+            fadings = [None if read is None else read.summed for read in reads]
+        folds = [each.fold for each in layers]
+        return GroupedState(self.state_spec(), folds, slots, options, fadings=fadings)

@@ -83,6 +83,14 @@ class MixerContract:
         """
         raise NotImplementedError
 
+    def combine(self, exact: torch.Tensor | None, summed: torch.Tensor | None) -> torch.Tensor:
+        """Outputs [..., V] from what nodes read one by one and through sums, [..., V'] each, None without.
+
+        Where kernels read what `attention_plan` says, in place of `attend`.
+        """
+        assert exact is not None, "who has sums says what is made of them"
+        return exact
+
     # ---- what an entry keeps
 
     def features(self, x: torch.Tensor) -> torch.Tensor:

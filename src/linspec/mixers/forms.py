@@ -10,7 +10,7 @@ channels). q, k and v are what `Mixer.to_features` gives, heads before time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,6 +61,8 @@ def step_nodes(
 ) -> torch.Tensor:
     """A few nodes a slot, any tree: one masked product over the entries of each slot."""
     tree_mask, slots = dense_group.tree_mask(state), dense_group.slots
+    if tree_mask.reader is not None and mixer in tree_mask.reader.reads:
+        return step_by_kernels(mixer, q, k, v, dense_group, state, layer)
     keys, values = _entries(k, v, dense_group, state, layer)
     sums, before = state.read_sums(layer, slots), state.spec.conv_history
     q = state.entries.queries(q).unflatten(1, (mixer.kv_heads, mixer.repeats))
@@ -72,6 +74,29 @@ def step_nodes(
             padded = pad_taps(mixer.taps, mixer.kv_heads)
         values = values[..., : mixer.head_width]
         o = o + convolve_nodes(values, tree_mask, padded, before, final=final)
+    return o.flatten(1, 2)
+
+
+def step_by_kernels(
+    mixer: Mixer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dense_group: DenseGroup,
+    state: Any,
+    layer: int,
+) -> torch.Tensor:
+    """As `step_nodes` in a step of static shape, by kernels that read the buffers where they lie."""
+    reader = dense_group.tree_mask(state).reader
+    state.stage(layer, dense_group.start, dense_group.lengths, k, v)
+    rows = state.rows(layer)
+    q = state.entries.queries(q).unflatten(1, (mixer.kv_heads, mixer.repeats))
+    o = mixer.combine(*reader.parts(q, rows, reader.reads[mixer]))
+    if mixer.mixer.taps:
+        padded = mixer.padded_taps
+        if padded is None:
+            padded = pad_taps(mixer.taps, mixer.kv_heads)
+        o = o + reader.convolution(rows, padded, o)
     return o.flatten(1, 2)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
-from linspec.kernels.gpu.reach import Reach
 from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Mixer
 from linspec.mixers.carry import Carry
@@ -78,12 +77,6 @@ class Softmax(Mixer):
         tree_mask: TreeMask,
         sums: torch.Tensor | None,
     ) -> torch.Tensor:
-        # what a kernel knows of a subclass is what that plans
-        plan = self.attention_plan() if tree_mask.attention is not None else None
-        if tree_mask.attention is not None and plan is not None and plan.bias is None:
-            scale, cap = self.config.score_scale, self.config.score_cap
-            reach = Reach(window=plan.window)
-            return tree_mask.attention(q, keys, values, scale=scale, cap=cap, reach=reach)
         bias, mask = None, self.mask(tree_mask)
         if self.relative is not None:
             bias = self.relative.nodes(tree_mask, self.kv_heads).to(q.dtype)

@@ -7,6 +7,7 @@ from torch import nn
 
 from linspec.kernels.cpu.blocks import block_rows
 from linspec.kernels.cpu.library import load
+from linspec.kernels.gpu.plain.blocks import block_outputs
 from linspec.kernels.step_plan import LinearPlan
 from linspec.models.native_linear import NativeLinear
 
@@ -29,6 +30,9 @@ class BlockEmbedding(nn.Module):
         return self.layer.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if ids.device.type != "cpu":
+            rows = block_outputs(self.plan(), ids.flatten())
+            return rows.view(*ids.shape, self.embedding_dim)
         library = load().library
         assert library is not None, "blocks are kept only where the library is"
         return block_rows(library, self.plan(), ids.flatten()).view(*ids.shape, self.embedding_dim)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from linspec.errors import ConfigError
+from linspec.kernels.gpu.choice import DeviceKernels
 from linspec.state.contract import Makers, StateMaker, StateOptions
 from linspec.state.registry import STATES
 from linspec.state.sequence_states import SequenceStates
@@ -20,10 +21,11 @@ def new_states(
     dtype: torch.dtype,
     device: torch.device,
     offload: Path | None = None,
+    kernels: DeviceKernels | None = None,
 ) -> SequenceStates:
     """Empty states for up to `slots` sequences; kv: how caches keep their entries, a spec of STATES.
 
-    offload: a directory for what states can have in files.
+    offload: a directory for what states can have in files. kernels: see `StateOptions`.
 
     Entries of groups stay floats: they are few, and they are summed. Raises ConfigError for another kind
     of cache when there is none, and for a directory where no state has anything to put there.
@@ -39,7 +41,9 @@ def new_states(
             "no layer of this model has anything to offload; leave out offload (--offload), or choose "
             "attention='shadow' (--attention shadow)"
         )
-    options = StateOptions(dtype=dtype, device=device, kv_cache=kv, offload=offload)
+    options = StateOptions(
+        dtype=dtype, device=device, kv_cache=kv, offload=offload, kernels=kernels
+    )
     return SequenceStates(makers, slots, options)
 
 

@@ -30,7 +30,7 @@ from linspec.models.linear import fused_linear
 from linspec.models.norm import inference_norm
 from linspec.models.padding import from_left, to_left
 from linspec.models.step_outputs import interleaved, wanted_nodes
-from linspec.models.whole_step import WholeStep, whole_step
+from linspec.models.whole_step import WholeStep, kernels_of, whole_step
 from linspec.state.dense_group import DenseGroup, dense_groups_of, open_branches, staged_shapes
 from linspec.state.sequence_states import SequenceStates
 
@@ -191,7 +191,9 @@ class Decoder(nn.Module):
         kinds = (getattr(each, "formats", "") for each in self.modules())
         formats = " ".join(sorted({kind for kind in kinds if kind}))
         layer = f"{type(self.head).__name__}:{getattr(self.head, 'kind', '')} {formats}".rstrip()
-        return f"{load_kernels().name} {layer} {'whole' if self.native else 'by layer'}"
+        device = kernels_of(self.native)
+        step = f"whole {device.name if device else ''}".rstrip() if self.native else "by layer"
+        return f"{load_kernels().name} {layer} {step}"
 
     @property
     def keeps_cache(self) -> bool:
@@ -216,7 +218,8 @@ class Decoder(nn.Module):
             block.state_makers() if layers is None or i in layers else ()
             for i, block in enumerate(self.layers)
         ]
-        return new_states(makers, slots, kv, self.dtype, self.device, offload)
+        kernels = kernels_of(self.native)
+        return new_states(makers, slots, kv, self.dtype, self.device, offload, kernels)
 
     def open(
         self, prompt: Sequence[int], slot: int, state: SequenceStates

@@ -53,6 +53,15 @@ def fused_linear(*linears: nn.Module) -> nn.Module:
         return NativeLinear(F32, *_sizes(weight), pack.pack_floats(weight), None, bias)
     if kernel.name == "onednn-packed":
         return PackedLinear(weight, bias)
+    return _plain(weight, bias)
+
+
+def plain_linear(*linears: nn.Module) -> nn.Module:
+    """As `fused_linear` for a model that goes to a device: without weights in an order of the CPU's own."""
+    return _plain(*joined(linears))
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     layer = nn.Linear(
         weight.shape[1], len(weight), bias=bias is not None, device="meta", dtype=weight.dtype
     )

@@ -25,7 +25,7 @@ class NativeLinear(nn.Module):
 
     `packed` and `scales` are as `pack` makes them for `kind`; `parts` are those of a `LinearPlan`. Without
     the compiled library the product is computed by torch from the unpacked weights. On another device than
-    the CPU weights are int8 or int4.
+    the CPU weights are int8, int4 or blocks: see `kernels/gpu/choice.py`.
     """
 
     packed: torch.Tensor

@@ -14,6 +14,10 @@ class InferenceRMSNorm(nn.Module):
     There torch's own composite takes about three times as long as these four operators.
     """
 
+    factors: torch.Tensor
+    scaled: torch.Tensor
+    floor: torch.Tensor
+
     def __init__(self, norm: nn.RMSNorm) -> None:
         super().__init__()
         assert isinstance(norm.eps, float), "a decoder's norms have their own epsilon"
@@ -23,10 +27,12 @@ class InferenceRMSNorm(nn.Module):
         factors = norm.weight.detach()
         if isinstance(norm, OffsetRMSNorm):
             factors = 1 + factors
-        self.factors = factors
         # sqrt(mean(x²) + ε) = hypot(‖x‖, sqrt(ε D)) / sqrt(D)
-        self.scaled = factors * width**0.5
-        self.floor = norm.weight.new_tensor((norm.eps * width) ** 0.5)
+        floor = norm.weight.new_tensor((norm.eps * width) ** 0.5)
+        # buffers, because a model may go to a device once it has its inference form
+        made = {"factors": factors, "scaled": factors * width**0.5, "floor": floor}
+        for name, tensor in made.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

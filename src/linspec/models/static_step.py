@@ -14,9 +14,10 @@ rounds in a row, and the host follows (`judged_rounds.py`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -28,7 +29,11 @@ from linspec.decoding.judged import Follow, Onward
 from linspec.decoding.static_mask import SlotNodes, StaticTreeMask, StepTables
 from linspec.decoding.step import TREE, StepInput
 from linspec.decoding.tree import Shape
+from linspec.kernels.gpu.choice import DeviceKernels
 from linspec.kernels.gpu.graphs import Recorded, Recorder
+from linspec.kernels.gpu.reader import StepReader
+from linspec.kernels.gpu.reads import DeviceRead, device_read
+from linspec.mixers.base import Mixer
 from linspec.models.arranged_block import ArrangedBlock
 from linspec.models.block import Block
 from linspec.models.judged_rounds import (
@@ -140,8 +145,9 @@ class _Results:
 class StaticStep:
     """The steps of one decoder by recorded programs, against whatever state they come with.
 
-    recorder: None runs the programs without recording them. kernel: see `tree_attention_for`. runs_ahead:
-    whether several rounds are run in a row where that is asked for.
+    recorder: None runs the programs without recording them. kernels: what mixers read by that these know;
+    None for torch's operations alone. runs_ahead: whether several rounds are run in a row where that is asked
+    for.
     """
 
     judging = True
@@ -150,18 +156,28 @@ class StaticStep:
         self,
         model: Decoder,
         recorder: Recorder | None,
-        kernel: Callable[..., torch.Tensor] | None = None,
+        kernels: DeviceKernels | None = None,
         *,
         runs_ahead: bool = True,
     ) -> None:
-        self._model, self._recorder, self._kernel = model, recorder, kernel
+        self._model, self._recorder, self.kernels = model, recorder, kernels
         self._runs_ahead = runs_ahead
+        # of each mixer that kernels know, what it reads; plans read numbers of the weights, which no
+        # recording can
+        self.reads = {} if kernels is None else _reads(_mixers(model))
         self._one_at_a_time = ProcessLock()
         self._tables: dict[tuple[int, int, int], StepTables] = {}
         # of each state, where its buffers are and what was recorded with them there
         self._recorded: WeakKeyDictionary[SequenceStates, tuple[Any, Recorded]] = (
             WeakKeyDictionary()
         )
+
+    def named(self) -> str:
+        """Which mixers the kernels read, and which of them torch's own operations do."""
+        read = {each.mixer.name for each in self.reads}
+        rest = {each.mixer.name for each in _mixers(self._model) if each not in self.reads}
+        said = (", ".join(sorted(names)) or "no mixer" for names in (read, rest))
+        return "{} by kernels, {} by operations of torch".format(*said)
 
     def takes(self, inputs: Sequence[StepInput]) -> bool:
         """Whether these inputs, all of one kind, run here: trees whose tokens have embeddings."""
@@ -248,7 +264,11 @@ class StaticStep:
         self, tables: StepTables, size: Size, state: SequenceStates, asked: _Asked
     ) -> _Results:
         model, path = self._model, LayerPath(None, asked.layers)
-        states: Any = StaticStates(state, tables, all_slots=size.all_slots, kernel=self._kernel)
+        config, reader = model.config, None
+        if self.kernels is not None:
+            known = self.kernels, self.reads, config.score_scale, config.score_cap
+            reader = partial(StepReader, *known)
+        states: Any = StaticStates(state, tables, all_slots=size.all_slots, reader=reader)
         groups: Any = [StaticGroup(size)]
         x, ropes = model.enter(tables.tokens.flatten(), tables.positions.flatten())
         hidden = model.leave(model.run(x, ropes, groups, states, path))
@@ -273,6 +293,21 @@ class StaticStep:
         if known is None or known[0] != places:
             known = self._recorded[state] = places, Recorded(self._recorder)
         return known[1]
+
+
+def _mixers(model: Decoder) -> list[Mixer]:
+    """The mixers that read a state, parts of others in their place."""
+    found = [each for each in model.modules() if isinstance(each, Mixer)]
+    return [
+        each
+        for each in found
+        if not any(isinstance(part, Mixer) for part in each.modules() if part is not each)
+    ]
+
+
+def _reads(mixers: Sequence[Mixer]) -> dict[Mixer, DeviceRead]:
+    found = ((each, device_read(each.attention_plan())) for each in mixers)
+    return {mixer: read for mixer, read in found if read is not None}
 
 
 def _with_verdict(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from linspec.decoding.judged import Onward
 from linspec.decoding.step import StepInput
 from linspec.decoding.tree import Shape
-from linspec.kernels.gpu.choice import tree_attention_for
+from linspec.kernels.gpu.choice import DeviceKernels, kernels_for
 from linspec.kernels.gpu.graphs import recorder_for
 from linspec.kernels.gpu.switches import switch
 from linspec.kernels.gpu.triton.available import chosen
@@ -20,6 +21,9 @@ from linspec.state.sequence_states import SequenceStates
 
 if TYPE_CHECKING:
     from linspec.models.decoder import Decoder
+
+
+_log = logging.getLogger("linspec")
 
 
 class WholeStep(Protocol):
@@ -69,5 +73,13 @@ def whole_step(model: Decoder) -> WholeStep | None:
         return one_call(model)
     if why_not_static(model):
         return None
-    kernel = tree_attention_for(model.device, model.dtype, model.config.head_width)
-    return StaticStep(model, recorder, kernel, runs_ahead=runs_ahead)
+    kernels = kernels_for(model.device, model.dtype, model.config.head_width)
+    made = StaticStep(model, recorder, kernels, runs_ahead=runs_ahead)
+    if kernels is not None:
+        _log.info("steps read %s", made.named())
+    return made
+
+
+def kernels_of(step: WholeStep | None) -> DeviceKernels | None:
+    """What a step reads by, and states fold by; None for torch, and on a CPU."""
+    return step.kernels if isinstance(step, StaticStep) else None

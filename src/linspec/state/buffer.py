@@ -224,13 +224,17 @@ class BufferState(SlotStates):
         """Fold the first `gone` of `held` entries, and move the rest to their place."""
         history = self.spec.conv_history
         keys, values = self.keys[:, slot], self.values[:, slot]
-        for layer in range(self.layers):
-            self._let_go(
-                slot, layer, keys[layer, :, :gone], values[layer, :, history : history + gone]
-            )
+        self._let_all_go(slot, gone)
         keys[:, :, : held - gone] = keys[:, :, gone:held].clone()
         values[:, :, : history + held - gone] = values[:, :, gone : history + held].clone()
         self.base_positions[slot] += gone
+
+    def _let_all_go(self, slot: int, gone: int) -> None:
+        """`_let_go` in every layer, of the first `gone` entries of the buffer."""
+        history = self.spec.conv_history
+        keys, values = self.keys[:, slot, :, :gone], self.values[:, slot]
+        for layer in range(self.layers):
+            self._let_go(slot, layer, keys[layer], values[layer, :, history : history + gone])
 
     @torch.inference_mode()
     def _commit_aside(self, slot: int, count: int) -> None:

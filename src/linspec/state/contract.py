@@ -17,6 +17,7 @@ import torch
 
 from linspec.decoding.tree import Shape
 from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.gpu.choice import DeviceKernels
 from linspec.state.entries import EntryFormat
 
 TreeMasks = OrderedDict[tuple[Any, ...], TreeMask]
@@ -33,6 +34,7 @@ class StateOptions:
         offload: a directory for what a state can have in a file; None keeps all in memory.
         tree_masks: shared by all states, because a mask depends only on the tree and on the number of held
             positions.
+        kernels: of a device, by which its steps read what is folded; None where torch folds.
     """
 
     dtype: torch.dtype = torch.float32
@@ -40,6 +42,7 @@ class StateOptions:
     kv_cache: str = "float"
     offload: Path | None = None
     tree_masks: TreeMasks = field(default_factory=OrderedDict)
+    kernels: DeviceKernels | None = None
 
 
 class StateMaker(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from linspec.kernels.gpu.fading import Fading
 from linspec.state.buffer import BufferState
 from linspec.state.contract import StateOptions
 from linspec.state.entries import EntryFormat, EntrySpec
@@ -41,6 +42,9 @@ class GroupedState(BufferState):
     folds[i]: what the mixer of layer i makes of its sums when entries close. There is no default: sums
     that are folded by another mixer's rule are wrong without a sign of it. sums [L, slots, Hkv, S, Z] are
     float32 or wider: sums over thousands of tokens lose their small terms below it.
+
+    fadings[i]: the fold of layer i as kernels of a device know it, where `options` have some; None for one
+    that they do not know. Without fadings they know none.
     """
 
     spec: GroupedSpec
@@ -52,8 +56,14 @@ class GroupedState(BufferState):
         slots: int,
         options: StateOptions,
         entries: EntryFormat | None = None,
+        fadings: Sequence[Fading | None] = (),
     ) -> None:
-        self.folds = list(folds)
+        self.folds, self.kernels = list(folds), options.kernels
+        # layers of one rule are folded by one launch
+        self.alike: dict[Fading, list[int]] = {}
+        for layer, fading in enumerate(fadings):
+            if fading is not None and spec.sum_width:
+                self.alike.setdefault(fading, []).append(layer)
         super().__init__(spec, len(folds), slots, options, entries)
 
     def _resting(self) -> int:
@@ -71,6 +81,19 @@ class GroupedState(BufferState):
         for closing in zip(keys.split(group, 1), values.split(group, 1), strict=True):
             sums = self.folds[layer](sums, *closing)
         self.sums[layer, slot] = sums
+
+    def _let_all_go(self, slot: int, gone: int) -> None:
+        if self.kernels is None or sum(map(len, self.alike.values())) < self.layers:
+            super()._let_all_go(slot, gone)
+            return
+        # row by row, as nodes read them, so that it does not matter in which pieces they leave
+        values = self.values[:, :, :, self.spec.conv_history :]
+        buffers = [rows.flatten(0, 1) for rows in (self.sums, self.keys, values)]
+        for fading, layers in self.alike.items():
+            at = torch.tensor(layers, device=self.device) * self.keys.shape[1] + slot
+            rows = torch.arange(gone, device=self.device).expand(len(layers), -1)
+            counts = torch.full_like(at, gone)
+            self.kernels.fold_rows(*buffers, at, rows, counts, fading)
 
     # ---- sums
 

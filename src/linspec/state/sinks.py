@@ -38,12 +38,15 @@ class SinkState(GroupedState):
 
     def sums_of(self, kept: torch.Tensor) -> torch.Tensor:
         """What is kept [.., Hkv, s, 2 K + 1] as rows of features: key, value, and 1 where they are there."""
-        width, raw = self.keys.shape[-1] * self.keys.itemsize, _bytes(kept)
-        count = self.spec.sum_width
-        rows = raw[..., : 2 * count * width].unflatten(-1, (2, count, width)).contiguous()
-        features = self.entries.decode(rows.view(self.keys.dtype), self.spec.key_width, self.dtype)
+        features = self.entries.decode(self.rows_of(kept), self.spec.key_width, self.dtype)
         there = kept[..., -1:, -1:].expand(*kept.shape[:-1], 1)
         return torch.cat((*features.to(kept.dtype).unbind(-3), there), dim=-1)
+
+    def rows_of(self, kept: torch.Tensor) -> torch.Tensor:
+        """What is kept as entries [.., Hkv, 2, s, .] of keys and of values, in the same memory."""
+        width, count = self.keys.shape[-1], self.spec.sum_width
+        rows = kept.flatten(-2).view(self.keys.dtype)
+        return rows[..., : 2 * count * width].unflatten(-1, (2, count, width))
 
 
 def keep_first(sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

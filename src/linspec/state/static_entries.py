@@ -7,7 +7,7 @@ own; what is committed, staged and seen stands in the tables of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from linspec.decoding.static_mask import StaticTreeMask, StepTables
 from linspec.decoding.tree_paths import tree_paths
+from linspec.kernels.gpu.reader import DeviceRows, StepReader
 from linspec.state.buffer import BufferState
 from linspec.state.grouped import GroupedState
 from linspec.state.sequence_states import MixedState, SequenceStates
+from linspec.state.sinks import SinkState
 
 
 class StaticEntries:
@@ -78,6 +80,26 @@ class StaticEntries:
             return None
         return part.sums_of(self._of_slots(part.sums[layer]))
 
+    def rows(self, layer: int) -> DeviceRows:
+        """What kernels read: the buffers where they lie; of codes, those of the step's slots as floats."""
+        part, history, every = self.part, self.spec.conv_history, slice(None)
+        there = isinstance(part, GroupedState) and bool(part.sums.numel())
+        sums, sinks = part.sums[layer] if there else None, None
+        if isinstance(part, SinkState) and sums is not None:
+            sinks, sums = part.rows_of(sums), None
+        if part.keys.dtype.is_floating_point:
+            buffers = part.keys[layer], part.values[layer], sums, self._at[0][:, 0]
+            return DeviceRows(*buffers, history, sinks)
+        keys, values = self.read(layer, every, self.mask.width)
+        if sinks is not None:
+            kept = self._of_slots(sinks)
+            sinks = self.entries.decode(kept, self.spec.key_width, part.dtype)
+        return DeviceRows(keys, values, self.read_sums(layer, every), self._places, history, sinks)
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        return torch.arange(len(self._at[0]), device=self._at[0].device)
+
     def _of_slots(self, rows: torch.Tensor) -> torch.Tensor:
         # behind the slots of the state there may be places of branches
         if self._slots is None:
@@ -86,7 +108,8 @@ class StaticEntries:
 
 
 class StaticStates:
-    """The states of all layers, as `SequenceStates.layers` has them. kernel: see `tree_attention_for`."""
+    """The states of all layers, as `SequenceStates.layers` has them. reader: makes one of the tables of a
+    kind of state, held, bases and the paths of the step; None without kernels."""
 
     def __init__(
         self,
@@ -94,20 +117,17 @@ class StaticStates:
         tables: StepTables,
         *,
         all_slots: bool,
-        kernel: Callable[..., torch.Tensor] | None = None,
+        reader: Callable[..., StepReader] | None = None,
     ) -> None:
         made = {
             id(part): StaticEntries(part, tables, held, all_slots=all_slots)
             for part, held in zip(state.parts, tables.held, strict=True)
         }
-        if kernel is not None:
+        if reader is not None:
             # once for all layers
             paths = tree_paths(tables.ancestors, tables.depths, tables.nodes)
-            # what is read has the slots of the step alone, in their order
-            slots = torch.arange(len(tables.slots), device=tables.slots.device)
             for each, bases in zip(made.values(), tables.bases, strict=True):
-                given = {"slots": slots, "held": each.mask.held, "paths": paths, "bases": bases}
-                each.mask.attention = partial(kernel, **given)
+                each.mask.reader = reader(each.mask.held, bases, paths)
         self.layers: list[tuple[Any, int]] = [_as_made(place, made) for place in state.layers]
         self._parts, self._nodes = list(made.values()), tables.nodes
 

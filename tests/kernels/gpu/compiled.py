@@ -17,7 +17,8 @@ from triton import compile as build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linspec.kernels.gpu.triton import attention, linear, recurrence
+from linspec.kernels.gpu.block_forms import FORMS
+from linspec.kernels.gpu.triton import attention, blocks, convolution, few_rows, linear, recurrence
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED
 
 TYPES = {
@@ -27,26 +28,41 @@ TYPES = {
     **dict.fromkeys(["greatest_to", "total_to", "sums_to", "greatest_of", "total_of"], "*fp32"),
     **dict.fromkeys(["sums_of", "states", "bias"], "*fp32"),
     **dict.fromkeys(["scale", "cap"], "fp32"),
-    "codes": "*u8",
+    **dict.fromkeys(["codes", "levels"], "*u8"),
+    "halves": "*fp16",
 }
 HEADS = {"HEADS": 3, "REPEATS": 3, "K": 64, "V": 64, "KP": 64, "STAGED": 64}
 TILES = {"VP": 64, "ROWS": 16, "EACH": 5, "KEYS": 64, "TILES": 4, "PART": 256, "WIDE": False}
-WHOLE = {**HEADS, **TILES, "CAPPED": False, "RELU": False, "WINDOW": 0, "GROUP": 0, "SPAN": 1}
-NEAR = {**WHOLE, "CAPPED": True, "RELU": True, "WINDOW": 40, "GROUP": 64, "SPAN": 2}
+WHOLE = {**HEADS, **TILES, "CAPPED": False, "WEIGHTS": 0, "UNIT": False}
+WHOLE |= {"WINDOW": 0, "GROUP": 0, "SPAN": 1}
+NEAR = {**WHOLE, "CAPPED": True, "WEIGHTS": 1, "UNIT": True, "WINDOW": 40, "GROUP": 64, "SPAN": 2}
 PLAIN = {**HEADS, "COLUMNS": 32, "GATES": 0, "DELTA": False, "MAP": 1, "GROUP": 64, "SPAN": 2}
 DELTA = {**PLAIN, "GATES": 1, "DELTA": True, "GROUP": 0}
-CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "WIDE": False}
+CODES = {"ROWS": 16, "TILE": 32, "STEP": 64, "GROUP": 32, "LINE": 576, "PART": 256, "WIDE": False}
 # kernel, constants, and types of its own
 KERNELS: list[tuple[Any, dict[str, Any], dict[str, str]]] = [
     (attention._parts, {**WHOLE, "bases": None}, {}),
     (attention._parts, NEAR, {}),
-    (attention._merge, {**WHOLE, "bases": None}, {}),
+    (attention._parts, {**WHOLE, "WEIGHTS": 2}, {"keys": "*fp16", "values": "*fp16"}),
+    (attention._merge, {**WHOLE, "bases": None, "kept": None, "SINKS": 0, "SP": 1}, {}),
+    (attention._merge, {**WHOLE, "GROUP": 64, "SINKS": 4, "SP": 4}, {"kept": "*bf16"}),
     (recurrence._read, PLAIN, {}),
     (recurrence._read, {**PLAIN, "GATES": 64, "MAP": 2, "GROUP": 0}, {}),
     (recurrence._read, DELTA, {}),
     (recurrence._fold, DELTA, {"rows": "*i64"}),
+    (convolution._convolve, {**HEADS, "RP": 4, "VP": 64}, {"values": "*bf16", "taps": "*fp32"}),
     (linear._int8, {**CODES, "bias": None}, {"scales": "*fp32"}),
     (linear._int4, CODES, {"scales": "*bf16"}),
+    (few_rows._join, {"BLOCK": 1024}, {"sums": "*fp32"}),
+    *(
+        (
+            blocks._blocks,
+            {**blocks.sizes(form), "ROWS": 16, "PART": 256, "WIDE": False, **levels},
+            {},
+        )
+        for form in FORMS.values()
+        for levels in [{} if form.levels else {"levels": None}]
+    ),
 ]
 
 

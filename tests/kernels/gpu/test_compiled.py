@@ -25,8 +25,8 @@ def test_all_kernels_compile_and_multiply_in_one_way() -> None:
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {each["kernel"] for each in found} == {
-        *("_parts", "_merge", "_read", "_fold", "_int8", "_int4")
+        *("_parts", "_merge", "_read", "_fold", "_int8", "_int4", "_blocks", "_convolve", "_join")
     }
     for each in found:
-        multiplies = each["kernel"] in ("_parts", "_int8", "_int4")
+        multiplies = each["kernel"] in ("_parts", "_int8", "_int4", "_blocks")
         assert len(each["products"]) == multiplies, each

@@ -40,7 +40,7 @@ def plan_of(kind: int, outputs: int, inputs: int, device: str, *, bias: bool = T
 @given(
     seed=st.integers(0, 99),
     outputs=st.integers(1, 70),
-    inputs=st.integers(1, 100),
+    inputs=st.integers(1, 100) | st.sampled_from([512, 530, 1100]),
     rows=st.integers(1, 64),
     dtype=DTYPES,
     bias=st.booleans(),

@@ -13,6 +13,7 @@ from linspec.kernels.gpu.fading import Fading
 from linspec.kernels.gpu.plain.attention import tree_attention
 from linspec.kernels.gpu.plain.recurrence import fold_rows, read_states
 from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.reads import WEIGHTS
 from linspec.mixers.ops.decayed import Decayed, plain_writes
 from linspec.mixers.ops.delta import delta_writes
 from linspec.mixers.ops.exact import (
@@ -46,32 +47,47 @@ def random(*sizes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("reach", [Reach(), Reach(window=5), Reach(group=GROUP, span=2)])
-@pytest.mark.parametrize("squared_relu", [False, True])
-def test_attention_is_that_of_mixers(step: Step, reach: Reach, squared_relu: bool) -> None:
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("unit_keys", [False, True])
+def test_attention_is_that_of_mixers(
+    step: Step, reach: Reach, weights: str, unit_keys: bool
+) -> None:
     q, (k, v) = random(2, 2, 3, NEW, WIDTH), random(2, 3, 2, 80, WIDTH)
-    tree_mask, scale = mask_of(step, 80), 1.0 if squared_relu else 0.3
+    tree_mask, scale = mask_of(step, 80), 0.3 if weights == "softmax" else 1.0
     seen = tree_mask.visible[:, None, None]
     if reach.window:
         distance = tree_mask.offsets[:, :, None] - tree_mask.columns[:, None, :]
         seen = seen & (distance < reach.window)[:, None, None]
     if reach.group:
         seen, _ = Groups(reach.group, reach.span).masks(tree_mask)
-    weights = partial(plain_weights, of=relu_squared) if squared_relu else None
-    exact = Exact(weights or partial(softmax_weights, scale=scale))
+    plain = {"relu2": relu_squared, "products": same}
+    of = partial(plain_weights, of=plain[weights]) if weights in plain else None
+    map_ = unit if unit_keys else same
+    exact = Exact(of or partial(softmax_weights, scale=scale), map_, map_)
     true = exact.nodes(q, k[step.slots], v[step.slots], seen).unflatten(2, (3, NEW))
     found = tree_attention(
         *(q, k, v, step.slots, step.held, step.paths),
         scale=scale,
-        squared_relu=squared_relu,
+        weights=weights,
+        unit=unit_keys,
         reach=reach,
     )
     torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
 
 
+MAPPED = {
+    "same": same,
+    "unit": unit,
+    "softmax": partial(torch.softmax, dim=-1),
+    "relu": torch.relu,
+    "elu_plus_1": lambda x: F.elu(x) + 1,
+}
+
+
 def part_of(fading: Fading) -> Summed | Decayed:
     """The part of a mixer that this stands for."""
     groups = Groups(fading.group or GROUP, fading.span)
-    map_ = {"same": same, "unit": unit, "softmax": partial(torch.softmax, dim=-1)}[fading.map]
+    map_ = MAPPED[fading.map]
     if not fading.gates:
         return Summed(groups, map_, map_)
     return Decayed(
@@ -91,6 +107,9 @@ def part_of(fading: Fading) -> Summed | Decayed:
     [
         Fading(map="unit", group=GROUP),
         Fading(map="unit", group=GROUP, span=2),
+        Fading(map="relu", group=GROUP),
+        Fading(map="elu_plus_1", group=GROUP),
+        Fading(gates=1, delta=True, map="unit", group=GROUP, span=2),
         Fading(gates=WIDTH, map="softmax"),
         Fading(gates=WIDTH, map="softmax", group=GROUP),
         Fading(gates=1, map="unit"),

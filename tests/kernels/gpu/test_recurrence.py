@@ -25,7 +25,10 @@ FADINGS = [
     Fading(map="unit"),
     Fading(map="unit", group=4, span=2),
     Fading(gates=WIDTH, map="softmax"),
+    Fading(map="elu_plus_1", group=4),
+    Fading(map="relu"),
     Fading(gates=1, map="unit", group=4),
+    Fading(gates=1, delta=True, map="unit", group=4, span=2),
     Fading(gates=1, delta=True, map="unit"),
 ]
 

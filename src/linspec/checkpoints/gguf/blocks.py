@@ -21,6 +21,7 @@ from linspec.errors import CheckpointError
 from linspec.kernels.cpu.blocks import pack_blocks
 from linspec.kernels.cpu.library import load
 from linspec.kernels.step_plan import BLOCKS
+from linspec.mixers.projections import LinearFactory
 from linspec.models.block_embedding import BlockEmbedding
 from linspec.models.decoder import Decoder
 from linspec.models.linear import fused_linear
@@ -124,24 +125,32 @@ class KeptBlocks:
 
     file: GgufFile
     stored: Mapping[nn.Module, StoredRows] = field(repr=False)
+    # makes layers of floats
+    floats: LinearFactory = fused_linear
     # the parts of a fused tensor are asked for one after another
     _last: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, file: GgufFile, model: Decoder, stored: Mapping[str, StoredRows]) -> KeptBlocks:
+    def of(
+        cls,
+        file: GgufFile,
+        model: Decoder,
+        stored: Mapping[str, StoredRows],
+        floats: LinearFactory = fused_linear,
+    ) -> KeptBlocks:
         """For a model whose kept weights have no memory yet."""
         layers = dict(model.named_modules(remove_duplicate=False))
         rows = {layers[name.removesuffix(".weight")]: each for name, each in stored.items()}
         if model.config.tied_embeddings and EMBEDDING in stored:
             rows[model.head] = stored[EMBEDDING]
-        return cls(file, rows)
+        return cls(file, rows, floats)
 
     def __call__(self, *linears: nn.Module) -> nn.Module:
         parts = [self.stored[each] for each in linears if each in self.stored]
         if len(parts) == len(linears):
             return self.packed(parts, _joined_bias(linears))
         assert not parts, "what is multiplied as one matrix is all blocks or all floats"
-        return fused_linear(*linears)
+        return self.floats(*linears)
 
     def packed(self, parts: list[StoredRows], bias: torch.Tensor | None = None) -> NativeLinear:
         """One layer of matrices that have the same inputs, one below the other."""

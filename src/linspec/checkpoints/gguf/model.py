@@ -35,12 +35,15 @@ from linspec.checkpoints.matching import fill, own_tensors
 from linspec.checkpoints.origin import Origin, set_origin
 from linspec.checkpoints.weights import cast
 from linspec.errors import CheckpointError, ConfigError
+from linspec.kernels.gpu.choice import multiplies_blocks
 from linspec.mixers.config import MixerConfig
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
+from linspec.models.linear import fused_linear, plain_linear
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
 
+CPU = torch.device("cpu")
 _log = logging.getLogger("linspec")
 
 
@@ -51,15 +54,17 @@ def load_gguf(
     *,
     keep_blocks: bool = False,
     change: Change | None = None,
+    device: torch.device = CPU,
 ) -> Decoder:
     """The decoder in a GGUF file with weights in `dtype`, in evaluation mode.
 
     `watch` hears how many tensors are read so far. keep_blocks: matrices whose blocks the kernels can
     multiply stay as they are in the file; a model that has some is in its inference form. change: what
-    becomes another model than that of the file.
+    becomes another model than that of the file. device: the model is to go there, and to be finalized there.
     Raises CheckpointError for a file that is damaged or does not hold what its keys promise.
     """
-    plan = plan_gguf(path, keep_blocks=keep_blocks and dtype == torch.float32, change=change)
+    kept = keep_blocks and multiplies_blocks(device, dtype)
+    plan = plan_gguf(path, keep_blocks=kept, change=change)
     file, model = plan.file, plan.model
     check_memory(plan.bytes(dtype), path)
     found: dict[str, torch.Tensor] = {}
@@ -73,7 +78,7 @@ def load_gguf(
     if change is not None:
         change.apply(model)
     if plan.kept:
-        _keep(plan)
+        _keep(plan, device)
     return model
 
 
@@ -148,9 +153,10 @@ def _orders(
     }
 
 
-def _keep(plan: GgufPlan) -> None:
+def _keep(plan: GgufPlan, device: torch.device) -> None:
     """The inference form of a model whose kept weights are still to come."""
-    factory = KeptBlocks.of(plan.file, plan.model, plan.kept)
+    floats = fused_linear if device.type == "cpu" else plain_linear
+    factory = KeptBlocks.of(plan.file, plan.model, plan.kept, floats)
     plan.model.to_inference(factory)
     if EMBEDDING in plan.kept:
         plan.model.add_module("embed", factory.embedding(plan.model))

@@ -18,6 +18,7 @@ from linspec.kernels.cpu import pack
 from linspec.kernels.cpu.blocks import block_rows, bytes_of_parts, part_structs
 from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.structs import LinearStruct
+from linspec.kernels.gpu.plain.blocks import block_weight
 from linspec.kernels.step_plan import BF16, BLOCKS, F32, INT4, INT8, LinearPlan
 from linspec.quantization.codes import GROUP
 
@@ -108,6 +109,8 @@ def plain_weight(plan: LinearPlan) -> torch.Tensor:
         return pack.unpack_int8(plan.weights, plan.scales, plan.outputs, plan.inputs)
     if plan.kind == INT4:
         return pack.unpack_int4(plan.weights, plan.outputs, plan.inputs)
+    if plan.kind == BLOCKS and plan.weights.device.type != "cpu":
+        return block_weight(plan)
     if plan.kind == BLOCKS:
         library = load().library
         assert library is not None, "blocks are kept only where the library is"

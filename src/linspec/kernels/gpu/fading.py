@@ -8,7 +8,7 @@ from linspec.errors import ConfigError
 from linspec.utils.messages import did_you_mean, shown
 
 # feature maps of queries and keys
-MAPS = ("same", "unit", "softmax")
+MAPS = ("same", "unit", "softmax", "relu", "elu_plus_1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from linspec.decoding.tree_paths import TreePaths
+from linspec.kernels.gpu.plain.recurrence import mapped
 from linspec.kernels.gpu.reach import Reach
+from linspec.kernels.gpu.reads import check_weights
 
 
 def tree_attention(
@@ -18,27 +20,41 @@ def tree_attention(
     *,
     scale: float,
     cap: float = 0.0,
-    squared_relu: bool = False,
+    weights: str = "softmax",
+    unit: bool = False,
     reach: Reach = Reach(),
     bases: torch.Tensor | None = None,
+    sinks: int = 0,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the kernel, in torch, with sums in the dtype of the inputs."""
     rows = rows_on_paths(held, paths, keys.shape[2])  # [R, N, C]: where on the path, or -1
+    check_weights(weights)
+    first = held.new_zeros(len(held)) if bases is None else bases
+    own = (first + held)[:, None] + paths.depths
+    there, positions = rows >= 0, first[:, None, None] + rows
+    seen = there & ((positions >= reach.oldest(own)[..., None]) | (positions < sinks))
     k, v = keys[slots].to(q.dtype), values[slots].to(q.dtype)
+    if kept is not None:
+        # they are no rows of the buffer once this begins behind them
+        gone = (first > 0)[:, None, None].expand(*seen.shape[:2], sinks)
+        there, seen = torch.cat((gone, there), dim=-1), torch.cat((gone, seen), dim=-1)
+        old_k, old_v = kept[slots].to(q.dtype).unbind(2)
+        k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+    seen = seen[:, None, None]
+    if unit:
+        q, k = mapped(q, "unit"), mapped(k, "unit")
     scores = torch.einsum("rgbnk,rgck->rgbnc", q, k) * scale
     if cap:
         scores = cap * torch.tanh(scores / cap)
-    first = held.new_zeros(len(held)) if bases is None else bases
-    own = (first + held)[:, None] + paths.depths
-    positions = first[:, None, None] + rows
-    seen = ((rows >= 0) & (positions >= reach.oldest(own)[..., None]))[:, None, None]
-    if squared_relu:
-        weights = scores.relu().square().masked_fill(~seen, 0.0)
+    if weights == "softmax":
+        share = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     else:
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        share = scores.relu().square() if weights == "relu2" else scores
+        share = share.masked_fill(~seen, 0.0)
     # what is not seen may hold anything
-    v = v.masked_fill(~(rows >= 0).any(1)[:, None, :, None], 0.0)
-    return torch.einsum("rgbnc,rgcv->rgbnv", weights, v)
+    v = v.masked_fill(~there.any(1)[:, None, :, None], 0.0)
+    return torch.einsum("rgbnc,rgcv->rgbnv", share, v)
 
 
 def rows_on_paths(held: torch.Tensor, paths: TreePaths, capacity: int) -> torch.Tensor:

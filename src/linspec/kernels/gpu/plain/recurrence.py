@@ -74,4 +74,8 @@ def mapped(x: torch.Tensor, name: str) -> torch.Tensor:
     """φ over the last dimension."""
     if name == "unit":
         return F.normalize(x, dim=-1, eps=_NORM_FLOOR)
+    if name == "elu_plus_1":
+        return F.elu(x) + 1
+    if name == "relu":
+        return x.relu()
     return x.softmax(-1) if name == "softmax" else x

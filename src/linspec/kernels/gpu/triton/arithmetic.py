@@ -7,6 +7,8 @@ import triton.language as tl
 
 # options of a launch: products and sums fused at will would round in two ways in two places
 UNFUSED = {"enable_fp_fusion": False}
+# as mixers have it: a shorter vector is divided by this
+NORM_FLOOR = tl.constexpr(1e-6)
 
 
 def interpreted() -> bool:

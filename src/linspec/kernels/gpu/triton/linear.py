@@ -1,8 +1,8 @@
 """Few rows times int8 or int4 weights as `kernels/cpu/pack.py` has them, in Triton.
 
-A program has one tile of output channels and sixteen rows, and takes the inputs in blocks of one size, in
-order. So a row's bits do not depend on how many there are. Rows keep their dtype, in which codes are exact,
-and sums are float32.
+A program has one tile of output channels, sixteen rows and one part of the inputs (see `few_rows.py`). It
+takes these in blocks of one size, in order. So a row's bits do not depend on how many there are. Rows keep
+their dtype, in which codes are exact, and sums are float32.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import triton.language as tl
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.triton.arithmetic import UNFUSED, interpreted, product
 from linspec.kernels.gpu.triton.available import require
+from linspec.kernels.gpu.triton.few_rows import PART, ROWS, by_parts, check_rows, store_sums
 from linspec.kernels.step_plan import INT4, INT8, LinearPlan
 
-# rows of a product, and the most that are taken
-_ROWS, MOST_ROWS = 16, 64
 # output channels of a tile, inputs that share a scale, bytes of these in int4: see `pack_int4`
 _TILE, _GROUP, _LINE = 32, 32, 576
 
@@ -25,8 +24,9 @@ _TILE, _GROUP, _LINE = 32, 32, 576
 # one program for every number of rows
 @triton.jit(do_not_specialize=["rows"])
 def _int8(
-    x, codes, scales, bias, out, rows, inputs, outputs, x_r,
-    ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
+    x, codes, scales, bias, out, rows, inputs, outputs, x_r, out_p, out_r,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows times one tile [K' / 4, 32, 4] of codes, each in a byte with its top bit turned."""
     tile, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -34,7 +34,8 @@ def _int8(
     padded = (inputs + TILE - 1) // TILE * TILE
     lines = codes + tile.to(tl.int64) * padded * TILE
     sums = tl.zeros((ROWS, TILE), tl.float32)
-    for first in range(0, inputs, STEP):
+    begin = tl.program_id(2) * PART
+    for first in range(begin, tl.minimum(begin + PART, inputs), STEP):
         at = first + step
         a = tl.load(
             x + row[:, None].to(tl.int64) * x_r + at,
@@ -47,17 +48,14 @@ def _int8(
         sums += product(a, (byte.to(tl.float32) - 128.0).to(a.dtype), WIDE)
     to = tile * TILE + channel
     sums = sums * tl.load(scales + to)
-    if bias is not None:
-        sums += tl.load(bias + to, mask=to < outputs, other=0.0).to(tl.float32)
-    known = (row < rows)[:, None] & (to < outputs)
-    tl.store(out + row[:, None] * outputs + to, sums.to(out.dtype.element_ty), mask=known)
+    store_sums(out, bias, sums, tl.program_id(2), row, to, rows, outputs, out_p, out_r)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _int4(
-    x, codes, scales, bias, out, rows, inputs, outputs, x_r,
+    x, codes, scales, bias, out, rows, inputs, outputs, x_r, out_p, out_r,
     ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, LINE: tl.constexpr,
-    WIDE: tl.constexpr,
+    PART: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sixteen rows times one tile of groups: 32 scales in bfloat16, then [4, 32, 4] bytes of two codes."""
     tile, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +66,8 @@ def _int4(
     within = (2 * TILE + half // 4 * (TILE * 4) + half % 4)[:, None] + channel * 4
     shift = (step // (GROUP // 2) * 4)[:, None]
     sums = tl.zeros((ROWS, TILE), tl.float32)
-    for group in range(0, groups):
+    begin = tl.program_id(2) * (PART // GROUP)
+    for group in range(begin, tl.minimum(begin + PART // GROUP, groups)):
         at, line = group * GROUP + step, (tile.to(tl.int64) * groups + group) * LINE
         a = tl.load(
             x + row[:, None].to(tl.int64) * x_r + at,
@@ -79,10 +78,7 @@ def _int4(
         scale = tl.load(scales + line // 2 + channel).to(tl.float32)
         sums += product(a, weight.to(a.dtype), WIDE) * scale
     to = tile * TILE + channel
-    if bias is not None:
-        sums += tl.load(bias + to, mask=to < outputs, other=0.0).to(tl.float32)
-    known = (row < rows)[:, None] & (to < outputs)
-    tl.store(out + row[:, None] * outputs + to, sums.to(out.dtype.element_ty), mask=known)
+    store_sums(out, bias, sums, tl.program_id(2), row, to, rows, outputs, out_p, out_r)
 
 
 def packed_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
@@ -93,29 +89,22 @@ def packed_linear(x: torch.Tensor, plan: LinearPlan) -> torch.Tensor:
     """
     require(x.device)
     _check(x, plan)
-    out = x.new_empty(len(x), plan.outputs)
-    grid = (triton.cdiv(plan.outputs, _TILE), triton.cdiv(len(x), _ROWS))
-    sizes = (plan.bias, out, len(x), plan.inputs, plan.outputs, x.stride(0))
-    common = {"ROWS": _ROWS, "TILE": _TILE, "WIDE": interpreted(), **UNFUSED}
-    if plan.kind == INT8:
-        _int8[grid](x, plan.weights, plan.scales, *sizes, **common, STEP=2 * _GROUP)
-    else:
+    common = {"ROWS": ROWS, "TILE": _TILE, "PART": PART, "WIDE": interpreted(), **UNFUSED}
+
+    def multiply(out: torch.Tensor, bias: torch.Tensor | None, parts: int) -> None:
+        grid = (triton.cdiv(plan.outputs, _TILE), triton.cdiv(len(x), ROWS), parts)
+        sizes = (bias, out, len(x), plan.inputs, plan.outputs, x.stride(0), *out.stride()[:2])
+        if plan.kind == INT8:
+            _int8[grid](x, plan.weights, plan.scales, *sizes, **common, STEP=2 * _GROUP)
+            return
         # the same memory, as what its scales are
         scales = plan.weights.view(torch.bfloat16)
         _int4[grid](x, plan.weights, scales, *sizes, **common, GROUP=_GROUP, LINE=_LINE)
-    return out
+
+    return by_parts(x, plan, multiply)
 
 
 def _check(x: torch.Tensor, plan: LinearPlan) -> None:
     if plan.kind not in (INT8, INT4):
         raise ConfigError(f"packed_linear takes weights in int8 or int4, got kind {plan.kind}")
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"packed_linear takes rows in float32 or bfloat16, got {x.dtype}")
-    if x.ndim != 2 or not 1 <= len(x) <= MOST_ROWS or x.shape[1] != plan.inputs:
-        raise ConfigError(
-            f"packed_linear takes 1 to {MOST_ROWS} rows of {plan.inputs} inputs, got {list(x.shape)}"
-        )
-    if x.stride(1) != 1:
-        raise ConfigError(
-            "packed_linear takes rows whose inputs lie side by side; use contiguous()"
-        )
+    check_rows(x, plan)

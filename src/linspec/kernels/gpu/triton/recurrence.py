@@ -18,13 +18,11 @@ import triton.language as tl
 from linspec.decoding.tree_paths import STAGED, TreePaths
 from linspec.errors import ConfigError
 from linspec.kernels.gpu.fading import MAPS, Fading
-from linspec.kernels.gpu.triton.arithmetic import UNFUSED
+from linspec.kernels.gpu.triton.arithmetic import NORM_FLOOR, UNFUSED
 from linspec.kernels.gpu.triton.available import require
 
 # columns of a state that a program has
 _COLUMNS = 32
-# as mixers have it: a shorter vector is divided by this
-_NORM_FLOOR = tl.constexpr(1e-6)
 
 
 @triton.jit
@@ -32,11 +30,16 @@ def _mapped(x, known, MAP: tl.constexpr):
     """φ of one vector."""
     if MAP == 1:
         size = tl.sqrt(tl.sum(tl.where(known, x * x, 0.0), 0))
-        x = x / tl.maximum(size, _NORM_FLOOR)
+        x = x / tl.maximum(size, NORM_FLOOR)
     if MAP == 2:
         x = tl.where(known, x, float("-inf"))
         x = tl.exp(x - tl.max(x, 0))
         x = x / tl.sum(x, 0)
+    if MAP == 3:
+        x = tl.maximum(x, 0.0)
+    if MAP == 4:
+        # elu and 1, of what is there
+        x = tl.where(known, tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0))), 0.0)
     return x
 
 
@@ -106,7 +109,7 @@ def _read(
 
 @triton.jit
 def _fold(
-    states, keys, values, slots, rows, counts, room,
+    states, keys, values, slots, rows, counts, rows_r, rows_m,
     s_s, s_g, s_k, k_s, k_g, k_c, v_s, v_g, v_c,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, COLUMNS: tl.constexpr,
     GATES: tl.constexpr, DELTA: tl.constexpr, MAP: tl.constexpr,
@@ -121,7 +124,7 @@ def _fold(
         state = tl.load(place, mask=known, other=0.0)
         from_k, from_v = keys + slot * k_s + g * k_g, values + slot * v_s + g * v_g
         for row in range(0, count):
-            lies = tl.load(rows + r * room + row).to(tl.int64)
+            lies = tl.load(rows + r * rows_r + row * rows_m).to(tl.int64)
             state = _advance(
                 state, from_k + lies * k_c, from_v + lies * v_c, channel, column, True,
                 K, V, GATES, DELTA, MAP,
@@ -181,7 +184,7 @@ def fold_rows(
     require(states.device)
     sizes = _sizes(states, keys, values, fading)
     _fold[(len(slots), states.shape[1], triton.cdiv(sizes["V"], _COLUMNS))](
-        *(states, keys, values, slots, rows, counts, rows.shape[1]),
+        *(states, keys, values, slots, rows, counts, *rows.stride()),
         *(*states.stride()[:3], *keys.stride()[:3], *values.stride()[:3]),
         **sizes,
         **UNFUSED,
