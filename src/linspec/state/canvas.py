@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from linspec.state.contract import LayerState, StateMaker, StateOptions
-from linspec.state.entries import FLOATS, EntryFormat, EntrySpec
+from linspec.state.entries import FLOATS, EntrySpec
 from linspec.state.group_sums import GroupSums
 from linspec.state.kv_cache import KVCache
 
@@ -42,17 +43,10 @@ class CanvasEntries:
 class Canvas(KVCache):
     """A cache whose kernels sum up groups: the sums are made again of groups whose entries have changed."""
 
-    def __init__(
-        self,
-        spec: EntrySpec,
-        layers: int,
-        slots: int,
-        options: StateOptions,
-        entries: EntryFormat | None = None,
-    ) -> None:
-        super().__init__(spec, layers, slots, options, entries)
-        # by group, features and columns: layers of one spec may sum up in several ways
-        self.group_sums: dict[tuple[int, int, int], GroupSums] = {}
+    @cached_property
+    def group_sums(self) -> dict[tuple[int, int, int], GroupSums]:
+        """By group, features and columns: layers of one spec may sum up in several ways."""
+        return {}
 
     def keep_sums(self, group: int, features: int, columns: int) -> GroupSums:
         """The sums [features, columns] of groups of this size, with room for all entries there can be."""
