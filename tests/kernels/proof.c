@@ -251,6 +251,7 @@ static void fold(int width, int squared_relu) {
 
 #include "proof_attention.inc.h"
 #include "proof_blocks.inc.h"
+#include "proof_evicting.inc.h"
 #include "proof_heads.inc.h"
 #include "proof_lean.inc.h"
 #include "proof_grow.inc.h"
@@ -276,6 +277,7 @@ int main(void) {
         all_selected();
         all_summed();
         all_canvases();
+        all_evicting();
         if (!failures) printf("%s\n", ls_current()->name);
     }
     return failures != 0;

@@ -51,7 +51,7 @@ static case_of make_case(int kind, int width, int squared_relu, int group, int w
     c.m = (ls_mixer){.heads = QUERY_HEADS, .kv_heads = KV, .width = width, .committed = BASE, .staged = NODES,
                      .nodes = NODES, .window = window, .group = group, .span = 2, .squared_relu = squared_relu,
                      .score_factor = 1, .score_scale = 1 / sqrtf((float)width), .taps = taps, .alpha = 0.5f, .conv_weights = c.conv_weights, .row_kind = kind,
-                     .row_bytes = bytes, .key_stride = rows * bytes, .value_stride = (HISTORY + rows) * bytes,
+                     .row_bytes = bytes, .value_bytes = bytes, .key_stride = rows * bytes, .value_stride = (HISTORY + rows) * bytes,
                      .keys = c.keys, .values = c.values + HISTORY * bytes, .sums = group ? c.sums : NULL,
                      .ancestors = tree};
     return c;

@@ -30,6 +30,9 @@ MIXERS = {
     "streaming": MixerConfig(name="streaming", group=8, span=2, sinks=3),
     "streaming-taps": MixerConfig(name="streaming", group=4, sinks=4, taps=5),
     "by-head": MixerConfig(name="by-head", group=8, span=2, sinks=3, taps=5, exact_heads=(1,)),
+    "h2o": MixerConfig(name="h2o", group=8, span=2, options={"budget": 20}),
+    "snapkv": MixerConfig(name="snapkv", group=8, options={"budget": 70, "last": 3, "pool": 3}),
+    "snapkv-taps": MixerConfig(name="snapkv", group=16, taps=5, options={"budget": 9, "last": 40}),
 }
 SUMMED = {
     "relu": MixerConfig(name="relu", group=8),
@@ -53,9 +56,12 @@ SUMMED = {
     "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
-BY_LAYER = {"h2o", "snapkv", "delta", "tidal", "shadow"}
+BY_LAYER = {"delta", "tidal", "shadow"}
 # whose nodes get the same bits however they come; linear mixers but where a group closes
-EXACT = ("softmax", "window", "streaming", "streaming-taps", "by-head")
+EXACT = (
+    *("softmax", "window", "streaming", "streaming-taps", "by-head"),
+    *("h2o", "snapkv", "snapkv-taps"),
+)
 TREE = [-1, 0, 0, 1, 3, 2, 4, 6, 7, 5]
 
 

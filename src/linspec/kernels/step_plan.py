@@ -71,8 +71,11 @@ class AttentionPlan:
     of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
     first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
     chosen: groups ahead of the span that a node reads, the best ones by two-bit keys (coded) or by bounds;
-    judged: rows that are judged together. bias [H, D]: joins scores, or squares, by distance; the last column
-    is for all greater ones.
+    judged: rows that are judged together. budget: rows that stay of the groups that close, which the last
+    `asked` queries of each group decide as it closes; the queries lie behind the key of their token. A row is
+    worth what they have weighed it, of all groups together, or where pool is not 0 the greatest of what those
+    of the newest group weigh it and its neighbours, `pool` rows. bias [H, D]: joins scores, or squares, by
+    distance; the last column is for all greater ones.
     """
 
     window: int = 0
@@ -84,6 +87,9 @@ class AttentionPlan:
     chosen: int = 0
     judged: int = 0
     coded: bool = False
+    budget: int = 0
+    asked: int = 0
+    pool: int = 0
     bias: torch.Tensor | None = None
 
     @property
@@ -94,7 +100,7 @@ class AttentionPlan:
     @property
     def both_ways(self) -> bool:
         """Whether a node can also see rows behind it: those of near groups, and sums of others."""
-        return self.bias is None and not (self.window or self.sinks or self.chosen)
+        return self.bias is None and not (self.window or self.sinks or self.chosen or self.budget)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -269,7 +275,8 @@ class PartBuffers:
     kind: parts of one kind have equally many rows in a slot. keys [slots, Hkv, C, .], values [slots,
     Hkv, conv_history + C, .]: committed rows, then staged rows, floats, (int8) codes and a scale, or
     (uint8) blocks of 4-bit codes; sums [slots, Hkv, K, V] or None, with sinks [slots, Hkv, sinks,
-    2 K + 1]: the bytes of their keys and of their values once they have left, and a 1 at the end. pages:
+    2 K + 1]: the bytes of their keys and of their values once they have left, and a 1 at the end, with a
+    budget [slots, Hkv, budget, 2 K + 1]: keys, values, and what these are worth, 0 for none. pages:
     None where all rows are in the buffers.
     judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
     group_sums, group_rows: those of a canvas, as state/group_sums.py has them, where they are kept.

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from linspec.errors import ConfigError
+from linspec.kernels.cpu.evict import evict
+from linspec.kernels.cpu.evict import why_not as why_not_in_kernels
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS, Features, Rope
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.folding import FoldingMixer
@@ -94,7 +97,21 @@ class Evicting(FoldingMixer):
         return q, torch.cat((k, asked), dim=-1), v
 
     def fold(self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Sums [..., S, Z] after one group of keys [..., G, K'] and values [..., G, V] has closed."""
+        """Sums [..., S, Z] after one group of keys [..., G, K'] and values [..., G, V] has closed.
+
+        In C where nodes of a step in one call decide it there too: of two rows that are nearly worth the
+        same, both then keep the same one.
+        """
+        plan = self.attention_plan()
+        if plan is None or why_not_in_kernels(sums, keys, values):
+            return self.fold_by_torch(sums, keys, values)
+        scale, cap = self.config.score_scale, self.config.score_cap
+        return evict(plan, sums, keys, values, scale=scale, cap=cap)
+
+    def fold_by_torch(
+        self, sums: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """`fold` on any device and in any dtype, differentiable in keys and values."""
         keys, asked = (x.to(sums.dtype) for x in self._parted(keys))
         rows = torch.cat((sums, pack_rows(keys, values.to(sums.dtype))), dim=-2)
         scores = self._scores(rows.detach(), asked.detach())
@@ -121,6 +138,18 @@ class Evicting(FoldingMixer):
         """Keys, and the queries beside them."""
         width = self.head_width
         return keys[..., :width], keys[..., width:]
+
+    # ---- kernels
+
+    def evicting_plan(self, *, asked: int, pool: int = 0) -> AttentionPlan:
+        """The plan of a kind that asks so many queries of a closing group, its last ones."""
+        return AttentionPlan(
+            group=self.groups.size,
+            span=self.groups.span,
+            budget=self.budget,
+            asked=min(asked, self.groups.size),
+            pool=pool,
+        )
 
     # ---- reading
 
@@ -159,6 +188,9 @@ class H2O(Evicting):
     def scores(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return rows[..., -1] + weights.sum((-3, -2))
 
+    def attention_plan(self) -> AttentionPlan | None:
+        return self.evicting_plan(asked=self.groups.size) if type(self) is H2O else None
+
 
 @MIXERS.register(
     "snapkv",
@@ -190,3 +222,8 @@ class SnapKV(Evicting):
         weighed = weights[..., -self.last :, :].sum((-3, -2))
         pooled = F.max_pool1d(weighed[..., None, :].flatten(0, -3), self.pool, 1, self.pool // 2)
         return 1 + pooled[..., 0, :].unflatten(0, weighed.shape[:-1])
+
+    def attention_plan(self) -> AttentionPlan | None:
+        if type(self) is not SnapKV:
+            return None
+        return self.evicting_plan(asked=self.last, pool=self.pool)

@@ -296,6 +296,9 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
             "sinks",
             "chosen",
             "coded",
+            "budget",
+            "asked",
+            "pool",
         ):
             setattr(entry, name, getattr(plan, name))
     return table

@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 19
+ABI = 20
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -205,11 +205,16 @@ class SummedStruct(Struct):
     Field(
         "int64_t",
         "sum_floats",
-        "features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1",
+        "features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1; with a "
+        "budget [budget][2 * head_width + 1]: a key, a value, and what it is worth, 0 for none",
     ),
     Field("int64_t", "key_stride value_stride", "bytes from one kv head to the next"),
     Field("int32_t", "row_kind", "LS_F32, LS_BF16, LS_F16, LS_INT8: codes and a scale, or LS_INT4"),
-    Field("int32_t", "row_bytes value_bytes", "of a row of keys and of values, alike but for sums"),
+    Field(
+        "int32_t",
+        "row_bytes value_bytes",
+        "of a row of keys and of values, alike but for sums and for keys with queries behind them",
+    ),
     Field(
         "const char *const *const *",
         "pages",
@@ -233,6 +238,11 @@ class SummedStruct(Struct):
         "int32_t *", "group_rows", "[slots][kv_heads][group_room]: of how many rows; 0: not made"
     ),
     Field("int32_t", "group_room", "groups that there is room for"),
+    Field(
+        "int32_t",
+        "budget asked pool",
+        "rows that stay of closed groups, where others have sums, see evicting.inc.h; budget 0: none",
+    ),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""
@@ -399,6 +409,18 @@ class BlockDrafterStruct(Struct):
 )
 class BlockRoundStruct(Struct):
     """What a block drafter is asked. Context and blocks have the same slots in the same order."""
+
+
+@declared(
+    "ls_eviction",
+    Field("int32_t", "heads repeats width rows", "kv heads, query heads of each; rows that close"),
+    Field("int32_t", "group budget asked pool", "as in ls_mixer_part"),
+    Field("float", "score_factor score_cap", "as in ls_decoder"),
+    Field("const float *", "keys values", "[heads][rows]: keys [1 + repeats][width], queries last"),
+    Field("float *", "kept", "[heads][budget][2 * width + 1]"),
+)
+class EvictionStruct(Struct):
+    """Groups that close in a state, see evict.c."""
 
 
 @declared(

@@ -96,7 +96,7 @@ INLINE void attend_some(const block *b, const query *queries, int count) {
         if (own[j]) to[j].out = sums[j], to[j].how = BEGIN;
     }
     source together = {b->rows.values, NULL, b->rows.value_stride, b->rows.value_kind, b->shared, ls_up16(m->width),
-                       b->rows.fresh ? b->rows.ahead : NULL, m->row_bytes};
+                       b->rows.fresh ? b->rows.ahead : NULL, m->value_bytes};
     accumulate(&together, to, count);
     for (int j = 0; j < count; j++) {
         if (!own[j]) continue;
@@ -155,6 +155,7 @@ static void attend_rows(block *b, const query *queries, int count, int begin) {
 }
 
 static void attend_sinks(const ls_mixer *m, block b, query *queries);
+static void attend_kept(block *b, query *queries, int begin);
 
 /* The queries of a kv head, and behind them what their nodes see; space: what the queries are. */
 static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t q_stride, query *queries,
@@ -212,8 +213,11 @@ static void attend_blocks(const ls_mixer *m, int head, int first, int count, int
                .values = m->values + head * m->value_stride, .space = space, .turned = turned};
     begin_partial(m, partial, queries);
     if (m->sinks && first == 0) attend_sinks(m, b, queries);
-    for (int i = first; i < first + count; i++) {
+    for (int i = first, kept = ls_kept_blocks(m->budget); i < first + count; i++) {
         if (apart && i > first) begin_partial(m, partial += ls_partial_floats(m), queries);
-        attend_block(&b, queries, i * BLOCK);
+        if (i < kept)
+            attend_kept(&b, queries, i * BLOCK);
+        else
+            attend_block(&b, queries, (i - kept) * BLOCK);
     }
 }

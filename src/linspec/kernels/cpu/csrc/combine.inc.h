@@ -76,8 +76,8 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         float scales[BLOCK], weights[BLOCK];
         int count = m->taps - first < BLOCK ? m->taps - first : BLOCK;
         for (int i = 0; i < count; i++) {
-            const char *row = row_address(m, values, m->page_values, row_at(m, v, v->count - 1 - first - i));
-            widen_rows(m, row, 1, 0, space + i * padded);
+            const char *row = value_address(m, values, row_at(m, v, v->count - 1 - first - i));
+            widen_rows(m, row, m->value_bytes, 1, 0, space + i * padded);
             scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m) : 1.0f;
         }
         source rows = {space, NULL, padded * (int64_t)sizeof *space, LS_F32, count, m->width, NULL, 0};
@@ -98,9 +98,10 @@ static void add_centred_convolution(const ls_mixer *m, int head, int node, float
     const char *values = m->values + head * m->value_stride;
     for (int first = missing > 0 ? missing : 0; first < end; first += BLOCK) {
         int count = end - first < BLOCK ? end - first : BLOCK;
-        const char *rows = row_address(m, values, m->page_values, last - first);
-        for (int i = 0; i < count && !in_place; i++) widen_rows(m, rows - (int64_t)i * m->row_bytes, 1, 0, space + i * padded);
-        source from = {in_place ? rows : (const char *)space, NULL, in_place ? -(int64_t)m->row_bytes : padded * (int64_t)sizeof *space,
+        const char *rows = value_address(m, values, last - first);
+        int64_t bytes = m->value_bytes;
+        for (int i = 0; i < count && !in_place; i++) widen_rows(m, rows - i * bytes, m->value_bytes, 1, 0, space + i * padded);
+        source from = {in_place ? rows : (const char *)space, NULL, in_place ? -bytes : padded * (int64_t)sizeof *space,
                        LS_F32, count, m->width, NULL, 0};
         for (int r = 0; r < repeats; r++) {
             accumulator one = {out + r * m->width, m->conv_weights + (int64_t)(head * repeats + r) * m->taps + first, ADD, 0, 0};

@@ -101,12 +101,10 @@ static void read_summed(const ls_mixer *m, const float *q, int64_t q_stride, flo
         read_compressed(m, q, q_stride, out, out_stride, scratch);
     else
         (through ? read_fading : read_listed)(m, q, q_stride, out, out_stride, scratch);
-    ls_mixer values = *m;
-    values.row_bytes = m->value_bytes;
     for (int n = 0; m->taps && n < m->nodes; n++) {
         visible_rows v;
         find_visible(m, n, &v);
-        convolve_node(&values, 0, n, &v, out + n * out_stride, scratch);
+        convolve_node(m, 0, n, &v, out + n * out_stride, scratch);
     }
 }
 

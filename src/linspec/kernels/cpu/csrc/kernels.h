@@ -70,6 +70,10 @@ typedef struct {
     int32_t ahead, behind;            /* rows of their slot ahead of the first one here, and behind the committed ones */
     int32_t chosen, coded;            /* groups ahead of the span that a node reads, judged by codes or by bounds: */
     uint16_t *judge;                  /* of all pages, see select.inc.h */
+    int32_t budget, asked, pool;      /* rows that stay of closed groups, see evicting.inc.h: */
+    const float *kept;                /* [budget][2 * width + 1] */
+    const float *kept_next;           /* once the rows before next_summed are among them, where that is known; or null */
+    int32_t next_summed;
 } ls_mixer;
 
 static inline size_t ls_query_count(const ls_mixer *m) {
@@ -124,9 +128,29 @@ static inline int ls_blocks_within(int64_t rows, int64_t window, int64_t group, 
     if (group && group * span < rows) rows = group * span;
     return (int)((rows + LS_BLOCK - 1) / LS_BLOCK);
 }
+/* blocks of rows that are kept, ahead of those */
+static inline int ls_kept_blocks(int budget) { return (budget + LS_BLOCK - 1) / LS_BLOCK; }
 static inline int ls_block_count(const ls_mixer *m) {
-    return ls_blocks_within((int64_t)m->committed + m->staged, m->window, m->group, m->span);
+    int near = ls_blocks_within((int64_t)m->committed + m->staged, m->window, m->group, m->span);
+    return ls_kept_blocks(m->budget) + near;
 }
+/* groups that may close on the path to a node, of rows that are not among the kept ones */
+static inline int ls_closing_groups(int64_t rows, int64_t group, int64_t span) {
+    int64_t closing = (rows - 1) / group - (span - 1);
+    return closing > 0 ? (int)closing : 0;
+}
+static inline size_t ls_kept_floats(const ls_mixer *m) { return (size_t)m->budget * (size_t)(2 * m->width + 1); }
+/* floats of scratch for a group that closes */
+static inline size_t ls_close_floats(const ls_mixer *m) {
+    size_t rows = (size_t)m->budget + (size_t)m->group, padded = (size_t)ls_up16(m->width);
+    return rows * (padded + 34) + 16 * (padded + 4) + (size_t)m->group;
+}
+/* Groups that close on the paths to nodes: which rows they are of [closing][group], at first -1, what is kept once each has
+ * closed, and ls_close_floats. */
+typedef struct {
+    int32_t *paths;
+    float *kept, *scratch;
+} ls_closings;
 static inline int ls_chunk_count(int blocks) { return (blocks + LS_CHUNK_BLOCKS - 1) / LS_CHUNK_BLOCKS; }
 
 /* The end of a tile: y [rows][stride] = sums * scale of row * scale of channel + bias,
@@ -189,6 +213,12 @@ typedef struct {
     /* what judges the pages first .. last - 1 of the one kv head of m, from its rows: bounds, or codes */
     void (*bound_pages)(const ls_mixer *m, int first, int last);
     void (*code_pages)(const ls_mixer *m, int first, int last);
+    /* rows kept, in place, once the groups of the rows first .. last - 1 of the one kv head of m have closed; scratch:
+     * ls_close_floats(m) */
+    void (*close_groups)(const ls_mixer *m, int first, int last, float *kept, float *scratch);
+    /* the rows kept for a node, once the groups have closed that close on its path; last: behind the nodes next to it
+     * that close the same ones */
+    const float *(*close_on_path)(const ls_mixer *m, int node, int *last, ls_closings *c);
     /* from the partial sums of all rows, plus sums and convolution: out as q */
     void (*end_attention)(const ls_mixer *m, int head, const float *q, int64_t q_stride, float *partial, float *out,
                           int64_t out_stride, void *scratch);

@@ -7,6 +7,8 @@
  * partial sums of each of its blocks apart. In the end all meet in the order of merge.inc.h, which no cut changes.
  *
  * Where an even share would save less than its two barriers cost, each thread reads whole items: the same sums. */
+#include <string.h>
+
 #include "step.h"
 
 #ifndef LS_LONG_SHARE
@@ -43,8 +45,10 @@ LS_API int32_t ls_cut_line(const int32_t *blocks, int32_t items, int32_t threads
 static int item_blocks(const ls_decoder *d, const ls_batch *b, const ls_layer *l, int item) {
     const ls_step_input *in = b->input + item / d->kv_heads;
     const ls_mixer_part *p = l->part + l->part_of[item % d->kv_heads];
+    int64_t rows = (int64_t)in->committed[p->state] + in->staged;
     if (p->summed || p->chosen) return 1; /* sums, and what is selected, are read as a whole */
-    return ls_blocks_within((int64_t)in->committed[p->state] + in->staged, p->window, p->group, p->span);
+    if (p->budget && ls_closing_groups(rows, p->group, p->span)) return 1; /* and groups that close */
+    return ls_kept_blocks(p->budget) + ls_blocks_within(rows, p->window, p->group, p->span);
 }
 
 /* floats of the partial sums of an item over whichever rows */
@@ -139,21 +143,11 @@ static reader reader_of(const ls_run *s, const ls_layer *l, int item) {
                     s->attended + in->first * out_stride + column, stride, out_stride};
 }
 
-void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride) {
+/* All blocks of an item, chunk by chunk; space: room for two partial sums, then ls_attend_scratch_bytes */
+static void attend_chunks(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride, float *space) {
     const ls_ops *ops = ls_current();
-    if (m->form) {
-        ops->read_summed(m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(m)));
-        return;
-    }
-    size_t floats = ls_up64(ls_partial_floats(m));
-    if (m->chosen) {
-        float *sum = ls_scratch(2 * floats * sizeof *sum + ls_select_scratch_bytes(m)), *rest = sum + 2 * floats;
-        ops->attend_selected(m, q, q_stride, sum, sum + floats, rest);
-        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, rest);
-        return;
-    }
-    float *sum = ls_scratch(2 * floats * sizeof *sum + ls_attend_scratch_bytes(m)), *chunk = sum + floats;
-    void *scratch = chunk + floats;
+    float *sum = space, *chunk = sum + ls_up64(ls_partial_floats(m));
+    void *scratch = chunk + ls_up64(ls_partial_floats(m));
     int blocks = ls_block_count(m);
     for (int first = 0; first < blocks; first += LS_CHUNK_BLOCKS) {
         int count = blocks - first < LS_CHUNK_BLOCKS ? blocks - first : LS_CHUNK_BLOCKS;
@@ -163,9 +157,56 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
     ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, scratch);
 }
 
+/* how many groups evict rows on the way to a node */
+static int closing_groups(const ls_mixer *m) {
+    return m->budget ? ls_closing_groups((int64_t)m->committed + m->staged - m->summed, m->group, m->span) : 0;
+}
+
+/* Nodes side by side that close the same groups read together: as if no others were behind them. */
+static void attend_closing(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride) {
+    size_t floats = ls_up64(ls_partial_floats(m)), closing = (size_t)closing_groups(m);
+    size_t attending = ls_up64(2 * floats * sizeof *out + ls_attend_scratch_bytes(m)), kept = closing * ls_kept_floats(m);
+    size_t paths = closing * (size_t)m->group;
+    char *space = ls_scratch(attending + (kept + ls_close_floats(m) + paths) * sizeof *out);
+    ls_closings c = {.kept = (float *)(space + attending)};
+    c.scratch = c.kept + kept;
+    c.paths = (int32_t *)(c.scratch + ls_close_floats(m));
+    memset(c.paths, -1, paths * sizeof *c.paths);
+    for (int n = 0, last; n < m->nodes; n = last) {
+        ls_mixer some = *m;
+        some.kept = ls_current()->close_on_path(m, n, &last, &c);
+        some.staged = m->staged - (m->nodes - last);
+        some.nodes = last - n;
+        attend_chunks(&some, q + n * q_stride, q_stride, out + n * out_stride, out_stride, (float *)space);
+    }
+}
+
+void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride) {
+    const ls_ops *ops = ls_current();
+    if (m->form) {
+        ops->read_summed(m, q, q_stride, out, out_stride, ls_scratch(ls_summed_scratch_bytes(m)));
+        return;
+    }
+    size_t floats = ls_up64(ls_partial_floats(m));
+    if (closing_groups(m)) {
+        attend_closing(m, q, q_stride, out, out_stride);
+        return;
+    }
+    if (m->chosen) {
+        float *sum = ls_scratch(2 * floats * sizeof *sum + ls_select_scratch_bytes(m)), *rest = sum + 2 * floats;
+        ops->attend_selected(m, q, q_stride, sum, sum + floats, rest);
+        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, rest);
+        return;
+    }
+    attend_chunks(m, q, q_stride, out, out_stride, ls_scratch(2 * floats * sizeof *out + ls_attend_scratch_bytes(m)));
+}
+
+/* whether an item is read as a whole, see item_blocks */
+static int is_whole(const ls_mixer *m) { return m->form || m->chosen || closing_groups(m); }
+
 static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) {
     reader r = reader_of(s, l, p->item);
-    if (r.m.form || r.m.chosen)
+    if (is_whole(&r.m))
         ls_attend_whole(&r.m, r.q, r.stride, r.out, r.out_stride);
     else
         ls_current()->attend(&r.m, 0, p->first, p->count, p->first % LS_CHUNK_BLOCKS != 0, r.q, r.stride,
@@ -175,7 +216,7 @@ static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) 
 /* One item, once all pieces are done. */
 static void meet(const ls_run *s, const ls_layer *l, int item) {
     reader r = reader_of(s, l, item);
-    if (r.m.form || r.m.chosen) return;
+    if (is_whole(&r.m)) return;
     const ls_ops *ops = ls_current();
     const ls_piece *p = s->line.piece + s->line.first_piece[item], *end = s->line.piece + s->line.first_piece[item + 1];
     size_t floats = ls_partial_floats(&r.m);

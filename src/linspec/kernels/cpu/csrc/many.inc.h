@@ -175,7 +175,7 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
     for (int i = 0; m->row_kind == LS_INT8 && i < rows->count; i++)
         vl_store(scores[i], vl_load(scores[i]) * vl_set1(rows->value_scales[i]));
     source all = {rows->values, NULL, rows->value_stride, LS_F32, rows->count, ls_up16(m->width),
-                  rows->fresh ? rows->ahead : NULL, m->row_bytes};
+                  rows->fresh ? rows->ahead : NULL, m->value_bytes};
     for (int j = 0, n; j < LS_LANES; j += n) {
         n = next_of(LS_LANES - j);
         for (int i = 0; i < n; i++) to[j + i].weights = &scores[0][j + i];

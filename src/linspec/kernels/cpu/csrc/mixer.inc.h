@@ -13,4 +13,5 @@
 #include "combine.inc.h"
 #include "summed.inc.h"
 #include "compressed.inc.h"
+#include "evicting.inc.h"
 #include "fading.inc.h"

@@ -31,13 +31,22 @@ static float *sums_before(const ls_run *s, int piece, int head) {
     return s->partials + ((size_t)(piece - 1) * (size_t)s->d->kv_heads + (size_t)head) * sum_floats(s->d);
 }
 
+/* rows whose groups have closed ahead of the one at `position` */
+static int32_t summed_before(const ls_mixer *m, int32_t position) {
+    int64_t summed = (position / m->group - (m->span - 1)) * m->group;
+    return summed > 0 ? (int32_t)summed : 0;
+}
+
 /* the mixer of a kv head for a piece */
 static ls_mixer piece_of(const ls_run *s, const ls_layer *l, int piece, int head) {
     ls_mixer m = ls_mixer_of(s->d, l, s->b->input + piece, head);
-    if (!m.sums || piece == 0) return m;
-    int64_t summed = (m.committed / m.group - (m.span - 1)) * m.group;
-    m.summed = summed > 0 ? (int32_t)summed : 0;
-    m.sums = sums_before(s, piece, head);
+    if (m.budget && piece + 1 < s->b->inputs) {
+        m.kept_next = sums_before(s, piece + 1, head);
+        m.next_summed = summed_before(&m, m.committed + m.nodes);
+    }
+    if ((!m.sums && !m.kept) || piece == 0) return m;
+    m.summed = summed_before(&m, m.committed);
+    *(m.budget ? &m.kept : &m.sums) = sums_before(s, piece, head);
     return m;
 }
 
@@ -46,10 +55,12 @@ static void close_groups(const ls_run *s, const ls_layer *l, int head) {
     size_t size = (size_t)l->part[l->part_of[head]].sum_floats;
     for (int piece = 1; piece < s->b->inputs; piece++) {
         ls_mixer before = piece_of(s, l, piece - 1, head), m = piece_of(s, l, piece, head);
-        if (!m.sums) return;
+        if (!m.sums && !m.kept) return;
         float *sums = sums_before(s, piece, head);
-        memcpy(sums, before.sums, size * sizeof *sums);
-        if (m.form)
+        memcpy(sums, m.budget ? before.kept : before.sums, size * sizeof *sums);
+        if (m.budget)
+            ls_current()->close_groups(&m, before.summed, m.summed, sums, ls_scratch(ls_close_floats(&m) * sizeof *sums));
+        else if (m.form)
             ls_current()->fold_summed(&m, before.summed, m.summed, sums,
                                       ls_scratch((size_t)m.form->features * sizeof *sums));
         else

@@ -29,13 +29,13 @@ INLINE void widen_parts(const char *at, int kind, int parts, float *to) {
         vl_store(to + LS_LANES * i, load_features(at + LS_LANES * i * feature_bytes(kind), kind));
 }
 
-/* `count` rows as floats, zeros behind each up to whole sixteens; ahead: bytes to rows that are prefetched, or 0 */
-INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind, int64_t ahead,
+/* `count` rows of `bytes` as floats, zeros behind each up to whole sixteens; ahead: bytes to rows that are prefetched, or 0 */
+INLINE void widen_kind(const ls_mixer *m, const char *rows, int bytes, int count, int kind, int64_t ahead,
                        float *to) {
     int size = feature_bytes(kind), whole = m->width & ~15, padded = ls_up16(m->width);
-    for (int i = 0; i < count; i++, rows += m->row_bytes, to += padded) {
+    for (int i = 0; i < count; i++, rows += bytes, to += padded) {
         int c = 0;
-        if (ahead) prefetch(rows + ahead, m->row_bytes);
+        if (ahead) prefetch(rows + ahead, bytes);
         for (; c + 64 <= m->width; c += 64) widen_parts(rows + c * size, kind, 4 * LS_PARTS, to + c);
         for (; c < whole; c += 16) widen_parts(rows + c * size, kind, LS_PARTS, to + c);
         if (whole == m->width) continue;
@@ -45,24 +45,24 @@ INLINE void widen_kind(const ls_mixer *m, const char *rows, int count, int kind,
     }
 }
 
-static void widen_rows(const ls_mixer *m, const char *rows, int count, int64_t ahead, float *to) {
+static void widen_rows(const ls_mixer *m, const char *rows, int bytes, int count, int64_t ahead, float *to) {
     switch (m->row_kind) {
-        case LS_F32: widen_kind(m, rows, count, LS_F32, ahead, to); break;
-        case LS_BF16: widen_kind(m, rows, count, LS_BF16, ahead, to); break;
-        case LS_F16: widen_kind(m, rows, count, LS_F16, ahead, to); break;
+        case LS_F32: widen_kind(m, rows, bytes, count, LS_F32, ahead, to); break;
+        case LS_BF16: widen_kind(m, rows, bytes, count, LS_BF16, ahead, to); break;
+        case LS_F16: widen_kind(m, rows, bytes, count, LS_F16, ahead, to); break;
         case LS_INT4: widen_nibbles(m, rows, count, ahead, to); break;
-        default: widen_kind(m, rows, count, LS_INT8, ahead, to);
+        default: widen_kind(m, rows, bytes, count, LS_INT8, ahead, to);
     }
 }
 
 /* Rows for loops over them: where they are, or else as floats in `space`. A few queries widen as they go; more of
  * them shall not do so again and again. */
-INLINE const char *ready(const ls_mixer *m, const char *rows, int count, int few, int64_t ahead, float *space,
-                         int *kind, int64_t *stride) {
+INLINE const char *ready(const ls_mixer *m, const char *rows, int bytes, int count, int few, int64_t ahead,
+                         float *space, int *kind, int64_t *stride) {
     *kind = m->row_kind;
-    *stride = m->row_bytes;
+    *stride = bytes;
     if (m->width % 16 == 0 && m->row_kind != LS_INT4 && (few || m->row_kind == LS_F32)) return rows;
-    widen_rows(m, rows, count, ahead, space);
+    widen_rows(m, rows, bytes, count, ahead, space);
     *kind = LS_F32;
     *stride = ls_up16(m->width) * (int64_t)sizeof *space;
     return (const char *)space;
@@ -105,17 +105,17 @@ static void tile_rows(const char *rows, int64_t stride, int count, int quads, in
  * ls_block_floats. */
 static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int then, int few,
                       float *space, row_block *to) {
-    const char *next = row_address(m, keys, m->page_keys, then);
-    keys = row_address(m, keys, m->page_keys, first);
+    const char *next = key_address(m, keys, then);
+    keys = key_address(m, keys, first);
     int64_t key_ahead = next - keys;
-    to->ahead = row_address(m, values, m->page_values, then);
-    values = row_address(m, values, m->page_values, first);
+    to->ahead = value_address(m, values, then);
+    values = value_address(m, values, first);
     to->count = count;
     to->fresh = 1;
-    to->values = ready(m, values, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
+    to->values = ready(m, values, m->value_bytes, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
                        &to->value_stride);
     if (!has_codes(m)) {
-        to->keys = ready(m, keys, count, few, key_ahead, space, &to->key_kind, &to->key_stride);
+        to->keys = ready(m, keys, m->row_bytes, count, few, key_ahead, space, &to->key_kind, &to->key_stride);
         to->key_ahead = to->keys == keys ? key_ahead : BLOCK * to->key_stride;
         return;
     }
@@ -128,7 +128,7 @@ static void read_rows(const ls_mixer *m, const char *keys, const char *values, i
     tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, key_ahead, to->codes);
     for (int i = 0; i < count; i++) {
         to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);
-        to->value_scales[i] = row_scale(values + i * m->row_bytes, m);
+        to->value_scales[i] = row_scale(values + i * m->value_bytes, m);
     }
     for (int i = count; i < BLOCK; i++) to->key_scales[i] = to->value_scales[i] = 0.0f;
 }

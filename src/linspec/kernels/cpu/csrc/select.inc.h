@@ -20,9 +20,9 @@ INLINE uint16_t away(float x, int above) {
 
 /* LS_JUDGED rows from `first` on, as the floats that they stand for: [LS_JUDGED][whole sixteens of features] */
 static void plain_rows(const ls_mixer *m, int64_t first, float *rows) {
-    const char *at = row_address(m, m->keys, m->page_keys, first);
+    const char *at = key_address(m, m->keys, first);
     int padded = ls_up16(m->width);
-    widen_rows(m, at, LS_JUDGED, 0, rows);
+    widen_rows(m, at, m->row_bytes, LS_JUDGED, 0, rows);
     for (int i = 0; m->row_kind == LS_INT8 && i < LS_JUDGED; i++, rows += padded) {
         vl scale = vl_set1(row_scale(at + i * m->row_bytes, m));
         for (int c = 0; c < padded; c += LS_LANES) vl_store(rows + c, vl_load(rows + c) * scale);

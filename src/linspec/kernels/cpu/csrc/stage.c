@@ -72,6 +72,14 @@ static void store_summed(const ls_mixer *m, const float *k, const float *gates, 
     if (m->form->ones) memcpy(value + bytes, &one, sizeof one);
 }
 
+/* rows of groups that evict: a key with the queries of its token, a value */
+static void store_asking(const ls_mixer *m, const float *k, const float *queries, const float *v, char *key, char *value) {
+    size_t bytes = (size_t)m->width * sizeof *k;
+    memcpy(key, k, bytes);
+    memcpy(key + bytes, queries, (size_t)m->heads * bytes);
+    memcpy(value, v, bytes);
+}
+
 void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
     const ls_decoder *d = s->d;
     const ls_step_input *in = s->b->input + input;
@@ -96,6 +104,8 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
         feature(s, l, p, in->first + n, k);
         if (m.form) {
             store_summed(&m, k, gates, v, key, value);
+        } else if (m.budget) {
+            store_asking(&m, k, line + (size_t)(head * repeats) * width, v, key, value);
         } else {
             store_row(&m, k, key);
             store_row(&m, v, value);

@@ -72,9 +72,10 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .gate_map = f ? rows_of(f->gate_map, place, (int64_t)d->head_width * f->gates) : NULL,
         .gate_scale = f ? rows_of(f->gate_scale, place, d->head_width) : NULL,
         .gate_bias = f ? rows_of(f->gate_bias, place, f->gates) : NULL,
-        .sums = p->sinks ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? (const char *)sums : NULL,
+        .sums = p->sinks || p->budget ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? (const char *)sums : NULL,
         .ancestors = in->ancestors, .overwritten = in->overwritten, .chosen = p->chosen, .coded = p->coded,
         .judge = p->chosen ? p->judge + at * p->judge_stride : NULL,
+        .budget = p->budget, .asked = p->asked, .pool = p->pool, .kept = p->budget ? sums : NULL,
     };
 }
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 19                            /* of this table and the functions */
+#define LS_ABI 20                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -101,10 +101,10 @@ typedef struct {
     int32_t bias_distances;                  /* the last one is for all greater ones */
     char *keys, *values;                     /* [slots][kv_heads][rows]; values behind conv_history more rows */
     const float *sums;                       /* [slots][kv_heads][sum_floats], null without */
-    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1 */
+    int64_t sum_floats;                      /* features x value columns; with sinks [sinks][2 * head_width + 1]: bytes of rows, and a 1; with a budget [budget][2 * head_width + 1]: a key, a value, and what it is worth, 0 for none */
     int64_t key_stride, value_stride;        /* bytes from one kv head to the next */
     int32_t row_kind;                        /* LS_F32, LS_BF16, LS_F16, LS_INT8: codes and a scale, or LS_INT4 */
-    int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums */
+    int32_t row_bytes, value_bytes;          /* of a row of keys and of values, alike but for sums and for keys with queries behind them */
     const char *const *const *pages;         /* [slots]: pages with the first rows of a slot, whose others are in keys and values; or null */
     const int32_t *paged;                    /* [slots]: how many rows are in pages */
     int64_t page_keys, page_values;          /* bytes to [kv_heads][LS_PAGE] rows in a page */
@@ -116,6 +116,7 @@ typedef struct {
     float *group_sums;                       /* [slots][kv_heads][group_room][sum_floats]: of each group of a canvas, see canvas.c; or null */
     int32_t *group_rows;                     /* [slots][kv_heads][group_room]: of how many rows; 0: not made */
     int32_t group_room;                      /* groups that there is room for */
+    int32_t budget, asked, pool;             /* rows that stay of closed groups, where others have sums, see evicting.inc.h; budget 0: none */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -235,6 +236,15 @@ typedef struct {
     float *sure;                             /* [inputs][places]: logits of the confidences */
 } ls_block_round;
 
+/* Groups that close in a state, see evict.c. */
+typedef struct {
+    int32_t heads, repeats, width, rows;     /* kv heads, query heads of each; rows that close */
+    int32_t group, budget, asked, pool;      /* as in ls_mixer_part */
+    float score_factor, score_cap;           /* as in ls_decoder */
+    const float *keys, *values;              /* [heads][rows]: keys [1 + repeats][width], queries last */
+    float *kept;                             /* [heads][budget][2 * width + 1] */
+} ls_eviction;
+
 /* What the trees of some sequences grow from, and what they become; see grow.c. */
 typedef struct {
     int32_t sequences, top, levels;          /* top: children of a node, and nodes of a level that get some */
@@ -256,7 +266,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    1170771982, \
+    883959914, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -290,7 +300,8 @@ typedef struct {
         offsetof(ls_mixer_part, coded), offsetof(ls_mixer_part, judge), \
         offsetof(ls_mixer_part, judge_stride), offsetof(ls_mixer_part, judged), \
         offsetof(ls_mixer_part, group_sums), offsetof(ls_mixer_part, group_rows), \
-        offsetof(ls_mixer_part, group_room), \
+        offsetof(ls_mixer_part, group_room), offsetof(ls_mixer_part, budget), \
+        offsetof(ls_mixer_part, asked), offsetof(ls_mixer_part, pool), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \
@@ -344,6 +355,13 @@ typedef struct {
         offsetof(ls_block_round, roots), offsetof(ls_block_round, before), \
         offsetof(ls_block_round, newest), offsetof(ls_block_round, drafts), \
         offsetof(ls_block_round, sure), \
+    sizeof(ls_eviction), offsetof(ls_eviction, heads), offsetof(ls_eviction, repeats), \
+        offsetof(ls_eviction, width), offsetof(ls_eviction, rows), \
+        offsetof(ls_eviction, group), offsetof(ls_eviction, budget), \
+        offsetof(ls_eviction, asked), offsetof(ls_eviction, pool), \
+        offsetof(ls_eviction, score_factor), offsetof(ls_eviction, score_cap), \
+        offsetof(ls_eviction, keys), offsetof(ls_eviction, values), \
+        offsetof(ls_eviction, kept), \
     sizeof(ls_growth), offsetof(ls_growth, sequences), offsetof(ls_growth, top), \
         offsetof(ls_growth, levels), offsetof(ls_growth, normed), offsetof(ls_growth, fresh), \
         offsetof(ls_growth, fusion), offsetof(ls_growth, read_states), \

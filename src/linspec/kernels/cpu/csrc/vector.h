@@ -150,6 +150,7 @@ INLINE vf vf_erf(vf x) {
      .attend_selected = attend_selected, .bound_pages = bound_pages,                      \
      .code_pages = code_pages,                                                            \
      .end_attention = end_attention, .pack_nibbles = pack_nibbles,                         \
+     .close_groups = close_groups, .close_on_path = close_on_path,                        \
      .fold = fold_rows,    .read_summed = read_summed,   .fold_summed = fold_summed,      \
      .blocks = block_tile, .quantize_blocks = quantize_blocks}
 

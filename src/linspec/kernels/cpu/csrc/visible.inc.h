@@ -23,10 +23,17 @@ INLINE int row_at(const ls_mixer *m, const visible_rows *v, int position) {
     return position < m->committed ? position : m->committed + v->ancestors[position - m->committed];
 }
 
-/* where a row is: in a page, or in the buffer of its kv head, which has those behind the pages and, with negative
+/* where a row of `bytes` is: in a page, or in the buffer of its kv head, which has those behind the pages and, with negative
  * indices, those ahead of all */
-INLINE const char *row_address(const ls_mixer *m, const char *buffer, int64_t in_page, int64_t row) {
-    if (row >= 0 && row < m->paged)
-        return m->pages[row / LS_PAGE] + in_page + row % LS_PAGE * m->row_bytes;
-    return buffer + (row < 0 ? row : row - m->paged) * m->row_bytes;
+INLINE const char *row_address(const ls_mixer *m, const char *buffer, int64_t in_page, int bytes, int64_t row) {
+    if (row >= 0 && row < m->paged) return m->pages[row / LS_PAGE] + in_page + row % LS_PAGE * bytes;
+    return buffer + (row < 0 ? row : row - m->paged) * bytes;
+}
+
+INLINE const char *key_address(const ls_mixer *m, const char *buffer, int64_t row) {
+    return row_address(m, buffer, m->page_keys, m->row_bytes, row);
+}
+
+INLINE const char *value_address(const ls_mixer *m, const char *buffer, int64_t row) {
+    return row_address(m, buffer, m->page_values, m->value_bytes, row);
 }
