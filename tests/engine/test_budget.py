@@ -166,6 +166,18 @@ def test_a_target_that_nothing_fits_starves_nobody() -> None:
     assert {tokens for _, tokens in server.steps[began:]} <= {0, LEAST, 8}
 
 
+@pytest.mark.parametrize("each", [1.0, 4.0, 12.0])
+def test_beyond_what_the_machine_can_do_newcomers_get_their_share(each: float) -> None:
+    """Sixteen streams alone take twice the target; reading a slice is cheap, dear, or dearer than they are."""
+    server = Server(lambda nodes: 100.0 + each * max(0, nodes - 16), 50.0, slots=32)
+    busy(server, 16)
+    began, prompt = server.now, 640
+    server.read(server.submit(99, prompt))
+    spent = server.now - began
+    assert each * prompt / 1e3 >= 0.15 * spent
+    assert max(server.intervals(began)) <= 0.1 + max(0.025, each * LEAST / 1e3) + 1e-9
+
+
 def test_the_largest_slices_are_found_where_nothing_is_known_of_them() -> None:
     """The curve ends at 64 nodes; slices grow as long as steps stay within the target."""
     machine = MACHINES["bound by memory"]
