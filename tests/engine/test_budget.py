@@ -167,7 +167,7 @@ def test_a_target_that_nothing_fits_starves_nobody() -> None:
 
 @pytest.mark.parametrize("each", [1.0, 4.0, 12.0])
 def test_beyond_what_the_machine_can_do_newcomers_get_their_share(each: float) -> None:
-    """Sixteen streams alone take twice the target; reading a slice is cheap, dear, or dearer than they are."""
+    """Sixteen streams alone take twice the target; reading a slice is cheap, dear, or dearer still."""
     server = Server(lambda nodes: 100.0 + each * nodes, 50.0, slots=32)
     usual = busy(server, 16)
     began, prompt = server.now, 640
