@@ -20,14 +20,14 @@ from linspec.kernels.step_plan import AttentionPlan
 
 def why_not(*tensors: torch.Tensor) -> str | None:
     """Why torch has to do it with these rows; None if the library can."""
-    found = load()
-    if found.library is None:
-        return found.reason
+    if torch.compiler.is_compiling():
+        return "torch traces what is computed"
     if any(each.dtype != torch.float32 or each.device.type != "cpu" for each in tensors):
         return "rows are not float32 on a CPU"
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return "gradients are asked for"
-    return None
+    found = load()
+    return found.reason if found.library is None else None
 
 
 def evict(
