@@ -71,8 +71,11 @@ class AttentionPlan:
     of unit features instead of a softmax. alpha: factor on what the sums of older groups give. sinks:
     first rows of the text, seen from everywhere; they lie where others have their sums once they leave.
     chosen: groups ahead of the span that a node reads, the best ones by two-bit keys (coded) or by bounds;
-    judged: rows that are judged together. bias [H, D]: joins scores, or squares, by distance; the last column
-    is for all greater ones.
+    judged: rows that are judged together. threshold: rows ahead of the span are read by keys that are rebuilt
+    from their changes above it, as mixers/ops/key_changes.py says; None without. positions: rows ahead of the
+    span that a node reads, those that the nearest layer before selected for it; selects: it reads all rows
+    and selects so many for later layers, those with the greatest products for the best query head of a KV
+    head. bias [H, D]: joins scores, or squares, by distance; the last column is for all greater ones.
     """
 
     window: int = 0
@@ -84,7 +87,15 @@ class AttentionPlan:
     chosen: int = 0
     judged: int = 0
     coded: bool = False
+    threshold: float | None = None
+    positions: int = 0
+    selects: bool = False
     bias: torch.Tensor | None = None
+
+    @property
+    def sees_far(self) -> bool:
+        """Whether rows ahead of the span are read too, in a way of their own."""
+        return self.threshold is not None or self.positions > 0
 
     @property
     def plain(self) -> bool:
@@ -94,7 +105,7 @@ class AttentionPlan:
     @property
     def both_ways(self) -> bool:
         """Whether a node can also see rows behind it: those of near groups, and sums of others."""
-        return self.bias is None and not (self.window or self.sinks or self.chosen)
+        return self.bias is None and not (self.window or self.sinks or self.chosen or self.sees_far)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -43,7 +43,7 @@ LS_API int32_t ls_cut_line(const int32_t *blocks, int32_t items, int32_t threads
 static int item_blocks(const ls_decoder *d, const ls_batch *b, const ls_layer *l, int item) {
     const ls_step_input *in = b->input + item / d->kv_heads;
     const ls_mixer_part *p = l->part + l->part_of[item % d->kv_heads];
-    if (p->summed || p->chosen) return 1; /* sums, and what is selected, are read as a whole */
+    if (p->summed || p->chosen || (p->positions && !p->selects)) return 1; /* see ls_reads_whole */
     return ls_blocks_within((int64_t)in->committed[p->state] + in->staged, p->window, p->group, p->span);
 }
 
@@ -135,8 +135,15 @@ static reader reader_of(const ls_run *s, const ls_layer *l, int item) {
     int head = item % d->kv_heads;
     int64_t stride = ls_projected_stride(d), out_stride = (int64_t)d->heads * d->head_width;
     int64_t column = ls_query_column(d, head);
-    return (reader){ls_mixer_of(d, l, in, head), s->projected + in->first * stride + column,
-                    s->attended + in->first * out_stride + column, stride, out_stride};
+    reader r = {ls_mixer_of(d, l, in, head), s->projected + in->first * stride + column,
+                s->attended + in->first * out_stride + column, stride, out_stride};
+    ls_place_lists(s, in, head, &r.m);
+    return r;
+}
+
+/* what later layers read, where they read what this one selects */
+static void select_for_later(const ls_mixer *m, const float *q, int64_t q_stride) {
+    if (m->selects) ls_current()->select_positions(m, q, q_stride, ls_scratch(ls_positions_scratch_bytes(m)));
 }
 
 void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float *out, int64_t out_stride) {
@@ -152,6 +159,12 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
         ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, rest);
         return;
     }
+    if (ls_reads_lists(m)) {
+        float *sum = ls_scratch(floats * sizeof *sum + ls_positions_scratch_bytes(m));
+        ops->attend_listed(m, q, q_stride, sum, sum + floats);
+        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, sum + floats);
+        return;
+    }
     float *sum = ls_scratch(2 * floats * sizeof *sum + ls_attend_scratch_bytes(m)), *chunk = sum + floats;
     void *scratch = chunk + floats;
     int blocks = ls_block_count(m);
@@ -161,11 +174,12 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
         if (first) ops->merge(m, sum, chunk);
     }
     ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, scratch);
+    select_for_later(m, q, q_stride);
 }
 
 static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) {
     reader r = reader_of(s, l, p->item);
-    if (r.m.form || r.m.chosen)
+    if (ls_reads_whole(&r.m))
         ls_attend_whole(&r.m, r.q, r.stride, r.out, r.out_stride);
     else
         ls_current()->attend(&r.m, 0, p->first, p->count, p->first % LS_CHUNK_BLOCKS != 0, r.q, r.stride,
@@ -175,7 +189,7 @@ static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) 
 /* One item, once all pieces are done. */
 static void meet(const ls_run *s, const ls_layer *l, int item) {
     reader r = reader_of(s, l, item);
-    if (r.m.form || r.m.chosen) return;
+    if (ls_reads_whole(&r.m)) return;
     const ls_ops *ops = ls_current();
     const ls_piece *p = s->line.piece + s->line.first_piece[item], *end = s->line.piece + s->line.first_piece[item + 1];
     size_t floats = ls_partial_floats(&r.m);
@@ -191,6 +205,7 @@ static void meet(const ls_run *s, const ls_layer *l, int item) {
     }
     if (chunk != sum) ops->merge(&r.m, sum, chunk);
     ops->end_attention(&r.m, 0, r.q, r.stride, sum, r.out, r.out_stride, ls_scratch(ls_attend_scratch_bytes(&r.m)));
+    select_for_later(&r.m, r.q, r.stride);
 }
 
 void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {
