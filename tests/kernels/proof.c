@@ -256,6 +256,8 @@ static void fold(int width, int squared_relu) {
 #include "proof_lean.inc.h"
 #include "proof_grow.inc.h"
 #include "proof_pool.inc.h"
+#include "proof_positions.inc.h"
+#include "proof_rebuilt.inc.h"
 #include "proof_select.inc.h"
 #include "proof_summed.inc.h"
 #include "proof_canvas.inc.h"
@@ -274,6 +276,8 @@ int main(void) {
         all_heads();
         all_lean();
         all_growth();
+        all_positions();
+        all_rebuilt();
         all_selected();
         all_summed();
         all_canvases();

@@ -11,6 +11,7 @@ from kernels.test_native_step import DISTANT, MIXERS, TREE, model
 
 from linspec.decoding.step import StepInput
 from linspec.mixers.config import MixerConfig
+from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.models.own_forms import near_sighted
 from linspec.state.pages import PAGE
@@ -23,6 +24,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "taps": {"mixers": (MixerConfig(taps=5),) * 3},
     "bias": DISTANT,
     "wide": {"head_width": 64},
+    "delta": {"mixers": (MIXERS["delta"], MIXERS["delta-taps"], MIXERS["delta"])},
+    "tidal": {
+        "mixers": tuple(
+            make_mixer(f"tidal:budget=40,group=8,span=2,selects={selects}")
+            for selects in ("true", "false", "false")
+        )
+    },
 }
 
 

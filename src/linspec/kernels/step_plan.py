@@ -74,8 +74,12 @@ class AttentionPlan:
     judged: rows that are judged together. budget: rows that stay of the groups that close, which the last
     `asked` queries of each group decide as it closes; the queries lie behind the key of their token. A row is
     worth what they have weighed it, of all groups together, or where pool is not 0 the greatest of what those
-    of the newest group weigh it and its neighbours, `pool` rows. bias [H, D]: joins scores, or squares, by
-    distance; the last column is for all greater ones.
+    of the newest group weigh it and its neighbours, `pool` rows. threshold: rows ahead of the span are read by
+    keys that are rebuilt from their changes above it, as mixers/ops/key_changes.py says; None without.
+    positions: rows ahead of the span that a node reads, those that the nearest layer before selected for it;
+    selects: it reads all rows and selects so many for later layers, those with the greatest products for the
+    best query head of a KV head. bias [H, D]: joins scores, or squares, by distance; the last column is for
+    all greater ones.
     """
 
     window: int = 0
@@ -90,7 +94,15 @@ class AttentionPlan:
     budget: int = 0
     asked: int = 0
     pool: int = 0
+    threshold: float | None = None
+    positions: int = 0
+    selects: bool = False
     bias: torch.Tensor | None = None
+
+    @property
+    def sees_far(self) -> bool:
+        """Whether rows ahead of the span are read too, in a way of their own."""
+        return self.threshold is not None or self.positions > 0
 
     @property
     def plain(self) -> bool:
@@ -100,7 +112,8 @@ class AttentionPlan:
     @property
     def both_ways(self) -> bool:
         """Whether a node can also see rows behind it: those of near groups, and sums of others."""
-        return self.bias is None and not (self.window or self.sinks or self.chosen or self.budget)
+        limited = self.window or self.sinks or self.chosen or self.budget or self.sees_far
+        return self.bias is None and not limited
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from linspec.decoding.tree_mask import TreeMask
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.ops.exact import Groups
@@ -55,6 +56,11 @@ class Delta(Softmax):
         self.groups = Groups(mixer.group, mixer.span)
         self.threshold = mixer.own_options(DeltaOptions).threshold
         self.ends_alone = not mixer.taps
+
+    def attention_plan(self) -> AttentionPlan | None:
+        return AttentionPlan(
+            group=self.groups.size, span=self.groups.span, threshold=self.threshold
+        )
 
     # ---- step form
 

@@ -9,6 +9,7 @@ import torch
 
 from linspec.decoding.tree_mask import TreeMask
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.handed import hand_on, handed
@@ -82,6 +83,14 @@ class Tidal(Selecting):
             else MixerConfig()
             for layer in range(count)
         ]
+
+    def attention_plan(self) -> AttentionPlan | None:
+        return AttentionPlan(
+            group=self.groups.size,
+            span=self.groups.span,
+            positions=self.budget,
+            selects=self.selects,
+        )
 
     # ---- what is selected
 

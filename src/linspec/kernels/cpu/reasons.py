@@ -51,6 +51,8 @@ def why_not(plan: StepPlan) -> str | None:
         f"tokens and pages of {PAGE} by codes or {JUDGED} by bounds, which this model has not": (
             not _selects(plan)
         ),
+        "positions are read in the one-call step behind a layer that selects as many, by the same groups, "
+        "which this model has not": not _hands_on(plan),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
 
@@ -63,6 +65,22 @@ def _selects(plan: StepPlan) -> bool:
         for each in found
         if isinstance(each, AttentionPlan) and each.chosen
     )
+
+
+def _hands_on(plan: StepPlan) -> bool:
+    """Whether each layer that reads positions finds such as it reads, from the nearest layer that selects."""
+    selected: dict[int, tuple[int, int, int]] = {}
+    parts = (part for layer in plan.layers if layer.mixes for part in layer.parts)
+    for part in parts:
+        reads = part.attention
+        if not isinstance(reads, AttentionPlan) or not reads.positions:
+            continue
+        like = reads.group, reads.span, reads.positions
+        if reads.selects:
+            selected |= dict.fromkeys(part.heads, like)
+        elif any(selected.get(head) != like for head in part.heads):
+            return False
+    return True
 
 
 def why_not_over(plan: StepPlan) -> str | None:

@@ -287,20 +287,14 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
             entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
             entry.summed = pointer(_summed(plan))
             continue
-        for name in (
-            "window",
-            "group",
-            "span",
-            "squared_relu",
-            "alpha",
-            "sinks",
-            "chosen",
-            "coded",
-            "budget",
-            "asked",
-            "pool",
-        ):
+        same = "window squared_relu alpha sinks chosen coded budget asked pool positions selects"
+        for name in same.split():
             setattr(entry, name, getattr(plan, name))
+        if plan.sees_far:
+            entry.far_group, entry.far_span = plan.group, plan.span
+        else:
+            entry.group, entry.span = plan.group, plan.span
+        entry.rebuilt, entry.threshold = plan.threshold is not None, plan.threshold or 0.0
     return table
 
 

@@ -192,6 +192,15 @@ class SummedStruct(Struct):
     "ls_mixer_part",
     Field("const ls_summed *", "summed", "null: attention"),
     Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
+    Field(
+        "int64_t", "far_group far_span", "rows ahead of so many groups are *far* ones; 0: none are"
+    ),
+    Field("int32_t", "rebuilt", "far keys are read as rebuilt.inc.h says"),
+    Field("float", "threshold", "of these"),
+    Field(
+        "int32_t", "positions", "far ones that a node selects or reads, see positions.inc.h; or 0"
+    ),
+    Field("int32_t", "selects", "it reads all rows, and selects for later layers"),
     Field("int32_t", "sinks", "first rows of the text, seen from everywhere"),
     Field("int32_t", "state", "kind of state, an index into `committed` of an input"),
     Field("int32_t", "squared_relu", "weights relu(q.k)^2 of unit features instead of a softmax"),

@@ -16,7 +16,9 @@ typedef struct {
     int from, shared, any_own;
     int then; /* where the block begins that is read next; 0: behind this one */
     row_block rows, staged;
-    float *space;  /* of `rows`, and behind it of `staged` */
+    int whole, least_far, most_far, rebuilt_to; /* whether some query reads whole keys; see rebuilt.inc.h */
+    row_block rebuilt, rebuilt_staged;          /* their keys alone */
+    float *space;  /* of `rows`, then of `staged`, then of what is rebuilt */
     float *turned; /* the first queries of a run, as many.inc.h wants them */
     const query *turned_of;
     int turned_count;
@@ -29,6 +31,8 @@ INLINE int own_rows(const block *b, const query *q, int32_t *indices) {
     for (int i = begin; i < end; i++) indices[i - begin] = q->visible->ancestors[i - b->m->committed];
     return end > begin ? end - begin : 0;
 }
+
+#include "rebuilt.inc.h"
 
 /* to scores, or weights, of `count` rows from position `from` on */
 static void add_bias(const ls_mixer *m, const float *bias, int position, int from, int count, float *scores) {
@@ -75,17 +79,15 @@ INLINE void add_own_values(const block *b, const int32_t *indices, int own, floa
 /* Some queries over a block; their number is a constant, so that their sums stay in registers. */
 INLINE void attend_some(const block *b, const query *queries, int count) {
     const ls_mixer *m = b->m;
-    float scores[LS_QUERIES][BLOCK], staged[LS_QUERIES][BLOCK], weights[LS_QUERIES][BLOCK];
+    float scores[LS_QUERIES][BLOCK], weights[LS_QUERIES][BLOCK];
     int32_t indices[LS_QUERIES][BLOCK];
     int own[LS_QUERIES] = {0};
     float sums[LS_QUERIES][LS_MAX_HEAD_WIDTH];
     joint joints[LS_QUERIES];
     accumulator to[LS_QUERIES];
-    score_rows(m, &b->rows, queries, count, scores);
-    if (b->any_own) score_rows(m, &b->staged, queries, count, staged);
+    score_shared(b, queries, count, scores);
+    if (b->any_own) score_own(b, queries, count, indices, own, scores);
     for (int j = 0; j < count; j++) {
-        if (b->any_own) own[j] = own_rows(b, queries + j, indices[j]);
-        for (int i = 0; i < own[j]; i++) scores[j][b->shared + i] = staged[j][indices[j][i]];
         softmax_state state = to_weights(m, queries + j, b->from, b->shared + own[j], scores[j]);
         joints[j] = join_states(m, queries[j].state, &state);
         for (int i = 0; m->row_kind == LS_INT8 && i < b->shared; i += LS_LANES)
@@ -121,12 +123,13 @@ static void attend_queries(const block *b, const query *queries, int count) {
 /* Make the rows of the block ready that begins at position `from`, for `seeing` queries. */
 static void begin_block(block *b, int from, int seeing) {
     const ls_mixer *m = b->m;
-    int left = m->committed - from;
+    int left = m->committed - from, then = b->then ? b->then : from + BLOCK;
     b->from = from;
     b->shared = left < 0 ? 0 : left < BLOCK ? left : BLOCK;
     b->any_own = left < BLOCK && m->staged;
-    read_rows(m, b->keys, b->values, from, b->shared, b->then ? b->then : from + BLOCK, seeing <= 3 * LS_QUERIES,
-              b->space, &b->rows);
+    b->whole = 1;
+    if (m->rebuilt) begin_rebuilt(b, then);
+    read_rows(m, b->whole ? b->keys : NULL, b->values, from, b->shared, then, seeing <= 3 * LS_QUERIES, b->space, &b->rows);
     /* once for all blocks that have staged rows */
     if (b->any_own && !b->staged.count)
         read_rows(m, b->keys, b->values, m->committed, m->staged, m->committed + BLOCK, 0,
@@ -171,9 +174,9 @@ static void prepare_queries(const ls_mixer *m, int head, const float *q, int64_t
                             .bias = m->bias ? m->bias + (int64_t)(i % repeats) * m->bias_distances : NULL, .codes = (int8_t *)space};
         /* ahead of the offsets of blocks, for which the floats leave room */
         queries[i].block_offsets = (int32_t *)(queries[i].codes + codes);
-        if (m->row_kind == LS_INT8)
+        if (met_kind(m) == LS_INT8)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 0, queries[i].codes, &queries[i].offset);
-        else if (m->row_kind == LS_INT4)
+        else if (met_kind(m) == LS_INT4)
             queries[i].scale = quantize_row(from, m->width, codes, 1, 1, queries[i].codes, queries[i].block_offsets);
         else
             memcpy(space, from, sizeof(float) * (size_t)m->width);
@@ -206,11 +209,12 @@ static void attend_blocks(const ls_mixer *m, int head, int first, int count, int
                           int64_t q_stride, float *partial, void *scratch) {
     size_t floats = ls_query_count(m) * (size_t)ls_up16(m->width);
     float *space = (float *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
-    float *turned = space + 2 * ls_block_floats(m), *plain = turned + floats;
+    float *turned = space + ls_read_floats(m), *plain = turned + floats;
     query *queries = (query *)(plain + floats);
     prepare_queries(m, head, q, q_stride, queries, plain);
     block b = {.m = m, .keys = m->keys + head * m->key_stride,
-               .values = m->values + head * m->value_stride, .space = space, .turned = turned};
+               .values = m->values + head * m->value_stride, .space = space, .turned = turned, .rebuilt_to = -1};
+    if (m->rebuilt) find_far(&b, queries);
     begin_partial(m, partial, queries);
     if (m->sinks && first == 0) attend_sinks(m, b, queries);
     for (int i = first, kept = ls_kept_blocks(m->budget); i < first + count; i++) {

@@ -14,7 +14,7 @@
 #define LS_ROWS 8    /* most rows of a block */
 #define LS_INT4_BYTES 576 /* of one group of one tile: 32 scales, 512 packed bytes */
 #define LS_BLOCK LS_PAGE /* rows whose sums are made together */
-#define LS_QUERY_FLOATS 34 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
+#define LS_QUERY_FLOATS 35 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
 #define LS_CHUNK 1024 /* rows whose blocks are put together before the next ones, see merge.inc.h */
 #define LS_READINGS 4 /* most queries that read the same rows of sums together */
 #define LS_CHUNK_BLOCKS (LS_CHUNK / LS_BLOCK)
@@ -44,7 +44,9 @@ typedef struct {
     int32_t committed;                /* committed rows, which every node sees */
     int32_t staged, nodes;            /* staged rows after this step; new nodes, the last of them */
     int32_t summed;                   /* first rows that the sums hold already */
-    int64_t window, group, span;
+    int64_t window, group, span, far_group, far_span;
+    int32_t rebuilt;
+    float threshold;
     int32_t squared_relu;
     float score_factor;               /* on q.k ahead of a softmax, beside 1 / sqrt(width) */
     float score_scale, score_cap;     /* both together; a cap of 0 is none */
@@ -74,6 +76,9 @@ typedef struct {
     const float *kept;                /* [budget][2 * width + 1] */
     const float *kept_next;           /* once the rows before next_summed are among them, where that is known; or null */
     int32_t next_summed;
+    int32_t positions, selects;
+    int32_t *lists;                   /* [nodes], of what each selected, see positions.inc.h; list_stride: to the next one */
+    int64_t list_stride;
 } ls_mixer;
 
 static inline size_t ls_query_count(const ls_mixer *m) {
@@ -83,10 +88,14 @@ static inline size_t ls_query_count(const ls_mixer *m) {
 static inline int ls_up16(int n) { return (n + 15) & ~15; }
 /* floats of the keys and values of a block of rows */
 static inline size_t ls_block_floats(const ls_mixer *m) { return (size_t)(2 * LS_BLOCK * ls_up16(m->width)); }
-/* two blocks of rows, then for each query its features, once more by features, and itself */
+/* two blocks of rows; where keys are rebuilt the keys of two more, and one */
+static inline size_t ls_read_floats(const ls_mixer *m) {
+    return m->rebuilt ? 3 * ls_block_floats(m) + (size_t)ls_up16(m->width) : 2 * ls_block_floats(m);
+}
+/* these, then for each query its features, once more by features, and itself */
 static inline size_t ls_attend_scratch_bytes(const ls_mixer *m) {
     size_t query = 2 * (size_t)ls_up16(m->width) + LS_QUERY_FLOATS;
-    return 64 + sizeof(float) * (2 * ls_block_floats(m) + ls_query_count(m) * query);
+    return 64 + sizeof(float) * (ls_read_floats(m) + ls_query_count(m) * query);
 }
 /* numbers of what judges a page by codes, or LS_JUDGED pages by bounds */
 static inline int64_t ls_judge_numbers(const ls_mixer *m) {
@@ -100,6 +109,16 @@ static inline size_t ls_select_scratch_bytes(const ls_mixer *m) {
     size_t floats = queries + groups * (size_t)m->nodes + (size_t)m->chosen;
     return ls_attend_scratch_bytes(m) + 3 * 64 + sizeof(float) * floats + sizeof(uint64_t) * groups;
 }
+/* where nodes select positions: queries, and what rows count for each node; where they read them: and gathered rows */
+static inline size_t ls_positions_scratch_bytes(const ls_mixer *m) {
+    size_t rows = (size_t)(m->committed + m->staged), block = 2 * LS_BLOCK * (size_t)m->row_bytes;
+    size_t judged = m->selects ? sizeof(float) * rows * (size_t)m->nodes : 0;
+    return ls_attend_scratch_bytes(m) + (judged > block ? judged : block);
+}
+/* whether nodes read the rows of lists */
+static inline int ls_reads_lists(const ls_mixer *m) { return m->positions && !m->selects; }
+/* whether they read these, selected groups, or sums: not block by block */
+static inline int ls_reads_whole(const ls_mixer *m) { return m->form || m->chosen || ls_reads_lists(m); }
 /* of groups that become rows: these, what they were made of, weights and places of all rows; or a block of rows */
 static inline size_t ls_compressed_scratch_bytes(const ls_mixer *m) {
     size_t rows = (size_t)(m->committed + m->staged - m->summed), made = (size_t)m->form->kept_rows;
@@ -210,6 +229,10 @@ typedef struct {
      * partial sums. scratch: ls_select_scratch_bytes(m) */
     void (*attend_selected)(const ls_mixer *m, const float *q, int64_t q_stride, float *partial, float *more,
                             void *scratch);
+    /* What the nodes of the one kv head of m select for later layers, in its lists; as `attend` over the rows of such lists
+     * and over their span. scratch: ls_positions_scratch_bytes(m) */
+    void (*select_positions)(const ls_mixer *m, const float *q, int64_t q_stride, void *scratch);
+    void (*attend_listed)(const ls_mixer *m, const float *q, int64_t q_stride, float *partial, void *scratch);
     /* what judges the pages first .. last - 1 of the one kv head of m, from its rows: bounds, or codes */
     void (*bound_pages)(const ls_mixer *m, int first, int last);
     void (*code_pages)(const ls_mixer *m, int first, int last);
@@ -289,6 +312,8 @@ static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }
 
 /* heads.c: indices of the `top` largest of x, largest first, lower ones first among equals */
 void ls_top_k(const float *x, int count, int top, int32_t *to);
+/* positions.c: indices of the `most` greatest of x, of equal ones the first, in ascending order; returns how many */
+int32_t ls_greatest(const float *x, int count, int most, int32_t *to);
 /* blocks.c: the weights of one channel as floats */
 void ls_block_row(const ls_linear_part *part, int inputs, int channel, float *to);
 

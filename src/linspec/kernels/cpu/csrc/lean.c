@@ -46,7 +46,7 @@ static int item_blocks(const ls_decoder *d, const ls_batch *b, const ls_layer *l
     const ls_step_input *in = b->input + item / d->kv_heads;
     const ls_mixer_part *p = l->part + l->part_of[item % d->kv_heads];
     int64_t rows = (int64_t)in->committed[p->state] + in->staged;
-    if (p->summed || p->chosen) return 1; /* sums, and what is selected, are read as a whole */
+    if (p->summed || p->chosen || (p->positions && !p->selects)) return 1; /* see ls_reads_whole */
     if (p->budget && ls_closing_groups(rows, p->group, p->span)) return 1; /* and groups that close */
     return ls_kept_blocks(p->budget) + ls_blocks_within(rows, p->window, p->group, p->span);
 }
@@ -139,8 +139,15 @@ static reader reader_of(const ls_run *s, const ls_layer *l, int item) {
     int head = item % d->kv_heads;
     int64_t stride = ls_projected_stride(d), out_stride = (int64_t)d->heads * d->head_width;
     int64_t column = ls_query_column(d, head);
-    return (reader){ls_mixer_of(d, l, in, head), s->projected + in->first * stride + column,
-                    s->attended + in->first * out_stride + column, stride, out_stride};
+    reader r = {ls_mixer_of(d, l, in, head), s->projected + in->first * stride + column,
+                s->attended + in->first * out_stride + column, stride, out_stride};
+    ls_place_lists(s, in, head, &r.m);
+    return r;
+}
+
+/* what later layers read, where they read what this one selects */
+static void select_for_later(const ls_mixer *m, const float *q, int64_t q_stride) {
+    if (m->selects) ls_current()->select_positions(m, q, q_stride, ls_scratch(ls_positions_scratch_bytes(m)));
 }
 
 /* All blocks of an item, chunk by chunk; space: room for two partial sums, then ls_attend_scratch_bytes */
@@ -155,6 +162,7 @@ static void attend_chunks(const ls_mixer *m, const float *q, int64_t q_stride, f
         if (first) ops->merge(m, sum, chunk);
     }
     ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, scratch);
+    select_for_later(m, q, q_stride);
 }
 
 /* how many groups evict rows on the way to a node */
@@ -198,11 +206,17 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
         ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, rest);
         return;
     }
+    if (ls_reads_lists(m)) {
+        float *sum = ls_scratch(floats * sizeof *sum + ls_positions_scratch_bytes(m));
+        ops->attend_listed(m, q, q_stride, sum, sum + floats);
+        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, sum + floats);
+        return;
+    }
     attend_chunks(m, q, q_stride, out, out_stride, ls_scratch(2 * floats * sizeof *out + ls_attend_scratch_bytes(m)));
 }
 
 /* whether an item is read as a whole, see item_blocks */
-static int is_whole(const ls_mixer *m) { return m->form || m->chosen || closing_groups(m); }
+static int is_whole(const ls_mixer *m) { return ls_reads_whole(m) || closing_groups(m); }
 
 static void attend_piece(const ls_run *s, const ls_layer *l, const ls_piece *p) {
     reader r = reader_of(s, l, p->item);
@@ -232,6 +246,7 @@ static void meet(const ls_run *s, const ls_layer *l, int item) {
     }
     if (chunk != sum) ops->merge(&r.m, sum, chunk);
     ops->end_attention(&r.m, 0, r.q, r.stride, sum, r.out, r.out_stride, ls_scratch(ls_attend_scratch_bytes(&r.m)));
+    select_for_later(&r.m, r.q, r.stride);
 }
 
 void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads) {

@@ -148,11 +148,11 @@ INLINE void join_lanes(const query *queries, softmax_lanes later, accumulator *t
 INLINE void score_all_lanes(const ls_mixer *m, const row_block *rows, const query *queries, const float *turned,
                             float (*scores)[LS_LANES]) {
     const int32_t *fours = (const int32_t *)turned;
-    if (m->row_kind == LS_INT8) {
+    if (met_kind(m) == LS_INT8) {
         int32_t offsets[LS_LANES];
         for (int j = 0; j < LS_LANES; j++) offsets[j] = LS_DOT_FLIP ? queries[j].offset : 0;
         score_lane_codes(rows, fours, vli_load(offsets), (m->width + 3) / 4, scores);
-    } else if (m->row_kind == LS_INT4) {
+    } else if (met_kind(m) == LS_INT4) {
         float sums[LS_MAX_HEAD_WIDTH / LS_GROUP][LS_LANES];
         for (int b = 0; b < nibble_blocks(m); b++)
             for (int j = 0; j < LS_LANES; j++) sums[b][j] = sum_of_codes(queries + j, b);
@@ -169,7 +169,7 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
     float scores[BLOCK + LANE_KEYS][LS_LANES] __attribute__((aligned(64)));
     float factors[LS_LANES];
     accumulator to[LS_LANES];
-    score_all_lanes(m, rows, queries, turned, scores);
+    score_all_lanes(m, b->whole ? rows : &b->rebuilt, queries, turned, scores);
     for (int j = 0; j < LS_LANES; j++) factors[j] = score_scale(m, queries + j);
     join_lanes(queries, lanes_to_exponentials(rows->count, vl_load(factors), m->score_cap, scores), to);
     for (int i = 0; m->row_kind == LS_INT8 && i < rows->count; i++)
@@ -188,6 +188,7 @@ static void attend_lanes(const block *b, const query *queries, const float *turn
 INLINE int fits_lanes(const block *b) {
     const ls_mixer *m = b->m;
     if (b->any_own || !b->shared || m->bias || m->squared_relu || b->rows.value_kind != LS_F32) return 0;
+    if (b->rebuilt.count) return !b->whole;
     return has_codes(m) || b->rows.key_kind == LS_F32;
 }
 

@@ -10,6 +10,7 @@
 #include "attention.inc.h"
 #include "sinks.inc.h"
 #include "select.inc.h"
+#include "positions.inc.h"
 #include "combine.inc.h"
 #include "summed.inc.h"
 #include "compressed.inc.h"

@@ -9,8 +9,10 @@
 
 INLINE int nibble_blocks(const ls_mixer *m) { return (m->width + LS_GROUP - 1) / LS_GROUP; }
 
-/* whether keys are codes, so that queries become codes as well */
-INLINE int has_codes(const ls_mixer *m) { return m->row_kind == LS_INT8 || m->row_kind == LS_INT4; }
+/* what queries meet keys as: those that are rebuilt are floats */
+INLINE int met_kind(const ls_mixer *m) { return m->rebuilt ? LS_F32 : m->row_kind; }
+/* whether keys are codes there, so that queries become codes as well */
+INLINE int has_codes(const ls_mixer *m) { return met_kind(m) == LS_INT8 || met_kind(m) == LS_INT4; }
 
 /* the two halves of each lane as floats */
 INLINE void widen_pairs(vli pairs, vl *low, vl *high) {

@@ -101,34 +101,71 @@ static void tile_rows(const char *rows, int64_t stride, int count, int quads, in
         }
 }
 
-/* Make `count` rows from `first` on ready for few queries or for many, those from `then` on being the next; space:
- * ls_block_floats. */
-static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int then, int few,
-                      float *space, row_block *to) {
-    const char *next = key_address(m, keys, then);
-    keys = key_address(m, keys, first);
-    int64_t key_ahead = next - keys;
-    to->ahead = value_address(m, values, then);
-    values = value_address(m, values, first);
+/* `count` keys as the floats that they stand for; see widen_kind */
+static void widen_keys(const ls_mixer *m, const char *rows, int count, int64_t ahead, float *to) {
+    int padded = ls_up16(m->width);
+    widen_rows(m, rows, m->row_bytes, count, ahead, to);
+    for (int i = 0; m->row_kind == LS_INT8 && i < count; i++, to += padded) {
+        vl scale = vl_set1(row_scale(rows + i * m->row_bytes, m));
+        for (int c = 0; c < padded; c += LS_LANES) vl_store(to + c, vl_load(to + c) * scale);
+    }
+}
+
+/* Such floats are the keys of a block. */
+static void use_keys(const ls_mixer *m, const float *keys, int count, row_block *to) {
     to->count = count;
-    to->fresh = 1;
-    to->values = ready(m, values, m->value_bytes, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
-                       &to->value_stride);
+    to->keys = (const char *)keys;
+    to->key_kind = LS_F32;
+    to->key_stride = ls_up16(m->width) * (int64_t)sizeof *keys;
+}
+
+/* bytes from the key at `first` to the one that is read next */
+INLINE int64_t bytes_ahead(const ls_mixer *m, const char *keys, int first, int then) {
+    return key_address(m, keys, then) - key_address(m, keys, first);
+}
+
+static void read_keys(const ls_mixer *m, const char *keys, int first, int count, int then, int few, float *space,
+                      row_block *to) {
+    int64_t ahead = bytes_ahead(m, keys, first, then);
+    keys = key_address(m, keys, first);
     if (!has_codes(m)) {
-        to->keys = ready(m, keys, m->row_bytes, count, few, key_ahead, space, &to->key_kind, &to->key_stride);
-        to->key_ahead = to->keys == keys ? key_ahead : BLOCK * to->key_stride;
+        /* keys that are rebuilt have no scales beside them */
+        if (m->row_kind == LS_INT8) {
+            widen_keys(m, keys, count, ahead, space);
+            use_keys(m, space, count, to);
+        } else {
+            to->keys = ready(m, keys, m->row_bytes, count, few, ahead, space, &to->key_kind, &to->key_stride);
+        }
+        to->key_ahead = to->keys == keys ? ahead : BLOCK * to->key_stride;
         return;
     }
     to->codes = (uint8_t *)space;
     if (m->row_kind == LS_INT4) {
         to->key_steps = space + BLOCK * nibble_blocks(m) * (LS_GROUP / sizeof *space);
-        tile_nibbles(keys, m->row_bytes, count, nibble_blocks(m), key_ahead, to->codes, to->key_steps);
+        tile_nibbles(keys, m->row_bytes, count, nibble_blocks(m), ahead, to->codes, to->key_steps);
         return;
     }
-    tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, key_ahead, to->codes);
-    for (int i = 0; i < count; i++) {
-        to->key_scales[i] = row_scale(keys + i * m->row_bytes, m);
-        to->value_scales[i] = row_scale(values + i * m->value_bytes, m);
-    }
-    for (int i = count; i < BLOCK; i++) to->key_scales[i] = to->value_scales[i] = 0.0f;
+    tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, ahead, to->codes);
+    for (int i = 0; i < BLOCK; i++) to->key_scales[i] = i < count ? row_scale(keys + i * m->row_bytes, m) : 0.0f;
+}
+
+/* space: of a block of rows, whose second half is that of values */
+static void read_values(const ls_mixer *m, const char *values, int first, int count, int then, int few, float *space,
+                        row_block *to) {
+    to->ahead = value_address(m, values, then);
+    values = value_address(m, values, first);
+    to->values = ready(m, values, m->value_bytes, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
+                       &to->value_stride);
+    for (int i = 0; m->row_kind == LS_INT8 && i < BLOCK; i++)
+        to->value_scales[i] = i < count ? row_scale(values + i * m->value_bytes, m) : 0.0f;
+}
+
+/* Make `count` rows from `first` on ready for few queries or for many, those from `then` on being the next; keys and
+ * values: null where they are not read. space: ls_block_floats */
+static void read_rows(const ls_mixer *m, const char *keys, const char *values, int first, int count, int then, int few,
+                      float *space, row_block *to) {
+    to->count = count;
+    to->fresh = 1;
+    if (values) read_values(m, values, first, count, then, few, space, to);
+    if (keys) read_keys(m, keys, first, count, then, few, space, to);
 }

@@ -123,9 +123,9 @@ INLINE void score_nibbles(const row_block *rows, const query *queries, int count
 INLINE void score_rows(const ls_mixer *m, const row_block *rows, const query *queries, int count,
                        float scores[][BLOCK]) {
     int width = ls_up16(m->width);
-    if (m->row_kind == LS_INT8)
+    if (met_kind(m) == LS_INT8)
         score_codes(rows, queries, count, (m->width + 3) / 4, scores);
-    else if (m->row_kind == LS_INT4)
+    else if (met_kind(m) == LS_INT4)
         score_nibbles(rows, queries, count, nibble_blocks(m), scores);
     else if (rows->key_kind == LS_F32)
         score_floats(rows, queries, count, width, LS_F32, scores);

@@ -20,13 +20,7 @@ INLINE uint16_t away(float x, int above) {
 
 /* LS_JUDGED rows from `first` on, as the floats that they stand for: [LS_JUDGED][whole sixteens of features] */
 static void plain_rows(const ls_mixer *m, int64_t first, float *rows) {
-    const char *at = key_address(m, m->keys, first);
-    int padded = ls_up16(m->width);
-    widen_rows(m, at, m->row_bytes, LS_JUDGED, 0, rows);
-    for (int i = 0; m->row_kind == LS_INT8 && i < LS_JUDGED; i++, rows += padded) {
-        vl scale = vl_set1(row_scale(at + i * m->row_bytes, m));
-        for (int c = 0; c < padded; c += LS_LANES) vl_store(rows + c, vl_load(rows + c) * scale);
-    }
+    widen_keys(m, key_address(m, m->keys, first), LS_JUDGED, 0, rows);
 }
 
 /* The greatest and the least of LS_JUDGED rows, feature by feature, and of what `greatest` and `least` hold. */
@@ -187,7 +181,7 @@ static void attend_selected(const ls_mixer *m, const float *q, int64_t q_stride,
     size_t floats = ls_query_count(m) * (size_t)ls_up16(m->width), bytes = sizeof(float) * LS_QUERY_FLOATS * ls_query_count(m);
     int group = (int)m->group, groups = (m->committed + m->staged) / group + 1, chunk = -1;
     float *space = (float *)ls_up64((uintptr_t)scratch), *sum = NULL;
-    float *turned = space + 2 * ls_block_floats(m), *plain = turned + floats;
+    float *turned = space + ls_read_floats(m), *plain = turned + floats;
     query *queries = (query *)(plain + floats);
     query *some = (query *)ls_up64((uintptr_t)queries + bytes);
     uint64_t *seen = (uint64_t *)ls_up64((uintptr_t)some + bytes);

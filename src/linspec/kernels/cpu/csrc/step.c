@@ -55,7 +55,9 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     return (ls_mixer){
         .heads = repeats, .kv_heads = 1, .width = d->head_width,
         .committed = committed, .staged = in->staged, .nodes = in->nodes,
-        .window = p->window, .group = p->group, .span = p->span, .squared_relu = p->squared_relu,
+        .window = p->window, .group = p->group, .span = p->span, .far_group = p->far_group, .far_span = p->far_span,
+        .rebuilt = p->rebuilt, .threshold = p->threshold, .positions = p->positions, .selects = p->selects,
+        .squared_relu = p->squared_relu,
         .score_factor = d->score_factor,
         .score_scale = d->score_factor / __builtin_sqrtf((float)d->head_width), .score_cap = d->score_cap,
         .summed = unseen > 0 ? (int32_t)unseen : 0, .taps = l->taps, .alpha = p->alpha,
@@ -81,6 +83,11 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
     };
 }
 
+/* numbers of all lists of positions */
+static size_t list_room(const ls_decoder *d, const ls_batch *b) {
+    return ls_up64((size_t)b->rows * (size_t)d->kv_heads * (size_t)ls_list_numbers(d, b));
+}
+
 /* floats that mixers have for themselves */
 static size_t mixer_floats(const ls_decoder *d, const ls_batch *b, const ls_line *line) {
     return ls_up64(b->chained ? ls_prompt_floats(d, b) : line->all_floats);
@@ -90,7 +97,7 @@ static size_t mixer_floats(const ls_decoder *d, const ls_batch *b, const ls_line
 LS_API int64_t ls_step_workspace(const ls_decoder *d, const ls_batch *b, int32_t threads) {
     int rows = b->rows > b->outputs ? b->rows : b->outputs;
     ls_line line = ls_line_of(d, b, threads);
-    size_t floats = row_floats(d) * (size_t)rows + mixer_floats(d, b, &line);
+    size_t floats = row_floats(d) * (size_t)rows + mixer_floats(d, b, &line) + list_room(d, b);
     return (int64_t)(floats * sizeof(float) + ls_line_bytes(&line) + packed_bytes(d, rows));
 }
 
@@ -301,7 +308,9 @@ ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int th
     s.projected = s.x + ls_up64(d->width) * (size_t)b->rows;
     s.attended = s.projected + ls_up64(projected_width(d)) * (size_t)b->rows;
     s.partials = s.attended + ls_up64(attended_width(d)) * (size_t)b->rows;
-    char *line = (char *)(s.partials + mixer_floats(d, b, &s.line));
+    s.lists = (int32_t *)(s.partials + mixer_floats(d, b, &s.line));
+    s.list_numbers = ls_list_numbers(d, b);
+    char *line = (char *)(s.lists + list_room(d, b));
     ls_place_line(&s.line, line);
     s.packed = line + ls_line_bytes(&s.line);
     return s;

@@ -11,6 +11,8 @@ typedef struct {
     float *partials;                 /* of the mixers, see lean.c; of a prompt, see prompt.c */
     ls_line line;
     size_t far_floats;               /* see canvas.c */
+    int32_t *lists;                  /* [rows][kv_heads][list_numbers]: what nodes selected, see positions.inc.h */
+    int64_t list_numbers;
     void *packed;
 } ls_run;
 
@@ -55,6 +57,10 @@ void ls_mix_inputs(const ls_run *s, const ls_layer *l, int thread, int threads);
 void ls_keep_judge(const ls_run *s, const ls_layer *l, int input, int head);
 /* whether nodes select in one of its kv heads */
 int ls_any_selected(const ls_run *s, const ls_layer *l);
+
+/* positions.c: numbers of a list, at most; where the lists of one input and kv head are */
+int64_t ls_list_numbers(const ls_decoder *d, const ls_batch *b);
+void ls_place_lists(const ls_run *s, const ls_step_input *in, int head, ls_mixer *m);
 
 /* whether inputs are pieces of what overwrites */
 static inline int ls_over_pieces(const ls_batch *b) { return b->chained && b->input->overwritten; }

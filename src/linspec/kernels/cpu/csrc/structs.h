@@ -91,6 +91,11 @@ typedef struct {
 typedef struct {
     const ls_summed *summed;                 /* null: attention */
     int64_t window, group, span;             /* nearest rows, rows of a group, exact groups; 0: all */
+    int64_t far_group, far_span;             /* rows ahead of so many groups are *far* ones; 0: none are */
+    int32_t rebuilt;                         /* far keys are read as rebuilt.inc.h says */
+    float threshold;                         /* of these */
+    int32_t positions;                       /* far ones that a node selects or reads, see positions.inc.h; or 0 */
+    int32_t selects;                         /* it reads all rows, and selects for later layers */
     int32_t sinks;                           /* first rows of the text, seen from everywhere */
     int32_t state;                           /* kind of state, an index into `committed` of an input */
     int32_t squared_relu;                    /* weights relu(q.k)^2 of unit features instead of a softmax */
@@ -266,7 +271,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    883959914, \
+    46900741, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -286,6 +291,9 @@ typedef struct {
         offsetof(ls_summed, row_values), \
     sizeof(ls_mixer_part), offsetof(ls_mixer_part, summed), offsetof(ls_mixer_part, window), \
         offsetof(ls_mixer_part, group), offsetof(ls_mixer_part, span), \
+        offsetof(ls_mixer_part, far_group), offsetof(ls_mixer_part, far_span), \
+        offsetof(ls_mixer_part, rebuilt), offsetof(ls_mixer_part, threshold), \
+        offsetof(ls_mixer_part, positions), offsetof(ls_mixer_part, selects), \
         offsetof(ls_mixer_part, sinks), offsetof(ls_mixer_part, state), \
         offsetof(ls_mixer_part, squared_relu), offsetof(ls_mixer_part, kv_heads), \
         offsetof(ls_mixer_part, conv_history), offsetof(ls_mixer_part, alpha), \

@@ -1,21 +1,26 @@
 /* Which rows a node sees. Part of every isa_*.c. */
 
-/* The rows that a node sees: how many, the first of them, which staged rows are its ancestors. Nodes that
- * overwrite have none of their own: they see what is committed, before and behind them. */
+/* The rows that a node sees: how many, the first of them, how many are far, which staged rows are its ancestors. Nodes
+ * that overwrite have none of their own: they see what is committed, before and behind them. */
 typedef struct {
-    int32_t count, first;
+    int32_t count, first, far;
     uint8_t ancestors[LS_MAX_NODES];
 } visible_rows;
+
+/* where the last `span` groups begin of so many rows */
+INLINE int32_t span_begin(int32_t count, int64_t group, int64_t span) {
+    int64_t first = ((count - 1) / group - (span - 1)) * group;
+    return first > 0 ? (int32_t)first : 0;
+}
 
 static void find_visible(const ls_mixer *m, int node, visible_rows *v) {
     uint64_t seen = m->ancestors ? m->ancestors[m->staged - m->nodes + node] : 0;
     v->count = m->committed;
     for (; seen; seen &= seen - 1)
         v->ancestors[v->count++ - m->committed] = (uint8_t)__builtin_ctzll(seen);
-    int64_t first = 0;
-    if (m->window) first = v->count - m->window;
-    if (m->group) first = ((v->count - 1) / m->group - (m->span - 1)) * m->group;
-    v->first = first > 0 ? (int32_t)first : 0;
+    v->first = m->window && v->count > m->window ? v->count - (int32_t)m->window : 0;
+    if (m->group) v->first = span_begin(v->count, m->group, m->span);
+    v->far = m->far_group ? span_begin(v->count, m->far_group, m->far_span) : 0;
 }
 
 /* index of the row at `position`, which may be negative for values */
