@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,100 @@ def test_a_file_under_the_name_of_another_text_is_not_used(
     mine.write_bytes(other.read_bytes())
     assert ask(engine_of(model, places[0]), [*texts[0], 1]).cached_tokens == 0
     assert "holds another text" in caplog.text
+
+
+def test_a_file_of_another_model_gave_its_states_to_who_renamed_it(tmp_path: Path) -> None:
+    """The same text, read by other weights."""
+    one, two = tiny_model("softmax"), tiny_model("softmax", seed=1)
+    text = kept(one, tmp_path / "one", random_tokens(PIECE + 9, seed=1))
+    kept(two, tmp_path / "two", text)
+    (file,), (foreign,) = files(tmp_path / "one"), files(tmp_path / "two")
+    file.write_bytes(foreign.read_bytes())
+    found = ask(engine_of(one, tmp_path / "one"), [*text, 1])
+    assert output(found) == output(ask(engine_of(one, None), [*text, 1]))
+    assert not found.cached_tokens
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug", "window"])
+@pytest.mark.parametrize("change", [made_empty, other_numbers])
+def test_a_file_that_was_cut_while_its_state_was_in_use_ended_the_process(
+    mixer: str, change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    model = tiny_model(mixer)
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    later, turn = engine_of(model, tmp_path), [*tokens, 1, 2]
+    assert ask(later, turn).cached_tokens
+    for file in files(tmp_path):
+        change(file)
+    found = ask(later, turn)
+    assert output(found) == output(ask(engine_of(model, None), turn)) and found.cached_tokens
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_a_pipe_or_link_under_the_name_of_a_file_was_waited_for(
+    mixer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(mixer)
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    store = files(tmp_path)[0].parent
+    for number, make in enumerate([os.mkfifo, os.mkdir, partial(os.symlink, "/nowhere")]):
+        make(store / f"{PIECE}-{number:032x}.safetensors")
+    engine = engine_of(model, tmp_path)
+    assert caplog.text.count("is no file of a prefix store and is left alone") == 3
+    # one that takes the place of a file later
+    for file in files(tmp_path):
+        file.unlink()
+        os.mkfifo(file)
+    found = ask(engine, [*tokens, 1])
+    assert output(found) == output(ask(engine_of(model, None), [*tokens, 1]))
+    assert not found.cached_tokens
+
+
+def test_what_a_killed_server_was_writing_stayed_for_ever(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    store = files(tmp_path)[0].parent
+    left = store / f".{PIECE}-{1:032x}.safetensors.writing-{2:032x}"
+    held = store / f".{PIECE}-{1:032x}.safetensors.writing-{3:032x}"
+    left.write_bytes(b"half")
+    with held.open("wb") as file:
+        # of a server that still writes
+        fcntl.flock(file, fcntl.LOCK_EX)
+        engine_of(model, tmp_path)
+    assert held.exists() and not left.exists()
+
+
+def test_a_file_that_another_server_removed_came_back_empty(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    engine = engine_of(model, tmp_path)
+    load = prefix_store.unpack
+
+    def removed(*given: Any) -> Any:
+        for file in files(tmp_path):
+            file.unlink()
+        return load(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_store, "unpack", removed)
+        assert ask(engine, [*tokens, 1]).cached_tokens
+    assert not files(tmp_path)
+
+
+def test_damaged_files_counted_for_nothing_and_filled_the_disk(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    for file in files(tmp_path):
+        other_numbers(file)
+    size = max(file.stat().st_size for file in files(tmp_path))
+    engine = engine_of(model, tmp_path, limit=3 * size)
+    store = cache_of(engine).store
+    assert store is not None and not ask(engine, [*tokens, 1]).cached_tokens
+    assert store.bytes == sum(file.stat().st_size for file in files(tmp_path))
+    for seed in range(2, 6):
+        ask(engine, random_tokens(PIECE + 20, seed=seed))
+        cache_of(engine).flush()
+        assert sum(file.stat().st_size for file in files(tmp_path)) <= 3 * size
 
 
 def test_models_and_kinds_of_caches_have_files_of_their_own(tmp_path: Path) -> None:

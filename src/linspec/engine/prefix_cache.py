@@ -36,7 +36,8 @@ from pathlib import Path
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.engine.budget import PIECE
-from linspec.engine.prefix_store import Kept, PrefixStore
+from linspec.engine.prefix_file import Kept
+from linspec.engine.prefix_store import PrefixStore
 from linspec.engine.prefix_tree import (
     Match,
     Node,
