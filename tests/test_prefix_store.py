@@ -132,7 +132,8 @@ def test_a_damaged_file_is_skipped_with_a_warning(
     found = ask(later, [*tokens, 1, 2])
     assert found.cached_tokens == 0
     assert output(found) == output(ask(engine_of(model, None), [*tokens, 1, 2]))
-    assert "was skipped, it cannot be read" in caplog.text
+    # once each
+    assert caplog.text.count("was skipped, it cannot be read") == len(files(tmp_path))
     # and it is written again
     ask(later, tokens[: PIECE + 20])
     cache_of(later).flush()

@@ -116,9 +116,9 @@ class PrefixStore:
             if self.states.only_grows:
                 lengths |= {*range(PIECE, len(tokens) + 1, PIECE)}
             asked = sorted(length for length in lengths if least <= length <= len(tokens))
-            digests = _digests(self._seed(tenant), tokens, asked)
-            known = [self._index[digest] for digest, _ in digests if digest in self._index]
-            for name in reversed(known):
+            for digest, _ in reversed(_digests(self._seed(tenant), tokens, asked)):
+                # asked anew: a file that cannot be read leaves the index
+                name = self._index.get(digest)
                 if name in self._files and (kept := self._load(name, tenant, tokens)):
                     return kept if kept.length >= least else None
         return None
