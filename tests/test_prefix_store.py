@@ -16,12 +16,13 @@ import torch
 from helpers import random_tokens, tiny_model
 from test_prefix_cache import SHORT, ask, output, run
 
+from linspec import LLM
 from linspec.decoding.request import Request
 from linspec.engine import prefix_store
 from linspec.engine.budget import PIECE
 from linspec.engine.engine import Engine
 from linspec.engine.prefix_cache import PrefixCache, PrefixOptions
-from linspec.errors import CheckpointError
+from linspec.errors import CheckpointError, ConfigError
 from linspec.models.decoder import Decoder
 from linspec.verifiers import LosslessVerifier
 
@@ -310,6 +311,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="prefix store .* cannot be used"):
         engine_of(tiny_model("aug"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_store_without_a_name_filled_the_present_directory(name: str) -> None:
+    with pytest.raises(ConfigError, match="must name a directory of its own"):
+        LLM("embedded-softmax", prefix_cache="1MB", prefix_store=name)
 
 
 def test_a_slow_disk_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

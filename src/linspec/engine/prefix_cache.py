@@ -49,6 +49,7 @@ from linspec.engine.prefix_tree import (
     split,
     tensor_bytes,
 )
+from linspec.errors import ConfigError
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.sizes import check_size
 
@@ -78,6 +79,11 @@ class PrefixOptions:
     def __post_init__(self) -> None:
         check_size("stride of a prefix cache", self.stride, least=PIECE)
         check_size("least tokens of a prefix cache", self.least)
+        if self.store is not None and not self.store.name:
+            raise ConfigError(
+                f"prefix_store (--prefix-store) must name a directory of its own, got {str(self.store)!r}; "
+                "give one, such as ./prefixes"
+            )
 
 
 @dataclass(slots=True)
