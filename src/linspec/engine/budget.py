@@ -25,8 +25,9 @@ LEAST = 16
 _MEASURED = (LEAST, 2 * LEAST, PIECE)
 # share of the target that is planned for: the rest is for what no curve knows
 _AIM = 0.9
-# steps that may pass without any prompt token while prompts wait
-_PATIENCE = 2
+# what prompts get in any case, as a share of the seconds of decoding: beyond what the machine can do the
+# target is out of reach, and those that came last must not pay for it alone
+_FLOOR = 0.25
 # how fast new seconds are believed, and how many times what was known they count at most: other programs
 # take the cores now and then, which says nothing about the next step
 _RATE, _SPIKE = 0.25, 2.0
@@ -112,8 +113,8 @@ class TokenBudget:
     """Shares out the prompt tokens of each step.
 
     prefill_tokens: most of a step. tbt_ms: milliseconds between two tokens of those that decode, which the
-    steps beside a prompt should stay within, as far as `times` are known. None: `prefill_tokens` in every
-    step.
+    steps beside a prompt should stay within, as far as `times` are known; where decoding leaves less of them
+    than `_FLOOR` of its own seconds, prompts get that. None: `prefill_tokens` in every step.
     """
 
     def __init__(
@@ -123,8 +124,8 @@ class TokenBudget:
         if tbt_ms is not None:
             check_positive("tbt_ms", tbt_ms)
         self.prefill_tokens, self.tbt_ms, self.times = prefill_tokens, tbt_ms, times
-        # steps without prompt tokens while prompts waited
-        self._silent = 0
+        # seconds that steps had left for prompts, too few to read anything
+        self._saved = 0.0
         # the step in which each prompt came, or the one behind its last turn
         self._step = 0
         self._turns: dict[RunningSequence, int] = {}
@@ -155,14 +156,15 @@ class TokenBudget:
     def _tokens(self, decoding: int) -> int:
         """Prompt tokens of the next step; all that a step may have where nobody waits for its next token."""
         if self.times is None or self.tbt_ms is None or not decoding:
-            self._silent = 0
+            self._saved = 0.0
             return self.prefill_tokens
-        room = _AIM * self.tbt_ms / 1e3 - self.times.decoding(decoding)
+        seconds = self.times.decoding(decoding)
+        room = max(_AIM * self.tbt_ms / 1e3 - seconds, _FLOOR * seconds)
         found = self._largest(PIECE, room) or self._largest(LEAST, room)
-        self._silent = 0 if found else self._silent + 1
-        if self._silent >= _PATIENCE:
-            # a target that nothing fits starves nobody
-            found, self._silent = min(LEAST, self.prefill_tokens), 0
+        self._saved = 0.0 if found else self._saved + room
+        least = min(LEAST, self.prefill_tokens)
+        if not found and self.times.reading(least) <= self._saved:
+            found, self._saved = least, 0.0
         return found
 
     def _largest(self, unit: int, room: float) -> int:

@@ -274,7 +274,8 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return value, batch[:, 1:].numel() * self.readers
+        # a batch that carries states has a third axis, and no more tokens for it
+        return value, batch[:, 1:].shape[:2].numel() * self.readers
 
     def _finite(self, loss: torch.Tensor) -> float:
         """The loss, averaged over the processes so that all of them stop together."""

@@ -14,7 +14,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/resource.h>
 #include <time.h>
 
 #include "kernels.h"
@@ -24,9 +23,9 @@
 #ifndef LS_HELD_UP
 #define LS_HELD_UP 200000    /* ns that nobody waits for a thread that has a core */
 #endif
-#define LATE_WAKING 100000   /* ns that waking does not take where a core is free */
 #define LEAST_PAUSE 5000000  /* ns with fewer threads, doubled up to */
 #define MOST_PAUSE 320000000 /* as long as that happens again */
+#define LONG_CALL 20000000   /* ns: what happened in it says nothing of the next one */
 
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER; /* held while a call uses the pool */
 static pthread_mutex_t sleep_lock = PTHREAD_MUTEX_INITIALIZER;  /* guards sleeping and waking */
@@ -66,7 +65,11 @@ static struct {
 static int started = 1; /* threads of the pool, the caller included */
 static unsigned joined_at[MOST_THREADS]; /* muster before the first one of a thread */
 static _Thread_local int me, parity; /* the thread's number in the call; whether that of its phase is odd */
-static _Thread_local int woken_late; /* in this call */
+/* Of a thread, since it was last asked whether it lost its core: when that was, on the clock of the machine and on its
+ * own; and how long it slept of its own will. */
+static _Thread_local struct {
+    int64_t wall, own, slept;
+} asked;
 static struct {
     int left_out; /* threads, until then */
     int64_t until, pause;
@@ -80,25 +83,28 @@ static inline void cpu_pause(void) {
 #endif
 }
 
-static int64_t now_ns(void) {
+static int64_t clock_ns(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
+
+static int64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
 
 /* ---- waiting */
 
 static void sleep_until_change(atomic_uint *word, unsigned seen, atomic_int *flag) {
-    int64_t since = 0;
+    int64_t began = now_ns(), until = began;
     pthread_mutex_lock(&sleep_lock);
     atomic_store(flag, 1);
     while (atomic_load(word) == seen) {
         pthread_cond_wait(&wake_signal, &sleep_lock);
-        since = signalled;
+        /* what comes after the signal is not its own will */
+        until = signalled;
     }
     atomic_store(flag, 0);
     pthread_mutex_unlock(&sleep_lock);
-    if (since && now_ns() - since > LATE_WAKING) woken_late = 1;
+    if (until > began) asked.slept += until - began;
 }
 
 /* Whether the word changes within a microsecond or so. */
@@ -134,26 +140,23 @@ static void change(atomic_uint *word, unsigned to, int where, int threads) {
     pthread_mutex_unlock(&sleep_lock);
 }
 
-/* Whether this thread had no core for a while since it was last asked: it was made to give it away, or got
- * none when it was woken. */
-static int lost_core(void) {
-    int lost = woken_late;
-    woken_late = 0;
-#ifdef RUSAGE_THREAD
-    static _Thread_local long before;
-    struct rusage usage;
-    if (getrusage(RUSAGE_THREAD, &usage) != 0) return 1;
-    lost |= usage.ru_nivcsw != before;
-    before = usage.ru_nivcsw;
+/* For how long this thread had no core since it was last asked: it had to give it away, or got none when it was
+ * woken. */
+static int64_t lost_ns(void) {
+    int64_t wall = now_ns(), own = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    int64_t lost = wall - asked.wall - (own - asked.own) - asked.slept;
+    asked.wall = wall;
+    asked.own = own;
+    asked.slept = 0;
     return lost;
-#else
-    return 1;
-#endif
 }
 
-/* Asked of the thread for which `threads` have waited. */
+/* Asked of the thread for which `threads` have waited: whether that was for want of a core, not because its share was
+ * the larger one, as in the long phases of a prompt. */
 static int held_up_by_me(int threads) {
-    return anyone_asleep(IN_CALL, threads) && now_ns() - atomic_load(&waiting_since) > LS_HELD_UP && lost_core();
+    if (!anyone_asleep(IN_CALL, threads)) return 0;
+    int64_t waited = now_ns() - atomic_load(&waiting_since);
+    return waited > LS_HELD_UP && lost_ns() > waited / 2;
 }
 
 /* ---- phases of a call */
@@ -216,7 +219,7 @@ int ls_take(ls_pieces *p) {
 /* ---- threads and calls */
 
 static void take_part(int thread, int threads) {
-    lost_core();
+    lost_ns();
     me = thread;
     begin_phase(atomic_load(&phase));
     job.body(job.context, thread, threads);
@@ -316,10 +319,10 @@ static int uncrowded(int threads) {
     return threads > crowd.left_out ? threads - crowd.left_out : 1;
 }
 
-/* What a call with `used` of `threads` has shown. */
-static void learn(int threads, int used) {
-    if (!atomic_load(&late)) return;
+/* What a call with `used` of `threads` has shown that began then. */
+static void learn(int threads, int used, int64_t began) {
     int64_t now = now_ns();
+    if (!atomic_load(&late) || now - began > LONG_CALL) return;
     int again = now - crowd.until < 2 * crowd.pause;
     if (used < threads || !again) crowd.left_out = threads - used + 1;
     crowd.pause = !again ? LEAST_PAUSE : crowd.pause < MOST_PAUSE ? 2 * crowd.pause : MOST_PAUSE;
@@ -335,8 +338,9 @@ void ls_parallel(ls_body body, void *context, int threads, int spin_ns) {
     }
     int used = uncrowded(threads);
     if (used > 1 && start(threads)) {
+        int64_t began = now_ns();
         run_round(body, context, used, spin_ns);
-        learn(threads, used);
+        learn(threads, used, began);
     } else {
         body(context, 0, 1);
     }

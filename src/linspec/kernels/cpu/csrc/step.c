@@ -6,6 +6,8 @@
 
 #include "step.h"
 
+#define MANY_ROWS 32 /* a layer of so many takes much longer than asking for threads */
+
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 static size_t packed_bytes(const ls_decoder *d, int rows) {
@@ -263,19 +265,33 @@ void ls_run_end(const ls_run *s, int thread, int threads) {
         ls_current()->cap(b->logits + (size_t)i * d->vocabulary + from, d->logit_cap, to - from);
 }
 
-static void step_body(void *context, int thread, int threads) {
-    const ls_run *s = context;
-    const ls_batch *b = s->b;
-    embed(s, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
-    for (int layer = 0, found = 0;; layer++) {
+/* Layers of a step that are one call of the pool. */
+typedef struct {
+    const ls_run *run;
+    int first, last;
+} some_layers;
+
+/* Which of the layers whose rows a caller asked for this one is; -1 if none. */
+static int asked_for(const ls_batch *b, int layer) {
+    for (int i = 0; i < b->layers; i++)
+        if (b->layer_numbers[i] == layer) return i;
+    return -1;
+}
+
+static void layers_body(void *context, int thread, int threads) {
+    const some_layers *part = context;
+    const ls_run *s = part->run;
+    int rows = s->b->rows;
+    if (!part->first) embed(s, ls_share(rows, thread, threads), ls_share(rows, thread + 1, threads));
+    for (int layer = part->first;; layer++) {
         /* who leaves has nothing more to read */
         if (!ls_goes_on(thread, &threads)) return;
-        if (found < b->layers && b->layer_numbers[found] == layer - 1)
-            hand_out(s, found++, ls_share(b->rows, thread, threads), ls_share(b->rows, thread + 1, threads));
-        if (layer == s->d->layers) break;
+        if (layer == part->last && layer < s->d->layers) return;
+        int number = asked_for(s->b, layer - 1);
+        if (number >= 0) hand_out(s, number, ls_share(rows, thread, threads), ls_share(rows, thread + 1, threads));
+        if (layer == s->d->layers) return ls_run_end(s, thread, threads);
         ls_run_block(s, s->d->layer + layer, thread, threads);
     }
-    ls_run_end(s, thread, threads);
 }
 
 ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int threads) {
@@ -293,5 +309,13 @@ ls_run ls_run_at(const ls_decoder *d, const ls_batch *b, void *workspace, int th
 /* One step; workspace has `ls_step_workspace` bytes for as many threads and is 64-byte aligned. */
 LS_API void ls_step(const ls_decoder *d, const ls_batch *b, void *workspace, int32_t threads) {
     ls_run s = ls_run_at(d, b, workspace, threads);
-    ls_parallel(step_body, &s, threads, LS_SPIN_STEP);
+    /* who left a call, or came too late, comes to the next: with many rows a layer alone is a long one */
+    int most = b->rows < MANY_ROWS || d->layers == 0 ? d->layers : 1;
+    int first = 0;
+    do {
+        int last = first + most < d->layers ? first + most : d->layers;
+        some_layers part = {&s, first, last};
+        ls_parallel(layers_body, &part, threads, LS_SPIN_STEP);
+        first = last;
+    } while (first < d->layers);
 }
