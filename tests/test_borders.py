@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -644,3 +646,23 @@ def test_words_of_spaces_can_be_bad_words() -> None:
 def test_what_is_no_model_or_place_is_said_by_linspec(call: Callable[[], object]) -> None:
     with pytest.raises(LinspecError, match="got|names no model directory|longer than"):
         call()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, partial(os.symlink, "/dev/zero")], ids=["pipe", "device"]
+)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_pipe_among_the_files_of_a_model_was_waited_for(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir("softmax"), folder)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(CheckpointError, match=rf"{name} is a pipe or a device"):
+        LLM(folder)
+
+
+def test_a_name_of_the_hub_says_how_to_fetch_it() -> None:
+    with pytest.raises(CheckpointError, match=r"hf download some-org/Some-1\.5B --local-dir DIR"):
+        LLM("some-org/Some-1.5B")

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from checkpoints import model_dir
 from typer.testing import CliRunner, Result
 
 import linspec
-from linspec import LLM, SamplingParams
+from linspec import LLM, SamplingParams, cli
 from linspec.cli import app
 from linspec.cli.console import importing
 from linspec.evaluate.perplexity import evaluate_source
@@ -236,6 +237,17 @@ def test_bench_load() -> None:
 def test_bad_loads_are_refused(tmp_path: Path) -> None:
     assert "must be 1 or more" in fails("bench", "load", model_dir("aug"), "--repeats", 0)
     assert "not a directory" in fails("bench", "load", tmp_path / "nothing")
+
+
+def test_ctrl_c_after_the_end_was_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", lambda prog_name: sys.exit(0))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_info() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linspec.bench.machine import info, set_threads
+from linspec.bench.library import info
+from linspec.bench.machine import set_threads
 from linspec.kernels.cpu import threads
 from linspec.utils import cores
 from linspec.utils.cores import cpu_quota, usable_threads
@@ -173,7 +174,7 @@ def test_the_environment_outranks_the_quota(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_info_shows_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linspec.bench.machine.cpu_quota", lambda: 1.5)
+    monkeypatch.setattr("linspec.bench.library.cpu_quota", lambda: 1.5)
     assert info()["cpu_quota"] == 1.5
 
 

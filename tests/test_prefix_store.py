@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,13 @@ import torch
 from helpers import random_tokens, tiny_model
 from test_prefix_cache import SHORT, ask, output, run
 
+from linspec import LLM
 from linspec.decoding.request import Request
 from linspec.engine import prefix_store
 from linspec.engine.budget import PIECE
 from linspec.engine.engine import Engine
 from linspec.engine.prefix_cache import PrefixCache, PrefixOptions
-from linspec.errors import CheckpointError
+from linspec.errors import CheckpointError, ConfigError
 from linspec.models.decoder import Decoder
 from linspec.verifiers import LosslessVerifier
 
@@ -129,7 +133,8 @@ def test_a_damaged_file_is_skipped_with_a_warning(
     found = ask(later, [*tokens, 1, 2])
     assert found.cached_tokens == 0
     assert output(found) == output(ask(engine_of(model, None), [*tokens, 1, 2]))
-    assert "was skipped, it cannot be read" in caplog.text
+    # once each
+    assert caplog.text.count("was skipped, it cannot be read") == len(files(tmp_path))
     # and it is written again
     ask(later, tokens[: PIECE + 20])
     cache_of(later).flush()
@@ -146,6 +151,100 @@ def test_a_file_under_the_name_of_another_text_is_not_used(
     mine.write_bytes(other.read_bytes())
     assert ask(engine_of(model, places[0]), [*texts[0], 1]).cached_tokens == 0
     assert "holds another text" in caplog.text
+
+
+def test_a_file_of_another_model_gave_its_states_to_who_renamed_it(tmp_path: Path) -> None:
+    """The same text, read by other weights."""
+    one, two = tiny_model("softmax"), tiny_model("softmax", seed=1)
+    text = kept(one, tmp_path / "one", random_tokens(PIECE + 9, seed=1))
+    kept(two, tmp_path / "two", text)
+    (file,), (foreign,) = files(tmp_path / "one"), files(tmp_path / "two")
+    file.write_bytes(foreign.read_bytes())
+    found = ask(engine_of(one, tmp_path / "one"), [*text, 1])
+    assert output(found) == output(ask(engine_of(one, None), [*text, 1]))
+    assert not found.cached_tokens
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug", "window"])
+@pytest.mark.parametrize("change", [made_empty, other_numbers])
+def test_a_file_that_was_cut_while_its_state_was_in_use_ended_the_process(
+    mixer: str, change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    model = tiny_model(mixer)
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    later, turn = engine_of(model, tmp_path), [*tokens, 1, 2]
+    assert ask(later, turn).cached_tokens
+    for file in files(tmp_path):
+        change(file)
+    found = ask(later, turn)
+    assert output(found) == output(ask(engine_of(model, None), turn)) and found.cached_tokens
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "aug"])
+def test_a_pipe_or_link_under_the_name_of_a_file_was_waited_for(
+    mixer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model(mixer)
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    store = files(tmp_path)[0].parent
+    for number, make in enumerate([os.mkfifo, os.mkdir, partial(os.symlink, "/nowhere")]):
+        make(store / f"{PIECE}-{number:032x}.safetensors")
+    engine = engine_of(model, tmp_path)
+    assert caplog.text.count("is no file of a prefix store and is left alone") == 3
+    # one that takes the place of a file later
+    for file in files(tmp_path):
+        file.unlink()
+        os.mkfifo(file)
+    found = ask(engine, [*tokens, 1])
+    assert output(found) == output(ask(engine_of(model, None), [*tokens, 1]))
+    assert not found.cached_tokens
+
+
+def test_what_a_killed_server_was_writing_stayed_for_ever(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    store = files(tmp_path)[0].parent
+    left = store / f".{PIECE}-{1:032x}.safetensors.writing-{2:032x}"
+    held = store / f".{PIECE}-{1:032x}.safetensors.writing-{3:032x}"
+    left.write_bytes(b"half")
+    with held.open("wb") as file:
+        # of a server that still writes
+        fcntl.flock(file, fcntl.LOCK_EX)
+        engine_of(model, tmp_path)
+    assert held.exists() and not left.exists()
+
+
+def test_a_file_that_another_server_removed_came_back_empty(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    engine = engine_of(model, tmp_path)
+    load = prefix_store.unpack
+
+    def removed(*given: Any) -> Any:
+        for file in files(tmp_path):
+            file.unlink()
+        return load(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_store, "unpack", removed)
+        assert ask(engine, [*tokens, 1]).cached_tokens
+    assert not files(tmp_path)
+
+
+def test_damaged_files_counted_for_nothing_and_filled_the_disk(tmp_path: Path) -> None:
+    model = tiny_model("aug")
+    tokens = kept(model, tmp_path, random_tokens(PIECE + 20, seed=1))
+    for file in files(tmp_path):
+        other_numbers(file)
+    size = max(file.stat().st_size for file in files(tmp_path))
+    engine = engine_of(model, tmp_path, limit=3 * size)
+    store = cache_of(engine).store
+    assert store is not None and not ask(engine, [*tokens, 1]).cached_tokens
+    assert store.bytes == sum(file.stat().st_size for file in files(tmp_path))
+    for seed in range(2, 6):
+        ask(engine, random_tokens(PIECE + 20, seed=seed))
+        cache_of(engine).flush()
+        assert sum(file.stat().st_size for file in files(tmp_path)) <= 3 * size
 
 
 def test_models_and_kinds_of_caches_have_files_of_their_own(tmp_path: Path) -> None:
@@ -212,6 +311,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="prefix store .* cannot be used"):
         engine_of(tiny_model("aug"), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_store_without_a_name_filled_the_present_directory(name: str) -> None:
+    with pytest.raises(ConfigError, match="must name a directory of its own"):
+        LLM("embedded-softmax", prefix_cache="1MB", prefix_store=name)
 
 
 def test_a_slow_disk_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from linspec.checkpoints.attention import attending
+from linspec.checkpoints.config_file import read_config_file
 from linspec.checkpoints.dtype import cache_kind, pick_dtype
 from linspec.checkpoints.hub import load_causal_model, load_decoder, resolve
 from linspec.checkpoints.load_quantized import load_for
@@ -139,7 +140,6 @@ class LLM:
     ) -> None:
         check_fork()
         kept = kv_of(kv_cache_dtype, kv)
-        check_policy(policy)
         if tokenizer is not None:
             check_tokenizer_type(tokenizer)
         check_size("max_batch", max_batch)
@@ -151,6 +151,9 @@ class LLM:
         prefixes = _prefixes(prefix_cache, prefix_store)
         place = pick_device(str(device) if isinstance(device, torch.device) else device)
         source = resolve(model) if isinstance(model, str | Path) else None
+        if source is not None and policy != "auto":
+            # ahead of the weights, which may take minutes
+            check_policy(policy, diffusion=read_config_file(source).kind.loop == "masked-diffusion")
         self.model = _loaded(model, dtype, quantize, source, place)
         if rope_scaling is not None:
             self.model = with_rope_scaling(

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from linspec.bench.machine import info, machine, set_threads
+from linspec.bench.library import info
+from linspec.bench.machine import machine, set_threads
+from linspec.cli import app
 from linspec.errors import ConfigError
+from linspec.kernels.cpu.library import load
 from linspec.kernels.device import pick_device
 
 
@@ -69,3 +75,30 @@ def test_why_there_is_no_cuda(
         pick_device("cuda")
     assert said in str(error.value)
     assert "more" not in str(error.value)
+
+
+WRONG = {
+    "LINSPEC_THREADS": "abc",
+    "LINSPEC_CPU_KERNELS": "foo",
+    "LINSPEC_TRITON": "maybe",
+    "LINSPEC_CUDA_GRAPHS": "x",
+    "LINSPEC_ROUNDS_AHEAD": "x",
+}
+
+
+@pytest.mark.parametrize("model", [(), ("embedded-aug",)])
+def test_info_ended_at_the_first_wrong_switch(
+    monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
+    for name, word in WRONG.items():
+        monkeypatch.setenv(name, word)
+    load.cache_clear()
+    try:
+        done = CliRunner().invoke(app, ["info", *model, "--json"])
+    finally:
+        load.cache_clear()
+    assert done.exit_code == 1
+    facts = json.loads(done.stdout)
+    assert facts["drafters"] if model else facts["cores"]
+    for name in WRONG:
+        assert f"error: {name}" in done.stderr and any(name in each for each in facts["errors"])

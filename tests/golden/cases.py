@@ -148,7 +148,8 @@ def fingerprint_of_machine() -> str:
 
     And the maker of the processor, as torch's products add up in another order on each.
     """
-    from linspec.bench.machine import info, machine
+    from linspec.bench.library import info
+    from linspec.bench.machine import machine
 
     native, maker = info()["kernels"]["native"]["name"], machine()["cpu"].split()[0]
     return f"{native} torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {maker}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from linspec import LLM, SamplingParams
 from linspec.cli import app
+from linspec.diffusion.kinds import kinds
 from linspec.engine.loops.masked_diffusion import AUTO
 from linspec.errors import ConfigError, WrongType
 from linspec.policies.fixed import Fixed
@@ -59,9 +62,21 @@ def test_what_plans_drafts_is_refused_for_a_diffusion_model(policy: Any) -> None
         make(policy=policy)
 
 
+@pytest.mark.parametrize("model", [partial(LLM, talker()), make], ids=["path", "loaded"])
+def test_an_unknown_policy_of_a_diffusion_model_named_those_of_others(
+    model: Callable[..., LLM],
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        model(policy="nonsense")
+    said = str(error.value)
+    assert "specdec-pp" not in said and "draft nodes" not in said
+    for kind, registry in kinds().items():
+        assert f"{kind}={'|'.join(registry.names())}" in said
+
+
 def test_what_a_diffusion_loop_reads_is_refused_for_other_models() -> None:
     for drafter in ("none", "prompt-lookup"):
-        with pytest.raises(ConfigError, match="loop of a diffusion model, and this is a Decoder"):
+        with pytest.raises(ConfigError, match="loop of a diffusion model, and this is none"):
             LLM(model_dir("softmax"), drafter=drafter, policy=SPECS[0])
 
 
@@ -72,7 +87,7 @@ def test_what_a_diffusion_loop_reads_is_refused_for_other_models() -> None:
         ("commit=threshold:0", "least must be above 0 and at most 1, got 0"),
         ("comit=threshold", "has no option 'comit'.*did you mean 'commit'"),
         ("masks=0", "masks must be 1 or more"),
-        ("threshold:0.9", "unknown policy"),
+        ("threshold:0.9", "none of a diffusion model.*did you mean 'commit=threshold:0.9'"),
         ("cache=dual,cache=none", "cache is given twice"),
     ],
 )

@@ -135,7 +135,17 @@ def test_whole_answers_need_no_model(
 
 @pytest.mark.parametrize(
     "line",
-    ["nonsense", '{"prompt": 99, "tokens": []}', '{"prompt": 0}', "[1]", '{"prompt":0,"tokens":5}'],
+    [
+        "nonsense",
+        '{"prompt": 99, "tokens": []}',
+        '{"prompt": 0}',
+        "[1]",
+        '{"prompt":0,"tokens":5}',
+        # which no embedding has
+        '{"prompt":0,"tokens":[99999999]}',
+        '{"prompt":0,"tokens":[-1]}',
+        '{"prompt":0,"tokens":[1.5]}',
+    ],
 )
 def test_a_file_of_something_else_is_refused(
     teacher_dir: Path, tmp_path: Path, asked: list[tuple[int, ...]], line: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from linspec.errors import InputError
 from linspec.models.decoder import Decoder
+from linspec.train import data
 from linspec.train.data import (
     Windows,
     end_of_text,
@@ -20,6 +22,13 @@ from linspec.train.data import (
     tokenize,
     train_and_heldout,
 )
+
+
+def _saved(numbers: np.ndarray) -> bytes:
+    """As numpy writes it."""
+    file = io.BytesIO()
+    np.save(file, numbers)
+    return file.getvalue()
 
 
 def test_file_folder_and_jsonl(tmp_path: Path) -> None:
@@ -122,6 +131,37 @@ def test_tokens_are_closed_documents_and_cached(
     assert tokenizer.decode(stream[: ends[0]]) == texts[0]
     assert len(list((tmp_path / "tokens").iterdir())) == 1
     assert np.array_equal(tokenize(texts, tokenizer, 0), stream)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nonsense",
+        _saved(np.array([1, 2, 3], np.int32))[:-1],
+        _saved(np.array([1, 2, 99999], np.int32)),
+        _saved(np.array([1.0, 2.0])),
+        _saved(np.zeros((2, 2), np.int32)),
+    ],
+)
+@pytest.mark.parametrize("slices", [1, 2])
+def test_damaged_kept_tokens_were_an_unexpected_error(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes,
+    slices: int,
+) -> None:
+    monkeypatch.setenv("LINSPEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "_SLICE", 20 // slices)
+    texts = ["the old fox", "a red dog"]
+    expected = np.array(tokenize(texts, tokenizer, 0))
+    (path,) = (tmp_path / "tokens").iterdir()
+    path.write_bytes(content)
+    if slices > 1:
+        # of a run that was killed
+        path.rename(path.with_name(f"{path.stem}-0.npy"))
+    assert np.array_equal(tokenize(texts, tokenizer, 0), expected)
 
 
 def test_unwritable_cache_is_no_reason_to_stop(

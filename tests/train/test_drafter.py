@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +260,44 @@ def test_kept_states_are_those_that_are_computed(
     assert torch.equal(kept.chosen, computed.chosen) and len(kept.layers) == 3
     for layer, states in computed.layers.items():
         torch.testing.assert_close(kept.layers[layer], states, rtol=1e-3, atol=1e-3)
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", ["states.npy", "chosen.npy", "states.json"])
+@pytest.mark.parametrize("damage", [_cut, partial(Path.write_bytes, data=b""), Path.unlink])
+def test_damaged_kept_states_were_an_unexpected_error(
+    tiny_teacher: Callable[..., Decoder],
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], object],
+) -> None:
+    model = tiny_teacher().requires_grad_(False)
+    stream = np.random.default_rng(0).integers(0, 290, 200)
+    whole = StateCache(model, stream, 16, (0, 1), tmp_path)
+    whole.fill()
+    expected = whole.batch(3, 4, seed=0)
+    damage(tmp_path / name)
+    again = StateCache(model, stream, 16, (0, 1), tmp_path)
+    if name == "states.json" and (tmp_path / name).exists():
+        with pytest.raises(TrainingError, match="not valid JSON"):
+            again.fill()
+        return
+    again.fill()
+    assert torch.equal(again.batch(3, 4, seed=0), expected)
+
+
+def test_a_full_disk_ended_the_process_that_kept_states(
+    tiny_teacher: Callable[..., Decoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"could not write .*No space left"):
+        StateCache(tiny_teacher(), np.arange(200), 16, (0, 1), tmp_path)
 
 
 def _interrupt(*_: Any) -> None:

@@ -14,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from linspec.errors import TrainingError
 from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.train import span_losses as span_losses_module
 from linspec.train.data import Windows
 from linspec.train.span_losses import SpanLosses
-from linspec.train.span_search import PASSES, SHARE, Costs, choose, search_spans
+from linspec.train.span_search import PASSES, SHARE, Costs, Search, choose, search_spans
 from linspec.train.student import by_need
 from linspec.utils.progress import Progress
 
@@ -135,3 +136,17 @@ def test_a_search_of_linspec_0_1_goes_on(
     (tmp_path / "reach.json").write_text(json.dumps([[1, 2], [[2.0, 1.0], [3.0, 1.0]]]))
     found = search(tiny_teacher(), windows, tmp_path / "reach.json")
     assert found == SpanLosses([1, 2], {0: [2.0, 1.0], 1: [3.0, 1.0]})
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "[[1], [[true]]]", '{"windows": "x"}'])
+def test_a_damaged_search_was_an_unexpected_error(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "spans.json"
+    file.write_text(content)
+    with pytest.raises(TrainingError, match=r"spans\.json is damaged: .*; remove the file"):
+        Search.read(file)
+
+
+def test_a_search_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    search = Search(2, 64, (1, 2, 4), 1e9, {0: [3.5], 4: []})
+    search.save(tmp_path / "spans.json")
+    assert Search.read(tmp_path / "spans.json") == search

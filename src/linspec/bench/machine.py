@@ -1,29 +1,18 @@
-"""What a speed was measured on: `linspec info`, and the first lines of every bench."""
+"""What a speed was measured on: the first lines of every bench."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from linspec.errors import ConfigError
-from linspec.kernels.cpu.library import load
 from linspec.kernels.cpu.threads import limit_to_quota
-from linspec.kernels.gpu.graphs import SWITCH as GRAPHS
-from linspec.kernels.gpu.graphs import SWITCHES as GRAPHS_WORDS
-from linspec.kernels.gpu.switches import switch
-from linspec.kernels.gpu.triton.available import SWITCH as TRITON
-from linspec.kernels.gpu.triton.available import SWITCHES as TRITON_WORDS
-from linspec.kernels.gpu.triton.available import why_not as why_no_triton
-from linspec.kernels.selector import pick_kernel
-from linspec.models.judged_rounds import SWITCH as ROUNDS
-from linspec.models.judged_rounds import SWITCHES as ROUNDS_WORDS
-from linspec.utils.cores import cpu_quota, usable_cores
+from linspec.utils.cores import usable_cores
 from linspec.utils.messages import shown
 
 _BANDWIDTH_BYTES = 2**28
@@ -47,42 +36,6 @@ def machine(*, bandwidth: bool = False) -> dict[str, Any]:
     if bandwidth:
         facts["read_gb_per_s"] = round(read_bandwidth(), 1)
     return facts
-
-
-def info() -> dict[str, Any]:
-    """What `linspec info` prints: versions, devices and the kernels that will be used."""
-    # training brings libraries that take half a second to import; every verb imports this file
-    from linspec.train.precision import fast_bfloat16
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    kernel, native = pick_kernel(torch.zeros(1, device=device)), load()
-    return {
-        "version": package_version("linspec"),
-        "torch": torch.__version__,
-        "device": device,
-        "kernels": {
-            "linear": {"name": kernel.name, "reason": kernel.reason},
-            "native": {"name": native.name, "reason": native.reason},
-            "triton": {"switch": switch(TRITON, TRITON_WORDS), "missing": why_no_triton(device)},
-            "cuda_graphs": {"switch": switch(GRAPHS, GRAPHS_WORDS)},
-            "rounds_ahead": {"switch": switch(ROUNDS, ROUNDS_WORDS)},
-        },
-        "threads": torch.get_num_threads(),
-        "fast_bfloat16": fast_bfloat16(torch.device(device)),
-        "python": platform.python_version(),
-        "transformers": package_version("transformers"),
-        "cpu": cpu_name(),
-        "cores": usable_cores(),
-        "cpu_quota": cpu_quota(),
-    }
-
-
-def package_version(name: str) -> str:
-    """Installed version of a package, 'unknown' for a source tree that is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def set_threads(threads: int | None) -> None:

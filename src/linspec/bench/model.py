@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from linspec.bench.switches import Told
 from linspec.checkpoints.config_file import ConfigFile, read_config_file
 from linspec.checkpoints.description import describe
 from linspec.checkpoints.dtype import auto_kind, kept_dtype
@@ -32,8 +33,18 @@ LENGTHS = {"1k": 1024, "8k": 8192, "32k": 32_768}
 _SMALL = 64
 
 
-def info(source: str | Path) -> dict[str, Any]:
-    """What `linspec info MODEL` prints: what `describe` reads, memory in 10⁶ bytes, the step, drafters."""
+def info(source: str | Path, threads: int | None = None) -> dict[str, Any]:
+    """What `linspec info MODEL` prints: what `describe` reads, memory in 10⁶ bytes, the step, drafters.
+
+    `errors`, if there are any, are the switches of the environment that are wrong.
+    """
+    told = Told()
+    told.switches(threads)
+    facts = _facts(source, told)
+    return {**facts, "errors": told.errors} if told.errors else facts
+
+
+def _facts(source: str | Path, told: Told) -> dict[str, Any]:
     facts, folder = describe(source), resolve(source)
     read = read_config_file(folder)
     facts["weights_mb"] = {"on_disk": _disk(folder)}
@@ -45,8 +56,7 @@ def info(source: str | Path) -> dict[str, Any]:
         if is_gguf(folder):
             kept = plan_gguf(folder, keep_blocks=True).bytes(torch.float32)
             facts["weights_mb"]["in_memory"] = round(kept / 1e6, 3)
-        reason = _why_not(config)
-        facts["step"] = "one call into C" if reason is None else f"layer by layer: {reason}"
+        facts["step"] = told.by(lambda: _step(config), "unknown")
     # what fills masks takes no drafter
     at_hand = [] if isinstance(config, DiffusionConfig) else drafters_at_hand(folder)
     return facts | {"drafters": at_hand}
@@ -90,8 +100,8 @@ def _memory(read: ConfigFile, config: DecoderConfig, on_disk: float) -> dict[str
     return found
 
 
-def _why_not(config: DecoderConfig) -> str | None:
-    """Every reason why a step is no single call, asked of a small model with the same kinds of layers."""
+def _step(config: DecoderConfig) -> str:
+    """How a step runs, with every reason against a single call; asked of a small model of the same layers."""
     if isinstance(config, DiffusionConfig):
         config = replace(config, mask_id=0)
     ropes = config.layer_ropes or ("",) * config.layers
@@ -109,7 +119,8 @@ def _why_not(config: DecoderConfig) -> str | None:
         bos_id=None,
         pad_id=None,
     )
-    return why_not(Decoder(small).float().to_inference())
+    reason = why_not(Decoder(small).float().to_inference())
+    return "one call into C" if reason is None else f"layer by layer: {reason}"
 
 
 def _disk(folder: Path) -> float:

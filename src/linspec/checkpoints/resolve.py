@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import re
 from pathlib import Path
 
 from linspec.checkpoints.gguf.reader import is_gguf
 from linspec.checkpoints.packages import PACKAGES
 from linspec.errors import CheckpointError, WrongType
+from linspec.utils.border import check_files
 from linspec.utils.files import restored
 from linspec.utils.messages import did_you_mean, shown
 
@@ -25,6 +27,7 @@ EMBEDDED = {
     "smollm2-aug": "smollm2-aug",
     "smollm2-aug-22": "smollm2-aug-22",
 }
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # bytes of a file name that file systems hold
 LONGEST_NAME = 255
 
@@ -64,7 +67,15 @@ def resolve(source: str | Path) -> Path:
         names = (*EMBEDDED, *PACKAGES)
         raise CheckpointError(
             f"{shown(str(source))} is not a directory; give the path of a model directory, of a GGUF "
-            f"file, or one of {', '.join(names)}. linspec downloads nothing by itself"
+            f"file, or one of {', '.join(names)}. linspec downloads nothing by itself{_fetching(str(source))}"
             f"{did_you_mean(source, names)}"
         )
+    check_files(folder)
     return folder
+
+
+def _fetching(source: str) -> str:
+    """How to get a model of Hugging Face's hub, for what looks like the name of one."""
+    if not _HUB_NAME.fullmatch(source):
+        return ""
+    return f": `hf download {shown(source)} --local-dir DIR` does, if that is a name of Hugging Face's hub"

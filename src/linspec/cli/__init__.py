@@ -5,6 +5,7 @@ linspec generate embedded-aug --prompt 'def add(a, b):' --drafter medusa
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -96,5 +97,9 @@ def main() -> None:
     if sys.stdout is None:
         # what is printed would be lost without a word
         sys.exit("error: standard output is closed; send it to a file or to /dev/null")
-    # `python -m linspec` is the same command
-    app(prog_name="linspec")
+    try:
+        # `python -m linspec` is the same command
+        app(prog_name="linspec")
+    finally:
+        # all is done; what libraries clean up at the end would answer Ctrl-C with a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

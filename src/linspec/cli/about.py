@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 import linspec
-from linspec.cli.console import guarded, place_on, print_facts, print_json, print_table
-from linspec.cli.options import Json, Threads
+from linspec.cli.checks import whole
+from linspec.cli.console import guarded, place_on, print_facts, print_json, print_table, say
+from linspec.cli.options import Json
 
 
 @guarded()
@@ -17,20 +18,34 @@ def info(
     model: Annotated[
         str | None, typer.Argument(help="A model, to say what it is instead.", show_default=False)
     ] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        # not by the option itself, which would end at a wrong LINSPEC_THREADS
+        typer.Option(callback=whole(), help="CPU threads, as LINSPEC_THREADS.", show_default="all"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Versions, devices and the kernels that will be used, with the reason; or what MODEL is."""
-    place_on("cpu", threads)
-    if model is None:
-        from linspec.bench.machine import info as library
+    """Versions, devices and the kernels that will be used, with the reason; or what MODEL is.
 
-        facts = library()
+    A wrong switch in the environment is named at the end, with exit code 1.
+    """
+    if model is None:
+        from linspec.bench.library import info as library
+
+        facts = library(threads)
     else:
         from linspec.bench.model import info as of_model
 
-        facts = of_model(model)
-    print_json(facts) if as_json else print_facts(facts)
+        facts = of_model(model, threads)
+    errors = facts.get("errors", ())
+    if as_json:
+        print_json(facts)
+    else:
+        print_facts({name: value for name, value in facts.items() if name != "errors"})
+    for error in errors:
+        say(f"error: {error}")
+    if errors:
+        raise typer.Exit(1)
 
 
 @guarded()

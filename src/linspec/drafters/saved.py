@@ -27,7 +27,7 @@ from linspec.errors import CheckpointError, DrafterError
 from linspec.models.decoder import Decoder
 from linspec.models.memory import check_memory
 from linspec.models.skeleton import without_memory
-from linspec.utils.border import read_json
+from linspec.utils.border import check_files, read_json
 from linspec.utils.format_version import CURRENT, KEY, check_format
 from linspec.utils.messages import shown
 from linspec.utils.places import Place, as_path
@@ -136,6 +136,7 @@ def check_size_of_weights(folder: Path) -> None:
 
 def read_drafter(folder: Path, kind: str) -> dict[str, Any]:
     """What drafter.json says; raises DrafterError when there is none or it is of another kind."""
+    check_files(folder, DrafterError)
     path, data = folder / CONFIG_FILE, _read(folder)
     if data.get("kind") != kind:
         raise DrafterError(

@@ -36,7 +36,8 @@ from pathlib import Path
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.engine.budget import PIECE
-from linspec.engine.prefix_store import Kept, PrefixStore
+from linspec.engine.prefix_file import Kept
+from linspec.engine.prefix_store import PrefixStore
 from linspec.engine.prefix_tree import (
     Match,
     Node,
@@ -48,6 +49,7 @@ from linspec.engine.prefix_tree import (
     split,
     tensor_bytes,
 )
+from linspec.errors import ConfigError
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.sizes import check_size
 
@@ -77,6 +79,11 @@ class PrefixOptions:
     def __post_init__(self) -> None:
         check_size("stride of a prefix cache", self.stride, least=PIECE)
         check_size("least tokens of a prefix cache", self.least)
+        if self.store is not None and not self.store.name:
+            raise ConfigError(
+                f"prefix_store (--prefix-store) must name a directory of its own, got {str(self.store)!r}; "
+                "give one, such as ./prefixes"
+            )
 
 
 @dataclass(slots=True)

@@ -1,8 +1,7 @@
 """States of earlier texts on disk, for what no longer fits into memory and for the next process.
 
-One file holds one text whole: its tokens and what a slot remembers of them. Who may read the files may read
-the texts, so the directory is the owner's alone. Files are written by a thread of their own, aside and then
-renamed.
+One file holds one text whole (see `prefix_file`). Who may read the files may read the texts, so the directory
+is the owner's alone. Files are written by a thread of their own, aside and then renamed.
 """
 
 from __future__ import annotations
@@ -10,48 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import queue
 import re
+import stat
 import threading
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from linspec.engine.budget import PIECE
-from linspec.engine.prefix_tree import as_tokens, common
+from linspec.engine.prefix_file import Kept, pack, read, read_beginning, unpack
 from linspec.errors import CheckpointError
-from linspec.kernels.step_plan import PAGE
-from linspec.state.pages import Page
 from linspec.state.sequence_states import Pages, SequenceStates
 from linspec.state.slots import StateSnapshot
-from linspec.utils.files import is_leftover, replace_file
+from linspec.utils.files import is_leftover, replace_file, tidy_all
 
 _log = logging.getLogger("linspec")
-_FORMAT = "2"
 _NAME = re.compile(r"(\d+)-[0-9a-f]{32}\.safetensors")
 # texts that wait to be written; more are forgotten, so that a slow disk takes no memory and no time
 _WAITING = 8
-
-
-class Kept(NamedTuple):
-    """The state of a text: its tokens, what is held beside pages, and its pages from a position on."""
-
-    tokens: array[int]
-    rest: list[Any] | None
-    pages: Callable[[int], list[Pages]]
-
-    @property
-    def length(self) -> int:
-        """Tokens of the text."""
-        return len(self.tokens)
 
 
 class PrefixStore:
@@ -73,22 +54,29 @@ class PrefixStore:
         self._scan()
 
     def _scan(self) -> None:
-        """Find what earlier processes left."""
+        """Find what earlier processes left, and remove what killed ones were writing."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            found = [(path.stat(), path.name) for path in self.folder.iterdir()]
+            names = [path.name for path in self.folder.iterdir()]
         except OSError as error:
             raise CheckpointError(
                 f"the prefix store {self.folder} cannot be used: {error.strerror}; choose another directory"
             ) from error
-        for stat, name in sorted(found, key=lambda each: each[0].st_mtime):
-            if _NAME.fullmatch(name):
-                self._files[name] = stat.st_size
-                self._enter(name)
-            elif not is_leftover(name):
-                _log.warning(
-                    "%s is no file of a prefix store and is left alone", self.folder / name
-                )
+        tidy_all(self.folder, names)
+        found = []
+        for name in names:
+            # what is gone, another process has removed
+            with suppress(FileNotFoundError):
+                about = (self.folder / name).lstat()
+                if _NAME.fullmatch(name) and stat.S_ISREG(about.st_mode):
+                    found.append((about.st_mtime, name, about.st_size))
+                elif not is_leftover(name):
+                    _log.warning(
+                        "%s is no file of a prefix store and is left alone", self.folder / name
+                    )
+        for _, name, size in sorted(found):
+            self._files[name] = size
+            self._enter(name)
 
     def _enter(self, name: str) -> None:
         """Have a file found by what it begins with."""
@@ -96,11 +84,7 @@ class PrefixStore:
         if not self.states.only_grows:
             return
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                seed, tokens = (
-                    file.metadata()["seed"],
-                    as_tokens(file.get_tensor("tokens").tolist()),
-                )
+            seed, tokens = read_beginning(self.folder / name)
         except Exception as error:
             self._skip(name, error)
             return
@@ -108,10 +92,12 @@ class PrefixStore:
             self._index[digest] = name
 
     def _skip(self, name: str, error: Exception) -> None:
-        """A file that cannot be read is not looked at again, and may be written anew."""
+        """A file that cannot be read is not looked at again, may be written anew and is the next to go."""
+        size = self._files.get(name, 0)
+        self._forget(name)
         if not isinstance(error, FileNotFoundError):
             _log.warning("%s was skipped, it cannot be read: %s", self.folder / name, error)
-        self._forget(name)
+            self._files = {name: size, **self._files}
 
     def _forget(self, name: str) -> None:
         self._files.pop(name, None)
@@ -130,25 +116,24 @@ class PrefixStore:
             if self.states.only_grows:
                 lengths |= {*range(PIECE, len(tokens) + 1, PIECE)}
             asked = sorted(length for length in lengths if least <= length <= len(tokens))
-            digests = _digests(self._seed(tenant), tokens, asked)
-            known = [self._index[digest] for digest, _ in digests if digest in self._index]
-            for name in reversed(known):
-                if name in self._files and (kept := self._load(name, tokens)):
+            for digest, _ in reversed(_digests(self._seed(tenant), tokens, asked)):
+                # asked anew: a file that cannot be read leaves the index
+                name = self._index.get(digest)
+                if name in self._files and (kept := self._load(name, tenant, tokens)):
                     return kept if kept.length >= least else None
         return None
 
-    def _load(self, name: str, tokens: array[int]) -> Kept | None:
+    def _load(self, name: str, tenant: str, tokens: array[int]) -> Kept | None:
+        path = self.folder / name
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                found = {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
-                kept = _unpacked(found, file.metadata() or {}, tokens, self.states)
+            kept = unpack(read(path), self._seed(tenant), tokens, self.states)
         except Exception as error:
             self._skip(name, error)
             return None
         self._files[name] = self._files.pop(name)
         with suppress(OSError):
             # the order of use, for the next process
-            (self.folder / name).touch()
+            os.utime(path)
         return kept
 
     # ---- writing
@@ -183,7 +168,7 @@ class PrefixStore:
             self._index |= dict.fromkeys(digests, name)
         self._start()
         try:
-            self._queue.put((name, lambda: _packed(seed, tokens, pages, rest)), block=wait)
+            self._queue.put((name, lambda: pack(seed, tokens, pages, rest)), block=wait)
         except queue.Full:
             with self._lock:
                 self._forget(name)
@@ -253,77 +238,6 @@ def _digests(seed: str, tokens: array[int], lengths: Iterable[int]) -> list[tupl
         at = length
         found.append((digest.hexdigest()[:32], length))
     return found
-
-
-def _packed(seed: str, tokens: array[int], pages: Sequence[Pages], rest: list[Any] | None) -> bytes:
-    """The content of a file."""
-    tensors = {"tokens": torch.tensor(tokens.tolist())}
-    for part, each in enumerate(zip(*pages, strict=True)):
-        for name in ("keys", "values"):
-            rows = torch.cat([getattr(page, name) for page in each], dim=2)
-            # the last page may go on behind the text
-            tensors[f"rows.{part}.{name}"] = rows[:, :, : len(tokens)]
-    places = []
-    for part, copy in enumerate(rest or ()):
-        places.append([copy.length, copy.base_position])
-        for name in ("keys", "values", "sums"):
-            if getattr(copy, name) is not None:
-                tensors[f"rest.{part}.{name}"] = getattr(copy, name)
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    about = {"format": _FORMAT, "seed": seed, "places": json.dumps(places)}
-    return save(kept, about | {"sum": _checksum(kept, about["places"])})
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor], places: str) -> str:
-    """Of all that a slot would be given: a disk that forgets a bit must not change an answer."""
-    found = zlib.crc32(places.encode())
-    for _, tensor in sorted(tensors.items()):
-        found = zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy().data, found)
-    return f"{found:08x}"
-
-
-def _unpacked(
-    found: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str],
-    tokens: array[int],
-    states: SequenceStates,
-) -> Kept:
-    """What a file holds of the beginning of `tokens`; raises ValueError for one that it has not begun."""
-    mine = as_tokens(found["tokens"].tolist())
-    shared = common(mine, tokens, 0)
-    whole = shared == len(mine) or (states.only_grows and shared)
-    if metadata.get("format") != _FORMAT or not whole:
-        raise ValueError("it holds another text or is of another version")
-    if metadata["sum"] != _checksum(found, metadata["places"]):
-        raise ValueError("it is not what was written: its checksum differs")
-    growing = [part for part in states.parts if part.grows]
-    others = [part for part in states.parts if not part.grows]
-    rows = tuple(
-        (found[f"rows.{part}.keys"], found[f"rows.{part}.values"]) for part in range(len(growing))
-    )
-    places = json.loads(metadata["places"])
-    empty = states.empty(1)
-    rest = []
-    for part, (state, place, like) in enumerate(zip(others, places, empty.rest(0), strict=True)):
-        tensors = {name: found.get(f"rest.{part}.{name}") for name in ("keys", "values", "sums")}
-        copy = replace(like, length=place[0], base_position=place[1], **tensors)
-        state.check(copy)
-        rest.append(copy)
-    for (keys, values), state in zip(rows, growing, strict=True):
-        if keys.shape[2] != len(mine) or values.shape[2] != len(mine):
-            raise ValueError(f"it has rows of {keys.shape[2]} tokens, not of {len(mine)}")
-        if keys.dtype != state.keys.dtype or values.dtype != state.values.dtype:
-            raise ValueError(f"its rows are {keys.dtype}, not {state.keys.dtype}")
-    return Kept(mine[:shared], rest or None, lambda start: _pages_of(rows, start, shared))
-
-
-def _pages_of(
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]], start: int, stop: int
-) -> list[Pages]:
-    """Rows of whole texts as pages, from the one with position `start` on to the one ahead of `stop`."""
-    numbers = range(start // PAGE, -(-stop // PAGE))
-    places = [slice(PAGE * number, min(PAGE * (number + 1), stop)) for number in numbers]
-    return [tuple(Page(k[:, :, at], v[:, :, at]) for k, v in rows) for at in places if rows]
 
 
 def model_key(model: Any, states: SequenceStates, kv_cache_dtype: str) -> str:

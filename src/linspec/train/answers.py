@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from linspec.bench.prompts import read_questions
+from linspec.checkpoints.hub import load_any_config
 from linspec.decoding.sampling import SamplingParams
 from linspec.engine.encoding import TextEncoder
 from linspec.errors import CheckpointError, InputError, TrainingError
 from linspec.llm import LLM
 from linspec.train.data import is_held_out
+from linspec.utils.border import parse
 from linspec.utils.files import cache_dir, disk_errors, replace_file
 from linspec.utils.messages import shown
 from linspec.utils.progress import Progress
@@ -37,6 +39,14 @@ _VERSION = 1
 _EVERY = 2**31
 
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A line of the file."""
+
+    prompt: int
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,14 +153,19 @@ def make_answers(
     def make() -> LLM:
         return LLM(model, drafter="suffix", max_batch=config.batch, device=device)
 
-    return answered(make, prompts, config, path)
+    return answered(make, prompts, config, path, vocab=load_any_config(model).vocab_size)
 
 
 def answered(
-    make: Callable[[], LLM], prompts: Sequence[Tokens], config: AnswersConfig, path: Path
+    make: Callable[[], LLM],
+    prompts: Sequence[Tokens],
+    config: AnswersConfig,
+    path: Path,
+    *,
+    vocab: int,
 ) -> list[Tokens]:
-    """As `make_answers`, by a model that is made where an answer is missing."""
-    known = _read(path, len(prompts))
+    """As `make_answers`, by a model of `vocab` tokens that is made where an answer is missing."""
+    known = _read(path, len(prompts), vocab)
     missing = [i for i in range(len(prompts)) if i not in known]
     if missing:
         llm = make()
@@ -183,7 +198,7 @@ def _seed(seed: int, prompt: int) -> int:
     return (seed * 1_000_003 + prompt) % 2**64
 
 
-def _read(path: Path, count: int) -> dict[int, Tokens]:
+def _read(path: Path, count: int, vocab: int) -> dict[int, Tokens]:
     """The whole answers in a file, which a record that was cut short is removed from."""
     if not path.exists():
         return {}
@@ -195,13 +210,14 @@ def _read(path: Path, count: int) -> dict[int, Tokens]:
     found = {}
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
-            record = json.loads(line)
-            prompt, tokens = int(record["prompt"]), tuple(map(int, record["tokens"]))
-        except (ValueError, KeyError, TypeError) as error:
+            record = parse(_Record, json.loads(line), "an answer")
+        except (ValueError, RecursionError) as error:
             raise _no_answers(path, number, shown(repr(line))) from error
-        if not 0 <= prompt < count:
-            raise _no_answers(path, number, f"prompt {prompt} of {count}")
-        found[prompt] = tokens
+        if not 0 <= record.prompt < count:
+            raise _no_answers(path, number, f"prompt {record.prompt} of {count}")
+        if strange := [token for token in record.tokens if not 0 <= token < vocab]:
+            raise _no_answers(path, number, f"token {shown(strange[0])} of {vocab}")
+        found[record.prompt] = record.tokens
     return found
 
 

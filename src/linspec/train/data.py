@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from linspec.utils.files import cache_dir, replace_file
 from linspec.utils.messages import because, did_you_mean, shown
 from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_instance
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout", "all"]
 # one source, or several
@@ -247,8 +250,7 @@ def tokenize(documents: Iterable[str], tokenizer: Any, eos_id: int) -> np.ndarra
     for text in documents:
         key.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir() / "tokens" / f"{key.hexdigest()[:32]}.npy"
-    if path.exists():
-        stored: np.ndarray = np.load(path, mmap_mode="r")
+    if (stored := _kept(path, _largest_token(backend, eos_id), mmap_mode="r")) is not None:
         return stored
     stream = _encode(_slices(documents), backend, eos_id, path)
     _store(path, stream)
@@ -272,20 +274,19 @@ def _encode(slices: list[list[str]], backend: Any, eos_id: int, path: Path) -> n
     """The tokens of all slices; finished ones are kept beside `path` until all are done."""
     if len(slices) == 1:
         return _encode_slice(slices[0], backend, eos_id)
-    found = []
+    found, largest = [], _largest_token(backend, eos_id)
     kept = [path.with_name(f"{path.stem}-{i}.npy") for i in range(len(slices))]
     with Progress("tokenize", len(slices)) as progress:
         for done, (documents, part) in enumerate(zip(slices, kept, strict=True), 1):
-            if part.exists():
-                found.append(np.load(part))
-            else:
-                found.append(_encode_slice(documents, backend, eos_id))
-                _store(part, found[-1])
+            stream = _kept(part, largest)
+            if stream is None:
+                stream = _encode_slice(documents, backend, eos_id)
+                _store(part, stream)
+            found.append(stream)
             progress.update(done)
-    stream = np.concatenate(found)
     for part in kept:
         part.unlink(missing_ok=True)
-    return stream
+    return np.concatenate(found)
 
 
 def _encode_slice(documents: list[str], backend: Any, eos_id: int) -> np.ndarray:
@@ -298,6 +299,26 @@ def _encode_slice(documents: list[str], backend: Any, eos_id: int) -> np.ndarray
             "the tokenizer's files again"
         ) from error
     return np.concatenate([np.asarray([*each.ids, eos_id], dtype=np.int32) for each in encodings])
+
+
+def _largest_token(backend: Any, eos_id: int) -> int:
+    return max(eos_id, *backend.get_vocab(with_added_tokens=True).values())
+
+
+def _kept(path: Path, largest: int, **options: Any) -> np.ndarray | None:
+    """The tokens that an earlier run kept; None where there are none, or damaged ones."""
+    try:
+        stream: np.ndarray = np.load(path, **options)
+        if stream.dtype != np.int32 or stream.ndim != 1 or not len(stream):
+            raise ValueError("it holds no tokens")
+        if stream.min() < 0 or stream.max() > largest:
+            raise ValueError("it holds tokens that the tokenizer does not have")
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError) as error:
+        log.warning("%s is damaged (%s); the text is tokenized again", path, error)
+        return None
+    return stream
 
 
 def _store(path: Path, stream: np.ndarray) -> None:

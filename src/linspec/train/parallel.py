@@ -150,7 +150,8 @@ def train_parallel(
                     _loaded(source), tokenizer=words, loop=_loop(config), max_batch=config.batch
                 )
 
-            answers = answered(make, asked, _answers(config), folder / "answers.jsonl")
+            file, vocab = folder / "answers.jsonl", student.config.vocab_size
+            answers = answered(make, asked, _answers(config), file, vocab=vocab)
             texts = _texts(asked, answers, student, config, right)
             run = _Run(config, student, texts, folder, accelerator)
             log, measured = run.train(resume)

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
 from linspec.models.model_types import type_of
 from linspec.train.data import Windows
 from linspec.train.objective import Predictor, blocks_of
 from linspec.train.span_losses import SpanLosses, measure_span_losses, tried_spans
+from linspec.utils.border import parse
 from linspec.utils.files import replace_text
 
 log = logging.getLogger(__name__)
@@ -50,12 +52,20 @@ class Search:
 
     @classmethod
     def read(cls, file: Path) -> Search:
-        """The search that was saved in `file`; linspec 0.1 saved finished ones only."""
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(data, list):
-            return cls(0, 0, tuple(data[0]), 0.0, dict(enumerate(data[1])))
-        losses = {int(layer): found for layer, found in data["losses"].items()}
-        return cls(data["windows"], data["context"], tuple(data["spans"]), data["cost"], losses)
+        """The search that was saved in `file`; linspec 0.1 saved finished ones only.
+
+        Raises TrainingError for a damaged one.
+        """
+        try:
+            data: Any = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(data, list):
+                spans, losses = parse(tuple[tuple[int, ...], list[list[float]]], data, file)
+                return cls(0, 0, spans, 0.0, dict(enumerate(losses)))
+            return parse(cls, data, file)
+        except (ConfigError, OSError, ValueError, RecursionError) as error:
+            raise TrainingError(
+                f"the search for spans in {file} is damaged: {error}; remove the file, and it is made again"
+            ) from error
 
     def save(self, file: Path) -> None:
         """Keep what is measured so far."""

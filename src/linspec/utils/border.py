@@ -8,8 +8,10 @@ Tensors have a border of their own in `checkpoints/tensors.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +27,27 @@ STRICT = {"extra": "forbid"}
 LARGEST_BYTES = 256 * 2**20
 
 
+# what the files are called that are read of a directory
+_READ = (".json", ".jsonl", ".jinja", ".model", ".txt", ".safetensors")
+
+
+def check_files(folder: Path, error: type[LinspecError] = CheckpointError) -> None:
+    """Raise `error` for a pipe or a device among the files of a directory: its reader would wait for ever."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_READ):
+                _check_file(Path(entry.path), error)
+
+
+def _check_file(path: Path, error: type[LinspecError]) -> None:
+    # unlike the methods of Path, these never raise
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise error(f"{path} is a pipe or a device, not a file; copy the file again")
+
+
 def read_json(path: Path, error: type[LinspecError] = CheckpointError) -> dict[str, Any]:
     """The object in a JSON file; raises `error` if there is none."""
+    _check_file(path, error)
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise ValueError(f"it is larger than {LARGEST_BYTES / 2**20:.0f} MiB")

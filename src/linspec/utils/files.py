@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from linspec.errors import CheckpointError
 
 LOCK_FILE = ".lock"
+_LEFTOVER = re.compile(r"\.(.+)\.(?:writing|old)-[0-9a-f]{32}")
 # of Linux's renameat2
 _AT_CWD, _RENAME_EXCHANGE = -100, 2
 # how long a reader waits for a writer that is between two renames
@@ -105,6 +106,12 @@ def tidy(target: Path) -> None:
                 os.close(held)
 
 
+def tidy_all(folder: Path, names: Iterable[str]) -> None:
+    """`tidy` for everything in `folder` that some of these names, which are in it, are leftovers of."""
+    for target in {found[1] for name in names if (found := _LEFTOVER.fullmatch(name))}:
+        tidy(folder / target)
+
+
 def restored(target: Path) -> Path:
     """`target`, for readers; renamed back if a writer was killed between its two renames."""
     for _ in range(_WAITS):
@@ -117,7 +124,7 @@ def restored(target: Path) -> Path:
 
 def is_leftover(name: str) -> bool:
     """Whether a file of this name belongs to a write that has not finished."""
-    return re.fullmatch(r"\..+\.(writing|old)-[0-9a-f]{32}", name) is not None
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def _leftovers(target: Path) -> list[Path]:

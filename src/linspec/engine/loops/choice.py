@@ -9,25 +9,34 @@ from __future__ import annotations
 import re
 
 from linspec.decoding.protocols import CausalModel
+from linspec.diffusion.kinds import kinds
 from linspec.engine.loops.base import LOOPS
 from linspec.engine.loops.masked_diffusion import AUTO, AUTO_OF_BLOCKS
 from linspec.errors import ConfigError, WrongType
 from linspec.models.masked_diffusion import MaskedDiffusion
 from linspec.models.model_types import MODEL_TYPES, loop_of
 from linspec.policies import check_policy as check_draft_policy
-from linspec.policies.base import Policy
+from linspec.policies.base import POLICIES, Policy
 from linspec.utils.messages import shown
+from linspec.utils.options import read_spec
 
 _SETTING = re.compile(r"\s*[A-Za-z_][\w-]*\s*=")
 _LOOP = str(MODEL_TYPES["diffusion"].loop)
 
 
-def check_policy(policy: str | int | Policy) -> None:
-    """Raise ConfigError for a policy that no loop can read; no model is asked."""
-    if _for_loop(policy):
-        LOOPS.read(f"{_LOOP}:{policy}")
-    else:
+def check_policy(policy: str | int | Policy, *, diffusion: bool) -> None:
+    """Raise ConfigError for a policy that the loop of such a model cannot read; no model is asked."""
+    if not diffusion and _for_loop(policy):
+        raise ConfigError(
+            f"policy {shown(repr(policy))} is read by the loop of a diffusion model, and this is none; give "
+            "'auto' or a number of draft nodes"
+        )
+    if not diffusion:
         check_draft_policy(policy)
+    elif _for_loop(policy):
+        LOOPS.read(f"{_LOOP}:{policy}")
+    elif policy != "auto":
+        raise _none_of_a_loop(policy)
 
 
 def choose_loop(loop: object, policy: str | int | Policy, model: CausalModel) -> str:
@@ -37,7 +46,7 @@ def choose_loop(loop: object, policy: str | int | Policy, model: CausalModel) ->
     """
     if loop is not None and not isinstance(loop, str):
         raise WrongType(f"a loop is a spec of `linspec list`, got {shown(repr(loop))}")
-    _check_kind(policy, model)
+    check_policy(policy, diffusion=isinstance(model, MaskedDiffusion))
     if _for_loop(policy):
         if loop not in (None, "auto", _LOOP):
             raise ConfigError(
@@ -58,15 +67,16 @@ def _for_loop(policy: object) -> bool:
     return isinstance(policy, str) and _SETTING.match(policy) is not None
 
 
-def _check_kind(policy: str | int | Policy, model: CausalModel) -> None:
-    diffusion = isinstance(model, MaskedDiffusion)
-    if _for_loop(policy) and not diffusion:
-        raise ConfigError(
-            f"policy {shown(repr(policy))} is read by the loop of a diffusion model, and this is a "
-            f"{type(model).__name__}; give 'auto' or a number of draft nodes"
-        )
-    if diffusion and policy != "auto" and not _for_loop(policy):
-        raise ConfigError(
-            f"policy {shown(repr(policy))} plans drafts, and a diffusion model takes none; give 'auto', or "
-            "the policies of its loop, such as 'commit=threshold:0.9,cache=dual'"
-        )
+def _none_of_a_loop(policy: object) -> ConfigError:
+    """The error for a policy of a diffusion model that is no setting of its loop."""
+    known, name = kinds(), read_spec(policy)[0] if isinstance(policy, str) else None
+    fault = "is none of a diffusion model"
+    if name is None or name.isdecimal() or name in POLICIES:
+        fault = "plans drafts, and a diffusion model takes none"
+    kind = next((kind for kind, each in known.items() if name in each), None)
+    meant = "" if kind is None else f"; did you mean '{kind}={shown(policy)}'?"
+    names = "; ".join(f"{kind}={'|'.join(each.names())}" for kind, each in known.items())
+    return ConfigError(
+        f"policy {shown(repr(policy))} {fault}; give 'auto', or what its loop reads, such as "
+        f"'commit=threshold:0.9,cache=dual'. Known: {names}; masks=NUMBER{meant}"
+    )

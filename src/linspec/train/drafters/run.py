@@ -287,10 +287,12 @@ def _batches(
     size = StateCache.size_gb(stream, layers, target.config.width)
     process = accelerator.process_index
     if size <= config.cache_gb and config.tokens >= 2 * len(stream) > 2 * config.context:
-        cache = StateCache(target, stream, config.context, layers, folder / "states")
+        states = folder / "states"
+        # the files are there for the others when the main process has made them
         if accelerator.is_main_process:
-            cache.fill()
+            StateCache(target, stream, config.context, layers, states).fill()
         accelerator.wait_for_everyone()
+        cache = StateCache(target, stream, config.context, layers, states)
         return lambda step: cache.batch(step, config.rows, config.seed, process)
     windows = Windows(stream, config.context, config.seed, process=process)
     return lambda step: windows.batch(step, config.rows)

@@ -9,6 +9,7 @@ states side by side in one tensor, as the training loop takes one, and `states_o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from linspec.mixers.base import Rope
 from linspec.models.block import Block
 from linspec.models.decoder import Decoder
 from linspec.train.pieces import likeliest
-from linspec.utils.files import replace_text
+from linspec.utils.border import read_json
+from linspec.utils.files import disk_errors, replace_text
+from linspec.utils.messages import shown
 from linspec.utils.progress import Progress
 
 _DONE = "states.json"
@@ -102,15 +105,32 @@ class StateCache:
         return len(stream) * ((1 + len(layers)) * width * 2 + 4) / 1e9
 
     def _file(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """A file of the folder, mapped; where it is not there or damaged, nothing counts as computed."""
         path = self.folder / f"{name}.npy"
-        mode = "r+" if path.exists() else "w+"
-        return np.lib.format.open_memmap(path, mode, dtype, shape)
+        with disk_errors(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            found = _mapped(path)
+            if found is None or found.shape != shape or found.dtype != dtype:
+                (self.folder / _DONE).unlink(missing_ok=True)
+                found = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            _take_room(path)
+        return found
+
+    def _windows_done(self) -> int:
+        record = self.folder / _DONE
+        if not record.exists():
+            return 0
+        done = read_json(record, TrainingError).get("windows")
+        if not isinstance(done, int) or not 0 <= done <= len(self.ids):
+            raise TrainingError(
+                f"{record} says that {shown(done)} of {len(self.ids)} windows are computed; remove the file, "
+                "and all are computed again"
+            )
+        return done
 
     def fill(self) -> None:
         """Compute the states that are not there yet; what is there stays after an interruption."""
-        record = self.folder / _DONE
-        done = json.loads(record.read_text())["windows"] if record.exists() else 0
+        record, done = self.folder / _DONE, self._windows_done()
         with Progress("states of the model", len(self.ids), start=done) as progress:
             for first in range(done, len(self.ids), _ROWS):
                 rows = slice(first, first + _ROWS)
@@ -143,3 +163,20 @@ class StateCache:
         whole[:, :-1, 1] = self.chosen[picked]
         whole[:, :-1, 2:] = self.states[picked]
         return torch.from_numpy(whole)
+
+
+def _mapped(path: Path) -> np.memmap | None:
+    """The array in a file, to read and write; None where there is none or less than its header says."""
+    try:
+        # a file that is cut short is filled up with zeros where it may be written to
+        np.lib.format.open_memmap(path, "r")
+        return np.lib.format.open_memmap(path, "r+")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _take_room(path: Path) -> None:
+    """Have the disk keep room for a whole file: a mapped page that it has none for ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
