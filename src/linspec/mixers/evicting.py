@@ -141,6 +141,9 @@ class Evicting(FoldingMixer):
 
     # ---- kernels
 
+    def attention_plan(self) -> AttentionPlan | None:
+        return None
+
     def evicting_plan(self, *, asked: int, pool: int = 0) -> AttentionPlan:
         """The plan of a kind that asks so many queries of a closing group, its last ones."""
         return AttentionPlan(
