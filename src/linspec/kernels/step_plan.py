@@ -74,8 +74,8 @@ class AttentionPlan:
     judged: rows that are judged together. budget: rows that stay of the groups that close, which the last
     `asked` queries of each group decide as it closes; the queries lie behind the key of their token. A row is
     worth what they have weighed it, of all groups together, or where pool is not 0 the greatest of what those
-    of the newest group weigh it and its neighbours, `pool` rows. threshold: rows ahead of the span are read by
-    keys that are rebuilt from their changes above it, as mixers/ops/key_changes.py says; None without.
+    of the newest group weigh it and its neighbours, `pool` rows. threshold: rows ahead of the span are read
+    by keys that are rebuilt from their changes above it, as mixers/ops/key_changes.py says; None without.
     positions: rows ahead of the span that a node reads, those that the nearest layer before selected for it;
     selects: it reads all rows and selects so many for later layers, those with the greatest products for the
     best query head of a KV head. bias [H, D]: joins scores, or squares, by distance; the last column is for
