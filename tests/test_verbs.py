@@ -285,14 +285,14 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
 # ---- numbers from the environment
 
 
-@pytest.mark.parametrize(("value", "rule"), [("0", "1 or more"), ("99999999999", "at most")])
+@pytest.mark.parametrize("value", ["0", "99999999999"])
 def test_a_wrong_variable_of_the_environment_is_named(
-    monkeypatch: pytest.MonkeyPatch, value: str, rule: str
+    monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("LINSPEC_THREADS", value)
     found = run("info")
     assert found.exit_code == 1
-    assert f"error: LINSPEC_THREADS must be {rule}" in found.stderr
+    assert "error: LINSPEC_THREADS must be 1 or more and at most" in found.stderr
     # what the command says goes before the environment
     assert "--threads must be 1 or more" in run("info", "--threads", "-1").stderr
     monkeypatch.setenv("LINSPEC_THREADS", "10000")

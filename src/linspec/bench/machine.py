@@ -38,16 +38,18 @@ def machine(*, bandwidth: bool = False) -> dict[str, Any]:
     return facts
 
 
-def set_threads(threads: int | None) -> None:
+def set_threads(threads: int | None, name: str = "threads") -> None:
     """Let torch use this many threads; None leaves its choice, within the quota of this process.
-    Raises ConfigError below 1 and far above the cores."""
+
+    Raises ConfigError, which calls the number by `name`, below 1 and far above the cores.
+    """
     limit_to_quota()
     if threads is None:
         return
     most = MOST_THREADS_A_CORE * usable_cores()
     if not 1 <= threads <= most:
         raise ConfigError(
-            f"threads must be 1 or more and at most {most} on {usable_cores()} cores, got "
+            f"{name} must be 1 or more and at most {most} on {usable_cores()} cores, got "
             f"{shown(threads)}; leave them out (--threads, LINSPEC_THREADS) for all cores"
         )
     torch.set_num_threads(threads)

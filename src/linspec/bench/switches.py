@@ -26,8 +26,8 @@ from linspec.utils.messages import shown
 T = TypeVar("T")
 
 THREADS = "LINSPEC_THREADS"
-# longer numbers Python itself refuses to read
-_DIGITS = 9
+# very long numbers Python itself refuses to read
+_DIGITS = 18
 # of a device, by the name of their fact
 DEVICE_SWITCHES = {
     "triton": (TRITON, TRITON_WORDS),
@@ -65,11 +65,11 @@ def use_threads(threads: int | None) -> None:
     Raises ConfigError for what is no such number.
     """
     given = os.environ.get(THREADS)
-    if threads is None and given:
-        if not given.isascii() or not given.isdecimal() or len(given) > _DIGITS:
-            raise ConfigError(
-                f"{THREADS} must be a whole number from 1 on, got {shown(repr(given))}; leave it out for all "
-                "cores"
-            )
-        threads = int(given)
-    set_threads(threads)
+    if threads is not None or not given:
+        return set_threads(threads)
+    if not given.isascii() or not given.isdecimal() or len(given) > _DIGITS:
+        raise ConfigError(
+            f"{THREADS} must be a whole number from 1 on, got {shown(repr(given))}; leave it out for all "
+            "cores"
+        )
+    return set_threads(int(given), THREADS)
