@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.test_native_step import TREE, assert_most_near, model
+from kernels.chains import check_forms_agree, check_ways_agree, read
+from kernels.test_native_step import TREE, model
 
 from linspec.decoding.step import StepInput
 from linspec.kernels.cpu.library import instruction_sets, load
@@ -17,7 +18,6 @@ from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.models.one_call import why_not
 from linspec.models.sparse import with_sparse_attention
-from linspec.state.sequence_states import SequenceStates
 
 SPECS = {
     "usual": "delta:threshold=0.4",
@@ -29,7 +29,6 @@ SPECS = {
 KINDS = ["float", "int8", "int4", "bfloat16", "float16"]
 NEAR = {"int8": 2e-2, "int4": 0.15, "bfloat16": 5e-3, "float16": 5e-3}
 IDS = torch.randint(97, (2200,), generator=torch.Generator().manual_seed(0)).tolist()
-PATH = [0, 1, 3, 4, 6, 7, 8]
 
 
 def made_of(form: str, bits: int | None = 8, **shape: Any) -> Decoder:
@@ -41,54 +40,22 @@ def made_of(form: str, bits: int | None = 8, **shape: Any) -> Decoder:
     return model("softmax", bits, mixers=(mixer, MixerConfig(), mixer), **shape)
 
 
-def read(made: Decoder, state: SequenceStates, slot: int, ids: list[int]) -> torch.Tensor:
-    logits = made.step([StepInput(slot, ids)], state).logits
-    state.commit(slot, range(len(ids)))
-    return logits
-
-
 @pytest.mark.crossed(20)
 @pytest.mark.parametrize("form", [*SPECS, "by-head"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_the_same_entries_both_forms_read_the_same(isa: str, form: str, kind: str) -> None:
     made = made_of(form, None)
-    native, state = made.native, made.new_state(1, kind)
-    assert native is not None
-    for first in range(0, 420, 60):
-        new = [StepInput(0, IDS[first : first + 60]), StepInput(0, IDS[first : first + 10], TREE)]
-        for step in new:
-            before, found = state.snapshot(0), []
-            for each in (None, native):
-                made.native = each
-                found.append(made.step([step], state).logits)
-                state.drop(0)
-                state.restore(0, before)
-            if kind == "float":
-                torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-            else:
-                # what is staged may be rounded the other way, and so pass the threshold
-                assert_most_near(*found, NEAR[kind])
-        read(made, state, 0, IDS[first : first + 60])
+    # what is staged may be rounded the other way, and so pass the threshold
+    near = NEAR.get(kind)
+    check_forms_agree(made, made.new_state(1, kind), IDS, near)
 
 
 @pytest.mark.crossed(9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [*SPECS, "by-head"])
 def test_a_node_gets_the_same_bits_however_it_comes(isa: str, form: str, kind: str) -> None:
-    """Tokens of a chain: as one prompt, in slices, one by one beside others, as a path of a tree."""
     made = made_of(form)
-    state = made.new_state(3, kind)
-    whole = read(made, state, 0, IDS[:600])
-    parts = [read(made, state, 1, IDS[a:b]) for a, b in ((0, 130), (130, 400), (400, 590))]
-    read(made, state, 2, IDS[100:500])
-    tokens = [590, 591, 0, 592, 593, 0, 594, 595, 596, 0]
-    tree = StepInput(1, [IDS[at] for at in tokens], TREE)
-    logits = made.step([tree, StepInput(2, IDS[:10], TREE)], state).logits
-    assert torch.equal(torch.cat([*parts, logits[PATH]]), whole[:597])
-    state.commit(1, PATH)
-    state.drop(2)
-    rest = [read(made, state, 1, [IDS[at]]) for at in range(597, 600)]
-    assert torch.equal(torch.cat(rest), whole[597:])
+    check_ways_agree(made, made.new_state(3, kind), IDS)
 
 
 @pytest.mark.parametrize("kind", ["float", "int8"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels.chains import check_ways_agree, read
 from kernels.test_native_step import assert_most_near, model
 
 from linspec.decoding.step import StepInput
@@ -41,12 +42,6 @@ def made_of(form: str, bits: int | None = 8) -> Decoder:
     taps = 3 if form == "taps" else 0
     mixer = replace(make_mixer(SPECS.get(form, SPECS["two"])), taps=taps)
     return model("softmax", bits, mixers=(mixer, MixerConfig(taps=taps), mixer))
-
-
-def read(made: Decoder, state: SequenceStates, slot: int, ids: list[int]) -> torch.Tensor:
-    logits = made.step([StepInput(slot, ids)], state).logits
-    state.commit(slot, range(len(ids)))
-    return logits
 
 
 def check_judges(state: SequenceStates) -> int:
@@ -141,22 +136,8 @@ def test_of_the_same_entries_both_forms_select_the_same(isa: str, form: str, kin
 @pytest.mark.crossed(3)
 @pytest.mark.parametrize("form", [*SPECS, "by-head"])
 def test_a_node_gets_the_same_bits_however_it_comes(isa: str, form: str) -> None:
-    """Tokens of a chain: as one prompt, in slices, one by one beside others, as a path of a tree."""
     made = made_of(form)
-    state = made.new_state(3, "int8")
-    whole = read(made, state, 0, IDS[:600])
-    parts = [read(made, state, 1, IDS[a:b]) for a, b in ((0, 130), (130, 400), (400, 590))]
-    read(made, state, 2, IDS[100:500])
-    # the path 0 1 3 4 6 7 8 of a tree beside another slot's
-    tokens = [590, 591, 0, 592, 593, 0, 594, 595, 596, 0]
-    tree = StepInput(1, [IDS[at] for at in tokens], TREE)
-    logits = made.step([tree, StepInput(2, IDS[:10], TREE)], state).logits
-    path = [0, 1, 3, 4, 6, 7, 8]
-    assert torch.equal(torch.cat([*parts, logits[path]]), whole[:597])
-    state.commit(1, path)
-    state.drop(2)
-    rest = [read(made, state, 1, [IDS[at]]) for at in range(597, 600)]
-    assert torch.equal(torch.cat(rest), whole[597:])
+    check_ways_agree(made, made.new_state(3, "int8"), IDS)
 
 
 @pytest.mark.parametrize("form", JUDGES)
