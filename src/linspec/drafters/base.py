@@ -77,6 +77,8 @@ class Drafter(ABC):
         max_nodes: most draft nodes of one of its trees.
         model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
             and its tree is verified where `score` says more of it than the other drafters expect.
+        partly_free: it asks several drafters, one of which is `model_free` and `confident`. It heeds what a
+            budget says of models, and `took_model` tells who drafted.
         confident: its trees say how sure it is of each draft (`TokenTree.confidences`).
         files: what is done with the directories of trained drafters of the kind `name`; None where it needs
             no training.
@@ -84,7 +86,8 @@ class Drafter(ABC):
 
     name: ClassVar[str]
     files: ClassVar[Files | None] = None
-    model_free: ClassVar[bool] = False
+    model_free: bool = False
+    partly_free: bool = False
     confident: bool = False
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
@@ -174,6 +177,10 @@ class Drafter(ABC):
     def author(self, sequence: RunningSequence) -> str:
         """The name of who drafted the newest tree of `sequence`; a drafter that asks others names them."""
         return name_of(self)
+
+    def took_model(self, sequence: RunningSequence) -> bool:
+        """Whether a model drafted the newest tree of `sequence`."""
+        return not self.model_free
 
     def passed(self, sequence: RunningSequence) -> None:
         """A round was verified without drafts of this drafter for a sequence.
