@@ -19,8 +19,8 @@ from linspec.drafters.base import Drafter
 from linspec.drafters.mixed import Mixed
 from linspec.drafters.suffix import Suffix
 from linspec.policies.base import RoundTimes
+from linspec.policies.free_drafts import Rooms
 from linspec.policies.planner import next_size
-from linspec.policies.rooms import Rooms
 from linspec.policies.specdec_pp import SpecDecPP
 
 COSTS = CURVES["135m-int8"]

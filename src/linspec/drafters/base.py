@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -273,9 +273,14 @@ class ChainDrafter(Drafter):
         for draft in drafts:
             self._check_draft(draft)
         return [
-            chain((sequence.root, *draft))
+            self._chain(sequence.root, draft)
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
+
+    def _chain(self, root: int, draft: Sequence[int]) -> TokenTree:
+        """A chain; where the drafter is `confident`, as sure of each depth as that was accepted before."""
+        tree = chain((root, *draft))
+        return replace(tree, confidences=(1.0, *self.rates(len(draft)))) if self.confident else tree
 
     def _check_draft(self, draft: object) -> None:
         """Raise DrafterError for what is no list; what it lists is checked where trees are."""

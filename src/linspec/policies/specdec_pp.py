@@ -12,38 +12,25 @@ decides about that. Those of a model have to earn what making them costs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree
-from linspec.drafters.base import MAX_NODES, Drafter
+from linspec.drafters.base import Drafter
 from linspec.policies.base import POLICIES, Policy, PolicyContext, RoundTimes
 from linspec.policies.calibration import Calibration
 from linspec.policies.cost_model import CostModel
 from linspec.policies.costs import CostCurve, doubt, load_or_measure
 from linspec.policies.exploration import Exploration
+from linspec.policies.free_drafts import FreeDrafts
+from linspec.policies.means import FORGET, Mean
 from linspec.policies.planner import affordable, sizes_up_to
-from linspec.policies.rooms import Rooms
 
-_FORGET = 0.98
 _FIRST_NODES = 4
 # how often the size to ask for is chosen anew, and how often where nothing was drafted meanwhile
 _REPLAN_ROUNDS, _IDLE_ROUNDS = 8, 64
 # rounds' worth of the assumption that drafting pays
 _HOPE = 6.0
-
-
-@dataclass(slots=True)
-class _Mean:
-    """A mean in which old values fade, from a first guess."""
-
-    value: float
-    weight: float = 1.0
-
-    def add(self, value: float) -> None:
-        self.weight = _FORGET * self.weight + 1
-        self.value += (value - self.value) / self.weight
 
 
 @POLICIES.register(
@@ -66,19 +53,17 @@ class SpecDecPP(Policy):
         """doubted: called once if the rounds contradict `costs`."""
         self._doubted = doubted
         self.costs, self.exploration = CostModel(costs), Exploration()
-        # of a model's drafts, and of those without one
-        self.calibration, self.free_calibration = Calibration(), Calibration()
-        self._rooms = Rooms(_FIRST_NODES, MAX_NODES)
+        # of a model's drafts; those without one are judged apart
+        self.calibration, self.free = Calibration(), FreeDrafts()
         self._trees: dict[int, TokenTree] = {}
         self._size, self._age, self._news = 0, _REPLAN_ROUNDS, True
         # tokens and plain rounds' time of a round; what a round with drafts brings beyond a plain one
-        self._tokens, self._rounds = _Mean(1.0), _Mean(1.0)
-        self._surplus = _Mean(0.5, _HOPE)
-        self._share = _Mean(1.0)
+        self._tokens, self._rounds = Mean(1.0), Mean(1.0)
+        self._surplus = Mean(0.5, _HOPE)
+        self._share = Mean(1.0)
         self._asked, self._kept, self._accepted = 0, 0, 0
-        # the slots that had drafts in this round, kept or not: those of a model, and others
+        # the slots that had drafts of a model in this round, kept or not
         self._drafted: set[int] = set()
-        self._free: set[int] = set()
         self._took_model: Callable[[RunningSequence], bool] | None = None
 
     @property
@@ -92,14 +77,16 @@ class SpecDecPP(Policy):
         self._asked = self._kept = self._accepted = 0
         self._trees.clear()
         self._drafted.clear()
-        self._free.clear()
+        self.free.begin()
         self._took_model = drafter.took_model
         for sequence in sequences:
+            self.free.look_back(sequence)
             self.exploration.began(sequence.slot)
         if self.costs.wants_plain():
             return [NO_DRAFTS] * len(sequences)
         if drafter.confident and drafter.model_free:
-            return [Budget.of(self._rooms.of(sequence.slot)) for sequence in sequences]
+            self._ask()
+            return [Budget.of(self.free.room(sequence.slot)) for sequence in sequences]
         sizes = self._sizes(sequences, drafter)
         self._asked = sum(sizes)
         if drafter.partly_free:
@@ -115,8 +102,12 @@ class SpecDecPP(Policy):
             return [self._size] * len(sequences)
         return self._attempts(sequences, drafter)
 
+    def _ask(self) -> None:
+        self.free.ask(self.costs.asking() / self.costs.round(self.costs.count))
+
     def _mixed(self, sequences: Sequence[RunningSequence], sizes: Sequence[int]) -> list[Budget]:
         """Room for drafts without a model in every round, and `sizes` for those of one."""
+        self._ask()
         price = 0.0
         # an attempt is made for what it teaches
         if self._surplus.value > 0:
@@ -124,7 +115,7 @@ class SpecDecPP(Policy):
             price = self.rate * drafting / self.costs.round(len(sequences))
         budgets = []
         for sequence, size in zip(sequences, sizes, strict=True):
-            room = max(self._rooms.of(sequence.slot), size)
+            room = max(self.free.room(sequence.slot), size)
             budgets.append(Budget(room, room, size, price))
         return budgets
 
@@ -162,15 +153,15 @@ class SpecDecPP(Policy):
         """The first nodes that bring most beyond what their seconds would bring elsewhere."""
         slot = sequence.slot
         free = self._took_model is not None and not self._took_model(sequence)
-        (self._free if free else self._drafted).add(slot)
+        (self.free.slots if free else self._drafted).add(slot)
         if tree.confidences is None:
             self._kept += len(tree) - 1
             return len(tree) - 1
         self._trees[slot] = tree
-        kept = self._worth(tree, self.free_calibration if free else self.calibration)
+        kept = self._worth(tree, self.free.calibration if free else self.calibration)
         self._kept += kept
         if free:
-            self._rooms.kept(slot, kept, len(tree) - 1)
+            self.free.kept(sequence, tree, kept)
         return kept
 
     def _worth(self, tree: TokenTree, calibration: Calibration) -> int:
@@ -192,23 +183,23 @@ class SpecDecPP(Policy):
     def observe(
         self, sequence: RunningSequence, drafted: int, accepted: int, expected: float
     ) -> None:
-        slot = sequence.slot
         self._accepted += accepted
-        if slot not in self._free:
-            self._drafted.add(slot)
-        tree = self._trees.get(slot)
+        if sequence.slot in self.free.slots:
+            return
+        self._drafted.add(sequence.slot)
+        tree = self._trees.get(sequence.slot)
         if tree is None or tree.confidences is None or not tree.shape.is_chain:
             return
-        calibration = self.free_calibration if slot in self._free else self.calibration
         for depth in range(1, min(drafted, accepted + 1) + 1):
-            calibration.observe(depth, tree.confidences[depth], depth <= accepted)
+            self.calibration.observe(depth, tree.confidences[depth], depth <= accepted)
 
     def observe_round(self, times: RoundTimes) -> None:
-        count, free = self.costs.count, bool(self._free) and not self._drafted
-        asked = self._asked > 0 or bool(self._free)
+        count, free = self.costs.count, bool(self.free.slots) and not self._drafted
+        asked = self._asked > 0 or self.free.asked
         if asked and not times.drafts and times.nodes == count and self._trees:
             # drafted, and nothing kept: a plain step, and drafts that were made for nothing
-            times = RoundTimes(0.0, times.step, times.nodes, 0, times.rest)
+            draft = times.draft if free else 0.0
+            times = RoundTimes(draft, times.step, times.nodes, 0, times.rest)
         self.costs.observe(times, asked=asked, free=free)
         if times.drafts:
             self.price = self.costs.price(times, free=free)
@@ -219,28 +210,30 @@ class SpecDecPP(Policy):
         kept, spent, plain = times.nodes - count, 1.0, self.costs.round(count)
         if kept or self._drafted:
             spent = self.costs.round(times.nodes) / plain
-        if free:
-            spent += self.costs.drafting(times.drafts, free=True) / plain
-        elif self._drafted:
+        if self._drafted:
             spent += self.costs.drafting(max(1, self._asked // count)) / plain
+        elif free and times.drafts:
+            spent += self.costs.drafting(times.drafts, free=True) / plain
+        elif self.free.asked:
+            spent += self.costs.asking() / plain
         self._learn(kept, spent)
         self._tokens.add(1 + self._accepted / count)
         self._rounds.add(spent)
 
     def _learn(self, kept: int, spent: float) -> None:
-        """What a round of `spent` plain rounds says about drafts of a model, if there were any."""
-        if self._free:
-            self._news = True
+        """What a round of `spent` plain rounds says about drafts of a model, or about those without one."""
+        surplus = self._accepted / self.costs.count - (spent - 1)
+        self._news |= bool(self._drafted or self.free.slots)
         if not self._drafted:
-            # what was found of them is believed ever less: an attempt may change it
-            self._surplus.weight = max(1.0, _FORGET * self._surplus.weight)
+            if self.free.asked:
+                self.free.learn(surplus)
+            # what was found of a model's is believed ever less: an attempt may change it
+            self._surplus.weight = max(1.0, FORGET * self._surplus.weight)
             return
-        self._news = True
-        brought = self._accepted / self.costs.count
         self._share.add(kept / self._asked)
-        self._surplus.add(brought - (spent - 1))
+        self._surplus.add(surplus)
         if not self._size or self._surplus.value <= 0:
-            self._tried(spent - 1 - brought)
+            self._tried(-surplus)
 
     def _tried(self, price: float) -> None:
         for slot in self._drafted:
@@ -248,5 +241,5 @@ class SpecDecPP(Policy):
 
     def release(self, slot: int) -> None:
         self._trees.pop(slot, None)
-        self._rooms.release(slot)
+        self.free.release(slot)
         self.exploration.release(slot)
