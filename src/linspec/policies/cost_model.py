@@ -23,6 +23,8 @@ _FRESH = 6
 _NOTHING = 0.3
 # weights of the assumptions that the curve is right about more nodes, and that a tree has no other cost
 _SLOPE, _FIXED = 0.2, 2.0
+# more nodes cost half of what the curve says at least: rounds that say less ran while the machine became faster
+_LEAST_SLOPE = 0.5
 # plain rounds that a round may cost more than was known
 _JUMP = 1.0
 # while every round drafts, plain rounds are looked at again this often
@@ -234,5 +236,5 @@ class _Rise:
 
     def _fit(self) -> None:
         whole = self.xx * self.weight - self.x * self.x
-        self.slope = max(0.1, 1 + (self.xy * self.weight - self.x * self.y) / whole)
+        self.slope = max(_LEAST_SLOPE, 1 + (self.xy * self.weight - self.x * self.y) / whole)
         self.fixed = max(0.0, (self.xx * self.y - self.x * self.xy) / whole)
