@@ -23,7 +23,7 @@ _FRESH = 6
 _NOTHING = 0.3
 # weights of the assumptions that the curve is right about more nodes, and that a tree has no other cost
 _SLOPE, _FIXED = 0.2, 2.0
-# more nodes cost half of what the curve says at least: rounds that say less ran while the machine became faster
+# more nodes cost half of what the curve says at least: where rounds say less, the machine became faster
 _LEAST_SLOPE = 0.5
 # plain rounds that a round may cost more than was known
 _JUMP = 1.0
