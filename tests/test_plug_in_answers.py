@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from helpers import random_tokens, tiny_model
 
 from linspec import DRAFTERS, LOOPS, POLICIES, ChainDrafter, DrafterContext, SamplingParams
@@ -14,7 +16,9 @@ from linspec.decoding.request import Request
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import TokenTree
 from linspec.drafters import make_drafter
+from linspec.drafters.grammar import ForcedTokens
 from linspec.drafters.lookup import PromptLookup
+from linspec.drafters.mixed import Mixed
 from linspec.engine.engine import Engine
 from linspec.engine.loops import GenerationLoop
 from linspec.errors import ConfigError, DrafterError, InputError, StateError, WrongType
@@ -83,6 +87,10 @@ def test_a_drafter_that_wrote_to_the_tokens_changed_the_output(
     assert "drafter 'writer' changed sequence.tokens" in said and "list(sequence.tokens)" in said
 
 
+def with_confidence(sure: Any) -> TokenTree:
+    return TokenTree((1, 2), TREE, confidences=(1.0, sure))
+
+
 TREE = (-1, 0)
 ANSWERS: list[tuple[str, Any, str]] = [
     ("propose", None, "answered None; the answer is a list with a TokenTree for each request"),
@@ -90,6 +98,10 @@ ANSWERS: list[tuple[str, Any, str]] = [
     ("propose", [None], "proposed None; a proposal is a TokenTree"),
     ("propose", [[1, 2]], r"proposed [1, 2]; a proposal is a TokenTree"),
     ("propose", [TokenTree((1.0, 2), TREE)], "token ids are whole numbers"),  # type: ignore[arg-type]
+    *(
+        ("propose", [with_confidence(sure)], f"the confidence {sure!r}; a confidence is a number")
+        for sure in (math.nan, math.inf, -0.5, None, "1")
+    ),
     ("draft", None, "answered None; the answer is a list with a list of token ids for each"),
     ("draft", [], "answered 0 times for 1 requests"),
     ("draft", [None], "drafted None; a draft is a list of token ids, empty for none"),
@@ -108,6 +120,27 @@ def test_answers_of_a_drafter_failed_without_its_name(
     setattr(drafter, method, lambda *_: answer)
     said = failure(model, drafter)
     assert said.startswith("drafter 'prompt-lookup' ") and message in said
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_confidences_that_are_no_numbers_unlearned_a_mix(free: bool, model: Decoder) -> None:
+    part = PromptLookup()
+    part.model_free = free
+    for answer in (None, with_confidence(math.nan)):
+        part.propose = lambda rows, _, it=answer: [it for _ in rows]  # type: ignore
+        said = failure(model, Mixed([ForcedTokens(), part]))
+        assert said.startswith("drafter 'prompt-lookup' proposed ")
+
+
+def test_drafts_that_were_sampled_by_a_model_free_drafter_were_cut_by_what_was_drawn(
+    model: Decoder,
+) -> None:
+    share = torch.full((model.config.vocab_size,), 1 / model.config.vocab_size)
+    drafter = PromptLookup()
+    drafter.propose = lambda rows, _: [  # type: ignore[method-assign]
+        TokenTree((row.root, 1), TREE, {0: share}) for row in rows
+    ]
+    assert "said to be model_free and sampled its drafts" in failure(model, drafter)
 
 
 @pytest.mark.parametrize("answer", [None, [None], [4], []], ids=str)

@@ -259,9 +259,12 @@ def test_models_and_loops_that_do_not_fit_say_so() -> None:
         LLM(model_dir("softmax"), loop="masked-diffusion")
     with pytest.raises(ConfigError, match="takes no drafter"):
         make(drafter="prompt-lookup", policy=3)
-    llm = LLM(load_diffusion(source("llada")[0]), tokenizer=tiny_tokenizer(), loop="autoregressive")
-    with pytest.raises(ConfigError, match="decode it with the loop 'masked-diffusion'"):
-        llm.generate([PROMPTS[0]], WHOLE)
+
+
+@pytest.mark.parametrize("loop", ["autoregressive", "beam", "dsbd"])
+def test_a_loop_for_tokens_in_order_met_the_masks_of_a_model_in_its_first_step(loop: str) -> None:
+    with pytest.raises(ConfigError, match=f"loop '{loop}' writes one token behind .* loop 'auto'"):
+        LLM(load_diffusion(source("llada")[0]), tokenizer=tiny_tokenizer(), loop=loop)
 
 
 @pytest.mark.parametrize("kv", ["int8", "bfloat16"])

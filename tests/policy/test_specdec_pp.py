@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,3 +105,17 @@ def test_a_tree_ends_where_its_nodes_cost_more_than_they_bring() -> None:
 def test_a_tree_without_confidences_is_verified_whole() -> None:
     policy = SpecDecPP(CostCurve({1: 1.0}))
     assert policy.keep(SimpleNamespace(slot=0), chain(range(6))) == 5  # type: ignore[arg-type]
+
+
+def test_a_model_that_nobody_was_asked_for_was_divided_by() -> None:
+    """A drafter that is model_free, and then says of a tree that a model made it."""
+    policy = SpecDecPP(CostCurve({1: 1.0, 64: 1.1}))
+    row: Any = SimpleNamespace(slot=0, tokens=[1])
+    drafter = Confident()
+    drafter.model_free = True
+    drafter.took_model = lambda _: True  # type: ignore[method-assign]
+    for _ in range(3):
+        policy.plan([row], drafter)
+        policy.keep(row, replace(chain((1, 2)), confidences=(1.0, 0.9)))
+        policy.observe(row, 1, 1, 0.9)
+        policy.observe_round(RoundTimes(0.1, 1.0, 2, 1))

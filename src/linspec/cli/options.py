@@ -82,7 +82,8 @@ Seed = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        help="auto, or a number of draft tokens, 0..63; of a diffusion model commit=…,cache=….",
+        help="auto, specdec-pp, goodput or a number of draft tokens, 0..63; of a diffusion model "
+        "commit=…,cache=….",
     ),
 ]
 AttentionName = Annotated[

@@ -230,6 +230,24 @@ def check_answers(kind: str, plug_in: object, given: object, count: int, rule: s
     )
 
 
+def check_tree(drafter: Drafter, tree: object) -> None:
+    """Raise DrafterError for a proposal that is no tree or contradicts what `Drafter` says of it."""
+    who = f"drafter {name_of(drafter)!r}"
+    if not isinstance(tree, TokenTree):
+        raise DrafterError(f"{who} proposed {shown(repr(tree))}; a proposal is a TokenTree")
+    for sure in tree.confidences or ():
+        if not isinstance(sure, int | float) or not 0 <= sure <= 1:
+            raise DrafterError(
+                f"{who} proposed a tree with the confidence {shown(repr(sure))}; a confidence is a number in "
+                "0..1, how likely its node is accepted once the parent is"
+            )
+    if tree.proposals and drafter.model_free:
+        # to choose among draws by what was drawn would change the output
+        raise DrafterError(
+            f"{who} is said to be model_free and sampled its drafts; leave model_free out of its class"
+        )
+
+
 def check_drafter(drafter: Drafter, layers: int) -> None:
     """Raise ConfigError for a drafter without `draft`, DrafterError for what a target of `layers` has not."""
     own = [getattr(getattr(drafter, name, None), "__func__", None) for name in ("propose", "draft")]

@@ -21,8 +21,15 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import Want
 from linspec.decoding.target import Target
 from linspec.decoding.tree import Budget, TokenTree, root_only
-from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext, check_answers, name_of
-from linspec.errors import ConfigError, DrafterError
+from linspec.drafters.base import (
+    DRAFTERS,
+    Drafter,
+    DrafterContext,
+    check_answers,
+    check_tree,
+    name_of,
+)
+from linspec.errors import ConfigError
 from linspec.policies.ratios import Ratios
 from linspec.utils.messages import shown
 from linspec.utils.options import option, read_spec
@@ -70,6 +77,8 @@ class Part:
         """What it proposes."""
         trees = self.drafter.propose(sequences, [self.within(budget) for budget in budgets])
         check_answers("drafter", self.drafter, trees, len(sequences), "a TokenTree")
+        for tree in trees:
+            check_tree(self.drafter, tree)
         return trees
 
     def learn(self, sequence: RunningSequence, tree: TokenTree, accepted: int) -> None:
@@ -170,12 +179,6 @@ class Mixed(Drafter):
 
     def _promised(self, part: Part, sequence: RunningSequence, tree: TokenTree) -> float:
         """What a tree that was drafted without a model is worth."""
-        if tree.proposals:
-            # to choose among draws by what was drawn would change the output
-            raise DrafterError(
-                f"drafter {name_of(part.drafter)!r} is said to be model_free and sampled its drafts; leave "
-                "model_free out of its class"
-            )
         return part.ratio(sequence) * part.drafter.score(sequence, tree) if len(tree) > 1 else 0.0
 
     def _called(

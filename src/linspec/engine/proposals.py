@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from linspec.decoding.protocols import CausalModelConfig
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, root_only
-from linspec.drafters.base import Drafter, check_answers, name_of
+from linspec.drafters.base import Drafter, check_answers, check_tree, name_of
 from linspec.errors import DrafterError
 from linspec.policies.base import Policy
 from linspec.utils.isolation import isolated
@@ -79,8 +79,7 @@ class Proposals:
 
     def _check(self, sequence: RunningSequence, budget: Budget, tree: TokenTree) -> None:
         """Raise DrafterError for a tree that would harm the step that it shares with others."""
-        if not isinstance(tree, TokenTree):
-            raise self._foul(f"{shown(repr(tree))}; a proposal is a TokenTree")
+        check_tree(self.drafter, tree)
         if {*map(type, tree.tokens)} != {int}:
             raise self._foul(
                 f"tokens {shown(repr(tree.tokens))}; token ids are whole numbers (int)"

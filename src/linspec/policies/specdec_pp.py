@@ -230,7 +230,9 @@ class SpecDecPP(Policy):
             # what was found of a model's is believed ever less: an attempt may change it
             self._surplus.weight = max(1.0, FORGET * self._surplus.weight)
             return
-        self._share.add(kept / self._asked)
+        # a drafter may say of drafts without a model that one made them
+        if self._asked:
+            self._share.add(kept / self._asked)
         self._surplus.add(surplus)
         if not self._size or self._surplus.value <= 0:
             self._tried(-surplus)

@@ -23,7 +23,7 @@ from linspec.decoding.target import NodeOutput
 from linspec.decoding.tree import TokenTree, root_only
 from linspec.drafters.base import name_of
 from linspec.engine.loops.base import LOOPS, GenerationLoop, LoopContext
-from linspec.engine.loops.prompt import keep_piece, open_prompt, prompt_piece
+from linspec.engine.loops.prompt import check_causal, keep_piece, open_prompt, prompt_piece
 from linspec.engine.loops.rounds_ahead import RoundsAhead
 from linspec.engine.proposals import Proposals, changed_tokens, tokens_end
 from linspec.engine.scheduler import Batch
@@ -69,6 +69,7 @@ class Autoregressive(GenerationLoop):
 
     def __init__(self, context: LoopContext, options: Any = None) -> None:
         super().__init__(context, options)
+        check_causal(context.target.model, self.name)
         self.verifier, self.clock = context.verifier, context.clock
         self.drafter, self.policy = context.drafter, context.policy
         self.want = LOGITS if self.drafter is None else self.drafter.needs

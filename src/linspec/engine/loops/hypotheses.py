@@ -14,7 +14,7 @@ from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.target import NodeOutput, Target
 from linspec.engine.loops.base import GenerationLoop, LoopContext
 from linspec.engine.loops.beam_states import BeamStates
-from linspec.engine.loops.prompt import keep_piece, open_prompt, prompt_piece
+from linspec.engine.loops.prompt import check_causal, keep_piece, open_prompt, prompt_piece
 from linspec.engine.scheduler import Batch
 from linspec.utils.isolation import isolated
 
@@ -33,6 +33,7 @@ class HypothesisLoop(GenerationLoop):
 
     def __init__(self, context: LoopContext, options: Any, width: int) -> None:
         super().__init__(context, options)
+        check_causal(context.target.model, self.name)
         self.clock = context.clock
         state = self.target.state
         own = Target(self.target.model, state.empty(state.slots * width))

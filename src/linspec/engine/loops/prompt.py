@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from linspec.decoding.protocols import CausalModel
 from linspec.decoding.sequence import RunningSequence
 from linspec.decoding.step import StepInput
 from linspec.decoding.target import NodeOutput, Target
 from linspec.engine.prompt_logprobs import refuse_source, score_prompt
+from linspec.errors import ConfigError
+from linspec.models.masked_diffusion import MaskedDiffusion
+
+
+def check_causal(model: CausalModel, loop: str) -> None:
+    """Raise ConfigError for a model whose tokens do not come one behind the other, which `loop` needs."""
+    if isinstance(model, MaskedDiffusion):
+        raise ConfigError(
+            f"loop {loop!r} writes one token behind the other, and this is a diffusion model, which fills "
+            "masks; use the loop 'auto'"
+        )
 
 
 def open_prompt(target: Target, sequence: RunningSequence) -> None:
