@@ -14,11 +14,9 @@ from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers import MIXERS as REGISTRY
 from linspec.mixers.config import MixerConfig, RelativeConfig
-from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
-from linspec.models.one_call import why_not
 
 MIXERS = {
     "softmax": MixerConfig(),

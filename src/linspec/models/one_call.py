@@ -182,7 +182,8 @@ class OneCall:
         """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
         self._keep_judges(state)
-        results, first = [], 0
+        results: list[Stepped] = []
+        first = 0
         for new in nodes:
             rows = range(first, first + len(new.tokens))
             self.kernel.place(_buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows)))
