@@ -35,7 +35,7 @@ SPECS = {
 }
 KINDS = ["float", "int8", "int4", "bfloat16", "float16"]
 PLACES = ["memory", "file"]
-IDS = torch.randint(97, (1400,), generator=torch.Generator().manual_seed(0)).tolist()
+IDS = torch.randint(97, (1100,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def made_of(form: str, bits: int | None = 8, **shape: Any) -> Decoder:
@@ -57,7 +57,7 @@ def shadow_of(state: SequenceStates) -> ShadowState:
     return next(part for part in state.parts if isinstance(part, ShadowState))
 
 
-@pytest.mark.crossed(24)
+@pytest.mark.crossed(40)
 @pytest.mark.parametrize("form", SPECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_the_same_entries_both_forms_read_the_same(
@@ -69,7 +69,7 @@ def test_of_the_same_entries_both_forms_read_the_same(
     check_forms_agree(made, made.new_state(1, kind, offload=folder), IDS, near)
 
 
-@pytest.mark.crossed(20)
+@pytest.mark.crossed(40)
 @pytest.mark.parametrize("form", SPECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_node_gets_the_same_bits_however_it_comes(
@@ -79,7 +79,7 @@ def test_a_node_gets_the_same_bits_however_it_comes(
     check_ways_agree(made, made.new_state(3, kind, offload=folder), IDS)
 
 
-@pytest.mark.crossed(3)
+@pytest.mark.crossed(4)
 @pytest.mark.parametrize("form", ["usual", "crooked"])
 def test_nodes_behind_a_segment_that_closes_in_a_tree_keep_their_bits(
     isa: str, form: str, folder: Path | None
@@ -100,7 +100,7 @@ def test_nodes_behind_a_segment_that_closes_in_a_tree_keep_their_bits(
             assert torch.equal(read(made, state, 0, [IDS[node]])[0], together[node])
 
 
-@pytest.mark.crossed(5)
+@pytest.mark.crossed(8)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", SPECS)
 def test_a_commit_is_a_fresh_prefill_to_the_bit(
@@ -233,7 +233,7 @@ def test_a_file_that_grows_is_read_where_it_is_mapped_then(
     made = made_of("usual")
     apart, within = made.new_state(3, offload=tmp_path), made.new_state(3)
     for state in (apart, within):
-        for slot, length in enumerate((700, 1400, 1400)):
+        for slot, length in enumerate((700, 1100, 1100)):
             read(made, state, slot, IDS[:length])
     file = shadow_of(apart).file
     assert file is not None and file.bytes > 64 * file.region_bytes
