@@ -259,6 +259,7 @@ static void fold(int width, int squared_relu) {
 #include "proof_positions.inc.h"
 #include "proof_rebuilt.inc.h"
 #include "proof_select.inc.h"
+#include "proof_shadow.inc.h"
 #include "proof_summed.inc.h"
 #include "proof_canvas.inc.h"
 
@@ -279,6 +280,7 @@ int main(void) {
         all_positions();
         all_rebuilt();
         all_selected();
+        all_shadows();
         all_summed();
         all_canvases();
         all_evicting();

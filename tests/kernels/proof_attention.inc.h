@@ -5,6 +5,7 @@ static const uint64_t tree[NODES] = {1, 3, 5, 11, 21};
 static const int row_kinds[] = {LS_F32, LS_BF16, LS_F16, LS_INT8};
 
 static int row_bytes(int kind, int width) {
+    if (kind == LS_INT4) return (width + LS_GROUP - 1) / LS_GROUP * (LS_GROUP / 2 + 4);
     return kind == LS_INT8 ? (width + 3) / 4 * 4 + 4 : kind == LS_F32 ? 4 * width : 2 * width;
 }
 
@@ -24,6 +25,7 @@ static char *some_rows(int kind, int width, size_t count, int style) {
             memcpy(rows + i * bytes, half, bytes);
             free(half);
         }
+        if (kind == LS_INT4) plain->pack_nibbles(x, width, (uint8_t *)(rows + i * bytes));
         if (kind != LS_INT8) continue;
         float scale = 0.01f + (float)(next() % 100) / 1000;
         memset(rows + i * bytes, 0, bytes);

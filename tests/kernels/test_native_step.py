@@ -14,11 +14,9 @@ from linspec.errors import InputError, StateError
 from linspec.kernels.cpu.library import instruction_sets
 from linspec.mixers import MIXERS as REGISTRY
 from linspec.mixers.config import MixerConfig, RelativeConfig
-from linspec.mixers.specs import make_mixer
 from linspec.models.config import DecoderConfig
 from linspec.models.decoder import Decoder
 from linspec.models.linear import Quantizer
-from linspec.models.one_call import why_not
 
 MIXERS = {
     "softmax": MixerConfig(),
@@ -58,7 +56,6 @@ SUMMED = {
     "aug-relu2": MixerConfig(name="aug", group=8, span=2, kernel="relu2", taps=5),
 }
 MIXERS |= SUMMED
-BY_LAYER = {"shadow"}
 # whose nodes get the same bits however they come; linear mixers but where a group closes
 EXACT = (
     *("softmax", "window", "streaming", "streaming-taps", "by-head"),
@@ -199,11 +196,8 @@ def test_a_tree_gets_the_bits_of_plain_decoding_with_a_bias_by_distance(isa: str
 def test_every_registered_mixer_has_a_plan(library: ctypes.CDLL) -> None:
     known = {each.name for each in MIXERS.values()}
     own = {name for name in REGISTRY.names() if not name.startswith(("test", "study-", "guest"))}
-    # in test_selected_step.py and test_listed_step.py; others run layer by layer, which `why_not` says
-    assert own - {"pages", "tidal"} - BY_LAYER <= known
-    for name in BY_LAYER:
-        reason = why_not(model("softmax", 8, mixers=(make_mixer(name),) * 3))
-        assert reason is not None and name in reason
+    # in test_selected_step.py, test_listed_step.py and test_shadow_step.py
+    assert own - {"pages", "tidal", "shadow"} <= known
 
 
 @pytest.mark.crossed(6)

@@ -78,8 +78,10 @@ class AttentionPlan:
     by keys that are rebuilt from their changes above it, as mixers/ops/key_changes.py says; None without.
     positions: rows ahead of the span that a node reads, those that the nearest layer before selected for it;
     selects: it reads all rows and selects so many for later layers, those with the greatest products for the
-    best query head of a KV head. bias [H, D]: joins scores, or squares, by distance; the last column is for
-    all greater ones.
+    best query head of a KV head. chunk: rows of a chunk of the groups ahead of the span, whose keys have this
+    `rank`; every node reads `outliers` of the chunks of each group, and of all others `marked`, those whose
+    mean key has the greatest share for a query head of a KV head; 0 without. bias [H, D]: joins scores, or
+    squares, by distance; the last column is for all greater ones.
     """
 
     window: int = 0
@@ -97,6 +99,10 @@ class AttentionPlan:
     threshold: float | None = None
     positions: int = 0
     selects: bool = False
+    rank: int = 0
+    chunk: int = 0
+    outliers: int = 0
+    marked: int = 0
     bias: torch.Tensor | None = None
 
     @property
@@ -112,8 +118,8 @@ class AttentionPlan:
     @property
     def both_ways(self) -> bool:
         """Whether a node can also see rows behind it: those of near groups, and sums of others."""
-        limited = self.window or self.sinks or self.chosen or self.budget or self.sees_far
-        return self.bias is None and not limited
+        limited = self.window or self.sinks or self.chosen or self.budget or self.chunk
+        return self.bias is None and not (limited or self.sees_far)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -281,6 +287,18 @@ class PageList:
     values: int
 
 
+@dataclass(frozen=True, slots=True)
+class PastList:
+    """Where the closed segments of each slot are.
+
+    table: address of [slots] pairs of `ls_past` (`kernels/cpu/structs.py`). left_bytes: of a row of left
+    factors.
+    """
+
+    table: int
+    left_bytes: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PartBuffers:
     """Where the state of a part of a layer is.
@@ -293,6 +311,7 @@ class PartBuffers:
     None where all rows are in the buffers.
     judge, judged: what judges pages and their numbers, as state/judged_pages.py has them, where it is kept.
     group_sums, group_rows: those of a canvas, as state/group_sums.py has them, where they are kept.
+    past: closed segments, where they are read.
     """
 
     kind: int
@@ -305,6 +324,7 @@ class PartBuffers:
     judged: torch.Tensor | None = None
     group_sums: torch.Tensor | None = None
     group_rows: torch.Tensor | None = None
+    past: PastList | None = None
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from linspec.errors import ConfigError
+from linspec.kernels.step_plan import AttentionPlan
 from linspec.mixers.base import MIXERS
 from linspec.mixers.config import MixerConfig, StackConfig
 from linspec.mixers.folding import FoldingMixer
@@ -138,6 +139,8 @@ class Shadow(FoldingMixer):
     def fold(self, sums: Any, keys: torch.Tensor, values: torch.Tensor) -> Any:
         """The past after a segment of keys [Hkv, S, 2 K] and values [Hkv, S, V]."""
         chunk, width = self.options.chunk, self.head_width
+        # wherever they lie, so that equal entries become equal bits
+        keys, values = keys.contiguous(), values.contiguous()
         turned, plain = keys[..., :width], keys[..., width:]
         left, right = factors(plain, self.rank)
         chunks, kept = (x.unflatten(1, (-1, chunk)) for x in (turned, values))
@@ -154,6 +157,21 @@ class Shadow(FoldingMixer):
                 outlier_values=kept[heads, odd],
                 values=kept,
             )
+        )
+
+    # ---- kernels
+
+    def attention_plan(self) -> AttentionPlan | None:
+        if type(self) is not Shadow:
+            return None
+        options = self.options
+        return AttentionPlan(
+            group=self.groups.size,
+            span=self.groups.span,
+            rank=self.rank,
+            chunk=options.chunk,
+            outliers=options.outliers,
+            marked=options.budget // options.chunk,
         )
 
     # ---- reading

@@ -7,7 +7,7 @@ output = step.run(inputs, shapes, positions, outputs, state, places)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 
 from linspec.decoding.judged import Onward
 from linspec.decoding.step import CHAIN, OVERWRITING, TREE, StepInput
-from linspec.decoding.tree import Shape
+from linspec.decoding.tree import Shape, chain_shape
 from linspec.kernels.cpu.reasons import why_not as why_not_on_cpu
 from linspec.kernels.cpu.reasons import why_not_over as why_not_over_on_cpu
 from linspec.kernels.cpu.step import CpuStep, Stepped
@@ -26,6 +26,7 @@ from linspec.kernels.step_plan import (
     PageList,
     PartBuffers,
     PartPlan,
+    PastList,
     SummedPlan,
 )
 from linspec.models.arranged_block import ArrangedBlock
@@ -37,6 +38,7 @@ from linspec.state.branches import carried
 from linspec.state.canvas import Canvas
 from linspec.state.group_sums import GroupSums
 from linspec.state.sequence_states import SequenceStates, places_of
+from linspec.state.shadow import ShadowState
 from linspec.utils.process_lock import ProcessLock
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ class OneCall:
         with self._one_at_a_time:
             if inputs[0].kind == CHAIN:
                 return WholeOutput(*self._run_chains(nodes, outputs, state, layers))
+            for new in nodes:
+                _make_ready(state, new.slot, max(new.positions))
             self._place_for(inputs, state)
             run = self.kernel.run_over if inputs[0].kind == OVERWRITING else self.kernel.run
             return WholeOutput(*run(nodes, outputs, layers))
@@ -178,7 +182,8 @@ class OneCall:
         """One after the other; their rows are staged aside, as `stage_long` of a state does."""
         self._placed = ()
         self._keep_judges(state)
-        results, first = [], 0
+        results: list[Stepped] = []
+        first = 0
         for new in nodes:
             rows = range(first, first + len(new.tokens))
             self.kernel.place(_buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows)))
@@ -187,13 +192,53 @@ class OneCall:
                 self.kernel.place(
                     _buffers_aside(state, self.kernel.plan.layers, new.slot, len(rows))
                 )
-            # what is staged aside is the only slot there
-            new.slot = 0
             wanted = [row - first for row in outputs if row in rows]
-            results.append(self.kernel.run_chain(new, wanted, layers))
+            results += self._run_aside(new, wanted, state, layers)
             first = rows.stop
         hidden, logits, states = zip(*results, strict=True)
         return torch.cat(hidden), torch.cat(logits), torch.cat(states, 1)
+
+    def _run_aside(
+        self,
+        new: NewNodes,
+        outputs: Sequence[int],
+        state: SequenceStates,
+        layers: Sequence[int],
+    ) -> Iterator[Stepped]:
+        """One chain, whose buffers the kernel knows, part by part where segments close on the way."""
+        shadows, first, count = _shadows(state), 0, len(new.tokens)
+        while first < count:
+            start = new.positions[first]
+            ends = [part.last_of_segments(new.slot, start) - start + 1 + first for part in shadows]
+            last = min([count, *ends])
+            _make_ready(state, new.slot, start)
+            # what is staged aside is the only slot there
+            some = new if last - first == count else _some_of(new, slice(first, last))
+            wanted = [row - first for row in outputs if first <= row < last]
+            yield self.kernel.run_chain(replace(some, slot=0), wanted, layers)
+            first = last
+
+
+def _some_of(new: NewNodes, part: slice) -> NewNodes:
+    """Neighbouring nodes of a chain, behind those before them as if these were committed."""
+    return replace(
+        new,
+        tokens=new.tokens[part],
+        positions=new.positions[part],
+        shape=chain_shape(part.stop - part.start),
+        committed=[rows + part.start for rows in new.committed],
+        embeddings=None if new.embeddings is None else new.embeddings[part],
+    )
+
+
+def _shadows(state: SequenceStates) -> list[ShadowState]:
+    return [part for part in state.parts if isinstance(part, ShadowState)]
+
+
+def _make_ready(state: SequenceStates, slot: int, last: int) -> None:
+    """Have closed what nodes up to position `last` of a slot see closed."""
+    for part in _shadows(state):
+        part.make_ready(slot, last)
 
 
 def _places(state: SequenceStates) -> tuple[Any, ...]:
@@ -205,6 +250,7 @@ def _places(state: SequenceStates) -> tuple[Any, ...]:
     )
     grows = [part for part in state.parts if part.grows]
     placed += tuple(part.page_list(0) for part in grows)
+    placed += tuple(part.past_list(0) for part in _shadows(state))
     return placed + tuple(_judges_of(part) for part in grows)
 
 
@@ -262,7 +308,8 @@ def _buffers(state: SequenceStates, layers: Sequence[LayerPlan]) -> list[list[Pa
     def of(plan: PartPlan, part: Any, index: int) -> PartBuffers:
         sums = part.sums[index] if part.sums.numel() else None
         pages = part.page_list(index) if part.grows else None
-        found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages)
+        past = part.past_list(index) if isinstance(part, ShadowState) else None
+        found = _part_buffers(state, part, part.keys[index], part.values[index], sums, pages, past)
         found = _with_judge(found, plan, part, index, slice(None))
         of_groups = _sums_of(plan, part)
         if of_groups is None:
@@ -282,7 +329,8 @@ def _buffers_aside(
         keys, values = rooms[id(part)][index]
         sums = part.sums[index, slot] if part.sums.numel() else None
         pages = part.page_list(index, slot) if part.grows else None
-        found = _part_buffers(state, part, keys[None], values[None], sums, pages)
+        past = part.past_list(index, slot) if isinstance(part, ShadowState) else None
+        found = _part_buffers(state, part, keys[None], values[None], sums, pages, past)
         return _with_judge(found, plan, part, index, slice(slot, slot + 1))
 
     return _of_parts(of, state, layers)
@@ -307,6 +355,7 @@ def _part_buffers(
     values: torch.Tensor,
     sums: torch.Tensor | None,
     pages: PageList | None,
+    past: PastList | None,
 ) -> PartBuffers:
     return PartBuffers(
         kind=state.parts.index(part),
@@ -315,6 +364,7 @@ def _part_buffers(
         sums=sums,
         conv_history=part.spec.conv_history,
         pages=pages,
+        past=past,
     )
 
 

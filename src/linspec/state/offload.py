@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ class OffloadFile:
     Raises ConfigError where no file can be made there.
 
     Attributes:
-        rows_read: how many rows were read until now.
+        rows_read: how many rows `read` has given until now.
+        mapped: the address where the file is mapped now, for kernels, which read it there.
     """
 
     def __init__(self, folder: Path, region_bytes: int, row_bytes: int) -> None:
@@ -62,7 +64,7 @@ class OffloadFile:
         self._regions = 0
         self._rows: np.ndarray | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self.rows_read = 0
+        self.rows_read, self.mapped = 0, c_void_p()
 
     @property
     def bytes(self) -> int:
@@ -101,6 +103,7 @@ class OffloadFile:
         except OSError as error:
             raise self._no_room(error) from error
         self._rows = np.frombuffer(mapped, np.uint8).reshape(-1, self.row_bytes)
+        self.mapped.value = self._rows.ctypes.data
         self._free += range(self._regions + _MORE - 1, self._regions - 1, -1)
         self._regions += _MORE
 

@@ -14,10 +14,12 @@ from typing import Any, Self
 import torch
 
 from linspec.errors import StateError
+from linspec.kernels.step_plan import PastList
 from linspec.state.contract import StateOptions
 from linspec.state.entries import FLOATS, EntryFormat
 from linspec.state.grouped import Fold, GroupedSpec, GroupedState
 from linspec.state.offload import OffloadFile, Region
+from linspec.state.past_table import PastTable
 from linspec.state.registry import entry_format
 from linspec.state.slots import StateSnapshot
 
@@ -65,7 +67,7 @@ _ALONG = {
     "outliers": 1,
     "outlier_keys": 1,
     "outlier_values": 1,
-    "values": 1,
+    "values": 0,
 }
 
 
@@ -73,8 +75,8 @@ _ALONG = {
 class Past:
     """The closed segments of one sequence in one layer, one behind the other.
 
-    kept: as in `Closed`, in the format of the state, right [segments, Hkv, r, K]; without values where these
-    are in the `regions` of a file.
+    kept: as in `Closed`, in the format of the state and contiguous, right and values [segments, Hkv, ..];
+    without values where these are in the `regions` of a file.
     """
 
     spec: ShadowSpec
@@ -109,7 +111,7 @@ class Past:
                 piece = (new.outliers + self.chunks).int()
             else:
                 piece = self.entries.encode(getattr(new, name))
-            if name == "right":
+            if name in ("right", "values"):
                 piece = piece[None]
             if name == "values" and self.file is not None:
                 rows = piece.contiguous().view(torch.uint8)
@@ -117,19 +119,16 @@ class Past:
                 continue
             # a copy, also of the first: values are a view of a buffer that is used again
             before = () if self.kept is None else (self.kept[name],)
-            made[name] = torch.cat((*before, piece), axis)
+            made[name] = torch.cat((*before, piece), axis).contiguous()
         return replace(self, segments=self.segments + 1, kept=made, regions=regions)
 
     def fetch(self, chunks: torch.Tensor, dtype: torch.dtype) -> Fetched:
         """Begin to read the values of `chunks` [Hkv, M], which are there when they are asked for."""
+        each, heads = self.spec.chunks, torch.arange(len(chunks), device=chunks.device)[:, None]
         if self.file is None:
-            heads = torch.arange(len(chunks), device=chunks.device)[:, None]
-            return Fetched(
-                self, dtype, self.of("values", self.spec.value_width, dtype, (heads, chunks))
-            )
-        each = self.spec.chunks
-        heads = torch.arange(len(chunks))[:, None] * each
-        rows = chunks // each * (each * len(chunks)) + heads + chunks % each
+            at = (chunks // each, heads, chunks % each)
+            return Fetched(self, dtype, self.of("values", self.spec.value_width, dtype, at))
+        rows = chunks // each * (each * len(chunks)) + heads * each + chunks % each
         return Fetched(self, dtype, self.file.read_ahead(self.regions, rows))
 
 
@@ -178,19 +177,28 @@ class ShadowState(GroupedState):
         if options.offload is not None:
             self.file = OffloadFile(options.offload, spec.kv_heads * spec.chunks * row, row)
         self._nothing = Past(spec, self.entries, self.file)
-        # [layers][slots]
+        # [layers][slots], and what it becomes once one further segment has closed, two, ...
         self.past = [[self._nothing] * slots for _ in range(self.layers)]
-
-    @property
-    def in_kernels(self) -> bool:
-        """No kernel reads it."""
-        return False
+        self._ahead: list[list[list[Past]]] = [
+            [[] for _ in range(slots)] for _ in range(self.layers)
+        ]
+        self._table = PastTable(self.layers, slots)
 
     def _let_go(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        keys, values = self._decoded(keys, values)
-        size = self.spec.group
-        for closing in zip(keys.split(size, 1), values.split(size, 1), strict=True):
-            self.past[layer][slot] = self.folds[layer](self.past[layer][slot], *closing)
+        self._put(layer, slot, self._closed(slot, layer, keys, values))
+
+    def _closed(self, slot: int, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Past:
+        """What is past once the segments of these entries have closed too, which are the first of `slot`."""
+        known, size = self._ahead[layer][slot], self.spec.group
+        for first in range(len(known) * size, keys.shape[1], size):
+            rows = slice(first, first + size)
+            before = known[-1] if known else self.past[layer][slot]
+            known.append(self.folds[layer](before, *self._decoded(keys[:, rows], values[:, rows])))
+        return known[keys.shape[1] // size - 1]
+
+    def _put(self, layer: int, slot: int, past: Past) -> None:
+        self.past[layer][slot], self._ahead[layer][slot] = past, []
+        self._table.put(layer, slot, past)
 
     def commit(self, slot: int, path: Sequence[int]) -> None:
         before = [layer[slot] for layer in self.past]
@@ -198,13 +206,58 @@ class ShadowState(GroupedState):
             super().commit(slot, path)
         except StateError:
             # some layers have closed the segment and others have not
-            for layer, past in zip(self.past, before, strict=True):
-                layer[slot] = past
+            self._set(slot, before)
             raise
+
+    def drop(self, slot: int) -> None:
+        if self.staged_aside(slot):
+            self._forget_ahead(slot)
+        super().drop(slot)
+
+    def _forget_ahead(self, slot: int) -> None:
+        self._set(slot, [layer[slot] for layer in self.past])
 
     def read_sums(self, layer: int, slots: slice) -> Any:
         """What is past of these slots: a `Past` of each."""
         return tuple(self.past[layer][slots])
+
+    # ---- for kernels
+
+    def room_aside(self, slot: int, new: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self._forget_ahead(slot)
+        return super().room_aside(slot, new)
+
+    def past_list(self, layer: int, slot: int = 0) -> PastList:
+        """Where kernels find what is past of the slots from `slot` on."""
+        kept = self.entries.kept_dtype(self.dtype).itemsize
+        return PastList(
+            self._table.seen_from(layer, slot), self.entries.width(self.spec.rank) * kept
+        )
+
+    def last_of_segments(self, slot: int, position: int) -> int:
+        """The last position that has the segments closed that `position` has closed."""
+        size = self.spec.group
+        segment = max(position // size, self.base_positions[slot] // size + self.spec.span - 1)
+        return (segment + 1) * size - 1
+
+    def make_ready(self, slot: int, last: int) -> None:
+        """Ahead of a step of kernels up to position `last`: what it reads of what is past is there.
+
+        Entries of segments that close on the way are committed, or staged aside. Raises StateError where a
+        file has no room for their values, or no longer has those of others.
+        """
+        if self.file is not None:
+            self.file.check()
+        spec, history = self.spec, self.spec.conv_history
+        gone = (last // spec.group + 1 - spec.span) * spec.group - self.base_positions[slot]
+        if gone <= 0:
+            return
+        for layer in range(self.layers):
+            keys, values = self.keys[layer, slot], self.values[layer, slot]
+            if self.staged_aside(slot):
+                keys, values = self.long[slot][layer]
+            closing = keys[:, :gone], values[:, history : history + gone]
+            self._table.put(layer, slot, self._closed(slot, layer, *closing), ahead=True)
 
     # ---- slots
 
@@ -239,8 +292,8 @@ class ShadowState(GroupedState):
         self._set(slot, copy.past)
 
     def _set(self, slot: int, past: Sequence[Past]) -> None:
-        for layer, each in zip(self.past, past, strict=True):
-            layer[slot] = each
+        for layer, each in enumerate(past):
+            self._put(layer, slot, each)
 
     # ---- sizes
 

@@ -6,10 +6,12 @@ print(why_not_over(plan))     # None: it computes nodes that overwrite, too
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from linspec.kernels.cpu.library import load
-from linspec.kernels.cpu.structs import MAX_HEAD_WIDTH
+from linspec.kernels.cpu.structs import MAX_HEAD_WIDTH, MAX_NODES
 from linspec.kernels.step_plan import (
     ACTIVATIONS,
     BF16,
@@ -51,19 +53,34 @@ def why_not(plan: StepPlan) -> str | None:
         f"tokens and pages of {PAGE} by codes or {JUDGED} by bounds, which this model has not": (
             not _selects(plan)
         ),
+        f"segments close in the one-call step with a span of 2 or more, groups of {MAX_NODES} tokens or more "
+        f"and ranks of at most {MAX_HEAD_WIDTH}, which this model has not": not _closes_apart(plan),
         "positions are read in the one-call step behind a layer that selects as many, by the same groups, "
         "which this model has not": not _hands_on(plan),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds) or None
 
 
+def _attentions(plan: StepPlan) -> Iterator[AttentionPlan]:
+    found = (part.attention for layer in plan.layers for part in layer.parts)
+    return (each for each in found if isinstance(each, AttentionPlan))
+
+
 def _selects(plan: StepPlan) -> bool:
     """Whether all groups that nodes select are committed, and made of whole blocks of rows."""
-    found = (part.attention for layer in plan.layers for part in layer.parts)
     return all(
         each.span > 1 and each.group % PAGE == 0 and each.judged == (PAGE if each.coded else JUDGED)
-        for each in found
-        if isinstance(each, AttentionPlan) and each.chosen
+        for each in _attentions(plan)
+        if each.chosen
+    )
+
+
+def _closes_apart(plan: StepPlan) -> bool:
+    """Whether segments that close for a node are committed then, one at most ahead of each step."""
+    return all(
+        each.span > 1 and each.group >= MAX_NODES and each.rank <= MAX_HEAD_WIDTH
+        for each in _attentions(plan)
+        if each.chunk
     )
 
 

@@ -41,6 +41,7 @@ from linspec.kernels.cpu.structs import (
     LayerStruct,
     MixerPartStruct,
     NormStruct,
+    PastStruct,
     SummedStruct,
 )
 from linspec.kernels.cpu.threads import native_threads
@@ -287,7 +288,8 @@ def _parts(layer: LayerPlan) -> ctypes.Array[MixerPartStruct]:
             entry.group, entry.span, entry.alpha = plan.group, plan.span, plan.alpha
             entry.summed = pointer(_summed(plan))
             continue
-        same = "window squared_relu alpha sinks chosen coded budget asked pool positions selects"
+        same = """window squared_relu alpha sinks chosen coded budget asked pool positions selects
+            rank chunk outliers marked"""
         for name in same.split():
             setattr(entry, name, getattr(plan, name))
         if plan.sees_far:
@@ -363,6 +365,9 @@ def _place(entry: MixerPartStruct, part: PartBuffers) -> None:
         assert part.judge is not None and part.judged is not None, "who places them has them kept"
         entry.judge, entry.judge_stride = part.judge.data_ptr(), part.judge.stride(1)
         entry.judged = ctypes.cast(part.judged.data_ptr(), POINTER(c_int32))
+    if part.past is not None:
+        entry.past = ctypes.cast(part.past.table, POINTER(PastStruct))
+        entry.left_bytes = part.past.left_bytes
     # groups that are selected are whole pages
     inside = entry.window or (entry.group and not entry.chosen)
     if part.pages is not None and not inside:

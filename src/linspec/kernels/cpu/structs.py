@@ -35,7 +35,7 @@ from linspec.quantization.blocks import BLOCK_FORMATS
 from linspec.quantization.codes import GROUP
 
 # raised with every change of what Python relies on and no structure shows
-ABI = 20
+ABI = 21
 TILE = 32
 MAX_HEAD_WIDTH = 512
 MAX_NODES = MAX_STAGED
@@ -115,6 +115,8 @@ _TYPES: dict[str, Any] = {
     "const int32_t *": POINTER(c_int32),
     "const uint64_t *": POINTER(c_uint64),
     "const float *const *": POINTER(c_void_p),
+    "const char *": c_void_p,
+    "const char *const *": POINTER(c_void_p),
     "const char *const *const *": c_void_p,
 }
 S = TypeVar("S", bound=type[Struct])
@@ -189,6 +191,22 @@ class SummedStruct(Struct):
 
 
 @declared(
+    "ls_past",
+    Field("int32_t", "segments"),
+    Field("const int32_t *", "outliers", "[kv_heads][segments * outliers]: numbers of chunks"),
+    Field("const int32_t *", "regions", "[segments]: places of their values; null: in this order"),
+    Field("const char *", "left right", "[rows][rank], [segments][kv_heads][rank][head_width]"),
+    Field("const char *", "landmarks", "[kv_heads][chunks][head_width]"),
+    Field("const char *", "outlier_keys outlier_values", "[kv_heads][outliers of all][chunk]"),
+    Field(
+        "const char *const *", "values", "where they lie now: [places][kv_heads][rows of a segment]"
+    ),
+)
+class PastStruct(Struct):
+    """The closed segments of a sequence in a layer, see shadow.inc.h; rows are as those of the state."""
+
+
+@declared(
     "ls_mixer_part",
     Field("const ls_summed *", "summed", "null: attention"),
     Field("int64_t", "window group span", "nearest rows, rows of a group, exact groups; 0: all"),
@@ -252,6 +270,18 @@ class SummedStruct(Struct):
         "budget asked pool",
         "rows that stay of closed groups, where others have sums, see evicting.inc.h; budget 0: none",
     ),
+    Field(
+        "int32_t",
+        "rank chunk outliers marked",
+        "of closed segments: of their keys, rows of a chunk, chunks of each that all see, others that a node "
+        "selects, see shadow.inc.h; chunk 0: there are none",
+    ),
+    Field(
+        "const ls_past *",
+        "past",
+        "[slots][2]: those now, and once more have closed, which nodes see that do not see the first row",
+    ),
+    Field("int32_t", "left_bytes", "of a row of their left factors"),
 )
 class MixerPartStruct(Struct):
     """KV heads of a layer that read alike, and where their state is."""

@@ -50,7 +50,7 @@ def device_read(plan: AttentionPlan | SummedPlan | None) -> DeviceRead | None:
 
 
 def _of_rows(plan: AttentionPlan) -> DeviceRead | None:
-    if plan.chosen or plan.budget or plan.sees_far:
+    if plan.chosen or plan.budget or plan.sees_far or plan.chunk:
         return None
     weights = "relu2" if plan.squared_relu else "softmax"
     exact = ExactRead(weights, Reach(plan.window, plan.group, plan.span), sinks=plan.sinks)

@@ -78,7 +78,7 @@ static void add_convolution(const ls_mixer *m, int head, const visible_rows *v, 
         for (int i = 0; i < count; i++) {
             const char *row = value_address(m, values, row_at(m, v, v->count - 1 - first - i));
             widen_rows(m, row, m->value_bytes, 1, 0, space + i * padded);
-            scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m) : 1.0f;
+            scales[i] = m->row_kind == LS_INT8 ? row_scale(row, m->value_bytes) : 1.0f;
         }
         source rows = {space, NULL, padded * (int64_t)sizeof *space, LS_F32, count, m->width, NULL, 0};
         for (int r = 0; r < repeats; r++) {

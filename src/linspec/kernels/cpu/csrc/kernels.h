@@ -17,6 +17,7 @@
 #define LS_QUERY_FLOATS 35 /* of scratch for a query and the rows that its node sees, see attention.inc.h */
 #define LS_CHUNK 1024 /* rows whose blocks are put together before the next ones, see merge.inc.h */
 #define LS_READINGS 4 /* most queries that read the same rows of sums together */
+#define LS_REBUILT 4096 /* rows of closed segments whose keys are rebuilt together */
 #define LS_CHUNK_BLOCKS (LS_CHUNK / LS_BLOCK)
 
 /* Input rows in the order in which tiles read them. codes: for each block [padded / 4][rows of block][4] (int8) or
@@ -79,6 +80,12 @@ typedef struct {
     int32_t positions, selects;
     int32_t *lists;                   /* [nodes], of what each selected, see positions.inc.h; list_stride: to the next one */
     int64_t list_stride;
+    int32_t rank, chunk, outliers, marked; /* of closed segments, see shadow.inc.h; chunk 0: there are none */
+    int32_t past_heads, past_head;    /* of how many kv heads these are, and which one */
+    int32_t left_bytes;               /* of a row of their left factors */
+    const ls_past *past;              /* [2]: those now, and those that a node sees whose first row is not the first */
+    int32_t turned;                   /* features that rebuilt keys are turned in; 0: none */
+    const float *cosines, *sines;     /* [positions][turned] */
 } ls_mixer;
 
 static inline size_t ls_query_count(const ls_mixer *m) {
@@ -115,10 +122,30 @@ static inline size_t ls_positions_scratch_bytes(const ls_mixer *m) {
     size_t judged = m->selects ? sizeof(float) * rows * (size_t)m->nodes : 0;
     return ls_attend_scratch_bytes(m) + (judged > block ? judged : block);
 }
+/* chunks of closed segments, at most */
+static inline int ls_past_chunks(const ls_mixer *m) {
+    int segments = m->past[0].segments > m->past[1].segments ? m->past[0].segments : m->past[1].segments;
+    return segments * (int)(m->group / m->chunk);
+}
+/* chunks whose keys are rebuilt together: those of a few segments, or of one */
+static inline int ls_rebuilt_chunks(const ls_mixer *m) {
+    int segments = m->group < LS_REBUILT ? LS_REBUILT / (int)m->group : 1;
+    return segments * (int)(m->group / m->chunk);
+}
+/* where nodes read closed segments: queries, scores of landmarks, rebuilt keys, factors, a block of rows, places of chunks, and
+ * which of them each node selects */
+static inline size_t ls_shadow_scratch_bytes(const ls_mixer *m) {
+    size_t padded = (size_t)ls_up16(m->width), chunks = (size_t)ls_past_chunks(m), rank = (size_t)m->rank;
+    size_t selected = (size_t)m->marked < chunks ? (size_t)m->marked : chunks;
+    size_t floats = ls_query_count(m) * (size_t)ls_up16((int)chunks) + chunks + (size_t)m->nodes * selected;
+    floats += (size_t)ls_rebuilt_chunks(m) * (size_t)m->chunk * padded;
+    floats += rank * padded + LS_BLOCK * (size_t)ls_up16(m->rank) + LS_BLOCK * padded;
+    return ls_attend_scratch_bytes(m) + sizeof(float) * floats + LS_BLOCK * (size_t)m->value_bytes;
+}
 /* whether nodes read the rows of lists */
 static inline int ls_reads_lists(const ls_mixer *m) { return m->positions && !m->selects; }
-/* whether they read these, selected groups, or sums: not block by block */
-static inline int ls_reads_whole(const ls_mixer *m) { return m->form || m->chosen || ls_reads_lists(m); }
+/* whether they read these, selected groups, closed segments, or sums: not block by block */
+static inline int ls_reads_whole(const ls_mixer *m) { return m->form || m->chosen || m->chunk || ls_reads_lists(m); }
 /* of groups that become rows: these, what they were made of, weights and places of all rows; or a block of rows */
 static inline size_t ls_compressed_scratch_bytes(const ls_mixer *m) {
     size_t rows = (size_t)(m->committed + m->staged - m->summed), made = (size_t)m->form->kept_rows;
@@ -233,6 +260,9 @@ typedef struct {
      * and over their span. scratch: ls_positions_scratch_bytes(m) */
     void (*select_positions)(const ls_mixer *m, const float *q, int64_t q_stride, void *scratch);
     void (*attend_listed)(const ls_mixer *m, const float *q, int64_t q_stride, float *partial, void *scratch);
+    /* as `attend` over what the nodes of the one kv head of m read of closed segments, and over their span; scratch:
+     * ls_shadow_scratch_bytes(m) */
+    void (*attend_shadow)(const ls_mixer *m, const float *q, int64_t q_stride, float *partial, void *scratch);
     /* what judges the pages first .. last - 1 of the one kv head of m, from its rows: bounds, or codes */
     void (*bound_pages)(const ls_mixer *m, int first, int last);
     void (*code_pages)(const ls_mixer *m, int first, int last);
@@ -306,6 +336,16 @@ static inline ls_pieces ls_pieces_from(const int32_t *begins, int most, int thre
 }
 int ls_take(ls_pieces *p);
 void *ls_scratch(size_t bytes); /* aligned memory of the calling thread, valid until its next call */
+
+/* Rotary positions: halves are paired as in Llama checkpoints; the sign of the halves is part of `sines`. */
+static inline void ls_turn(float *x, const float *cosines, const float *sines, int width) {
+    int half = width / 2;
+    for (int i = 0; i < half; i++) {
+        float low = x[i], high = x[i + half];
+        x[i] = low * cosines[i] + high * sines[i];
+        x[i + half] = high * cosines[i + half] + low * sines[i + half];
+    }
+}
 
 /* bytes or floats, rounded up to what the parts of a workspace begin at */
 static inline size_t ls_up64(size_t n) { return (n + 63) & ~(size_t)63; }

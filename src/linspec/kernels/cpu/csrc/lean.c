@@ -46,7 +46,7 @@ static int item_blocks(const ls_decoder *d, const ls_batch *b, const ls_layer *l
     const ls_step_input *in = b->input + item / d->kv_heads;
     const ls_mixer_part *p = l->part + l->part_of[item % d->kv_heads];
     int64_t rows = (int64_t)in->committed[p->state] + in->staged;
-    if (p->summed || p->chosen || (p->positions && !p->selects)) return 1; /* see ls_reads_whole */
+    if (p->summed || p->chosen || p->chunk || (p->positions && !p->selects)) return 1; /* see ls_reads_whole */
     if (p->budget && ls_closing_groups(rows, p->group, p->span)) return 1; /* and groups that close */
     return ls_kept_blocks(p->budget) + ls_blocks_within(rows, p->window, p->group, p->span);
 }
@@ -142,6 +142,7 @@ static reader reader_of(const ls_run *s, const ls_layer *l, int item) {
     reader r = {ls_mixer_of(d, l, in, head), s->projected + in->first * stride + column,
                 s->attended + in->first * out_stride + column, stride, out_stride};
     ls_place_lists(s, in, head, &r.m);
+    ls_place_turns(s, l, &r.m);
     return r;
 }
 
@@ -209,6 +210,12 @@ void ls_attend_whole(const ls_mixer *m, const float *q, int64_t q_stride, float 
     if (ls_reads_lists(m)) {
         float *sum = ls_scratch(floats * sizeof *sum + ls_positions_scratch_bytes(m));
         ops->attend_listed(m, q, q_stride, sum, sum + floats);
+        ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, sum + floats);
+        return;
+    }
+    if (m->chunk) {
+        float *sum = ls_scratch(floats * sizeof *sum + ls_shadow_scratch_bytes(m));
+        ops->attend_shadow(m, q, q_stride, sum, sum + floats);
         ops->end_attention(m, 0, q, q_stride, sum, out, out_stride, sum + floats);
         return;
     }

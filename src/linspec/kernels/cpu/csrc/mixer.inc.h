@@ -11,6 +11,7 @@
 #include "sinks.inc.h"
 #include "select.inc.h"
 #include "positions.inc.h"
+#include "shadow.inc.h"
 #include "combine.inc.h"
 #include "summed.inc.h"
 #include "compressed.inc.h"

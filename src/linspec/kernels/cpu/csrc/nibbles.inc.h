@@ -9,8 +9,8 @@
 
 INLINE int nibble_blocks(const ls_mixer *m) { return (m->width + LS_GROUP - 1) / LS_GROUP; }
 
-/* what queries meet keys as: those that are rebuilt are floats */
-INLINE int met_kind(const ls_mixer *m) { return m->rebuilt ? LS_F32 : m->row_kind; }
+/* what queries meet keys as: where some are rebuilt, all are floats */
+INLINE int met_kind(const ls_mixer *m) { return m->rebuilt || m->chunk ? LS_F32 : m->row_kind; }
 /* whether keys are codes there, so that queries become codes as well */
 INLINE int has_codes(const ls_mixer *m) { return met_kind(m) == LS_INT8 || met_kind(m) == LS_INT4; }
 
@@ -129,21 +129,21 @@ INLINE void widen_nibble_block(const char *block, float step, float least, float
 }
 
 /* as widen_kind */
-static void widen_nibbles(const ls_mixer *m, const char *rows, int count, int64_t ahead, float *to) {
+static void widen_nibbles(const ls_mixer *m, const char *rows, int bytes, int count, int64_t ahead, float *to) {
     int blocks = nibble_blocks(m), padded = ls_up16(m->width), numbers = count * blocks;
     int32_t pairs[BLOCK * (LS_MAX_HEAD_WIDTH / LS_GROUP)];
     float steps[BLOCK * (LS_MAX_HEAD_WIDTH / LS_GROUP)], leasts[BLOCK * (LS_MAX_HEAD_WIDTH / LS_GROUP)];
     for (int i = 0; i < count; i++)
         for (int b = 0; b < blocks; b++)
-            memcpy(pairs + i * blocks + b, rows + i * m->row_bytes + b * 4 * NIBBLE_QUADS, sizeof *pairs);
+            memcpy(pairs + i * blocks + b, rows + i * bytes + b * 4 * NIBBLE_QUADS, sizeof *pairs);
     for (int i = 0; i < numbers; i += LS_LANES) {
         vl step, least;
         widen_pairs(load_fours((const char *)(pairs + i), (numbers - i) * 4), &step, &least);
         vl_store(steps + i, step);
         vl_store(leasts + i, least);
     }
-    for (int i = 0, n = 0; i < count; i++, rows += m->row_bytes, to += padded) {
-        if (ahead) prefetch(rows + ahead, m->row_bytes);
+    for (int i = 0, n = 0; i < count; i++, rows += bytes, to += padded) {
+        if (ahead) prefetch(rows + ahead, bytes);
         for (int b = 0; b < blocks; b++, n++) {
             const char *block = rows + b * 4 * NIBBLE_QUADS;
             if (LS_GROUP * (b + 1) <= padded) {

@@ -76,6 +76,7 @@ static void attend_piece(const ls_run *s, const ls_layer *l, int piece, int head
     }
     ls_mixer m = piece_of(s, l, piece, head);
     ls_place_lists(s, s->b->input + piece, head, &m);
+    ls_place_turns(s, l, &m);
     int64_t q_stride = ls_projected_stride(s->d), column = ls_query_column(s->d, head);
     int64_t out_stride = (int64_t)s->d->heads * s->d->head_width, first = s->b->input[piece].first;
     const float *q = s->projected + first * q_stride + column;

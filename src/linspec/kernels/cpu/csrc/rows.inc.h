@@ -16,10 +16,10 @@ typedef struct {
     float key_scales[BLOCK], value_scales[BLOCK];
 } row_block;
 
-/* the scale at the end of an int8 row */
-INLINE float row_scale(const char *row, const ls_mixer *m) {
+/* the scale at the end of an int8 row of so many bytes */
+INLINE float row_scale(const char *row, int bytes) {
     float scale;
-    memcpy(&scale, row + m->row_bytes - 4, sizeof scale);
+    memcpy(&scale, row + bytes - 4, sizeof scale);
     return scale;
 }
 
@@ -50,7 +50,7 @@ static void widen_rows(const ls_mixer *m, const char *rows, int bytes, int count
         case LS_F32: widen_kind(m, rows, bytes, count, LS_F32, ahead, to); break;
         case LS_BF16: widen_kind(m, rows, bytes, count, LS_BF16, ahead, to); break;
         case LS_F16: widen_kind(m, rows, bytes, count, LS_F16, ahead, to); break;
-        case LS_INT4: widen_nibbles(m, rows, count, ahead, to); break;
+        case LS_INT4: widen_nibbles(m, rows, bytes, count, ahead, to); break;
         default: widen_kind(m, rows, bytes, count, LS_INT8, ahead, to);
     }
 }
@@ -106,7 +106,7 @@ static void widen_keys(const ls_mixer *m, const char *rows, int count, int64_t a
     int padded = ls_up16(m->width);
     widen_rows(m, rows, m->row_bytes, count, ahead, to);
     for (int i = 0; m->row_kind == LS_INT8 && i < count; i++, to += padded) {
-        vl scale = vl_set1(row_scale(rows + i * m->row_bytes, m));
+        vl scale = vl_set1(row_scale(rows + i * m->row_bytes, m->row_bytes));
         for (int c = 0; c < padded; c += LS_LANES) vl_store(to + c, vl_load(to + c) * scale);
     }
 }
@@ -146,7 +146,7 @@ static void read_keys(const ls_mixer *m, const char *keys, int first, int count,
         return;
     }
     tile_rows(keys, m->row_bytes, count, (m->width + 3) / 4, ahead, to->codes);
-    for (int i = 0; i < BLOCK; i++) to->key_scales[i] = i < count ? row_scale(keys + i * m->row_bytes, m) : 0.0f;
+    for (int i = 0; i < BLOCK; i++) to->key_scales[i] = i < count ? row_scale(keys + i * m->row_bytes, m->row_bytes) : 0.0f;
 }
 
 /* space: of a block of rows, whose second half is that of values */
@@ -157,7 +157,7 @@ static void read_values(const ls_mixer *m, const char *values, int first, int co
     to->values = ready(m, values, m->value_bytes, count, few, 0, space + BLOCK * ls_up16(m->width), &to->value_kind,
                        &to->value_stride);
     for (int i = 0; m->row_kind == LS_INT8 && i < BLOCK; i++)
-        to->value_scales[i] = i < count ? row_scale(values + i * m->value_bytes, m) : 0.0f;
+        to->value_scales[i] = i < count ? row_scale(values + i * m->value_bytes, m->value_bytes) : 0.0f;
 }
 
 /* Make `count` rows from `first` on ready for few queries or for many, those from `then` on being the next; keys and

@@ -11,16 +11,6 @@ void ls_apply_norm(const ls_norm *n, int64_t at, const float *x, float eps, int 
         ops->rms_norm(x, n->weight + at, eps, width, y);
 }
 
-/* halves are paired as in Llama checkpoints; the sign of the halves is part of `sines` */
-static void rotate(float *x, const float *cosines, const float *sines, int width) {
-    int half = width / 2;
-    for (int i = 0; i < half; i++) {
-        float low = x[i], high = x[i + half];
-        x[i] = low * cosines[i] + high * sines[i];
-        x[i + half] = high * cosines[i + half] + low * sines[i + half];
-    }
-}
-
 /* norm of q or k of one node; head: among those of q, or of k */
 static void norm_head(const ls_run *s, const ls_layer *l, int head, const ls_norm *norm, float *x) {
     if (norm && !l->whole_norms)
@@ -33,32 +23,39 @@ static void feature(const ls_run *s, const ls_layer *l, const ls_mixer_part *p, 
     if (l->rotary >= 0) {
         int turned = d->turned[l->rotary];
         size_t at = (size_t)s->b->positions[row] * turned;
-        rotate(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
+        ls_turn(x, s->b->cosines[l->rotary] + at, s->b->sines[l->rotary] + at, turned);
     }
     if (p->squared_relu) ls_current()->normalize(x, d->head_width);
     if (p->summed && p->summed->mapped) ls_current()->map(p->summed->map, x, d->head_width);
 }
 
-/* a row of keys or values as the state keeps it */
-static void store_row(const ls_mixer *m, const float *x, char *to) {
+/* a row of keys or values as the state keeps it, in `bytes` */
+static void store_row(const ls_mixer *m, const float *x, int width, int bytes, char *to) {
     if (m->row_kind == LS_F32) {
-        memcpy(to, x, (size_t)m->row_bytes);
+        memcpy(to, x, (size_t)bytes);
         return;
     }
     if (m->row_kind == LS_INT4) {
-        ls_current()->pack_nibbles(x, m->width, (uint8_t *)to);
+        ls_current()->pack_nibbles(x, width, (uint8_t *)to);
         return;
     }
     if (m->row_kind != LS_INT8) {
-        ls_current()->narrow_row(x, m->width, m->row_kind, (uint16_t *)to);
+        ls_current()->narrow_row(x, width, m->row_kind, (uint16_t *)to);
         return;
     }
-    int8_t codes[LS_MAX_HEAD_WIDTH];
+    int8_t codes[2 * LS_MAX_HEAD_WIDTH];
     int32_t offset;
-    int padded = (m->width + 31) & ~31;
-    float scale = ls_current()->quantize_row(x, m->width, padded, 1, 0, codes, &offset);
-    memcpy(to, codes, (size_t)m->row_bytes - sizeof scale);
-    memcpy(to + m->row_bytes - sizeof scale, &scale, sizeof scale);
+    float scale = ls_current()->quantize_row(x, width, (width + 31) & ~31, 1, 0, codes, &offset);
+    memcpy(to, codes, (size_t)bytes - sizeof scale);
+    memcpy(to + bytes - sizeof scale, &scale, sizeof scale);
+}
+
+/* a row of keys that have themselves behind them, ahead of their rotation */
+static void store_twice(const ls_mixer *m, const float *k, const float *plain, char *to) {
+    float both[2 * LS_MAX_HEAD_WIDTH];
+    memcpy(both, k, sizeof *both * (size_t)m->width);
+    memcpy(both + m->width, plain, sizeof *both * (size_t)m->width);
+    store_row(m, both, 2 * m->width, m->row_bytes, to);
 }
 
 /* rows of the state that sums are made of: a key with its gates, a value with its one */
@@ -93,22 +90,23 @@ void ls_stage(const ls_run *s, const ls_layer *l, int input, int head) {
         int64_t row = in->overwritten ? in->overwritten[n] : (int64_t)m.committed + in->staged - in->nodes + n;
         row -= m.paged; /* who overwrites has no pages */
         char *key = keys + row * p->row_bytes, *value = values + row * p->value_bytes;
-        float *line = s->projected + (in->first + n) * ls_projected_stride(d), gates[LS_MAX_HEAD_WIDTH + 1];
+        float *line = s->projected + (in->first + n) * ls_projected_stride(d), beside[LS_MAX_HEAD_WIDTH + 1];
         float *k = line + (size_t)(d->heads + head) * width, *v = k + (size_t)d->kv_heads * width;
         for (int r = head * repeats; r < (head + 1) * repeats; r++) {
             norm_head(s, l, r, l->q_norm, line + (size_t)r * width);
             feature(s, l, p, in->first + n, line + (size_t)r * width);
         }
         norm_head(s, l, head, l->k_norm, k);
-        if (m.form && m.form->gates) ls_current()->gates(&m, k, gates);
+        if (m.form && m.form->gates) ls_current()->gates(&m, k, beside);
+        if (m.chunk) memcpy(beside, k, sizeof *k * (size_t)width);
         feature(s, l, p, in->first + n, k);
         if (m.form) {
-            store_summed(&m, k, gates, v, key, value);
+            store_summed(&m, k, beside, v, key, value);
         } else if (m.budget) {
             store_asking(&m, k, line + (size_t)(head * repeats) * width, v, key, value);
         } else {
-            store_row(&m, k, key);
-            store_row(&m, v, value);
+            m.chunk ? store_twice(&m, k, beside, key) : store_row(&m, k, width, m.row_bytes, key);
+            store_row(&m, v, width, m.value_bytes, value);
         }
         /* branches behind this one that leave the row as it is now */
         for (int b = 0; in->carried && b < in->carried[n]; b++) {

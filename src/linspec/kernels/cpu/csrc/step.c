@@ -79,6 +79,8 @@ ls_mixer ls_mixer_of(const ls_decoder *d, const ls_layer *l, const ls_step_input
         .sums = p->sinks || p->budget ? NULL : sums, .sinks = p->sinks, .sink_rows = sinks_left ? (const char *)sums : NULL,
         .ancestors = in->ancestors, .overwritten = in->overwritten, .chosen = p->chosen, .coded = p->coded,
         .judge = p->chosen ? p->judge + at * p->judge_stride : NULL,
+        .rank = p->rank, .chunk = p->chunk, .outliers = p->outliers, .marked = p->marked, .left_bytes = p->left_bytes,
+        .past_heads = p->kv_heads, .past_head = l->place[head], .past = p->chunk ? p->past + 2 * (int64_t)in->slot : NULL,
         .budget = p->budget, .asked = p->asked, .pool = p->pool, .kept = p->budget ? sums : NULL,
     };
 }

@@ -62,6 +62,13 @@ int ls_any_selected(const ls_run *s, const ls_layer *l);
 int64_t ls_list_numbers(const ls_decoder *d, const ls_batch *b);
 void ls_place_lists(const ls_run *s, const ls_step_input *in, int head, ls_mixer *m);
 
+/* what turns keys that are rebuilt */
+static inline void ls_place_turns(const ls_run *s, const ls_layer *l, ls_mixer *m) {
+    if (!m->chunk || l->rotary < 0) return;
+    m->turned = s->d->turned[l->rotary];
+    m->cosines = s->b->cosines[l->rotary], m->sines = s->b->sines[l->rotary];
+}
+
 /* whether inputs are pieces of what overwrites */
 static inline int ls_over_pieces(const ls_batch *b) { return b->chained && b->input->overwritten; }
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LS_ABI 20                            /* of this table and the functions */
+#define LS_ABI 21                            /* of this table and the functions */
 #define LS_TILE 32                           /* output channels of a tile */
 #define LS_GROUP 32                          /* inputs that share a scale in int4 weights */
 #define LS_F32 0                             /* kinds of weights and of rows */
@@ -87,6 +87,17 @@ typedef struct {
     const float *row_keys, *row_values;      /* [kept_rows][group]: what they are mixtures by */
 } ls_summed;
 
+/* The closed segments of a sequence in a layer, see shadow.inc.h; rows are as those of the state. */
+typedef struct {
+    int32_t segments;
+    const int32_t *outliers;                 /* [kv_heads][segments * outliers]: numbers of chunks */
+    const int32_t *regions;                  /* [segments]: places of their values; null: in this order */
+    const char *left, *right;                /* [rows][rank], [segments][kv_heads][rank][head_width] */
+    const char *landmarks;                   /* [kv_heads][chunks][head_width] */
+    const char *outlier_keys, *outlier_values; /* [kv_heads][outliers of all][chunk] */
+    const char *const *values;               /* where they lie now: [places][kv_heads][rows of a segment] */
+} ls_past;
+
 /* KV heads of a layer that read alike, and where their state is. */
 typedef struct {
     const ls_summed *summed;                 /* null: attention */
@@ -122,6 +133,9 @@ typedef struct {
     int32_t *group_rows;                     /* [slots][kv_heads][group_room]: of how many rows; 0: not made */
     int32_t group_room;                      /* groups that there is room for */
     int32_t budget, asked, pool;             /* rows that stay of closed groups, where others have sums, see evicting.inc.h; budget 0: none */
+    int32_t rank, chunk, outliers, marked;   /* of closed segments: of their keys, rows of a chunk, chunks of each that all see, others that a node selects, see shadow.inc.h; chunk 0: there are none */
+    const ls_past *past;                     /* [slots][2]: those now, and once more have closed, which nodes see that do not see the first row */
+    int32_t left_bytes;                      /* of a row of their left factors */
 } ls_mixer_part;
 
 /* x * weight / sqrt(mean(x^2) + eps) + bias. */
@@ -271,7 +285,7 @@ typedef struct {
 
 /* what `layout` of structs.py says, as this compiler has it */
 #define LS_LAYOUT \
-    46900741, \
+    1175578112, \
     sizeof(ls_linear_part), offsetof(ls_linear_part, format), \
         offsetof(ls_linear_part, outputs), offsetof(ls_linear_part, weights), \
     sizeof(ls_linear), offsetof(ls_linear, kind), offsetof(ls_linear, inputs), \
@@ -289,6 +303,10 @@ typedef struct {
         offsetof(ls_summed, gate_bias), offsetof(ls_summed, kept_groups), \
         offsetof(ls_summed, kept_rows), offsetof(ls_summed, row_keys), \
         offsetof(ls_summed, row_values), \
+    sizeof(ls_past), offsetof(ls_past, segments), offsetof(ls_past, outliers), \
+        offsetof(ls_past, regions), offsetof(ls_past, left), offsetof(ls_past, right), \
+        offsetof(ls_past, landmarks), offsetof(ls_past, outlier_keys), \
+        offsetof(ls_past, outlier_values), offsetof(ls_past, values), \
     sizeof(ls_mixer_part), offsetof(ls_mixer_part, summed), offsetof(ls_mixer_part, window), \
         offsetof(ls_mixer_part, group), offsetof(ls_mixer_part, span), \
         offsetof(ls_mixer_part, far_group), offsetof(ls_mixer_part, far_span), \
@@ -310,6 +328,9 @@ typedef struct {
         offsetof(ls_mixer_part, group_sums), offsetof(ls_mixer_part, group_rows), \
         offsetof(ls_mixer_part, group_room), offsetof(ls_mixer_part, budget), \
         offsetof(ls_mixer_part, asked), offsetof(ls_mixer_part, pool), \
+        offsetof(ls_mixer_part, rank), offsetof(ls_mixer_part, chunk), \
+        offsetof(ls_mixer_part, outliers), offsetof(ls_mixer_part, marked), \
+        offsetof(ls_mixer_part, past), offsetof(ls_mixer_part, left_bytes), \
     sizeof(ls_norm), offsetof(ls_norm, weight), offsetof(ls_norm, bias), \
         offsetof(ls_norm, centred), \
     sizeof(ls_layer), offsetof(ls_layer, part), offsetof(ls_layer, part_of), \

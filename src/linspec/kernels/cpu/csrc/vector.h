@@ -149,7 +149,7 @@ INLINE vf vf_erf(vf x) {
      .gates = gates_of,    .attend = attend_blocks,      .merge = merge_partials,         \
      .attend_selected = attend_selected, .bound_pages = bound_pages,                      \
      .code_pages = code_pages, .select_positions = select_positions,                      \
-     .attend_listed = attend_listed,                                                      \
+     .attend_listed = attend_listed, .attend_shadow = attend_shadow,                      \
      .end_attention = end_attention, .pack_nibbles = pack_nibbles,                         \
      .close_groups = close_groups, .close_on_path = close_on_path,                        \
      .fold = fold_rows,    .read_summed = read_summed,   .fold_summed = fold_summed,      \
