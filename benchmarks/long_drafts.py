@@ -37,7 +37,7 @@ class Mode:
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     rounds: int = 0
-    tokens: int = 0
+    accepted: int = 0
     decision: str = ""
 
     def run(self, prompt: list[int], tokens: int) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ class Mode:
         self.processor.append(time.process_time() - began)
         self.seconds.append(answer.stats.decode_seconds)
         self.rounds += answer.stats.rounds
-        self.tokens += len(answer.token_ids)
+        self.accepted += answer.stats.accepted
         self.decision = answer.stats.decision
         return answer.token_ids
 
@@ -60,7 +60,7 @@ class Mode:
             "processor_s": processor,
             "times_plain": statistics.median(plain.seconds) / seconds,
             "times_plain_processor": statistics.median(plain.processor) / processor,
-            "tokens_per_round": self.tokens / self.rounds,
+            "tokens_per_round": 1 + self.accepted / self.rounds,
             "decision": self.decision,
         }
 
