@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from benchmarks.long_context_bytes import bytes_of
 from benchmarks.long_context_ways import WAYS, way_of
 from linspec.decoding.step import StepInput
-from linspec.evaluate.needles import CLEAR, NAMES, WORDING
+from linspec.evaluate.needles import CLEAR, NAMES, WORDING, WORDINGS
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.ruler import evaluate_ruler
 from linspec.llm import LLM
@@ -77,13 +77,25 @@ def found(llm: LLM, needles: Needles, keys: int) -> tuple[list[bool], int]:
     return right, most
 
 
-def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int) -> Needles:
-    """Texts with `keys` needles, each of which is asked for; the first at ten depths in turn."""
-    writer = NeedleWriter(llm.tokenizer, stream, (WORDING,), NAMES, clear=CLEAR)
+def needles_of(
+    llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int, *, apart: bool = False
+) -> Needles:
+    """Texts with `keys` needles, each of which is asked for; the first at ten depths in turn.
+
+    apart: each has a wording of its own.
+    """
+    wordings = WORDINGS if apart else (WORDING,)
+    writer = NeedleWriter(llm.tokenizer, stream, wordings, NAMES, clear=CLEAR)
     rng = random.Random(f"long {length} {keys}")
     made = [
         writer.batch(
-            1, length, keys=keys, asked=keys, rng=rng, depth=(text % _DEPTHS + 0.5) / _DEPTHS
+            1,
+            length,
+            keys=keys,
+            asked=keys,
+            rng=rng,
+            depth=(text % _DEPTHS + 0.5) / _DEPTHS,
+            apart=apart,
         )
         for text in range(texts)
     ]
@@ -93,13 +105,24 @@ def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int)
 
 
 def quality(
-    llm: LLM, stream: np.ndarray, length: int, items: int, kinds: Sequence[int], texts: int
+    llm: LLM,
+    stream: np.ndarray,
+    length: int,
+    items: int,
+    kinds: Sequence[int],
+    texts: int,
+    apart: bool = False,
 ) -> dict[str, Any]:
-    """Needles that are found, bytes of the state, and bits per token at the end of running text."""
-    result: dict[str, Any] = {"state_bytes": 0}
+    """Needles that are found, bytes of the state, and bits per token at the end of running text.
+
+    apart: what one needle in a text would ask is asked of texts with one needle of each wording.
+    """
+    result: dict[str, Any] = {"state_bytes": 0, "apart": apart}
     for keys in kinds:
-        needles = needles_of(llm, stream, length, keys, -(-items // keys))
-        hits, size = found(llm, needles, keys)
+        alone = apart and keys == 1
+        in_text = len(WORDINGS) if alone else keys
+        needles = needles_of(llm, stream, length, in_text, -(-items // in_text), apart=alone)
+        hits, size = found(llm, needles, in_text)
         result[f"needles_{keys}"], result[f"asked_{keys}"] = sum(hits), len(hits)
         result["state_bytes"] = max(size, result["state_bytes"])
     running = [stream[at : at + length + 1] for at in range(0, texts * length, length)]
@@ -195,7 +218,7 @@ def measure(options: argparse.Namespace) -> None:
                 _write(options, name, length, "ruler", ruler(llm, length, options))
             if options.speed_only or (name, length, "quality") in done:
                 continue
-            asked = options.items, options.keys, options.texts
+            asked = options.items, options.keys, options.texts, options.apart
             _write(options, name, length, "quality", quality(llm, stream, length, *asked))
         missing = {n: llm for n, llm in loaded.items() if (n, length, "speed") not in done}
         if missing and not options.quality_only:
@@ -225,6 +248,11 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=20, help="needles that are asked for")
     parser.add_argument("--keys", nargs="+", type=int, default=_KEYS, help="needles in a text")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="for one needle: a text with one of each of five wordings",
+    )
     parser.add_argument("--ruler", type=int, default=0, help="questions of each task of RULER")
     parser.add_argument("--texts", type=int, default=4, help="running texts whose ends are scored")
     parser.add_argument(

@@ -43,10 +43,11 @@ def test_measured_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     options = argparse.Namespace(
         out=tmp_path / "rows.jsonl",
         ways=["int8", "pages:budget=64"],
-        lengths=[400],
+        lengths=[700],
         items=2,
         keys=[1],
         texts=1,
+        apart=True,
         ruler=0,
         model=MODEL,
         quantize=None,
@@ -63,7 +64,7 @@ def test_measured_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows[3]["read_bytes"] < rows[3]["state_bytes"]
     assert rows[2]["processor_ms"] > 0
     shown = tables(kept(options.out), "int8")
-    assert "| reads | 400 |" in shown
+    assert "| reads | 700 |" in shown
     assert shown.count("| `pages:budget=64` |") == 4
     assert "(1.00×)" in shown
 
