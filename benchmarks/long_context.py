@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.long_context_bytes import bytes_of
+from benchmarks.long_context_bytes import bytes_of, offloaded_bytes
 from benchmarks.long_context_ways import WAYS, way_of
 from linspec.decoding.step import StepInput
 from linspec.evaluate.needles import CLEAR, NAMES, WORDING, WORDINGS
@@ -233,6 +233,7 @@ def _write(
     found = {"way": way, "length": length, "kind": kind, **model, **row}
     if "state_bytes" in row:
         found["read_bytes"] = bytes_of(found)[1]
+        found["memory_bytes"] = row["state_bytes"] - offloaded_bytes(found)
     line = json.dumps(found)
     print(line, flush=True)
     with options.out.open("a") as out:

@@ -100,10 +100,27 @@ def unread_bytes(mixer: MixerConfig, kv: str, length: int, config: DecoderConfig
     return max(0, length - rows) * held_bytes(MixerConfig(), kv, 1, config.head_width)
 
 
+def offloaded_bytes(row: dict[str, Any]) -> int:
+    """Bytes of those that are held which `--offload` has in a file: the values of a shadow, in 16 bits."""
+    way = way_of(row["way"])
+    model = row.get("model") or way.model
+    config = load_config(model)
+    return sum(
+        2 * count * _segments(mixer, row["length"]) * mixer.group * config.head_width
+        for count, mixer in parts_of(way, model)
+        if mixer.name == "shadow"
+    )
+
+
+def _segments(mixer: MixerConfig, length: int) -> int:
+    """Segments of a shadow that are closed behind so many tokens."""
+    return max(0, length // mixer.group - mixer.span + 1)
+
+
 def _unread_of_shadow(mixer: MixerConfig, length: int, config: DecoderConfig) -> int:
     """As above, in 16 bits and with the values in memory: rows and factors of segments that are not read."""
     options, width = mixer.own_options(ShadowOptions), config.head_width
-    segments = max(0, length // mixer.group - mixer.span + 1)
+    segments = _segments(mixer, length)
     rank = min(options.rank or RANK, config.kv_heads * width, mixer.group)
     rows = max(
         0, segments * mixer.group - options.budget - segments * options.outliers * options.chunk

@@ -30,9 +30,11 @@ def found(row: dict[str, Any], beside: dict[str, Any]) -> str:
 
 
 def megabytes(row: dict[str, Any], beside: dict[str, Any]) -> str:
-    """Of cache, held and read."""
+    """Of cache, held and read; in brackets what is held in memory with `--offload`."""
     held, read = (size / 1e6 for size in bytes_of(row))
-    return f"{held:.2f}, {read:.2f}"
+    memory = row.get("memory_bytes", row.get("state_bytes", 0)) / 1e6
+    offloaded = f" ({memory:.2f})" if 0 < memory < held else ""
+    return f"{held:.2f}{offloaded}, {read:.2f}"
 
 
 def step(row: dict[str, Any], beside: dict[str, Any]) -> str:
@@ -50,7 +52,7 @@ def first_token(row: dict[str, Any], beside: dict[str, Any]) -> str:
 
 TABLES: tuple[tuple[str, str, Cell], ...] = (
     ("Found with one needle, of several, bits per token", "quality", found),
-    ("MB of cache: held, read by a step", "quality", megabytes),
+    ("MB of cache: held (in memory, with `--offload`), read by a step", "quality", megabytes),
     ("A step, ms: clock, processor (times as fast)", "speed", step),
     ("First token, s: clock, processor (times as fast)", "speed", first_token),
 )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.long_context_bytes import bytes_of, held_bytes, parts_of, unread_bytes
+from benchmarks.long_context_bytes import (
+    bytes_of,
+    held_bytes,
+    offloaded_bytes,
+    parts_of,
+    unread_bytes,
+)
 from benchmarks.long_context_plot import draw, points
 from benchmarks.long_context_ways import WAYS, Way, way_of
 from linspec.checkpoints.hub import load_config
@@ -63,6 +69,8 @@ def test_a_shadow_reads_what_it_selects() -> None:
     shadow = make_mixer("shadow:budget=256,rank=32")
     # seven segments of 256 are closed, an eighth is near; a chunk of each is read as it is
     rows, factors = 7 * 256 - 256 - 7 * 8, 0
+    row = {"way": "shadow:budget=256,rank=32", "length": 2048, "model": "embedded-softmax"}
+    assert offloaded_bytes(row) == 12 * 7 * 256 * 64 * 2
     assert unread_bytes(shadow, "float16", 2048, CONFIG) == 2 * (rows * 64 + rows * 16 + factors)
 
 
