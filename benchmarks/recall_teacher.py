@@ -38,12 +38,12 @@ from linspec.utils.format_version import stamped
 from linspec.utils.places import Place, as_path
 
 BASE, KIND, RECORD = "embedded-softmax", "recall-teacher", "recall-teacher.json"
-# tokens of running text between two lines, at most, one of these for a text
-_GAPS = (16, 48, 160, 640)
+# tokens of running text between two lines, at most, one of these for a text of 16 times as many or more
+_GAPS = (8, 32, 128, 512)
 # of a line, at most: tokens ahead of its name, and between name and answer
 _BEFORE, _BETWEEN = 8, 8
 # how a token counts in the loss: new names and answers, running text, answers that stood above
-_NEW, _TEXT, _ANSWER = 0, 1, 2
+NEW, TEXT, ANSWER = 0, 1, 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +52,7 @@ class TeacherRecipe:
 
     lengths: (tokens of a text, texts of a step), in turns; the first `short` steps take the first of them
     only. plain: share of running text without lines. ask: share of lines that stood above already. turned:
-    share of the features of a head that still turn. score: factor on the scores of attention when trained.
+    share of the features of a head that still turn.
     """
 
     train: TrainConfig
@@ -60,24 +60,26 @@ class TeacherRecipe:
     short: int
     positions: int = 32_768
     turned: float = 0.5
-    plain: float = 0.25
-    ask: float = 0.5
+    plain: float = 0.2
+    ask: float = 0.6
 
 
+# texts of a few lengths, ahead of a long one
+_MIXED = ((512, 4), (2048, 1), (1024, 2), (4096, 1), (512, 4), (2048, 1), (1024, 2))
 RECIPE = TeacherRecipe(
     train=TrainConfig(
-        steps=300,
+        steps=1160,
         lr=1e-3,
         muon_lr=2e-3,
-        warmup=10,
-        decay=0.4,
+        warmup=20,
+        decay=0.3,
         weight_decay=0.1,
         betas=(0.9, 0.95),
         seed=1,
         compile="off",
     ),
-    lengths=((512, 8), (2048, 2), (512, 8), (2048, 2), (8192, 1)),
-    short=100,
+    lengths=(*_MIXED, (8192, 1), *_MIXED, (8192, 1), *_MIXED, (16_384, 1)),
+    short=200,
 )
 
 
@@ -121,7 +123,7 @@ class RecallTexts(Windows):
     def batch(self, step: int, rows: int, context: int | None = None) -> torch.Tensor:
         """As `Windows.batch`, most of the rows with lines in them."""
         tokens = super().batch(step, rows, context)
-        made = torch.stack((tokens, torch.full_like(tokens, _TEXT)), -1)
+        made = torch.stack((tokens, torch.full_like(tokens, TEXT)), -1)
         rng = random.Random(f"lines {self.seed} {step} {self.process}")
         for row in made:
             if rng.random() >= self.recipe.plain:
@@ -131,20 +133,21 @@ class RecallTexts(Windows):
     def text(self, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
         """Tokens and how they count: running text with lines, of which some stood above already."""
         forms = [self._form(rng) for _ in range(rng.randint(1, 2))]
-        gap, at = rng.choice(_GAPS), rng.randrange(len(self.stream))
+        gap = rng.choice([gap for gap in _GAPS if 16 * gap <= length] or _GAPS[:1])
+        at = rng.randrange(len(self.stream))
         known: list[tuple[list[int], list[int]]] = []
         tokens, counts = list[int](), list[int]()
         while len(tokens) < length:
             size = rng.randrange(gap)
             tokens += self._running(at, size)
-            counts += [_TEXT] * size
+            counts += [TEXT] * size
             at += size
             old = bool(known) and rng.random() < self.recipe.ask
             if not old:
                 known.append(self._line(rng.choice(forms), rng))
             cue, answer = rng.choice(known) if old else known[-1]
             tokens += cue + answer
-            counts += [_NEW] * len(cue) + [_ANSWER if old else _NEW] * len(answer)
+            counts += [NEW] * len(cue) + [ANSWER if old else NEW] * len(answer)
         return tokens[:length], counts[:length]
 
     def _running(self, at: int, size: int) -> list[int]:
@@ -180,10 +183,10 @@ class RecallTexts(Windows):
 
 
 def weighted_loss(model: Decoder, batch: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of windows [B, T + 1, 2]; answers count twice, what is new not at all."""
+    """Mean cross-entropy in nats of windows [B, T + 1, 2]; answers count most, what is new not at all."""
     states, output, labels = next_tokens(model, batch[..., 0])
     weights = batch[:, 1:, 1].to(states.dtype)
-    labels = labels.masked_fill(weights == _NEW, IGNORED)
+    labels = labels.masked_fill(weights == NEW, IGNORED)
     return loss_in_pieces(states, output, Labels(labels, weights / weights.sum()))
 
 

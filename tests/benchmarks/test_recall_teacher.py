@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.recall_teacher import (
+    ANSWER,
     BASE,
     RECIPE,
     RecallTexts,
@@ -50,11 +51,11 @@ def test_answers_that_count_stood_above() -> None:
     for seed in range(20):
         tokens, counts = texts().text(600, random.Random(seed))
         assert len(tokens) == len(counts) == 600
-        ends = [at for at in range(599) if counts[at] == 2 and counts[at + 1] != 2]
+        ends = [at for at in range(599) if counts[at] == ANSWER and counts[at + 1] != ANSWER]
         found += len(ends)
         for end in ends:
             # the last token of the cue and the answer behind it, somewhere above
-            begin = next(at for at in range(end, -1, -1) if counts[at] != 2)
+            begin = next(at for at in range(end, -1, -1) if counts[at] != ANSWER)
             piece = tokens[begin : end + 1]
             above = [tokens[at : at + len(piece)] for at in range(begin - len(piece) + 1)]
             assert piece in above
