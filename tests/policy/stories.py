@@ -49,6 +49,15 @@ class Story:
         self._odds = math.exp(self._rng.uniform(-text.spread, text.spread))
         self._copying, self.place = False, 0
         self._places: list[tuple[float, bool, float, float]] = []
+        self._tokens: list[int] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """What was decoded: 0 where a copy is right, as copies are zeros."""
+        while len(self._tokens) < self.place:
+            luck, _, right, _ = self.at(len(self._tokens))
+            self._tokens.append(0 if luck < right else 1)
+        return self._tokens
 
     def at(self, place: int) -> tuple[float, bool, float, float]:
         """A number in 0…1 that decides; whether a match is found, and likely right; how clear the text is."""
@@ -80,7 +89,7 @@ def tilted(rate: float, odds: float) -> float:
 class Lookup(ChainDrafter):
     """Copies; finds nothing in many rounds."""
 
-    name = "lookup"
+    name, confident, model_free = "lookup", True, True
 
     def draft(self, rows: Sequence[Any], lengths: Sequence[int]) -> list[list[int]]:
         return [
@@ -107,7 +116,7 @@ class Lookup(ChainDrafter):
 class Model(Lookup):
     """A small model: a chain whose every depth costs a step of its own."""
 
-    name = "model"
+    name, confident, model_free = "model", False, False
 
     def draft(self, rows: Sequence[Any], lengths: Sequence[int]) -> list[list[int]]:
         return [[0] * n for n in lengths]
@@ -125,7 +134,7 @@ class Model(Lookup):
 class Confident(Lookup):
     """A block of drafts in one pass, with a confidence for each: informative, and too sure of itself."""
 
-    name = "confident"
+    name, confident, model_free = "confident", True, False
     max_nodes = 16
 
     def right(self, row: Story, depth: int) -> float:

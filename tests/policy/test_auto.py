@@ -15,13 +15,22 @@ from linspec.policies.specdec_pp import SpecDecPP
 CHEAP = CostCurve({1: 1e-3, 64: 1.2e-3})
 
 
-@pytest.mark.parametrize(("drafter", "kind"), [("suffix", SpecDecPP), ("prompt-lookup", Goodput)])
+@pytest.mark.parametrize(
+    ("drafter", "kind"),
+    [
+        ("suffix", SpecDecPP),
+        ("prompt-lookup", SpecDecPP),
+        ("prompt-lookup+draft-model:{model}", SpecDecPP),
+        ("draft-model:{model}", Goodput),
+    ],
+)
 def test_drafters_that_say_how_sure_they_are_are_cut_by_it(
     drafter: str, kind: type[Policy]
 ) -> None:
     policy, params = Auto(CHEAP), SamplingParams(max_tokens=24)
     prompts = ["abcd abcd abcd", "the end"]
     plain = [each.token_ids for each in LLM(model_dir("aug")).generate(prompts, params)]
+    drafter = drafter.format(model=model_dir("aug"))
     llm = LLM(model_dir("aug"), drafter=drafter, policy=policy, max_batch=2)
     assert [each.token_ids for each in llm.generate(prompts, params)] == plain
     assert type(policy._chosen) is kind

@@ -13,6 +13,7 @@ import pytest
 from world import SIZES, WARM_UP, Cell, Found, Oracle, run
 
 from linspec.decoding.tree import Budget
+from linspec.policies.auto import Auto
 from linspec.policies.fixed import Fixed
 from linspec.policies.goodput import Goodput
 
@@ -38,7 +39,7 @@ CELLS = [
 
 @cache
 def auto(cell: Cell) -> Found:
-    return run(cell, Goodput(cell.known()))
+    return run(cell, Auto(cell.known()))
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name.replace(" ", "-"))

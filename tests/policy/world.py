@@ -23,10 +23,10 @@ from stories import TEXTS, Confident, Lookup, Model, Story, Trees
 
 from linspec.decoding.tree import NO_DRAFTS, Budget, TokenTree, chain
 from linspec.drafters.base import Drafter
+from linspec.policies.auto import Auto
 from linspec.policies.base import Policy, RoundTimes
 from linspec.policies.costs import CostCurve
 from linspec.policies.fixed import Fixed
-from linspec.policies.goodput import Goodput
 from linspec.policies.planner import CANDIDATES
 
 # what a policy costs: in every round and for each of its requests, and where it chooses anew (measured, Auto)
@@ -319,7 +319,7 @@ def best_fixed(cell: Cell, seed: int = 0) -> tuple[float, int]:
 
 
 def judge(
-    cell: Cell, make: Callable[[Cell], Policy] = lambda cell: Goodput(cell.known()), seed: int = 0
+    cell: Cell, make: Callable[[Cell], Policy] = lambda cell: Auto(cell.known()), seed: int = 0
 ) -> Verdict:
     """A policy in a cell, beside what else could have been chosen."""
     fixed, size = best_fixed(cell, seed)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -116,10 +116,15 @@ class Budget:
     Attributes:
         nodes: most draft nodes, the root not counted.
         depth: greatest depth of a node; the root has depth 0.
+        model_nodes: most draft nodes where a model drafts them, for drafters that also draft without one;
+            None for as many.
+        price: draft tokens that drafts of a model must bring beyond what was found without one.
     """
 
     nodes: int
     depth: int
+    model_nodes: int | None = None
+    price: float = 0.0
 
     @classmethod
     def of(cls, nodes: int) -> Budget:
@@ -129,7 +134,12 @@ class Budget:
     def within(self, nodes: int, depth: int) -> Budget:
         """This budget with at most `nodes` nodes and at most this `depth`."""
         depth = min(self.depth, depth)
-        return Budget(min(self.nodes, nodes), depth) if depth > 0 else NO_DRAFTS
+        return replace(self, nodes=min(self.nodes, nodes), depth=depth) if depth > 0 else NO_DRAFTS
+
+    @property
+    def of_models(self) -> Budget:
+        """What a model may draft of it."""
+        return self if self.model_nodes is None else self.within(self.model_nodes, self.depth)
 
     @property
     def chain(self) -> int:

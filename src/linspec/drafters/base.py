@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +77,8 @@ class Drafter(ABC):
         max_nodes: most draft nodes of one of its trees.
         model_free: its drafts cost next to nothing and are not sampled. In a mix it drafts in every round,
             and its tree is verified where `score` says more of it than the other drafters expect.
+        partly_free: it asks several drafters, one of which is `model_free` and `confident`. It heeds what a
+            budget says of models, and `took_model` tells who drafted.
         confident: its trees say how sure it is of each draft (`TokenTree.confidences`).
         files: what is done with the directories of trained drafters of the kind `name`; None where it needs
             no training.
@@ -84,7 +86,8 @@ class Drafter(ABC):
 
     name: ClassVar[str]
     files: ClassVar[Files | None] = None
-    model_free: ClassVar[bool] = False
+    model_free: bool = False
+    partly_free: bool = False
     confident: bool = False
     # most draft nodes of one tree
     max_nodes: int = MAX_NODES
@@ -174,6 +177,10 @@ class Drafter(ABC):
     def author(self, sequence: RunningSequence) -> str:
         """The name of who drafted the newest tree of `sequence`; a drafter that asks others names them."""
         return name_of(self)
+
+    def took_model(self, sequence: RunningSequence) -> bool:
+        """Whether a model drafted the newest tree of `sequence`."""
+        return not self.model_free
 
     def passed(self, sequence: RunningSequence) -> None:
         """A round was verified without drafts of this drafter for a sequence.
@@ -266,9 +273,14 @@ class ChainDrafter(Drafter):
         for draft in drafts:
             self._check_draft(draft)
         return [
-            chain((sequence.root, *draft))
+            self._chain(sequence.root, draft)
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
+
+    def _chain(self, root: int, draft: Sequence[int]) -> TokenTree:
+        """A chain; where the drafter is `confident`, as sure of each depth as that was accepted before."""
+        tree = chain((root, *draft))
+        return replace(tree, confidences=(1.0, *self.rates(len(draft)))) if self.confident else tree
 
     def _check_draft(self, draft: object) -> None:
         """Raise DrafterError for what is no list; what it lists is checked where trees are."""

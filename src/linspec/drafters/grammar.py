@@ -17,6 +17,7 @@ from linspec.drafters.base import DRAFTERS, ChainDrafter
 class ForcedTokens(ChainDrafter):
     """The text is certain, its tokens are not: the model may spell it otherwise, so they are verified."""
 
+    confident = True
     model_free = True
 
     def draft(

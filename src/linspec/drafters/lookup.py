@@ -43,6 +43,7 @@ class PromptLookup(ChainDrafter):
     at any context.
     """
 
+    confident = True
     model_free = True
 
     def __init__(

@@ -3,9 +3,10 @@
     llm = LLM("smollm2", drafter="suffix+medusa")
 
 Drafters without a model draft in every round, because that costs next to nothing. If the best of their trees
-scores as high as what the others expect, it is verified; otherwise the best of the others drafts (the hybrid
-rule of SuffixDecoding, Oliaro et al. 2024). What a drafter promises is corrected by what it brought;
-of trees without a model those count too that were not verified.
+scores as high as what the others expect less their price, it is verified; otherwise the best of the others
+drafts (the hybrid rule of SuffixDecoding, Oliaro et al. 2024, and a price that the policy names). What a
+drafter promises is corrected by what it brought; of trees without a model those count too that were not
+verified.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ class Mixed(Drafter):
                 f"{names} cannot be mixed: each of them lets probes ride; leave one out"
             )
         self.confident = all(drafter.confident for drafter in drafters)
+        self.model_free = all(drafter.model_free for drafter in drafters)
+        self.partly_free = any(each.model_free and each.confident for each in drafters)
         self._free = [part for part in self.parts if part.drafter.model_free]
         self._others = [part for part in self.parts if not part.drafter.model_free]
         # who drafted for each sequence
@@ -142,7 +145,9 @@ class Mixed(Drafter):
                 if promised > best[i].promised:
                     best[i] = _Choice(tree, part, promised)
         for part, numbers in self._called(sequences, budgets, best).items():
-            trees = part.trees([sequences[i] for i in numbers], [budgets[i] for i in numbers])
+            trees = part.trees(
+                [sequences[i] for i in numbers], [budgets[i].of_models for i in numbers]
+            )
             for i, tree in zip(numbers, trees, strict=True):
                 # one that cannot draft here leaves what the others found
                 if len(tree) > 1:
@@ -179,21 +184,29 @@ class Mixed(Drafter):
         budgets: Sequence[Budget],
         best: Sequence[_Choice],
     ) -> Mapping[Part, list[int]]:
-        """The other drafters that expect more than what was found, and for which sequences."""
+        """The other drafters that expect more than was found and their price, and for which sequences."""
         called: dict[Part, list[int]] = {}
         for i, (sequence, budget) in enumerate(zip(sequences, budgets, strict=True)):
+            own = budget.of_models
+            if not own.nodes:
+                continue
             # decided before they draft: what they sample must not be chosen by its tokens
-            hopes = [(part.hope(sequence, budget), part) for part in self._others]
+            hopes = [(part.hope(sequence, own), part) for part in self._others]
             hope, part = max(hopes, key=lambda each: each[0], default=(0.0, None))
-            if part is not None and hope > best[i].promised:
+            promised = best[i].promised
+            # where nothing else is found, the policy has decided that a model may draft
+            if part is not None and hope > promised + (own.price if promised else 0.0):
                 called.setdefault(part, []).append(i)
         return called
 
     def expected(self, budget: Budget) -> float:
-        """The mean over the parts, by how often each of them drafts.
+        """The mean over the parts, by how often each of them drafts; of models, where a budget names them.
 
-        It is not the best of them: one that drafts seldom may expect much when it does.
+        The mean is not the best of them: one that drafts seldom may expect much when it does.
         """
+        if budget.model_nodes is not None and self._others:
+            own = budget.of_models
+            return max(part.drafter.expected(part.within(own)) for part in self._others)
         return sum(part.share * part.drafter.expected(part.within(budget)) for part in self.parts)
 
     def score(self, sequence: RunningSequence, tree: TokenTree) -> float:
@@ -213,6 +226,9 @@ class Mixed(Drafter):
 
     def author(self, sequence: RunningSequence) -> str:
         return self._chosen[sequence.number].drafter.author(sequence)
+
+    def took_model(self, sequence: RunningSequence) -> bool:
+        return self._chosen[sequence.number].drafter.took_model(sequence)
 
     def passed(self, sequence: RunningSequence) -> None:
         _each([part.drafter.passed for part in self.parts], sequence)

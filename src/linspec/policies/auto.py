@@ -16,7 +16,7 @@ from linspec.policies.specdec_pp import SpecDecPP
 
 @POLICIES.register(
     "auto",
-    summary="specdec-pp where a drafter says how sure it is of each draft, else goodput",
+    summary="specdec-pp where a drafter, or a part of it, says how sure it is of each draft, else goodput",
     paper="Liu et al. 2024 (SmartSpec), arXiv 2406.14066; Huang et al. 2024 (SpecDec++), arXiv 2405.19715",
 )
 class Auto(Policy):
@@ -34,7 +34,7 @@ class Auto(Policy):
 
     def plan(self, sequences: Sequence[RunningSequence], drafter: Drafter) -> list[Budget]:
         if self._chosen is None:
-            kind = SpecDecPP if drafter.confident else Goodput
+            kind = SpecDecPP if drafter.confident or drafter.partly_free else Goodput
             self._chosen = kind(self._costs, self._doubted)
         return self._chosen.plan(sequences, drafter)
 

@@ -57,7 +57,8 @@ class CostModel:
         # rounds with drafts after which a plain one is wanted
         self._plain_after = 0
         self._drafted = False
-        self._drafting = _DraftCost()
+        # of drafts that a model makes, and of those that cost next to nothing
+        self._drafting, self._free = _DraftCost(), _DraftCost()
         self._rise = _Rise()
         self._asking = 0.0
 
@@ -82,11 +83,15 @@ class CostModel:
         """Seconds of a round over `nodes` nodes, without what drafts add."""
         return self._factor * (self._plain + self._rise.slope * self._rising(nodes))
 
-    def drafting(self, drafts: int) -> float:
-        """Seconds that trees of up to `drafts` drafts add: making them, and what any tree costs the round."""
-        if not self._drafting.weight:
+    def drafting(self, drafts: int, *, free: bool = False) -> float:
+        """Seconds that trees of up to `drafts` drafts add: making them, and what any tree costs the round.
+
+        free: without a model, where some rounds draft with one and some without.
+        """
+        making = self._free if free else self._drafting
+        if not making.weight:
             return 0.0
-        return self._factor * (self._drafting(drafts) + self._rise.fixed * self._plain)
+        return self._factor * (making(drafts) + self._rise.fixed * self._plain)
 
     @property
     def largest(self) -> int:
@@ -101,17 +106,20 @@ class CostModel:
         """What the curve says of more nodes than there are sequences."""
         return self.curve(nodes) - self.curve(self.count)
 
-    def price(self, times: RoundTimes) -> float:
-        """Plain rounds that one such as `times` costs."""
-        seconds = self.round(times.nodes) + self.drafting(times.drafts)
+    def price(self, times: RoundTimes, *, free: bool = False) -> float:
+        """Plain rounds that one such as `times` costs; free: no model drafted."""
+        seconds = self.round(times.nodes) + self.drafting(times.drafts, free=free)
         return seconds / self.round(self.count)
 
     def asking(self) -> float:
         """Seconds of asking a drafter that has no drafts."""
         return self._factor * self._asking
 
-    def observe(self, times: RoundTimes, *, asked: bool = False) -> None:
-        """Learn from one round; asked: the drafter was asked, whether or not it had drafts."""
+    def observe(self, times: RoundTimes, *, asked: bool = False, free: bool = False) -> None:
+        """Learn from one round.
+
+        asked: the drafter was asked, whether or not it had drafts. free: no model drafted.
+        """
         if not times.drafts:
             self._observe_plain(times)
             if asked:
@@ -126,11 +134,12 @@ class CostModel:
             return
         if self.since_plain <= _FRESH:
             usual, plain = 1 / self._factor, self._plain
-            self._drafting.observe(times.drafts, times.draft * usual)
+            making = self._free if free else self._drafting
+            making.observe(times.drafts, times.draft * usual)
             # drafting also pushes weights out of the caches, and trees take longer to verify and commit
             more = (times.step + times.rest) * usual - plain
             self._rise.observe(self._rising(times.nodes) / plain, more / plain)
-        known = self.round(times.nodes) + self.drafting(times.drafts)
+        known = self.round(times.nodes) + self.drafting(times.drafts, free=free)
         rate = _FRESH_RATE if self.since_plain <= _FRESH else _RATE
         self._follow((times.draft + times.step + times.rest) / known, rate)
 
