@@ -38,16 +38,19 @@ def megabytes(row: dict[str, Any], beside: dict[str, Any]) -> str:
 
 
 def step(row: dict[str, Any], beside: dict[str, Any]) -> str:
-    """Milliseconds of a step by the clock and of processor time, and how many times as fast."""
-    clock = 1000 / row["tokens_per_second"]
-    times = row["tokens_per_second"] / beside["tokens_per_second"]
-    return f"{clock:.2f}, {row['processor_ms']:.2f} ({times:.2f}×)"
+    """Milliseconds of a step by the clock and of processor time, each with how many times as fast it is."""
+    clock, other = (1000 / each["tokens_per_second"] for each in (row, beside))
+    return f"{_times(clock, other)}, {_times(row['processor_ms'], beside['processor_ms'])}"
 
 
 def first_token(row: dict[str, Any], beside: dict[str, Any]) -> str:
-    """Seconds to the first token by the clock and of processor time, and how many times as fast."""
-    times = beside["first_token_s"] / row["first_token_s"]
-    return f"{row['first_token_s']:.2f}, {row['first_token_processor_s']:.2f} ({times:.2f}×)"
+    """Seconds to the first token, likewise."""
+    names = "first_token_s", "first_token_processor_s"
+    return ", ".join(_times(row[name], beside[name]) for name in names)
+
+
+def _times(value: float, beside: float) -> str:
+    return f"{value:.2f} ({beside / value:.2f}×)"
 
 
 TABLES: tuple[tuple[str, str, Cell], ...] = (
