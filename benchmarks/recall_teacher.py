@@ -58,7 +58,8 @@ class TeacherRecipe:
     train: TrainConfig
     lengths: tuple[tuple[int, int], ...]
     short: int
-    positions: int = 32_768
+    # and room for answers
+    positions: int = 32_768 + 1024
     turned: float = 0.5
     plain: float = 0.2
     ask: float = 0.6
