@@ -2,10 +2,12 @@
 
     python -m benchmarks.long_context --out results.jsonl
     python -m benchmarks.long_context --out results.jsonl --ways int8 "codes 1024" --lengths 4096
+    python -m benchmarks.long_context --out results.jsonl --ways int8 lserve:exact=25% --model MODEL
 
-For each way and length: needles found (one in the text, and six of which each is asked for), bits per byte of
-the last tokens of running text, bytes of the state, seconds to the first token, tokens per second behind it.
-A cell that is in the file already is not measured again. Speeds of all ways at one length are taken in turns.
+For each way and length: needles found (one in the text, and six of which each is asked for), bits per token
+of the last tokens of running text, bytes of the state, seconds to the first token and of a step behind it, by
+the clock and of processor time. A way is a name of `WAYS` or a spec of `--attention`. A cell that is in the
+file already is not measured again. Speeds of all ways at one length are taken in turns.
 """
 
 from __future__ import annotations
@@ -17,95 +19,43 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.long_context_bytes import bytes_of, offloaded_bytes
+from benchmarks.long_context_ways import WAYS, way_of
 from linspec.decoding.step import StepInput
-from linspec.evaluate.needles import CLEAR, NAMES, WORDING
+from linspec.evaluate.needles import CLEAR, NAMES, WORDING, WORDINGS
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.evaluate.ruler import evaluate_ruler
 from linspec.llm import LLM
 from linspec.state.sequence_states import SequenceStates
 from linspec.train.data import end_of_text, tokenize
 from linspec.train.needles import Needles, NeedleWriter
+from linspec.utils.progress import Progress
 
 _DEPTHS, _SCORED, _STEPS, _WARM = 10, 256, 24, 3
 _KEYS = (1, 6)
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A model, how its cache is kept, and what its softmax layers read of it."""
-
-    model: str = "smollm2"
-    kv: str = "int8"
-    attention: str | None = None
-    rope_scaling: str | None = None
-
-    def load(self, model: str | None) -> LLM:
-        """The way, of another model where one is named."""
-        return LLM(
-            model or self.model,
-            kv_cache_dtype=self.kv,
-            attention=self.attention,
-            rope_scaling=self.rope_scaling,
-        )
-
-
-WAYS = {
-    "float32": Way(kv="float32"),
-    "int8": Way(),
-    "int4": Way(kv="int4"),
-    "codes 512": Way(attention="pages:budget=512,judge=codes"),
-    "codes 1024": Way(attention="pages:budget=1024,judge=codes"),
-    "codes 2048": Way(attention="pages:budget=2048,judge=codes"),
-    "bounds 512": Way(attention="pages:budget=512,judge=bounds"),
-    "bounds 1024": Way(attention="pages:budget=1024,judge=bounds"),
-    "bounds 2048": Way(attention="pages:budget=2048,judge=bounds"),
-    # no caches, and their rows beside two near groups are as many
-    "h2o 512": Way(kv="auto", attention="h2o:budget=512"),
-    "h2o 1024": Way(kv="auto", attention="h2o:budget=1024"),
-    "snapkv 512": Way(kv="auto", attention="snapkv:budget=512"),
-    "snapkv 1024": Way(kv="auto", attention="snapkv:budget=1024"),
-    "streaming 512": Way(kv="auto", attention="streaming:span=10,sinks=4"),
-    "streaming 1024": Way(kv="auto", attention="streaming:span=18,sinks=4"),
-    "shadow 512": Way(kv="auto", attention="shadow:budget=512"),
-    "shadow 1024": Way(kv="auto", attention="shadow:budget=1024"),
-    "delta 0.5": Way(attention="delta:threshold=0.5"),
-    "delta 1": Way(attention="delta:threshold=1"),
-    "delta 2": Way(attention="delta:threshold=2"),
-    "tidal 256": Way(attention="tidal:budget=256,first=2,again=13"),
-    "tidal 256, again 8": Way(attention="tidal:budget=256,first=2,again=8"),
-    "tidal 256, again 10": Way(attention="tidal:budget=256,first=2,again=10"),
-    "tidal 256, again 16": Way(attention="tidal:budget=256,first=2,again=16"),
-    "int8, yarn": Way(rope_scaling="yarn:4"),
-    "codes 1024, yarn": Way(attention="pages:budget=1024,judge=codes", rope_scaling="yarn:4"),
-    "codes 2048, yarn": Way(attention="pages:budget=2048,judge=codes", rope_scaling="yarn:4"),
-    "lserve 1024": Way(attention="lserve:budget=1024"),
-    "lserve 1024, 22 heads": Way(attention="lserve:budget=1024,exact=22"),
-    "lserve 2048": Way(attention="lserve:budget=2048"),
-    "lserve all": Way(attention="lserve:budget=32768"),
-    "smollm2-aug": Way(model="smollm2-aug"),
-    "smollm2-aug, codes 512": Way(model="smollm2-aug", attention="pages:budget=512,judge=codes"),
-    "smollm2-aug, codes 1024": Way(model="smollm2-aug", attention="pages:budget=1024,judge=codes"),
-    "smollm2-aug, bounds 1024": Way(
-        model="smollm2-aug", attention="pages:budget=1024,judge=bounds"
-    ),
-    "smollm2-aug-22": Way(model="smollm2-aug-22"),
-}
+# tokens of a text that are read at once
+_SLICE = 2048
 
 
 def read(llm: LLM, tokens: Sequence[int], wanted: Sequence[int]) -> tuple[SequenceStates, Any]:
-    """A state that holds `tokens`, and the logits of those at the `wanted` places."""
+    """A state that holds `tokens`, and the logits of those at the `wanted` places, which rise."""
     state = llm.model.new_state(1, llm.kv_cache_dtype)
-    out = llm.model.step([StepInput(0, list(tokens), logits_of=list(wanted))], state)
-    state.commit(0, range(len(tokens)))
-    return state, out.logits
+    logits = []
+    for begin in range(0, len(tokens), _SLICE):
+        piece = list(tokens[begin : begin + _SLICE])
+        places = [place - begin for place in wanted if begin <= place < begin + len(piece)]
+        out = llm.model.step([StepInput(0, piece, logits_of=places)], state)
+        state.commit(0, range(len(piece)))
+        logits.append(out.logits)
+    return state, torch.cat(logits)
 
 
 def found(llm: LLM, needles: Needles, keys: int) -> tuple[list[bool], int]:
@@ -114,21 +64,38 @@ def found(llm: LLM, needles: Needles, keys: int) -> tuple[list[bool], int]:
     And the most bytes that a state has behind one.
     """
     right, most = list[bool](), 0
-    for tokens, places in zip(needles.tokens, needles.places, strict=True):
-        state, logits = read(llm, tokens[: int(places[-1])].tolist(), (places - 1).tolist())
-        hit = logits.argmax(-1) == tokens[places]
-        right += hit.unflatten(0, (keys, -1)).all(1).tolist()
-        most = max(most, state.bytes(0))
+    label = f"{keys} of {needles.tokens.shape[1]} tokens"
+    with Progress(label, len(needles.tokens)) as progress:
+        for done, (tokens, places) in enumerate(
+            zip(needles.tokens, needles.places, strict=True), 1
+        ):
+            state, logits = read(llm, tokens[: int(places[-1])].tolist(), (places - 1).tolist())
+            hit = logits.argmax(-1) == tokens[places]
+            right += hit.unflatten(0, (keys, -1)).all(1).tolist()
+            most = max(most, state.bytes(0))
+            progress.update(done, f"found {sum(right)} of {len(right)}")
     return right, most
 
 
-def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int) -> Needles:
-    """Texts with `keys` needles, each of which is asked for; the first at ten depths in turn."""
-    writer = NeedleWriter(llm.tokenizer, stream, (WORDING,), NAMES, clear=CLEAR)
+def needles_of(
+    llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int, *, apart: bool = False
+) -> Needles:
+    """Texts with `keys` needles, each of which is asked for; the first at ten depths in turn.
+
+    apart: each has a wording of its own.
+    """
+    wordings = WORDINGS if apart else (WORDING,)
+    writer = NeedleWriter(llm.tokenizer, stream, wordings, NAMES, clear=CLEAR)
     rng = random.Random(f"long {length} {keys}")
     made = [
         writer.batch(
-            1, length, keys=keys, asked=keys, rng=rng, depth=(text % _DEPTHS + 0.5) / _DEPTHS
+            1,
+            length,
+            keys=keys,
+            asked=keys,
+            rng=rng,
+            depth=(text % _DEPTHS + 0.5) / _DEPTHS,
+            apart=apart,
         )
         for text in range(texts)
     ]
@@ -138,13 +105,24 @@ def needles_of(llm: LLM, stream: np.ndarray, length: int, keys: int, texts: int)
 
 
 def quality(
-    llm: LLM, stream: np.ndarray, length: int, items: int, kinds: Sequence[int], texts: int
+    llm: LLM,
+    stream: np.ndarray,
+    length: int,
+    items: int,
+    kinds: Sequence[int],
+    texts: int,
+    apart: bool = False,
 ) -> dict[str, Any]:
-    """Needles that are found, bytes of the state, and bits per token at the end of running text."""
-    result: dict[str, Any] = {"state_bytes": 0}
+    """Needles that are found, bytes of the state, and bits per token at the end of running text.
+
+    apart: what one needle in a text would ask is asked of texts with one needle of each wording.
+    """
+    result: dict[str, Any] = {"state_bytes": 0, "apart": apart}
     for keys in kinds:
-        needles = needles_of(llm, stream, length, keys, -(-items // keys))
-        hits, size = found(llm, needles, keys)
+        alone = apart and keys == 1
+        in_text = len(WORDINGS) if alone else keys
+        needles = needles_of(llm, stream, length, in_text, -(-items // in_text), apart=alone)
+        hits, size = found(llm, needles, in_text)
         result[f"needles_{keys}"], result[f"asked_{keys}"] = sum(hits), len(hits)
         result["state_bytes"] = max(size, result["state_bytes"])
     running = [stream[at : at + length + 1] for at in range(0, texts * length, length)]
@@ -167,31 +145,56 @@ def bits_at_end(llm: LLM, text: Sequence[int]) -> float:
 
 
 def speeds(ways: dict[str, LLM], text: Sequence[int]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Seconds to the first token, and the times of single steps behind it: all ways in turns."""
+    """Seconds to the first token, and the times of single steps behind it: all ways in turns.
+
+    Both by the clock, and of processor time of all threads, which other programs change less.
+    """
     states: dict[str, SequenceStates] = {}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    first: dict[str, float] = {}
-    for name, llm in ways.items():
-        began = time.perf_counter()
-        states[name], _ = read(llm, text, [len(text) - 1])
-        first[name] = time.perf_counter() - began
+    times: dict[str, list[Times]] = {name: [] for name in ways}
+    first: dict[str, Times] = {}
+    with Progress(f"speed at {len(text)} tokens", len(ways)) as progress:
+        for done, (name, llm) in enumerate(ways.items(), 1):
+            began = Times.now()
+            states[name], _ = read(llm, text, [len(text) - 1])
+            first[name] = began.since()
+            progress.update(done, name)
     for _ in range(_WARM + _STEPS):
         for name, llm in ways.items():
-            began = time.perf_counter()
+            began = Times.now()
             llm.model.step([StepInput(0, [text[-1]])], states[name])
             states[name].commit(0, [0])
-            times[name].append(time.perf_counter() - began)
+            times[name].append(began.since())
     for name in ways:
-        steps = sorted(times[name][_WARM:])
+        clock, worked = (sorted(each) for each in zip(*times[name][_WARM:], strict=True))
         yield (
             name,
             {
-                "first_token_s": first[name],
-                "tokens_per_second": 1 / statistics.median(steps),
-                "quartiles_ms": [1000 * steps[len(steps) * q // 4] for q in (1, 3)],
+                "first_token_s": first[name].clock,
+                "first_token_processor_s": first[name].processor,
+                "tokens_per_second": 1 / statistics.median(clock),
+                "quartiles_ms": [1000 * clock[len(clock) * q // 4] for q in (1, 3)],
+                "processor_ms": 1000 * statistics.median(worked),
+                "least_processor_ms": 1000 * worked[0],
                 "state_bytes": states[name].bytes(0),
             },
         )
+
+
+class Times(NamedTuple):
+    """Seconds by the clock, and of processor time."""
+
+    clock: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Times:
+        """At this moment."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self) -> Times:
+        """From then to now."""
+        now = Times.now()
+        return Times(now.clock - self.clock, now.processor - self.processor)
 
 
 def kept(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
@@ -203,11 +206,10 @@ def kept(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 def measure(options: argparse.Namespace) -> None:
     """Every cell that is missing, shortest texts first, each written as it is done."""
-    names = [name for name in options.ways if name in WAYS]
     done, loaded = kept(options.out), {}
-    for name in names:
-        loaded[name] = WAYS[name].load(options.model)
-    first = loaded[names[0]]
+    for name in options.ways:
+        loaded[name] = way_of(name).load(options.model, options.quantize)
+    first = loaded[options.ways[0]]
     end = end_of_text(first.tokenizer, first.model.config)
     stream = tokenize(held_out_documents(options.data), first.tokenizer, end)
     for length in options.lengths:
@@ -216,7 +218,7 @@ def measure(options: argparse.Namespace) -> None:
                 _write(options, name, length, "ruler", ruler(llm, length, options))
             if options.speed_only or (name, length, "quality") in done:
                 continue
-            asked = options.items, options.keys, options.texts
+            asked = options.items, options.keys, options.texts, options.apart
             _write(options, name, length, "quality", quality(llm, stream, length, *asked))
         missing = {n: llm for n, llm in loaded.items() if (n, length, "speed") not in done}
         if missing and not options.quality_only:
@@ -227,8 +229,12 @@ def measure(options: argparse.Namespace) -> None:
 def _write(
     options: argparse.Namespace, way: str, length: int, kind: str, row: dict[str, Any]
 ) -> None:
-    model = {**asdict(WAYS[way]), **({"model": options.model} if options.model else {})}
-    line = json.dumps({"way": way, "length": length, "kind": kind, **model, **row})
+    model = {**asdict(way_of(way)), **({"model": options.model} if options.model else {})}
+    found = {"way": way, "length": length, "kind": kind, **model, **row}
+    if "state_bytes" in row:
+        found["read_bytes"] = bytes_of(found)[1]
+        found["memory_bytes"] = row["state_bytes"] - offloaded_bytes(found)
+    line = json.dumps(found)
     print(line, flush=True)
     with options.out.open("a") as out:
         out.write(line + "\n")
@@ -237,15 +243,23 @@ def _write(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is added to")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), help="names of ways, or specs of --attention"
+    )
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--items", type=int, default=20, help="needles that are asked for")
     parser.add_argument("--keys", nargs="+", type=int, default=_KEYS, help="needles in a text")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="for one needle: a text with one of each of five wordings",
+    )
     parser.add_argument("--ruler", type=int, default=0, help="questions of each task of RULER")
     parser.add_argument("--texts", type=int, default=4, help="running texts whose ends are scored")
     parser.add_argument(
         "--model", help="another model for all ways, such as one with a longer limit"
     )
+    parser.add_argument("--quantize", type=int, choices=(8, 4), help="bits of the weights")
     parser.add_argument("--data", nargs="+", default=["stdlib"], help="running text")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--speed-only", action="store_true")

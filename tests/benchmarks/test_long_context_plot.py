@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.long_context import WAYS, Way
-from benchmarks.long_context_plot import draw, held_bytes, parts_of, points, read_bytes
+from benchmarks.long_context_bytes import (
+    bytes_of,
+    held_bytes,
+    offloaded_bytes,
+    parts_of,
+    unread_bytes,
+)
+from benchmarks.long_context_plot import draw, points
+from benchmarks.long_context_ways import WAYS, Way, way_of
+from linspec.checkpoints.hub import load_config
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.specs import make_mixer
 
 WIDTH = 64
+CONFIG = load_config("embedded-softmax")
+
+
+def read_bytes(mixer: MixerConfig, kv: str, length: int, width: int) -> int:
+    return held_bytes(mixer, kv, length, width) - unread_bytes(mixer, kv, length, CONFIG)
 
 
 def test_bytes_of_codes_scales_and_bounds() -> None:
@@ -44,9 +57,35 @@ def test_heads_by_their_mixers(way: Way, exact: int, exact_mixer: str, others: s
     assert [other.name for _, other in rest] == ([others] if others else [])
 
 
+def test_a_layer_that_selects_reads_everything() -> None:
+    parts = parts_of(way_of("tidal:budget=128,first=1,again=3"), "embedded-softmax")
+    assert len(parts) == 6
+    row = 2 * (64 + 4)
+    unread = [unread_bytes(mixer, "int8", 1024, CONFIG) for _, mixer in parts]
+    assert unread == [0, 0, (1024 - 128 - 2 * 64) * row, 0, *[(1024 - 128 - 2 * 64) * row] * 2]
+
+
+def test_a_shadow_reads_what_it_selects() -> None:
+    shadow = make_mixer("shadow:budget=256,rank=32")
+    # seven segments of 256 are closed, an eighth is near; a chunk of each is read as it is
+    rows, factors = 7 * 256 - 256 - 7 * 8, 0
+    row = {"way": "shadow:budget=256,rank=32", "length": 2048, "model": "embedded-softmax"}
+    assert offloaded_bytes(row) == 12 * 7 * 256 * 64 * 2
+    assert unread_bytes(shadow, "float16", 2048, CONFIG) == 2 * (rows * 64 + rows * 16 + factors)
+
+
+def test_what_was_measured_goes_before_what_is_counted() -> None:
+    row = {"way": "pages:budget=128", "length": 1024, "model": "embedded-softmax"}
+    held, read = bytes_of(row)
+    assert held == 12 * held_bytes(make_mixer("pages:budget=128"), "int8", 1024, WIDTH)
+    assert held - read == 12 * (1024 - 128 - 2 * 64) * 136
+    assert bytes_of({**row, "state_bytes": held + 5}) == (held + 5, read + 5)
+    assert bytes_of({**row, "state_bytes": 7, "read_bytes": 3}) == (7, 3)
+
+
 def test_a_panel_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(WAYS, "int8", Way(model="embedded-softmax"))
-    row = {"needles_1": 3, "asked_1": 4}
-    rows = {("int8", 128, "quality"): row, ("delta 1", 128, "quality"): row}
+    row = {"needles_1": 3, "asked_1": 4, "length": 128}
+    rows = {(way, 128, "quality"): {**row, "way": way} for way in ("int8", "delta 1")}
     assert [(each["way"], each["share"]) for each in points(rows, 128)] == [("int8", 75.0)]
     assert len(draw(rows, [128, 256]).axes) == 2

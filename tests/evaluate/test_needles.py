@@ -157,3 +157,15 @@ def test_greedy_answers_are_equal_to_themselves_and_differ_where_they_do() -> No
     other[1, 2] = (other[1, 2] + 1) % VOCAB
     assert equal_prefixes(model, prompts, other).tolist() == [6, 2, 6]
     assert_close(other[0], answers[0])
+
+
+def test_needles_apart_have_a_wording_each() -> None:
+    write = writer()
+    tokens, places = write.chat(1500, len(WORDINGS), len(WORDINGS), random.Random(0), apart=True)
+    text = write.tokenizer.decode(tokens)
+    assert len(places) == 5 * len(WORDINGS)
+    for wording in WORDINGS:
+        # what stands ahead of the name of each question
+        assert text.count(wording.question.partition("{name}")[0]) == 1
+    with pytest.raises(ConfigError, match="5 needles cannot have a wording each: there are 4"):
+        write.chat(1500, 5, 1, random.Random(0), apart=True)

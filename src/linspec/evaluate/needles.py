@@ -25,6 +25,30 @@ WORDING = Wording(
     "Which number opens the locker of {name}?",
     "The locker of {name} opens with the number",
 )
+# further ones, for texts whose needles are not to be mistaken for each other
+WORDINGS = (
+    WORDING,
+    Wording(
+        "The ferry to {name} carries {value} crates today.",
+        "How many crates does the ferry to {name} carry today?",
+        "The ferry to {name} carries",
+    ),
+    Wording(
+        "In chess club, {name} has a rating of {value} points.",
+        "Which rating does {name} have in chess club?",
+        "In chess club, {name} has a rating of",
+    ),
+    Wording(
+        "Asteroid {name} was seen by telescope {value} first.",
+        "Which telescope saw asteroid {name} first?",
+        "Asteroid {name} was seen by telescope",
+    ),
+    Wording(
+        "Grandfather paid {name} the sum of {value} crowns.",
+        "Which sum did grandfather pay {name}?",
+        "Grandfather paid {name} the sum of",
+    ),
+)
 NAMES = (
     *("Anna", "Boris", "Clara", "Dmitri", "Elena", "Farid", "Greta", "Hassan", "Ingrid", "Jonas"),
     *("Karin", "Louis", "Maria", "Nils", "Olga", "Pablo", "Quentin", "Rosa", "Stefan", "Tara"),

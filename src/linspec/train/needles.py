@@ -110,29 +110,39 @@ class NeedleWriter:
         asked: int,
         rng: random.Random,
         depth: float | None = None,
+        apart: bool = False,
     ) -> Needles:
         """`rows` chats of `length` tokens, each with `keys` needles of which `asked` are asked for.
 
-        depth: where the needle that is asked for first stands, 0 for the beginning; None for anywhere.
+        depth: where the needle that is asked for first stands, 0 for the beginning; None for anywhere. apart:
+        each needle has a wording of its own, so that none is mistaken for another.
         """
-        made = [self.chat(length, keys, asked, rng, depth) for _ in range(rows)]
+        made = [self.chat(length, keys, asked, rng, depth, apart) for _ in range(rows)]
         tokens, places = zip(*made, strict=True)
         return Needles(torch.tensor(tokens), torch.tensor(places))
 
     def chat(
-        self, length: int, keys: int, asked: int, rng: random.Random, depth: float | None = None
+        self,
+        length: int,
+        keys: int,
+        asked: int,
+        rng: random.Random,
+        depth: float | None = None,
+        apart: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """The tokens of one chat, and the places of its answers' digits."""
-        wording = rng.choice(self.wordings)
+        """The tokens of one chat, and the places of its answers' digits; see `batch`."""
+        wordings = self._chosen(keys, rng, apart)
         names = self._names(keys, rng)
-        values = [self._value(rng) for _ in names]
+        needles = [
+            (wording, name, self._value(rng)) for wording, name in zip(wordings, names, strict=True)
+        ]
         lines = [
             self._ids("\n" + wording.line.format(name=name, value=value) + "\n")
-            for name, value in zip(names, values, strict=True)
+            for wording, name, value in needles
         ]
         tail: list[int] = []
         ends: list[int] = []
-        for turn, (name, value) in enumerate(list(zip(names, values, strict=True))[:asked]):
+        for turn, (wording, name, value) in enumerate(needles[:asked]):
             question = ("\n\n" if turn == 0 else "") + wording.question.format(name=name)
             tail += (self.again if turn else []) + self._ids(question) + self.ask
             # apart, so that an answer's tokens do not depend on what stands before them
@@ -162,6 +172,16 @@ class NeedleWriter:
         for place, line in sorted(zip(at, lines, strict=True), reverse=True):
             filler[place:place] = line
         return filler
+
+    def _chosen(self, keys: int, rng: random.Random, apart: bool) -> list[Wording]:
+        """The wording of each needle: one for all, or all `apart`."""
+        if not apart:
+            return [rng.choice(self.wordings)] * keys
+        if keys > len(self.wordings):
+            raise ConfigError(
+                f"{keys} needles cannot have a wording each: there are {len(self.wordings)}; ask for fewer"
+            )
+        return rng.sample(self.wordings, keys)
 
     def _value(self, rng: random.Random) -> str:
         """A number of as many tokens as every other one has."""
