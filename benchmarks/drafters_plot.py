@@ -36,7 +36,7 @@ def draw(tables: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) ->
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.5 * len(tables) + 0.5), layout="constrained")
-    panels = figure.subplots(len(tables), 1, squeeze=False, sharex=True)[:, 0]
+    panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     drafters = list(dict.fromkeys(name for each in tables.values() for name in each))
     colours = dict(zip([d for d in drafters if d not in _PLAIN], _COLOURS, strict=False))
     seen: dict[str, Any] = {}
