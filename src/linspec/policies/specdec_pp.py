@@ -5,8 +5,8 @@ Here a drafter that gives confidences (`TokenTree.confidences`) proposes a tree,
 pay are verified: a node pays if it is accepted more often than its seconds would bring tokens elsewhere.
 Confidences are calibrated as drafts are judged, the seconds are measured, and no threshold has to be tuned.
 
-Drafts without a model are made in every round, in a mix too: what they cost is verifying them, and `keep`
-decides about that. Those of a model have to earn what making them costs.
+Drafts without a model are a matter of their own, in a mix too: what they cost is verifying them, and `keep`
+decides about that (`FreeDrafts`). Those of a model have to earn what making them costs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class SpecDecPP(Policy):
         self.free.ask(self.costs.asking() / self.costs.round(self.costs.count))
 
     def _mixed(self, sequences: Sequence[RunningSequence], sizes: Sequence[int]) -> list[Budget]:
-        """Room for drafts without a model in every round, and `sizes` for those of one."""
+        """Room for drafts without a model, and `sizes` for those of one."""
         self._ask()
         price = 0.0
         # an attempt is made for what it teaches
