@@ -113,6 +113,7 @@ def test_bench_drafters(data: Path) -> None:
     assert {"medusa", "draft-model"} <= left_out.keys()
     assert "train-drafter" in left_out["medusa"]
     people = run(*verb)
+    assert people.exit_code == 0, people.stderr
     assert "prompt-lookup" in people.stdout and "left out medusa: " in people.stderr
 
 
