@@ -291,11 +291,11 @@ class ChainDrafter(Drafter):
         for draft in drafts:
             self._check_draft(draft)
         return [
-            self._chain(sequence.root, draft)
+            self._sure_chain(sequence.root, draft)
             for sequence, draft in zip(sequences, drafts, strict=True)
         ]
 
-    def _chain(self, root: int, draft: Sequence[int]) -> TokenTree:
+    def _sure_chain(self, root: int, draft: Sequence[int]) -> TokenTree:
         """A chain; where the drafter is `confident`, as sure of each depth as that was accepted before."""
         tree = chain((root, *draft))
         return replace(tree, confidences=(1.0, *self.rates(len(draft)))) if self.confident else tree
