@@ -124,6 +124,8 @@ def quality(
         needles = needles_of(llm, stream, length, in_text, -(-items // in_text), apart=alone)
         hits, size = found(llm, needles, in_text)
         result[f"needles_{keys}"], result[f"asked_{keys}"] = sum(hits), len(hits)
+        # question by question: all ways are asked the same
+        result[f"right_{keys}"] = "".join(str(int(hit)) for hit in hits)
         result["state_bytes"] = max(size, result["state_bytes"])
     running = [stream[at : at + length + 1] for at in range(0, texts * length, length)]
     bits = [bits_at_end(llm, text.tolist()) for text in running if len(text) == length + 1]

@@ -3,7 +3,7 @@
     python -m benchmarks.long_context_table results.jsonl
     python -m benchmarks.long_context_table results.jsonl --beside int8
 
-Ways are rows, lengths columns. Times stand beside those of one way.
+Ways are rows, lengths columns. Recall and times stand beside those of one way.
 """
 
 from __future__ import annotations
@@ -23,10 +23,26 @@ Cell = Callable[[dict[str, Any], dict[str, Any]], str]
 
 def found(row: dict[str, Any], beside: dict[str, Any]) -> str:
     """Needles found of asked, by needles in a text, and bits per token."""
-    kinds = sorted(int(name.removeprefix("asked_")) for name in row if name.startswith("asked_"))
-    parts = [f"{row[f'needles_{kind}']}/{row[f'asked_{kind}']}" for kind in kinds]
+    parts = [f"{row[f'needles_{kind}']}/{row[f'asked_{kind}']}" for kind in _kinds(row)]
     bits = [f"{row['bits_per_token']:.2f}"] if "bits_per_token" in row else []
     return ", ".join(parts + bits)
+
+
+def retained(row: dict[str, Any], beside: dict[str, Any]) -> str:
+    """Of the needles that the other row has found, those that this one has, by needles in a text."""
+    parts = []
+    for kind in _kinds(row):
+        mine, other = (each.get(f"right_{kind}") for each in (row, beside))
+        if mine is None or other is None or len(mine) != len(other):
+            return "–"
+        both = sum(pair == ("1", "1") for pair in zip(mine, other, strict=True))
+        parts.append(f"{both}/{other.count('1')}")
+    return ", ".join(parts)
+
+
+def _kinds(row: dict[str, Any]) -> list[int]:
+    """Needles in a text, of each kind of question."""
+    return sorted(int(name.removeprefix("asked_")) for name in row if name.startswith("asked_"))
 
 
 def megabytes(row: dict[str, Any], beside: dict[str, Any]) -> str:
@@ -55,6 +71,7 @@ def _times(value: float, beside: float) -> str:
 
 TABLES: tuple[tuple[str, str, Cell], ...] = (
     ("Found with one needle, of several, bits per token", "quality", found),
+    ("Found of what the way beside has found: one needle, several", "quality", retained),
     ("MB of cache: held (in memory, with `--offload`), read by a step", "quality", megabytes),
     ("A step, ms: clock, processor (times as fast)", "speed", step),
     ("First token, s: clock, processor (times as fast)", "speed", first_token),
@@ -89,7 +106,7 @@ def tables(rows: Rows, beside: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what benchmarks.long_context wrote")
-    parser.add_argument("--beside", default="int8", help="the way that times are divided by")
+    parser.add_argument("--beside", default="int8", help="the way that others are compared with")
     options = parser.parse_args(arguments)
     print(tables(kept(options.results), options.beside))
 

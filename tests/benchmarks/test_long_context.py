@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import long_context
 from benchmarks.long_context import kept, measure, read
-from benchmarks.long_context_table import tables
+from benchmarks.long_context_table import retained, tables
 from benchmarks.long_context_ways import way_of
 from benchmarks.long_drafts import measure as measure_drafts
 
@@ -65,8 +65,17 @@ def test_measured_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows[2]["processor_ms"] > 0
     shown = tables(kept(options.out), "int8")
     assert "| reads | 700 |" in shown
-    assert shown.count("| `pages:budget=64` |") == 4
+    assert shown.count("| `pages:budget=64` |") == 5
+    assert len(rows[0]["right_1"]) == rows[0]["asked_1"]
     assert "(1.00×)" in shown
+
+
+def test_recall_is_that_of_what_the_other_way_found() -> None:
+    mine = {"asked_1": 4, "right_1": "1101", "asked_6": 2, "right_6": "00"}
+    other = {"asked_1": 4, "right_1": "0111", "asked_6": 2, "right_6": "10"}
+    assert retained(mine, other) == "2/3, 0/1"
+    # of older measurements nobody knows
+    assert retained({"asked_1": 4}, other) == "–"
 
 
 def test_drafts_behind_one_reading(tmp_path: Path) -> None:
