@@ -184,7 +184,7 @@ class LLM:
             tbt_ms=tbt_ms,
             state_bytes=state_bytes,
             kv_cache_dtype=self.kv_cache_dtype,
-            offload=None if offload is None else Path(offload),
+            offload=_directory(offload),
             max_model_len=max_model_len,
             loop=decoded_by,
             grammars=self.grammars,
@@ -397,6 +397,14 @@ def _no_model(given: object) -> WrongType:
         f"a model is a name, a path or a loaded model of linspec's, got {shown(repr(given))}; see "
         "linspec.load"
     )
+
+
+def _directory(offload: str | Path | None) -> Path | None:
+    if offload is not None and not str(offload):
+        raise ConfigError(
+            "offload is '', which names no directory; name one that can be written, or leave it out"
+        )
+    return None if offload is None else Path(offload)
 
 
 def _prefixes(size: int | str | None, store: str | Path | None) -> PrefixOptions | None:

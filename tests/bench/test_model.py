@@ -64,7 +64,7 @@ def test_all_keys_are_printed_for_people_and_programs(tmp_path: Path) -> None:
 
 
 def test_heads_in_the_directory_are_named() -> None:
-    assert info("embedded-aug")["drafters"] == ["prompt-lookup", "medusa"]
+    assert info("embedded-aug")["drafters"] == ["prompt-lookup", "suffix", "medusa"]
     for drafter in info("embedded-aug")["drafters"]:
         assert LLM("embedded-aug", drafter=drafter).generate("a")
 

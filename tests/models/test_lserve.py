@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import tiny_tokenizer
 from helpers import assert_close, full_logits, random_tokens, tiny_model
 
@@ -17,7 +19,8 @@ from linspec.checkpoints.calibration import (
     calibration_folder,
     calibration_name,
 )
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import fingerprint, weight_fingerprint
+from linspec.checkpoints.load_quantized import quantize_model
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.exact_heads import by_head_mixers
 from linspec.models.decoder import Decoder
@@ -43,7 +46,8 @@ def keep(model: Decoder, folder: Path | None = None, **changes: object) -> Path:
     name, known = calibration_name(lserve_options(SPEC), 1), fingerprint(model)
     folder = folder or calibration_folder(None, name, known)
     folder.mkdir(parents=True)
-    data = {"target": known, "heads": HEADS, "plan": {}, "facts": {}, **changes}
+    both = {"target": known, "weights": weight_fingerprint(model)}
+    data = {**both, "heads": HEADS, "plan": {}, "facts": {}, **changes}
     (folder / FILE).write_text(json.dumps(data))
     return folder / FILE
 
@@ -106,7 +110,10 @@ def test_heads_are_found_in_the_cache_and_beside_the_model(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "0123"}, "fingerprint 0123, and this one has .*have changed. Calibrate again"),
+        (
+            {"target": "0123"},
+            "fingerprint 0123-.*, and this one has .*have changed. Calibrate again",
+        ),
         ({"heads": [[0]]}, "does not name KV heads of 2 layers of 2"),
         ({"heads": [[0], [2]]}, "does not name KV heads of 2 layers of 2"),
         ({"heads": "all"}, "heads"),
@@ -123,6 +130,40 @@ def test_what_was_found_for_another_model_is_refused(
         calibrated_heads(model, SPEC, 1, tmp_path / "model")
 
 
+@pytest.mark.parametrize("form", ["plain", "inference", "int8"])
+@pytest.mark.parametrize("change", ["a middle matrix", "a norm", "theta"])
+def test_a_change_that_leaves_the_last_weights_alone_is_seen(
+    tmp_path: Path, change: str, form: str
+) -> None:
+    """Calibrations of models that were fine-tuned since went unnoticed: the last layer was asked alone."""
+    folder = tmp_path / "model" / "calibration" / calibration_name(lserve_options(SPEC), 1)
+    keep(plain(), folder)
+    model = plain()
+    if change == "theta":
+        config = replace(model.config, rope=replace(model.config.rope, theta=5e5))
+        other = Decoder(config)
+        other.load_state_dict(model.state_dict())
+        model = other
+    part = model.layers[0].mixer.v if change == "a middle matrix" else model.layers[0].mlp_norm
+    assert calibrated_heads(plain(), SPEC, 1, tmp_path / "model") == HEADS
+    with torch.no_grad():
+        part.weight *= 1.5 if change != "theta" else 1.0
+    if form == "inference":
+        model.to_inference()
+    elif form == "int8":
+        model = quantize_model(model, 8, {})
+    with pytest.raises(CheckpointError, match="have changed"):
+        calibrated_heads(model, SPEC, 1, tmp_path / "model")
+
+
+@pytest.mark.parametrize("form", ["inference", "int8"])
+def test_every_form_of_a_model_finds_its_calibration(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "model" / "calibration" / calibration_name(lserve_options(SPEC), 1)
+    keep(plain(), folder)
+    model = plain().to_inference() if form == "inference" else quantize_model(plain(), 8, {})
+    assert calibrated_heads(model, SPEC, 1, tmp_path / "model") == HEADS
+
+
 def test_models_with_other_mixers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"this one has local; .*pages:budget"):
         attending(tiny_model("local"), SPEC)
@@ -132,3 +173,14 @@ def test_models_with_other_mixers_are_refused() -> None:
 def test_options_are_checked(spec: str) -> None:
     with pytest.raises(ConfigError):
         lserve_options(spec)
+
+
+def test_an_attention_that_fits_no_layer_says_which_mixers_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"attention 'pages' .* its mixers are local"):
+        attending(tiny_model("local"), "pages")
+
+
+def test_an_empty_place_is_not_the_working_directory() -> None:
+    """`--offload "$SCRATCH"` without that variable wrote gigabytes where the command ran."""
+    with pytest.raises(ConfigError, match="offload is '', which names no directory"):
+        LLM(plain(), tokenizer=tiny_tokenizer(), offload="")

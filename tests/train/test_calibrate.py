@@ -105,8 +105,26 @@ def test_what_cannot_be_calibrated_is_named(model: Path, spec: str, message: str
 
 
 def test_texts_longer_than_the_model_are_refused(model: Path) -> None:
-    with pytest.raises(ConfigError, match="beyond the model's 512 positions"):
+    with pytest.raises(ConfigError, match="beyond the 512 positions of this model"):
         calibrate(model, SPEC, config=replace(CONFIG, context=1024))
+
+
+def test_by_default_texts_are_as_long_as_the_model_reads(model: Path, corpus: Path) -> None:
+    """The command that `--attention lserve` names was refused on models of few positions."""
+    short = replace(CONFIG, steps=1, context=None, batch_tokens=512)
+    report = calibrate(model, SPEC, data=[corpus], config=short)
+    plan = json.loads((report.out / "calibration.json").read_text())["plan"]
+    assert plan["config"]["context"] == 512
+
+
+def test_a_second_calibration_names_no_option_that_the_verb_lacks(
+    model: Path, corpus: Path
+) -> None:
+    short = replace(CONFIG, steps=1)
+    calibrate(model, SPEC, data=[corpus], config=short)
+    with pytest.raises(ConfigError, match="--overwrite .* or move the directory away") as refused:
+        calibrate(model, SPEC, data=[corpus], config=short)
+    assert "--out" not in str(refused.value)
 
 
 def test_the_verb_says_what_it_found(model: Path, corpus: Path) -> None:

@@ -42,6 +42,12 @@ def teacher(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     return save_model(Decoder(config), tokenizer, tmp_path / "teacher")
 
 
+def test_by_default_windows_are_as_long_as_the_model_reads(teacher: Path, tmp_path: Path) -> None:
+    untrained = replace(CONFIG, gate_steps=1, tokens=0, context=None, batch_tokens=512)
+    out = linearize_heads(teacher, tmp_path / "out", exact="1", config=untrained)
+    assert json.loads((out / "linearize.json").read_text())["plan"]["config"]["context"] == 512
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -16,6 +16,7 @@ from linspec.kernels.gpu.switches import switch
 from linspec.kernels.gpu.triton.available import why_not as why_no_triton
 from linspec.kernels.selector import pick_kernel
 from linspec.utils.cores import cpu_quota, usable_cores
+from linspec.utils.files import cache_dir
 
 
 def info(threads: int | None = None) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def info(threads: int | None = None) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": usable_cores(),
         "cpu_quota": cpu_quota(),
+        "cache": str(cache_dir()),
     }
     facts["kernels"]["triton"]["missing"] = why_no_triton(device)
     return {**facts, "errors": told.errors} if told.errors else facts

@@ -63,9 +63,9 @@ def _facts(source: str | Path, told: Told) -> dict[str, Any]:
 
 
 def drafters_at_hand(folder: Path) -> list[str]:
-    """Drafters that need nothing more: look-up, and trained heads beside the model or shipped for it."""
+    """Drafters that need nothing more: from text, and trained ones beside the model or shipped for it."""
     files = [] if is_gguf(folder) else sorted(folder.glob(f"*/{CONFIG_FILE}"))
-    found = ["prompt-lookup"]
+    found = ["prompt-lookup", "suffix"]
     for path in files:
         if is_leftover(path.parent.name):
             continue

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import fingerprint, weight_fingerprint
 from linspec.checkpoints.resolve import EMBEDDED
 from linspec.errors import CheckpointError, ConfigError
 from linspec.mixers.exact_heads import Heads
@@ -32,13 +32,15 @@ FOLDER, FILE = "calibration", "calibration.json"
 class Calibration:
     """The exact KV heads of each layer, and what they were found for.
 
-    target: fingerprint of the model. plan: what was asked for. facts: how the search went, for people.
+    target, weights: fingerprints of the model, of its last weights and of all (None in files of older
+    versions). plan: what was asked for. facts: how the search went, for people.
     """
 
     target: str
     heads: Heads
     plan: dict[str, Any]
     facts: dict[str, Any]
+    weights: str | None = None
 
 
 def calibration_name(options: LserveOptions, count: int) -> str:
@@ -91,10 +93,13 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def _checked(found: Calibration, path: Path, model: Decoder, known: str, command: str) -> Heads:
-    if found.target != known:
+    ours = known, weight_fingerprint(model)
+    theirs = found.target, found.weights
+    if any(a != b for a, b in zip(theirs, ours, strict=True) if None not in (a, b)):
         raise CheckpointError(
-            f"{path} was calibrated for a model with the fingerprint {shown(found.target)}, and this one has "
-            f"{known}: its weights or its configuration have changed. Calibrate again: {command} --overwrite"
+            f"{path} was calibrated for a model with the fingerprint {_shown(theirs)}, and this one has "
+            f"{_shown(ours)}: its weights or its configuration have changed. Calibrate again: {command} "
+            "--overwrite"
         )
     config = model.config
     sound = len(found.heads) == config.layers and all(
@@ -107,6 +112,10 @@ def _checked(found: Calibration, path: Path, model: Decoder, known: str, command
             f"{command} --overwrite"
         )
     return found.heads
+
+
+def _shown(fingerprints: tuple[str | None, ...]) -> str:
+    return shown("-".join(each for each in fingerprints if each is not None))
 
 
 def _beside(source: Path | None, name: str) -> Path | None:

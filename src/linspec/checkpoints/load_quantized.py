@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import fingerprint, weight_fingerprint
 from linspec.checkpoints.hub import load_model
 from linspec.checkpoints.tensors import check_finite
 from linspec.errors import ConfigError
@@ -59,7 +59,7 @@ def quantize_model(
     model: Decoder, bits: int, calibration: Mapping[nn.Module, torch.Tensor]
 ) -> Decoder:
     """Turn a plain model into its quantized inference form, in place; returns it."""
-    model.identity = fingerprint(model)
+    model.identity, model.weight_identity = fingerprint(model), weight_fingerprint(model)
     model.to_inference(Quantizer(bits, calibration))
     tied = model.embed.weight
     model.embed.weight = nn.Parameter(tied.detach().to(torch.bfloat16), requires_grad=False)

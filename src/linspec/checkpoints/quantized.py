@@ -67,7 +67,8 @@ def save_quantized(
             yield aside
         return
     kept = origin_of(model).kept
-    entry = {**entry_of(bits), "identity": model.identity, **facts}
+    known = {"identity": model.identity, "weight_identity": model.weight_identity}
+    entry = {**entry_of(bits), **known, **facts}
     if kept is not None:
         entry[KEPT] = str(kept).removeprefix("torch.")
     config = config_file(model.config, None) | {"dtype": "float32", ENTRY: entry}
@@ -96,6 +97,9 @@ def load_quantized(folder: Path, config: DecoderConfig, entry: Any) -> Decoder:
     model.load_state_dict(tensors, assign=True)
     model.requires_grad_(False)
     model.identity = str(entry.get("identity"))
+    # files of older versions do not say it
+    known = entry.get("weight_identity")
+    model.weight_identity = known if isinstance(known, str) else None
     model.finalize_weights()
     return model
 

@@ -102,10 +102,11 @@ RopeScaling = Annotated[
         show_default="none",
     ),
 ]
+# a text: of an empty one a path would make the working directory
 Offload = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        file_okay=False,
+        metavar="DIRECTORY",
         help="Directory for a file with what the attention need not have in memory, such as values with "
         "--attention shadow.",
         show_default="memory",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linspec.bench.machine import machine
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import full_fingerprint
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.demo import budget as budgets
 from linspec.demo.budget import Budget
@@ -143,7 +143,7 @@ class _Demo:
         if not self.prompts:
             raise InputError("the held-out documents give no prompt; give longer text")
         plan = {
-            "teacher": fingerprint(self.teacher),
+            "teacher": full_fingerprint(self.teacher),
             "data": [str(source) for source in self.data],
             "seed": self.seed,
             "budget": asdict(self.budget),

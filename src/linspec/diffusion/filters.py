@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from linspec.checkpoints.checksums import write_checksums
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import fingerprint, weight_fingerprint
 from linspec.checkpoints.tensors import check_tensors
 from linspec.errors import CheckpointError, ConfigError
 from linspec.models.decoder import Decoder
@@ -89,7 +89,8 @@ def save_filter(
     """
     place = Place(as_path(out), PLACE, overwrite=overwrite)
     sizes = {"block": trained.block, "width": trained.width}
-    config = {**(facts or {}), **sizes, "target": fingerprint(model)}
+    known = {"target": fingerprint(model), "weights": weight_fingerprint(model)}
+    config = {**(facts or {}), **sizes, **known}
     with place.held(), place.replaced() as aside:
         save_file(dict(trained.state_dict()), aside / _WEIGHTS)
         write_checksums(aside)
@@ -106,8 +107,10 @@ def load_filter(source: str | Path, model: Decoder) -> CommitFilter:
         raise CheckpointError(f"no filter in {folder}: {_CONFIG} is missing; {_TRAIN}")
     data = read_json(path)
     check_format(data, path)
-    ours = fingerprint(model)
-    if data.get("target") != ours:
+    ours, weights = fingerprint(model), weight_fingerprint(model)
+    # filters of older versions do not say the second
+    changed = weights is not None and data.get("weights") not in (None, weights)
+    if data.get("target") != ours or changed:
         raise CheckpointError(
             f"the filter in {folder} was trained for another model, or before this one was trained on: "
             f"fingerprint {shown(data.get('target'))}, this model has {ours}; {_TRAIN}"

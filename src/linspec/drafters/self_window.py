@@ -59,7 +59,7 @@ class SelfWindow(SelfDraft):
         if not any(sees_all(part) for part in model.modules()):
             raise DrafterError(
                 f"drafter {self.name!r} shortens softmax attention over all tokens, and this model has none: "
-                "its steps cost the same at any context; use self-bits or swift"
+                "its mixers, or the attention that was chosen, read less already; use self-bits or swift"
             )
 
     def pays(self, sequence: RunningSequence) -> bool:

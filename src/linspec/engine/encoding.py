@@ -99,8 +99,9 @@ class TextEncoder:
         """Raise ConfigError where the tokenizer has no chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
-                "this model has no chat template: it continues texts and knows no turns. Use generate "
-                "(`linspec generate MODEL --prompt TEXT`), a model made for chat, or give chat_template"
+                "this model has no chat template: it continues texts and knows no turns. Let it continue one "
+                "(`linspec generate MODEL --prompt TEXT`, /v1/completions of a server), take a model made "
+                "for chat, or, in Python, give chat_template"
             )
 
     def spelled(self, words: Iterable[str | Sequence[int]]) -> tuple[tuple[int, ...], ...]:

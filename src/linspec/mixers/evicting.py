@@ -42,8 +42,8 @@ class EvictingOptions(SpanOptions):
 class SnapOptions(EvictingOptions):
     """How much is kept, and who says what."""
 
-    last: int = option("queries of a closing group that are asked, its last ones", default=32)
-    pool: int = option("neighbours that share the greatest score; an odd number", default=7)
+    last: int = option("last queries of a closing group that are asked, at most all", default=32)
+    pool: int = option("neighbours that share the greatest score, odd; at most all", default=7)
 
     def __post_init__(self) -> None:
         EvictingOptions.__post_init__(self)

@@ -62,8 +62,9 @@ class Decoder(nn.Module):
         self.shard: Shard | None = None
         self.is_inference = False
         self.native: WholeStep | None = None
-        # fingerprint of the plain weights, kept when these are gone
+        # fingerprints of the plain weights, kept when these are gone: of the last ones, and of all
         self.identity: str | None = None
+        self.weight_identity: str | None = None
 
     def make_block(self, layer: int) -> Block:
         """The block of one layer."""

@@ -11,6 +11,7 @@ from linspec.kernels.cpu.linear import (
     linear_by_torch,
     linear_struct,
     plain_weight,
+    weight_rows,
     without_weights,
 )
 from linspec.kernels.cpu.structs import LinearStruct
@@ -67,6 +68,10 @@ class NativeLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The float32 weights [outputs, inputs] that the packed ones stand for; a new tensor."""
         return plain_weight(self.plan())
+
+    def rows(self, places: torch.Tensor) -> torch.Tensor:
+        """Of `weight`, the rows [N] at `places`: [N, inputs]."""
+        return weight_rows(self.plan(), places)
 
     @property
     def formats(self) -> str:

@@ -26,6 +26,7 @@ from linspec.utils.messages import shown
 
 _log = logging.getLogger("linspec.serve")
 _WRONG = "invalid_request_error"
+_WANTED = "Input should be "
 _UNTYPED = (
     "the body is read as JSON where its header says so; send 'Content-Type: application/json'"
 )
@@ -167,7 +168,10 @@ def install(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{request.method} is not for {shown(request.url.path)}; /docs says what is"
         elif error.status_code == 400:
-            message = "the body cannot be read as JSON in UTF-8; send valid JSON"
+            message = (
+                "the body cannot be read as JSON in UTF-8: it is no JSON, is nested too deeply or has a "
+                "number of thousands of digits; send other JSON"
+            )
         return Failure(error.status_code, message, headers=error.headers).response()
 
     app.add_exception_handler(RequestValidationError, of_validation)
@@ -200,12 +204,24 @@ def _of_validation(errors: Sequence[Any]) -> Failure:
 
 def _telling(errors: Sequence[Any]) -> Any:
     """The first error; of one for each form that a field may have, that of the form which was meant."""
+    if long := next((each for each in errors if _too_many_texts(each)), None):
+        return long
     first = _place(errors[0])
     about = [each for each in errors if f"{_place(each)}.".startswith(f"{first}.")] or errors[:1]
     deepest = max(_place(each).count(".") for each in about)
     inner = [each for each in about if _place(each).count(".") == deepest]
     # a form of another type was not meant
-    return next((each for each in inner if not each["type"].endswith("_type")), inner[0])
+    meant = next((each for each in inner if not each["type"].endswith("_type")), None)
+    if meant is not None:
+        return meant
+    wanted = dict.fromkeys(each["msg"].removeprefix(_WANTED) for each in inner)
+    return {**inner[0], "msg": _WANTED + " or ".join(wanted)}
+
+
+def _too_many_texts(error: Mapping[str, Any]) -> bool:
+    """Whether a list of texts is too long: a form of other things would be said to be wanted instead."""
+    given = error.get("input")
+    return error["type"] == "too_long" and isinstance(given, list) and isinstance(given[0], str)
 
 
 def _place(error: Mapping[str, Any]) -> str:

@@ -76,7 +76,7 @@ def check_new_state(
         raise StateError(
             f"the state of one sequence, {positions} positions in each of {layers} layers, and the sums "
             f"of {slots} need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
-            "lower max_batch, or take a model of smaller group, span or window"
+            "lower max_batch or the budget of its attention, or take a model of smaller group, span or window"
         )
 
 

@@ -10,7 +10,7 @@ al. 2024, arXiv 2410.10819; see `gates`).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from linspec.checkpoints.calibration import (
     calibration_name,
     read_calibration,
 )
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import fingerprint, weight_fingerprint
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.exact_heads import read_exact
@@ -29,15 +29,17 @@ from linspec.models.decoder import Decoder
 from linspec.models.lserve import LserveOptions, check_plain, is_lserve, lserve_options
 from linspec.models.sparse import sparse_mixer
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
-from linspec.train.exact_heads import LENGTHS, find_heads
+from linspec.train.exact_heads import LENGTHS, context_of, find_heads
 from linspec.train.gates import GateConfig, Gates
 from linspec.train.run import make_accelerator, training_run
 from linspec.utils.format_version import stamped
 from linspec.utils.messages import shown
 from linspec.utils.places import Place
-from linspec.utils.sizes import check_instance, check_positive, check_sizes
+from linspec.utils.sizes import check_instance, check_positive, check_size, check_sizes
 
 _STEPS = "gate-steps.json"
+# calibrations lie where they are looked for
+_ELSEWHERE = "move the directory away"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,27 +47,34 @@ class CalibrateConfig:
     """How long and on what gates are trained.
 
     steps, seconds: no more than these; the pull on the gates grows after a quarter of the steps. context:
-    tokens of the longest text; batch_tokens: of a step.
+    tokens of the longest text, None for 2,048 or as many as the model reads; batch_tokens: of a step.
     """
 
     steps: int = 400
     seconds: float | None = None
-    context: int = 2048
+    context: int | None = None
     batch_tokens: int = 8192
     lr: float = 0.03
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_sizes(self, "steps context batch_tokens")
+        check_sizes(self, "steps batch_tokens")
         check_sizes(self, "seed", least=0)
+        if self.context is not None:
+            check_size("context", self.context)
         check_positive("lr", self.lr)
         if self.seconds is not None:
             check_positive("seconds", self.seconds)
 
+    def for_model(self, positions: int) -> CalibrateConfig:
+        """With a context, for a model of so many positions; raises ConfigError for a longer one."""
+        return replace(self, context=context_of(self.context, positions))
+
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the texts, in turns."""
-        return [length for length in LENGTHS if length <= self.context] or [self.context]
+        """Tokens of the texts, in turns, once the context is known."""
+        longest = self.context or 0
+        return [length for length in LENGTHS if length <= longest] or [longest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,16 +127,15 @@ def calibrate(
     check_tokenizer(tokenizer, teacher.config)
     check_plain(teacher.config, attention)
     count = _count(options, attention, teacher)
-    if config.context > teacher.config.max_positions:
-        raise ConfigError(
-            f"texts of {config.context} tokens are beyond the model's {teacher.config.max_positions} "
-            "positions; choose a shorter --context"
-        )
+    config = config.for_model(teacher.config.max_positions)
     source, known = resolve(model), fingerprint(teacher)
     out = calibration_folder(source, calibration_name(options, count), known)
-    place = Place(out, "calibrate", holders=(source, *data), overwrite=overwrite)
+    place = Place(
+        out, "calibrate", holders=(source, *data), overwrite=overwrite, elsewhere=_ELSEWHERE
+    )
     plan = {
         "target": known,
+        "weights": weight_fingerprint(teacher),
         "count": count,
         "window": options.window,
         "sinks": options.sinks,
@@ -154,7 +162,7 @@ def calibrate(
                 seed=config.seed,
                 state=folder / _STEPS,
             )[count]
-            _write(place, known, plan, gates)
+            _write(place, plan, gates)
     return _report(out)
 
 
@@ -189,9 +197,10 @@ def _gate_config(config: CalibrateConfig, count: int) -> GateConfig:
     )
 
 
-def _write(place: Place, known: str, plan: dict[str, Any], gates: Gates) -> None:
+def _write(place: Place, plan: dict[str, Any], gates: Gates) -> None:
     facts = {name: value for name, value in asdict(gates).items() if name != "heads"}
-    found = Calibration(target=known, heads=gates.heads, plan=plan, facts=facts)
+    known = {name: plan[name] for name in ("target", "weights")}
+    found = Calibration(**known, heads=gates.heads, plan=plan, facts=facts)
     with place.replaced() as aside:
         text = json.dumps(stamped(asdict(found)), indent=1) + "\n"
         (aside / FILE).write_text(text, encoding="utf-8")

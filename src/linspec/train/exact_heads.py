@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from linspec.errors import ConfigError
 from linspec.mixers.config import MixerConfig
 from linspec.mixers.exact_heads import Heads, by_head_mixers
 from linspec.mixers.specs import make_mixer
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 # 10 MB in float16 for a model of 30 layers of 576 features
 RANKS = {"v": 32, "o": 32, "gate": 16, "up": 16, "down": 16}
 LENGTHS = (512, 1024, 2048, 4096)
+_CONTEXT = 2048
 
 
 def find_heads(
@@ -66,6 +68,21 @@ def find_heads(
 
     student = gated_student(teacher, streaming or make_mixer("streaming"))
     return train_gates(teacher, student, batch, config, tell, state)
+
+
+def context_of(context: int | None, positions: int) -> int:
+    """Tokens of the longest training text of a model of so many positions; None is 2,048, if it reads them.
+
+    Raises ConfigError for more than it reads.
+    """
+    if context is None:
+        return min(_CONTEXT, positions)
+    if context > positions:
+        raise ConfigError(
+            f"a training context of {context} tokens is beyond the {positions} positions of this model; "
+            "choose a shorter --context"
+        )
+    return context
 
 
 def exact_student(teacher: Decoder, heads: Heads, streaming: MixerConfig | None = None) -> Decoder:

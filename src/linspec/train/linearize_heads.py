@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from linspec.train.compiled import check_choice
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.exact_heads import (
     LENGTHS,
+    context_of,
     exact_student,
     find_heads,
     match_teacher,
@@ -44,7 +45,7 @@ from linspec.utils.border import read_json
 from linspec.utils.files import replace_text
 from linspec.utils.messages import shown
 from linspec.utils.places import Place
-from linspec.utils.sizes import check_instance, check_positive, check_share, check_sizes
+from linspec.utils.sizes import check_instance, check_positive, check_share, check_size, check_sizes
 
 _GATES, _STEPS = "gates.json", "gate-steps.json"
 
@@ -55,14 +56,14 @@ class HeadsConfig:
 
     window: tokens that heads which are not exact see at most, their own group of 64 included, beside the
     first four of the text. gate_steps: to find the heads, at most; 0 tokens leave the student untrained.
-    context: tokens of a training window; batch_tokens: of a step. recall_share: of the windows, how many
-    are chats that ask for what stood far above.
+    context: tokens of a training window, None for 2,048 or as many as the model reads; batch_tokens: of a
+    step. recall_share: of the windows, how many are chats that ask for what stood far above.
     """
 
     window: int = 256
     gate_steps: int = 400
     tokens: int = 2_200_000
-    context: int = 2048
+    context: int | None = None
     batch_tokens: int = 8192
     lr: float = 1e-3
     recall_share: float = 0.25
@@ -80,7 +81,9 @@ class HeadsConfig:
                 f"window must be a multiple of the {DEFAULT_GROUP} tokens of a group, got "
                 f"{shown(repr(self.window))}"
             )
-        check_sizes(self, "gate_steps context batch_tokens")
+        check_sizes(self, "gate_steps batch_tokens")
+        if self.context is not None:
+            check_size("context", self.context)
         check_sizes(self, "tokens seed", least=0)
         check_positive("lr", self.lr)
         check_share("recall_share", self.recall_share)
@@ -91,14 +94,20 @@ class HeadsConfig:
         return make_mixer("streaming", span=self.window // DEFAULT_GROUP)
 
     @property
+    def window_tokens(self) -> int:
+        """The context, once it is known."""
+        assert self.context is not None, "the model says it"
+        return self.context
+
+    @property
     def rows(self) -> int:
         """Windows of a step."""
-        return max(1, self.batch_tokens // self.context)
+        return max(1, self.batch_tokens // self.window_tokens)
 
     @property
     def train(self) -> TrainConfig | None:
         """Settings of the training loop; None where nothing is trained."""
-        steps = round(self.tokens / (self.rows * self.context))
+        steps = round(self.tokens / (self.rows * self.window_tokens))
         if not steps:
             return None
         return TrainConfig(
@@ -139,11 +148,7 @@ def linearize_heads(
     check_tokenizer(tokenizer, teacher.config)
     check_softmax(teacher.config)
     wanted = read_exact(exact, teacher.config)
-    if config.context > teacher.config.max_positions:
-        raise ConfigError(
-            f"a training context of {config.context} tokens is beyond the teacher's "
-            f"{teacher.config.max_positions} positions; choose a shorter --context"
-        )
+    config = replace(config, context=context_of(config.context, teacher.config.max_positions))
     plan = {
         "source": str(source),
         "exact": exact,
@@ -188,7 +193,11 @@ class _Task:
         if train is None:
             return
         windows = needle_windows(
-            self.tokenizer, stream, self.config.context, self.config.recall_share, seed=train.seed
+            self.tokenizer,
+            stream,
+            self.config.window_tokens,
+            self.config.recall_share,
+            seed=train.seed,
         )
         self.log = match_teacher(
             self.teacher,
@@ -205,7 +214,8 @@ class _Task:
         """The heads that gates choose; kept, so that a run that is resumed has the same."""
         path = self.folder / _GATES
         if not path.exists():
-            lengths = [n for n in LENGTHS if n <= self.config.context] or [self.config.context]
+            longest = self.config.window_tokens
+            lengths = [n for n in LENGTHS if n <= longest] or [longest]
             gates = find_heads(
                 self.teacher,
                 self.tokenizer,

@@ -151,8 +151,8 @@ class NeedleWriter:
         room = length - len(self.head) - len(tail) - sum(map(len, lines))
         if room - self.clear < keys:
             raise ConfigError(
-                f"a chat of {length} tokens has no room for {keys} needles and {asked} questions; make it "
-                "longer"
+                f"a chat of {length} tokens has no room for {keys} needles and {asked} questions; choose a "
+                "--context of at least a few hundred"
             )
         text = self.head + self._with_lines(room, lines, rng, depth) + tail
         border = length - len(tail)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import full_fingerprint
 from linspec.checkpoints.hub import (
     load_any_config,
     load_diffusion,
@@ -138,7 +138,7 @@ def train_parallel(
     kept = load_tokenizer(source) if tokenizer is None else None
     encoder = TextEncoder(kept if tokenizer is None else tokenizer, student.config.vocab_size)
     asked = _encoded(encoder, prompts, student, config)
-    facts = {"source": str(source), "fingerprint": fingerprint(student)}
+    facts = {"source": str(source), "fingerprint": full_fingerprint(student)}
     plan = {**facts, "prompts": _hash(asked), "config": config.to_json()}
     accelerator = make_accelerator()
     with training_run(place, plan, RECORD, resume=resume, accelerator=accelerator) as folder:

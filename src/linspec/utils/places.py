@@ -59,6 +59,7 @@ _OLD_FILES = (
     "chat_template.jinja",
 )
 _SHOWN = 3
+_OTHER = "choose another place (--out)"
 
 
 def as_path(out: object) -> Path:
@@ -74,7 +75,8 @@ class Place:
 
     kind: the command. inputs: what it reads; the place may not be one of them, hold one or lie in one.
     holders: inputs in which the place may lie all the same. overwrite: replace what the same
-    command wrote before. beside: files of others may be there, and stay.
+    command wrote before. beside: files of others may be there, and stay. elsewhere: how to write at another
+    place, for messages.
     """
 
     path: Path
@@ -83,6 +85,7 @@ class Place:
     holders: Sequence[str | Path] = ()
     overwrite: bool = False
     beside: bool = False
+    elsewhere: str = _OTHER
 
     def __post_init__(self) -> None:
         path = Path(self.path)
@@ -141,12 +144,16 @@ class Place:
             if not source.exists():
                 continue
             if out == source:
-                raise ConfigError(f"{self.path} is itself an input of this command; {_OTHER}")
+                raise ConfigError(
+                    f"{self.path} is itself an input of this command; {self.elsewhere}"
+                )
             if out in source.parents:
-                raise ConfigError(f"{self.path} holds {given}, an input of this command; {_OTHER}")
+                raise ConfigError(
+                    f"{self.path} holds {given}, an input of this command; {self.elsewhere}"
+                )
             if source in out.parents and given in self.inputs:
                 raise ConfigError(
-                    f"{self.path} lies inside {given}, an input of this command; {_OTHER}"
+                    f"{self.path} lies inside {given}, an input of this command; {self.elsewhere}"
                 )
 
     def _check_content(self, resume: bool) -> None:
@@ -154,12 +161,12 @@ class Place:
         files = set(_content(self.path))
         if under_way is not None and under_way.get("kind", self.kind) != self.kind:
             raise ConfigError(
-                f"{self.path} holds an unfinished run of {_by(under_way['kind'])}; {_OTHER}"
+                f"{self.path} holds an unfinished run of {_by(under_way['kind'])}; {self.elsewhere}"
             )
         if files and mark is not None and mark.kind != self.kind:
             raise ConfigError(
                 f"{self.path} was written by {_by(mark.kind)}, and {_by(self.kind)} would not make "
-                f"it again; {_OTHER}"
+                f"it again; {self.elsewhere}"
             )
         strange = files - (mark.files if mark else set())
         if resume or self.beside:
@@ -167,17 +174,17 @@ class Place:
         if strange:
             raise ConfigError(
                 f"{self.path} holds files that {_by(self.kind)} did not write: {_some(strange)}; "
-                f"move them away or {_OTHER}"
+                f"move them away or {self.elsewhere}"
             )
         if under_way is not None and not self.overwrite:
             raise ConfigError(
                 f"{self.path} holds an unfinished run; give the same command with --resume to continue "
-                f"it or with --overwrite (overwrite=True in Python) to start again, or {_OTHER}"
+                f"it or with --overwrite (overwrite=True in Python) to start again, or {self.elsewhere}"
             )
         if files and not self.overwrite:
             raise ConfigError(
                 f"{self.path} was written by {_by(self.kind)} before; give --overwrite (overwrite=True "
-                f"in Python) to replace it, or {_OTHER}"
+                f"in Python) to replace it, or {self.elsewhere}"
             )
 
     def _keep_strangers(self, aside: Path, written: set[str]) -> None:
@@ -192,9 +199,6 @@ class Place:
                     "give the same command again (with --resume where a run was under way)"
                 )
             _link(self.path / name, aside / name)
-
-
-_OTHER = "choose another place (--out)"
 
 
 @dataclass(frozen=True)

@@ -112,10 +112,19 @@ def plain_weight(plan: LinearPlan) -> torch.Tensor:
     if plan.kind == BLOCKS and plan.weights.device.type != "cpu":
         return block_weight(plan)
     if plan.kind == BLOCKS:
+        return weight_rows(plan, torch.arange(plan.outputs))
+    return pack.unpack_floats(plan.weights, plan.outputs).float()
+
+
+def weight_rows(plan: LinearPlan, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows [N] of `plain_weight`, without unpacking all where that can be: [N, inputs]."""
+    if plan.kind == BLOCKS and plan.weights.device.type == "cpu":
         library = load().library
         assert library is not None, "blocks are kept only where the library is"
-        return block_rows(library, plan, torch.arange(plan.outputs))
-    return pack.unpack_floats(plan.weights, plan.outputs).float()
+        return block_rows(library, plan, rows)
+    if plan.kind in (F32, BF16):
+        return pack.float_rows(plan.weights, rows).float()
+    return plain_weight(plan)[rows]
 
 
 def linear_by_torch(

@@ -30,6 +30,11 @@ def unpack_floats(packed: torch.Tensor, outputs: int) -> torch.Tensor:
     return packed.transpose(1, 2).flatten(0, 1)[:outputs].contiguous()
 
 
+def float_rows(packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows [N] of what `pack_floats` packed: [N, K]."""
+    return packed[rows // TILE, :, rows % TILE]
+
+
 def pack_int8(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes [N, K] with scales [N] -> bytes [tiles, K' / 4, 32, 4] and scales [tiles * 32]."""
     count, width = codes.shape

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from linspec.checkpoints.fingerprint import fingerprint
+from linspec.checkpoints.fingerprint import full_fingerprint
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve, save_model
 from linspec.checkpoints.resolve import EMBEDDED
 from linspec.drafters.saved import CONFIG_FILE, save_drafter
@@ -139,7 +139,7 @@ def _plan(
 ) -> dict[str, Any]:
     """What decides the result of a run, in plain JSON types."""
     return {
-        "target": fingerprint(target),
+        "target": full_fingerprint(target),
         "kind": {"name": training.name, **asdict(training.options)},
         "data": [str(each) for each in data],
         "field": field,
