@@ -75,8 +75,11 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="what benchmarks.long_context wrote")
     parser.add_argument("--out", type=Path, required=True, help="a .png or .svg file")
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096])
+    parser.add_argument("--ways", nargs="+", help="those to show; all by default")
     options = parser.parse_args()
-    draw(kept(options.results), options.lengths).savefig(options.out, dpi=110)
+    rows = kept(options.results)
+    shown = {key: row for key, row in rows.items() if not options.ways or key[0] in options.ways}
+    draw(shown, options.lengths).savefig(options.out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     else:
         assert changed == old.keys()
     record = json.loads((whole / "parallel.json").read_text())
-    assert record["plan"]["source"] == str(asked[0]) and len(record["plan"]["fingerprint"]) == 16
+    assert record["plan"]["source"] == str(asked[0]) and len(record["plan"]["fingerprint"]) == 33
     assert record["answers"] == record["learned"] == len(PROMPTS)
     assert record["before"] != record["after"]
 

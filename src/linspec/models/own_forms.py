@@ -58,11 +58,11 @@ def with_attention(model: Decoder, mixer: MixerConfig | Sequence[MixerConfig]) -
         if sees_all(part)
     ]
     if not places:
-        name = mixer.name if isinstance(mixer, MixerConfig) else mixer[0].name
-        own = ", ".join(dict.fromkeys(each.name for each in model.config.mixers))
+        wanted = mixer.name if isinstance(mixer, MixerConfig) else mixer[0].name
+        there = ", ".join(dict.fromkeys(each.name for each in model.config.mixers))
         raise ConfigError(
-            f"attention {name!r} takes the place of softmax over all tokens, and no layer of this model has "
-            f"that: its mixers are {own}. Leave it out, or take the model that this one was made from"
+            f"attention {wanted!r} takes the place of softmax over all tokens, and no layer here has "
+            f"that: its mixers are {there}. Leave it out, or take the model that this one was made from"
         )
     if isinstance(mixer, MixerConfig):
         mixer = MIXERS[mixer.name].for_layers(mixer, model.config, len(places))
