@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from linspec.checkpoints.hub import load_model, load_tokenizer
 from linspec.evaluate.agreement import score
 from linspec.evaluate.needles import questions, recalled
 from linspec.evaluate.perplexity import held_out_documents
-from linspec.mixers.exact_heads import by_head_mixers
+from linspec.mixers.exact_heads import Heads, by_head_mixers
 from linspec.mixers.specs import make_mixer
 from linspec.models.decoder import Decoder
 from linspec.train.data import Windows, end_of_text, tokenize, train_and_heldout
@@ -30,8 +31,7 @@ from linspec.train.exact_heads import RANKS
 from linspec.train.loop import TrainConfig, Trainer
 from linspec.train.low_rank import add_low_rank
 from linspec.train.match_teacher import KlLoss
-from linspec.train.objective import next_tokens
-from linspec.train.pieces import Labels, loss_in_pieces
+from linspec.train.pretrain import next_token_loss
 from linspec.train.student import changed_layers, with_mixers
 from linspec.train.transfer import Transfer
 
@@ -87,12 +87,16 @@ RECIPES = {
 }
 
 
-def make_student(teacher: Decoder, recipe: Recipe) -> Decoder:
-    """The teacher with the exact heads of `smollm2-aug` and the recipe's mixer in the others, untrained."""
-    heads = tuple(
-        tuple(range(teacher.config.kv_heads)) if mixer.name == "softmax" else mixer.exact_heads
-        for mixer in load_model(HEADS_OF).config.mixers
+def exact_heads_of(model: Decoder) -> Heads:
+    """The KV heads of a model that see everything."""
+    every = tuple(range(model.config.kv_heads))
+    return tuple(
+        every if mixer.name == "softmax" else mixer.exact_heads for mixer in model.config.mixers
     )
+
+
+def make_student(teacher: Decoder, recipe: Recipe, heads: Heads) -> Decoder:
+    """The teacher with `heads` exact and the recipe's mixer in the others, untrained."""
     mixer = make_mixer(recipe.mixer, span=recipe.span)
     student = with_mixers(teacher, by_head_mixers(teacher.config, mixer, heads))
     for name, start in recipe.starts.items():
@@ -108,10 +112,11 @@ def train(
     """Transfer, then the whole model with low-rank changes; goes on from what is in `folder`."""
     steps = max(2, tokens // (CONTEXT * ROWS))
     first = round(recipe.transfer * steps)
+    known = {name for name, _ in teacher.named_parameters()}
     own = [
         weight
         for name, weight in student.named_parameters()
-        if name not in dict(teacher.named_parameters()) and not name.endswith(recipe.frozen)
+        if name not in known and not name.endswith(recipe.frozen)
     ]
 
     def stage(name: str, module: torch.nn.Module, loss: Any, count: int, lr: float) -> None:
@@ -137,16 +142,8 @@ def train(
     add_low_rank(student, recipe.ranks, seed=0)
     for weight in own:
         weight.requires_grad_(True)
-    loss = KlLoss(teacher, student) if recipe.kl else _nats_of(student)
+    loss = KlLoss(teacher, student) if recipe.kl else partial(next_token_loss, student)
     stage("all", student, loss, steps - first, recipe.lr)
-
-
-def _nats_of(student: Decoder) -> Callable[[torch.Tensor], torch.Tensor]:
-    def loss(batch: torch.Tensor) -> torch.Tensor:
-        states, output, labels = next_tokens(student, batch)
-        return loss_in_pieces(states, output, Labels(labels))
-
-    return loss
 
 
 def judge(model: Decoder, teacher: Decoder, tokenizer: Any, ids: Any, items: int) -> dict[str, Any]:
@@ -174,7 +171,7 @@ def main() -> None:
     kept = options.out / "rows.jsonl"
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     teacher, tokenizer = load_model(TEACHER).requires_grad_(False), load_tokenizer(TEACHER)
-    end = end_of_text(tokenizer, teacher.config)
+    heads, end = exact_heads_of(load_model(HEADS_OF)), end_of_text(tokenizer, teacher.config)
     documents, _ = train_and_heldout(options.data)
     windows = Windows(tokenize(documents, tokenizer, end), CONTEXT, 0)
     ids = tokenize(held_out_documents(options.judge), tokenizer, end)
@@ -184,7 +181,7 @@ def main() -> None:
             continue
         student = teacher
         if name != "teacher":
-            student = make_student(teacher, RECIPES[name])
+            student = make_student(teacher, RECIPES[name], heads)
             folder = options.out / f"{name}-{options.tokens}"
             train(teacher, student, RECIPES[name], windows, options.tokens, folder)
         row = asked | judge(student.eval(), teacher, tokenizer, ids, options.items)

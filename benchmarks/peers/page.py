@@ -123,11 +123,10 @@ def _whole(value: object) -> str:
 
 
 def _bound_table(rows: Sequence[Row]) -> str:
-    found = verdicts(rows)
+    # of shapes and contexts that were not asked for nothing is to be said
+    found = [verdict for verdict in verdicts(rows) if verdict.measured is not None]
     lines = [
-        (v.what, v.bits, v.least, v.aim, v.measured, v.engine, v.beside, v.state)
-        for v in found
-        if v.measured is not None
+        (v.what, v.bits, v.least, v.aim, v.measured, v.engine, v.beside, v.state) for v in found
     ]
     columns = ("what", "bits", "at least", "aim", "measured", "engine", "beside", "")
     reasons = dict.fromkeys(f"- {v.what}: {v.why}" for v in found if v.why)

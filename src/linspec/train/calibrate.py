@@ -29,7 +29,7 @@ from linspec.models.decoder import Decoder
 from linspec.models.lserve import LserveOptions, check_plain, is_lserve, lserve_options
 from linspec.models.sparse import sparse_mixer
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
-from linspec.train.exact_heads import LENGTHS, context_of, find_heads
+from linspec.train.exact_heads import context_of, find_heads, lengths_up_to
 from linspec.train.gates import GateConfig, Gates
 from linspec.train.run import make_accelerator, training_run
 from linspec.utils.format_version import stamped
@@ -65,16 +65,6 @@ class CalibrateConfig:
         check_positive("lr", self.lr)
         if self.seconds is not None:
             check_positive("seconds", self.seconds)
-
-    def for_model(self, positions: int) -> CalibrateConfig:
-        """With a context, for a model of so many positions; raises ConfigError for a longer one."""
-        return replace(self, context=context_of(self.context, positions))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of the texts, in turns, once the context is known."""
-        longest = self.context or 0
-        return [length for length in LENGTHS if length <= longest] or [longest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +117,8 @@ def calibrate(
     check_tokenizer(tokenizer, teacher.config)
     check_plain(teacher.config, attention)
     count = _count(options, attention, teacher)
-    config = config.for_model(teacher.config.max_positions)
+    context = context_of(config.context, teacher.config.max_positions)
+    config = replace(config, context=context)
     source, known = resolve(model), fingerprint(teacher)
     out = calibration_folder(source, calibration_name(options, count), known)
     place = Place(
@@ -156,7 +147,7 @@ def calibrate(
                 tokenizer,
                 stream,
                 _gate_config(config, count),
-                lengths=config.lengths,
+                lengths=lengths_up_to(context),
                 batch_tokens=config.batch_tokens,
                 streaming=options.streaming,
                 seed=config.seed,

@@ -85,6 +85,11 @@ def context_of(context: int | None, positions: int) -> int:
     return context
 
 
+def lengths_up_to(context: int) -> list[int]:
+    """Tokens of the texts that gates are trained on, in turns."""
+    return [length for length in LENGTHS if length <= context] or [context]
+
+
 def exact_student(teacher: Decoder, heads: Heads, streaming: MixerConfig | None = None) -> Decoder:
     """The teacher's weights with `heads` exact and the others streaming, untrained."""
     mixers = by_head_mixers(teacher.config, streaming or make_mixer("streaming"), heads)

@@ -28,10 +28,10 @@ from linspec.train.changed_model import save_changed
 from linspec.train.compiled import check_choice
 from linspec.train.data import Sources, check_sources, end_of_text, tokenize, train_and_heldout
 from linspec.train.exact_heads import (
-    LENGTHS,
     context_of,
     exact_student,
     find_heads,
+    lengths_up_to,
     match_teacher,
     needle_windows,
 )
@@ -214,14 +214,12 @@ class _Task:
         """The heads that gates choose; kept, so that a run that is resumed has the same."""
         path = self.folder / _GATES
         if not path.exists():
-            longest = self.config.window_tokens
-            lengths = [n for n in LENGTHS if n <= longest] or [longest]
             gates = find_heads(
                 self.teacher,
                 self.tokenizer,
                 stream,
                 GateConfig(counts=(count,), steps=self.config.gate_steps),
-                lengths=lengths,
+                lengths=lengths_up_to(self.config.window_tokens),
                 batch_tokens=self.config.batch_tokens,
                 streaming=self.config.streaming,
                 seed=self.config.seed,
