@@ -10,6 +10,7 @@ from gguf_files import IDS, tiny
 from test_gguf_model import FAMILIES, IDS_OF_A_TEXT
 
 from linspec import LLM, SamplingParams
+from linspec.checkpoints.fingerprint import full_fingerprint
 from linspec.checkpoints.gguf.blocks import StoredRows, kept_whole
 from linspec.checkpoints.gguf.model import load_gguf, plan_gguf
 from linspec.checkpoints.gguf.reader import read_gguf
@@ -48,6 +49,9 @@ def same_values(path: Path) -> Decoder:
         if layer.bias is not None:
             assert torch.equal(layer.bias, expected[name].bias)
     assert torch.equal(model.embed.weight, plain.embed.weight)
+    # so what was found out about one form of the model is known of all
+    forms = model, plain, load_model(path)
+    assert len({full_fingerprint(form) for form in forms}) == 1
     # codes of inputs round, and nothing else does
     logits, exact = model(IDS_OF_A_TEXT), plain(IDS_OF_A_TEXT)
     assert float((logits - exact).norm()) < 0.05 * float(exact.norm())

@@ -54,7 +54,7 @@ def fingerprint(model: Decoder) -> str:
 
 
 def weight_fingerprint(model: Decoder) -> str | None:
-    """A short hash of the rotary positions, the norms and some rows of every matrix, beside `fingerprint`.
+    """A short hash of rotary positions, norms and some rows of every linear layer, beside `fingerprint`.
 
     The same in every dtype and place, before `to_inference` and after. None for weights that were turned into
     integers before this was kept: what they were is not known.
