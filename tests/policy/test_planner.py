@@ -324,6 +324,21 @@ def test_drafts_cost_the_same_after_a_long_context_as_after_a_short_one() -> Non
     assert (model.round(5) + model.drafting(4)) / model.round(1) == pytest.approx(3.4 / 3, rel=0.05)
 
 
+@pytest.mark.parametrize("reading", [0.001, 0.1], ids=["as-long", "bound-too-high"])
+def test_a_long_cache_is_no_slow_machine(reading: float) -> None:
+    """The first plain rounds behind it once made drafts of a small model seem as dear as the cache."""
+    model = CostModel(CostCurve({1: 1.0, 5: 1.4}, reading))
+    for _ in range(3):
+        model.observe(RoundTimes(0.0, 1.0 + 5.0, 1, cached=5000))
+    assert model.round(1) == pytest.approx(6.0, rel=0.02)
+    assert model.round(5) / model.round(1) == pytest.approx((6.4 + 4 * 0.06 * 5) / 6.0, rel=0.02)
+    # and a short one is none, although the machine is slow
+    slow = CostModel(CostCurve({1: 1.0, 5: 1.4}, 0.0001))
+    for _ in range(3):
+        slow.observe(RoundTimes(0.0, 1.5, 1, cached=100))
+    assert slow.round(5) / slow.round(1) == pytest.approx(1.4, rel=0.02)
+
+
 def test_the_curve_is_measured_by_the_clock_that_was_given() -> None:
     """Steps of a fake model take as long as a fake clock says: one second and a tenth for each node."""
     now, asked = [0.0], set[int]()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from world import CURVES
 
 from linspec.policies import costs
@@ -88,7 +89,15 @@ class Busy:
         self.busy, self.until, self.factor, self.steps = busy, 0.0, 1.0, 0
 
     def new_state(self) -> Any:
-        return SimpleNamespace(commit=lambda *_: None, drop=lambda *_: None)
+        return SimpleNamespace(
+            commit=lambda *_: None, drop=lambda *_: None, bytes_at=lambda length: 1000 * length
+        )
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [torch.zeros(10**6)]
+
+    def buffers(self) -> list[torch.Tensor]:
+        return []
 
     def open(self, tokens: list[int], slot: int, state: Any) -> tuple[list[int], tuple[int, ...]]:
         return tokens, ()

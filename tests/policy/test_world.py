@@ -34,6 +34,10 @@ CELLS = [
     Cell("1b-int8", "model", "code", busy=True, requests=40),
     Cell("135m", "model", "repetitive", 4, requests=16),
     Cell("135m-int8", "heads", "mixed", busy=True, requests=40),
+    # caches that take five times what the weights take
+    Cell("135m-int8", "model", "code", 4, 131_072, requests=12),
+    Cell("5m", "heads", "code", 4, 131_072, busy=True, requests=12),
+    Cell("135m-int8", "heads", "random", 1, 131_072, busy=True, requests=12),
     # a machine that became faster between two rounds made drafts seem to cost nothing
     Cell("135m", "lookup", "code", 16, busy=True, requests=6),
 ]

@@ -85,6 +85,11 @@ class Cell:
         """Of the machine when nobody disturbs it."""
         return LINEAR if self.machine == "linear" else CURVES[self.machine]
 
+    @property
+    def reading(self) -> float:
+        """Seconds that a token of the cache adds to a plain step."""
+        return 0.1e-6 * self.curve(1) / 2.5e-3
+
     def make_drafter(self) -> Any:
         text = TEXTS[self.text]
         kinds = {"lookup": Lookup, "model": Model, "confident": Confident}
@@ -94,15 +99,16 @@ class Cell:
         """The curve that a policy is given: right, or measured while others used the machine."""
         true = self.curve.seconds
         if not self.stale:
-            return CostCurve(true)
+            return CostCurve(true, 3 * self.reading)
         rng = random.Random(crc32(self.name.encode()))
-        return CostCurve({n: s * rng.choice([1.0, 1.2, 1.6, 1.9]) for n, s in true.items()})
+        stale = {n: s * rng.choice([1.0, 1.2, 1.6, 1.9]) for n, s in true.items()}
+        return CostCurve(stale, 3 * self.reading)
 
     # ---- seconds, when nobody disturbs
 
     def step(self, counts: Sequence[int]) -> float:
         """A step with so many draft nodes of each sequence."""
-        cache = 0.1e-6 * self.context * self.curve(1) / 2.5e-3
+        cache = self.context * self.reading
         packed = len(counts) + sum(counts)
         seconds = self.curve(min(packed, 64)) * max(1.0, packed / 64)
         return seconds + cache * sum(1 + 0.1 * count for count in counts)
@@ -239,7 +245,8 @@ class Room:
         factor = self._noise.factor(self._seen, quiet)
         self._seen += quiet * factor
         draft, step, rest = (part * factor for part in parts)
-        policy.observe_round(RoundTimes(draft, step, sum(counts) + len(counts), max(counts), rest))
+        nodes, cached = sum(counts) + len(counts), len(counts) * cell.context
+        policy.observe_round(RoundTimes(draft, step, nodes, max(counts), rest, cached))
         if self.free:
             return quiet
         before, self._choices = self._choices, getattr(policy, "choices", 0)

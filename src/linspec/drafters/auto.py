@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, Self
-
-import torch
 
 from linspec.decoding.tree import Budget
 from linspec.drafters.base import DRAFTERS, Drafter, DrafterContext
 from linspec.drafters.mixed import Mixed
 from linspec.errors import LinspecError
+from linspec.models.memory import weight_bytes
 
 _log = logging.getLogger("linspec")
 
@@ -53,16 +51,6 @@ class AutoDrafter(Mixed):
             return cls([always])
         _log.info("drafter auto: %s and %s, which was trained for this model", _ALWAYS, best)
         return cls([always, trained[best]])
-
-
-def weight_bytes(model: Any) -> int:
-    """What the weights of a model take in memory, packed ones too."""
-    return sum(each.nbytes for each in {id(t): t for t in _tensors(model)}.values())
-
-
-def _tensors(model: Any) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _trained(context: DrafterContext) -> dict[str, Drafter]:

@@ -1,13 +1,20 @@
-"""Whether a model fits into memory, said before it is loaded."""
+"""What a model takes of the memory, and whether it fits, said before it is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from linspec.errors import CheckpointError
 from linspec.kernels.device import free_bytes
+
+
+def weight_bytes(model: Any) -> int:
+    """What the weights of a model take in memory, packed ones too."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(each.nbytes for each in {id(each): each for each in tensors}.values())
 
 
 def check_memory(needed: int, folder: Path, device: torch.device | str = "cpu") -> None:

@@ -19,7 +19,7 @@ class RoundTimes:
     """Seconds of one round: drafting, and the target's step over `nodes` packed nodes of all sequences.
 
     drafts: draft nodes of the largest tree; 0 when nothing was drafted. rest: what came after the
-    step, such as verifying and committing.
+    step, such as verifying and committing. cached: tokens of all sequences that were there before.
     """
 
     draft: float
@@ -27,6 +27,7 @@ class RoundTimes:
     nodes: int
     drafts: int = 0
     rest: float = 0.0
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)

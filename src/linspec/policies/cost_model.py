@@ -27,6 +27,10 @@ _SLOPE, _FIXED = 0.2, 2.0
 _LEAST_SLOPE = 0.5
 # plain rounds that a round may cost more than was known
 _JUMP = 1.0
+# share of reading a cache that a node more costs: it sees what was read for the others
+_SHARED = 0.06
+# times the most tokens that caches had, after which what reading them costs is looked at anew
+_LONGER = 2
 # while every round drafts, plain rounds are looked at again this often
 _PLAIN_ROUNDS = 64
 # rounds after which the curve may be doubted, and by how much it has to be off
@@ -55,6 +59,8 @@ class CostModel:
         self._slow = 0.0
         # usual seconds of a plain round beside what the curve says
         self._rest = 0.0
+        # usual seconds that each token of the caches adds, as many as the latest round and the most had
+        self._reading, self._cached, self._most_cached = 0.0, 0, 0
         self._plain_rounds = 0
         # rounds with drafts after which a plain one is wanted
         self._plain_after = 0
@@ -102,11 +108,12 @@ class CostModel:
 
     @property
     def _plain(self) -> float:
-        return self.curve(self.count) + self._rest
+        return self.curve(self.count) + self._rest + self._reading * self._cached
 
     def _rising(self, nodes: float) -> float:
-        """What the curve says of more nodes than there are sequences."""
-        return self.curve(nodes) - self.curve(self.count)
+        """What is known beforehand of more nodes than there are sequences."""
+        each = _SHARED * self._reading * self._cached / self.count
+        return self.curve(nodes) - self.curve(self.count) + each * (nodes - self.count)
 
     def price(self, times: RoundTimes, *, free: bool = False) -> float:
         """Plain rounds that one such as `times` costs; free: no model drafted."""
@@ -122,6 +129,7 @@ class CostModel:
 
         asked: the drafter was asked, whether or not it had drafts. free: no model drafted.
         """
+        self._cached = times.cached
         if not times.drafts:
             self._observe_plain(times)
             if asked:
@@ -150,16 +158,32 @@ class CostModel:
         step = self.curve(times.nodes)
         if not self._plain_rounds:
             self._rest = times.rest * step / times.step
+        if times.cached > _LONGER * self._most_cached:
+            self._most_cached = times.cached
+            self._reading = self._explained(times)
         rate = _STALE_RATE if stale or self._plain_rounds < 3 else _RATE
-        usual = step + self._rest
+        usual = step + self._rest + self._reading * times.cached
         self._follow((times.step + times.rest) / (self._factor * usual), rate)
         self._plain_rounds += 1
         self._rise.fade()
-        # what goes on is no disturbance: long caches, say, which drafts do not make longer
+        self._settle(usual, times.cached)
+
+    def _explained(self, times: RoundTimes) -> float:
+        """Seconds for each token of a cache that is longer than any before: what the round took longer."""
+        longer = (times.step + times.rest) / self._factor - self.curve(times.nodes) - self._rest
+        return min(max(0.0, longer / times.cached), self.curve.reading)
+
+    def _settle(self, usual: float, cached: int) -> None:
+        """What goes on is no disturbance, but what plain rounds take here."""
         leak = _LASTING if self._slow > 0 else _PASSED
-        lasting = max(leak * self._slow, -self._rest / usual)
+        beside = self._rest + self._reading * cached
+        lasting = max(leak * self._slow, -beside / usual)
         self._slow -= lasting
-        self._rest += lasting * usual
+        if lasting > 0:
+            self._rest += lasting * usual
+        elif beside:
+            kept = 1 + lasting * usual / beside
+            self._rest, self._reading = kept * self._rest, kept * self._reading
 
     def _follow(self, times_known: float, rate: float) -> None:
         """Move towards the slowness of one round; something else may have delayed it."""

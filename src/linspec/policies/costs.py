@@ -20,6 +20,7 @@ from linspec.decoding.protocols import CausalModel
 from linspec.decoding.step import StepInput
 from linspec.errors import CheckpointError, LinspecError
 from linspec.kernels.cpu.structs import ABI
+from linspec.models.memory import weight_bytes
 from linspec.policies.roofline import completed
 from linspec.state.sequence_states import SequenceStates
 from linspec.utils.border import read_json
@@ -30,14 +31,20 @@ MEASURED_NODES = (1, 6, 16, 48)
 # turns of all sizes: never fewer, and no more than that once they have taken so long
 _LEAST_TURNS, _TURNS, _SECONDS = 3, 8, 0.5
 _CONTEXT = 48
+# tokens of a long cache; how much slower than weights caches are read at most
+_LONG, _SLOWER = 4096, 3
 _MEASURED_AT_MOST = 3
 
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Seconds of one step by the number of its nodes; straight lines between measured points."""
+    """Seconds of one step by the number of its nodes; straight lines between measured points.
+
+    reading: seconds that a token of a long cache adds to a step, at most.
+    """
 
     seconds: Mapping[int, float]
+    reading: float = 0.0
 
     def __call__(self, nodes: float) -> float:
         # asked in every round
@@ -117,11 +124,17 @@ def load_or_measure(
     """The curve of this model's shape on this machine, from disk when it was measured before."""
     path = _cache_path(model)
     stored = _stored(path)
-    if stored.seconds:
-        return CostCurve(stored.seconds)
-    curve = measure(model, clock)
-    _store(path, _Stored(dict(curve.seconds), stored.measured + 1))
-    return curve
+    if not stored.seconds:
+        stored = _Stored(measure(model, clock).seconds, stored.measured + 1)
+        _store(path, stored)
+    return CostCurve(stored.seconds, _reading(model, CostCurve(stored.seconds)))
+
+
+def _reading(model: CausalModel, curve: CostCurve) -> float:
+    """Seconds of reading what a token adds to a state in floats, far slower than a step reads the weights."""
+    state = model.new_state()
+    each = (state.bytes_at(2 * _LONG) - state.bytes_at(_LONG)) / _LONG
+    return _SLOWER * each * curve(1) / weight_bytes(model)
 
 
 def doubt(model: CausalModel) -> None:
@@ -143,7 +156,7 @@ class _Stored:
 def _store(path: Path, what: _Stored) -> None:
     # a read-only home only means measuring again next time
     with contextlib.suppress(CheckpointError):
-        replace_text(path, json.dumps({"seconds": what.seconds, "measured": what.measured}))
+        replace_text(path, json.dumps({"seconds": dict(what.seconds), "measured": what.measured}))
 
 
 def _stored(path: Path) -> _Stored:

@@ -12,6 +12,7 @@ decides about that (`FreeDrafts`). Those of a model have to earn what making the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 from linspec.decoding.sequence import RunningSequence
@@ -199,7 +200,7 @@ class SpecDecPP(Policy):
         if asked and not times.drafts and times.nodes == count and self._trees:
             # drafted, and nothing kept: a plain step, and drafts that were made for nothing
             draft = times.draft if free else 0.0
-            times = RoundTimes(draft, times.step, times.nodes, 0, times.rest)
+            times = replace(times, draft=draft, drafts=0)
         self.costs.observe(times, asked=asked, free=free)
         if times.drafts:
             self.price = self.costs.price(times, free=free)

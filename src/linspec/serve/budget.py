@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from linspec.drafters.auto import weight_bytes
 from linspec.engine.engine import Engine
 from linspec.engine.loops.hypotheses import HypothesisLoop
+from linspec.models.memory import weight_bytes
 from linspec.serve.endpoints.about import longest
 from linspec.serve.worker import Worker
 from linspec.state.kv_cache import KVCache

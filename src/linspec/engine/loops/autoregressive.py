@@ -287,7 +287,10 @@ class Autoregressive(GenerationLoop):
         drafts = max(
             (len(part.given.tokens) - 1 for part in parts if part.tree is not None), default=0
         )
-        seconds = RoundTimes(drafted - began, stepped - drafted, nodes, drafts, ended - stepped)
+        cached = sum(len(sequence.tokens) for sequence in batch.decoding)
+        seconds = RoundTimes(
+            drafted - began, stepped - drafted, nodes, drafts, ended - stepped, cached
+        )
         try:
             self.policy.observe_round(seconds)
         except Exception:
