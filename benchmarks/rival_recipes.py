@@ -3,7 +3,7 @@
     python -m benchmarks.rival_recipes --out runs/rivals --data texts/ --judge wikitext2_valid.txt
 
 The other heads get a window of two or three groups, so that all states have about the same bytes, and what
-the recipe adds. A line of `rows.jsonl` for each: nats, KL and top-1 agreement on running text, and needles
+the recipe adds. A line of `rows.jsonl` for each, for the original and for the untrained window: nats, KL and top-1 agreement on running text, and needles
 found at the trained length and at four times that. A row that is there is not trained again.
 """
 
@@ -175,12 +175,14 @@ def main() -> None:
     documents, _ = train_and_heldout(options.data)
     windows = Windows(tokenize(documents, tokenizer, end), CONTEXT, 0)
     ids = tokenize(held_out_documents(options.judge), tokenizer, end)
-    for name in ("teacher", *options.rows):
-        asked = {"row": name, "tokens": 0 if name == "teacher" else options.tokens}
+    for name in ("teacher", "untrained", *options.rows):
+        asked = {"row": name, "tokens": options.tokens if name in RECIPES else 0}
         if any(row.items() >= asked.items() for row in done):
             continue
         student = teacher
-        if name != "teacher":
+        if name == "untrained":
+            student = make_student(teacher, RECIPES["window"], heads)
+        elif name in RECIPES:
             student = make_student(teacher, RECIPES[name], heads)
             folder = options.out / f"{name}-{options.tokens}"
             train(teacher, student, RECIPES[name], windows, options.tokens, folder)

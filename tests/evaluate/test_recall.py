@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +76,11 @@ def test_a_model_that_copies_has_full_recall_at_its_distance_only(
     assert exact == {(t.name, d): float(d == 400) for t in TASKS for d in (400, 900)}
     assert {c.relative for c in found.cells if c.distance == 400} == {1.0}
     assert found.relative == 1.0 and found.exact == 0.5
+    # what the teacher has right; nothing is said where it has nothing
+    assert {c.kept for c in found.cells if c.distance == 400} == {1.0}
+    assert {c.kept for c in found.cells if c.distance == 900} == {None}
+    worse = evaluate_recall(Echo(model, 300), teacher=echo, samples=3, **options)  # type: ignore[arg-type]
+    assert {c.kept for c in worse.cells if c.distance == 400} == {0.0}
 
 
 def test_a_teacher_that_ends_earlier_is_named() -> None:
@@ -90,6 +99,24 @@ def test_a_teacher_that_ends_earlier_is_named() -> None:
     assert all(c.answers == 2 for c in found.cells)
     with pytest.raises(ConfigError, match="no length"):
         evaluate_recall(teacher, tokenizer=tiny_tokenizer(), lengths=(1200,))
+
+
+@pytest.mark.parametrize("measure", [evaluate_recall, evaluate_repeats])
+def test_the_model_attends_as_asked_and_its_teacher_reads_everything(
+    measure: Callable[..., Any],
+) -> None:
+    sizes = {"recall": {"lengths": (600,), "distances": (400,)}, "repeats": {"lengths": (300,)}}
+    options = {"tokenizer": tiny_tokenizer(), "samples": 2, "data": ("stdlib",)}
+    options |= sizes[measure.__name__.removeprefix("evaluate_")]
+    make = partial(text_model, "softmax", max_positions=700)
+    plain = measure(make(), teacher=make(), **options)
+    whole = measure(make(), teacher=make(), attention="pages:budget=4096", **options)
+    few = measure(make(), teacher=make(), attention="streaming:span=1,group=16", **options)
+    assert whole == plain
+    assert few != plain
+    own, theirs = (dataclasses.asdict(found.cells[0]) for found in (few, plain))
+    for name in {"teacher_tokens", "teacher_gain"} & set(own):
+        assert own[name] == theirs[name]
 
 
 @pytest.mark.parametrize(
@@ -114,11 +141,12 @@ def test_a_model_that_copies_gains_on_repeats_at_its_distance_only(
     echo = Echo(model, 300)
     options = {"tokenizer": tiny_tokenizer(), "data": [book], "passage": 50, "samples": 3}
     with monkeypatch.context() as patched:
-        patched.setattr("linspec.evaluate.repeats.Decoder", Echo)
+        patched.setattr("linspec.evaluate.recall.Decoder", Echo)
         found = evaluate_repeats(echo, teacher=echo, lengths=(350, 700), **options)  # type: ignore[arg-type]
     near, far = found.cells
     assert near.distance == 300 and near.again == pytest.approx(0, abs=1e-4)
     assert near.relative == 1.0 and near.gain > 20
+    assert near.right == 1.0 and near.kept == 1.0 and far.right < 0.5
     assert abs(far.gain) < near.gain / 2
     short = text_model("softmax", max_positions=400)
     limited = evaluate_repeats(short, lengths=(350, 700), **options)  # type: ignore[arg-type]

@@ -20,7 +20,16 @@ from linspec.cli.console import (
     words,
 )
 from linspec.cli.groups import grouped
-from linspec.cli.options import Computing, DrafterName, Json, Loading, Model, Texts, Threads
+from linspec.cli.options import (
+    AttentionName,
+    Computing,
+    DrafterName,
+    Json,
+    Loading,
+    Model,
+    Texts,
+    Threads,
+)
 from linspec.errors import ConfigError
 
 LimitBytes = Annotated[
@@ -42,10 +51,15 @@ class Repeating:
     lengths: Annotated[str, typer.Option(help="Tokens of the texts, by commas.")] = (
         "512,1024,2048,4096"
     )
+    attention: AttentionName = None
 
     def to_library(self) -> dict[str, Any]:
         """As functions of the library take it."""
-        return {"teacher": self.teacher, "lengths": numbers(self.lengths, "--lengths")}
+        return {
+            "teacher": self.teacher,
+            "lengths": numbers(self.lengths, "--lengths"),
+            "attention": self.attention,
+        }
 
 
 @grouped

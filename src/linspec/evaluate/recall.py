@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from linspec.checkpoints.attention import attending
 from linspec.checkpoints.hub import load_model, with_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
@@ -55,7 +56,8 @@ class RecallCell:
 
     exact: share of answers with every token the likeliest one, given those before it. tokens: the
     same for single tokens. probability: of an answer's token, geometric mean. relative: `tokens`
-    over the teacher's, None where there is no teacher, it cannot read the length, or recalls nothing.
+    over the teacher's. kept: of the answers that the teacher has right, the share that the model has too.
+    Both None where there is no teacher, it cannot read the length, or recalls nothing.
     """
 
     task: str
@@ -67,6 +69,7 @@ class RecallCell:
     probability: float
     teacher_tokens: float | None = None
     relative: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def evaluate_recall(
     distances: Sequence[int] = DISTANCES,
     samples: int = 16,
     seeds: int = 1,
+    attention: str | None = None,
     device: str = "cpu",
 ) -> Recall:
     """Recall of `model`, beside that of `teacher` on the very same texts.
@@ -108,15 +112,14 @@ def evaluate_recall(
     data: held-out text between definitions and questions; lines are code for 'stdlib', prose
     otherwise. texts: the part of it to take; if empty, what `held_out_documents` gives. lengths: of
     whole texts, in tokens; distances that do not fit a length are left out. samples: texts per task,
-    length and seed. Lengths beyond the positions of a softmax model are left out for it and named in
-    `limits`. Raises ConfigError for sizes that cannot be built.
+    length and seed. attention: of `model`, as of LLM; the teacher reads everything. Lengths beyond the
+    positions of a softmax model are left out for it and named in `limits`. Raises ConfigError for sizes
+    that cannot be built, and what `attending` raises.
     """
     _check(lengths, samples, seeds)
     check_lengths("distances", distances)
     data = check_sources(data)
-    model, tokenizer = with_tokenizer(model, tokenizer, device=device)
-    if teacher is not None and not isinstance(teacher, Decoder):
-        teacher = load_model(teacher, device=device)
+    model, teacher, tokenizer = readers(model, teacher, tokenizer, attention, device)
     documents = texts or held_out_documents(data, field)
     filler = filler_ids(tokenizer, model, documents, max(lengths))
     write = Writer(tokenizer, filler, cue_for(data))
@@ -140,6 +143,20 @@ def _check(lengths: Sequence[int], samples: int, seeds: int) -> None:
     check_lengths("lengths", lengths)
     check_size("samples", samples)
     check_size("seeds", seeds)
+
+
+def readers(
+    model: str | Path | Decoder,
+    teacher: str | Path | Decoder | None,
+    tokenizer: Any,
+    attention: str | None,
+    device: str,
+) -> tuple[Decoder, Decoder | None, Any]:
+    """A model that attends as `attention` says, what it is compared with, and their tokenizer."""
+    decoder, tokenizer = with_tokenizer(model, tokenizer, device=device)
+    if teacher is not None and not isinstance(teacher, Decoder):
+        teacher = load_model(teacher, device=device)
+    return attending(decoder, attention, model), teacher, tokenizer
 
 
 def reads(model: Decoder | None, length: int) -> bool:
@@ -232,6 +249,7 @@ def _cells(
         share = sum(tokens) / len(tokens)
         against = beside.get(distance)
         wanted = sum(part for _, part, _ in against) / len(against) if against else None
+        known = [hit for hit, (right, _, _) in zip(hits, against or (), strict=False) if right]
         cells.append(
             RecallCell(
                 task=task,
@@ -243,6 +261,7 @@ def _cells(
                 probability=float(torch.tensor(logs).mean().exp()),
                 teacher_tokens=wanted,
                 relative=share / wanted if wanted else None,
+                kept=sum(known) / len(known) if known else None,
             )
         )
     return cells

@@ -12,19 +12,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from linspec.checkpoints.hub import load_model, with_tokenizer
 from linspec.errors import ConfigError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
-from linspec.evaluate.recall import filler_ids, limits_of, reads
+from linspec.evaluate.recall import filler_ids, limits_of, readers, reads
 from linspec.models.decoder import Decoder
 from linspec.train.data import Sources, check_sources
+from linspec.utils.progress import Progress
 from linspec.utils.sizes import check_lengths, check_size
 
 PASSAGE = 128
@@ -36,8 +36,10 @@ _OPENING = 8
 class RepeatCell:
     """Nats for each token of a passage where it stands first and where it stands again.
 
-    distance: tokens between the two. gain: their difference. teacher_gain: the teacher's on the same
-    texts; relative: gain over it. Both None where there is no teacher or it cannot read the length.
+    distance: tokens between the two. gain: their difference. right: share of the tokens that are the
+    likeliest the second time. teacher_gain: the teacher's on the same texts; relative: gain over it. kept:
+    of the tokens that the teacher has right, the share that the model has too. These three are None where
+    there is no teacher or it cannot read the length.
     """
 
     length: int
@@ -45,8 +47,10 @@ class RepeatCell:
     first: float
     again: float
     gain: float
+    right: float
     teacher_gain: float | None = None
     relative: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,14 @@ def evaluate_repeats(
     lengths: Sequence[int] = (1024, 2048, 4096),
     passage: int = PASSAGE,
     samples: int = 8,
+    attention: str | None = None,
     device: str = "cpu",
 ) -> Repeats:
     """What `model` gains on passages of `passage` tokens that are repeated at the end of a text.
 
-    lengths: of whole texts, in tokens. Lengths beyond the positions of a softmax model are left out
-    for it. Raises ConfigError when a text has no room for a passage and its repetition.
+    lengths: of whole texts, in tokens. attention: of `model`, as of LLM; the teacher reads everything.
+    Lengths beyond the positions of a softmax model are left out for it. Raises ConfigError when a text has
+    no room for a passage and its repetition, and what `attending` raises.
     """
     check_lengths("lengths", lengths)
     check_size("passage", passage)
@@ -89,29 +95,44 @@ def evaluate_repeats(
             f"{_OPENING} tokens, and samples must be 1 or more; got {passage} and {samples}"
         )
     data = check_sources(data)
-    model, tokenizer = with_tokenizer(model, tokenizer, device=device)
-    if teacher is not None and not isinstance(teacher, Decoder):
-        teacher = load_model(teacher, device=device)
+    model, teacher, tokenizer = readers(model, teacher, tokenizer, attention, device)
     stream = filler_ids(tokenizer, model, held_out_documents(data, field), max(lengths))
     limits = [*limits_of("model", model, lengths), *limits_of("teacher", teacher, lengths)]
-    cells = []
-    for length in lengths:
-        if not reads(model, length):
-            continue
-        texts = [
-            _text(stream, length, passage, random.Random(f"repeat {i}")) for i in range(samples)
-        ]
-        first, again = _nats(model, texts, passage)
-        wanted = None
-        if teacher is not None and reads(teacher, length):
-            before, after = _nats(teacher, texts, passage)
-            wanted = before - after
-        gain = first - again
-        relative = gain / wanted if wanted else None
-        cells.append(RepeatCell(length, length - passage, first, again, gain, wanted, relative))
-    if not cells:
+    readable = [length for length in lengths if reads(model, length)]
+    if not readable:
         raise ConfigError(f"no length can be measured: {'; '.join(limits)}")
+    cells = []
+    with Progress("repeats", len(readable)) as progress:
+        for length in readable:
+            texts = [
+                _text(stream, length, passage, random.Random(f"repeat {i}")) for i in range(samples)
+            ]
+            cells.append(_cell(model, teacher, texts, passage))
+            progress.update(len(cells), f"{length} tokens")
     return Repeats(tuple(cells), passage, samples, tuple(limits))
+
+
+def _cell(
+    model: Decoder, teacher: Decoder | None, texts: Sequence[list[int]], passage: int
+) -> RepeatCell:
+    length, read = len(texts[0]), _read(model, texts, passage)
+    cell = RepeatCell(
+        length=length,
+        distance=length - passage,
+        first=read.first,
+        again=read.again,
+        gain=read.gain,
+        right=float(read.right.float().mean()),
+    )
+    if teacher is None or not reads(teacher, length):
+        return cell
+    wanted = _read(teacher, texts, passage)
+    return replace(
+        cell,
+        teacher_gain=wanted.gain,
+        relative=read.gain / wanted.gain if wanted.gain else None,
+        kept=float(read.right[wanted.right].float().mean()) if wanted.right.any() else None,
+    )
 
 
 def _text(stream: Sequence[int], length: int, passage: int, rng: random.Random) -> list[int]:
@@ -120,17 +141,31 @@ def _text(stream: Sequence[int], length: int, passage: int, rng: random.Random) 
     return once + once[:passage]
 
 
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """Mean nats of passages behind their openings, and which tokens are right again: [texts, tokens]."""
+
+    first: float
+    again: float
+    right: torch.Tensor
+
+    @property
+    def gain(self) -> float:
+        return self.first - self.again
+
+
 @torch.inference_mode()
-def _nats(model: Decoder, texts: Sequence[list[int]], passage: int) -> tuple[float, float]:
-    """Mean nats of the tokens of the passage behind its opening, the first time and again."""
-    device, totals = model.device, [0.0, 0.0]
+def _read(model: Decoder, texts: Sequence[list[int]], passage: int) -> _Read:
+    device, totals, right = model.device, [0.0, 0.0], []
     for text in texts:
         ids = torch.tensor(text, device=device)
         states = model.hidden(ids[None, :-1])[0]
         for i, begin in enumerate((0, len(text) - passage)):
             at = slice(begin + _OPENING - 1, begin + passage - 1)
             wanted = ids[begin + _OPENING : begin + passage]
-            totals[i] += float(F.cross_entropy(model.head(states[at]).float(), wanted))
+            logits = model.head(states[at]).float()
+            totals[i] += float(F.cross_entropy(logits, wanted))
+        right.append((logits.argmax(-1) == wanted).cpu())
     if not all(map(math.isfinite, totals)):
         raise NotFinite("the losses of the passages")
-    return totals[0] / len(texts), totals[1] / len(texts)
+    return _Read(totals[0] / len(texts), totals[1] / len(texts), torch.stack(right))
