@@ -3,8 +3,9 @@
     python -m benchmarks.rival_recipes --out runs/rivals --data texts/ --judge wikitext2_valid.txt
 
 The other heads get a window of two or three groups, so that all states have about the same bytes, and what
-the recipe adds. A line of `rows.jsonl` for each, for the original and for the untrained window: nats, KL and top-1 agreement on running text, and needles
-found at the trained length and at four times that. A row that is there is not trained again.
+the recipe adds. A line of `rows.jsonl` for each, for the original and for the untrained window: nats, KL
+and top-1 agreement on running text, and needles found at the trained length and at four times that. A row
+that is there is not trained again.
 """
 
 from __future__ import annotations
