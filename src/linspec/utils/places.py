@@ -119,8 +119,7 @@ class Place:
             self._check(resume)
             tidy(self.path)
             if self.overwrite and not resume and _made_here(self.path):
-                told = f"overwriting {self.path}, which {_by(self.kind)} wrote"
-                print(told, file=sys.stderr, flush=True)
+                _tell_overwriting(self.path, self.kind)
             yield
 
     @contextlib.contextmanager
@@ -284,12 +283,16 @@ class FilePlace:
         """Yield an open file that becomes the place when the block succeeds; on any error nothing changes."""
         self.check()
         if self.path.exists():
-            told = f"overwriting {self.path}, which {_by(self.kind)} wrote"
-            print(told, file=sys.stderr, flush=True)
+            _tell_overwriting(self.path, self.kind)
         with replace_file(self.path) as file:
             yield file
             # another process may have written there meanwhile
             self.check()
+
+
+def _tell_overwriting(path: Path, kind: str) -> None:
+    told = f"overwriting {path}, which {_by(kind)} wrote; it stays until the new one is whole"
+    print(told, file=sys.stderr, flush=True)
 
 
 def check_text(path: Path, signs: Sequence[str]) -> None:
