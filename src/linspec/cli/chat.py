@@ -34,6 +34,7 @@ def chat(
 ) -> None:
     """Talk with a model made for it: a line is a message, the answer is streamed to stdout."""
     with importing():
+        from linspec.cli.advice import on_weights
         from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
 
@@ -43,6 +44,8 @@ def chat(
     llm.encoder.check_template()
     if _at_a_terminal():
         say(COMMANDS)
+        if advice := on_weights(llm.model):
+            say(advice)
     Chat(llm, params, system).run(_lines())
 
 

@@ -43,6 +43,7 @@ def generate(
 ) -> None:
     """Continue a text; streams it to stdout as it is decided."""
     with importing():
+        from linspec.cli.advice import on_weights
         from linspec.decoding.sampling import SamplingParams
         from linspec.llm import LLM
 
@@ -68,3 +69,5 @@ def generate(
         if piece.done:
             print(flush=True)
             say(piece.done.summary())
+    if advice := on_weights(llm.model):
+        say(advice)
