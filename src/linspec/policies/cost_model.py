@@ -31,6 +31,8 @@ _JUMP = 1.0
 _SHARED = 0.06
 # times the most tokens that caches had, after which what reading them costs is looked at anew
 _LONGER = 2
+# steps that reading a cache may take, below which nothing is taken for that
+_MATTERS = 0.5
 # while every round drafts, plain rounds are looked at again this often
 _PLAIN_ROUNDS = 64
 # rounds after which the curve may be doubted, and by how much it has to be off
@@ -171,6 +173,9 @@ class CostModel:
     def _explained(self, times: RoundTimes) -> float:
         """Seconds for each token of a cache that is longer than any before: what the round took longer."""
         longer = (times.step + times.rest) / self._factor - self.curve(times.nodes) - self._rest
+        # a short one cannot explain much, and the next plain rounds say whether the machine is slow
+        if self.curve.reading * times.cached < _MATTERS * self.curve(times.nodes):
+            return 0.0
         return min(max(0.0, longer / times.cached), self.curve.reading)
 
     def _settle(self, usual: float, cached: int) -> None:
