@@ -67,7 +67,8 @@ def test_a_drafter_that_is_right_one_time_in_ten_is_off_after_two_scans(
         plan for plan, scan in zip(room.found.plans, policy.scans, strict=True) if scan > first + 2
     ]
     assert len(later) > 100
-    assert all(sum(map(bool, plan)) <= 1 for plan in later)
+    # a lucky attempt may make the others try too, for a plan or two
+    assert sum(sum(map(bool, plan)) > 1 for plan in later) <= 0.01 * len(later)
     assert sum(map(any, later)) <= 0.06 * len(later)
 
 

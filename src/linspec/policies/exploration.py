@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _FIRST_PATIENCE, _LAST_PATIENCE = 16, 128
+# the first patience with a new request where others were in vain: it may be another kind
+_SOON = 4
 # plain rounds that may be lost at first, that each round adds, and that can be saved up
 _CREDIT, _INCOME, _SAVED = 0.25, 0.007, 2.0
 
@@ -21,9 +23,9 @@ class _Wait:
 class Exploration:
     """Rounds that each request has gone without drafts, and how many it goes on without.
 
-    The wait doubles with every attempt and begins anew when drafts pay. A new request starts with the wait
-    of the latest attempts of others: short requests would otherwise each try anew. Attempts together may
-    cost a hundredth of the rounds (a conservative bandit, Wu et al. 2016, arXiv 1602.04282).
+    The wait doubles with every attempt and begins anew when drafts pay. A new request is tried soon, whatever
+    the others were like, and then waits as they do. Attempts together may cost a hundredth of the rounds (a
+    conservative bandit, Wu et al. 2016, arXiv 1602.04282).
 
     Attributes:
         credit: plain rounds that the next attempt may cost.
@@ -37,7 +39,8 @@ class Exploration:
     def began(self, slot: int) -> None:
         """A request is in `slot`."""
         if slot not in self._waits:
-            self._waits[slot] = _Wait(0, self._patience)
+            patient = self._patience > _FIRST_PATIENCE
+            self._waits[slot] = _Wait(0, _SOON if patient else self._patience)
 
     def earned(self) -> None:
         """A round was decoded."""
@@ -56,8 +59,9 @@ class Exploration:
     def tried(self, slot: int, price: float) -> None:
         """An attempt drafted something, at a loss of `price` plain rounds."""
         wait = self._waits[slot]
-        wait.idle, wait.open, wait.patience = 0, False, min(2 * wait.patience, _LAST_PATIENCE)
-        self._patience = max(self._patience, wait.patience)
+        wait.idle, wait.open = 0, False
+        wait.patience = min(2 * max(wait.patience, self._patience), _LAST_PATIENCE)
+        self._patience = wait.patience
         self.credit -= price
 
     def planned(self, slot: int) -> None:
