@@ -248,7 +248,120 @@ def test_foreign_files_are_left_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file"):
         run(tmp_path / "none", tmp_path / "new", overwrite=True)
     assert not (tmp_path / "new").exists()
-    assert run(source, target, overwrite=True).lines == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"precious": 1}',
+        b"notes",
+        b'{"line": 1, "id": "x"}\n',
+        b'{"id": "batch_req_1", "custom_id": "a", "response": {}}',
+        b'{"id": "batch_req_1", "custom_id": "a", "response": {}}\n',
+    ],
+)
+def test_a_foreign_file_without_a_newline_at_its_end_is_not_emptied(
+    content: bytes, overwrite: bool, tmp_path: Path
+) -> None:
+    source, target = write(tmp_path / "in", [{"prompt": "a"}]), tmp_path / "out"
+    target.write_bytes(content)
+    with pytest.raises(InputError, match="out, line 1, is no answer of a batch"):
+        run(source, target, overwrite=overwrite)
+    assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_link_points_at_is_not_emptied(overwrite: bool, tmp_path: Path) -> None:
+    source, own = write(tmp_path / "in", [{"prompt": "a"}]), tmp_path / "own"
+    run(source, own)
+    content = own.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(own)
+    with pytest.raises(InputError, match="link is a symbolic link to .*own"):
+        run(source, link, overwrite=overwrite)
+    assert own.read_bytes() == content
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    with pytest.raises(InputError, match="symbolic link"):
+        run(source, tmp_path / "dangling")
+    assert not (tmp_path / "new").exists()
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("pipe", "no regular file"), (".", "a directory")):
+        with pytest.raises(InputError, match=f"is {what}"):
+            run(source, tmp_path / name)
+
+
+def test_a_torn_tail_stays_until_there_is_an_answer(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out"
+    run(source, target)
+    torn = target.read_bytes()[:-9]
+    target.write_bytes(torn)
+    with open_batch(source, target, "m") as batch:
+        assert batch.left == 1
+    assert target.read_bytes() == torn
+    assert run(source, target).resumed == 1
+    assert sorted(records(target)) == [1, 2]
+
+
+async def stopping(url: str, body: Mapping[str, Any]) -> Reply:
+    """A server that stops before its first answer."""
+    return Reply(503, {})
+
+
+def test_overwrite_keeps_the_old_answers_until_the_first_new_one(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out"
+    run(source, target)
+    content = target.read_bytes()
+    other = write(tmp_path / "other", [{"prompt": "c"}])
+    with pytest.raises(InputError, match="no more"):
+        run(other, target, stopping, overwrite=True)
+    assert target.read_bytes() == content
+    assert run(other, target, overwrite=True).resumed == 0
+    assert json.loads(records(target)[1]["text"])[1]["prompt"] == "c"
+    # what was torn in its first line, and an empty file, are a batch's own too
+    for left in (content[:40], b""):
+        target.write_bytes(left)
+        assert run(source, target, overwrite=True).lines == 2
+
+
+def test_a_run_without_an_answer_leaves_no_file_and_no_folder(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in", [{"prompt": "a"}]), tmp_path / "new" / "deep" / "out"
+    with pytest.raises(InputError, match="no more"):
+        run(source, target, stopping)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    # an empty file that was there is somebody's
+    (tmp_path / "empty").touch()
+    with pytest.raises(InputError, match="no more"):
+        run(source, tmp_path / "empty", stopping)
+    assert (tmp_path / "empty").exists()
+    assert run(source, target).lines == 1
+
+
+def test_answers_made_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    source, target = write(tmp_path / "in", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out"
+
+    def made(maker: str, ask: Any, **options: Any) -> None:
+        with open_batch(source, target, "m", **options) as batch:
+            batch.begin(maker)
+            asyncio.run(batch.run(ask, at_once=1))
+
+    async def once(url: str, body: Mapping[str, Any]) -> Reply:
+        return Reply(503, {}) if body["prompt"] == "b" else await echo(url, body)
+
+    with pytest.raises(InputError, match="no more"):
+        made("one", once)
+    content = target.read_bytes()
+    assert records(target)[1]["made_by"] == "one"
+    with pytest.raises(InputError, match="made_by is one, now two.*--overwrite"):
+        made("two", echo)
+    assert target.read_bytes() == content
+    made("one", echo)
+    made("two", echo, overwrite=True)
+    assert [each["made_by"] for each in records(target).values()] == ["two", "two"]
+    # answers that do not tell what made them are gone on with
+    target.write_bytes(content.replace(b', "made_by": "one"', b""))
+    made("two", echo)
+    assert sorted(records(target)) == [1, 2]
 
 
 def test_answers_to_other_lines_or_of_another_model_are_not_mixed(tmp_path: Path) -> None:

@@ -158,3 +158,28 @@ def test_the_verb_goes_on_and_says_what_it_did(tmp_path: Path) -> None:
     # nothing is loaded where nothing is left
     done = [each if each != str(talker()) else "no/such/model" for each in arguments]
     assert json.loads(CliRunner().invoke(command, done).stdout)["resumed"] == 10
+
+
+def test_a_batch_goes_on_with_the_model_and_the_settings_it_was_begun_with(tmp_path: Path) -> None:
+    source, target = batch_file(tmp_path), tmp_path / "out.jsonl"
+
+    def verb(*more: str, model: Path | None = None) -> Any:
+        loaded = str(model or talker("softmax"))
+        asked = ["batch", str(source), str(target), "--model", loaded, "--name", "tiny"]
+        return CliRunner().invoke(command, [*asked, "--json", *more])
+
+    assert verb(model=tmp_path / "no" / "model").exit_code != 0
+    assert not target.exists()
+    assert verb().exit_code == 0
+    half = b"".join(target.read_bytes().splitlines(keepends=True)[:5])
+    target.write_bytes(half)
+    others = "--max-tokens 5,--rope-scaling yarn:2,--quantize 8,--kv-cache-dtype int8"
+    for more in (*others.split(","), "--attention pages:budget=64", "--verifier typical"):
+        refused = verb(*more.split())
+        assert refused.exit_code != 0 and "other settings" in refused.output, more
+        assert target.read_bytes() == half
+    refused = verb(model=talker())
+    assert refused.exit_code != 0 and "another model" in refused.output
+    assert target.read_bytes() == half
+    # drafts change no answer
+    assert verb("--drafter", "prompt-lookup", "--max-batch", "2").exit_code == 0

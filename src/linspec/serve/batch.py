@@ -69,7 +69,11 @@ class Batch:
 
     max_tokens: of lines of the simple form that name none. Raises InputError if `source` cannot be read, or
     `answers` are those of other lines.
+
+    made_by: what makes the answers of `run` (see `batch_model.maker_of`); '' where that is not known.
     """
+
+    made_by = ""
 
     def __init__(
         self, source: Path, answers: AnswerFile, model: str, max_tokens: int = 512
@@ -137,13 +141,18 @@ class Batch:
     async def _work(self, lines: Iterator[Line], ask: Ask, progress: Progress | None) -> None:
         """One of several that take the next line each."""
         for line in lines:
-            self.enter(await answer(line, ask))
+            self.enter(await answer(line, ask, self.made_by))
             if progress is not None:
                 failures = f"{self.summary.failed} failed" if self.summary.failed else ""
                 progress.update(len(self.answers.done), failures)
 
+    def begin(self, made_by: str) -> None:
+        """Say what makes the answers; raises InputError where something else made those that are there."""
+        self.answers.check_maker(made_by)
+        self.made_by = made_by
+
     def enter(self, record: Mapping[str, Any]) -> None:
-        """Write the answer of a line, which had none."""
+        """Write the answer of a line, which had none; raises what `AnswerFile.add` raises."""
         self.answers.add(record)
         usage, summary = usage_of(record), self.summary
         summary.failed += failed(record)
@@ -151,8 +160,11 @@ class Batch:
         summary.completion_tokens += usage.get("completion_tokens") or 0
 
 
-async def answer(line: Line, ask: Ask) -> dict[str, Any]:
-    """What is written about a line; raises InputError where the server stops before it is answered."""
+async def answer(line: Line, ask: Ask, made_by: str = "") -> dict[str, Any]:
+    """What is written about a line; raises InputError where the server stops before it is answered.
+
+    made_by: as in `Batch`.
+    """
     if line.fault:
         return refused(line)
     assert line.body is not None
@@ -160,7 +172,8 @@ async def answer(line: Line, ask: Ask) -> dict[str, Any]:
         await asyncio.sleep(_PAUSE)
     if reply.status == _STOPPING:
         raise InputError(f"the model answers no more, from line {line.number} on: {reply.body}")
-    return answered(line, reply.status, reply.body, reply.request_id)
+    record = answered(line, reply.status, reply.body, reply.request_id)
+    return {**record, "made_by": made_by} if made_by else record
 
 
 @asynccontextmanager
@@ -179,7 +192,8 @@ def open_batch(
 ) -> Iterator[Batch]:
     """The batch of `source` with its answers at `target`; goes on with those that are there.
 
-    Raises InputError before anything is written, and where `target` holds something else.
+    overwrite: the first new answer takes the place of those that are there. Raises InputError before anything
+    is written, and where `target` holds something else or is no file.
     """
     if not source.is_file():
         raise InputError(f"{source} is no file; a batch reads its lines more than once")

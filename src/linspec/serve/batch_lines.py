@@ -20,6 +20,8 @@ from typing import Any
 from linspec.utils.messages import shown
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+# what the id of every line begins with
+ID_PREFIX = "batch_req_"
 URLS = (CHAT, COMPLETIONS, "/v1/responses", "/v1/embeddings")
 
 
@@ -47,7 +49,8 @@ class Line:
 
 def id_of(raw: bytes, model: str) -> str:
     """The id of what a line asks a model."""
-    return f"batch_req_{hashlib.sha256(model.encode() + bytes(1) + raw.strip()).hexdigest()[:24]}"
+    found = hashlib.sha256(model.encode() + bytes(1) + raw.strip()).hexdigest()[:24]
+    return f"{ID_PREFIX}{found}"
 
 
 def read_line(number: int, raw: bytes, model: str, max_tokens: int = 512) -> Line:

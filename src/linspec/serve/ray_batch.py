@@ -20,7 +20,7 @@ from linspec.errors import InputError
 from linspec.serve.app import make_app
 from linspec.serve.batch import Batch, answer, app_asker
 from linspec.serve.batch_lines import Line, refused
-from linspec.serve.batch_model import batch_settings, batch_worker
+from linspec.serve.batch_model import batch_settings, batch_worker, maker_of
 from linspec.serve.ray_found import cpus_of_each, enter, hushed, ray_running
 from linspec.utils.progress import Progress
 
@@ -36,12 +36,19 @@ class Answerer:
     """A model in a process of Ray's."""
 
     def __init__(
-        self, name: str, model: str, max_batch: int, options: Mapping[str, Any], folder: str
+        self,
+        name: str,
+        model: str,
+        max_batch: int,
+        max_tokens: int,
+        options: Mapping[str, Any],
+        folder: str,
     ) -> None:
         enter(folder)
         self._settings = batch_settings(max_batch)
         worker = batch_worker(model, self._settings, _TASKS * 2 * max_batch, **options)
         self._app = make_app({name: worker}, self._settings)
+        self._made_by = maker_of(worker.llm, max_tokens, options)
 
     def __call__(self, rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """The records of lines; both are JSON."""
@@ -54,7 +61,7 @@ class Answerer:
 
             async def one(line: Line) -> dict[str, Any]:
                 async with limit:
-                    return await answer(line, ask)
+                    return await answer(line, ask, self._made_by)
 
             return await asyncio.gather(*map(one, lines))
 
@@ -64,14 +71,14 @@ def answer_on_ray(
 ) -> None:
     """Answer the open lines of `batch` with copies of `model`, loaded with `options`; see `LLM`.
 
-    Raises ConfigError where Ray is not there, InputError where it gives up; what is answered until then is on
-    disk.
+    Raises ConfigError where Ray is not there, InputError where it gives up or where another model made the
+    answers that are there, or other settings; what is answered until then is on disk.
     """
     began = time.perf_counter()
-    lines = []
+    lines, faulty = list[str](), list[Line]()
     for line in batch.open_lines():
         if line.fault:
-            batch.enter(refused(line))
+            faulty.append(line)
         else:
             lines.append(json.dumps(asdict(line)))
     summary = batch.summary
@@ -79,13 +86,16 @@ def answer_on_ray(
         ray_running(),
         Progress("batch", summary.lines, len(batch.answers.done)) as progress,
     ):
-        given = (batch.model, model, max_batch, options, os.getcwd())
+        given = (batch.model, model, max_batch, batch.max_tokens, options, os.getcwd())
         for record in _records(lines, replicas, _LINES_A_SLOT * max_batch, given):
             # every line has one answer, however often Ray has asked
             if record["line"] not in batch.answers.done:
                 batch.enter(record)
                 failures = f"{summary.failed} failed" if summary.failed else ""
                 progress.update(len(batch.answers.done), failures)
+        # not before: without a model that answers, nothing is written
+        for line in faulty:
+            batch.enter(refused(line))
     summary.seconds = time.perf_counter() - began
 
 
