@@ -283,3 +283,11 @@ def test_ctrl_c_between_answers_says_how_to_leave(
     hello = [{"role": "user", "content": "hello"}]
     (expected,) = LLM(talker).chat(hello, SamplingParams(max_tokens=3))
     assert shown.out == expected.text + "\n"
+
+
+def test_a_chat_template_can_be_set_as_in_transformers() -> None:
+    """It landed on the wrapper, where the template was looked for, and not where it was used."""
+    llm = LLM(model_dir("softmax"))
+    llm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    llm.encoder.check_template()
+    assert llm.encoder.chat([{"role": "user", "content": "abc"}]) == llm.encode("abc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,14 @@ from checkpoints import model_dir, text_model, tiny_tokenizer
 from helpers import full_logits
 
 from linspec.decoding.sampling import SamplingParams
-from linspec.errors import CheckpointError, ConfigError, ContextOverflow, DrafterError, InputError
+from linspec.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextOverflow,
+    DrafterError,
+    InputError,
+    WrongType,
+)
 from linspec.llm import LLM
 from linspec.utils.sizes import bytes_of
 
@@ -327,3 +335,26 @@ def test_two_models_of_one_decoder_in_two_threads_do_not_read_each_others_states
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(run, (one, other)))
     assert found == [[expected] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quantize": 4}, "quantize=4 turns weights into integers as they are read"),
+        ({"quantize": 99}, "quantize=99 turns weights"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16' is for a model that is read here"),
+    ],
+)
+def test_what_is_done_to_a_model_as_it_loads_is_refused_for_a_loaded_one(
+    settings: dict[str, Any], said: str
+) -> None:
+    """`LLM(model, quantize=4)` ignored it, so a measurement of 4 bits was one of floats."""
+    with pytest.raises(ConfigError, match=said):
+        LLM(text_model("softmax"), tokenizer=tiny_tokenizer(), **settings)
+    LLM(text_model("softmax"), tokenizer=tiny_tokenizer(), dtype="float32")
+
+
+def test_prompts_in_a_set_have_no_order_and_are_refused() -> None:
+    llm = LLM(text_model("softmax"), tokenizer=tiny_tokenizer())
+    with pytest.raises(WrongType, match="a prompt is a text or a list"):
+        llm.generate({"one", "two"})  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import model_dir, tiny_tokenizer
@@ -627,3 +628,12 @@ def test_a_text_was_shown_like_the_number_that_it_is_not(setting: str) -> None:
     wrong: Any = {setting: "5"}
     with pytest.raises(ConfigError, match=f"{setting} must be .* got '5'"):
         SamplingParams(**wrong)
+
+
+def test_numbers_of_numpy_are_numbers_and_truth_values_are_none() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_p=np.float64(0.5), min_p=np.int64(0))
+    assert (params.temperature, params.top_p, params.min_p) == (0.5, 0.5, 0.0)
+    assert type(params.temperature) is float
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        with pytest.raises(ConfigError, match=f"{name} must be a number, got True"):
+            SamplingParams(**{name: True})  # type: ignore[arg-type]

@@ -79,11 +79,12 @@ class LLM:
             beyond it, or stands in the way of a request of higher priority, waits too and goes on later where
             it was. None for no limit.
         device: 'cpu', 'cuda' or 'auto'.
-        dtype: what a model directory computes in: 'float32', 'bfloat16', 'float16', a torch.dtype, or
-            'auto', which is float32 on a CPU and the dtype of the weights on a GPU (bfloat16 where they are
-            blocks of a GGUF file). None is 'auto'.
-            None and 'auto' leave weights that a GGUF file has in blocks in these, on a CPU.
-        quantize: 8 or 4 bits for the weights of a model directory, made while it loads (CPU only).
+        dtype: what a model that is given by its name or path computes in: 'float32', 'bfloat16', 'float16', a
+            torch.dtype, or 'auto', which is float32 on a CPU and the dtype of the weights on a GPU (bfloat16
+            where they are blocks of a GGUF file). None is 'auto'. Both leave weights that a GGUF file has in
+            blocks in these, on a CPU.
+        quantize: 8 or 4 bits for the weights of a model that is given by its name or path, made while it
+            loads (CPU only).
         kv_cache_dtype: how softmax layers keep keys and values. 'auto' takes the 16-bit floats that the
             weights are stored in (float16 for a GGUF file); if these are float32, or the model computes in
             another dtype than float32, it is what the model computes in. 'float32', 'float16', 'bfloat16';
@@ -379,8 +380,23 @@ def _loaded(
             return load_for(model, quantize, read=load_decoder, **options)
         return load_causal_model(model, keep_blocks=dtype in (None, "auto"), **options)
     if isinstance(model, nn.Module) and hasattr(model, "new_state"):
+        _check_as_loaded(model, dtype, quantize)
         return model
     raise _no_model(model)
+
+
+def _check_as_loaded(model: Any, dtype: str | torch.dtype | None, quantize: int | None) -> None:
+    """Raise ConfigError for what is done to a model as it is loaded, where it is loaded already."""
+    if quantize is not None:
+        raise ConfigError(
+            f"quantize={shown(repr(quantize))} turns weights into integers as they are read, and this model "
+            "is loaded already; give its name or path, or leave quantize out"
+        )
+    if dtype not in (None, "auto") and pick_dtype(dtype, None, str(model.device)) != model.dtype:
+        raise ConfigError(
+            f"dtype={shown(repr(dtype))} is for a model that is read here, and this one is loaded as "
+            f"{model.dtype}; give its name or path, or leave dtype out"
+        )
 
 
 def _causal(model: CausalModel, option: str, spec: str) -> Decoder:

@@ -4,11 +4,12 @@ import dataclasses
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import text_model, tiny_tokenizer
+from checkpoints import model_dir, text_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,48 @@ def test_a_teacher_that_ends_earlier_is_named() -> None:
     assert all(c.answers == 2 for c in found.cells)
     with pytest.raises(ConfigError, match="no length"):
         evaluate_recall(teacher, tokenizer=tiny_tokenizer(), lengths=(1200,))
+
+
+@pytest.mark.parametrize("measure", [evaluate_recall, evaluate_repeats])
+@pytest.mark.parametrize(
+    ("source", "teacher"), [("embedded-softmax", model_dir), (model_dir, "embedded-softmax")]
+)
+def test_a_teacher_that_numbers_text_otherwise_is_refused(
+    measure: Callable[..., Any], source: Any, teacher: Any
+) -> None:
+    """One model once read the other's ids: nonsense, or an IndexError."""
+    one, other = (each if isinstance(each, str) else each("softmax") for each in (source, teacher))
+    with pytest.raises(ConfigError, match="numbers text otherwise"):
+        measure(one, teacher=other, lengths=(256,), samples=1)
+
+
+@pytest.mark.parametrize("measure", [evaluate_recall, evaluate_repeats])
+def test_what_does_not_continue_a_text_is_told_which_verb_measures_it(
+    measure: Callable[..., Any],
+) -> None:
+    with pytest.raises(ConfigError, match="'diffusion'.*linspec eval perplexity` measures it"):
+        measure("embedded-diffusion", lengths=(512,), samples=1)
+
+
+def test_lengths_without_room_are_refused_before_the_others_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = text_model("aug")
+    monkeypatch.setattr(model, "hidden", None)
+    with pytest.raises(ConfigError, match="fits 200 tokens; give lengths of 257 or more"):
+        evaluate_recall(model, tokenizer=tiny_tokenizer(), lengths=(1200, 200), samples=1)
+
+
+def test_a_text_that_is_too_short_is_not_repeated_to_hold_a_passage_twice(tmp_path: Path) -> None:
+    """The passage stood several times in between, which was reported as memory."""
+    short = tmp_path / "short.txt"
+    short.write_text("some words of a text, and others. " * 12)
+    options = {"tokenizer": tiny_tokenizer(), "data": (short,), "samples": 1, "passage": 30}
+    model = text_model("aug")
+    with pytest.raises(ConfigError, match="held-out text has .* tokens: no figure at"):
+        evaluate_repeats(model, lengths=(5000,), **options)  # type: ignore[arg-type]
+    found = evaluate_repeats(model, lengths=(60, 5000), **options)  # type: ignore[arg-type]
+    assert [cell.length for cell in found.cells] == [60] and len(found.limits) == 1
 
 
 @pytest.mark.parametrize("measure", [evaluate_recall, evaluate_repeats])

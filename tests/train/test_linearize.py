@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from linspec.checkpoints.hub import load_config, load_model
+from linspec.checkpoints.hub import load_config, load_model, load_tokenizer, save_model
 from linspec.errors import CheckpointError, ConfigError, InputError, TrainingError
 from linspec.mixers import MIXERS
 from linspec.mixers.config import MixerConfig
@@ -177,6 +178,26 @@ def test_resuming_with_other_settings_names_the_setting(
         run(teacher_dir, out, corpus, mixer="local", resume=True)
     with pytest.raises(TrainingError, match="started with config"):
         run(teacher_dir, out, corpus, config=replace(SHORT, seed=9), resume=True)
+
+
+def test_a_run_does_not_go_on_with_another_teacher_of_the_same_name(
+    teacher_dir: Path, tmp_path: Path, corpus: Path
+) -> None:
+    """The rest of it once learned from the new one, without a word."""
+    source = Path(shutil.copytree(teacher_dir, tmp_path / "teacher"))
+    out = run(source, tmp_path / "s", corpus)
+    changed = load_model(source)
+    with torch.no_grad():
+        changed.blocks[0].mixer.v.weight.mul_(1.5)
+    save_model(changed, load_tokenizer(source), tmp_path / "changed")
+    shutil.copy(tmp_path / "changed" / "model.safetensors", source / "model.safetensors")
+    with pytest.raises(TrainingError, match="started with source_weights"):
+        run(source, out, corpus, resume=True)
+    # what older versions wrote says nothing of it
+    record = json.loads((out / "linearize.json").read_text())
+    del record["plan"]["source_weights"], record["plan"]["dtype"]
+    (out / "linearize.json").write_text(json.dumps(record))
+    assert run(source, out, corpus, resume=True) == out
 
 
 def test_nothing_to_resume(teacher_dir: Path, tmp_path: Path, corpus: Path) -> None:

@@ -80,6 +80,24 @@ def full_fingerprint(model: Decoder) -> str:
     return f"{fingerprint(model)}-{weight_fingerprint(model)}"
 
 
+def source_fingerprint(model: nn.Module) -> str:
+    """A short hash of some rows of every weight of a model of any kind, as it was loaded.
+
+    For runs that are resumed: whoever trained on another model before would go on with this one.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        rows = weight if weight.ndim < 2 else weight[_spread(len(weight))]
+        digest.update(name.encode())
+        digest.update(_bytes_of(rows))
+    return digest.hexdigest()[:16]
+
+
+def _spread(rows: int) -> torch.Tensor:
+    """Numbers of `_ROWS` rows of a matrix that has so many."""
+    return torch.linspace(0, rows - 1, _ROWS).round().long()
+
+
 def _weights_of(block: Block) -> Iterator[torch.Tensor]:
     """Norms, and some rows of every matrix of a block, in an order that both its forms have."""
     found: dict[str, list[nn.Module]] = {}
@@ -98,7 +116,7 @@ def _some_rows(parts: Sequence[nn.Module]) -> Iterator[torch.Tensor]:
         yield from (part.weight for part in parts)  # type: ignore[misc]  # tensors, as was asked
         return
     total, first = sum(sizes), 0
-    places = torch.linspace(0, total - 1, _ROWS).round().long()
+    places = _spread(total)
     for part, size in zip(parts, sizes, strict=True):
         mine = places[(places >= first) & (places < first + size)] - first
         yield part.rows(mine) if isinstance(part, NativeLinear) else part.weight[mine]  # type: ignore[index]
@@ -115,5 +133,5 @@ def _outputs(part: nn.Module) -> int:
 
 
 def _bytes_of(weight: torch.Tensor) -> bytes:
-    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    rounded = weight.detach().to("cpu", torch.bfloat16).reshape(-1)
     return rounded.view(torch.uint8).numpy().tobytes()

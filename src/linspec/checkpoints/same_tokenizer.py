@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from linspec.errors import DrafterError
+from linspec.errors import ConfigError, DrafterError
 
 
 def check_same_tokenizer(target: Any, draft: Any, name: str) -> None:
@@ -20,6 +20,16 @@ def check_same_tokenizer(target: Any, draft: Any, name: str) -> None:
         raise DrafterError(
             f"the draft model {name} has another tokenizer than its target: {reason}. Its drafts would "
             "mean something else; use a draft model of the same family"
+        )
+
+
+def check_same_text(model: Any, teacher: Any, name: str) -> None:
+    """Raises ConfigError unless the teacher `name` reads the same ids as what is compared with it."""
+    reason = difference(model, teacher)
+    if reason is not None:
+        raise ConfigError(
+            f"{name} numbers text otherwise than the model that is compared with it: {reason}; compare "
+            "models of one tokenizer"
         )
 
 

@@ -76,6 +76,12 @@ class PlainTokenizer:
     def _whole(self) -> Any:
         return load_tokenizer(self._folder)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name == "eos_token_id":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._whole, name, value)
+
     def __getattr__(self, name: str) -> Any:
         # copying and pickling look for private names before there is a folder
         if name.startswith("_"):

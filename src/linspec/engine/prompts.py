@@ -8,7 +8,7 @@ token_ids(np.array([5, 6]), 8)  # [5, 6], checked against the vocabulary
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from linspec.decoding.request import Request
@@ -48,7 +48,7 @@ def token_ids(prompt: Any, vocab_size: int) -> list[int]:
 def _iterable(prompt: Any) -> Iterable[Any]:
     if isinstance(prompt, bytes | bytearray | memoryview):
         raise WrongType("a prompt of bytes could be text or token ids; give prompt.decode()")
-    if isinstance(prompt, dict) or not isinstance(prompt, Iterable):
+    if isinstance(prompt, dict | Set) or not isinstance(prompt, Iterable):
         raise WrongType(
             f"a prompt is a text or a list of token ids, got {shown(repr(prompt))}; give one of these"
         )

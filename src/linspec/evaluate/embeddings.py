@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from linspec.checkpoints.hub import load_encoder, load_tokenizer
-from linspec.errors import InputError, NotFinite
+from linspec.checkpoints.same_tokenizer import check_same_text
+from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.models.bert import Bert
 from linspec.models.linear import Quantizer, fused_linear
 from linspec.quantization.codes import check_bits
-from linspec.train.data import Sources, train_and_heldout
+from linspec.train.data import Sources, check_sources, train_and_heldout
 from linspec.train.encoder import paragraphs
 from linspec.utils.messages import now_called
 
@@ -58,16 +59,13 @@ def compare_sources(
     """
     if quantize is not None:
         check_bits(quantize)
+    data = check_sources(data)
+    tokenizer = load_tokenizer(teacher)
+    check_same_text(load_tokenizer(student), tokenizer, str(teacher))
+    original, changed = load_encoder(teacher), load_encoder(student)
+    changed.to_inference(fused_linear if quantize is None else Quantizer(quantize, {}))
     held_out = paragraphs(train_and_heldout(data, field)[1])[:count]
-    return compare_encoders(
-        load_encoder(teacher),
-        load_encoder(student).to_inference(
-            fused_linear if quantize is None else Quantizer(quantize, {})
-        ),
-        load_tokenizer(teacher),
-        held_out,
-        context=context,
-    )
+    return compare_encoders(original, changed, tokenizer, held_out, context=context)
 
 
 def compare_encoders(
@@ -79,12 +77,20 @@ def compare_encoders(
     context: int = 256,
     rows: int = 16,
 ) -> EmbeddingReport:
-    """Embed every text with both; raises InputError for fewer than three texts.
+    """Embed every text with both.
+
+    Raises InputError for fewer than three texts, ConfigError for encoders of different widths.
 
     context: tokens after which a text is cut off. rows: texts of a batch.
     """
     if len(texts) < 3:
         raise InputError(f"{len(texts)} texts have too few pairs to compare; give three or more")
+    widths = teacher.config.width, student.config.width
+    if widths[0] != widths[1]:
+        raise ConfigError(
+            f"embeddings of {widths[0]} and of {widths[1]} numbers cannot be compared; give a student "
+            "that was made of this teacher"
+        )
     ids = [tokenizer(text, truncation=True, max_length=context)["input_ids"] for text in texts]
     ours, theirs = (embed_all(model, ids, rows) for model in (student, teacher))
     cosines = (ours * theirs).sum(-1)

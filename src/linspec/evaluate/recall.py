@@ -23,10 +23,13 @@ from typing import Any
 import torch
 
 from linspec.checkpoints.attention import attending
-from linspec.checkpoints.hub import load_model, with_tokenizer
+from linspec.checkpoints.hub import check_tokenizer, load_any_config, load_model, with_tokenizer
+from linspec.checkpoints.same_tokenizer import check_same_text
+from linspec.checkpoints.tokenizer import load_text_tokenizer
 from linspec.errors import ConfigError, InputError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
 from linspec.models.decoder import Decoder
+from linspec.models.model_types import of_config
 from linspec.train.data import Sources, check_sources, end_of_text
 from linspec.train.recall_texts import TASKS, LineWriter, Task, cue_for
 from linspec.utils.progress import Progress
@@ -125,8 +128,11 @@ def evaluate_recall(
     write = Writer(tokenizer, filler, cue_for(data))
     cells: list[RecallCell] = []
     limits = [*limits_of("model", model, lengths), *limits_of("teacher", teacher, lengths)]
-    readable = [length for length in lengths if reads(model, length)]
+    readable = [length for length in dict.fromkeys(lengths) if reads(model, length)]
     kinds = [(length, task) for length in readable for task in TASKS]
+    for length, task in kinds:
+        # whether a text of each has room, before any is measured
+        write(task, length, distances, random.Random(0))
     with Progress("recall", len(kinds)) as progress:
         for done, (length, task) in enumerate(kinds, 1):
             questions = [
@@ -152,11 +158,32 @@ def readers(
     attention: str | None,
     device: str,
 ) -> tuple[Decoder, Decoder | None, Any]:
-    """A model that attends as `attention` says, what it is compared with, and their tokenizer."""
+    """A decoder that attends as `attention` says, what it is compared with, and the tokenizer of both.
+
+    Raises ConfigError for a teacher that numbers text otherwise, and for what does not continue a text.
+    """
+    for each in (model, teacher):
+        _check_continues(each)
     decoder, tokenizer = with_tokenizer(model, tokenizer, device=device)
     if teacher is not None and not isinstance(teacher, Decoder):
+        check_same_text(tokenizer, load_text_tokenizer(teacher), str(teacher))
         teacher = load_model(teacher, device=device)
+    if teacher is not None:
+        check_tokenizer(tokenizer, teacher.config)
     return attending(decoder, attention, model), teacher, tokenizer
+
+
+def _check_continues(source: object) -> None:
+    """Raise ConfigError for the name or path of a model that continues no text."""
+    if not isinstance(source, str | Path):
+        return
+    kind = of_config(load_any_config(source))
+    if kind.model is not Decoder:
+        way = f"; `{kind.measure}` measures it" if kind.measure else ""
+        raise ConfigError(
+            f"{source} is a model of type {kind.name!r}, and this is asked of models that continue a text, "
+            f"token by token{way}"
+        )
 
 
 def reads(model: Decoder | None, length: int) -> bool:
@@ -174,7 +201,13 @@ def limits_of(role: str, model: Decoder | None, lengths: Iterable[int]) -> list[
 
 
 def filler_ids(tokenizer: Any, model: Decoder, documents: Sequence[str], length: int) -> list[int]:
-    """Held-out text as one stream, at least twice `length` long, so that cuts differ."""
+    """Held-out text as one stream, at least twice `length` long, so that cuts differ; repeated if short."""
+    ids = stream_ids(tokenizer, model, documents, length)
+    return ids * (2 * length // len(ids) + 1)
+
+
+def stream_ids(tokenizer: Any, model: Decoder, documents: Sequence[str], length: int) -> list[int]:
+    """Held-out text as one stream, no longer than many cuts of `length` need."""
     end, ids = end_of_text(tokenizer, model.config), list[int]()
     for text in documents:
         if len(ids) > 64 * length:
@@ -182,7 +215,7 @@ def filler_ids(tokenizer: Any, model: Decoder, documents: Sequence[str], length:
         ids += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
     if not ids:
         raise InputError("there is no text to hide an answer in")
-    return ids * (2 * length // len(ids) + 1)
+    return ids
 
 
 class Writer(LineWriter):
@@ -201,7 +234,10 @@ class Writer(LineWriter):
         """
         chosen = sorted((d for d in set(distances) if d <= length * 3 // 4), reverse=True)
         if not chosen:
-            raise ConfigError(f"none of the distances {list(distances)} fits {length} tokens")
+            raise ConfigError(
+                f"none of the distances {list(distances)} fits {length} tokens; give lengths of "
+                f"{min(distances) * 4 // 3 + 1} or more"
+            )
         blocks = [[self.line(task, rng) for _ in range(task.pairs)] for _ in chosen]
         asked = [rng.randrange(task.pairs) for _ in chosen]
         questions = [block[i] for block, i in zip(blocks, asked, strict=True)]

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from linspec.errors import ConfigError, NotFinite
 from linspec.evaluate.perplexity import held_out_documents
-from linspec.evaluate.recall import filler_ids, limits_of, readers, reads
+from linspec.evaluate.recall import limits_of, readers, reads, stream_ids
 from linspec.models.decoder import Decoder
 from linspec.train.data import Sources, check_sources
 from linspec.utils.progress import Progress
@@ -83,8 +83,8 @@ def evaluate_repeats(
     """What `model` gains on passages of `passage` tokens that are repeated at the end of a text.
 
     lengths: of whole texts, in tokens. attention: of `model`, as of LLM; the teacher reads everything.
-    Lengths beyond the positions of a softmax model are left out for it. Raises ConfigError when a text has
-    no room for a passage and its repetition, and what `attending` raises.
+    Lengths beyond the positions of a softmax model, or the held-out text, are left out. Raises ConfigError
+    when a text has no room for a passage and its repetition, and what `attending` raises.
     """
     check_lengths("lengths", lengths)
     check_size("passage", passage)
@@ -96,9 +96,13 @@ def evaluate_repeats(
         )
     data = check_sources(data)
     model, teacher, tokenizer = readers(model, teacher, tokenizer, attention, device)
-    stream = filler_ids(tokenizer, model, held_out_documents(data, field), max(lengths))
+    stream = stream_ids(tokenizer, model, held_out_documents(data, field), max(lengths))
     limits = [*limits_of("model", model, lengths), *limits_of("teacher", teacher, lengths)]
-    readable = [length for length in lengths if reads(model, length)]
+    # a text that was repeated to be as long would hold the passage in between, too
+    short = [length for length in lengths if length >= len(stream)]
+    if short:
+        limits.append(f"the held-out text has {len(stream)} tokens: no figure at {short}")
+    readable = [n for n in dict.fromkeys(lengths) if reads(model, n) and n not in short]
     if not readable:
         raise ConfigError(f"no length can be measured: {'; '.join(limits)}")
     cells = []

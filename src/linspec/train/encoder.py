@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from linspec.checkpoints.fingerprint import source_fingerprint
 from linspec.checkpoints.hub import load_encoder, load_tokenizer, save_model
 from linspec.errors import ConfigError, InputError
 from linspec.mixers.config import MixerConfig
@@ -113,6 +114,7 @@ def train_encoder(
     config, student = recipe.encoder_training, _student(teacher, recipe)
     plan = {
         "source": str(source),
+        "source_weights": source_fingerprint(teacher),
         "mixers": [m.recorded() for m in student.config.mixers],
         "data": [str(d) for d in recipe.sources],
         "field": recipe.field,

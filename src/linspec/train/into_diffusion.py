@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from linspec.checkpoints.fingerprint import source_fingerprint
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer, resolve
 from linspec.errors import ConfigError, TrainingError
 from linspec.models.config import DecoderConfig
@@ -127,7 +128,12 @@ def into_diffusion(
             f"a training context of {config.context} tokens is beyond the {model.config.position_limit} "
             "positions of this model; choose a shorter one"
         )
-    plan = {"from": str(source), "data": [str(each) for each in data], "config": asdict(config)}
+    plan = {
+        "from": str(source),
+        "source_weights": source_fingerprint(decoder),
+        "data": [str(each) for each in data],
+        "config": asdict(config),
+    }
     accelerator = make_accelerator()
     if accelerator.num_processes > 1:
         raise TrainingError("such a change is trained by one process; start it without a launcher")

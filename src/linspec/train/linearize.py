@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from linspec.checkpoints.fingerprint import source_fingerprint
 from linspec.checkpoints.gguf.model import stored_dtype as gguf_dtype
 from linspec.checkpoints.gguf.reader import is_gguf, read_gguf
 from linspec.checkpoints.hub import (
@@ -188,6 +189,8 @@ class _Task:
         """Plain JSON types: what a run that is resumed must have been asked for."""
         return {
             "source": str(source),
+            "source_weights": source_fingerprint(self.teacher),
+            "dtype": str(self.recipe.dtype),
             "mixers": [m.recorded() for m in self.mixers],
             "exact_tokens": self.exact_tokens if self.changed else None,
             "softmax_layers": self.recipe.softmax_layers,

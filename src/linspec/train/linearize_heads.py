@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from linspec.checkpoints.fingerprint import source_fingerprint
 from linspec.checkpoints.hub import check_tokenizer, load_model, load_tokenizer
 from linspec.errors import ConfigError, TrainingError
 from linspec.mixers.config import MixerConfig
@@ -151,6 +152,7 @@ def linearize_heads(
     config = replace(config, context=context_of(config.context, teacher.config.max_positions))
     plan = {
         "source": str(source),
+        "source_weights": source_fingerprint(teacher),
         "exact": exact,
         "data": [str(d) for d in data],
         "field": field,

@@ -179,10 +179,12 @@ class SamplingParams:
 
     def _check_warpers(self) -> None:
         for name in _NUMBERS:
-            if not isinstance(getattr(self, name), int | float):
-                raise ConfigError(
-                    f"{name} must be a number, got {shown(repr(getattr(self, name)))}"
-                )
+            value: Any = getattr(self, name)
+            known = isinstance(value, int | float | np.floating | np.integer)
+            if isinstance(value, bool) or not known:
+                raise ConfigError(f"{name} must be a number, got {shown(repr(value))}")
+            if isinstance(value, np.floating | np.integer):
+                self._set(name, float(value))
         # "not >=" instead of "<": NaN must fail too
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
             raise ConfigError(
