@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_tokenizer
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -175,6 +177,16 @@ def test_encoders_go_through_the_verbs(bert_dir: Path, paragraphs: Path, tmp_pat
     assert itself["cosine"] == pytest.approx(1, abs=1e-5)
     rounded = run("eval", "embeddings", bert_dir, bert_dir, *data, *limits, "--quantize", 4)
     assert 0.5 < rounded["cosine"] < itself["cosine"]
+
+
+def test_encoders_of_two_tokenizers_are_not_compared(
+    bert_dir: Path, paragraphs: Path, tmp_path: Path
+) -> None:
+    """The teacher's ids were read by both, which was an IndexError or silently wrong."""
+    other = Path(shutil.copytree(bert_dir, tmp_path / "other"))
+    tiny_tokenizer().save_pretrained(other)
+    with pytest.raises(ConfigError, match="numbers text otherwise than the model"):
+        compare_sources(bert_dir, other, [paragraphs], count=3, context=24)
 
 
 def test_the_old_function_for_encoders_does_what_it_did(
