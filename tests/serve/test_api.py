@@ -168,6 +168,62 @@ def test_stops_biases_and_penalties_arrive(client: openai.OpenAI, llm: LLM) -> N
     assert biased.text == llm.generate("ab", asked)[0].text
 
 
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_usage_of_a_stream_is_that_of_the_whole_answer_whichever_choice_ends_first(
+    web: httpx.Client, kind: str
+) -> None:
+    # long enough that the first sequence reads it for the others
+    prompt = "ab cd " * 40
+    path, asked = "/v1/completions", dict[str, Any](prompt=prompt)
+    if kind == "chat":
+        path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}]}
+    late = 0
+    for seed in range(8):
+        body = {**asked, "model": "talker", "max_tokens": 9, "seed": seed, "n": 4, "stop": ["a"]}
+        whole = web.post(path, json=body).json()
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        lines = web.post(path, json=body | more).text.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        ended = [c["index"] for k in chunks for c in k["choices"] if c["finish_reason"]]
+        late += ended[0] != 0
+        assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        assert (
+            chunks[-1]["usage"]["prompt_tokens_details"] == whole["usage"]["prompt_tokens_details"]
+        )
+    assert late
+
+
+def test_tokens_that_are_parts_of_a_character_keep_their_own_entries_and_places(
+    client: openai.OpenAI,
+) -> None:
+    text = "a\U0001f642b\u00e9"
+    found = client.completions.create(
+        model="talker", prompt=text, max_tokens=0, echo=True, logprobs=20
+    )
+    logprobs = found.choices[0].logprobs
+    bytes_of = [f"bytes:\\x{each:02x}" for each in text[1].encode() + text[3].encode()]
+    assert logprobs.tokens == ["a", *bytes_of[:4], "b", *bytes_of[4:]]
+    assert logprobs.text_offset == [0, 1, 1, 1, 1, 2, 3, 3]
+    # each of the likeliest is there, whatever it reads like
+    assert all(len(each) >= 20 for each in logprobs.top_logprobs[1:])
+    assert not any("\ufffd" in name for each in logprobs.top_logprobs[1:] for name in each)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_offset_runs_past_the_end_of_the_text(web: httpx.Client, stream: bool) -> None:
+    for seed in range(6):
+        body = {"model": "talker", "prompt": "ab", "max_tokens": 30, "seed": seed, "logprobs": 0}
+        body |= {"logit_bias": {"0": 5}, "temperature": 1.5, "stream": stream}
+        answer = web.post("/v1/completions", json=body).text
+        lines = [line[6:] for line in answer.splitlines() if line.startswith("data: {")]
+        found = [json.loads(each)["choices"][0] for each in (lines if stream else [answer])]
+        text = "".join(each["text"] for each in found)
+        offsets = [
+            at for each in found if each["logprobs"] for at in each["logprobs"]["text_offset"]
+        ]
+        assert offsets and offsets == sorted(offsets) and offsets[-1] <= len(text)
+
+
 # ---- conversations
 
 
@@ -188,6 +244,25 @@ def test_chat_is_that_of_the_library(client: openai.OpenAI, llm: LLM) -> None:
     assert all(len(e.top_logprobs) == 2 for e in choice.logprobs.content)
     assert found.usage.prompt_tokens == alone.prompt_tokens
     assert found.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_bytes_of_tokens_join_to_the_text_where_tokens_are_parts_of_characters(
+    client: openai.OpenAI, llm: LLM
+) -> None:
+    smile = llm.encode("\U0001f642", add_special_tokens=False)
+    (choice,) = client.chat.completions.create(
+        model="talker",
+        messages=HELLO,
+        max_tokens=40,
+        logprobs=True,
+        top_logprobs=3,
+        seed=1,
+        logit_bias={**{str(token): 4 for token in smile}, "0": -100},
+    ).choices
+    given = [bytes(each.bytes or ()) for each in choice.logprobs.content]
+    assert any(each[0] >= 0x80 for each in given)
+    # what is no character reads as a replacement in the text, and its bytes are told all the same
+    assert b"".join(given).decode("utf-8", "replace") == choice.message.content
 
 
 def test_chat_streams_what_it_says(client: openai.OpenAI) -> None:

@@ -226,3 +226,17 @@ def test_items_are_the_same_however_the_text_comes(
     dumped = [[item.model_dump(exclude=plain) for item in each.output] for each in (whole, pieces)]
     assert dumped[0] == dumped[1]
     assert all(item["status"] == "completed" for item in dumped[0][:-1])
+
+
+def test_a_call_that_an_end_cuts_is_not_completed() -> None:
+    items = Items(ToolTurn(Choice.of("auto", read_tools(TOOLS))))
+    name = read_tools(TOOLS)[0].name
+    items.push(f'<tool_call>{{"name": "{name}", "arguments": {{"a": ')
+    events = items.finish("stop")
+    assert [item.status for item in items.output] == ["incomplete"]
+    assert events[-1][1]["item"]["status"] == "incomplete"
+    # an object that was no call is text, and whole
+    items = Items(ToolTurn(Choice.of("auto", read_tools(TOOLS))))
+    items.push('{"a": ')
+    items.finish("stop")
+    assert [item.status for item in items.output] == ["completed"]

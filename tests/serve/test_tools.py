@@ -88,9 +88,11 @@ def written(form: CallForm, calls: list[tuple[str, dict[str, Any]]]) -> str:
     return f"{form.first}{(form.between or '').join(found)}{form.last}"
 
 
-def read(text: str, cuts: list[int], tools: tuple[Tool, ...] = TOOLS) -> tuple[str, list[Any], str]:
+def read(
+    text: str, cuts: list[int], tools: tuple[Tool, ...] | Choice = TOOLS
+) -> tuple[str, list[Any], str]:
     """Text, calls and reason of an answer that comes in pieces."""
-    turn = ToolTurn(Choice.of(None, tools))
+    turn = ToolTurn(tools if isinstance(tools, Choice) else Choice.of(None, tools))
     ends = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     deltas: list[dict[str, Any]] = []
     for begin, end in itertools.pairwise(ends):
@@ -172,6 +174,34 @@ def test_text_streams_at_once_and_arguments_as_they_come() -> None:
     cut = ToolTurn(Choice.of(None, TOOLS))
     cut.push('<tool_call>{"name": "stop.all", "arguments": {"a": ')
     assert cut.finish("length") == ([], "length")
+
+
+@given(st.sampled_from([HERMES, LISTED, MISTRAL, BARE]), st.sampled_from(["", "\nDone."]), cuts)
+def test_one_call_alone_comes_where_parallel_tool_calls_is_false(
+    form: CallForm, after: str, cuts: list[int]
+) -> None:
+    text = written(form, CALLS[:2] if form.between else CALLS[:1]) + after
+    one = Choice.of("auto", TOOLS, several=False)
+    assert read(text, cuts, one) == ("", CALLS[:1], "tool_calls")
+    message, reason = ToolTurn(one).message(text, "stop")
+    assert len(message["tool_calls"]) == 1 and message["content"] is None
+    assert reason == "tool_calls"
+    # text before it is handed on as ever
+    if form.first.startswith("<"):
+        assert read("So: " + text, cuts, one)[0] == "So:"
+
+
+@pytest.mark.parametrize("form", [HERMES, LISTED, BARE])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_call_that_a_stop_text_cuts_is_no_tool_calls(form: CallForm, before: int) -> None:
+    if before and not form.between:
+        return
+    text = written(form, CALLS[: before + 1])
+    end = text.rindex("arguments") + len('arguments": {"')
+    message, reason = ToolTurn(Choice.of("auto", TOOLS)).message(text[:end], "stop")
+    assert reason == "stop" and len(message["tool_calls"]) == before + 1
+    whole, reason = ToolTurn(Choice.of("auto", TOOLS)).message(text, "stop")
+    assert reason == "tool_calls" and len(whole["tool_calls"]) == before + 1
 
 
 def test_calls_in_other_orders_and_wrappings_are_read_too() -> None:

@@ -23,6 +23,7 @@ from linspec.llm import LLM
 from linspec.serve.failures import Failure, failure_of, json_text
 from linspec.serve.served import Served
 from linspec.serve.settings import Settings
+from linspec.serve.shapes import in_order
 from linspec.serve.worker import Job, Worker
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ class Answer:
         async for piece in self.pieces():
             if piece.done is not None:
                 found[piece.index][piece.sequence] = piece.done
-        return [[each for _, each in sorted(outputs.items())] for outputs in found]
+        return in_order(found)
 
     def streamed(self, events: AsyncIterator[Any], *, named: bool = False) -> EventSourceResponse:
         """Server-sent events of JSON; `named` ones carry their type, others end with [DONE]."""

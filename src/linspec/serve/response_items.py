@@ -42,7 +42,8 @@ class Items:
         if not self.output:
             # an answer of no tokens is an empty message
             events += self._begin(_message())
-        events += self._end("incomplete" if reason == "length" else "completed")
+        cut = reason == "length" or (self._turn.calling and isinstance(self.output[-1], OutputCall))
+        events += self._end("incomplete" if cut else "completed")
         return events
 
     def _take(self, delta: dict[str, Any]) -> Iterator[Event]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from codecs import getincrementaldecoder
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from linspec.decoding.accepted import TokenLogprob
@@ -12,6 +13,7 @@ from linspec.decoding.request import Request
 from linspec.engine.results import Generation, Piece
 from linspec.serve.schemas.base import CachedTokens, Speculation, StreamOptions, Usage
 from linspec.serve.shown import shown_drafts
+from linspec.serve.token_bytes import TokenBytes
 
 # what stands for a token that cannot come, which JSON has no number for
 _NEVER = -9999.0
@@ -22,8 +24,13 @@ def new_id(prefix: str) -> str:
     return prefix + uuid.uuid4().hex
 
 
+def in_order(ended: Sequence[Mapping[int, Generation]]) -> list[list[Generation]]:
+    """The outputs of each request by the numbers of their sequences, in whichever order they ended."""
+    return [[each for _, each in sorted(outputs.items())] for outputs in ended]
+
+
 def usage_of(outputs: Sequence[Sequence[Generation]]) -> Usage:
-    """Tokens of all outputs, with each prompt once."""
+    """Tokens of all outputs, with each prompt once: that of its first sequence."""
     every = [each for group in outputs for each in group]
     prompt = sum(group[0].prompt_tokens for group in outputs if group)
     completion = sum(len(each.token_ids) for each in every)
@@ -86,50 +93,71 @@ def drafts_of(piece: Piece, tokenizer: Any) -> dict[str, Any]:
     return {} if piece.drafts is None else {"linspec": shown_drafts(piece, tokenizer)}
 
 
-def chat_logprobs(tokenizer: Any, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+def chat_logprobs(words: TokenBytes, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
     """As chat answers have them; None where nobody asked."""
     if found is None:
         return None
-    return {"content": [_chat_token(tokenizer, each) for each in found], "refusal": None}
+    return {"content": [_chat_token(words, each) for each in found], "refusal": None}
 
 
-def _chat_token(tokenizer: Any, entry: TokenLogprob) -> dict[str, Any]:
-    top = [_spelled(tokenizer, token, logprob) for token, logprob in entry.top]
-    return {**_spelled(tokenizer, entry.token, entry.logprob), "top_logprobs": top}
+def _chat_token(words: TokenBytes, entry: TokenLogprob) -> dict[str, Any]:
+    top = [_spelled(words, token, logprob) for token, logprob in entry.top]
+    return {**_spelled(words, entry.token, entry.logprob), "top_logprobs": top}
 
 
-def _spelled(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
-    text = tokenizer.decode([token])
+def _spelled(words: TokenBytes, token: int, logprob: float) -> dict[str, Any]:
+    found = words.read(token)
     return {
-        "token": text,
+        "token": found.decode("utf-8", "replace"),
         "logprob": max(logprob, _NEVER),
-        "bytes": list(text.encode("utf-8", "replace")),
+        "bytes": list(found),
     }
 
 
 class TextLogprobs:
-    """As answers of /v1/completions have them; offsets count on from piece to piece."""
+    """As answers of /v1/completions have them; offsets count on from piece to piece, in characters.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._offset = tokenizer, 0
+    special: whether the text shows special tokens.
+    """
 
-    def take(self, found: Sequence[TokenLogprob | None], tokens: Sequence[int]) -> dict[str, Any]:
-        """The entries of some tokens, of which the first of a prompt has none."""
-        texts = [self._tokenizer.decode([token]) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def __init__(self, words: TokenBytes, *, special: bool = False) -> None:
+        self._words, self._special = words, special
+        self._offset = 0
+        # a character begins with its first token
+        self._characters = getincrementaldecoder("utf-8")("replace")
+
+    def take(
+        self,
+        found: Sequence[TokenLogprob | None],
+        tokens: Sequence[int],
+        text: str | None = None,
+    ) -> dict[str, Any]:
+        """The entries of some tokens, of which the first of a prompt has none.
+
+        text: all of it, up to the last of these tokens, where it is known; no offset runs past its end.
+        """
         return {
-            "tokens": texts,
+            "tokens": [self._words.name(token) for token in tokens],
             "token_logprobs": [each and max(each.logprob, _NEVER) for each in found],
             "top_logprobs": [each and self._top(each) for each in found],
-            "text_offset": offsets,
+            "text_offset": [self._begin_of(token, text) for token in tokens],
         }
+
+    def _begin_of(self, token: int, text: str | None) -> int:
+        """Where a token begins; the next one begins behind it."""
+        begin = self._offset if text is None else min(self._offset, len(text))
+        new = self._characters.decode(self._words.read(token))
+        if token not in self._words.special or self._shows(new, text):
+            self._offset = begin + len(new)
+        return begin
+
+    def _shows(self, special: str, text: str | None) -> bool:
+        """Whether a special token stands in the text at this place."""
+        return self._special if text is None else text.startswith(special, self._offset)
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         # two tokens may be written the same; the likelier one comes first
         found: dict[str, float] = {}
         for token, logprob in ((entry.token, entry.logprob), *entry.top):
-            found.setdefault(self._tokenizer.decode([token]), max(logprob, _NEVER))
+            found.setdefault(self._words.name(token), max(logprob, _NEVER))
         return found

@@ -39,7 +39,8 @@ _LETTERS = string.ascii_letters + string.digits
 class ToolTurn:
     """An answer that may call tools, on its way from text to the parts of a message.
 
-    choice: the tools of the request. Deltas are dicts with 'content' or 'tool_calls'.
+    choice: the tools of the request; of several calls where it wants one, the first is handed on, and nothing
+    behind it. Deltas are dicts with 'content' or 'tool_calls'.
     """
 
     choice: Choice
@@ -56,6 +57,11 @@ class ToolTurn:
     def __post_init__(self) -> None:
         self._names = {tool.name for tool in self.choice.tools}
 
+    @property
+    def calling(self) -> bool:
+        """Whether an object that is or may become a call has begun and not ended."""
+        return self._call is not None
+
     def push(self, text: str) -> list[dict[str, Any]]:
         """Deltas of the message for new text."""
         if not self._names:
@@ -63,9 +69,13 @@ class ToolTurn:
         return _joined(delta for character in text for delta in self._next(character))
 
     def finish(self, reason: str) -> tuple[list[dict[str, Any]], str]:
-        """The last deltas, and the finish reason: 'tool_calls' where the answer ended with calls."""
+        """The last deltas, and the finish reason: 'tool_calls' where the answer ended with whole calls.
+
+        An end or a stop text may come inside a call: its arguments are no JSON then, and nothing to act on.
+        """
         deltas = _joined(self._rest())
-        return deltas, "tool_calls" if self.calls and reason == "stop" else reason
+        whole = self.calls and not self.calling
+        return deltas, "tool_calls" if whole and reason == "stop" else reason
 
     def message(self, text: str, reason: str) -> tuple[dict[str, Any], str]:
         """The whole message of `text`, and the finish reason."""
@@ -88,6 +98,8 @@ class ToolTurn:
     def _next(self, character: str) -> Iterator[dict[str, Any]]:
         if self._call is not None:
             yield from self._in_call(self._call, character)
+        elif self.calls and not self.choice.several:
+            return
         elif self._closer is None and not self._bare:
             yield from self._in_text(character)
         elif self._closer is None:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,7 +21,8 @@ from linspec.serve.constraints import Tooled, constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.chat import ChatCompletion, ChatRequest
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import RunningUsage, chat_logprobs, drafts_of, new_id, usage_of
+from linspec.serve.shapes import RunningUsage, chat_logprobs, drafts_of, in_order, new_id, usage_of
+from linspec.serve.token_bytes import TokenBytes
 from linspec.serve.tool_calls import ToolTurn
 
 router = APIRouter(responses=RESPONSES)
@@ -73,6 +75,11 @@ class _Form:
         )
         return cls(asked, params, tooled, name, llm, new_id("chatcmpl-"), int(time.time()))
 
+    @cached_property
+    def words(self) -> TokenBytes:
+        """What the tokens of an answer stand for."""
+        return TokenBytes(self.llm.tokenizer)
+
     def requests(self, llm: LLM) -> list[Request]:
         """As the engine takes them; also renders the template."""
         messages = [each.to_template() for each in self.asked.messages]
@@ -97,7 +104,7 @@ class _Form:
             "index": index,
             "message": message,
             "finish_reason": reason,
-            "logprobs": chat_logprobs(self.llm.tokenizer, output.logprobs),
+            "logprobs": chat_logprobs(self.words, output.logprobs),
         }
 
     def deltas(self, turn: ToolTurn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
@@ -107,7 +114,7 @@ class _Form:
         if piece.done is not None:
             last, reason = turn.finish(piece.done.finish_reason)
             parts += last
-        logprobs = chat_logprobs(self.llm.tokenizer, piece.logprobs)
+        logprobs = chat_logprobs(self.words, piece.logprobs)
         if first:
             yield _delta(index, {"role": "assistant", "content": ""})
         drafts = drafts_of(piece, self.llm.tokenizer)
@@ -134,13 +141,13 @@ async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     head = form.head("chat.completion.chunk")
     running = RunningUsage(form.asked.stream_options, answer.job.requests)
     turns: defaultdict[int, ToolTurn] = defaultdict(form.tooled.turn)
-    ended: list[Generation] = []
+    ended: dict[int, Generation] = {}
     async for piece in answer.pieces():
         first = piece.sequence not in turns
         more = running.take(piece)
         for choice in form.deltas(turns[piece.sequence], piece, first):
             yield {**head, "choices": [choice], **more}
         if piece.done is not None:
-            ended.append(piece.done)
+            ended[piece.sequence] = piece.done
     if form.asked.with_usage:
-        yield {**head, "choices": [], "usage": usage_of([ended]).model_dump()}
+        yield {**head, "choices": [], "usage": usage_of(in_order([ended])).model_dump()}

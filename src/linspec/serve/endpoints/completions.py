@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,7 +21,8 @@ from linspec.serve.constraints import constrained
 from linspec.serve.failures import RESPONSES, Failure, json_response
 from linspec.serve.schemas.completions import Completion, CompletionRequest, as_prompts
 from linspec.serve.served import Served, Serving
-from linspec.serve.shapes import RunningUsage, TextLogprobs, drafts_of, new_id, usage_of
+from linspec.serve.shapes import RunningUsage, TextLogprobs, drafts_of, in_order, new_id, usage_of
+from linspec.serve.token_bytes import TokenBytes
 
 router = APIRouter(responses=RESPONSES)
 _USUAL_TOKENS = 16
@@ -101,17 +103,25 @@ class _Form:
     def _choice(
         self, prompt: int, output: Generation, read: Sequence[TokenLogprob | None] | None
     ) -> dict[str, Any]:
-        logprobs = None
+        logprobs, text = None, self.echo(prompt) + output.text
         if self.asked.logprobs is not None:
             found: list[TokenLogprob | None] = list(output.logprobs or ())
             tokens = list(output.token_ids)
             if self.asked.echo:
                 found = [*(read or ()), *found]
                 tokens = [*self.prompt_tokens(prompt), *tokens]
-            logprobs = TextLogprobs(self.llm.tokenizer).take(found, tokens)
-        text = self.echo(prompt) + output.text
+            logprobs = self.logprobs().take(found, tokens, text)
         reason = output.finish_reason if self.keep else "length"
         return {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
+
+    def logprobs(self) -> TextLogprobs:
+        """Writes the log-probabilities of an output."""
+        return TextLogprobs(self.words, special=not self.asked.skip_special_tokens)
+
+    @cached_property
+    def words(self) -> TokenBytes:
+        """What the tokens of an answer stand for."""
+        return TokenBytes(self.llm.tokenizer)
 
     def prompt_tokens(self, prompt: int) -> list[int]:
         """Token ids of a prompt."""
@@ -167,7 +177,7 @@ def _likelihood(output: Generation) -> float:
 async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
     running = RunningUsage(form.asked.stream_options, answer.job.requests)
     offsets: dict[int, TextLogprobs] = {}
-    ended: list[list[Generation]] = [[] for _ in answer.job.requests]
+    ended: list[dict[int, Generation]] = [{} for _ in answer.job.requests]
     begun: set[int] = set()
     async for piece in answer.pieces():
         index = piece.index * form.n + piece.sequence
@@ -176,7 +186,7 @@ async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
             begun.add(index)
             text = form.echo(piece.index) + text
         if piece.done is not None:
-            ended[piece.index].append(piece.done)
+            ended[piece.index][piece.sequence] = piece.done
         elif not text and not piece.logprobs and piece.drafts is None:
             continue
         choice = {
@@ -188,7 +198,7 @@ async def _chunks(answer: Answer, form: _Form) -> AsyncIterator[dict[str, Any]]:
         }
         yield {**form.head, "choices": [choice], **more}
     if form.asked.with_usage:
-        yield {**form.head, "choices": [], "usage": usage_of(ended).model_dump()}
+        yield {**form.head, "choices": [], "usage": usage_of(in_order(ended)).model_dump()}
 
 
 def _piece_logprobs(
@@ -197,5 +207,6 @@ def _piece_logprobs(
     if form.asked.logprobs is None or piece.logprobs is None:
         return None
     if index not in offsets:
-        offsets[index] = TextLogprobs(form.llm.tokenizer)
-    return offsets[index].take(piece.logprobs, piece.token_ids)
+        offsets[index] = form.logprobs()
+    text = None if piece.done is None else piece.done.text
+    return offsets[index].take(piece.logprobs, piece.token_ids, text)
