@@ -332,6 +332,10 @@ def test_a_long_cache_is_no_slow_machine(reading: float) -> None:
         model.observe(RoundTimes(0.0, 1.0 + 5.0, 1, cached=5000))
     assert model.round(1) == pytest.approx(6.0, rel=0.02)
     assert model.round(5) / model.round(1) == pytest.approx((6.4 + 4 * 0.06 * 5) / 6.0, rel=0.02)
+    # a short text between long ones says nothing about them
+    for cached, step in ((50, 1.0), (50, 1.0), (5000, 6.0)):
+        model.observe(RoundTimes(0.0, step, 1, cached=cached))
+    assert model.round(1) == pytest.approx(6.0, rel=0.05)
     # and a short one is none, although the machine is slow
     slow = CostModel(CostCurve({1: 1.0, 5: 1.4}, 0.0001))
     for _ in range(3):

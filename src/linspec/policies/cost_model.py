@@ -160,35 +160,31 @@ class CostModel:
         step = self.curve(times.nodes)
         if not self._plain_rounds:
             self._rest = times.rest * step / times.step
-        if times.cached > _LONGER * self._most_cached:
-            self._most_cached = times.cached
-            self._reading = self._explained(times)
+        # short caches cannot explain much, and the next plain rounds say whether the machine is slow
+        if self.curve.reading * times.cached >= _MATTERS * step:
+            self._learn_reading(times)
         rate = _STALE_RATE if stale or self._plain_rounds < 3 else _RATE
         usual = step + self._rest + self._reading * times.cached
         self._follow((times.step + times.rest) / (self._factor * usual), rate)
         self._plain_rounds += 1
         self._rise.fade()
-        self._settle(usual, times.cached)
-
-    def _explained(self, times: RoundTimes) -> float:
-        """Seconds for each token of a cache that is longer than any before: what the round took longer."""
-        longer = (times.step + times.rest) / self._factor - self.curve(times.nodes) - self._rest
-        # a short one cannot explain much, and the next plain rounds say whether the machine is slow
-        if self.curve.reading * times.cached < _MATTERS * self.curve(times.nodes):
-            return 0.0
-        return min(max(0.0, longer / times.cached), self.curve.reading)
-
-    def _settle(self, usual: float, cached: int) -> None:
-        """What goes on is no disturbance, but what plain rounds take here."""
+        # what goes on is no disturbance
         leak = _LASTING if self._slow > 0 else _PASSED
-        beside = self._rest + self._reading * cached
-        lasting = max(leak * self._slow, -beside / usual)
+        lasting = max(leak * self._slow, -self._rest / usual)
         self._slow -= lasting
-        if lasting > 0:
-            self._rest += lasting * usual
-        elif beside:
-            kept = 1 + lasting * usual / beside
-            self._rest, self._reading = kept * self._rest, kept * self._reading
+        self._rest += lasting * usual
+
+    def _learn_reading(self, times: RoundTimes) -> None:
+        """From a plain round behind caches longer than any before; rounds behind others as long lower it."""
+        seconds, most = times.step + times.rest, self._reading
+        if times.cached > _LONGER * self._most_cached:
+            self._most_cached, most = times.cached, self.curve.reading
+            seconds /= self._factor
+        elif times.cached * _LONGER < self._most_cached:
+            return
+        # whatever delayed the round that it was taken from did not delay each that follows
+        longer = max(0.0, seconds - self.curve(times.nodes) - self._rest)
+        self._reading = min(most, longer / times.cached)
 
     def _follow(self, times_known: float, rate: float) -> None:
         """Move towards the slowness of one round; something else may have delayed it."""
