@@ -325,9 +325,8 @@ class Trainer:
             try:
                 save_file(self._state_tensors(), aside / "state.safetensors")
             except SafetensorError as error:
-                raise CheckpointError(
-                    f"could not write {self.folder}: {error}. The state before is still there"
-                ) from error
+                kept = "; the state before is still there" if self.has_state else ""
+                raise CheckpointError(f"could not write {self.folder}: {error}{kept}") from error
             (aside / "state.json").write_text(json.dumps(meta), encoding="utf-8")
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
