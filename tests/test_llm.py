@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from linspec.errors import (
     ContextOverflow,
     DrafterError,
     InputError,
+    StateError,
     WrongType,
 )
 from linspec.llm import LLM
@@ -358,3 +361,10 @@ def test_prompts_in_a_set_have_no_order_and_are_refused() -> None:
     llm = LLM(text_model("softmax"), tokenizer=tiny_tokenizer())
     with pytest.raises(WrongType, match="a prompt is a text or a list"):
         llm.generate({"one", "two"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_llm_that_is_copied_says_what_to_make_instead(copied: Callable[[Any], Any]) -> None:
+    """It was an error about pointers of ctypes."""
+    with pytest.raises(StateError, match=r"another on the same model: LLM\(llm.model"):
+        copied(LLM(text_model("softmax"), tokenizer=tiny_tokenizer()))

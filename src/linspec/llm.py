@@ -42,7 +42,7 @@ from linspec.engine.prefix_cache import PrefixOptions
 from linspec.engine.prompts import Prompt, as_prompts
 from linspec.engine.results import Collector, Generation, Piece, joined
 from linspec.engine.streams import EngineStreams
-from linspec.errors import ConfigError, InputError, WrongType
+from linspec.errors import ConfigError, InputError, StateError, WrongType
 from linspec.kernels.cpu.threads import check_fork
 from linspec.kernels.device import pick_device
 from linspec.models.decoder import Decoder
@@ -194,6 +194,12 @@ class LLM:
             prefix_cache=prefixes,
         )
         self.streams = EngineStreams(self.engine)
+
+    def __reduce__(self) -> Any:
+        raise StateError(
+            "an LLM holds states and threads, which can neither be copied nor sent to another process; make "
+            "another on the same model: LLM(llm.model, tokenizer=llm.tokenizer)"
+        )
 
     def encode(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one prompt.
