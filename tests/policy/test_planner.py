@@ -383,6 +383,23 @@ def test_a_first_draft_that_makes_its_weights_does_not_switch_drafting_off() -> 
     assert model.drafting(3) == pytest.approx(0.1)
 
 
+def test_second_drafts_that_still_make_their_weights_do_not_switch_drafting_off() -> None:
+    """`self-pages` behind 32,000 tokens took 29 ms twice, 2 ms from then on, and drafted no more."""
+    model = CostModel(CostCurve({1: 1.0, 4: 1.2}))
+    model.observe(RoundTimes(draft=0.0, step=1.0, nodes=1))
+    for draft in (80.0, 30.0):
+        model.observe(RoundTimes(draft=draft, step=1.2, nodes=4, drafts=3))
+        assert model.drafting(3) == 0.0
+    model.observe(RoundTimes(draft=0.6, step=1.2, nodes=4, drafts=3))
+    assert model.drafting(3) == pytest.approx(0.6, rel=0.1)
+    # a third time it is what drafts cost
+    dear = CostModel(CostCurve({1: 1.0, 4: 1.2}))
+    dear.observe(RoundTimes(draft=0.0, step=1.0, nodes=1))
+    for _ in range(3):
+        dear.observe(RoundTimes(draft=30.0, step=1.2, nodes=4, drafts=3))
+    assert dear.drafting(3) > 20
+
+
 def test_a_draft_that_something_else_delayed_counts_at_most_twice() -> None:
     model = CostModel(CostCurve({1: 1.0, 4: 1.2}))
     model.observe(RoundTimes(draft=0.0, step=1.0, nodes=1, rest=0.0))

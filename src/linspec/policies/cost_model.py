@@ -66,7 +66,7 @@ class CostModel:
         self._plain_rounds = 0
         # rounds with drafts after which a plain one is wanted
         self._plain_after = 0
-        self._drafted = False
+        self._draft_rounds = 0
         # of drafts that a model makes, and of those that cost next to nothing
         self._drafting, self._free = _DraftCost(), _DraftCost()
         self._rise = _Rise()
@@ -140,9 +140,8 @@ class CostModel:
                 self._asking += 0.1 * (min(seconds, most) - self._asking)
             return
         self.since_plain += 1
-        if not self._drafted:
-            # a first draft makes what drafts need, such as packed weights: it says nothing about the next
-            self._drafted = True
+        self._draft_rounds += 1
+        if self._makes_ready(times):
             return
         if self.since_plain <= _FRESH:
             usual, plain = 1 / self._factor, self._plain
@@ -154,6 +153,14 @@ class CostModel:
         known = self.round(times.nodes) + self.drafting(times.drafts, free=free)
         rate = _FRESH_RATE if self.since_plain <= _FRESH else _RATE
         self._follow((times.draft + times.step + times.rest) / known, rate)
+
+    def _makes_ready(self, times: RoundTimes) -> bool:
+        """Whether drafts were made with what they need, such as packed weights; others cost less.
+
+        The first ones always are; the second ones where each took longer than a plain round.
+        """
+        dear = times.draft > times.drafts * self.round(self.count)
+        return self._draft_rounds == 1 or (self._draft_rounds == 2 and dear)
 
     def _observe_plain(self, times: RoundTimes) -> None:
         stale, self.since_plain = self.since_plain > _FRESH, 0
