@@ -155,7 +155,7 @@ class CostModel:
         self._follow((times.draft + times.step + times.rest) / known, rate)
 
     def _makes_ready(self, times: RoundTimes) -> bool:
-        """Whether drafts were made with what they need, such as packed weights; others cost less.
+        """Whether drafts were made together with what later ones find ready, such as packed weights.
 
         The first ones always are; the second ones where each took longer than a plain round.
         """

@@ -93,10 +93,8 @@ def drafts_of(piece: Piece, tokenizer: Any) -> dict[str, Any]:
     return {} if piece.drafts is None else {"linspec": shown_drafts(piece, tokenizer)}
 
 
-def chat_logprobs(words: TokenBytes, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-    """As chat answers have them; None where nobody asked."""
-    if found is None:
-        return None
+def chat_logprobs(words: TokenBytes, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """As chat answers have them."""
     return {"content": [_chat_token(words, each) for each in found], "refusal": None}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
+from linspec.decoding.accepted import TokenLogprob
 from linspec.decoding.request import Request
 from linspec.decoding.sampling import SamplingParams
 from linspec.engine.results import Generation, Piece
@@ -75,9 +76,13 @@ class _Form:
         )
         return cls(asked, params, tooled, name, llm, new_id("chatcmpl-"), int(time.time()))
 
+    def logprobs(self, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Log-probabilities of tokens; None where nobody asked."""
+        return None if found is None else chat_logprobs(self._words, found)
+
     @cached_property
-    def words(self) -> TokenBytes:
-        """What the tokens of an answer stand for."""
+    def _words(self) -> TokenBytes:
+        # reads the whole list of added tokens, which can be thousands
         return TokenBytes(self.llm.tokenizer)
 
     def requests(self, llm: LLM) -> list[Request]:
@@ -104,7 +109,7 @@ class _Form:
             "index": index,
             "message": message,
             "finish_reason": reason,
-            "logprobs": chat_logprobs(self.words, output.logprobs),
+            "logprobs": self.logprobs(output.logprobs),
         }
 
     def deltas(self, turn: ToolTurn, piece: Piece, first: bool) -> Iterator[dict[str, Any]]:
@@ -114,7 +119,7 @@ class _Form:
         if piece.done is not None:
             last, reason = turn.finish(piece.done.finish_reason)
             parts += last
-        logprobs = chat_logprobs(self.words, piece.logprobs)
+        logprobs = self.logprobs(piece.logprobs)
         if first:
             yield _delta(index, {"role": "assistant", "content": ""})
         drafts = drafts_of(piece, self.llm.tokenizer)
